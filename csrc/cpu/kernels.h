@@ -1,0 +1,60 @@
+// The CPU kernels: plain pointers in, no torch. Each works on one contiguous range of one tensor, so
+// that the caller decides how ranges are spread over threads and results never depend on it.
+#pragma once
+
+#include "../element.h"
+
+#include <cstdint>
+
+namespace fogzo::cpu {
+
+enum class Dtype { float32, bfloat16, float16, int8 };
+
+// Where a shard lies in its parameter: e(j) = offset + (j / inner) * stride + j % inner.
+struct Layout {
+  int64_t offset, inner, stride;
+};
+
+struct Span {
+  void *data = nullptr; // null: absent
+  Dtype dtype = Dtype::float32;
+};
+
+// One tensor of a list.
+struct Item {
+  int64_t numel = 0, scale_length = 1; // elements that share one alpha
+  const float *alpha = nullptr;
+  Span latent, grad, plus, minus; // quantize writes plus; estimate and straight-through write grad
+  Layout layout{0, 1, 1};
+  uint32_t tensor_id = 0;
+};
+
+struct Noise {
+  Distribution distribution;
+  Names names; // tensor_id comes from the item, direction from the loop
+};
+
+struct Perturbation {
+  Noise noise;
+  GridRange grid;
+  float r, a, b, epsilon;
+};
+
+struct Estimate {
+  Noise noise;
+  float r, A;
+  const float *B; // one per direction
+  int64_t directions;
+};
+
+void noise_range(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin,
+                 int64_t end);
+double sumsq_range(const Item &item, float r, int64_t begin, int64_t end);
+void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64_t end);
+void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t end);
+void quantize_range(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end);
+// reads grad, writes plus (which may be the same memory)
+void straight_through_range(const Item &item, StraightThrough kind, const GridRange &grid, float r,
+                            int64_t begin, int64_t end);
+
+} // namespace fogzo::cpu

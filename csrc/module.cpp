@@ -1,0 +1,72 @@
+// Host-side facts about the native module; touches no tensor.
+#include "philox.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+#define FOGZO_STR2(x) #x
+#define FOGZO_STR(x) FOGZO_STR2(x)
+
+std::map<std::string, std::string> build_info() {
+  return {
+#if defined(__clang__)
+      {"compiler", "clang " FOGZO_STR(__clang_major__) "." FOGZO_STR(__clang_minor__)},
+#elif defined(__GNUC__)
+      {"compiler", "gcc " FOGZO_STR(__GNUC__) "." FOGZO_STR(__GNUC_MINOR__)},
+#else
+      {"compiler", "unknown"},
+#endif
+      {"c++", FOGZO_STR(__cplusplus)},
+      {"target torch ABI", FOGZO_TORCH_TARGET},
+#if defined(NDEBUG)
+      {"assertions", "off"},
+#else
+      {"assertions", "on"},
+#endif
+      {"cuda", "not built"},
+      {"cpu kernels", "portable"},
+  };
+}
+
+// Instruction sets of this machine that the kernels could use.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> found;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2"))
+    found.push_back("avx2");
+  if (__builtin_cpu_supports("fma"))
+    found.push_back("fma");
+  if (__builtin_cpu_supports("avx512f"))
+    found.push_back("avx512f");
+  if (__builtin_cpu_supports("avx512bw"))
+    found.push_back("avx512bw");
+#elif defined(__aarch64__)
+  found.push_back("neon");
+#endif
+  return found;
+}
+
+std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4> &counter, const std::array<uint32_t, 2> &key) {
+  const fogzo::Words w = fogzo::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {w.x[0], w.x[1], w.x[2], w.x[3]};
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of fogzo_kernels: importing it registers the fogzo_cpu ops.";
+  m.def("build_info", &build_info, "How this module was built.");
+  m.def("instruction_sets", &instruction_sets, "Instruction sets of this machine.");
+  m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"),
+        "The four 32-bit words of one Philox4x32 call with 10 rounds.");
+}

@@ -1,0 +1,38 @@
+"""FOGZO kernels: train low-bit networks with first-order-guided zeroth-order gradients.
+
+Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Information", NeurIPS
+2025, arXiv 2510.23926.
+"""
+
+from .backends import available_backends
+from .functional import (
+    dequantize,
+    estimate_gradient_,
+    guide_norm,
+    guide_sumsq,
+    noise,
+    perturb_quantize_,
+    quantize,
+    quantize_,
+    straight_through_backward_,
+)
+from .grid import Grid
+from .noise import direction_sign
+from .straight_through import StraightThrough
+
+__version__ = "0.1.0"
+__all__ = [
+    "Grid",
+    "StraightThrough",
+    "available_backends",
+    "dequantize",
+    "direction_sign",
+    "estimate_gradient_",
+    "guide_norm",
+    "guide_sumsq",
+    "noise",
+    "perturb_quantize_",
+    "quantize",
+    "quantize_",
+    "straight_through_backward_",
+]

@@ -1,0 +1,114 @@
+"""Finds and selects backends; no arithmetic.
+
+A backend is a module of this package with ``unavailable(device)``, which returns None or the
+reason why it cannot run there, and the functions of :class:`Backend`. Adding a file and its name
+below adds a backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid
+from ..noise import Layout
+from ..straight_through import StraightThrough
+
+#: Best first: without a name, the first that runs on the tensors' device is taken.
+NAMES = ("triton", "cpu", "reference")
+VARIABLE = "FOGZO_BACKEND"
+
+Tensors = Sequence[Tensor]
+
+
+class Backend(Protocol):
+    """What a backend computes: docs/contract.md. Arguments arrive checked.
+
+    ``seed`` and ``step`` (int64) and ``one_minus_beta`` (float64) are 0-dim tensors, on the CPU or on
+    the device; ``norm`` is a 0-dim float32 tensor on the device. An empty ``plus`` or ``minus``
+    is not written; ``counters`` holds no or one int64 tensor of shape (3,).
+    """
+
+    def unavailable(self, device: torch.device) -> str | None: ...
+
+    def noise(
+        self, numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int,
+        tensor_id: int, layout: Layout, device: torch.device,
+    ) -> Tensor: ...  # fmt: skip
+
+    def guide_sumsq(self, grads: Tensors, alphas: Tensors, r: int) -> Tensor: ...
+
+    def perturb_quantize_(
+        self, plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
+        norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
+        tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
+        epsilon: float,
+    ) -> None: ...  # fmt: skip
+
+    def estimate_gradient_(
+        self, grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+        alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+        tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
+        epsilon: float,
+    ) -> None: ...  # fmt: skip
+
+    def quantize_(self, out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None: ...
+
+    def straight_through_backward_(
+        self, out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+        straight_through: StraightThrough,
+    ) -> None: ...  # fmt: skip
+
+
+@functools.cache
+def load(name: str) -> Backend | str:
+    """The backend, or the reason why it cannot be loaded."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+
+
+def reason_unavailable(name: str, device: torch.device) -> str | None:
+    """None, or why the backend cannot run on ``device``."""
+    backend = load(name)
+    return backend if isinstance(backend, str) else backend.unavailable(device)
+
+
+def available_backends(device: str | torch.device | None = None) -> dict[str, str | None]:
+    """Each backend's name -> None, or the reason why it is unavailable.
+
+    Args:
+        device: where it should run; by default the GPU where there is one, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: reason_unavailable(name, torch.device(device)) for name in NAMES}
+
+
+def select(name: str | None, device: torch.device) -> Backend:
+    """The backend ``name``, or else ``FOGZO_BACKEND``, or else the best one for ``device``.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the named backend is unavailable there; the message says why.
+    """
+    source = "backend"
+    if name is None and os.environ.get(VARIABLE):
+        name, source = os.environ[VARIABLE], VARIABLE
+    if name is None:
+        name = next(n for n in NAMES if reason_unavailable(n, device) is None)
+    elif name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    reason = reason_unavailable(name, device)
+    if reason is not None:
+        raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
+    backend = load(name)
+    assert not isinstance(backend, str)
+    return backend

@@ -1,0 +1,241 @@
+"""The contract in eager PyTorch: the specification that runs (docs/contract.md).
+
+Readable before fast. PyTorch has no fused multiply-add, so ``fma`` forms its product in float64,
+where it is exact, and rounds once to float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid
+from ..noise import (
+    DISTRIBUTIONS,
+    MASK32,
+    PHILOX_M0,
+    PHILOX_M1,
+    PHILOX_ROUNDS,
+    PHILOX_W0,
+    PHILOX_W1,
+    SIGN_TENSOR_ID,
+    Layout,
+)
+from ..straight_through import StraightThrough
+
+Tensors = Sequence[Tensor]
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None: runs wherever PyTorch does."""
+    return None
+
+
+# ---- section 2: noise
+
+
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32, 10 rounds, on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1  # wraps modulo 2^64, as the words need it
+        c0, c1 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, p1 & MASK32
+        c2, c3 = ((p0 >> 32) & MASK32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
+    return c0, c1, c2, c3
+
+
+def noise_words(
+    chunk: Tensor, seed: Tensor, step: Tensor, direction: int, tensor_id: int
+) -> tuple[Tensor, ...]:
+    """The four words of each chunk of 8 elements."""
+    seed, step = seed.to(chunk.device), step.to(chunk.device)
+    counter = (
+        chunk & MASK32,
+        (chunk >> 32) | direction << 16,
+        step.expand_as(chunk),
+        torch.full_like(chunk, tensor_id),
+    )
+    return philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
+
+
+def elements(numel: int, layout: Layout, device: torch.device) -> Tensor:
+    """Global element index of each local element."""
+    offset, inner, stride = layout
+    j = torch.arange(numel, dtype=torch.int64, device=device)
+    return offset + (j // inner) * stride + j % inner
+
+
+def noise_m(
+    e: Tensor, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int
+) -> Tensor:
+    """m of the elements ``e``, float32."""
+    words = torch.stack(noise_words(e >> 3, seed, step, direction, tensor_id))
+    word = words.gather(0, ((e >> 1) & 3).unsqueeze(0)).squeeze(0)
+    low, high = word & 0xFFFF, word >> 16
+    odd = (e & 1).bool()
+    k = torch.where(odd, high, low)
+    if distribution == "uniform":
+        return (2 * signed16(k) + 1).float()
+    if distribution == "rademacher":
+        return 1.0 - 2.0 * (k >> 15).float()
+    if distribution == "triangular":
+        return ((k & 0xFF) + (k >> 8) - 255).float()
+    if distribution == "logistic":
+        return torch.log((k + 0.5).double() / (65535.5 - k.double())).float()
+    radius = torch.sqrt(-2.0 * torch.log((low.double() + 0.5) / 65536.0))
+    angle = math.pi * (2 * signed16(high) + 1).double() / 65536.0
+    return (radius * torch.where(odd, torch.sin(angle), torch.cos(angle))).float()
+
+
+def signed16(k: Tensor) -> Tensor:
+    return k - ((k & 0x8000) << 1)
+
+
+def sign(seed: Tensor, step: Tensor, direction: int, device: torch.device) -> Tensor:
+    """s_i as a 0-dim float32 tensor."""
+    chunk = torch.zeros((), dtype=torch.int64, device=device)
+    word = noise_words(chunk, seed, step, direction, SIGN_TENSOR_ID)[0]
+    return 1.0 - 2.0 * (word & 1).float()
+
+
+def noise(
+    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
+    layout: Layout, device: torch.device,
+) -> Tensor:  # fmt: skip
+    """u = C m, float32, shape (numel,)."""
+    e = elements(numel, layout, device)
+    return noise_m(e, distribution, seed, step, direction, tensor_id) * DISTRIBUTIONS[distribution]
+
+
+# ---- section 4: arithmetic
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
+    return (a.double() * b.double() + (c.double() if isinstance(c, Tensor) else c)).float()
+
+
+def delta_of(alpha: Tensor, r: int, like: Tensor) -> Tensor:
+    """delta of each element, flat: tensor, row or group of the last dimension."""
+    length = like.numel() // max(alpha.numel(), 1)
+    return (alpha.flatten() * r).repeat_interleave(length)
+
+
+def code_of(y: Tensor, grid: Grid) -> Tensor:
+    low = torch.where(y > grid.qmin, y, torch.full_like(y, grid.qmin))  # NaN gives qmin
+    return torch.round(low.clamp(max=grid.qmax))
+
+
+def write(out: Tensor, code: Tensor, delta: Tensor, grid: Grid) -> None:
+    """Store codes (int8) or values, with one conversion."""
+    values = code if out.dtype == torch.int8 else delta * (code + grid.offset)
+    out.copy_(values.view(out.shape))
+
+
+def usable(norm: Tensor) -> Tensor:
+    return torch.isfinite(norm) & (norm > 0)
+
+
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int) -> Tensor:
+    """Sum of the squares of delta * g, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
+    for g, alpha in zip(grads, alphas, strict=True):
+        total += (g.flatten().double() * delta_of(alpha, r, g).double()).square().sum()
+    return total
+
+
+def perturb_quantize_(
+    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
+    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
+    epsilon: float,
+) -> None:  # fmt: skip
+    """Write Q(w + eps v) and Q(w - eps v)."""
+    omb = one_minus_beta.to(norm.device)
+    guide = torch.sqrt(1 - omb).float() * sign(seed, step, direction, norm.device)
+    a = torch.where(usable(norm), guide / norm, 0.0)
+    b = (torch.sqrt(omb) * DISTRIBUTIONS[distribution]).float()
+    eps = torch.tensor(epsilon, dtype=torch.float32, device=norm.device)
+    for i, (theta, g, alpha) in enumerate(zip(latents, grads, alphas, strict=True)):
+        e = elements(theta.numel(), layouts[i], theta.device)
+        m = noise_m(e, distribution, seed, step, direction, tensor_ids[i])
+        delta = delta_of(alpha, grid.r, theta)
+        v = fma(a * delta, g.flatten(), b * m)
+        z = fma(theta.flatten(), 1 / delta, -grid.offset)
+        for out, signed_eps in ((plus, eps), (minus, -eps)):
+            if out:
+                write(out[i], code_of(fma(signed_eps, v, z), grid), delta, grid)
+
+
+def estimate_gradient_(
+    grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
+    epsilon: float,
+) -> None:  # fmt: skip
+    """Replace g by G = A g + (1 / delta) sum_i B_i m_i."""
+    n, device = losses_plus.numel(), losses_plus.device
+    eps = torch.tensor(epsilon, dtype=torch.float32, device=device).double()
+    c = (losses_plus.double() - losses_minus.double()) / (2 * eps)
+    finite = torch.isfinite(c.float())
+    c = torch.where(finite, c, 0.0) / n
+    signs = torch.stack([sign(seed, step, i, device) for i in range(n)])
+    omb = one_minus_beta.to(device)
+    A = ((c * signs).sum() * torch.sqrt(1 - omb) / torch.where(usable(norm), norm.double(), torch.inf)).float()  # fmt: skip
+    B = (c * torch.sqrt(omb) * DISTRIBUTIONS[distribution]).float()
+    keep = ~finite.any() | ~torch.isfinite(norm)
+    if counters:
+        bad_alphas = [(~(torch.isfinite(x) & (x > 0))).sum() for x in alphas]
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        counters[0].add_(torch.stack([(~finite).sum(), (~torch.isfinite(norm)).long(), sum(bad_alphas, zero)]))  # fmt: skip
+    for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):
+        e = elements(g.numel(), layouts[i], device)
+        acc = torch.zeros(g.numel(), device=device)
+        for direction in range(n):
+            m = noise_m(e, distribution, seed, step, direction, tensor_ids[i])
+            acc = fma(B[direction], m, acc)
+        G = fma(A, g.flatten(), (1 / delta_of(alpha, r, g)) * acc)
+        g.copy_(torch.where(keep, g, G.to(g.dtype).view(g.shape)))
+
+
+# ---- sections 1 and 3: quantizer and straight-through derivative
+
+
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None:
+    """Write Q(theta)."""
+    for q, theta, alpha in zip(out, latents, alphas, strict=True):
+        delta = delta_of(alpha, grid.r, theta)
+        write(q, code_of(fma(theta.flatten(), 1 / delta, -grid.offset), grid), delta, grid)
+
+
+def derivative(
+    theta: Tensor, delta: Tensor, grid: Grid, straight_through: StraightThrough
+) -> Tensor:
+    """h'(theta); x = theta / alpha."""
+    inv = 1 / delta
+    x = theta * inv * grid.r
+    if straight_through.kind == "identity":
+        z = fma(theta, inv, -grid.offset)
+        inside = (z > grid.qmin) & (z < grid.qmax)
+        return inside.float() if straight_through.clip else torch.ones_like(theta)
+    if straight_through.kind == "hardtanh":
+        return (x.abs() < 1).float()
+    if straight_through.kind == "tanh":
+        return (1 - torch.tanh(x.double()).square()).float()
+    return (2 - 2 * x.abs()).clamp(min=0)
+
+
+def straight_through_backward_(
+    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough,
+) -> None:  # fmt: skip
+    """Write g * h'(theta)."""
+    for q, g, theta, alpha in zip(out, grads, latents, alphas, strict=True):
+        slope = derivative(
+            theta.flatten().float(), delta_of(alpha, grid.r, theta), grid, straight_through
+        )
+        q.copy_((g.flatten().float() * slope).view(q.shape))

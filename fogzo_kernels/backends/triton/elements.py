@@ -1,0 +1,285 @@
+"""Device functions: Philox words -> noise -> direction -> code, on tiles (docs/contract.md, 2 and 4).
+
+A tile is TILE consecutive elements, held as their even and odd elements, [TILE / 2] each. Its
+TILE / 8 chunks make one Philox call each, and joining the four words in the order
+``join(join(x0, x2), join(x1, x3))`` puts word j of a chunk beside pair j of its elements in the same
+thread: no shuffle, no shared memory.
+
+One source serves the GPU and Triton's interpreter. Where they differ a function branches on
+INTERPRET: the interpreter has no inline assembly, its fma rounds twice and its conversion to bfloat16
+truncates.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+PHILOX_KEY_0, PHILOX_KEY_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+PHILOX_MUL_0, PHILOX_MUL_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+
+#: ``noise_pair`` returns m times this factor, which the caller folds into the noise coefficient.
+M_FACTOR = {
+    "uniform": 2.0**15,
+    "rademacher": 1.0,
+    "triangular": 1.0,
+    "logistic": 1.4426950408889634,  # base-2 logarithm
+    "gaussian": 1.0,
+}
+
+
+# ---- arithmetic
+
+
+@triton.jit
+def fma(a, b, c):
+    if INTERPRET:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def approx_log2(x):
+    if INTERPRET:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def approx_rcp(x):
+    if INTERPRET:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def approx_sqrt(x):
+    if INTERPRET:
+        return tl.sqrt(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def approx_cos_sin(x):
+    if INTERPRET:
+        return tl.cos(x), tl.sin(x)
+    else:
+        c = tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        s = tl.inline_asm_elementwise(
+            "sin.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return c, s
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation."""
+    y = approx_rcp(x)
+    if INTERPRET:  # already the correctly rounded quotient
+        return y
+    else:
+        return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def convert(x, DTYPE: tl.constexpr):
+    """float32 to the output's dtype, to nearest even."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, rounded, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+# ---- Philox
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * PHILOX_MUL_0  # one 32 x 32 -> 64 multiply gives both halves
+        p1 = c2.to(tl.uint64) * PHILOX_MUL_1
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        k0 = (k0 + PHILOX_KEY_0).to(tl.uint32)
+        k1 = (k1 + PHILOX_KEY_1).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def noise_words(chunk, names, direction):
+    k0, k1, step, tensor_id = names
+    c0 = chunk.to(tl.uint32)
+    zero = c0 * 0
+    c1 = (chunk >> 32).to(tl.uint32) | ((zero + direction) << 16).to(tl.uint32)
+    return philox4x32(c0, c1, zero + step, zero + tensor_id, k0, k1)
+
+
+@triton.jit
+def direction_sign(names, direction):
+    """s_i, float32."""
+    k0, k1, step, _ = names
+    zero = step * 0
+    c1 = ((zero + direction) << 16).to(tl.uint32)
+    x0, _1, _2, _3 = philox4x32(zero, c1, step, zero + 0xFFFFFFFF, k0, k1)
+    return 1.0 - 2.0 * (x0 & 1).to(tl.float32)
+
+
+# ---- noise
+
+
+@triton.jit
+def halves_as_float(word):
+    """2^23 + low half and 2^23 + high half, by setting an exponent: no conversion."""
+    low = ((word & 0xFFFF) | 0x4B000000).to(tl.uint32)
+    high = ((word >> 16) | 0x4B000000).to(tl.uint32)
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_uniform(word):
+    """2^15 (2 ks + 1) of the high half: one signed conversion."""
+    return ((word & 0xFFFF0000) | 0x8000).to(tl.uint32).to(tl.int32, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def logistic_log2(k):
+    """log2((k + 0.5) / (65535.5 - k)) for k given as 2^23 + k; every sum here is exact."""
+    numerator = k - 8388607.5
+    return approx_log2(numerator * approx_rcp(65536.0 - numerator))
+
+
+@triton.jit
+def noise_pair(word, DIST: tl.constexpr):
+    """m times M_FACTOR[DIST] of the even and the odd element of a word."""
+    if DIST == "uniform":
+        return high_uniform(word << 16), high_uniform(word)
+    elif DIST == "rademacher":
+        even = (((word << 16) & 0x80000000) | 0x3F800000).to(tl.uint32)
+        odd = ((word & 0x80000000) | 0x3F800000).to(tl.uint32)
+        return even.to(tl.float32, bitcast=True), odd.to(tl.float32, bitcast=True)
+    elif DIST == "triangular":
+        even, odd = halves_as_float((word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF))
+        return even - 8388863.0, odd - 8388863.0
+    elif DIST == "logistic":
+        even, odd = halves_as_float(word)
+        return logistic_log2(even), logistic_log2(odd)
+    else:  # gaussian, by Box-Muller: -2 ln x = -2 ln 2 log2 x; the angle is pi 2^-31 high_uniform
+        low, _ = halves_as_float(word)
+        radius = approx_sqrt(approx_log2((low - 8388607.5) * (1.0 / 65536)) * -1.3862943611198906)
+        c, s = approx_cos_sin(high_uniform(word) * 1.4629180792671596e-09)
+        return radius * c, radius * s
+
+
+@triton.jit
+def tile_noise(chunk, names, direction, TILE: tl.constexpr, DIST: tl.constexpr):
+    """Noise of the tile whose chunk numbers are ``chunk`` [TILE / 8]: even, odd [TILE / 2]."""
+    x0, x1, x2, x3 = noise_words(chunk, names, direction)
+    words = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([TILE // 2])
+    return noise_pair(words, DIST)
+
+
+@triton.jit
+def element_noise(e, names, direction, DIST: tl.constexpr):
+    """Noise of any elements, one Philox call each: for tails and unaligned shards."""
+    x0, x1, x2, x3 = noise_words(e >> 3, names, direction)
+    high, low = tl.where((e & 2) != 0, x3, x2), tl.where((e & 2) != 0, x1, x0)
+    even, odd = noise_pair(tl.where((e & 4) != 0, high, low), DIST)
+    return tl.where((e & 1) != 0, odd, even)
+
+
+# ---- tiles in memory
+
+
+@triton.jit
+def load_tile(ptr, left, TILE: tl.constexpr):
+    """Even and odd elements as float32. Four-byte elements come as two halves of a chunk, so that
+    a thread holds 8 consecutive elements whatever the dtype, with 16-byte accesses."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 32:
+        offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
+        low = tl.load(ptr + offs, mask=offs < left)
+        high = tl.load(ptr + offs + 4, mask=offs + 4 < left)
+        x = tl.permute(tl.join(low, high), (0, 2, 1))
+    else:
+        offs = tl.arange(0, TILE)
+        x = tl.load(ptr + offs, mask=offs < left).to(tl.float32)
+    return tl.split(x.reshape([TILE // 2, 2]))
+
+
+@triton.jit
+def store_tile(ptr, even, odd, left, TILE: tl.constexpr):
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    x = tl.join(even, odd)
+    if DTYPE.primitive_bitwidth == 32:
+        low, high = tl.split(tl.permute(x.reshape([TILE // 8, 2, 4]), (0, 2, 1)))
+        offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
+        tl.store(ptr + offs, low, mask=offs < left)
+        tl.store(ptr + offs + 4, high, mask=offs + 4 < left)
+    else:
+        offs = tl.arange(0, TILE)
+        tl.store(ptr + offs, convert(x.reshape([TILE]), DTYPE), mask=offs < left)
+
+
+@triton.jit
+def per_pair(x, TILE: tl.constexpr):
+    """One value per chunk -> one per pair of elements."""
+    twice = tl.join(x, x)
+    return tl.join(twice, twice).reshape([TILE // 2])
+
+
+# ---- quantizer
+
+
+@triton.jit
+def code_of(y, qmin, qmax):
+    """rint(min(max(y, qmin), qmax)); NaN gives qmin. The sum rounds half to even."""
+    low = tl.where(y > qmin, y, qmin)
+    return (tl.where(low < qmax, low, qmax) + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def output_of(code, delta, offset, CODES: tl.constexpr):
+    if CODES:
+        return code
+    else:
+        return delta * (code + offset)
+
+
+@triton.jit
+def derivative_of(theta, inv, offset, qmin, qmax, r, KIND: tl.constexpr):
+    """h'(theta) (contract section 1); x = theta / alpha = r theta / delta."""
+    x = tl.abs(theta * inv * r)
+    if KIND == "identity_clipped":
+        z = fma(theta, inv, -offset)
+        return ((z > qmin) & (z < qmax)).to(tl.float32)
+    elif KIND == "identity":
+        return x * 0 + 1.0
+    elif KIND == "hardtanh":
+        return (x < 1.0).to(tl.float32)
+    elif KIND == "tanh":  # 1 - tanh(x)^2 = 4 e / (1 + e)^2, e = exp(-2 x)
+        e = tl.exp(-2.0 * x)
+        return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    else:
+        return tl.maximum(2.0 - 2.0 * x, 0.0)

@@ -1,0 +1,303 @@
+"""The functional API: stable, the base of other front ends (docs/contract.md).
+
+Every op takes lists of tensors, a whole model in one call; a list of one tensor may be given bare.
+Tensors are contiguous; latents, grads and outputs are float32, bfloat16 or float16, one dtype per
+list, and outputs may be int8 to hold codes. An alpha is float32 with one element (per tensor), one
+per row, or one per group of the last dimension. ``seed`` (unsigned 64 bits), ``step`` and
+``one_minus_beta`` are numbers, or 0-dim tensors (int64, int64, float64) on the CPU or on the
+device. ``backend=None`` means the variable ``FOGZO_BACKEND``, else the best one available. Bad
+input raises TypeError or ValueError, a backend that is unavailable RuntimeError, before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops, validation
+from .grid import Grid
+from .noise import (
+    DISTRIBUTIONS,
+    MAX_DIRECTION,
+    MAX_SEED,
+    MAX_STEP,
+    MAX_TENSOR_ID,
+    Layout,
+    check_range,
+    signed64,
+)
+from .straight_through import StraightThrough
+
+TensorOrList = Tensor | Sequence[Tensor]
+
+
+def noise(
+    numel: int,
+    distribution: str,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    direction: int = 0,
+    tensor_id: int = 0,
+    layout: Layout | None = None,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+) -> Tensor:
+    """The noise u of a parameter or a shard of it, mean 0 and variance 1 (contract section 2).
+
+    Args:
+        distribution: ``uniform``, ``rademacher``, ``triangular``, ``logistic`` or ``gaussian``.
+        layout: ``(offset, inner, stride)``: local element j is element
+            ``offset + (j // inner) * stride + j % inner`` of the whole parameter.
+
+    Returns:
+        float32 tensor of shape (numel,).
+    """
+    check_range("numel", numel, 2**51)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(
+            f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}"
+        )
+    check_range("direction", direction, MAX_DIRECTION)
+    check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
+    where = _layouts([layout] if layout is not None else None, [numel], "layout")
+    return ops.noise(
+        numel, distribution, _seed(seed), _step(step), direction, tensor_id, where,
+        torch.device(device), backend,
+    )  # fmt: skip
+
+
+def guide_sumsq(
+    grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None
+) -> Tensor:
+    """Sum of the squares of the gradient in step units, delta * g (contract section 1).
+
+    Add those of several devices or lists before taking the root. The same bits in every run.
+
+    Returns:
+        0-dim float64 tensor.
+    """
+    return ops.guide_sumsq(_list("grads", grads), _list("alphas", alphas), grid.r, backend)
+
+
+def guide_norm(
+    grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None
+) -> Tensor:
+    """The guide norm N = ||delta * g|| over all tensors (paper section 3; contract section 1).
+
+    Returns:
+        0-dim float32 tensor.
+    """
+    return guide_sumsq(grads, alphas, grid=grid, backend=backend).sqrt().float()
+
+
+def perturb_quantize_(
+    plus: TensorOrList | None,
+    minus: TensorOrList | None,
+    latents: TensorOrList,
+    grads: TensorOrList,
+    alphas: TensorOrList,
+    norm: Tensor,
+    *,
+    grid: Grid,
+    straight_through: StraightThrough,
+    one_minus_beta: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    direction: int = 0,
+    tensor_ids: Sequence[int] | None = None,
+    layouts: Sequence[Layout] | None = None,
+    epsilon_scale: float = 1.0,
+    backend: str | None = None,
+) -> None:
+    """Write Q(w + eps v) into ``plus`` and Q(w - eps v) into ``minus``; either may be None.
+
+    v = sqrt(beta) s g_w / N + sqrt(1 - beta) u mixes the guide with noise drawn in place (paper
+    section 3; contract sections 1 and 4). Latents and grads are only read.
+
+    Args:
+        plus, minus: outputs of the latents' shapes; int8 outputs receive codes.
+        grads: straight-through gradients, of the latents' shapes.
+        norm: guide norm, 0-dim float32 on the device. If it is 0 or not finite, v is noise alone.
+        one_minus_beta: 1 - beta, in 0..1; float64, because useful values reach 1e-9.
+        tensor_ids: by default 0, 1, 2, ...; no two tensors may draw the same noise.
+        layouts: where each tensor lies in its parameter (see :func:`noise`); by default whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes.
+    """
+    straight_through.check_grid(grid)
+    latents = _list("latents", latents)
+    check_range("direction", direction, MAX_DIRECTION)
+    ids, where = _names(tensor_ids, layouts, latents)
+    ops.perturb_quantize_(
+        [] if plus is None else _list("plus", plus),
+        [] if minus is None else _list("minus", minus),
+        latents, _list("grads", grads), _list("alphas", alphas), norm, _seed(seed), _step(step),
+        _one_minus_beta(one_minus_beta), direction, ids, where, grid.qmin, grid.qmax, grid.offset,
+        grid.r, straight_through.distribution, _epsilon(straight_through, grid, epsilon_scale),
+        backend,
+    )  # fmt: skip
+
+
+def estimate_gradient_(
+    grads: TensorOrList,
+    losses_plus: Tensor,
+    losses_minus: Tensor,
+    alphas: TensorOrList,
+    norm: Tensor,
+    *,
+    grid: Grid,
+    straight_through: StraightThrough,
+    one_minus_beta: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    layouts: Sequence[Layout] | None = None,
+    epsilon_scale: float = 1.0,
+    counters: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Replace each straight-through gradient by the FOGZO estimate G, in one pass, in place.
+
+    G = (1/n) sum_i c_i v_i / delta with c_i = (L_i+ - L_i-) / (2 eps) (paper section 3; contract
+    section 1); v_i is drawn again from its names, so all of them must be those of
+    :func:`perturb_quantize_`, with direction i for loss i.
+
+    Args:
+        losses_plus, losses_minus: float32, shape (n,), on the device.
+        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite (they
+            count as 0), steps whose norm was not finite, and alphas that were not finite or not
+            > 0. If every direction or the norm is lost, the gradients stay as they were.
+    """
+    straight_through.check_grid(grid)
+    grads = _list("grads", grads)
+    ids, where = _names(tensor_ids, layouts, grads)
+    ops.estimate_gradient_(
+        grads, [] if counters is None else [counters], losses_plus, losses_minus,
+        _list("alphas", alphas), norm, _seed(seed), _step(step), _one_minus_beta(one_minus_beta),
+        ids, where, grid.r, straight_through.distribution,
+        _epsilon(straight_through, grid, epsilon_scale), backend,
+    )  # fmt: skip
+
+
+def quantize(
+    latent: Tensor,
+    alpha: Tensor,
+    *,
+    grid: Grid,
+    straight_through: StraightThrough,
+    backend: str | None = None,
+) -> Tensor:
+    """Q(latent), of the latent's shape and dtype; differentiable in ``latent``.
+
+    The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1).
+    """
+    straight_through.check_grid(grid)
+    return ops.quantize(
+        latent, alpha, grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind,
+        straight_through.clip, backend,
+    )  # fmt: skip
+
+
+def quantize_(
+    out: TensorOrList,
+    latents: TensorOrList,
+    alphas: TensorOrList,
+    *,
+    grid: Grid,
+    backend: str | None = None,
+) -> None:
+    """Write Q(latent), or its codes where ``out`` is int8, for a list of tensors."""
+    ops.quantize_(
+        _list("out", out), _list("latents", latents), _list("alphas", alphas), grid.qmin,
+        grid.qmax, grid.offset, grid.r, backend,
+    )  # fmt: skip
+
+
+def dequantize(codes: Tensor, alpha: Tensor, *, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """The values delta * (code + offset) of int8 codes: the bits that a ``dtype`` output gets."""
+    if codes.dtype != torch.int8:
+        raise TypeError(f"codes must be int8, got {validation.names([codes.dtype])}")
+    if dtype not in validation.FLOATS:
+        raise TypeError(
+            f"dtype must be {validation.names(validation.FLOATS)}, got {validation.names([dtype])}"
+        )
+    validation.alpha_list([alpha], [codes])
+    length = codes.numel() // max(alpha.numel(), 1)
+    delta = (alpha.flatten() * grid.r).unsqueeze(1)
+    values = delta * (codes.reshape(alpha.numel(), length).float() + grid.offset)
+    return values.to(dtype).view(codes.shape)
+
+
+def straight_through_backward_(
+    grads: TensorOrList,
+    latents: TensorOrList,
+    alphas: TensorOrList,
+    *,
+    grid: Grid,
+    straight_through: StraightThrough,
+    backend: str | None = None,
+) -> None:
+    """Multiply gradients with respect to Q by h'(latent), in place (contract section 1)."""
+    straight_through.check_grid(grid)
+    ops.straight_through_backward_(
+        _list("grads", grads), _list("latents", latents), _list("alphas", alphas), grid.qmin,
+        grid.qmax, grid.offset, grid.r, straight_through.kind, straight_through.clip, backend,
+    )  # fmt: skip
+
+
+# ---- arguments
+
+
+def _list(name: str, tensors: TensorOrList) -> list[Tensor]:
+    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for i, t in enumerate(found):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
+    return [t.detach() for t in found]
+
+
+def _seed(seed: int | Tensor) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed
+    check_range("seed", seed, MAX_SEED)
+    return torch.tensor(signed64(seed), dtype=torch.int64)
+
+
+def _step(step: int | Tensor) -> Tensor:
+    if isinstance(step, Tensor):
+        return step
+    check_range("step", step, MAX_STEP)
+    return torch.tensor(step, dtype=torch.int64)
+
+
+def _one_minus_beta(value: float | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    validation.unit_interval("one_minus_beta", value)
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _names(
+    tensor_ids: Sequence[int] | None, layouts: Sequence[Layout] | None, tensors: list[Tensor]
+) -> tuple[list[int], list[int]]:
+    ids = list(range(len(tensors))) if tensor_ids is None else list(tensor_ids)
+    return ids, _layouts(layouts, [t.numel() for t in tensors], "layouts")
+
+
+def _layouts(layouts: Sequence[Layout] | None, numels: list[int], name: str) -> list[int]:
+    if layouts is None:
+        return [x for n in numels for x in (0, max(n, 1), max(n, 1))]
+    for i, layout in enumerate(layouts):
+        if len(layout) != 3:
+            raise ValueError(f"{name}[{i}] must be (offset, inner, stride), got {layout}")
+    return [x for layout in layouts for x in layout]
+
+
+def _epsilon(straight_through: StraightThrough, grid: Grid, epsilon_scale: float) -> float:
+    if not (epsilon_scale >= 0 and math.isfinite(epsilon_scale)):
+        raise ValueError(f"epsilon_scale must be finite and >= 0, got {epsilon_scale}")
+    return straight_through.epsilon(grid, epsilon_scale)

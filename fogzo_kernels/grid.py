@@ -1,0 +1,68 @@
+"""Grid: the values a quantized weight may take (docs/contract.md, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid of ``levels`` values: ``delta * (code + offset)``, ``qmin <= code <= qmax``.
+
+    ``delta = r * alpha`` is the distance between neighbouring values. Use the constructors
+    :meth:`uniform`, :meth:`half_offset`, :meth:`sign` and :meth:`ternary`.
+    """
+
+    qmin: int
+    qmax: int
+    offset: float
+    r: int
+
+    def __post_init__(self) -> None:
+        if not -128 <= self.qmin <= self.qmax <= 127:
+            raise ValueError(
+                f"qmin and qmax must satisfy -128 <= qmin <= qmax <= 127, got {self.qmin}, {self.qmax}"
+            )
+        if self.offset not in (0.0, 0.5):
+            raise ValueError(f"offset must be 0 or 0.5, got {self.offset}")
+        if self.r not in (1, 2):
+            raise ValueError(f"r must be 1 or 2, got {self.r}")
+
+    @property
+    def levels(self) -> int:
+        """Number of values of the grid."""
+        return self.qmax - self.qmin + 1
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether this is the two-valued grid ``{-alpha, +alpha}``."""
+        return self.r == 2
+
+    @classmethod
+    def uniform(cls, bits: int) -> Grid:
+        """Two's complement grid of ``2**bits`` levels, ``bits`` in 2..8; 2 bits: -2 -1 0 1 alpha."""
+        _check_bits(bits, 2)
+        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.0, 1)
+
+    @classmethod
+    def half_offset(cls, bits: int) -> Grid:
+        """Symmetric grid without zero, ``bits`` in 1..8; 2 bits: -3/2 -1/2 1/2 3/2 alpha."""
+        _check_bits(bits, 1)
+        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.5, 1)
+
+    @classmethod
+    def sign(cls) -> Grid:
+        """The two values -alpha and +alpha; ``sign(0) = +1``."""
+        return cls(-1, 0, 0.5, 2)
+
+    @classmethod
+    def ternary(cls) -> Grid:
+        """The three values -alpha, 0, +alpha."""
+        return cls(-1, 1, 0.0, 1)
+
+
+def _check_bits(bits: int, low: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"bits must be an int, got {type(bits).__name__}")
+    if not low <= bits <= 8:
+        raise ValueError(f"bits must be in {low}..8, got {bits}")

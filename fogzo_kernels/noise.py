@@ -1,0 +1,71 @@
+"""Names of noise and what they mean: distributions, Philox constants, limits, direction signs.
+
+Noise is a pure function of ``(seed, step, direction, tensor_id, element)`` (docs/contract.md,
+section 2). This module holds the constants every backend shares and the host-side Philox;
+it imports no backend.
+"""
+
+from __future__ import annotations
+
+import math
+
+MASK32 = 0xFFFFFFFF
+PHILOX_M0 = 0xD2511F53
+PHILOX_M1 = 0xCD9E8D57
+PHILOX_W0 = 0x9E3779B9
+PHILOX_W1 = 0xBB67AE85
+PHILOX_ROUNDS = 10
+
+#: u = C * m has variance 1 (docs/contract.md, section 2).
+DISTRIBUTIONS: dict[str, float] = {
+    "uniform": math.sqrt(3.0) / 65536.0,
+    "rademacher": 1.0,
+    "triangular": math.sqrt(6.0) / 256.0,
+    "logistic": math.sqrt(3.0) / math.pi,
+    "gaussian": 1.0,
+}
+#: Distributions whose m is an integer, equal bit for bit on every backend.
+EXACT_DISTRIBUTIONS = ("uniform", "rademacher", "triangular")
+
+MAX_SEED = 2**64  # every limit is exclusive
+MAX_STEP = 2**32
+MAX_DIRECTION = 2**16
+MAX_TENSOR_ID = 2**32 - 1
+MAX_ELEMENT = 2**51
+SIGN_TENSOR_ID = 2**32 - 1  # reserved: names the sign of a direction
+
+#: Where a shard lies in its parameter: e(j) = offset + (j // inner) * stride + j % inner.
+Layout = tuple[int, int, int]
+
+
+def signed64(seed: int) -> int:
+    """The signed 64-bit integer with the bits of an unsigned one."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, ...]:
+    """Philox4x32 with 10 rounds on the host (Salmon et al., SC 2011; Random123)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
+    return c0, c1, c2, c3
+
+
+def direction_sign(seed: int, step: int, direction: int) -> int:
+    """The random sign s_i of a direction: -1 or +1 (docs/contract.md, section 2)."""
+    check_range("seed", seed, MAX_SEED)
+    check_range("step", step, MAX_STEP)
+    check_range("direction", direction, MAX_DIRECTION)
+    word = philox4x32((0, direction << 16, step, SIGN_TENSOR_ID), (seed & MASK32, seed >> 32))[0]
+    return -1 if word & 1 else 1
+
+
+def check_range(name: str, value: int, limit: int) -> None:
+    """Raise unless ``0 <= value < limit``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 0 <= value < limit:
+        raise ValueError(f"{name} must be in 0..{limit - 1}, got {value}")

@@ -1,0 +1,272 @@
+"""Each op's schema, fake and dispatch, side by side. Imports torch and no backend by name.
+
+Ops take a list of tensors, as ``torch._foreach_*`` does. Scalars that change each step (seed,
+step, one_minus_beta, norm, losses) are tensors, so that a new value neither recompiles a graph
+nor waits for the device. ``layouts`` holds offset, inner and stride of each tensor in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import validation
+from .backends import select
+from .grid import Grid
+from .noise import Layout
+from .straight_through import StraightThrough
+
+GRID = "int qmin, int qmax, float offset, int r"
+NAMES = "SymInt[] tensor_ids, SymInt[] layouts"
+STATE = "Tensor norm, Tensor seed, Tensor step, Tensor one_minus_beta"
+
+
+def triples(layouts: Sequence[int]) -> list[Layout]:
+    return [(layouts[i], layouts[i + 1], layouts[i + 2]) for i in range(0, len(layouts), 3)]
+
+
+# ---- noise
+
+
+@torch.library.custom_op(
+    "fogzo::noise",
+    mutates_args=(),
+    schema="(SymInt numel, str distribution, Tensor seed, Tensor step, SymInt direction,"
+    " SymInt tensor_id, SymInt[] layout, Device device, str? backend) -> Tensor",
+)
+def noise(
+    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
+    layout: Sequence[int], device: torch.device, backend: str | None,
+) -> Tensor:  # fmt: skip
+    validation.values([], 1, step)
+    where = triples(layout)[0]
+    validation.layout(where, numel)
+    return select(backend, device).noise(
+        numel, distribution, seed, step, direction, tensor_id, where, device
+    )
+
+
+@noise.register_fake
+def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
+      layout: Sequence[int], device: torch.device, backend: str | None) -> Tensor:  # fmt: skip
+    return torch.empty(numel, device=device)
+
+
+# ---- guide norm
+
+
+@torch.library.custom_op(
+    "fogzo::guide_sumsq",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor[] alphas, int r, str? backend) -> Tensor",
+)
+def guide_sumsq(
+    grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, backend: str | None
+) -> Tensor:
+    device = validation.guide_arguments(grads, alphas)
+    validation.values(alphas, r)
+    return select(backend, device).guide_sumsq(grads, alphas, r)
+
+
+@guide_sumsq.register_fake
+def _(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, backend: str | None) -> Tensor:
+    device = validation.guide_arguments(grads, alphas)
+    return torch.empty((), dtype=torch.float64, device=device)
+
+
+# ---- perturb and quantize
+
+
+@torch.library.custom_op(
+    "fogzo::perturb_quantize_",
+    mutates_args=("plus", "minus"),
+    schema="(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads,"
+    f" Tensor[] alphas, {STATE}, SymInt direction, {NAMES}, {GRID}, str distribution,"
+    " float epsilon, str? backend) -> ()",
+)
+def perturb_quantize_(
+    plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor],
+    grads: Sequence[Tensor], alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor,
+    one_minus_beta: Tensor, direction: int, tensor_ids: Sequence[int], layouts: Sequence[int],
+    qmin: int, qmax: int, offset: float, r: int, distribution: str, epsilon: float,
+    backend: str | None,
+) -> None:  # fmt: skip
+    device = validation.perturb_arguments(
+        plus, minus, latents, grads, alphas, norm, seed, step, one_minus_beta, tensor_ids, layouts
+    )
+    where = triples(layouts)
+    validation.values(alphas, r, step, one_minus_beta)
+    validation.shards(tensor_ids, where, latents)
+    validation.memory(
+        {"plus": plus, "minus": minus},
+        {"latents": latents, "grads": grads, "alphas": alphas, "norm": [norm]},
+    )
+    select(backend, device).perturb_quantize_(
+        plus, minus, latents, grads, alphas, norm, seed, step, one_minus_beta, direction,
+        tensor_ids, where, Grid(qmin, qmax, offset, r), distribution, epsilon,
+    )  # fmt: skip
+
+
+@perturb_quantize_.register_fake
+def _(plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor],
+      grads: Sequence[Tensor], alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor,
+      one_minus_beta: Tensor, direction: int, tensor_ids: Sequence[int], layouts: Sequence[int],
+      *_: Any) -> None:  # fmt: skip
+    validation.perturb_arguments(
+        plus, minus, latents, grads, alphas, norm, seed, step, one_minus_beta, tensor_ids, layouts
+    )
+
+
+# ---- estimate
+
+
+@torch.library.custom_op(
+    "fogzo::estimate_gradient_",
+    mutates_args=("grads", "counters"),
+    schema="(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus,"
+    f" Tensor[] alphas, {STATE}, {NAMES}, int r, str distribution, float epsilon,"
+    " str? backend) -> ()",
+)
+def estimate_gradient_(
+    grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor,
+    losses_minus: Tensor, alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor,
+    one_minus_beta: Tensor, tensor_ids: Sequence[int], layouts: Sequence[int], r: int,
+    distribution: str, epsilon: float, backend: str | None,
+) -> None:  # fmt: skip
+    device = validation.estimate_arguments(
+        grads, counters, losses_plus, losses_minus, alphas, norm, seed, step, one_minus_beta,
+        tensor_ids, layouts,
+    )  # fmt: skip
+    where = triples(layouts)
+    validation.values(alphas, r, step, one_minus_beta)
+    validation.shards(tensor_ids, where, grads)
+    losses = {"losses_plus": [losses_plus], "losses_minus": [losses_minus]}
+    validation.memory(
+        {"grads": grads, "counters": counters}, {"alphas": alphas, "norm": [norm], **losses}
+    )
+    select(backend, device).estimate_gradient_(
+        grads, counters, losses_plus, losses_minus, alphas, norm, seed, step, one_minus_beta,
+        tensor_ids, where, r, distribution, epsilon,
+    )  # fmt: skip
+
+
+@estimate_gradient_.register_fake
+def _(grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor,
+      losses_minus: Tensor, alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor,
+      one_minus_beta: Tensor, tensor_ids: Sequence[int], layouts: Sequence[int],
+      *_: Any) -> None:  # fmt: skip
+    validation.estimate_arguments(
+        grads, counters, losses_plus, losses_minus, alphas, norm, seed, step, one_minus_beta,
+        tensor_ids, layouts,
+    )  # fmt: skip
+
+
+# ---- quantize and its straight-through derivative
+
+
+@torch.library.custom_op(
+    "fogzo::quantize_",
+    mutates_args=("out",),
+    schema=f"(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, {GRID}, str? backend) -> ()",
+)
+def quantize_(
+    out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int,
+    qmax: int, offset: float, r: int, backend: str | None,
+) -> None:  # fmt: skip
+    device = validation.quantize_arguments(out, latents, alphas)
+    validation.values(alphas, r)
+    validation.memory({"out": out}, {"latents": latents, "alphas": alphas})
+    select(backend, device).quantize_(out, latents, alphas, Grid(qmin, qmax, offset, r))
+
+
+@quantize_.register_fake
+def _(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor],
+      *_: Any) -> None:  # fmt: skip
+    validation.quantize_arguments(out, latents, alphas)
+
+
+@torch.library.custom_op(
+    "fogzo::straight_through_backward_",
+    mutates_args=("grads",),
+    schema=f"(Tensor(a!)[] grads, Tensor[] latents, Tensor[] alphas, {GRID}, str kind, bool clip,"
+    " str? backend) -> ()",
+)
+def straight_through_backward_(
+    grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int,
+    qmax: int, offset: float, r: int, kind: str, clip: bool, backend: str | None,
+) -> None:  # fmt: skip
+    device = validation.straight_through_arguments(grads, latents, alphas)
+    validation.values(alphas, r)
+    validation.memory({"grads": grads}, {"latents": latents, "alphas": alphas})
+    select(backend, device).straight_through_backward_(
+        grads, grads, latents, alphas, Grid(qmin, qmax, offset, r), StraightThrough(kind, clip)
+    )
+
+
+@straight_through_backward_.register_fake
+def _(grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor],
+      *_: Any) -> None:  # fmt: skip
+    validation.straight_through_arguments(grads, latents, alphas)
+
+
+@torch.library.custom_op(
+    "fogzo::quantize",
+    mutates_args=(),
+    schema=f"(Tensor latent, Tensor alpha, {GRID}, str kind, bool clip, str? backend) -> Tensor",
+)
+def quantize(
+    latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, kind: str,
+    clip: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    device = validation.quantize_arguments(None, [latent], [alpha])
+    validation.values([alpha], r)
+    out = torch.empty_like(latent)
+    select(backend, device).quantize_([out], [latent], [alpha], Grid(qmin, qmax, offset, r))
+    return out
+
+
+@quantize.register_fake
+def _(latent: Tensor, alpha: Tensor, *_: Any) -> Tensor:
+    validation.quantize_arguments(None, [latent], [alpha])
+    return torch.empty_like(latent)
+
+
+@torch.library.custom_op(
+    "fogzo::straight_through_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str kind, bool clip,"
+    " str? backend) -> Tensor",
+)
+def straight_through_backward(
+    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
+    kind: str, clip: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    grad = grad.contiguous()
+    device = validation.straight_through_arguments([grad], [latent], [alpha])
+    out = torch.empty_like(latent)
+    select(backend, device).straight_through_backward_(
+        [out], [grad], [latent], [alpha], Grid(qmin, qmax, offset, r), StraightThrough(kind, clip)
+    )
+    return out
+
+
+@straight_through_backward.register_fake
+def _(grad: Tensor, latent: Tensor, alpha: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(latent)
+
+
+def _setup_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    latent, alpha, *ctx.options = inputs
+    ctx.save_for_backward(latent, alpha)
+
+
+def _quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    latent, alpha = ctx.saved_tensors
+    g = straight_through_backward(grad, latent, alpha, *ctx.options)
+    return (g, *[None] * (1 + len(ctx.options)))
+
+
+quantize.register_autograd(_quantize_backward, setup_context=_setup_quantize)

@@ -1,0 +1,72 @@
+"""StraightThrough: derivative, noise distribution and eps from one choice.
+
+A straight-through estimator replaces a step function by its mean under noise,
+``h_smooth(x) = E[h(x + eps_bar u)]``, so one object fixes all three (Yang & Aamodt, NeurIPS
+2025, table 1; docs/contract.md, section 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .grid import Grid
+from .noise import DISTRIBUTIONS
+
+#: kind -> (eps_bar in units of alpha, distribution of u)
+KINDS: dict[str, tuple[float, str]] = {
+    "identity": (1.0 / (2.0 * math.sqrt(3.0)), "uniform"),
+    "hardtanh": (1.0 / math.sqrt(3.0), "uniform"),
+    "tanh": (math.pi / math.sqrt(12.0), "logistic"),
+    "approxsign": (1.0 / math.sqrt(6.0), "triangular"),
+}
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """How gradients pass a quantizer, and the noise that smooths it the same way.
+
+    Args:
+        kind: ``"identity"`` for rounding grids; ``"hardtanh"``, ``"tanh"`` or ``"approxsign"``
+            for :meth:`Grid.sign`.
+        clip: for ``"identity"``, whether the derivative is 0 outside the grid's range (the
+            smoothed clamp). ``False`` lets a saturated weight come back.
+        noise: a distribution that replaces the matching one, such as ``"gaussian"`` or
+            ``"rademacher"`` (SPSA, MeZO).
+    """
+
+    kind: str = "identity"
+    clip: bool = True
+    noise: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not isinstance(self.clip, bool):
+            raise TypeError(f"clip must be a bool, got {type(self.clip).__name__}")
+        if self.noise is not None and self.noise not in DISTRIBUTIONS:
+            raise ValueError(
+                f"noise must be None or one of {', '.join(DISTRIBUTIONS)}, got {self.noise!r}"
+            )
+
+    @property
+    def distribution(self) -> str:
+        """Distribution of the noise u."""
+        return self.noise or KINDS[self.kind][1]
+
+    @property
+    def eps_bar(self) -> float:
+        """Scale of the noise in units of alpha."""
+        return KINDS[self.kind][0]
+
+    def epsilon(self, grid: Grid, epsilon_scale: float = 1.0) -> float:
+        """eps in step units (units of delta) on ``grid``."""
+        return epsilon_scale * self.eps_bar / grid.r
+
+    def check_grid(self, grid: Grid) -> None:
+        """Raise ValueError unless this straight-through estimator belongs to ``grid``."""
+        if grid.is_sign == (self.kind == "identity"):
+            raise ValueError(
+                "straight_through must be 'identity' for rounding grids and 'hardtanh', 'tanh' or"
+                f" 'approxsign' for the sign grid, got {self.kind!r} with {grid}"
+            )

@@ -1,0 +1,266 @@
+"""Every check that does not depend on the backend; each names argument, expectation and what came.
+
+The functions ``*_arguments`` check what is known without data (shapes, dtypes, devices, lengths)
+and also run while a graph is traced. :func:`values` and :func:`memory` look at data and addresses,
+and run before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .noise import MAX_DIRECTION, MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_range
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = (*FLOATS, torch.int8)
+DELTA_RANGE = (2.0**-100, 2.0**100)
+
+Tensors = Sequence[Tensor]
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor_list(
+    name: str, tensors: Tensors, dtypes: Sequence[torch.dtype], like: Tensors | None = None
+) -> None:
+    """A list of contiguous tensors of one dtype and device, of the shapes of ``like``."""
+    if like is not None and len(tensors) != len(like):
+        raise ValueError(f"{name} must have {len(like)} tensors, got {len(tensors)}")
+    first = like[0] if like else tensors[0] if tensors else None
+    for i, t in enumerate(tensors):
+        what = f"{name}[{i}]"
+        if t.dtype not in dtypes:
+            raise TypeError(f"{what} must be {names(dtypes)}, got {names([t.dtype])}")
+        if t.dtype != tensors[0].dtype:
+            raise TypeError(
+                f"{what} must have the dtype of {name}[0], {names([tensors[0].dtype])},"
+                f" got {names([t.dtype])}"
+            )
+        if first is not None and t.device != first.device:
+            raise ValueError(f"{what} must be on {first.device}, got {t.device}")
+        if like is not None and t.shape != like[i].shape:
+            raise ValueError(f"{what} must have shape {shape(like[i])}, got {shape(t)}")
+        if t.layout != torch.strided or not t.is_contiguous():
+            raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
+
+
+def alpha_list(alphas: Tensors, like: Tensors) -> None:
+    """One float32 scale per tensor, row (any leading dims) or group of the last dimension."""
+    if len(alphas) != len(like):
+        raise ValueError(f"alphas must have {len(like)} tensors, got {len(alphas)}")
+    for i, (alpha, t) in enumerate(zip(alphas, like, strict=True)):
+        if alpha.dtype != torch.float32:
+            raise TypeError(f"alphas[{i}] must be float32, got {names([alpha.dtype])}")
+        if alpha.device != t.device:
+            raise ValueError(f"alphas[{i}] must be on {t.device}, got {alpha.device}")
+        if not alpha.is_contiguous():
+            raise ValueError(f"alphas[{i}] must be contiguous, got strides {alpha.stride()}")
+        if not divides(alpha.numel(), t):
+            raise ValueError(
+                f"alphas[{i}] must have one element, one per row or one per group of the last"
+                f" dimension of shape {shape(t)}, got shape {shape(alpha)}"
+            )
+
+
+def divides(scales: int, t: Tensor) -> bool:
+    if scales == 1 or t.numel() == 0:
+        return True
+    if scales == 0 or t.numel() % scales:
+        return False
+    length = t.numel() // scales
+    return t.shape[-1] % length == 0 or length in [math.prod(t.shape[k:]) for k in range(t.ndim)]
+
+
+def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
+    """A 0-dim tensor; ``device`` None allows the CPU as well as any device."""
+    if t.dtype != dtype or t.ndim != 0:
+        raise TypeError(
+            f"{name} must be a 0-dim {names([dtype])} tensor, got {names([t.dtype])} {shape(t)}"
+        )
+    if device is not None and t.device != device:
+        raise ValueError(f"{name} must be on {device}, got {t.device}")
+
+
+def names_of_noise(
+    seed: Tensor, step: Tensor, tensor_ids: Sequence[int], layouts: Sequence[int], like: Tensors
+) -> None:
+    """Seed and step, and one tensor id and layout (three numbers) per tensor."""
+    device = like[0].device if like else None
+    for name, t in (("seed", seed), ("step", step)):
+        scalar_tensor(name, t, torch.int64, None if t.device.type == "cpu" else device)
+    if len(tensor_ids) != len(like):
+        raise ValueError(f"tensor_ids must have {len(like)} entries, got {len(tensor_ids)}")
+    if len(layouts) != 3 * len(like):
+        raise ValueError(f"layouts must have {len(like)} entries, got {len(layouts) / 3:g}")
+
+
+def guide_arguments(grads: Tensors, alphas: Tensors) -> torch.device:
+    tensor_list("grads", grads, FLOATS)
+    alpha_list(alphas, grads)
+    return grads[0].device if grads else torch.device("cpu")
+
+
+def perturb_arguments(
+    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
+    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[int],
+) -> torch.device:  # fmt: skip
+    tensor_list("latents", latents, FLOATS)
+    tensor_list("grads", grads, FLOATS, latents)
+    if latents and not plus and not minus:
+        raise ValueError("plus and minus must not both be None")
+    for name, out in (("plus", plus), ("minus", minus)):
+        if out:
+            tensor_list(name, out, OUTPUTS, latents)
+    if plus and minus and plus[0].dtype != minus[0].dtype:
+        raise TypeError(
+            f"minus must have the dtype of plus, {names([plus[0].dtype])},"
+            f" got {names([minus[0].dtype])}"
+        )
+    alpha_list(alphas, latents)
+    mixing_arguments(norm, one_minus_beta, latents)
+    names_of_noise(seed, step, tensor_ids, layouts, latents)
+    return norm.device
+
+
+def estimate_arguments(
+    grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[int],
+) -> torch.device:  # fmt: skip
+    tensor_list("grads", grads, FLOATS)
+    alpha_list(alphas, grads)
+    mixing_arguments(norm, one_minus_beta, grads)
+    names_of_noise(seed, step, tensor_ids, layouts, grads)
+    for name, t in (("losses_plus", losses_plus), ("losses_minus", losses_minus)):
+        if t.dtype != torch.float32 or t.ndim != 1 or not t.is_contiguous():
+            raise TypeError(
+                f"{name} must be a contiguous float32 tensor of shape (n,),"
+                f" got {names([t.dtype])} {shape(t)}"
+            )
+        if t.device != norm.device:
+            raise ValueError(f"{name} must be on {norm.device}, got {t.device}")
+    if not 1 <= losses_plus.shape[0] <= MAX_DIRECTION:
+        raise ValueError(
+            f"losses_plus must have 1..{MAX_DIRECTION} entries, got {losses_plus.shape[0]}"
+        )
+    if losses_minus.shape != losses_plus.shape:
+        raise ValueError(
+            f"losses_minus must have shape {shape(losses_plus)}, got {shape(losses_minus)}"
+        )
+    for t in counters:
+        if t.dtype != torch.int64 or shape(t) != (3,) or not t.is_contiguous():
+            raise TypeError(
+                f"counters must be an int64 tensor of shape (3,), got {names([t.dtype])} {shape(t)}"
+            )
+        if t.device != norm.device:
+            raise ValueError(f"counters must be on {norm.device}, got {t.device}")
+    return norm.device
+
+
+def mixing_arguments(norm: Tensor, one_minus_beta: Tensor, like: Tensors) -> None:
+    scalar_tensor("norm", norm, torch.float32, like[0].device if like else None)
+    on_host = one_minus_beta.device.type == "cpu"
+    scalar_tensor("one_minus_beta", one_minus_beta, torch.float64, None if on_host else norm.device)
+
+
+def quantize_arguments(out: Tensors | None, latents: Tensors, alphas: Tensors) -> torch.device:
+    tensor_list("latents", latents, FLOATS)
+    if out is not None:
+        tensor_list("out", out, OUTPUTS, latents)
+    alpha_list(alphas, latents)
+    return latents[0].device if latents else torch.device("cpu")
+
+
+def straight_through_arguments(grads: Tensors, latents: Tensors, alphas: Tensors) -> torch.device:
+    tensor_list("latents", latents, FLOATS)
+    tensor_list("grads", grads, FLOATS, latents)
+    alpha_list(alphas, latents)
+    return latents[0].device if latents else torch.device("cpu")
+
+
+# ---- what needs data or addresses
+
+
+def values(
+    alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: Tensor | None = None
+) -> None:
+    """Values that can be read without a device sync: those on the CPU."""
+    low, high = DELTA_RANGE[0] / r, DELTA_RANGE[1] / r
+    for i, alpha in enumerate(alphas):
+        if alpha.device.type != "cpu" or alpha.numel() == 0:
+            continue
+        least, most = (x.item() for x in torch.aminmax(alpha)) if alpha.numel() > 1 else (alpha.item(),) * 2  # fmt: skip
+        if not (low <= least and most <= high):  # NaN fails too
+            raise ValueError(
+                f"alphas[{i}] must be finite, > 0 and in {low:g}..{high:g}, got {least:g}..{most:g}"
+            )
+    if step is not None and step.device.type == "cpu":
+        check_range("step", int(step), MAX_STEP)
+    if one_minus_beta is not None and one_minus_beta.device.type == "cpu":
+        unit_interval("one_minus_beta", float(one_minus_beta))
+
+
+def unit_interval(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in 0..1, got {value}")
+
+
+def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], like: Tensors) -> None:
+    """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
+    seen: dict[tuple[int, int], int] = {}
+    for i, (tensor_id, (offset, inner, stride), t) in enumerate(
+        zip(tensor_ids, layouts, like, strict=True)
+    ):
+        check_range(f"tensor_ids[{i}]", tensor_id, MAX_TENSOR_ID)
+        layout((offset, inner, stride), t.numel(), f"layouts[{i}]")
+        other = seen.setdefault((tensor_id, offset), i)
+        if other != i and t.numel() and like[other].numel():
+            raise ValueError(
+                f"tensor_ids[{i}] must differ from tensor_ids[{other}] unless the two are shards at"
+                f" different offsets, got {tensor_id} at offset {offset} for both"
+            )
+
+
+def layout(value: Layout, numel: int, name: str = "layout") -> None:
+    """offset >= 0, inner >= 1, stride >= inner where there is a second row, element < 2^51."""
+    offset, inner, stride = value
+    rows = (numel - 1) // inner if inner >= 1 and numel else 0
+    if offset < 0 or inner < 1 or stride < 1 or (rows and stride < inner):
+        raise ValueError(
+            f"{name} must be (offset >= 0, inner >= 1, stride >= inner), got {tuple(value)}"
+        )
+    last = offset + rows * stride + min(inner, max(numel, 1)) - 1
+    if last >= MAX_ELEMENT:
+        raise ValueError(f"{name} must keep element indices below 2^51, got {last}")
+
+
+def memory(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors]) -> None:
+    """No output may share memory with another output or with an input."""
+    spans = []
+    for written, lists in ((True, outputs), (False, inputs)):
+        for name, tensors in lists.items():
+            for i, t in enumerate(tensors):
+                if t.numel():
+                    begin = t.data_ptr()
+                    end = begin + t.numel() * t.element_size()
+                    spans.append((str(t.device), begin, end, written, f"{name}[{i}]"))
+    spans.sort()
+    furthest: dict[bool, tuple[str, int, str]] = {}  # written -> device, end, what
+    for device, begin, end, written, what in spans:
+        for other_written, (other_device, other_end, other) in furthest.items():
+            if (written or other_written) and device == other_device and begin < other_end:
+                one, two = (what, other) if written else (other, what)
+                raise ValueError(f"{one} must not share memory with {two}")
+        if written not in furthest or (device, end) > furthest[written][:2]:
+            furthest[written] = (device, end, what)

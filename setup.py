@@ -1,0 +1,34 @@
+"""Builds the native module. Everything else stands in pyproject.toml.
+
+DEBUG=1 builds with assertions and without optimization.
+"""
+
+import os
+from glob import glob
+
+import pybind11
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+DEBUG = os.environ.get("DEBUG") == "1"
+TORCH_TARGET = "2.11"  # the oldest torch that the stable-ABI ops run on
+major, minor = map(int, TORCH_TARGET.split("."))
+
+native = CppExtension(
+    "fogzo_kernels._C",
+    sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+    include_dirs=[pybind11.get_include()],
+    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    define_macros=[
+        ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000"),
+        ("FOGZO_TORCH_TARGET", f'"{TORCH_TARGET}"'),
+    ],
+    extra_compile_args=[
+        "-std=c++17",
+        "-ffp-contract=off",  # only std::fma may fuse: the contract pins every rounding
+        "-fvisibility=hidden",
+        *(["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-fno-math-errno"]),
+    ],
+)
+
+setup(ext_modules=[native], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
