@@ -5,6 +5,7 @@ Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Infor
 """
 
 from .backends import available_backends
+from .estimator import Fogzo
 from .functional import (
     dequantize,
     estimate_gradient_,
@@ -17,12 +18,15 @@ from .functional import (
     straight_through_backward_,
 )
 from .grid import Grid
+from .nn import QuantLinear, quantize_model
 from .noise import direction_sign
 from .straight_through import StraightThrough
 
 __version__ = "0.1.0"
 __all__ = [
+    "Fogzo",
     "Grid",
+    "QuantLinear",
     "StraightThrough",
     "available_backends",
     "dequantize",
@@ -34,5 +38,6 @@ __all__ = [
     "perturb_quantize_",
     "quantize",
     "quantize_",
+    "quantize_model",
     "straight_through_backward_",
 ]

@@ -237,6 +237,9 @@ def store_tile(ptr, even, odd, left, TILE: tl.constexpr):
         offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
         tl.store(ptr + offs, low, mask=offs < left)
         tl.store(ptr + offs + 4, high, mask=offs + 4 < left)
+    elif DTYPE.primitive_bitwidth == 8:  # 8 bytes a thread; wider would go through shared memory
+        offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(ptr + offs, convert(x.reshape([TILE // 8, 8]), DTYPE), mask=offs < left)
     else:
         offs = tl.arange(0, TILE)
         tl.store(ptr + offs, convert(x.reshape([TILE]), DTYPE), mask=offs < left)

@@ -312,8 +312,8 @@ def count_bad_alphas(counters, alpha, scales, BLOCK: tl.constexpr):
     for start in tl.range(0, scales, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         x = tl.load(alpha + offs, mask=offs < scales, other=1.0)
-        bad = tl.sum(tl.where((x > 0) & is_finite(x), 0, 1), 0)
-        tl.atomic_add(counters + 2, bad.to(tl.int64), mask=bad > 0)
+        bad = ((x > 0) & is_finite(x)) == 0
+        tl.atomic_add(counters + 2 + offs * 0, bad.to(tl.int64), mask=bad)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "n"])
