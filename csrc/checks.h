@@ -62,8 +62,8 @@ inline void check_names(const std::vector<int64_t> &tensor_ids, const std::vecto
     STD_TORCH_CHECK(offset >= 0 && offset < kLimit && inner >= 1 && stride >= 1 && stride < kLimit, "layouts[",
                     i, "] must be (offset >= 0, inner >= 1, stride >= 1), got (", offset, ", ", inner, ", ",
                     stride, ")");
-    STD_TORCH_CHECK(tensor_ids[i] >= 0 && tensor_ids[i] < (int64_t(1) << 32), "tensor_ids[", i,
-                    "] must be in 0..2^32-1, got ", tensor_ids[i]);
+    STD_TORCH_CHECK(tensor_ids[i] >= 0 && tensor_ids[i] < (int64_t(1) << 32) - 1, "tensor_ids[", i,
+                    "] must be in 0..2^32-2, got ", tensor_ids[i]);
   }
 }
 

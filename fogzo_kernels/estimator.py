@@ -16,7 +16,7 @@ from .grid import Grid
 from .nn import QuantLinear
 from .noise import MAX_DIRECTION, MAX_SEED, check_range
 from .replay import ReplayState, Snapshot
-from .schedule import one_minus_beta_at
+from .schedule import SCHEDULES, one_minus_beta_at
 from .straight_through import StraightThrough
 from .validation import unit_interval
 
@@ -98,13 +98,15 @@ class Fogzo:
     and leave latents, buffers and generators as after a plain step; so does an exception.
 
     Args:
-        total_steps: steps over which beta decays linearly from 1.
+        total_steps: steps over which beta decays from 1.
         one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
         kappa: the same as (1 - beta) * d for d quantized weights; independent of the model's size.
             Give one of the two.
         directions: n, the pairs of probes per step; 1 in practice.
         seed: of the noise, unsigned 64 bits.
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
+        schedule: ``"linear"``, or ``"constant"`` for 1 - beta at its final value throughout (with
+            ``one_minus_beta=1`` that is n-SPSA).
         start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
         process_group, loss_reduction: with ``torch.distributed``, losses are reduced over the group
             by ``"mean"`` or ``"sum"``, as the gradients are.
@@ -121,6 +123,7 @@ class Fogzo:
         directions: int = 1,
         seed: int = 0,
         epsilon_scale: float = 1.0,
+        schedule: str = "linear",
         start: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str = "mean",
@@ -132,12 +135,14 @@ class Fogzo:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be an int >= 1, got {total_steps}")
         check_range("seed", seed, MAX_SEED)
-        check_range("directions", directions, MAX_DIRECTION)
+        check_range("directions", directions, MAX_DIRECTION + 1)
         if directions < 1:
             raise ValueError(f"directions must be >= 1, got {directions}")
         unit_interval("start", start)
         if not (epsilon_scale >= 0 and math.isfinite(epsilon_scale)):
             raise ValueError(f"epsilon_scale must be finite and >= 0, got {epsilon_scale}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         self._settings = {
@@ -146,6 +151,7 @@ class Fogzo:
             "directions": directions,
             "seed": seed,
             "epsilon_scale": float(epsilon_scale),
+            "schedule": schedule,
             "start": float(start),
         }
         self.directions, self.seed, self.epsilon_scale = directions, seed, epsilon_scale
@@ -166,7 +172,9 @@ class Fogzo:
     def one_minus_beta(self) -> float | None:
         """1 - beta of the coming step; None while training is plain STE."""
         s = self._settings
-        return one_minus_beta_at(self.steps, s["total_steps"], s["one_minus_beta"], s["start"])
+        return one_minus_beta_at(
+            self.steps, s["total_steps"], s["one_minus_beta"], s["start"], s["schedule"]
+        )
 
     # ---- a step
 

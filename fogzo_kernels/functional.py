@@ -22,10 +22,8 @@ from . import ops, validation
 from .grid import Grid
 from .noise import (
     DISTRIBUTIONS,
-    MAX_DIRECTION,
     MAX_SEED,
     MAX_STEP,
-    MAX_TENSOR_ID,
     Layout,
     check_range,
     signed64,
@@ -62,8 +60,6 @@ def noise(
         raise ValueError(
             f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}"
         )
-    check_range("direction", direction, MAX_DIRECTION)
-    check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
     where = _layouts([layout] if layout is not None else None, [numel], "layout")
     return ops.noise(
         numel, distribution, _seed(seed), _step(step), direction, tensor_id, where,
@@ -130,7 +126,6 @@ def perturb_quantize_(
     """
     straight_through.check_grid(grid)
     latents = _list("latents", latents)
-    check_range("direction", direction, MAX_DIRECTION)
     ids, where = _names(tensor_ids, layouts, latents)
     ops.perturb_quantize_(
         [] if plus is None else _list("plus", plus),
@@ -226,6 +221,7 @@ def dequantize(codes: Tensor, alpha: Tensor, *, grid: Grid, dtype: torch.dtype) 
             f"dtype must be {validation.names(validation.FLOATS)}, got {validation.names([dtype])}"
         )
     validation.alpha_list([alpha], [codes])
+    validation.values([alpha], grid.r)
     length = codes.numel() // max(alpha.numel(), 1)
     delta = (alpha.flatten() * grid.r).unsqueeze(1)
     values = delta * (codes.reshape(alpha.numel(), length).float() + grid.offset)

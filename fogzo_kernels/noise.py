@@ -24,8 +24,6 @@ DISTRIBUTIONS: dict[str, float] = {
     "logistic": math.sqrt(3.0) / math.pi,
     "gaussian": 1.0,
 }
-#: Distributions whose m is an integer, equal bit for bit on every backend.
-EXACT_DISTRIBUTIONS = ("uniform", "rademacher", "triangular")
 
 MAX_SEED = 2**64  # every limit is exclusive
 MAX_STEP = 2**32

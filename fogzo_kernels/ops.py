@@ -16,7 +16,7 @@ from torch import Tensor
 from . import validation
 from .backends import select
 from .grid import Grid
-from .noise import Layout
+from .noise import MAX_DIRECTION, MAX_TENSOR_ID, Layout, check_range
 from .straight_through import StraightThrough
 
 GRID = "int qmin, int qmax, float offset, int r"
@@ -41,7 +41,10 @@ def noise(
     numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
     layout: Sequence[int], device: torch.device, backend: str | None,
 ) -> Tensor:  # fmt: skip
+    validation.seed_and_step(seed, step, device)
     validation.values([], 1, step)
+    check_range("direction", direction, MAX_DIRECTION)
+    check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
     where = triples(layout)[0]
     validation.layout(where, numel)
     return select(backend, device).noise(
@@ -98,6 +101,7 @@ def perturb_quantize_(
         plus, minus, latents, grads, alphas, norm, seed, step, one_minus_beta, tensor_ids, layouts
     )
     where = triples(layouts)
+    check_range("direction", direction, MAX_DIRECTION)
     validation.values(alphas, r, step, one_minus_beta)
     validation.shards(tensor_ids, where, latents)
     validation.memory(
@@ -246,6 +250,7 @@ def straight_through_backward(
 ) -> Tensor:  # fmt: skip
     grad = grad.contiguous()
     device = validation.straight_through_arguments([grad], [latent], [alpha])
+    validation.values([alpha], r)
     out = torch.empty_like(latent)
     select(backend, device).straight_through_backward_(
         [out], [grad], [latent], [alpha], Grid(qmin, qmax, offset, r), StraightThrough(kind, clip)

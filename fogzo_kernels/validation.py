@@ -95,13 +95,16 @@ def names_of_noise(
     seed: Tensor, step: Tensor, tensor_ids: Sequence[int], layouts: Sequence[int], like: Tensors
 ) -> None:
     """Seed and step, and one tensor id and layout (three numbers) per tensor."""
-    device = like[0].device if like else None
-    for name, t in (("seed", seed), ("step", step)):
-        scalar_tensor(name, t, torch.int64, None if t.device.type == "cpu" else device)
+    seed_and_step(seed, step, like[0].device if like else None)
     if len(tensor_ids) != len(like):
         raise ValueError(f"tensor_ids must have {len(like)} entries, got {len(tensor_ids)}")
     if len(layouts) != 3 * len(like):
         raise ValueError(f"layouts must have {len(like)} entries, got {len(layouts) / 3:g}")
+
+
+def seed_and_step(seed: Tensor, step: Tensor, device: torch.device | None) -> None:
+    for name, t in (("seed", seed), ("step", step)):
+        scalar_tensor(name, t, torch.int64, None if t.device.type == "cpu" else device)
 
 
 def guide_arguments(grads: Tensors, alphas: Tensors) -> torch.device:
@@ -224,8 +227,8 @@ def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], like: Tensors) 
     ):
         check_range(f"tensor_ids[{i}]", tensor_id, MAX_TENSOR_ID)
         layout((offset, inner, stride), t.numel(), f"layouts[{i}]")
-        other = seen.setdefault((tensor_id, offset), i)
-        if other != i and t.numel() and like[other].numel():
+        other = seen.setdefault((tensor_id, offset), i) if t.numel() else i
+        if other != i:
             raise ValueError(
                 f"tensor_ids[{i}] must differ from tensor_ids[{other}] unless the two are shards at"
                 f" different offsets, got {tensor_id} at offset {offset} for both"

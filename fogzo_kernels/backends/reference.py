@@ -189,7 +189,7 @@ def estimate_gradient_(
     B = (c * torch.sqrt(omb) * DISTRIBUTIONS[distribution]).float()
     keep = ~finite.any() | ~torch.isfinite(norm)
     if counters:
-        bad_alphas = [(~(torch.isfinite(x) & (x > 0))).sum() for x in alphas]
+        bad_alphas = [(~(torch.isfinite(x) & (x > 0))).sum() for x, g in zip(alphas, grads, strict=True) if g.numel()]
         zero = torch.zeros((), dtype=torch.int64, device=device)
         counters[0].add_(torch.stack([(~finite).sum(), (~torch.isfinite(norm)).long(), sum(bad_alphas, zero)]))  # fmt: skip
     for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):

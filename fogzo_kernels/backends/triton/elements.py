@@ -278,7 +278,7 @@ def derivative_of(theta, inv, offset, qmin, qmax, r, KIND: tl.constexpr):
         z = fma(theta, inv, -offset)
         return ((z > qmin) & (z < qmax)).to(tl.float32)
     elif KIND == "identity":
-        return x * 0 + 1.0
+        return tl.zeros_like(theta) + 1.0
     elif KIND == "hardtanh":
         return (x < 1.0).to(tl.float32)
     elif KIND == "tanh":  # 1 - tanh(x)^2 = 4 e / (1 + e)^2, e = exp(-2 x)

@@ -1,0 +1,49 @@
+"""``python -m fogzo_kernels.info``: versions, device, backends and how the native module was built."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__
+from .backends import VARIABLE, available_backends
+
+
+def lines() -> list[str]:
+    """What the command prints, a line each."""
+    out = [f"fogzo_kernels {__version__}"]
+    out += [f"python        {platform.python_version()} on {platform.machine()}"]
+    out += [f"torch         {torch.__version__}", f"triton        {_version('triton')}"]
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        out += [f"device        {torch.cuda.get_device_name()}, sm_{major}{minor}"]
+    else:
+        out += [f"device        cpu, {torch.get_num_threads()} threads"]
+    out += [f"{VARIABLE} {os.environ.get(VARIABLE) or 'not set'}", "", "backends"]
+    for name, reason in available_backends().items():
+        out.append(f"  {name:10s} {'available' if reason is None else 'unavailable: ' + reason}")
+    return [*out, "", "native module", *(f"  {line}" for line in _native())]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _native() -> list[str]:
+    try:
+        from . import _C
+    except ImportError as error:
+        return [f"cannot be imported: {error}"]
+    found = [f"{name}: {value}" for name, value in _C.build_info().items()]
+    sets = ", ".join(_C.instruction_sets()) or "none that the kernels could use"
+    return [*found, f"instruction sets of this machine: {sets}"]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))

@@ -1,0 +1,55 @@
+"""Fixtures: every backend through one suite; tests that need a missing device say so and skip."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its interpreter runs the kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("FOGZO_BACKEND", None)
+
+from hypothesis import settings
+
+import fogzo_kernels as fk
+
+settings.register_profile("default", max_examples=30, deadline=None)
+settings.load_profile("default")
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend is tested: Triton on the GPU where there is one."""
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The name of a backend that runs here."""
+    reason = fk.available_backends(device_of(request.param))[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    return device_of(backend)
+
+
+@pytest.fixture
+def generator():
+    """Fresh random data in every run; a failure prints the seed, which FOGZO_TEST_SEED repeats."""
+    seed = int(os.environ.get("FOGZO_TEST_SEED", torch.seed() % 2**32))
+    print(f"FOGZO_TEST_SEED={seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _global_state_stays():
+    """No test leaves PyTorch's default generator or thread count changed for the next."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    yield
+    torch.set_rng_state(state)
+    torch.set_num_threads(threads)

@@ -1,0 +1,252 @@
+"""Who may import whom, and other rules that keep the project small; an import walk holds them."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fogzo_kernels as fk
+from fogzo_kernels import backends
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fogzo_kernels"
+CONSTANTS = {"noise", "grid", "straight_through"}
+# Bottom first: what each module may import of the package. A new module is given its place here.
+MAY_IMPORT = {
+    "noise": set(),
+    "grid": set(),
+    "straight_through": {"noise", "grid"},
+    "schedule": set(),
+    "replay": set(),
+    "validation": CONSTANTS,
+    "backends": CONSTANTS,
+    "ops": CONSTANTS | {"validation", "backends"},
+    "functional": CONSTANTS | {"validation", "ops"},
+    "nn": CONSTANTS | {"validation", "functional"},
+    "estimator": CONSTANTS | {"validation", "functional", "nn", "schedule", "replay"},
+    "__init__": CONSTANTS | {"backends", "functional", "nn", "estimator"},
+}
+# The language or compiled module of each backend, beside torch and the standard library.
+OWN = {"reference": set(), "cpu": {"fogzo_kernels._C"}, "triton": {"triton"}}
+
+
+# ---- the walk
+
+
+def imports(source, module, is_package=False):
+    """Absolute names that a module imports, anywhere in it; ``from x import y`` gives x.y."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            up = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*up, *filter(None, [node.module])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("import_module", "__import__"):
+                found.add(str(node.args[0].value))
+    return found
+
+
+def imports_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    module = ".".join(parts[:-1] if is_package else parts)
+    return imports(path.read_text(), module, is_package)
+
+
+def modules_of(names):
+    """The package's modules among those names, or that hold them; without its prefix."""
+    return {module_of(n.split(".")[1:]) for n in names if n.split(".")[0] == "fogzo_kernels"}
+
+
+def module_of(parts):
+    name = ".".join(parts)
+    if not parts:
+        return "__init__"
+    return name if name == "_C" or file_of(name).exists() else module_of(parts[:-1])
+
+
+def file_of(name):
+    path = PACKAGE / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def files_of_backend(name):
+    path = PACKAGE / "backends" / name
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import triton.language as tl", "triton.language"),
+        ("from torch import Tensor", "torch.Tensor"),
+        ("from . import reference", "fogzo_kernels.backends.reference"),
+        ("from .reference import fma", "fogzo_kernels.backends.reference.fma"),
+        ("from .. import _C", "fogzo_kernels._C"),
+        ("from ..nn import QuantLinear", "fogzo_kernels.nn.QuantLinear"),
+        ("def f():\n    from .. import nn", "fogzo_kernels.nn"),
+        ("if True:\n    import fogzo_kernels.nn", "fogzo_kernels.nn"),
+        ("importlib.import_module('triton')", "triton"),
+        ("__import__('triton')", "triton"),
+    ],
+)
+def test_the_walk_sees_every_form(source, expected):
+    assert expected in imports(source, "fogzo_kernels.backends.cpu")
+    assert expected in imports(source, "fogzo_kernels.backends", is_package=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("fogzo_kernels", "__init__"),
+        ("fogzo_kernels.Fogzo", "__init__"),
+        ("fogzo_kernels.nn.QuantLinear", "nn"),
+        ("fogzo_kernels.backends.select", "backends"),
+        ("fogzo_kernels.backends.cpu.flat", "backends.cpu"),
+        ("fogzo_kernels._C", "_C"),
+    ],
+)
+def test_the_walk_finds_the_module_of_a_name(name, module):
+    assert modules_of({name, "torch.nn"}) == {module}
+
+
+# ---- who may import whom
+
+
+def test_nothing_imports_upward():
+    below = set()
+    for name, allowed in MAY_IMPORT.items():
+        assert allowed <= below, name
+        below.add(name)
+
+
+def test_every_module_has_its_place():
+    found = {p.stem for p in PACKAGE.glob("*.py")}
+    found |= {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert found == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_module_imports_only_what_it_may(name):
+    assert modules_of(imports_of(file_of(name))) <= MAY_IMPORT[name]
+
+
+def test_ops_name_no_backend():
+    strings = {
+        node.value
+        for node in ast.walk(ast.parse(file_of("ops").read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert not strings & set(backends.NAMES)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_backend_imports_torch_its_language_and_the_constants(name):
+    known = {"torch", *sys.stdlib_module_names}
+    for path in files_of_backend(name):
+        found = imports_of(path)
+        inside = modules_of(found)
+        own = {m for m in inside if f"{m}.".startswith(f"backends.{name}.")}
+        compiled = {m.removeprefix("fogzo_kernels.") for m in OWN[name]}
+        assert inside - own <= CONSTANTS | compiled, path
+        outside = {m.split(".")[0] for m in found} - {"fogzo_kernels"}
+        assert outside <= known | OWN[name], path
+
+
+def test_every_backend_is_known():
+    folder = PACKAGE / "backends"
+    files = {p.stem for p in folder.glob("*.py")} - {"__init__"}
+    packages = {p.parent.name for p in folder.glob("*/__init__.py")}
+    assert files | packages == set(backends.NAMES) == set(OWN)
+
+
+def test_nobody_imports_the_reference():
+    """It is the specification: code that leans on it would agree with it by construction."""
+    for path in PACKAGE.rglob("*.py"):
+        assert "backends.reference" not in modules_of(imports_of(path)), path
+
+
+# ---- what an import loads
+
+
+def loaded(statement):
+    """Modules that a fresh interpreter has loaded after a statement."""
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k != "FOGZO_BACKEND"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.split())
+
+
+def test_import_loads_no_backend_and_use_loads_one():
+    found = loaded("import fogzo_kernels")
+    assert "fogzo_kernels.ops" in found
+    assert "fogzo_kernels._C" not in found
+    assert not [m for m in found if m.startswith("fogzo_kernels.backends.")]
+    if "triton" not in loaded("import torch"):  # a release of PyTorch may import it itself
+        assert "triton" not in found
+    used = loaded("import fogzo_kernels as fk; fk.noise(1, 'uniform', seed=1, backend='cpu')")
+    assert "fogzo_kernels._C" in used
+    assert "fogzo_kernels.backends.triton" not in used
+    assert "fogzo_kernels.backends.reference" not in used
+
+
+# ---- C++
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
+
+
+def test_headers_of_the_contract_include_no_torch():
+    """Only C++'s own headers, which have no suffix: any compiler and device can use them."""
+    assert not [h for h in includes(ROOT / "csrc/philox.h") if "." in h or "/" in h]
+    assert includes(ROOT / "csrc/philox.h") == ["cstdint"]
+    element = includes(ROOT / "csrc/element.h")
+    assert "philox.h" in element
+    assert not [h for h in element if h != "philox.h" and ("." in h or "/" in h)]
+
+
+def test_devices_do_not_include_each_other():
+    for path in sorted((ROOT / "csrc").glob("c*/*")):
+        other = {"cpu": "cuda", "cuda": "cpu"}[path.parent.name]
+        assert not [h for h in includes(path) if f"{other}/" in h], path
+
+
+# ---- size and words
+
+
+def test_no_file_is_longer_than_500_lines():
+    folders = (PACKAGE, ROOT / "csrc", ROOT / "python_tests", ROOT / "bench")
+    paths = [p for folder in folders for p in folder.rglob("*.*")] + list(ROOT.glob("*.py"))
+    sources = [p for p in paths if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
+    assert {".py", ".cpp", ".h"} <= {p.suffix for p in sources}
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources}
+    assert not {path: n for path, n in lengths.items() if n > 500}
+
+
+@pytest.mark.parametrize("name", fk.__all__)
+def test_public_name_has_a_docstring(name):
+    thing = getattr(fk, name)
+    own = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    assert own
+    assert not own.startswith(f"{name}(")  # what a dataclass without one makes up
+
+
+def test_all_names_what_is_public():
+    imported = imports_of(file_of("__init__"))
+    names = {name.rsplit(".", 1)[1] for name in imported if name.count(".") == 2}
+    assert names == set(fk.__all__)
+    assert sorted(fk.__all__) == fk.__all__

@@ -1,0 +1,356 @@
+"""The front end: what a step leaves behind, on a model with dropout and BatchNorm."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fogzo_kernels as fk
+
+GRID, STE = fk.Grid.uniform(2), fk.StraightThrough("identity", clip=False)
+
+
+class Net(nn.Module):
+    """Dropout, BatchNorm, a tied weight and parameters that are not quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.second.weight
+        self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = self.drop(F.relu(self.norm(self.first(x))))
+        x = x + self.drop(F.relu(self.second(x)))
+        return self.out(x + self.tied(x))
+
+
+def make(dtype=torch.float32, seed=0, backend=None, **kwargs):
+    torch.manual_seed(seed)
+    model = Net()
+    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["out"], backend=backend)
+    model.to(dtype)
+    options = {"total_steps": 100, "one_minus_beta": 1e-2, "backend": backend, **kwargs}
+    return model, fk.Fogzo(model, **options)
+
+
+def batch(dtype=torch.float32, rows=12, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 9, generator=generator).to(dtype)
+    return x, torch.randint(3, (rows,), generator=generator)
+
+
+def loss_of(model, x, y):
+    return F.cross_entropy(model(x).float(), y)
+
+
+def state_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+
+
+def same_state(a, b):
+    same = all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    return same and a[0].keys() == b[0].keys() and torch.equal(a[1], b[1])
+
+
+def run_step(model, fogzo, micro_batches):
+    """All losses of a step."""
+    losses = []
+    for probe in fogzo.probes():
+        with probe:
+            for x, y in micro_batches:
+                probe.backward(loss_of(model, x, y) / len(micro_batches))
+        losses.append(probe.loss)
+    fogzo.estimate_()
+    return torch.stack(losses)
+
+
+# ---- what probes see and leave
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_zero_eps_gives_equal_losses_and_a_plain_step(backend, micro, directions):
+    """Same masks, same statistics, same weights: 1 + 2n equal losses, and a plain step's state."""
+    x, y = batch()
+    micro_batches = list(zip(x.chunk(micro), y.chunk(micro), strict=True))
+    model, fogzo = make(epsilon_scale=0.0, directions=directions, schedule="constant", backend=backend)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(7)
+    losses = run_step(model, fogzo, micro_batches)
+    ended = state_of(model)
+    torch.manual_seed(7)
+    for a, b in micro_batches:
+        (loss_of(plain, a, b) / micro).backward()
+    assert losses.shape == (1 + 2 * directions,)
+    assert torch.equal(losses, losses[:1].expand_as(losses))
+    assert same_state(ended, state_of(plain))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # every direction is lost: 0 / 0
+
+
+def test_probes_differ_with_eps(backend):
+    """The test above could pass with probes that are ignored; this one could not."""
+    model, fogzo = make(schedule="constant", backend=backend)
+    losses = run_step(model, fogzo, [batch()])
+    assert len(losses.unique()) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_zero_learning_rate_moves_nothing(dtype):
+    """100 steps at lr = 0: every latent and buffer bit for bit (in-place +eps, -2 eps, +eps drifts)."""
+    model, fogzo = make(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model.eval()  # so that BatchNorm's own running statistics stay
+    before = state_of(model)
+    for step in range(100):
+        optimizer.zero_grad()
+        run_step(model, fogzo, [batch(dtype, seed=step)])
+        optimizer.step()
+    assert same_state(before, state_of(model))
+    assert fogzo.steps == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("failing", [1, 2])
+def test_exception_in_a_probe_leaves_everything(dtype, failing):
+    model, fogzo = make(dtype, schedule="constant")
+    x, y = batch(dtype)
+    flags = [m.training for m in model.modules()]
+    after_gradient = None
+    with pytest.raises(ZeroDivisionError):
+        for i, probe in enumerate(fogzo.probes()):
+            with probe:
+                probe.backward(loss_of(model, x, y))
+                if i == failing:
+                    raise ZeroDivisionError
+            if i == 0:
+                after_gradient = state_of(model)
+                grads = [p.grad.clone() for p in model.parameters()]
+    assert same_state(after_gradient, state_of(model))
+    assert [m.training for m in model.modules()] == flags
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert torch.is_grad_enabled()
+    assert all(m.probe is None for m in model.modules() if isinstance(m, fk.QuantLinear))
+    with pytest.raises(RuntimeError, match="after every pass"):
+        fogzo.estimate_()
+    model.zero_grad()
+    assert run_step(model, fogzo, [(x, y)]).isfinite().all()  # and training goes on
+
+
+def test_exception_in_the_gradient_pass_rewinds():
+    model, fogzo = make()
+    x, y = batch()
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError):
+        for probe in fogzo.probes():
+            with probe:
+                loss_of(model, x, y)
+                raise ZeroDivisionError
+    assert same_state(before, state_of(model))
+
+
+def test_reassigned_buffers_are_restored():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(9, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return self.linear(x)
+
+    model = Counting()
+    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE)
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, directions=3)
+    run_step(model, fogzo, [batch()])
+    assert model.calls == 1
+
+
+def test_training_flags_of_frozen_parts_stay():
+    model, fogzo = make()
+    model.norm.eval()
+    seen = []
+    model.norm.register_forward_hook(lambda m, *_: seen.append((m.training, model.drop.training)))
+    run_step(model, fogzo, [batch()])
+    assert seen == [(False, True)] * 3
+
+
+# ---- the estimate
+
+
+def test_step_is_the_functional_ops(backend):
+    """Fogzo's probe losses and gradients, rebuilt by hand from the public ops."""
+    model, fogzo = make(directions=2, schedule="constant", seed=3, backend=backend)
+    model.drop.p = 0.0
+    x, y = batch()
+    twin = copy.deepcopy(model)
+    loss_of(twin, x, y).backward()
+    weights = [twin.first.weight, twin.second.weight]
+    alphas = [twin.first.alpha, twin.second.alpha]
+    grads = [w.grad for w in weights]
+    norm = fk.guide_norm(grads, alphas, grid=GRID, backend=backend)
+    options = {
+        "grid": GRID, "straight_through": STE, "one_minus_beta": 1e-2, "seed": 0, "step": 0,
+        "backend": backend,
+    }  # fmt: skip
+    losses = torch.zeros(2, 2)
+    for i in range(2):
+        out = [[torch.empty_like(w) for w in weights] for _ in "+-"]
+        fk.perturb_quantize_(*out, weights, grads, alphas, norm, direction=i, **options)
+        for side, (first, second) in enumerate(out):
+            twin.first.probe, twin.second.probe, twin.tied.probe = first, second, second
+            with torch.no_grad():
+                losses[side, i] = loss_of(twin, x, y)
+    fk.estimate_gradient_(grads, losses[0].contiguous(), losses[1].contiguous(), alphas, norm, **options)
+    found = run_step(model, fogzo, [(x, y)])
+    assert torch.equal(found[1:], losses.t().flatten())
+    assert torch.equal(model.first.weight.grad, grads[0])
+    assert torch.equal(model.second.weight.grad, grads[1])
+    assert torch.equal(model.out.weight.grad, twin.out.weight.grad)
+
+
+def test_plain_steps_before_start():
+    model, fogzo = make(start=0.5, total_steps=4)
+    passes = []
+    for _ in range(4):
+        model.zero_grad()
+        passes.append(len(run_step(model, fogzo, [batch()])))
+    assert passes == [1, 1, 3, 3]
+
+
+def test_step_takes_a_closure():
+    (a, fogzo_a), (b, fogzo_b) = make(), make()
+    x, y = batch()
+    torch.manual_seed(5)
+    loss = fogzo_a.step(lambda: loss_of(a, x, y))
+    torch.manual_seed(5)
+    losses = run_step(b, fogzo_b, [(x, y)])
+    assert torch.equal(loss, losses[0])
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_weights_without_gradient_take_no_part():
+    model, fogzo = make()
+    model.spare = nn.Linear(4, 4)
+    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["out"])
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
+    run_step(model, fogzo, [batch()])
+    assert model.spare.weight.grad is None
+    assert model.spare.probe is None
+    assert model.first.weight.grad is not None
+
+
+def test_lost_losses_keep_the_straight_through_gradient():
+    model, fogzo = make()
+    x, y = batch()
+    for i, probe in enumerate(fogzo.probes()):
+        with probe:
+            probe.backward(loss_of(model, x, y) * (1.0 if i == 0 else float("nan")))
+        if i == 0:
+            grads = [p.grad.clone() for p in model.parameters()]
+    fogzo.estimate_()
+    assert fogzo.diagnostics() == {"lost_directions": 1, "lost_norms": 0, "bad_alphas": 0}
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+
+
+def test_kappa_is_one_minus_beta_times_weights():
+    model, _ = make()
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.36, schedule="constant")
+    assert fogzo.total_weights == 9 * 8 + 8 * 8
+    assert fogzo.one_minus_beta == pytest.approx(0.01)
+
+
+def test_several_grids_share_a_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["2"])
+    fk.quantize_model(model, grid=fk.Grid.uniform(4), alpha=0.1, straight_through=STE)
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, schedule="constant")
+    assert len(run_step(model, fogzo, [batch()]).unique()) == 3
+    assert fogzo.diagnostics() == {"lost_directions": 0, "lost_norms": 0, "bad_alphas": 0}
+    fk.quantize_model(model.append(nn.Linear(3, 3)), grid=fk.Grid.sign(), alpha=0.1, straight_through=fk.StraightThrough("tanh"))  # fmt: skip
+    with pytest.raises(ValueError, match="one eps"):
+        fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
+
+
+# ---- misuse
+
+
+def test_stale_gradients_are_refused():
+    model, fogzo = make()
+    run_step(model, fogzo, [batch()])
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        run_step(model, fogzo, [batch()])
+    model.zero_grad(set_to_none=False)
+    run_step(model, fogzo, [batch()])
+
+
+def test_misuse_of_passes():
+    model, fogzo = make()
+    x, y = batch()
+    with pytest.raises(RuntimeError, match="with probe"):
+        for probe in fogzo.probes():
+            probe.backward(loss_of(model, x, y))
+    with pytest.raises(RuntimeError, match="inside `with"):
+        for _ in fogzo.probes():
+            pass
+    with pytest.raises(RuntimeError, match="must call probe.backward"):
+        for probe in fogzo.probes():
+            with probe:
+                if probe.sign == 0:
+                    probe.backward(loss_of(model, x, y))
+        fogzo.estimate_()
+    model.zero_grad()
+    with pytest.raises(ValueError, match="one element"):
+        fogzo.step(lambda: model(x))
+    with pytest.raises(RuntimeError, match="must leave a gradient"):
+        fogzo.step(lambda: model.out(torch.ones(1, 8)).sum())
+
+
+# ---- resuming
+
+
+def test_resuming_gives_the_same_bits(tmp_path):
+    def setup():
+        model, fogzo = make(total_steps=8, directions=2)
+        return model, fogzo, torch.optim.Adam(model.parameters(), lr=0.05)
+
+    def go(model, fogzo, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            fogzo.step(lambda step=step: loss_of(model, *batch(seed=step)))
+            optimizer.step()
+
+    run = setup()
+    torch.manual_seed(9)
+    go(*run, range(8))
+    straight = state_of(run[0])
+
+    run = setup()
+    torch.manual_seed(9)
+    go(*run, range(3))
+    saved = [part.state_dict() for part in run] + [torch.get_rng_state()]
+    torch.save(saved, tmp_path / "run.pt")
+    run = setup()
+    torch.manual_seed(123)
+    *states, rng = torch.load(tmp_path / "run.pt")
+    for part, state in zip(run, states, strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(rng)
+    go(*run, range(3, 8))
+    assert same_state(straight, state_of(run[0]))
+
+
+def test_resuming_with_other_settings_is_refused():
+    _, fogzo = make(seed=1)
+    _, other = make(seed=1, directions=2)
+    with pytest.raises(ValueError, match="directions"):
+        other.load_state_dict(fogzo.state_dict())
+    with pytest.raises(ValueError, match="keys"):
+        other.load_state_dict({})

@@ -1,0 +1,499 @@
+"""Bad input to every public op: an error that names the argument, and nothing is written."""
+
+import math
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fogzo_kernels as fk
+
+SHAPES = ((3,), (4, 8))
+GUIDE = ("guide_sumsq", "guide_norm")
+MIX = ("perturb_quantize_", "estimate_gradient_")
+PERTURB, ESTIMATE = MIX[:1], MIX[1:]
+BACKWARD = ("straight_through_backward_",)
+LISTS = (*GUIDE, *MIX, "quantize_", *BACKWARD)
+NAMED = (*MIX, "noise", "direction_sign")
+DIRECTED = ("perturb_quantize_", "noise", "direction_sign")
+SMOOTHED = (*MIX, "quantize", *BACKWARD)
+MIXING = "norm grid straight_through one_minus_beta seed step tensor_ids layouts epsilon_scale"
+OPS = {
+    "noise": "numel distribution seed step direction tensor_id layout device",
+    "direction_sign": "seed step direction",
+    "guide_sumsq": "grads alphas grid",
+    "guide_norm": "grads alphas grid",
+    "perturb_quantize_": f"plus minus latents grads alphas direction {MIXING}",
+    "estimate_gradient_": f"grads losses_plus losses_minus alphas counters {MIXING}",
+    "quantize": "latent alpha grid straight_through",
+    "quantize_": "out latents alphas grid",
+    "dequantize": "codes alpha grid dtype",
+    "straight_through_backward_": "grads latents alphas grid straight_through",
+}
+ON_BACKENDS = tuple(op for op in OPS if op not in ("direction_sign", "dequantize"))
+NAN, INF = math.nan, math.inf
+FLOATS = "float32 or bfloat16 or float16"
+
+f64, i64 = (partial(torch.tensor, dtype=d) for d in (torch.float64, torch.int64))
+
+
+def arguments(op, device):
+    """A valid call; what it would write is poisoned with NaN."""
+    generator = torch.Generator().manual_seed(3)
+    latents, grads = (
+        [torch.randn(s, generator=generator).to(device) for s in SHAPES] for _ in "ab"
+    )
+    plus, minus, out = ([torch.full(s, NAN, device=device) for s in SHAPES] for _ in "abc")
+    losses_plus, losses_minus = (torch.tensor(x, device=device) for x in ([2.0, 1.0], [0.5, 3.0]))
+    known = {
+        "plus": plus, "minus": minus, "out": out, "latents": latents, "grads": grads,
+        "alphas": [torch.tensor(0.5, device=device), torch.full((4, 1), 0.25, device=device)],
+        "norm": torch.tensor(2.0, device=device), "losses_plus": losses_plus,
+        "losses_minus": losses_minus, "counters": torch.zeros(3, dtype=torch.int64, device=device),
+        "latent": latents[1], "alpha": torch.tensor(0.5, device=device),
+        "codes": torch.ones(SHAPES[1], dtype=torch.int8, device=device), "dtype": torch.float32,
+        "grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough(), "seed": 1, "step": 2,
+        "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
+        "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
+        "layout": (0, 4, 4), "device": device,
+    }  # fmt: skip
+    return {name: known[name] for name in OPS[op].split()}
+
+
+def tensors(args):
+    """Every tensor of a call that holds data."""
+    values = [x for v in args.values() for x in (v if isinstance(v, list) else [v])]
+    return [x for x in values if isinstance(x, Tensor) and not x.is_meta]
+
+
+def raises_and_writes_nothing(op, args, exception, message):
+    before = [t.clone() for t in tensors(args)]
+    with pytest.raises(exception, match=message):
+        getattr(fk, op)(**args)
+    for t, old in zip(tensors(args), before, strict=True):
+        torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- how a valid call is spoiled
+
+
+def put(**values):
+    return lambda args: values
+
+
+def item(name, i, change):
+    return lambda args: {name: [change(t) if j == i else t for j, t in enumerate(args[name])]}
+
+
+def one(name, change):
+    return lambda args: {name: change(args[name])}
+
+
+def shorter(name):
+    return lambda args: {name: args[name][:-1]}
+
+
+def transposed_memory(t):
+    return t.t().contiguous().t()
+
+
+def of_list(name, ops, expects=FLOATS, like=True):
+    """What is wrong with a list of tensors, whatever it holds."""
+    rows = [
+        (ops, item(name, 0, Tensor.double), TypeError, f"{name}[0] must be {expects}, got float64"),
+        (ops, item(name, 1, Tensor.half), TypeError,
+         f"{name}[1] must have the dtype of {name}[0], float32, got float16"),
+        (ops, item(name, 1, transposed_memory), ValueError,
+         f"{name}[1] must be contiguous, got strides (1, 4)"),
+        (ops, item(name, 1, Tensor.tolist), TypeError, f"{name}[1] must be a tensor, got list"),
+        (ops, item(name, 1, lambda t: t.to("meta")), ValueError, f"{name}[1] must be on "),
+        (ops, put(**{name: 3.5}), TypeError, f"{name} must be"),
+    ]  # fmt: skip
+    if like:
+        rows += [
+            (ops, shorter(name), ValueError, f"{name} must have 2 tensors, got 1"),
+            (ops, item(name, 1, lambda t: t.t().contiguous()), ValueError,
+             f"{name}[1] must have shape (4, 8), got (8, 4)"),
+            (ops, item(name, 0, lambda t: t[:2]), ValueError,
+             f"{name}[0] must have shape (3,), got (2,)"),
+        ]  # fmt: skip
+    return rows
+
+
+def of_int(name, ops, limit):
+    """What is wrong with a number of the noise's name."""
+    wanted = f"{name} must be in 0..{limit - 1}, got "
+    return [
+        (ops, put(**{name: -1}), ValueError, wanted + "-1"),
+        (ops, put(**{name: limit}), ValueError, wanted + str(limit)),
+        (ops, put(**{name: 1.5}), TypeError, f"{name} must be an int, got float"),
+        (ops, put(**{name: "1"}), TypeError, f"{name} must be an int, got str"),
+        (ops, put(**{name: True}), TypeError, f"{name} must be an int, got bool"),
+        (ops, put(**{name: None}), TypeError, f"{name} must be an int, got NoneType"),
+    ]
+
+
+def of_int_tensor(name):
+    ops, wanted = (*MIX, "noise"), f"{name} must be a 0-dim int64 tensor, got "
+    return [
+        (ops, put(**{name: torch.tensor(1.0)}), TypeError, wanted + "float32 ()"),
+        (ops, put(**{name: i64([1, 2])}), TypeError, wanted + "int64 (2,)"),
+        (("direction_sign",), put(**{name: i64(1)}), TypeError, f"{name} must be an int, got T"),
+    ]
+
+
+def of_layouts(layout, wanted):
+    """The same bad layout of tensor 1 of the lists, and of noise."""
+    return [
+        (MIX, put(layouts=[(0, 3, 3), layout]), ValueError, f"layouts[1] must {wanted}"),
+        (("noise",), put(layout=layout, numel=32), ValueError, f"layout must {wanted}"),
+    ]
+
+
+def joined(a, b):
+    """Two arguments whose second tensors lie in one piece of memory, overlapping by one row."""
+
+    def change(args):
+        memory = torch.ones(7, 8)
+        if a == b:  # within one list: the second tensor begins where the first still goes on
+            return {a: [memory.flatten()[:3], memory.flatten()[2:34].view(4, 8)]}
+        return {a: [args[a][0], memory[:4]], b: [args[b][0], memory[3:]]}
+
+    return change
+
+
+def view_of_grads(name, shape):
+    """Argument ``name`` becomes a view of grads[1], which holds ones."""
+
+    def change(args):
+        grads = [args["grads"][0], torch.ones_like(args["grads"][1])]
+        view = grads[1].flatten()[: math.prod(shape)].view(shape)
+        listed = isinstance(args[name], list)
+        return {"grads": grads, name: [args[name][0], view] if listed else view}
+
+    return change
+
+
+SHAPE_OF_ALPHA = "or one per group of the last dimension of shape (4, 8), got shape "
+LAYOUT = "be (offset >= 0, inner >= 1, stride >= inner), got "
+LOSSES = "must be a contiguous float32 tensor of shape (n,), got "
+COUNTERS = "counters must be an int64 tensor of shape (3,), got "
+
+# ops, how the call is spoiled, exception, message
+CASES = [
+    *of_list("grads", (*GUIDE, "estimate_gradient_"), like=False),
+    *of_list("grads", ("perturb_quantize_", *BACKWARD)),
+    *of_list("latents", ("perturb_quantize_", "quantize_", *BACKWARD), like=False),
+    *of_list("plus", PERTURB, f"{FLOATS} or int8"),
+    *of_list("minus", PERTURB, f"{FLOATS} or int8"),
+    *of_list("out", ("quantize_",), f"{FLOATS} or int8"),
+    (PERTURB, one("minus", lambda ts: [t.bfloat16() for t in ts]), TypeError,
+     "minus must have the dtype of plus, float32, got bfloat16"),
+    (PERTURB, put(plus=None, minus=None), ValueError, "plus and minus must not both be None"),
+    # the one latent of quantize
+    (("quantize",), one("latent", Tensor.double), TypeError, f" must be {FLOATS}, got float64"),
+    (("quantize",), one("latent", Tensor.t), ValueError, " must be contiguous, got strides (1, 8)"),
+    (("quantize",), put(latent=3.5), (TypeError, RuntimeError), "latent"),
+    (("quantize",), one("alpha", Tensor.half), TypeError, " must be float32, got float16"),
+    (("quantize", "dequantize"), put(alpha=0.5), (TypeError, RuntimeError), "alpha"),
+    (("dequantize",), one("alpha", lambda t: t.expand(3).clone()), ValueError, "shape (4, 8), got"),
+    (("dequantize",), one("alpha", Tensor.double), TypeError, "must be float32, got float64"),
+    (("dequantize",), one("codes", Tensor.float), TypeError, "codes must be int8, got float32"),
+    (("dequantize",), put(codes=3), TypeError, "codes must be"),
+    (("dequantize",), put(dtype=torch.int8), TypeError, f"dtype must be {FLOATS}, got int8"),
+    # alphas
+    (LISTS, shorter("alphas"), ValueError, "alphas must have 2 tensors, got 1"),
+    (LISTS, put(alphas=0.5), TypeError, "alphas must be"),
+    (LISTS, put(alphas=[0.5, 0.5]), TypeError, "alphas[0] must be a tensor, got float"),
+    (LISTS, item("alphas", 1, Tensor.bfloat16), TypeError, "alphas[1] must be float32, got b"),
+    (LISTS, item("alphas", 1, lambda t: t.to("meta")), ValueError, "alphas[1] must be on "),
+    (LISTS, item("alphas", 1, lambda t: t[:3]), ValueError,
+     f"alphas[1] must have one element, one per row {SHAPE_OF_ALPHA}(3, 1)"),
+    (LISTS, item("alphas", 1, lambda t: t[:2]), ValueError, SHAPE_OF_ALPHA + "(2, 1)"),
+    (LISTS, item("alphas", 1, lambda t: t[:0]), ValueError, SHAPE_OF_ALPHA + "(0, 1)"),
+    (LISTS, item("alphas", 1, lambda t: t.repeat(1, 16)), ValueError, SHAPE_OF_ALPHA + "(4, 16)"),
+    (LISTS, item("alphas", 1, lambda t: t[:1].expand(4, 1)), ValueError,
+     "alphas[1] must be contiguous, got strides "),
+    # the names of noise
+    *of_int("seed", NAMED, 2**64), *of_int_tensor("seed"),
+    *of_int("step", NAMED, 2**32), *of_int_tensor("step"),
+    ((*MIX, "noise"), put(step=i64(-1)), ValueError, "step must be in 0..4294967295, got -1"),
+    ((*MIX, "noise"), put(step=i64(2**32)), ValueError, "step must be in 0..4294967295, got 42949"),
+    *of_int("direction", DIRECTED, 2**16),
+    (DIRECTED, put(direction=i64(1)), TypeError, "direction must be an int, got Tensor"),
+    *of_int("tensor_id", ("noise",), 2**32 - 1),
+    *of_int("numel", ("noise",), 2**51),
+    (("noise",), put(distribution="cauchy"), ValueError, "distribution must be one of uniform, "),
+    (MIX, put(tensor_ids=[4]), ValueError, "tensor_ids must have 2 entries, got 1"),
+    (MIX, put(tensor_ids=[4, -1]), ValueError, "tensor_ids[1] must be in 0..4294967294, got -1"),
+    (MIX, put(tensor_ids=[2**32 - 1, 4]), ValueError, "tensor_ids[0] must be in 0..4294"),
+    (MIX, put(tensor_ids=[4, 0.5]), (TypeError, RuntimeError), "tensor_ids"),
+    (MIX, put(tensor_ids=7), TypeError, "tensor_ids must"),
+    (MIX, put(tensor_ids=[4, 4], layouts=None), ValueError,
+     "tensor_ids[1] must differ from tensor_ids[0] unless the two are shards at different offsets,"
+     " got 4 at offset 0 for both"),
+    (MIX, put(layouts=[(0, 3, 3)]), ValueError, "layouts must have 2 entries, got 1"),
+    (MIX, put(layouts=[(0, 3, 3), (0, 8)]), ValueError,
+     "layouts[1] must be (offset, inner, stride), got (0, 8)"),
+    (MIX, put(layouts=[(0, 3, 3), 5]), TypeError, "layouts[1] must be (offset, inner, stride)"),
+    (MIX, put(layouts=[(0, 3, 3), (0.5, 8, 8)]), (TypeError, RuntimeError), "layouts"),
+    (("noise",), put(layout=(0, 4)), ValueError, "must be (offset, inner, stride), got (0, 4)"),
+    *of_layouts((-1, 32, 32), LAYOUT + "(-1, 32, 32)"),
+    *of_layouts((0, 0, 8), LAYOUT + "(0, 0, 8)"),
+    *of_layouts((0, 8, 7), LAYOUT + "(0, 8, 7)"),
+    *of_layouts((0, 32, 0), LAYOUT + "(0, 32, 0)"),
+    *of_layouts((2**51 - 31, 32, 32), f"keep element indices below 2^51, got {2**51}"),
+    *of_layouts((7, 8, 2**50), f"keep element indices below 2^51, got {3 * 2**50 + 14}"),
+    # the mixing of guide and noise
+    (MIX, one("norm", Tensor.double), TypeError,
+     "norm must be a 0-dim float32 tensor, got float64 ()"),
+    (MIX, one("norm", lambda t: t.view(1)), TypeError,
+     "norm must be a 0-dim float32 tensor, got float32 (1,)"),
+    (MIX, put(norm=2.0), (TypeError, RuntimeError), "norm"),
+    (MIX, one("norm", lambda t: t.to("meta")), ValueError, "norm must be on "),
+    *((MIX, put(one_minus_beta=x), ValueError, f"one_minus_beta must be in 0..1, got {float(x)}")
+      for x in (-0.5, 1.5, NAN, INF, f64(-0.5), f64(1.5), f64(NAN))),
+    (MIX, put(one_minus_beta=torch.tensor(0.5)), TypeError,
+     "one_minus_beta must be a 0-dim float64 tensor, got float32 ()"),
+    (MIX, put(one_minus_beta=f64([0.5])), TypeError,
+     "one_minus_beta must be a 0-dim float64 tensor, got float64 (1,)"),
+    (MIX, put(one_minus_beta="0.5"), TypeError, "one_minus_beta must be"),
+    *((MIX, put(epsilon_scale=x), ValueError, f"epsilon_scale must be finite and >= 0, got {x}")
+      for x in (-1.0, NAN, INF)),
+    (MIX, put(epsilon_scale="1"), TypeError, "epsilon_scale must be"),
+    # losses and counters
+    *((ESTIMATE, change, TypeError, f"{name} {LOSSES}{got}")
+      for name in ("losses_plus", "losses_minus")
+      for change, got in ((one(name, Tensor.double), "float64 (2,)"),
+                          (one(name, lambda t: t.view(1, 2)), "float32 (1, 2)"),
+                          (one(name, torch.sum), "float32 ()"),
+                          (one(name, lambda t: t.repeat(2)[::2]), "float32 (2,)"))),
+    (ESTIMATE, put(losses_plus=2.0), (TypeError, RuntimeError), "losses_plus"),
+    (ESTIMATE, one("losses_plus", lambda t: t[:0]), ValueError,
+     "losses_plus must have 1..65536 entries, got 0"),
+    (ESTIMATE, one("losses_plus", lambda t: t.repeat(2**15 + 1)), ValueError,
+     "losses_plus must have 1..65536 entries, got 65538"),
+    (ESTIMATE, one("losses_minus", lambda t: t[:1]), ValueError,
+     "losses_minus must have shape (2,), got (1,)"),
+    (ESTIMATE, one("losses_minus", lambda t: t.to("meta")), ValueError, "losses_minus must be on "),
+    (ESTIMATE, one("counters", Tensor.int), TypeError, COUNTERS + "int32 (3,)"),
+    (ESTIMATE, one("counters", lambda t: t[:2]), TypeError, COUNTERS + "int64 (2,)"),
+    (ESTIMATE, one("counters", lambda t: t.to("meta")), ValueError, "counters must be on "),
+    # the grid and its straight-through estimator
+    (SMOOTHED, put(grid=fk.Grid.sign()), ValueError,
+     "straight_through must be 'identity' for rounding grids and 'hardtanh', 'tanh' or 'approxsign'"
+     " for the sign grid, got 'identity' with Grid(qmin=-1,"),
+    (SMOOTHED, put(straight_through=fk.StraightThrough("tanh")), ValueError,
+     "straight_through must be 'identity' for rounding grids"),
+    (SMOOTHED, put(straight_through="identity"), TypeError, "straight_through must be"),
+    ((*LISTS, "quantize", "dequantize"), put(grid="sign"), TypeError, "grid must be"),
+    # memory
+    (PERTURB, lambda args: {"plus": args["latents"]}, ValueError,
+     "] must not share memory with latents["),
+    (PERTURB, lambda args: {"minus": args["grads"]}, ValueError,
+     "] must not share memory with grads["),
+    (PERTURB, joined("plus", "minus"), ValueError,
+     "minus[1] must not share memory with plus[1]"),
+    (PERTURB, joined("plus", "plus"), ValueError,
+     "plus[1] must not share memory with plus[0]"),
+    (("estimate_gradient_", *BACKWARD), joined("grads", "grads"), ValueError,
+     "grads[1] must not share memory with grads[0]"),
+    (("quantize_",), joined("out", "latents"), ValueError,
+     "out[1] must not share memory with latents[1]"),
+    (("quantize_",), joined("out", "out"), ValueError,
+     "out[1] must not share memory with out[0]"),
+    (BACKWARD, joined("grads", "latents"), ValueError,
+     "grads[1] must not share memory with latents[1]"),
+    (("estimate_gradient_", *BACKWARD), view_of_grads("alphas", (4, 1)), ValueError,
+     "grads[1] must not share memory with alphas[1]"),
+    *((ESTIMATE, view_of_grads(name, shape), ValueError,
+       f"grads[1] must not share memory with {name}[0]")
+      for name, shape in (("norm", ()), ("losses_plus", (2,)), ("losses_minus", (2,)))),
+    # backends
+    (ON_BACKENDS, put(backend="abacus"), ValueError, "backend must be one of triton, cpu, "),
+    (ON_BACKENDS, put(backend=3), (TypeError, RuntimeError), "backend"),
+]  # fmt: skip
+# What only the host can read: a backend on a device counts bad alphas instead of waiting for them.
+ALPHA_CASES = [
+    (op, value, fk.Grid.uniform(2))
+    for op in (*LISTS, "quantize", "dequantize")
+    for value in (-0.5, 0.0, NAN, INF, 2.0**-101, 2.0**101)
+] + [("guide_norm", 2.0**100, fk.Grid.sign())]  # delta = 2 alpha
+
+
+def expanded(cases):
+    return [
+        pytest.param(op, change, exception, message, id=f"{op}-{message[:60]}-{i}")
+        for i, (ops, change, exception, message) in enumerate(cases)
+        for op in ops
+    ]
+
+
+@pytest.mark.parametrize(("op", "change", "exception", "message"), expanded(CASES))
+def test_bad_argument(op, change, exception, message):
+    """Checks do not depend on the backend, so one call per case."""
+    args = arguments(op, "cpu")
+    raises_and_writes_nothing(op, args | change(args), exception, re.escape(message))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_call_that_is_spoiled_is_valid(op, backend, device):
+    """Else the cases above could fail for another reason; and it writes all that was poisoned."""
+    args = arguments(op, device)
+    before = [t.clone() for t in tensors(args)]
+    getattr(fk, op)(**args, **({"backend": backend} if op in ON_BACKENDS else {}))
+    unchanged = [torch.equal(t, old) for t, old in zip(tensors(args), before, strict=True)]
+    assert all(unchanged) != op.endswith("_")
+    assert not any(t.isnan().any() for t in tensors(args))
+
+
+@pytest.mark.parametrize(("op", "value", "grid"), ALPHA_CASES)
+def test_alpha_out_of_range(op, value, grid):
+    args = arguments(op, "cpu") | {"grid": grid}
+    if "alphas" in args:  # one row of many is enough
+        args["alphas"][1][2] = value
+    else:
+        args["alpha"] = torch.tensor(value)
+    limits = r"3.9443e-31..6.33825e\+29" if grid.is_sign else r"7.88861e-31..1.26765e\+30"
+    message = rf"alphas?(\[[01]\])? must be finite, > 0 and in {limits}, got"
+    raises_and_writes_nothing(op, args, ValueError, message)
+
+
+def test_duplicate_behind_an_empty_tensor():
+    """An empty tensor draws nothing, and must not hide two others of one name."""
+    args = arguments("estimate_gradient_", "cpu") | {"tensor_ids": [4, 4, 4], "layouts": None}
+    args["grads"] = [torch.zeros(0), torch.ones(3), torch.ones(3)]
+    args["alphas"] = [torch.tensor(0.5)] * 3
+    message = r"tensor_ids\[2\] must differ from tensor_ids\[1\]"
+    raises_and_writes_nothing("estimate_gradient_", args, ValueError, message)
+
+
+def test_output_in_a_long_input_behind_a_short_one():
+    """Inputs may overlap, so the neighbour below an output is not the one that reaches furthest."""
+    memory = torch.ones(31)
+    latents, alphas = [memory[:30], memory[2:7], torch.ones(3)], [torch.tensor(0.5)] * 3
+    args = {"latents": latents, "alphas": alphas, "grid": fk.Grid.uniform(2)}
+    args["out"] = [torch.full((30,), NAN), torch.full((5,), NAN), memory[28:]]
+    message = r"out\[2\] must not share memory with latents\[0\]"
+    raises_and_writes_nothing("quantize_", args, ValueError, message)
+
+
+# ---- the objects
+
+
+@pytest.mark.parametrize(
+    ("make", "exception", "message"),
+    [
+        (lambda: fk.Grid.uniform(1), ValueError, "bits must be in 2..8, got 1"),
+        (lambda: fk.Grid.half_offset(9), ValueError, "bits must be in 1..8, got 9"),
+        (lambda: fk.Grid.half_offset(2.0), TypeError, "bits must be an int, got float"),
+        (lambda: fk.Grid.uniform(True), TypeError, "bits must be an int, got bool"),
+        (lambda: fk.Grid(-1, 128, 0.0, 1), ValueError, "qmin and qmax must satisfy -128 <= qmin"),
+        (lambda: fk.Grid(-1.5, 1, 0.0, 1), TypeError, "qmin"),
+        (lambda: fk.Grid(-1, 1, 0.25, 1), ValueError, "offset must be 0 or 0.5, got 0.25"),
+        (lambda: fk.Grid(-1, 1, 0.0, 3), ValueError, "r must be 1 or 2, got 3"),
+        (lambda: fk.StraightThrough("relu"), ValueError, "kind must be one of identity, hardtanh,"),
+        (lambda: fk.StraightThrough(clip=1), TypeError, "clip must be a bool, got int"),
+        (
+            lambda: fk.StraightThrough(noise="x"),
+            ValueError,
+            "noise must be None or one of uniform,",
+        ),
+    ],
+)
+def test_bad_object(make, exception, message):
+    with pytest.raises(exception, match=re.escape(message)):
+        make()
+
+
+GIVEN = {"grid": fk.Grid.uniform(2), "alpha": 0.5, "straight_through": fk.StraightThrough()}
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def second_is_wrong(weight):
+    return torch.ones(4, 1) if weight.shape == (4, 8) else torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "exception", "message"),
+    [
+        (network, {"skip": ["head"]}, ValueError, "skip must name nn.Linear modules of"),
+        (network, {"skip": ["0", "1"]}, ValueError, "skip must name nn.Linear modules of"),
+        (network, {"skip": ["*"]}, ValueError, "model must have an nn.Linear to quantize, got"),
+        (nn.ReLU, {}, ValueError, "model must have an nn.Linear to quantize, got none"),
+        (lambda: network().double(), {}, TypeError, f"0.weight must be {FLOATS}, got float64"),
+        (network, {"alpha": torch.ones(3)}, ValueError,
+         "last dimension of 0.weight, shape (4, 8), got shape (3,)"),
+        (network, {"alpha": second_is_wrong}, ValueError,
+         "last dimension of 2.weight, shape (4, 4), got shape (3,)"),
+        *((network, {"alpha": x}, ValueError, "alpha must be finite")
+          for x in (0.0, -1.0, NAN, INF, 2.0**101)),
+        (network, {"alpha": "half"}, TypeError, "alpha must be"),
+        (network, {"grid": "sign"}, TypeError, "grid must be"),
+        (network, {"straight_through": fk.StraightThrough("tanh")}, ValueError,
+         "straight_through must be 'identity' for rounding grids"),
+    ],
+)  # fmt: skip
+def test_bad_quantize_model(make, options, exception, message):
+    model = make()
+    before = [(type(m), list(m.state_dict()), dict(vars(m))) for m in model.modules()]
+    with pytest.raises(exception, match=re.escape(message)):
+        fk.quantize_model(model, **(GIVEN | options))
+    assert before == [(type(m), list(m.state_dict()), dict(vars(m))) for m in model.modules()]
+
+
+def quantized(**options):
+    return fk.quantize_model(network(), **(GIVEN | options))
+
+
+def one_tensor_id():
+    model = quantized()
+    model[2].tensor_id = model[0].tensor_id
+    return model
+
+
+def two_epsilons():
+    sign = {"grid": fk.Grid.sign(), "straight_through": fk.StraightThrough("tanh")}
+    return fk.quantize_model(quantized(skip=["2"]), **(GIVEN | sign))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "exception", "message"),
+    [
+        *((make, {}, ValueError, "model must have trainable quantized weights")
+          for make in (network, lambda: quantized().requires_grad_(False))),
+        (one_tensor_id, {}, ValueError, "model must have a tensor_id of its own for each weight"),
+        (two_epsilons, {}, ValueError, "model must have one eps in step units"),
+        (quantized, {"kappa": None}, ValueError, "one of one_minus_beta and kappa must be given"),
+        (quantized, {"one_minus_beta": 0.5}, ValueError, "one of one_minus_beta and kappa must be"),
+        *((quantized, {"kappa": x}, ValueError, "kappa must be in 0..48, the number of w")
+          for x in (-1, 49, NAN)),
+        *((quantized, {"kappa": None, "one_minus_beta": x}, ValueError,
+           f"one_minus_beta must be in 0..1, got {x}") for x in (-0.1, 1.1, NAN)),
+        *((quantized, {"total_steps": x}, ValueError, f"total_steps must be an int >= 1, got {x}")
+          for x in (0, -1, 1.5, True)),
+        *((quantized, {"directions": x}, ValueError, "directions must be")
+          for x in (0, -1, 2**16)),
+        (quantized, {"directions": 1.0}, TypeError, "directions must be an int, got float"),
+        *((quantized, {"seed": x}, ValueError, "seed must be in 0..1844") for x in (-1, 2**64)),
+        (quantized, {"seed": "1"}, TypeError, "seed must be an int, got str"),
+        *((quantized, {"start": x}, ValueError, f"start must be in 0..1, got {x}")
+          for x in (-0.5, 2, NAN)),
+        *((quantized, {"epsilon_scale": x}, ValueError, "epsilon_scale must be finite and >= 0")
+          for x in (-1.0, NAN, INF)),
+        (quantized, {"loss_reduction": "max"}, ValueError, "loss_reduction must be 'mean' or"),
+        *((quantized, {name: "x"}, TypeError, f"{name} must be")
+          for name in ("kappa", "start", "epsilon_scale")),
+    ],
+)  # fmt: skip
+def test_bad_fogzo(make, options, exception, message):
+    model = make()
+    before = [dict(vars(m)) for m in model.modules()]
+    with pytest.raises(exception, match=re.escape(message)):
+        fk.Fogzo(model, **({"total_steps": 10, "kappa": 1.0} | options))
+    assert before == [dict(vars(m)) for m in model.modules()]
