@@ -14,6 +14,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def build(args: argparse.Namespace, features: int, classes: int) -> nn.Module:
     """An MLP whose weights are all quantized; they start as a normal of one alpha's deviation."""
     sizes = [features, *args.hidden, classes]
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         layers += [nn.ReLU()] if i else []
         layers.append(nn.Linear(fan_in, fan_out))
         nn.init.normal_(layers[-1].weight, std=args.alpha)
@@ -193,14 +194,20 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def table(results: list[Result]) -> str:
-    header = f"{'method':16s} {'rate':>6s} {'final training loss':>21s} {'test accuracy, %':>18s} {'passes':>8s} {'seconds':>8s} {'peak MB':>8s}"  # fmt: skip
-    rows = [header, "-" * len(header)]
+    columns = "{:16s} {:>6s} {:>21s} {:>18s} {:>8s} {:>8s} {:>8s}"
+    names = "method", "rate", "final training loss", "test accuracy, %", "passes", "seconds", "peak MB"
+    rows = [columns.format(*names)]
+    rows.append("-" * len(rows[0]))
     for label, group in by_label(results).items():
-        loss = "%.4f +- %.4f" % mean_and_deviation([r.losses[-1] for r in group])
-        accuracy = "%.2f +- %.2f" % mean_and_deviation([100 * r.test_accuracy for r in group])
-        seconds = statistics.mean(r.seconds for r in group)
-        peak = max(r.peak_mb for r in group)
-        rows.append(f"{label:16s} {group[0].job.rate:6g} {loss:>21s} {accuracy:>18s} {group[0].passes[-1]:8d} {seconds:8.1f} {peak:8.0f}")  # fmt: skip
+        cells = (
+            f"{group[0].job.rate:g}",
+            "{:.4f} +- {:.4f}".format(*mean_and_deviation([r.losses[-1] for r in group])),
+            "{:.2f} +- {:.2f}".format(*mean_and_deviation([100 * r.test_accuracy for r in group])),
+            f"{group[0].passes[-1]}",
+            f"{statistics.mean(r.seconds for r in group):.1f}",
+            f"{max(r.peak_mb for r in group):.0f}",
+        )
+        rows.append(columns.format(label, *cells))
     rows.append(f"mean +- standard deviation over {len(group)} seeds")
     return "\n".join(rows)
 
@@ -218,7 +225,8 @@ def plot(results: list[Result], path: Path, title: str) -> None:
         line = axes.plot(group[0].passes, mean, label=label)[0]
         if len(group) > 1:
             low, high = curves.quantile(0.1, 0), curves.quantile(0.9, 0)
-            axes.fill_between(group[0].passes, low, high, alpha=0.15, color=line.get_color(), linewidth=0)  # fmt: skip
+            color = line.get_color()
+            axes.fill_between(group[0].passes, low, high, alpha=0.15, color=color, linewidth=0)
     axes.set(xlabel="forward passes", ylabel="training loss", yscale="log", title=title)
     axes.set_xscale("symlog", linthresh=1000)
     axes.grid(alpha=0.3)

@@ -29,7 +29,6 @@ TYPES = {
     "losses_plus": "*fp32", "losses_minus": "*fp32", "counters": "*i64", "one_minus_beta": "*fp64",
     "seed": "*i64", "step": "*i64", "direction": "i32", "n": "i32", "count": "i32", "out": "*fp64",
 }  # fmt: skip
-SHORT = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "int8": "int8"}
 
 
 class Variant(NamedTuple):
@@ -90,7 +89,8 @@ def variants() -> Iterator[Variant]:
                     **span, "DIST": dist, "GRAD_T": grad, "PER_TENSOR": per_tensor, "SHARD": shard,
                 })  # fmt: skip
     for kind in (None, "identity_clipped", "identity", "hardtanh", "tanh", "approxsign"):
-        for dtype, out in ((tl.bfloat16, tl.bfloat16), (tl.float32, tl.float32), (tl.float32, tl.int8)):  # fmt: skip
+        same = (tl.bfloat16, tl.bfloat16), (tl.float32, tl.float32)
+        for dtype, out in (*same, (tl.float32, tl.int8)):
             if kind is None or out is not tl.int8:
                 yield Variant("quantize_kernel", {
                     **span, "LATENT_T": dtype, "GRAD_T": dtype, "OUT_T": out, "KIND": kind,

@@ -24,8 +24,7 @@ inline void check_list(const TensorList &list, const TensorList &like, const std
                        bool same_numel = true) {
   if (optional && list.empty())
     return;
-  STD_TORCH_CHECK(list.size() == like.size(), name, " must have ", like.size(), " tensors, got ",
-                  list.size());
+  STD_TORCH_CHECK(list.size() == like.size(), name, " must have ", like.size(), " tensors, got ", list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string item = name + "[" + std::to_string(i) + "]";
     check_cpu_contiguous(list[i], item);

@@ -56,7 +56,8 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
-std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4> &counter, const std::array<uint32_t, 2> &key) {
+std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4> &counter,
+                                      const std::array<uint32_t, 2> &key) {
   const fogzo::Words w = fogzo::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
   return {w.x[0], w.x[1], w.x[2], w.x[3]};
 }

@@ -69,7 +69,7 @@ class Pass:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss must be a tensor of one element, got {what}")
         if self.sign == 0:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         value = loss.detach().float().reshape(())
         self.loss = value.clone() if self.loss is None else self.loss + value
 
@@ -145,7 +145,7 @@ class Fogzo:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "total_steps": total_steps,
             "one_minus_beta": _final_one_minus_beta(one_minus_beta, kappa, self.total_weights),
             "directions": directions,
@@ -172,9 +172,7 @@ class Fogzo:
     def one_minus_beta(self) -> float | None:
         """1 - beta of the coming step; None while training is plain STE."""
         s = self._settings
-        return one_minus_beta_at(
-            self.steps, s["total_steps"], s["one_minus_beta"], s["start"], s["schedule"]
-        )
+        return one_minus_beta_at(self.steps, s["total_steps"], s["one_minus_beta"], s["start"], s["schedule"])
 
     # ---- a step
 
@@ -228,9 +226,7 @@ class Fogzo:
         if self._norm is not None:
             self._estimate(values[1::2].contiguous(), values[2::2].contiguous(), self._norm)
         self._estimates = [
-            (w.parameter.grad, w.parameter.grad._version)
-            for w in self._weights
-            if w.parameter.grad is not None
+            (w.parameter.grad, w.parameter.grad._version) for w in self._weights if w.parameter.grad is not None
         ]
         self._passes, self._groups, self._norm = [], {}, None
         self._before = self._after = None
@@ -254,7 +250,7 @@ class Fogzo:
     def _enter(self, one: Pass) -> None:
         if self._active is not None or one.done or one not in self._passes:
             raise RuntimeError("a pass must be entered once, in the order that probes() gives")
-        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()
         if one.sign == 0:
             self._check_fresh()
             self._before = self._replay.save()
@@ -270,7 +266,7 @@ class Fogzo:
 
     def _exit(self, one: Pass, failed: bool) -> None:
         self._active = None
-        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()
         if one.sign:
             for w in self._weights:
                 for module in w.modules:
@@ -359,7 +355,7 @@ class Fogzo:
 
 
 def _quantized_weights(model: nn.Module) -> list[_Weight]:
-    found: dict[nn.Parameter, _Weight] = {}
+    found: dict[Tensor, _Weight] = {}
     for m in model.modules():
         if isinstance(m, QuantLinear) and m.weight.requires_grad:
             if m.weight in found:
@@ -387,9 +383,7 @@ def _quantized_weights(model: nn.Module) -> list[_Weight]:
 
 def _final_one_minus_beta(value: float | None, kappa: float | None, weights: int) -> float:
     if (value is None) == (kappa is None):
-        raise ValueError(
-            f"one of one_minus_beta and kappa must be given, got {value} and {kappa}"
-        )
+        raise ValueError(f"one of one_minus_beta and kappa must be given, got {value} and {kappa}")
     if value is not None:
         unit_interval("one_minus_beta", value)
         return float(value)

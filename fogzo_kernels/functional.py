@@ -57,19 +57,16 @@ def noise(
     """
     check_range("numel", numel, 2**51)
     if distribution not in DISTRIBUTIONS:
-        raise ValueError(
-            f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}"
-        )
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     where = _layouts([layout] if layout is not None else None, [numel], "layout")
-    return ops.noise(
+    found: Tensor = ops.noise(
         numel, distribution, _seed(seed), _step(step), direction, tensor_id, where,
         torch.device(device), backend,
     )  # fmt: skip
+    return found
 
 
-def guide_sumsq(
-    grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None
-) -> Tensor:
+def guide_sumsq(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None) -> Tensor:
     """Sum of the squares of the gradient in step units, delta * g (contract section 1).
 
     Add those of several devices or lists before taking the root. The same bits in every run.
@@ -77,12 +74,11 @@ def guide_sumsq(
     Returns:
         0-dim float64 tensor.
     """
-    return ops.guide_sumsq(_list("grads", grads), _list("alphas", alphas), grid.r, backend)
+    found: Tensor = ops.guide_sumsq(_list("grads", grads), _list("alphas", alphas), grid.r, backend)
+    return found
 
 
-def guide_norm(
-    grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None
-) -> Tensor:
+def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None) -> Tensor:
     """The guide norm N = ||delta * g|| over all tensors (paper section 3; contract section 1).
 
     Returns:
@@ -191,10 +187,11 @@ def quantize(
     The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1).
     """
     straight_through.check_grid(grid)
-    return ops.quantize(
+    found: Tensor = ops.quantize(
         latent, alpha, grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind,
         straight_through.clip, backend,
     )  # fmt: skip
+    return found
 
 
 def quantize_(
@@ -217,9 +214,7 @@ def dequantize(codes: Tensor, alpha: Tensor, *, grid: Grid, dtype: torch.dtype) 
     if codes.dtype != torch.int8:
         raise TypeError(f"codes must be int8, got {validation.names([codes.dtype])}")
     if dtype not in validation.FLOATS:
-        raise TypeError(
-            f"dtype must be {validation.names(validation.FLOATS)}, got {validation.names([dtype])}"
-        )
+        raise TypeError(f"dtype must be {validation.names(validation.FLOATS)}, got {validation.names([dtype])}")
     validation.alpha_list([alpha], [codes])
     validation.values([alpha], grid.r)
     length = codes.numel() // max(alpha.numel(), 1)

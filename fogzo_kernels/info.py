@@ -37,7 +37,7 @@ def _version(package: str) -> str:
 
 def _native() -> list[str]:
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return [f"cannot be imported: {error}"]
     found = [f"{name}: {value}" for name, value in _C.build_info().items()]

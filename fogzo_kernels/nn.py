@@ -68,14 +68,12 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
         alpha = self.alpha
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.alpha.dtype != torch.float32:  # alpha moves with the module but stays float32
             self.alpha = alpha.to(self.alpha.device)
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "alpha" not in state_dict:  # a checkpoint of the plain model
             state_dict = {**state_dict, prefix + "alpha": self.alpha}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -47,9 +47,7 @@ def noise(
     check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
     where = triples(layout)[0]
     validation.layout(where, numel)
-    return select(backend, device).noise(
-        numel, distribution, seed, step, direction, tensor_id, where, device
-    )
+    return select(backend, device).noise(numel, distribution, seed, step, direction, tensor_id, where, device)
 
 
 @noise.register_fake
@@ -66,9 +64,7 @@ def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int,
     mutates_args=(),
     schema="(Tensor[] grads, Tensor[] alphas, int r, str? backend) -> Tensor",
 )
-def guide_sumsq(
-    grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, backend: str | None
-) -> Tensor:
+def guide_sumsq(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, backend: str | None) -> Tensor:
     device = validation.guide_arguments(grads, alphas)
     validation.values(alphas, r)
     return select(backend, device).guide_sumsq(grads, alphas, r)
@@ -148,9 +144,7 @@ def estimate_gradient_(
     validation.values(alphas, r, step, one_minus_beta)
     validation.shards(tensor_ids, where, grads)
     losses = {"losses_plus": [losses_plus], "losses_minus": [losses_minus]}
-    validation.memory(
-        {"grads": grads, "counters": counters}, {"alphas": alphas, "norm": [norm], **losses}
-    )
+    validation.memory({"grads": grads, "counters": counters}, {"alphas": alphas, "norm": [norm], **losses})
     select(backend, device).estimate_gradient_(
         grads, counters, losses_plus, losses_minus, alphas, norm, seed, step, one_minus_beta,
         tensor_ids, where, r, distribution, epsilon,
@@ -241,8 +235,7 @@ def _(latent: Tensor, alpha: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op(
     "fogzo::straight_through_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str kind, bool clip,"
-    " str? backend) -> Tensor",
+    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str kind, bool clip, str? backend) -> Tensor",
 )
 def straight_through_backward(
     grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,

@@ -45,9 +45,7 @@ class StraightThrough:
         if not isinstance(self.clip, bool):
             raise TypeError(f"clip must be a bool, got {type(self.clip).__name__}")
         if self.noise is not None and self.noise not in DISTRIBUTIONS:
-            raise ValueError(
-                f"noise must be None or one of {', '.join(DISTRIBUTIONS)}, got {self.noise!r}"
-            )
+            raise ValueError(f"noise must be None or one of {', '.join(DISTRIBUTIONS)}, got {self.noise!r}")
 
     @property
     def distribution(self) -> str:

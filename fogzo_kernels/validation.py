@@ -43,8 +43,7 @@ def tensor_list(
             raise TypeError(f"{what} must be {names(dtypes)}, got {names([t.dtype])}")
         if t.dtype != tensors[0].dtype:
             raise TypeError(
-                f"{what} must have the dtype of {name}[0], {names([tensors[0].dtype])},"
-                f" got {names([t.dtype])}"
+                f"{what} must have the dtype of {name}[0], {names([tensors[0].dtype])}, got {names([t.dtype])}"
             )
         if first is not None and t.device != first.device:
             raise ValueError(f"{what} must be on {first.device}, got {t.device}")
@@ -84,9 +83,7 @@ def divides(scales: int, t: Tensor) -> bool:
 def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
     """A 0-dim tensor; ``device`` None allows the CPU as well as any device."""
     if t.dtype != dtype or t.ndim != 0:
-        raise TypeError(
-            f"{name} must be a 0-dim {names([dtype])} tensor, got {names([t.dtype])} {shape(t)}"
-        )
+        raise TypeError(f"{name} must be a 0-dim {names([dtype])} tensor, got {names([t.dtype])} {shape(t)}")
     if device is not None and t.device != device:
         raise ValueError(f"{name} must be on {device}, got {t.device}")
 
@@ -127,8 +124,7 @@ def perturb_arguments(
             tensor_list(name, out, OUTPUTS, latents)
     if plus and minus and plus[0].dtype != minus[0].dtype:
         raise TypeError(
-            f"minus must have the dtype of plus, {names([plus[0].dtype])},"
-            f" got {names([minus[0].dtype])}"
+            f"minus must have the dtype of plus, {names([plus[0].dtype])}, got {names([minus[0].dtype])}"
         )
     alpha_list(alphas, latents)
     mixing_arguments(norm, one_minus_beta, latents)
@@ -148,19 +144,14 @@ def estimate_arguments(
     for name, t in (("losses_plus", losses_plus), ("losses_minus", losses_minus)):
         if t.dtype != torch.float32 or t.ndim != 1 or not t.is_contiguous():
             raise TypeError(
-                f"{name} must be a contiguous float32 tensor of shape (n,),"
-                f" got {names([t.dtype])} {shape(t)}"
+                f"{name} must be a contiguous float32 tensor of shape (n,), got {names([t.dtype])} {shape(t)}"
             )
         if t.device != norm.device:
             raise ValueError(f"{name} must be on {norm.device}, got {t.device}")
     if not 1 <= losses_plus.shape[0] <= MAX_DIRECTION:
-        raise ValueError(
-            f"losses_plus must have 1..{MAX_DIRECTION} entries, got {losses_plus.shape[0]}"
-        )
+        raise ValueError(f"losses_plus must have 1..{MAX_DIRECTION} entries, got {losses_plus.shape[0]}")
     if losses_minus.shape != losses_plus.shape:
-        raise ValueError(
-            f"losses_minus must have shape {shape(losses_plus)}, got {shape(losses_minus)}"
-        )
+        raise ValueError(f"losses_minus must have shape {shape(losses_plus)}, got {shape(losses_minus)}")
     for t in counters:
         if t.dtype != torch.int64 or shape(t) != (3,) or not t.is_contiguous():
             raise TypeError(
@@ -195,15 +186,13 @@ def straight_through_arguments(grads: Tensors, latents: Tensors, alphas: Tensors
 # ---- what needs data or addresses
 
 
-def values(
-    alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: Tensor | None = None
-) -> None:
+def values(alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: Tensor | None = None) -> None:
     """Values that can be read without a device sync: those on the CPU."""
     low, high = DELTA_RANGE[0] / r, DELTA_RANGE[1] / r
     for i, alpha in enumerate(alphas):
         if alpha.device.type != "cpu" or alpha.numel() == 0:
             continue
-        least, most = (x.item() for x in torch.aminmax(alpha)) if alpha.numel() > 1 else (alpha.item(),) * 2  # fmt: skip
+        least, most = map(float, torch.aminmax(alpha))
         if not (low <= least and most <= high):  # NaN fails too
             raise ValueError(
                 f"alphas[{i}] must be finite, > 0 and in {low:g}..{high:g}, got {least:g}..{most:g}"
@@ -222,9 +211,7 @@ def unit_interval(name: str, value: float) -> None:
 def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], like: Tensors) -> None:
     """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
     seen: dict[tuple[int, int], int] = {}
-    for i, (tensor_id, (offset, inner, stride), t) in enumerate(
-        zip(tensor_ids, layouts, like, strict=True)
-    ):
+    for i, (tensor_id, (offset, inner, stride), t) in enumerate(zip(tensor_ids, layouts, like, strict=True)):
         check_range(f"tensor_ids[{i}]", tensor_id, MAX_TENSOR_ID)
         layout((offset, inner, stride), t.numel(), f"layouts[{i}]")
         other = seen.setdefault((tensor_id, offset), i) if t.numel() else i
@@ -240,9 +227,7 @@ def layout(value: Layout, numel: int, name: str = "layout") -> None:
     offset, inner, stride = value
     rows = (numel - 1) // inner if inner >= 1 and numel else 0
     if offset < 0 or inner < 1 or stride < 1 or (rows and stride < inner):
-        raise ValueError(
-            f"{name} must be (offset >= 0, inner >= 1, stride >= inner), got {tuple(value)}"
-        )
+        raise ValueError(f"{name} must be (offset >= 0, inner >= 1, stride >= inner), got {tuple(value)}")
     last = offset + rows * stride + min(inner, max(numel, 1)) - 1
     if last >= MAX_ELEMENT:
         raise ValueError(f"{name} must keep element indices below 2^51, got {last}")

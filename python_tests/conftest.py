@@ -13,6 +13,8 @@ from hypothesis import settings
 
 import fogzo_kernels as fk
 
+torch.set_num_threads(1)  # small tensors; tests run over processes
+
 settings.register_profile("default", max_examples=30, deadline=None)
 settings.load_profile("default")
 

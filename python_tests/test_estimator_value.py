@@ -115,7 +115,7 @@ def test_estimate_is_equivariant(backend, generator):
     loss, theta, _, guide = quadratic(generator)
     alpha, scale = torch.tensor(0.1), 1024.0
     G, _, _ = estimate(backend, loss, theta, guide, alpha, 0.3, n=2, seed=10)
-    scaled, _, _ = estimate(backend, lambda x: scale * loss(x), theta, scale * guide, alpha, 0.3, n=2, seed=10)  # fmt: skip
+    scaled, _, _ = estimate(backend, lambda x: scale * loss(x), theta, scale * guide, alpha, 0.3, n=2, seed=10)
     torch.testing.assert_close(scaled, scale * G, rtol=1e-5, atol=1e-5)
 
 
@@ -129,7 +129,5 @@ def test_noise_survives_beta_close_to_one(backend):
         one_minus_beta=1e-9, seed=1, epsilon_scale=1e5, backend=backend,
     )  # fmt: skip
     assert len(out.unique()) > 2
-    draws = [
-        fk.noise(8, "uniform", seed=1, step=s, backend=backend, device=theta.device).cpu() for s in (0, 1)
-    ]
+    draws = [fk.noise(8, "uniform", seed=1, step=s, backend=backend, device=theta.device).cpu() for s in (0, 1)]
     assert not np.array_equal(*draws)

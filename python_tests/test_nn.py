@@ -117,7 +117,8 @@ def test_quantize_gradcheck_of_the_smooth_derivative(backend):
     """The straight-through derivative of tanh is that of alpha tanh(theta / alpha)."""
     theta = torch.linspace(-1, 1, 41).requires_grad_()
     alpha = torch.tensor(0.5)
-    q = fk.quantize(theta, alpha, grid=fk.Grid.sign(), straight_through=fk.StraightThrough("tanh"), backend=backend)  # fmt: skip
+    tanh = fk.StraightThrough("tanh")
+    q = fk.quantize(theta, alpha, grid=fk.Grid.sign(), straight_through=tanh, backend=backend)
     assert set(q.unique().tolist()) == {-0.5, 0.5}
     q.sum().backward()
     smooth = theta.detach().clone().double().requires_grad_()

@@ -294,9 +294,7 @@ def test_backend_that_cannot_be_imported_says_why(monkeypatch):
 
 
 def test_backend_on_a_device_that_it_does_not_serve():
-    with pytest.raises(
-        RuntimeError, match="backend 'cpu' is unavailable on meta: it runs on the CPU"
-    ):
+    with pytest.raises(RuntimeError, match="backend 'cpu' is unavailable on meta: it runs on the CPU"):
         fk.noise(4, "uniform", seed=1, device="meta", backend="cpu")
 
 
@@ -306,9 +304,7 @@ def test_backend_on_a_device_that_it_does_not_serve():
 def run_all(shapes, backend, device, alpha_of=lambda t: torch.tensor(0.5), **names):
     """Every list op on tensors of these shapes: what each of them wrote."""
     generator = torch.Generator().manual_seed(9)
-    latents, grads = (
-        [torch.randn(s, generator=generator).to(device) for s in shapes] for _ in "ab"
-    )
+    latents, grads = ([torch.randn(s, generator=generator).to(device) for s in shapes] for _ in "ab")
     alphas = [alpha_of(t).to(device) for t in latents]
     plus, minus, out = ([torch.full_like(t, float("nan")) for t in latents] for _ in "abc")
     given = {"one_minus_beta": 0.25, "seed": 1, "backend": backend, **ON_GRID, **names}

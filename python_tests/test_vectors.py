@@ -93,8 +93,7 @@ def test_perturb_quantize(backend, index):
     norm = tensor(case["guide_norm"], device)
     for dtype in (torch.int8, torch.float32):
         out = {
-            sign: torch.full((48,), float("nan") if dtype.is_floating_point else 99, device=device)
-            .to(dtype)
+            sign: torch.full((48,), float("nan") if dtype.is_floating_point else 99, device=device).to(dtype)
             for sign in ("plus", "minus")
         }
         fk.perturb_quantize_(

@@ -47,8 +47,7 @@ struct Estimate {
   int64_t directions;
 };
 
-void noise_range(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin,
-                 int64_t end);
+void noise_range(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin, int64_t end);
 double sumsq_range(const Item &item, float r, int64_t begin, int64_t end);
 void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64_t end);
 void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t end);

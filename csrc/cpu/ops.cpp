@@ -221,7 +221,8 @@ void estimate_gradient(const TensorList &grads, const TensorList &counters, cons
   check_list(grads, grads, "grads", false);
   check_list({losses_minus}, {losses_plus}, "losses_minus", false);
   check_list({losses_plus}, {losses_plus}, "losses_plus", false);
-  STD_TORCH_CHECK(losses_plus.scalar_type() == ScalarType::Float && losses_minus.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(losses_plus.scalar_type() == ScalarType::Float &&
+                      losses_minus.scalar_type() == ScalarType::Float,
                   "losses_plus and losses_minus must be float32");
   std::vector<Item> items = make_items(grads, alphas);
   set_names(items, tensor_ids, layouts, grads);
@@ -233,7 +234,8 @@ void estimate_gradient(const TensorList &grads, const TensorList &counters, cons
                     "counters must be int64 of shape (3,)");
     counts = static_cast<int64_t *>(counters[0].data_ptr());
   }
-  Estimate e{{distribution_of(distribution), {uint64_t(seed), uint32_t(step), 0, 0}}, float(r), 0.0f, nullptr, 0};
+  Estimate e{
+      {distribution_of(distribution), {uint64_t(seed), uint32_t(step), 0, 0}}, float(r), 0.0f, nullptr, 0};
   if (counts)
     counts[2] += count_bad_alphas(alphas);
   std::vector<float> B;
@@ -278,8 +280,9 @@ void straight_through_backward(const TensorList &out, const TensorList &grads, c
 } // namespace
 
 STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
-  m.def("noise(Tensor(a!) out, str distribution, float scale, int seed, int step, int direction, int tensor_id, "
-        "int[] layout) -> ()");
+  m.def(
+      "noise(Tensor(a!) out, str distribution, float scale, int seed, int step, int direction, int tensor_id, "
+      "int[] layout) -> ()");
   m.def("guide_sumsq(Tensor(a!) out, Tensor[] grads, Tensor[] alphas, int r) -> ()");
   m.def("perturb_quantize(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads, "
         "Tensor[] alphas, Tensor norm, int seed, int step, float one_minus_beta, int direction, "
@@ -288,8 +291,9 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("estimate_gradient(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus, "
         "Tensor[] alphas, Tensor norm, int seed, int step, float one_minus_beta, int[] tensor_ids, "
         "int[] layouts, int r, str distribution, float noise_scale, float epsilon) -> ()");
-  m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, int qmin, int qmax, float offset, int r) "
-        "-> ()");
+  m.def(
+      "quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, int qmin, int qmax, float offset, int r) "
+      "-> ()");
   m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] alphas, "
         "int qmin, int qmax, float offset, int r, str kind, bool clip) -> ()");
 }

@@ -70,7 +70,7 @@ class Backend(Protocol):
 def load(name: str) -> Backend | str:
     """The backend, or the reason why it cannot be loaded."""
     try:
-        return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+        return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
         return f"cannot be imported: {error}"
 

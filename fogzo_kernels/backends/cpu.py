@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  registers torch.ops.fogzo_cpu; an ImportError is the reason shown
+from .. import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.fogzo_cpu; an ImportError is the reason shown
 from ..grid import Grid
 from ..noise import DISTRIBUTIONS, Layout
 from ..straight_through import StraightThrough

@@ -70,9 +70,7 @@ def elements(numel: int, layout: Layout, device: torch.device) -> Tensor:
     return offset + (j // inner) * stride + j % inner
 
 
-def noise_m(
-    e: Tensor, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int
-) -> Tensor:
+def noise_m(e: Tensor, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int) -> Tensor:
     """m of the elements ``e``, float32."""
     words = torch.stack(noise_words(e >> 3, seed, step, direction, tensor_id))
     word = words.gather(0, ((e >> 1) & 3).unsqueeze(0)).squeeze(0)
@@ -185,13 +183,17 @@ def estimate_gradient_(
     c = torch.where(finite, c, 0.0) / n
     signs = torch.stack([sign(seed, step, i, device) for i in range(n)])
     omb = one_minus_beta.to(device)
-    A = ((c * signs).sum() * torch.sqrt(1 - omb) / torch.where(usable(norm), norm.double(), torch.inf)).float()  # fmt: skip
+    over_norm = torch.where(usable(norm), 1 / norm.double(), 0.0)
+    A = ((c * signs).sum() * torch.sqrt(1 - omb) * over_norm).float()
     B = (c * torch.sqrt(omb) * DISTRIBUTIONS[distribution]).float()
     keep = ~finite.any() | ~torch.isfinite(norm)
     if counters:
-        bad_alphas = [(~(torch.isfinite(x) & (x > 0))).sum() for x, g in zip(alphas, grads, strict=True) if g.numel()]
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        counters[0].add_(torch.stack([(~finite).sum(), (~torch.isfinite(norm)).long(), sum(bad_alphas, zero)]))  # fmt: skip
+        bad_alphas = [
+            (~(torch.isfinite(x) & (x > 0))).sum() for x, g in zip(alphas, grads, strict=True) if g.numel()
+        ]
+        bad = sum(bad_alphas, torch.zeros((), dtype=torch.int64, device=device))
+        lost = (~finite).sum(), (~torch.isfinite(norm)).long()
+        counters[0].add_(torch.stack([*lost, bad]))
     for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):
         e = elements(g.numel(), layouts[i], device)
         acc = torch.zeros(g.numel(), device=device)
@@ -212,9 +214,7 @@ def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> No
         write(q, code_of(fma(theta.flatten(), 1 / delta, -grid.offset), grid), delta, grid)
 
 
-def derivative(
-    theta: Tensor, delta: Tensor, grid: Grid, straight_through: StraightThrough
-) -> Tensor:
+def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: StraightThrough) -> Tensor:
     """h'(theta); x = theta / alpha."""
     inv = 1 / delta
     x = theta * inv * grid.r
@@ -235,7 +235,5 @@ def straight_through_backward_(
 ) -> None:  # fmt: skip
     """Write g * h'(theta)."""
     for q, g, theta, alpha in zip(out, grads, latents, alphas, strict=True):
-        slope = derivative(
-            theta.flatten().float(), delta_of(alpha, grid.r, theta), grid, straight_through
-        )
+        slope = derivative(theta.flatten().float(), delta_of(alpha, grid.r, theta), grid, straight_through)
         q.copy_((g.flatten().float() * slope).view(q.shape))

@@ -129,13 +129,13 @@ def mixing(one_minus_beta: Tensor, distribution: str) -> tuple[dict[str, object]
     """Kernel arguments for sqrt(beta) and sqrt(1 - beta) C, and C over the kernel's factor of m."""
     scale = DISTRIBUTIONS[distribution] / M_FACTOR[distribution]
     if one_minus_beta.device.type != "cpu":
-        return dict(one_minus_beta=one_minus_beta, sqrt_beta=0.0, noise_scale=0.0), scale
+        return {"one_minus_beta": one_minus_beta, "sqrt_beta": 0.0, "noise_scale": 0.0}, scale
     omb = float(one_minus_beta)
-    return dict(
-        one_minus_beta=None,
-        sqrt_beta=rounded(math.sqrt(1.0 - omb)),
-        noise_scale=rounded(math.sqrt(omb) * scale),
-    ), scale
+    return {
+        "one_minus_beta": None,
+        "sqrt_beta": rounded(math.sqrt(1.0 - omb)),
+        "noise_scale": rounded(math.sqrt(omb) * scale),
+    }, scale
 
 
 def rounded(x: float) -> float:

@@ -102,7 +102,7 @@ def is_finite(x):
 @triton.jit
 def convert(x, DTYPE: tl.constexpr):
     """float32 to the output's dtype, to nearest even."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, 0x7FC0)

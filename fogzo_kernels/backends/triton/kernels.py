@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .elements import (
-    INTERPRET,
     approx_sqrt,  # noqa: F401
     code_of,
     convert,
@@ -226,7 +225,7 @@ def perturb_kernel(
     SHARD: tl.constexpr,
 ):  # fmt: skip
     """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS, v = fma(a delta, g, b m)."""
-    CODES: tl.constexpr = OUT_T == tl.int8
+    CODES: tl.constexpr = tl.int8 == OUT_T
     row, begin, end, fast = program_row(table, owner, SPAN)
     names = names_of(seed, step, tl.load(row + TENSOR_ID))
     guide, b = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
@@ -370,7 +369,7 @@ def quantize_kernel(
     PER_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """KIND None: Q(theta) into PLUS. Else g h'(theta) into PLUS, which may be GRAD."""
-    CODES: tl.constexpr = OUT_T == tl.int8
+    CODES: tl.constexpr = tl.int8 == OUT_T
     row, begin, end, fast = program_row(table, owner, SPAN)
     latent = pointer(row, LATENT, LATENT_T)
     grad = pointer(row, GRAD, GRAD_T)

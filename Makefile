@@ -1,0 +1,44 @@
+# Every target makes what it needs from nothing: a virtual environment, packages, the native module.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CXX_SOURCES := $(filter-out setup.py,$(NATIVE))
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/built
+	$(BIN)/python -m bench.digits
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(VENV)/built
+	$(BIN)/python -m bench.sass
+
+# torch first and by its exact version: a looser one would bring gigabytes of CUDA packages
+$(VENV)/installed: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel pybind11 ninja
+	$(PIP) triton pytest pytest-xdist hypothesis scipy scikit-learn tqdm matplotlib ruff mypy clang-format
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(NATIVE)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fogzo_kernels/*.so
