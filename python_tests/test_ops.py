@@ -337,6 +337,7 @@ def test_tensors_without_dimensions(backend, device):
     assert all(a.shape == () and a == b for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter, on inf * 0
 def test_empty_lists(backend):
     assert run_all([], backend, "cpu") == [torch.tensor(0.0)]
     norm, given = torch.tensor(1.0), {"one_minus_beta": 0.5, "seed": 1, **ON_GRID}

@@ -1,0 +1,158 @@
+"""The demo, the info command and the machine code of the Triton kernels."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import data, digits
+from fogzo_kernels import info
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+    )
+
+
+# ---- info
+
+
+def test_info_tells_versions_and_reasons():
+    text = "\n".join(info.lines())
+    assert torch.__version__ in text
+    for name in ("triton", "cpu", "reference"):
+        assert re.search(rf"^  {name} +(available|unavailable: .+)$", text, re.MULTILINE)
+    assert "target torch ABI: 2.11" in text
+
+
+def test_info_says_why_a_backend_is_unavailable():
+    if torch.cuda.is_available():
+        pytest.skip("Triton is available on this machine's GPU")
+    result = run("fogzo_kernels.info", TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+    assert "unavailable: it needs a CUDA GPU" in result.stdout
+
+
+# ---- the demo
+
+
+def test_demo_trains_prints_and_plots(tmp_path, capsys):
+    arguments = ["--steps", "60", "--seeds", "2", "--spsa-n", "2", "--workers", "2", "--out", str(tmp_path)]
+    digits.main(arguments)
+    out = capsys.readouterr().out
+    for label in ("STE", "FOGZO, n = 1", "n-SPSA, n = 2"):
+        assert label in out
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    runs = json.loads((tmp_path / "digits.json").read_text())["runs"]
+    assert len(runs) == 6
+    for one in runs:
+        assert one["passes"][-1] == 60 * (1 + 2 * one["job"]["directions"])
+        assert 0 <= one["test_accuracy"] <= 1
+        assert one["peak_mb"] > 0
+    ste = [one["losses"] for one in runs if one["job"]["method"] == "ste"]
+    assert all(losses[-1] < losses[0] for losses in ste)
+    assert ste[0] != ste[1]
+
+
+def test_demo_takes_options_and_own_data(tmp_path):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 60)
+    np.savez(tmp_path / "own.npz", X=rng.normal(size=(60, 5)) + y[:, None], y=y)
+    arguments = digits.parse([
+        "--data", str(tmp_path / "own.npz"), "--grid", "sign", "--straight-through", "tanh", "--kappa", "0.5",
+        "--steps", "30", "--backend", "reference", "--hidden", "7", "6",
+    ])  # fmt: skip
+    first = digits.train(arguments, digits.Job("fogzo", 1, 0, 0.01))
+    again = digits.train(arguments, digits.Job("fogzo", 1, 0, 0.01))
+    assert first.losses == again.losses
+    assert first.losses[-1] < first.losses[0]
+
+
+def write_idx(path, array, opener=open):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    with opener(path, "wb") as file:
+        file.write(header + array.astype(np.uint8).tobytes())
+
+
+def test_idx_files(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (6, 4, 3)), np.arange(6) % 3
+    for name, array in zip(data.IDX_FILES, (images, labels, images[:2], labels[:2]), strict=True):
+        write_idx(tmp_path / f"{name}.gz", array, gzip.open)
+    found = data.load(str(tmp_path))
+    assert found.train_x.shape == (6, 12)
+    assert found.test_y.tolist() == [0, 1]
+    assert found.classes == 3
+    assert abs(found.train_x.mean()) < 1e-6
+    assert found.train_x.std(correction=0) == pytest.approx(1)
+    (tmp_path / f"{data.IDX_FILES[0]}.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="train-images"):
+        data.load(str(tmp_path))
+
+
+def test_wrong_data_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match="must hold X and y, got x"):
+        data.load(str(tmp_path / "a.npz"))
+    with pytest.raises(ValueError, match="same number of rows"):
+        data.split(np.zeros((9, 2)), np.zeros(8))
+
+
+# ---- machine code
+
+SASS = """
+from bench import sass
+chosen = [v for v in sass.variants() if all(part in str(v) for part in {parts!r})]
+assert chosen
+for variant in chosen:
+    r = sass.compile_variant(variant, {arch})
+    print(r.stack_bytes, r.shared_bytes, r.count("BAR"), r.count("LDG.E.128"), variant)
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["perturb_kernel", "bf16", "out_t=bf16", "uniform", "shard=False"],
+        ["perturb_kernel", "gaussian", "out_t=fp32", "shard=True", "write_minus=True"],
+        ["perturb_kernel", "logistic", "out_t=int8", "write_minus=False"],
+        ["estimate_kernel", "triangular"],
+        ["noise_kernel", "rademacher"],
+        ["quantize_kernel", "out_t=fp32"],
+    ],
+    ids="-".join,
+)
+def test_kernels_compile_for_gpus(arch, parts):
+    """No GPU is needed to compile: no spills, no shared memory and no barrier in streaming kernels."""
+    result = run_code(SASS.format(parts=parts, arch=arch))
+    assert result.returncode == 0, result.stderr[-3000:]
+    for line in result.stdout.splitlines():
+        stack, shared, barriers, wide_loads, variant = line.split(maxsplit=4)
+        assert (stack, shared, barriers) == ("0", "0", "0"), variant
+        if "noise_kernel" not in variant:
+            assert int(wide_loads) >= 1, variant
+
+
+@pytest.mark.parametrize("kernel", ["sumsq_kernel", "coefficients_kernel", "sum_kernel"])
+def test_reductions_compile(kernel):
+    result = run_code(SASS.format(parts=[kernel], arch=90))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(line.startswith("0 ") for line in result.stdout.splitlines())
+
+
+def run_code(code):
+    """In a process of its own: this one runs the kernels in the interpreter."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
