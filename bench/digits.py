@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grid", default="uniform", choices=["uniform", "half_offset", "sign", "ternary"])
     add("--straight-through", default="identity", choices=list(fk.straight_through.KINDS))
     add("--clip", action="store_true", help="derivative 0 outside the grid's range")
-    add("--alpha", type=float, default=0.5)
+    add("--alpha", type=float, default=0.25)
     add("--kappa", type=float, help="(1 - beta) d at the end; by default 1 - beta is 1e-4")
     add("--n", type=int, nargs="+", default=[1], help="directions of FOGZO")
     add("--spsa-n", type=int, nargs="+", default=[1, 10], help="directions of n-SPSA")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .functional import estimate_gradient_, guide_sumsq, perturb_quantize_
 from .grid import Grid
 from .nn import QuantLinear
-from .noise import MAX_DIRECTION, MAX_SEED, check_range
+from .noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
 from .replay import ReplayState, Snapshot
 from .schedule import SCHEDULES, one_minus_beta_at
 from .straight_through import StraightThrough
@@ -139,6 +139,7 @@ class Fogzo:
         if directions < 1:
             raise ValueError(f"directions must be >= 1, got {directions}")
         unit_interval("start", start)
+        check_number("epsilon_scale", epsilon_scale)
         if not (epsilon_scale >= 0 and math.isfinite(epsilon_scale)):
             raise ValueError(f"epsilon_scale must be finite and >= 0, got {epsilon_scale}")
         if schedule not in SCHEDULES:
@@ -388,6 +389,7 @@ def _final_one_minus_beta(value: float | None, kappa: float | None, weights: int
         unit_interval("one_minus_beta", value)
         return float(value)
     assert kappa is not None
+    check_number("kappa", kappa)
     if not 0 <= kappa <= weights:
         raise ValueError(f"kappa must be in 0..{weights}, the number of weights, got {kappa}")
     return kappa / weights

@@ -25,6 +25,7 @@ from .noise import (
     MAX_SEED,
     MAX_STEP,
     Layout,
+    check_number,
     check_range,
     signed64,
 )
@@ -59,9 +60,12 @@ def noise(
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     where = _layouts([layout] if layout is not None else None, [numel], "layout")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     found: Tensor = ops.noise(
         numel, distribution, _seed(seed), _step(step), direction, tensor_id, where,
-        torch.device(device), backend,
+        device, backend,
     )  # fmt: skip
     return found
 
@@ -74,6 +78,7 @@ def guide_sumsq(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backen
     Returns:
         0-dim float64 tensor.
     """
+    validation.instance("grid", grid, Grid)
     found: Tensor = ops.guide_sumsq(_list("grads", grads), _list("alphas", alphas), grid.r, backend)
     return found
 
@@ -115,11 +120,13 @@ def perturb_quantize_(
         plus, minus: outputs of the latents' shapes; int8 outputs receive codes.
         grads: straight-through gradients, of the latents' shapes.
         norm: guide norm, 0-dim float32 on the device. If it is 0 or not finite, v is noise alone.
-        one_minus_beta: 1 - beta, in 0..1; float64, because useful values reach 1e-9.
+        one_minus_beta: 1 - beta, in 0..1; float64, because useful values reach 1e-9. In a compiled
+            graph give a tensor: each new number would compile again.
         tensor_ids: by default 0, 1, 2, ...; no two tensors may draw the same noise.
         layouts: where each tensor lies in its parameter (see :func:`noise`); by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes.
     """
+    validation.instance("straight_through", straight_through, StraightThrough)
     straight_through.check_grid(grid)
     latents = _list("latents", latents)
     ids, where = _names(tensor_ids, layouts, latents)
@@ -163,6 +170,7 @@ def estimate_gradient_(
             count as 0), steps whose norm was not finite, and alphas that were not finite or not
             > 0. If every direction or the norm is lost, the gradients stay as they were.
     """
+    validation.instance("straight_through", straight_through, StraightThrough)
     straight_through.check_grid(grid)
     grads = _list("grads", grads)
     ids, where = _names(tensor_ids, layouts, grads)
@@ -186,6 +194,7 @@ def quantize(
 
     The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1).
     """
+    validation.instance("straight_through", straight_through, StraightThrough)
     straight_through.check_grid(grid)
     found: Tensor = ops.quantize(
         latent, alpha, grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind,
@@ -203,6 +212,7 @@ def quantize_(
     backend: str | None = None,
 ) -> None:
     """Write Q(latent), or its codes where ``out`` is int8, for a list of tensors."""
+    validation.instance("grid", grid, Grid)
     ops.quantize_(
         _list("out", out), _list("latents", latents), _list("alphas", alphas), grid.qmin,
         grid.qmax, grid.offset, grid.r, backend,
@@ -211,6 +221,9 @@ def quantize_(
 
 def dequantize(codes: Tensor, alpha: Tensor, *, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The values delta * (code + offset) of int8 codes: the bits that a ``dtype`` output gets."""
+    validation.instance("codes", codes, Tensor)
+    validation.instance("alpha", alpha, Tensor)
+    validation.instance("grid", grid, Grid)
     if codes.dtype != torch.int8:
         raise TypeError(f"codes must be int8, got {validation.names([codes.dtype])}")
     if dtype not in validation.FLOATS:
@@ -233,6 +246,7 @@ def straight_through_backward_(
     backend: str | None = None,
 ) -> None:
     """Multiply gradients with respect to Q by h'(latent), in place (contract section 1)."""
+    validation.instance("straight_through", straight_through, StraightThrough)
     straight_through.check_grid(grid)
     ops.straight_through_backward_(
         _list("grads", grads), _list("latents", latents), _list("alphas", alphas), grid.qmin,
@@ -244,6 +258,8 @@ def straight_through_backward_(
 
 
 def _list(name: str, tensors: TensorOrList) -> list[Tensor]:
+    if not isinstance(tensors, Tensor | Sequence):
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}")
     found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for i, t in enumerate(found):
         if not isinstance(t, Tensor):
@@ -275,6 +291,8 @@ def _one_minus_beta(value: float | Tensor) -> Tensor:
 def _names(
     tensor_ids: Sequence[int] | None, layouts: Sequence[Layout] | None, tensors: list[Tensor]
 ) -> tuple[list[int], list[int]]:
+    if tensor_ids is not None and not isinstance(tensor_ids, Sequence):
+        raise TypeError(f"tensor_ids must be a list of int, got {type(tensor_ids).__name__}")
     ids = list(range(len(tensors))) if tensor_ids is None else list(tensor_ids)
     return ids, _layouts(layouts, [t.numel() for t in tensors], "layouts")
 
@@ -283,12 +301,15 @@ def _layouts(layouts: Sequence[Layout] | None, numels: list[int], name: str) -> 
     if layouts is None:
         return [x for n in numels for x in (0, max(n, 1), max(n, 1))]
     for i, layout in enumerate(layouts):
+        if not isinstance(layout, Sequence):
+            raise TypeError(f"{name}[{i}] must be (offset, inner, stride), got {layout}")
         if len(layout) != 3:
             raise ValueError(f"{name}[{i}] must be (offset, inner, stride), got {layout}")
     return [x for layout in layouts for x in layout]
 
 
 def _epsilon(straight_through: StraightThrough, grid: Grid, epsilon_scale: float) -> float:
+    check_number("epsilon_scale", epsilon_scale)
     if not (epsilon_scale >= 0 and math.isfinite(epsilon_scale)):
         raise ValueError(f"epsilon_scale must be finite and >= 0, got {epsilon_scale}")
     return straight_through.epsilon(grid, epsilon_scale)

@@ -19,6 +19,9 @@ class Grid:
     r: int
 
     def __post_init__(self) -> None:
+        for name in ("qmin", "qmax"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} must be an int, got {type(getattr(self, name)).__name__}")
         if not -128 <= self.qmin <= self.qmax <= 127:
             raise ValueError(
                 f"qmin and qmax must satisfy -128 <= qmin <= qmax <= 127, got {self.qmin}, {self.qmax}"

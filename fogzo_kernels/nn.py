@@ -112,7 +112,7 @@ def quantize_model(
     alphas = {}  # everything is checked before the first module changes
     for name, m in linears.items():
         if m.weight not in alphas:
-            alphas[m.weight] = _alpha_of(m.weight, alpha, name)
+            alphas[m.weight] = _alpha_of(m.weight, alpha, grid, name)
     taken = [m.tensor_id for m in model.modules() if isinstance(m, QuantLinear)]
     ids = {weight: max(taken, default=-1) + 1 + i for i, weight in enumerate(alphas)}
     for m in linears.values():
@@ -124,17 +124,25 @@ def quantize_model(
 
 
 @torch.no_grad()
-def _alpha_of(weight: Tensor, alpha: Alpha, name: str) -> Tensor:
+def _alpha_of(weight: Tensor, alpha: Alpha, grid: Grid, name: str) -> Tensor:
     if weight.dtype not in validation.FLOATS:
         wanted = validation.names(validation.FLOATS)
         raise TypeError(f"{name}.weight must be {wanted}, got {validation.names([weight.dtype])}")
     value = alpha(weight.detach()) if callable(alpha) else alpha
+    if not isinstance(value, int | float | Tensor):
+        raise TypeError(
+            "alpha must be a number, a tensor or a function of a weight that returns one, got"
+            f" {type(value).__name__}"
+        )
     found = torch.as_tensor(value, dtype=torch.float32, device=weight.device).clone().contiguous()
     if not validation.divides(found.numel(), weight):
         raise ValueError(
             f"alpha must have one element, one per row or one per group of the last dimension of"
             f" {name}.weight, shape {tuple(weight.shape)}, got shape {tuple(found.shape)}"
         )
-    if not bool((torch.isfinite(found) & (found > 0)).all()):
-        raise ValueError(f"alpha must be finite and > 0, got {found.min()}..{found.max()} for {name}")
+    low, high = (x / grid.r for x in validation.DELTA_RANGE)
+    if not bool(((low <= found) & (found <= high)).all()):  # NaN fails too
+        raise ValueError(
+            f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {found.min()}..{found.max()} for {name}"
+        )
     return found

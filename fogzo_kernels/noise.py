@@ -61,9 +61,15 @@ def direction_sign(seed: int, step: int, direction: int) -> int:
     return -1 if word & 1 else 1
 
 
+def check_number(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def check_range(name: str, value: int, limit: int) -> None:
     """Raise unless ``0 <= value < limit``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not 0 <= value < limit:
         raise ValueError(f"{name} must be in 0..{limit - 1}, got {value}")

@@ -67,6 +67,8 @@ def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int,
 def guide_sumsq(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, backend: str | None) -> Tensor:
     device = validation.guide_arguments(grads, alphas)
     validation.values(alphas, r)
+    if not grads:  # on no device
+        return torch.zeros((), dtype=torch.float64)
     return select(backend, device).guide_sumsq(grads, alphas, r)
 
 
@@ -177,7 +179,8 @@ def quantize_(
     device = validation.quantize_arguments(out, latents, alphas)
     validation.values(alphas, r)
     validation.memory({"out": out}, {"latents": latents, "alphas": alphas})
-    select(backend, device).quantize_(out, latents, alphas, Grid(qmin, qmax, offset, r))
+    if latents:
+        select(backend, device).quantize_(out, latents, alphas, Grid(qmin, qmax, offset, r))
 
 
 @quantize_.register_fake
@@ -199,9 +202,10 @@ def straight_through_backward_(
     device = validation.straight_through_arguments(grads, latents, alphas)
     validation.values(alphas, r)
     validation.memory({"grads": grads}, {"latents": latents, "alphas": alphas})
-    select(backend, device).straight_through_backward_(
-        grads, grads, latents, alphas, Grid(qmin, qmax, offset, r), StraightThrough(kind, clip)
-    )
+    if latents:
+        select(backend, device).straight_through_backward_(
+            grads, grads, latents, alphas, Grid(qmin, qmax, offset, r), StraightThrough(kind, clip)
+        )
 
 
 @straight_through_backward_.register_fake

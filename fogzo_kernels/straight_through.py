@@ -63,6 +63,8 @@ class StraightThrough:
 
     def check_grid(self, grid: Grid) -> None:
         """Raise ValueError unless this straight-through estimator belongs to ``grid``."""
+        if not isinstance(grid, Grid):
+            raise TypeError(f"grid must be a Grid, got {type(grid).__name__}")
         if grid.is_sign == (self.kind == "identity"):
             raise ValueError(
                 "straight_through must be 'identity' for rounding grids and 'hardtanh', 'tanh' or"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .noise import MAX_DIRECTION, MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_range
+from .noise import MAX_DIRECTION, MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_number, check_range
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = (*FLOATS, torch.int8)
@@ -24,6 +24,11 @@ Tensors = Sequence[Tensor]
 
 def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
@@ -204,6 +209,7 @@ def values(alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: 
 
 
 def unit_interval(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in 0..1, got {value}")
 

@@ -19,9 +19,7 @@ def train(model, rows, reduction="mean", factor=1.0):
     """Gradients after each of a few steps on the given rows of a fixed batch."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
-    fogzo = fk.Fogzo(
-        model, total_steps=10, one_minus_beta=0.1, schedule="constant", loss_reduction=reduction
-    )
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, schedule="constant", loss_reduction=reduction)
     found = []
     for _ in range(STEPS):
         model.zero_grad()

@@ -140,7 +140,7 @@ def usable(norm: Tensor) -> Tensor:
 
 def guide_sumsq(grads: Tensors, alphas: Tensors, r: int) -> Tensor:
     """Sum of the squares of delta * g, float64."""
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     for g, alpha in zip(grads, alphas, strict=True):
         total += (g.flatten().double() * delta_of(alpha, r, g).double()).square().sum()
     return total

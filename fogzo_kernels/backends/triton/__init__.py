@@ -171,9 +171,7 @@ def noise(
 
 def guide_sumsq(grads: Tensors, alphas: Tensors, r: int) -> Tensor:
     """Sum of the squares of delta * g, float64: two launches, no atomics."""
-    device = grads[0].device if grads else torch.device("cpu")
-    if not grads:
-        return torch.zeros((), dtype=torch.float64, device=device)
+    device = grads[0].device
     p = plan(grads, grads=grads, alphas=alphas)
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
     out = torch.empty((), dtype=torch.float64, device=device)
@@ -256,8 +254,6 @@ def straight_through_backward_(
 def _quantize(
     out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, kind: str | None
 ) -> None:
-    if not latents:
-        return
     p = plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
     launch(
         kernels.quantize_kernel, p.programs, latents[0].device, p.table, p.owner, grid.offset,
