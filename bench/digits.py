@@ -74,7 +74,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kappa", type=float, help="(1 - beta) d at the end; by default 1 - beta is 1e-4")
     add("--n", type=int, nargs="+", default=[1], help="directions of FOGZO")
     add("--spsa-n", type=int, nargs="+", default=[1, 10], help="directions of n-SPSA")
-    add("--seeds", type=int, default=10)
+    add("--seeds", type=int, default=8)
     add("--steps", type=int, default=1500)
     add("--batch", type=int, default=128)
     add("--hidden", type=int, nargs="*", default=[10])
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> list[Result]:
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
-        context.set_forkserver_preload(["bench.digits", "sklearn.datasets"])
+        context.set_forkserver_preload(["bench.data", "fogzo_kernels", "sklearn.datasets", "tqdm"])
     with context.Pool(args.workers, maxtasksperchild=1) as pool:
         longest_first = pool.imap_unordered(partial(train, args), jobs[::-1])
         results = list(tqdm(longest_first, total=len(jobs), unit="run", desc="training"))
@@ -220,17 +220,16 @@ def plot(results: list[Result], path: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for label, group in by_label(results).items():
-        curves = torch.tensor([r.losses for r in group])
-        mean = curves.mean(0)
-        line = axes.plot(group[0].passes, mean, label=label)[0]
+        passes = group[0].passes[1:]  # no pass has no place on a logarithmic axis
+        curves = torch.tensor([r.losses[1:] for r in group])
+        line = axes.plot(passes, curves.mean(0), label=label)[0]
         if len(group) > 1:
             low, high = curves.quantile(0.1, 0), curves.quantile(0.9, 0)
             color = line.get_color()
-            axes.fill_between(group[0].passes, low, high, alpha=0.15, color=color, linewidth=0)
-    axes.set(xlabel="forward passes", ylabel="training loss", yscale="log", title=title)
-    axes.set_xscale("symlog", linthresh=1000)
+            axes.fill_between(passes, low, high, alpha=0.15, color=color, linewidth=0)
+    axes.set(xlabel="forward passes", ylabel="training loss", title=title, xscale="log", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(title="mean; band: 10th to 90th percentile of seeds")
+    axes.legend(title="mean and 10th to 90th percentile", fontsize="small", title_fontsize="small")
     figure.savefig(path, dpi=150)
 
 
