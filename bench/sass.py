@@ -56,7 +56,10 @@ class Report(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel, over dtypes, distributions, signs and scales that select different code."""
+    """Every kernel, over dtypes, distributions, signs and scales that select different code.
+
+    The step's scalars are in device memory, but in the variants with ``one_minus_beta=None``.
+    """
     tl = triton.language
     span = {"SPAN": SPAN, "TILE": TILE}
     dists = ("uniform", "rademacher", "triangular", "logistic", "gaussian")
@@ -82,6 +85,12 @@ def variants() -> Iterator[Variant]:
                         "PER_TENSOR": per_tensor, "SHARD": shard,
                     })  # fmt: skip
     yield Variant("coefficients_kernel", {"NOISE_SCALE": 0.5})
+    yield Variant("coefficients_kernel", {"NOISE_SCALE": 0.5, "one_minus_beta": None, "counters": None})
+    yield Variant("perturb_kernel", {
+        **span, "DIST": "uniform", "NOISE_SCALE": 0.5, "LATENT_T": tl.bfloat16, "GRAD_T": tl.bfloat16,
+        "OUT_T": tl.bfloat16, "WRITE_PLUS": False, "WRITE_MINUS": True, "PER_TENSOR": True, "SHARD": False,
+        "one_minus_beta": None,
+    })  # fmt: skip
     for dist in dists:
         for grad in (tl.bfloat16, tl.float32):
             for per_tensor, shard in ((True, False), (False, True)):
@@ -103,11 +112,13 @@ def compile_variant(variant: Variant, arch: int = 90) -> Report:
     """Compile for compute capability ``arch`` / 10 and read the machine code."""
     fn = getattr(kernels, variant.kernel)
     signature, constants, attributes = {}, {}, {}
+    on_host = "one_minus_beta" in variant.constants  # None: the step's scalars are kernel arguments
+    types = {**TYPES, "seed": "i64", "step": "i64"} if on_host else TYPES
     for i, name in enumerate(fn.arg_names):
         if name in variant.constants:
             signature[name], constants[(i,)] = "constexpr", variant.constants[name]
         else:
-            signature[name] = TYPES.get(name, "fp32")
+            signature[name] = types.get(name, "fp32")
             if signature[name].startswith("*"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)

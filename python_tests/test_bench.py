@@ -137,7 +137,7 @@ for variant in chosen:
 @pytest.mark.parametrize(
     "parts",
     [
-        ["perturb_kernel", "bf16", "out_t=bf16", "uniform", "shard=False"],
+        ["perturb_kernel", "latent_t=bf16", "out_t=bf16", "uniform", "shard=False"],
         ["perturb_kernel", "gaussian", "out_t=fp32", "shard=True", "write_minus=True"],
         ["perturb_kernel", "logistic", "out_t=int8", "write_minus=False"],
         ["estimate_kernel", "triangular"],

@@ -114,6 +114,23 @@ def test_zero_learning_rate_moves_nothing(dtype):
     assert fogzo.steps == 100
 
 
+def test_zero_learning_rate_in_training_mode():
+    """100 steps with dropout and BatchNorm: latents stay, buffers and generator as after plain steps."""
+    model, fogzo = make()
+    plain = copy.deepcopy(model)
+    latents = [p.clone() for p in model.parameters()]
+    torch.manual_seed(11)
+    for step in range(100):
+        model.zero_grad()
+        run_step(model, fogzo, [batch(seed=step)])
+    ended = state_of(model)
+    torch.manual_seed(11)
+    for step in range(100):
+        plain(batch(seed=step)[0])
+    assert same_state(ended, state_of(plain))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), latents, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("failing", [1, 2])
 def test_exception_in_a_probe_leaves_everything(dtype, failing):

@@ -41,13 +41,18 @@ def fma(a, b, c):
 
 
 @triton.jit
+def hardware(x, INSTRUCTION: tl.constexpr):
+    """An approximate function of the hardware: far cheaper than the library's."""
+    ASM: tl.constexpr = INSTRUCTION + ".approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def approx_log2(x):
     if INTERPRET:
         return tl.log2(x)
     else:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return hardware(x, "lg2")
 
 
 @triton.jit
@@ -55,9 +60,7 @@ def approx_rcp(x):
     if INTERPRET:
         return 1.0 / x
     else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return hardware(x, "rcp")
 
 
 @triton.jit
@@ -65,9 +68,7 @@ def approx_sqrt(x):
     if INTERPRET:
         return tl.sqrt(x)
     else:
-        return tl.inline_asm_elementwise(
-            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return hardware(x, "sqrt")
 
 
 @triton.jit
@@ -75,13 +76,7 @@ def approx_cos_sin(x):
     if INTERPRET:
         return tl.cos(x), tl.sin(x)
     else:
-        c = tl.inline_asm_elementwise(
-            "cos.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-        s = tl.inline_asm_elementwise(
-            "sin.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return c, s
+        return hardware(x, "cos"), hardware(x, "sin")
 
 
 @triton.jit

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .elements import (
-    approx_sqrt,  # noqa: F401
     code_of,
     convert,
     derivative_of,
@@ -20,7 +19,6 @@ from .elements import (
     fma,
     is_finite,
     load_tile,
-    noise_words,  # noqa: F401
     output_of,
     per_pair,
     reciprocal,
