@@ -20,8 +20,9 @@ from ..grid import Grid
 from ..noise import Layout
 from ..straight_through import StraightThrough
 
-#: Best first: without a name, the first that runs on the tensors' device is taken.
-NAMES = ("triton", "cpu", "reference")
+#: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
+#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named.
+NAMES = ("cpu", "triton", "reference")
 VARIABLE = "FOGZO_BACKEND"
 
 Tensors = Sequence[Tensor]
