@@ -131,3 +131,33 @@ def test_noise_survives_beta_close_to_one(backend):
     assert len(out.unique()) > 2
     draws = [fk.noise(8, "uniform", seed=1, step=s, backend=backend, device=theta.device).cpu() for s in (0, 1)]
     assert not np.array_equal(*draws)
+
+
+SMOOTH = {
+    "identity": lambda x: x.clamp(-2, 1),
+    "hardtanh": lambda x: x.clamp(-1, 1),
+    "tanh": torch.tanh,
+    "approxsign": lambda x: torch.where(x.abs() < 1, 2 * x - x * x.abs(), x.sign()),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SMOOTH))
+def test_noise_smooths_the_quantizer_as_the_derivative_says(kind):
+    """E[Q(x + eps_bar u)] is the function whose derivative the estimator uses (contract section 1)."""
+    straight_through = fk.StraightThrough(kind)
+    grid = fk.Grid.uniform(2) if kind == "identity" else fk.Grid.sign()
+    u = fk.noise(2**20, straight_through.distribution, seed=31)
+    alpha = torch.ones(())
+    x = torch.linspace(-1.4, 1.4, 15)
+    if kind == "identity":  # a smoothed clamp rounds its corners: stay half a step inside
+        x = torch.cat([x[(x > -1.5) & (x < 0.5)], torch.tensor([-3.0, 2.0])])
+    for point in x:
+        q = torch.empty_like(u)
+        fk.quantize_(q, point + straight_through.eps_bar * u, alpha, grid=grid)
+        error = 5 * q.double().std() / 2**10 + 1e-4
+        assert abs(q.double().mean() - SMOOTH[kind](point.double())) < error, point
+    inside = torch.linspace(-0.9, 0.4, 14).requires_grad_()
+    fk.quantize(inside, alpha, grid=grid, straight_through=straight_through).sum().backward()
+    smooth = inside.detach().clone().requires_grad_()
+    SMOOTH[kind](smooth).sum().backward()
+    torch.testing.assert_close(inside.grad, smooth.grad, rtol=0, atol=2e-6)
