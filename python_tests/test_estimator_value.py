@@ -148,13 +148,15 @@ def test_noise_smooths_the_quantizer_as_the_derivative_says(kind):
     grid = fk.Grid.uniform(2) if kind == "identity" else fk.Grid.sign()
     u = fk.noise(2**20, straight_through.distribution, seed=31)
     alpha = torch.ones(())
+    # u takes discrete values: the sign jumps by 2 over an atom, of 1/256 at most for triangular
+    atom = 2 / 256 if straight_through.distribution == "triangular" else 1e-4
     x = torch.linspace(-1.4, 1.4, 15)
     if kind == "identity":  # a smoothed clamp rounds its corners: stay half a step inside
         x = torch.cat([x[(x > -1.5) & (x < 0.5)], torch.tensor([-3.0, 2.0])])
     for point in x:
         q = torch.empty_like(u)
         fk.quantize_(q, point + straight_through.eps_bar * u, alpha, grid=grid)
-        error = 5 * q.double().std() / 2**10 + 1e-4
+        error = 5 * q.double().std() / 2**10 + atom
         assert abs(q.double().mean() - SMOOTH[kind](point.double())) < error, point
     inside = torch.linspace(-0.9, 0.4, 14).requires_grad_()
     fk.quantize(inside, alpha, grid=grid, straight_through=straight_through).sum().backward()
