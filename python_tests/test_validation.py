@@ -309,7 +309,7 @@ CASES = [
        f"grads[1] must not share memory with {name}[0]")
       for name, shape in (("norm", ()), ("losses_plus", (2,)), ("losses_minus", (2,)))),
     # backends
-    (ON_BACKENDS, put(backend="abacus"), ValueError, "backend must be one of triton, cpu, "),
+    (ON_BACKENDS, put(backend="abacus"), ValueError, "backend must be one of cpu, triton, "),
     (ON_BACKENDS, put(backend=3), (TypeError, RuntimeError), "backend"),
 ]  # fmt: skip
 # What only the host can read: a backend on a device counts bad alphas instead of waiting for them.
