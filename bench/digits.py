@@ -1,7 +1,8 @@
 """Train a low-bit MLP on scikit-learn's digits with STE, FOGZO and n-SPSA, over several seeds.
 
 Prints a table, and plots training loss against forward passes. ``make demo`` runs it as it is.
-Learning rates are constant: without decay, the weights of STE oscillate around their thresholds.
+Learning rates are constant unless --decay says otherwise: without decay, the weights of STE oscillate
+around their thresholds.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=128)
     add("--hidden", type=int, nargs="*", default=[10])
     add("--rate", type=float, help=f"Adam's learning rate for all methods; by default {RATES}")
+    add("--decay", default="constant", choices=["constant", "cosine"], help="learning rate over training")
     add("--device", default="cpu")
     add("--backend", help="by default the best available")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -134,6 +136,7 @@ def train(args: argparse.Namespace, job: Job) -> Result:
     train_x, train_y, test_x, test_y = (t.to(args.device) for t in data)
     model = build(args, train_x.shape[1], data.classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     fogzo = estimator(args, job, model)
     result, passes, start = Result(job), 0, time.perf_counter()
 
@@ -153,6 +156,8 @@ def train(args: argparse.Namespace, job: Job) -> Result:
         else:
             fogzo.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
         optimizer.step()
+        if args.decay == "cosine":
+            cosine.step()
         passes += 1 + 2 * job.directions
     evaluate()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import validation
 from .functional import estimate_gradient_, guide_sumsq, perturb_quantize_
 from .grid import Grid
 from .nn import QuantLinear
@@ -18,7 +18,6 @@ from .noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
 from .replay import ReplayState, Snapshot
 from .schedule import SCHEDULES, one_minus_beta_at
 from .straight_through import StraightThrough
-from .validation import unit_interval
 
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
 
@@ -138,10 +137,8 @@ class Fogzo:
         check_range("directions", directions, MAX_DIRECTION + 1)
         if directions < 1:
             raise ValueError(f"directions must be >= 1, got {directions}")
-        unit_interval("start", start)
-        check_number("epsilon_scale", epsilon_scale)
-        if not (epsilon_scale >= 0 and math.isfinite(epsilon_scale)):
-            raise ValueError(f"epsilon_scale must be finite and >= 0, got {epsilon_scale}")
+        validation.unit_interval("start", start)
+        validation.epsilon_scale(epsilon_scale)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if loss_reduction not in ("mean", "sum"):
@@ -235,16 +232,14 @@ class Fogzo:
         return values[0]
 
     def _estimate(self, plus: Tensor, minus: Tensor, norm: Tensor) -> None:
-        first = True
-        for key, weights in self._groups.items():
-            counters = self.counters if first else torch.zeros_like(self.counters)
+        for i, (key, weights) in enumerate(self._groups.items()):
+            counters = torch.zeros_like(self.counters) if i else self.counters
             estimate_gradient_(
                 _grads(weights), plus, minus, _alphas(weights), norm, **self._noise(key, weights),
                 counters=counters,
             )  # fmt: skip
-            if not first:  # losses and norm are the same for every group
+            if i:  # losses and norm are the same for every group, and counted with the first
                 self.counters[2] += counters[2]
-            first = False
 
     # ---- passes
 
@@ -386,7 +381,7 @@ def _final_one_minus_beta(value: float | None, kappa: float | None, weights: int
     if (value is None) == (kappa is None):
         raise ValueError(f"one of one_minus_beta and kappa must be given, got {value} and {kappa}")
     if value is not None:
-        unit_interval("one_minus_beta", value)
+        validation.unit_interval("one_minus_beta", value)
         return float(value)
     assert kappa is not None
     check_number("kappa", kappa)

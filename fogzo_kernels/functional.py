@@ -12,7 +12,6 @@ written.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +24,6 @@ from .noise import (
     MAX_SEED,
     MAX_STEP,
     Layout,
-    check_number,
     check_range,
     signed64,
 )
@@ -309,7 +307,5 @@ def _layouts(layouts: Sequence[Layout] | None, numels: list[int], name: str) -> 
 
 
 def _epsilon(straight_through: StraightThrough, grid: Grid, epsilon_scale: float) -> float:
-    check_number("epsilon_scale", epsilon_scale)
-    if not (epsilon_scale >= 0 and math.isfinite(epsilon_scale)):
-        raise ValueError(f"epsilon_scale must be finite and >= 0, got {epsilon_scale}")
+    validation.epsilon_scale(epsilon_scale)
     return straight_through.epsilon(grid, epsilon_scale)

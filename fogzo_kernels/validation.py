@@ -214,6 +214,12 @@ def unit_interval(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in 0..1, got {value}")
 
 
+def epsilon_scale(value: float) -> None:
+    check_number("epsilon_scale", value)
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"epsilon_scale must be finite and >= 0, got {value}")
+
+
 def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], like: Tensors) -> None:
     """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
     seen: dict[tuple[int, int], int] = {}
