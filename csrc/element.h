@@ -74,6 +74,30 @@ FOGZO_HD float value_of(float code, const Scale &scale, const GridRange &grid) {
 // fma(A, g, inv acc)
 FOGZO_HD float estimate_of(float A, float g, float inv, float acc) { return std::fma(A, g, inv * acc); }
 
+enum class Rule { adamw, sgd, momentum, nesterov };
+
+// An optimizer's scalars, as the contract names them; of SGD, `decay` is keep.
+struct Update {
+  Rule rule;
+  float size, decay, root, first_weight, second_weight, second_decay, eps, weight_decay, momentum;
+};
+
+// theta after the step (docs/contract.md, section 4, the fused tail); state is updated in place
+FOGZO_HD float updated(const Update &u, float theta, float G, float &first, float &second) {
+  if (u.rule == Rule::adamw) {
+    first = std::fma(u.first_weight, G - first, first);
+    second = std::fma(u.second_weight * G, G, u.second_decay * second);
+    const float ratio = first / std::fma(std::sqrt(second), u.root, u.eps);
+    return std::fma(-u.size, ratio, u.decay * theta);
+  }
+  float d = std::fma(u.weight_decay, theta, G);
+  if (u.rule != Rule::sgd) {
+    first = std::fma(u.decay, d, u.momentum * first);
+    d = u.rule == Rule::nesterov ? std::fma(u.momentum, first, d) : first;
+  }
+  return std::fma(-u.size, d, theta);
+}
+
 enum class StraightThrough { identity_clipped, identity, hardtanh, tanh, approxsign };
 
 // h'(theta) (docs/contract.md, section 1); x = theta / alpha = r theta / delta

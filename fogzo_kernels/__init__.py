@@ -8,7 +8,9 @@ from .backends import available_backends
 from .estimator import Fogzo
 from .functional import (
     dequantize,
+    estimate_adamw_,
     estimate_gradient_,
+    estimate_sgd_,
     guide_norm,
     guide_sumsq,
     noise,
@@ -20,10 +22,13 @@ from .functional import (
 from .grid import Grid
 from .nn import QuantLinear, quantize_model
 from .noise import direction_sign
+from .optim import SGD, AdamW
 from .straight_through import StraightThrough
 
 __version__ = "0.1.0"
 __all__ = [
+    "SGD",
+    "AdamW",
     "Fogzo",
     "Grid",
     "QuantLinear",
@@ -31,7 +36,9 @@ __all__ = [
     "available_backends",
     "dequantize",
     "direction_sign",
+    "estimate_adamw_",
     "estimate_gradient_",
+    "estimate_sgd_",
     "guide_norm",
     "guide_sumsq",
     "noise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -11,39 +12,51 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import validation
-from .functional import estimate_gradient_, guide_sumsq, perturb_quantize_
-from .grid import Grid
-from .nn import QuantLinear
-from .noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
+from .functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from .noise import MAX_DIRECTION, MAX_SEED, check_number, check_range, signed64
 from .replay import ReplayState, Snapshot
 from .schedule import SCHEDULES, one_minus_beta_at
-from .straight_through import StraightThrough
+from .weights import Key, QuantizedWeight, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
 
 
-class _Weight:
-    """A quantized parameter, the modules that share it, and its probe's memory."""
+class Estimate(NamedTuple):
+    """What a step's passes found; no norm where there were no probes."""
 
-    def __init__(self, module: QuantLinear) -> None:
-        self.parameter, self.tensor_id = module.weight, module.tensor_id
-        self.modules = [module]
-        self.buffer: Tensor | None = None
-
-    def probe(self) -> Tensor:
-        p = self.parameter
-        b = self.buffer
-        if b is None or (b.shape, b.dtype, b.device) != (p.shape, p.dtype, p.device):
-            self.buffer = b = torch.empty_like(p, requires_grad=False)
-        return b
+    loss: Tensor
+    losses_plus: Tensor
+    losses_minus: Tensor
+    norm: Tensor | None
 
 
-class _Key(NamedTuple):
-    grid: Grid
-    straight_through: StraightThrough
-    backend: str | None
-    latent: torch.dtype
-    grad: torch.dtype
+class _DeviceState:
+    """Seed, step and 1 - beta in device memory: a captured graph reads and advances them."""
+
+    def __init__(self, device: torch.device, settings: dict[str, Any]) -> None:
+        if settings["start"]:
+            raise ValueError(
+                f"start must be 0 if capturable, got {settings['start']}: a graph has its probes or not"
+            )
+        self.seed = torch.tensor(signed64(settings["seed"]), device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.final, self.total_steps = settings["one_minus_beta"], settings["total_steps"]
+        self.one_minus_beta = torch.full((), self.final, dtype=torch.float64, device=device)
+        self.linear = settings["schedule"] == "linear"
+        self.set_step(0)
+
+    def set_step(self, step: int) -> None:
+        self.step.fill_(step)
+        self._schedule()
+
+    def advance(self) -> None:
+        self.step.add_(1)
+        self._schedule()
+
+    def _schedule(self) -> None:  # schedule.py's formula, without reading the step on the host
+        if self.linear:
+            part = self.step.double().div_(self.total_steps).clamp_(max=1.0)
+            self.one_minus_beta.copy_(part.mul_(self.final))
 
 
 class Pass:
@@ -51,7 +64,7 @@ class Pass:
 
     def __init__(self, owner: Fogzo, direction: int, sign: int) -> None:
         self.direction, self.sign = direction, sign
-        self.loss: Tensor | None = None
+        self.losses = 0  # added so far
         self.done = False
         self._owner = owner
         self._mode: Any = None
@@ -69,8 +82,8 @@ class Pass:
             raise ValueError(f"loss must be a tensor of one element, got {what}")
         if self.sign == 0:
             loss.backward()
-        value = loss.detach().float().reshape(())
-        self.loss = value.clone() if self.loss is None else self.loss + value
+        self._owner._add_loss(self, loss.detach().reshape(()))
+        self.losses += 1
 
     def __enter__(self) -> Pass:
         self._owner._enter(self)
@@ -109,6 +122,8 @@ class Fogzo:
         start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
         process_group, loss_reduction: with ``torch.distributed``, losses are reduced over the group
             by ``"mean"`` or ``"sum"``, as the gradients are.
+        capturable: keep step and 1 - beta on the device, so that a whole step can be captured in a
+            CUDA graph and each replay draws its own noise. Run a step or more before the capture.
         backend: of the ops; None takes the best available.
     """
 
@@ -126,11 +141,12 @@ class Fogzo:
         start: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str = "mean",
+        capturable: bool = False,
         backend: str | None = None,
     ) -> None:
-        self._weights = _quantized_weights(model)
-        self.device = self._weights[0].parameter.device
-        self.total_weights = sum(w.parameter.numel() for w in self._weights)
+        self.weights = quantized_weights(model)
+        self.device = self.weights[0].parameter.device
+        self.total_weights = sum(w.parameter.numel() for w in self.weights)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be an int >= 1, got {total_steps}")
         check_range("seed", seed, MAX_SEED)
@@ -155,22 +171,33 @@ class Fogzo:
         self.directions, self.seed, self.epsilon_scale = directions, seed, epsilon_scale
         self.process_group, self.loss_reduction = process_group, loss_reduction
         self.backend = backend
-        self.steps = 0  # taken so far; the step number of the noise
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
+        self._steps = 0  # taken so far; the step number of the noise
+        self._device_state = _DeviceState(self.device, self._settings) if capturable else None
         self._replay = ReplayState(model, skip=("alpha",))
         self._passes: list[Pass] = []
         self._active: Pass | None = None
         self._before: Snapshot | None = None  # S0: before the gradient pass
         self._after: Snapshot | None = None  # S1: after it
+        self._losses = torch.empty(0)
         self._norm: Tensor | None = None
-        self._groups: dict[_Key, list[_Weight]] = {}
-        self._estimates: list[tuple[Tensor, int]] = []  # what estimate_ left in .grad
+        self._groups: dict[Key, list[QuantizedWeight]] = {}
+        self._guides: list[tuple[Tensor, int]] = []  # the gradients of this step, as the norm saw them
+        self._used: list[tuple[Tensor, int]] = []  # gradients that a step has used up
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far; if ``capturable`` this waits for the device."""
+        return self._steps if self._device_state is None else int(self._device_state.step)
 
     @property
     def one_minus_beta(self) -> float | None:
         """1 - beta of the coming step; None while training is plain STE."""
+        return self._one_minus_beta(self.steps)
+
+    def _one_minus_beta(self, step: int) -> float | None:
         s = self._settings
-        return one_minus_beta_at(self.steps, s["total_steps"], s["one_minus_beta"], s["start"], s["schedule"])
+        return one_minus_beta_at(step, s["total_steps"], s["one_minus_beta"], s["start"], s["schedule"])
 
     # ---- a step
 
@@ -183,23 +210,34 @@ class Fogzo:
         Returns:
             The loss of the gradient pass, 0-dim float32.
         """
+        self.run(closure)
+        return self.estimate_()
+
+    def run(self, closure: Callable[[], Tensor]) -> None:
+        """Run all passes of one batch; an estimate, or a fused optimizer's step, is to follow."""
         for probe in self.probes():
             with probe:
                 probe.backward(closure())
-        return self.estimate_()
 
     def probes(self) -> Iterator[Pass]:
         """The passes of a step, to be run in order: the gradient pass, then + and - per direction."""
         if self._active is not None:
             raise RuntimeError("probes() must not be called inside a pass")
-        pairs = 0 if self.one_minus_beta is None else self.directions
+        plain = self._device_state is None and self._one_minus_beta(self._steps) is None
+        pairs = 0 if plain else self.directions
         self._passes = [Pass(self, 0, 0)]
         self._passes += [Pass(self, i, sign) for i in range(pairs) for sign in (1, -1)]
+        self._losses = torch.empty(1 + 2 * pairs, device=self.device)
         self._norm = None
         for one in self._passes:
             yield one
             if not one.done:
                 raise RuntimeError("every pass of probes() must be run inside `with probe:`")
+
+    @property
+    def pending(self) -> bool:
+        """Whether all passes of a step were run, and its estimate is still to be made."""
+        return bool(self._passes) and all(one.done for one in self._passes)
 
     @torch.no_grad()
     def estimate_(self) -> Tensor:
@@ -211,37 +249,76 @@ class Fogzo:
         Returns:
             The loss of the gradient pass, 0-dim float32.
         """
-        if not self._passes or not all(one.done for one in self._passes):
+        estimate = self.collect()
+        if estimate.norm is not None:
+            for i, (key, weights) in enumerate(self._groups.items()):
+                with self.counting(first=i == 0) as counters:
+                    estimate_gradient_(
+                        _grads(weights), estimate.losses_plus, estimate.losses_minus,
+                        [w.alpha for w in weights], estimate.norm, **self.noise_options(key, weights),
+                        counters=counters,
+                    )  # fmt: skip
+        self.finish()
+        return estimate.loss
+
+    # ---- for fused optimizers (optim.py): collect, their step with noise_options, then finish
+
+    def collect(self) -> Estimate:
+        """Losses and norm of the step whose passes were run."""
+        if not self.pending:
             raise RuntimeError("estimate_ must be called after every pass of probes() was run")
-        losses = [one.loss for one in self._passes]
-        if any(loss is None for loss in losses):
+        if not all(one.losses for one in self._passes):
             raise RuntimeError("every pass must call probe.backward(loss)")
-        values = torch.stack([loss.to(self.device) for loss in losses if loss is not None])
+        if self._norm is not None and not _same(self._guides, _versions(self.weights)):
+            raise RuntimeError(
+                ".grad must not change between the passes and the estimate; to unscale or clip it, call"
+                " estimate_() first"
+            )
+        values = self._losses
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(values, group=self.process_group)
             if self.loss_reduction == "mean":
                 values /= dist.get_world_size(self.process_group)
-        if self._norm is not None:
-            self._estimate(values[1::2].contiguous(), values[2::2].contiguous(), self._norm)
-        self._estimates = [
-            (w.parameter.grad, w.parameter.grad._version) for w in self._weights if w.parameter.grad is not None
-        ]
-        self._passes, self._groups, self._norm = [], {}, None
-        self._before = self._after = None
-        self.steps += 1
-        return values[0]
+        pairs = len(values) // 2
+        return Estimate(values[0], values[1 : 1 + pairs], values[1 + pairs :], self._norm)
 
-    def _estimate(self, plus: Tensor, minus: Tensor, norm: Tensor) -> None:
-        for i, (key, weights) in enumerate(self._groups.items()):
-            counters = torch.zeros_like(self.counters) if i else self.counters
-            estimate_gradient_(
-                _grads(weights), plus, minus, _alphas(weights), norm, **self._noise(key, weights),
-                counters=counters,
-            )  # fmt: skip
-            if i:  # losses and norm are the same for every group, and counted with the first
-                self.counters[2] += counters[2]
+    @contextmanager
+    def counting(self, first: bool) -> Iterator[Tensor]:
+        """Counters for one of a step's calls: losses and norm are the same for all of them."""
+        counters = self.counters if first else torch.zeros_like(self.counters)
+        yield counters
+        if not first:
+            self.counters[2] += counters[2]
+
+    def noise_options(self, key: Key, weights: list[QuantizedWeight]) -> dict[str, Any]:
+        """What perturbation and estimate must agree on."""
+        d = self._device_state
+        return {
+            "grid": key.grid, "straight_through": key.straight_through, "backend": key.backend,
+            "one_minus_beta": d.one_minus_beta if d else self._one_minus_beta(self._steps),
+            "seed": d.seed if d else self.seed, "step": d.step if d else self._steps,
+            "tensor_ids": [w.tensor_id for w in weights], "epsilon_scale": self.epsilon_scale,
+        }  # fmt: skip
+
+    def finish(self) -> None:
+        """The step is done; the gradients that it used must not become part of the next guide."""
+        self._used = _versions(self.weights)
+        self._passes, self._groups, self._norm, self._guides = [], {}, None, []
+        self._before = self._after = None
+        if self._device_state is not None:
+            self._device_state.advance()
+        self._steps += 1
 
     # ---- passes
+
+    def _add_loss(self, one: Pass, value: Tensor) -> None:
+        pairs = len(self._losses) // 2
+        place = 0 if one.sign == 0 else 1 + one.direction + (pairs if one.sign < 0 else 0)
+        slot = self._losses[place]
+        if one.losses:
+            slot.add_(value)
+        else:
+            slot.copy_(value)
 
     def _enter(self, one: Pass) -> None:
         if self._active is not None or one.done or one not in self._passes:
@@ -250,6 +327,9 @@ class Fogzo:
         if one.sign == 0:
             self._check_fresh()
             self._before = self._replay.save()
+            for w in self.weights:
+                for module in w.modules:
+                    module.quantized = w.quantized()
         else:
             assert self._before is not None
             self._write_probes(one)
@@ -263,49 +343,54 @@ class Fogzo:
     def _exit(self, one: Pass, failed: bool) -> None:
         self._active = None
         torch.clear_autocast_cache()
+        for w in self.weights:
+            for module in w.modules:
+                module.probe = module.quantized = None
         if one.sign:
-            for w in self._weights:
-                for module in w.modules:
-                    module.probe = None
             assert self._after is not None
             self._replay.load(self._after)
         elif failed:
             assert self._before is not None
             self._replay.load(self._before)
         elif len(self._passes) > 1:
+            assert self._before is not None
             self._after = self._replay.save()
+            self._replay.compare(self._before, self._after)
             self._read_guide()
         if failed:
             self._passes = []
 
     def _check_fresh(self) -> None:
-        """An estimate left in .grad must not become part of the next guide."""
-        for w in self._weights:
-            grad = w.parameter.grad
-            if grad is not None and any(grad is g and g._version == v for g, v in self._estimates):
-                raise RuntimeError(
-                    "model.zero_grad() (or the optimizer's) must be called before the next step:"
-                    " .grad still holds the last estimate"
-                )
-        self._estimates = []
+        used = {id(g): version for g, version in self._used}
+        if any(used.get(id(g)) == version for g, version in _versions(self.weights)):
+            raise RuntimeError(
+                "model.zero_grad() (or the optimizer's) must be called before the next step:"
+                " .grad still holds the last estimate"
+            )
+        self._used = []
 
     @torch.no_grad()
     def _read_guide(self) -> None:
         """Group the weights that have a gradient, and take the norm over all of them."""
         self._groups = {}
-        for w in self._weights:
+        for w in self.weights:
             grad = w.parameter.grad
             if grad is None:  # took no part in the forward: no guide, no noise, no estimate
                 continue
             if not grad.is_contiguous():
                 w.parameter.grad = grad = grad.contiguous()
-            m = w.modules[0]
-            key = _Key(m.grid, m.straight_through, self.backend, w.parameter.dtype, grad.dtype)
-            self._groups.setdefault(key, []).append(w)
+            self._groups.setdefault(w.key(grad, self.backend), []).append(w)
         if not self._groups:
             raise RuntimeError("the gradient pass must leave a gradient for a quantized weight")
+        self._guides = _versions(self.weights)
+        if len(self._groups) == 1:
+            ((key, weights),) = self._groups.items()
+            self._norm = guide_norm(
+                _grads(weights), [w.alpha for w in weights], grid=key.grid, backend=key.backend
+            )
+            return
         sums = [
-            guide_sumsq(_grads(weights), _alphas(weights), grid=key.grid, backend=key.backend)
+            guide_sumsq(_grads(weights), [w.alpha for w in weights], grid=key.grid, backend=key.backend)
             for key, weights in self._groups.items()
         ]
         self._norm = torch.stack(sums).sum().sqrt().float()
@@ -313,20 +398,12 @@ class Fogzo:
     def _write_probes(self, one: Pass) -> None:
         assert self._norm is not None
         for key, weights in self._groups.items():
-            out = [w.probe() for w in weights]
+            out = [w.memory() for w in weights]
             perturb_quantize_(
                 out if one.sign > 0 else None, None if one.sign > 0 else out,
-                [w.parameter for w in weights], _grads(weights), _alphas(weights), self._norm,
-                direction=one.direction, **self._noise(key, weights),
+                [w.parameter for w in weights], _grads(weights), [w.alpha for w in weights], self._norm,
+                direction=one.direction, **self.noise_options(key, weights),
             )  # fmt: skip
-
-    def _noise(self, key: _Key, weights: list[_Weight]) -> dict[str, Any]:
-        """What perturbation and estimate must agree on."""
-        return {
-            "grid": key.grid, "straight_through": key.straight_through, "backend": key.backend,
-            "one_minus_beta": self.one_minus_beta, "seed": self.seed, "step": self.steps,
-            "tensor_ids": [w.tensor_id for w in weights], "epsilon_scale": self.epsilon_scale,
-        }  # fmt: skip
 
     # ---- state
 
@@ -346,35 +423,10 @@ class Fogzo:
         for name, value in self._settings.items():
             if state[name] != value:
                 raise ValueError(f"state[{name!r}] must be {value}, got {state[name]}")
-        self.steps = int(state["steps"])
+        self._steps = int(state["steps"])
+        if self._device_state is not None:
+            self._device_state.set_step(self._steps)
         self.counters.copy_(state["counters"])
-
-
-def _quantized_weights(model: nn.Module) -> list[_Weight]:
-    found: dict[Tensor, _Weight] = {}
-    for m in model.modules():
-        if isinstance(m, QuantLinear) and m.weight.requires_grad:
-            if m.weight in found:
-                found[m.weight].modules.append(m)
-            else:
-                found[m.weight] = _Weight(m)
-    weights = list(found.values())
-    if not weights:
-        raise ValueError("model must have trainable quantized weights: call quantize_model first")
-    ids = [w.tensor_id for w in weights]
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"model must have a tensor_id of its own for each weight, got {ids}")
-    devices = {w.parameter.device for w in weights}
-    if len(devices) > 1:
-        raise ValueError(f"model must have its quantized weights on one device, got {devices}")
-    modules = [w.modules[0] for w in weights]
-    epsilons = {m.straight_through.epsilon(m.grid) for m in modules}
-    if len(epsilons) > 1:
-        raise ValueError(
-            "model must have one eps in step units for all quantized weights, so that one finite"
-            f" difference serves them all, got {sorted(epsilons)}"
-        )
-    return weights
 
 
 def _final_one_minus_beta(value: float | None, kappa: float | None, weights: int) -> float:
@@ -390,12 +442,17 @@ def _final_one_minus_beta(value: float | None, kappa: float | None, weights: int
     return kappa / weights
 
 
-def _grads(weights: list[_Weight]) -> list[Tensor]:
+def _grads(weights: list[QuantizedWeight]) -> list[Tensor]:
     grads = [w.parameter.grad for w in weights]
     if any(g is None for g in grads):
         raise RuntimeError(".grad must not be cleared between the passes of a step")
     return [g for g in grads if g is not None]
 
 
-def _alphas(weights: list[_Weight]) -> list[Tensor]:
-    return [w.modules[0].alpha for w in weights]
+def _versions(weights: list[QuantizedWeight]) -> list[tuple[Tensor, int]]:
+    grads = [w.parameter.grad for w in weights]
+    return [(g, g._version) for g in grads if g is not None]
+
+
+def _same(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:
+    return len(one) == len(other) and all(g is h and v == w for (g, v), (h, w) in zip(one, other, strict=True))

@@ -5,14 +5,15 @@ Tensors are contiguous; latents, grads and outputs are float32, bfloat16 or floa
 list, and outputs may be int8 to hold codes. An alpha is float32 with one element (per tensor), one
 per row, or one per group of the last dimension. ``seed`` (unsigned 64 bits), ``step`` and
 ``one_minus_beta`` are numbers, or 0-dim tensors (int64, int64, float64) on the CPU or on the
-device. ``backend=None`` means the variable ``FOGZO_BACKEND``, else the best one available. Bad
-input raises TypeError or ValueError, a backend that is unavailable RuntimeError, before anything is
-written.
+device; so are ``lr`` (float64) and ``optimizer_step`` (int64). ``backend=None`` means the variable
+``FOGZO_BACKEND``, else the best one available. Bad input raises TypeError or ValueError, a backend
+that is unavailable RuntimeError, before anything is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ from .noise import (
     signed64,
 )
 from .straight_through import StraightThrough
+from .update import UpdateRule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TensorOrList = Tensor | Sequence[Tensor]
 
@@ -76,9 +81,7 @@ def guide_sumsq(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backen
     Returns:
         0-dim float64 tensor.
     """
-    validation.instance("grid", grid, Grid)
-    found: Tensor = ops.guide_sumsq(_list("grads", grads), _list("alphas", alphas), grid.r, backend)
-    return found
+    return _guide(grads, alphas, grid, False, backend)
 
 
 def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None) -> Tensor:
@@ -87,7 +90,13 @@ def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend
     Returns:
         0-dim float32 tensor.
     """
-    return guide_sumsq(grads, alphas, grid=grid, backend=backend).sqrt().float()
+    return _guide(grads, alphas, grid, True, backend)
+
+
+def _guide(grads: TensorOrList, alphas: TensorOrList, grid: Grid, root: bool, backend: str | None) -> Tensor:
+    validation.instance("grid", grid, Grid)
+    found: Tensor = ops.guide_sumsq(_list("grads", grads), _list("alphas", alphas), grid.r, root, backend)
+    return found
 
 
 def perturb_quantize_(
@@ -129,12 +138,10 @@ def perturb_quantize_(
     latents = _list("latents", latents)
     ids, where = _names(tensor_ids, layouts, latents)
     ops.perturb_quantize_(
-        [] if plus is None else _list("plus", plus),
-        [] if minus is None else _list("minus", minus),
-        latents, _list("grads", grads), _list("alphas", alphas), norm, _seed(seed), _step(step),
-        _one_minus_beta(one_minus_beta), direction, ids, where, grid.qmin, grid.qmax, grid.offset,
-        grid.r, straight_through.distribution, _epsilon(straight_through, grid, epsilon_scale),
-        backend,
+        _optional("plus", plus), _optional("minus", minus), latents, _list("grads", grads),
+        _list("alphas", alphas), norm, _seed(seed), _step(step), _one_minus_beta(one_minus_beta),
+        direction, ids, where, grid.qmin, grid.qmax, grid.offset, grid.r,
+        straight_through.distribution, _epsilon(straight_through, grid, epsilon_scale), backend,
     )  # fmt: skip
 
 
@@ -180,24 +187,163 @@ def estimate_gradient_(
     )  # fmt: skip
 
 
+class NoiseOptions(TypedDict):
+    grid: Grid
+    straight_through: StraightThrough
+    one_minus_beta: float | Tensor
+    seed: int | Tensor
+
+
+class TailOptions(NoiseOptions, total=False):
+    """The arguments that :func:`estimate_adamw_` and :func:`estimate_sgd_` share."""
+
+    step: int | Tensor
+    tensor_ids: Sequence[int] | None
+    layouts: Sequence[Layout] | None
+    epsilon_scale: float
+    masters: TensorOrList | None
+    quantized: TensorOrList | None
+    counters: Tensor | None
+    backend: str | None
+
+
+def estimate_adamw_(
+    latents: TensorOrList,
+    grads: TensorOrList,
+    exp_avgs: TensorOrList,
+    exp_avg_sqs: TensorOrList,
+    losses_plus: Tensor,
+    losses_minus: Tensor,
+    alphas: TensorOrList,
+    norm: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    optimizer_step: int | Tensor,
+    **common: Unpack[TailOptions],
+) -> None:
+    """The FOGZO estimate, AdamW's step with it and the next Q(latent), in one pass over memory.
+
+    As :func:`estimate_gradient_` followed by ``torch.optim.AdamW`` (decoupled decay, bias
+    correction) and :func:`quantize_`, but G is not rounded to the gradients' dtype, and the gradients
+    stay as they were (contract section 4, the fused tail).
+
+    Args:
+        latents: updated in place. The first ``len(alphas)`` are quantized; the others take their
+            gradient as it is.
+        exp_avgs, exp_avg_sqs: float32 state, of the latents' shapes, zero before the first step.
+        losses_plus, losses_minus: float32, shape (n,). With n = 0 the step is a plain
+            straight-through one: G = g.
+        optimizer_step: 1 at the first step; for the bias correction.
+        common: ``grid``, ``straight_through``, ``one_minus_beta``, ``seed``, ``step``, ``tensor_ids``,
+            ``layouts``, ``epsilon_scale``, ``counters`` and ``backend`` as in
+            :func:`estimate_gradient_`, and
+
+            ``masters``: float32 master copies of bfloat16 or float16 latents, updated in their place;
+            latents receive the rounded copy.
+
+            ``quantized``: one output per alpha that receives the next Q(latent), or codes if int8.
+
+    If every direction is lost the gradients serve as they are; if the norm is not finite the step is
+    skipped, and only ``quantized`` and ``counters`` are written.
+    """
+    beta1, beta2 = betas
+    rule = UpdateRule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
+    _estimate_update(
+        rule, latents, grads, exp_avgs, exp_avg_sqs, losses_plus, losses_minus, alphas, norm, lr,
+        optimizer_step, **common,
+    )  # fmt: skip
+
+
+def estimate_sgd_(
+    latents: TensorOrList,
+    grads: TensorOrList,
+    momentum_buffers: TensorOrList | None,
+    losses_plus: Tensor,
+    losses_minus: Tensor,
+    alphas: TensorOrList,
+    norm: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    optimizer_step: int | Tensor,
+    **common: Unpack[TailOptions],
+) -> None:
+    """The FOGZO estimate, SGD's step with it and the next Q(latent), in one pass over memory.
+
+    As :func:`estimate_adamw_`, with the update of ``torch.optim.SGD``.
+
+    Args:
+        momentum_buffers: float32 state, zero before the first step; None without momentum.
+        common: as in :func:`estimate_adamw_`.
+    """
+    rule = UpdateRule(
+        "sgd", weight_decay=weight_decay, momentum=momentum, dampening=dampening, nesterov=nesterov
+    )
+    _estimate_update(
+        rule, latents, grads, momentum_buffers, None, losses_plus, losses_minus, alphas, norm, lr,
+        optimizer_step, **common,
+    )  # fmt: skip
+
+
+def _estimate_update(
+    rule: UpdateRule, latents: TensorOrList, grads: TensorOrList, first: TensorOrList | None,
+    second: TensorOrList | None, losses_plus: Tensor, losses_minus: Tensor, alphas: TensorOrList,
+    norm: Tensor, lr: float | Tensor, optimizer_step: int | Tensor, *, grid: Grid,
+    straight_through: StraightThrough, one_minus_beta: float | Tensor, seed: int | Tensor,
+    step: int | Tensor = 0, tensor_ids: Sequence[int] | None = None,
+    layouts: Sequence[Layout] | None = None, epsilon_scale: float = 1.0,
+    masters: TensorOrList | None = None, quantized: TensorOrList | None = None,
+    counters: Tensor | None = None, backend: str | None = None,
+) -> None:  # fmt: skip
+    validation.instance("straight_through", straight_through, StraightThrough)
+    straight_through.check_grid(grid)
+    latents, alphas = _list("latents", latents), _list("alphas", alphas)
+    ids, where = _names(tensor_ids, layouts, latents[: len(alphas)])
+    first_name, second_name = ops.STATES[rule.kind]
+    ops.estimate_update_(
+        latents, _optional("masters", masters), _optional("quantized", quantized),
+        [] if counters is None else [counters], _optional(first_name, first),
+        _optional(second_name, second), _list("grads", grads), losses_plus, losses_minus, alphas,
+        norm, _seed(seed), _step(step), _one_minus_beta(one_minus_beta), ids, where, grid.qmin,
+        grid.qmax, grid.offset, grid.r, straight_through.distribution,
+        _epsilon(straight_through, grid, epsilon_scale), _lr(lr), _optimizer_step(optimizer_step),
+        rule.kind, ops.hyperparameters_of(rule), rule.nesterov, backend,
+    )  # fmt: skip
+
+
 def quantize(
     latent: Tensor,
     alpha: Tensor,
     *,
     grid: Grid,
     straight_through: StraightThrough,
+    quantized: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Q(latent), of the latent's shape and dtype; differentiable in ``latent``.
 
     The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1).
+
+    Args:
+        quantized: Q(latent), where it is known already (from :func:`estimate_adamw_`, say). It is
+            returned as it is; only the gradient is computed.
     """
     validation.instance("straight_through", straight_through, StraightThrough)
     straight_through.check_grid(grid)
-    found: Tensor = ops.quantize(
-        latent, alpha, grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind,
-        straight_through.clip, backend,
+    options = (
+        grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind, straight_through.clip, backend
     )  # fmt: skip
+    if quantized is None:
+        found: Tensor = ops.quantize(latent, alpha, *options)
+        return found
+    validation.quantize_arguments([quantized], [latent], [alpha])
+    found = ops.Quantized.apply(latent, alpha, quantized, *options)
     return found
 
 
@@ -263,6 +409,24 @@ def _list(name: str, tensors: TensorOrList) -> list[Tensor]:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
     return [t.detach() for t in found]
+
+
+def _optional(name: str, tensors: TensorOrList | None) -> list[Tensor]:
+    return [] if tensors is None else _list(name, tensors)
+
+
+def _lr(value: float | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    validation.learning_rate(value)
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _optimizer_step(value: int | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    check_range("optimizer_step", value, 2**63)
+    return torch.tensor(value, dtype=torch.int64)
 
 
 def _seed(seed: int | Tensor) -> Tensor:

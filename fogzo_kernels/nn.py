@@ -23,7 +23,8 @@ class QuantLinear(nn.Linear):
 
     ``weight`` is the latent and keeps its name, so a checkpoint of the plain model loads. ``alpha``
     is a float32 buffer that keeps its dtype under ``.to(dtype)``; a state dict without it leaves it
-    as it is. ``probe`` is None, or the quantized weight to use instead of Q(weight).
+    as it is. ``probe`` is None, or the quantized weight to use instead of Q(weight); ``quantized`` is
+    None, or Q(weight) where it is known already.
     """
 
     alpha: Tensor
@@ -32,6 +33,7 @@ class QuantLinear(nn.Linear):
     tensor_id: int
     backend: str | None
     probe: Tensor | None
+    quantized: Tensor | None
 
     @classmethod
     def from_linear(
@@ -43,7 +45,7 @@ class QuantLinear(nn.Linear):
         assert isinstance(module, cls)
         module.register_buffer("alpha", alpha)
         module.grid, module.straight_through, module.backend = grid, straight_through, backend
-        module.tensor_id, module.probe = tensor_id, None
+        module.tensor_id, module.probe, module.quantized = tensor_id, None, None
         return module
 
     def forward(self, input: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class QuantLinear(nn.Linear):
         if weight is None:
             weight = quantize(
                 self.weight, self.alpha, grid=self.grid, straight_through=self.straight_through,
-                backend=self.backend,
+                quantized=self.quantized, backend=self.backend,
             )  # fmt: skip
         return F.linear(input, weight, self.bias)
 

@@ -18,6 +18,7 @@ from .backends import select
 from .grid import Grid
 from .noise import MAX_DIRECTION, MAX_TENSOR_ID, Layout, check_range
 from .straight_through import StraightThrough
+from .update import UpdateRule
 
 GRID = "int qmin, int qmax, float offset, int r"
 NAMES = "SymInt[] tensor_ids, SymInt[] layouts"
@@ -62,20 +63,22 @@ def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int,
 @torch.library.custom_op(
     "fogzo::guide_sumsq",
     mutates_args=(),
-    schema="(Tensor[] grads, Tensor[] alphas, int r, str? backend) -> Tensor",
+    schema="(Tensor[] grads, Tensor[] alphas, int r, bool root, str? backend) -> Tensor",
 )
-def guide_sumsq(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, backend: str | None) -> Tensor:
+def guide_sumsq(
+    grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, root: bool, backend: str | None
+) -> Tensor:
     device = validation.guide_arguments(grads, alphas)
     validation.values(alphas, r)
     if not grads:  # on no device
-        return torch.zeros((), dtype=torch.float64)
-    return select(backend, device).guide_sumsq(grads, alphas, r)
+        return torch.zeros((), dtype=torch.float32 if root else torch.float64)
+    return select(backend, device).guide_sumsq(grads, alphas, r, root)
 
 
 @guide_sumsq.register_fake
-def _(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, backend: str | None) -> Tensor:
+def _(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, root: bool, backend: str | None) -> Tensor:
     device = validation.guide_arguments(grads, alphas)
-    return torch.empty((), dtype=torch.float64, device=device)
+    return torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
 
 
 # ---- perturb and quantize
@@ -161,6 +164,79 @@ def _(grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor,
     validation.estimate_arguments(
         grads, counters, losses_plus, losses_minus, alphas, norm, seed, step, one_minus_beta,
         tensor_ids, layouts,
+    )  # fmt: skip
+
+
+# ---- estimate, update and quantize: the fused tail
+
+TAIL = (
+    "Tensor(a!)[] latents, Tensor(b!)[] masters, Tensor(c!)[] quantized, Tensor(d!)[] counters,"
+    " Tensor(e!)[] first, Tensor(f!)[] second, Tensor[] grads, Tensor losses_plus, Tensor losses_minus,"
+    f" Tensor[] alphas, {STATE}, {NAMES}, {GRID}, str distribution, float epsilon, Tensor lr,"
+    " Tensor optimizer_step, str kind, float[] hyperparameters, bool nesterov, str? backend"
+)
+STATES = {"adamw": ("exp_avgs", "exp_avg_sqs"), "sgd": ("momentum_buffers", "second")}
+
+
+def hyperparameters_of(rule: UpdateRule) -> list[float]:
+    """In the order of UpdateRule's fields, as :func:`rule_of` takes them."""
+    return [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]
+
+
+def rule_of(kind: str, hyperparameters: Sequence[float], nesterov: bool) -> UpdateRule:
+    weight_decay, beta1, beta2, eps, momentum, dampening = hyperparameters
+    return UpdateRule(kind, weight_decay, beta1, beta2, eps, momentum, dampening, nesterov)
+
+
+@torch.library.custom_op(
+    "fogzo::estimate_update_",
+    mutates_args=("latents", "masters", "quantized", "counters", "first", "second"),
+    schema=f"({TAIL}) -> ()",
+)
+def estimate_update_(
+    latents: Sequence[Tensor], masters: Sequence[Tensor], quantized: Sequence[Tensor],
+    counters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor],
+    grads: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor, alphas: Sequence[Tensor],
+    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, tensor_ids: Sequence[int],
+    layouts: Sequence[int], qmin: int, qmax: int, offset: float, r: int, distribution: str,
+    epsilon: float, lr: Tensor, optimizer_step: Tensor, kind: str,
+    hyperparameters: Sequence[float], nesterov: bool, backend: str | None,
+) -> None:  # fmt: skip
+    rule = rule_of(kind, hyperparameters, nesterov)
+    states = dict(zip(STATES[kind], (first, second), strict=True))
+    device = validation.update_arguments(
+        latents, masters, states, quantized, counters, grads, losses_plus, losses_minus, alphas,
+        norm, seed, step, one_minus_beta, tensor_ids, layouts, rule, lr, optimizer_step,
+    )  # fmt: skip
+    where = triples(layouts)
+    validation.values(alphas, r, step, one_minus_beta)
+    validation.update_values(lr, optimizer_step)
+    validation.shards(tensor_ids, where, latents[: len(alphas)])
+    validation.memory(
+        {"latents": latents, "masters": masters, **states, "quantized": quantized, "counters": counters},
+        {"grads": grads, "alphas": alphas, "norm": [norm], "losses_plus": [losses_plus],
+         "losses_minus": [losses_minus]},
+    )  # fmt: skip
+    select(backend, device).estimate_update_(
+        latents, masters, first, second, quantized, counters, grads, losses_plus, losses_minus,
+        alphas, norm, seed, step, one_minus_beta, tensor_ids, where, Grid(qmin, qmax, offset, r),
+        distribution, epsilon, rule, lr, optimizer_step,
+    )  # fmt: skip
+
+
+@estimate_update_.register_fake
+def _(latents: Sequence[Tensor], masters: Sequence[Tensor], quantized: Sequence[Tensor],
+      counters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor],
+      grads: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor,
+      alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+      tensor_ids: Sequence[int], layouts: Sequence[int], qmin: int, qmax: int, offset: float,
+      r: int, distribution: str, epsilon: float, lr: Tensor, optimizer_step: Tensor, kind: str,
+      hyperparameters: Sequence[float], nesterov: bool, backend: str | None) -> None:  # fmt: skip
+    states = dict(zip(STATES[kind], (first, second), strict=True))
+    validation.update_arguments(
+        latents, masters, states, quantized, counters, grads, losses_plus, losses_minus, alphas,
+        norm, seed, step, one_minus_beta, tensor_ids, layouts,
+        rule_of(kind, hyperparameters, nesterov), lr, optimizer_step,
     )  # fmt: skip
 
 
@@ -272,3 +348,19 @@ def _quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 quantize.register_autograd(_quantize_backward, setup_context=_setup_quantize)
+
+
+class Quantized(torch.autograd.Function):
+    """Q(latent) that the caller already has, with the gradient of :func:`quantize`: no kernel, no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, alpha: Tensor, quantized: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(latent, alpha)
+        ctx.options = options
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        latent, alpha = ctx.saved_tensors
+        g = straight_through_backward(grads[0], latent, alpha, *ctx.options)
+        return (g, *[None] * (2 + len(ctx.options)))

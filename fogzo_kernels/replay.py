@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Snapshot(NamedTuple):
     cpu: Tensor
     cuda: dict[int, Tensor]
@@ -28,10 +33,26 @@ class ReplayState:
 
     def __init__(self, model: nn.Module, skip: tuple[str, ...] = ()) -> None:
         self.model, self.skip = model, skip
+        self.draws: bool | None = None  # whether a pass drew numbers on a GPU; None before the first
+
+    def compare(self, before: Snapshot, after: Snapshot) -> None:
+        """Note whether the pass between the two drew random numbers on a GPU."""
+        if not capturing():
+            self.draws = any(not torch.equal(before.cuda[d], after.cuda[d]) for d in before.cuda)
 
     @torch.no_grad()
     def save(self) -> Snapshot:
+        """The state as it is. A CUDA graph's capture can neither read nor set the device's generators."""
         devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        if capturing():
+            if self.draws is not False:
+                raise RuntimeError(
+                    "model must not draw random numbers on the GPU in a captured step (dropout, say): every"
+                    " pass of a replay would draw others"
+                    if self.draws
+                    else "a step must be run before one is captured in a CUDA graph"
+                )
+            devices = set()
         buffers = [
             (module, name, buffer, buffer.clone())
             for module in self.model.modules()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .noise import MAX_DIRECTION, MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_number, check_range
+from .update import UpdateRule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = (*FLOATS, torch.int8)
@@ -146,24 +147,68 @@ def estimate_arguments(
     alpha_list(alphas, grads)
     mixing_arguments(norm, one_minus_beta, grads)
     names_of_noise(seed, step, tensor_ids, layouts, grads)
-    for name, t in (("losses_plus", losses_plus), ("losses_minus", losses_minus)):
+    loss_arguments(losses_plus, losses_minus, norm.device, least=1)
+    counter_arguments(counters, norm.device)
+    return norm.device
+
+
+def loss_arguments(plus: Tensor, minus: Tensor, device: torch.device, least: int) -> None:
+    for name, t in (("losses_plus", plus), ("losses_minus", minus)):
         if t.dtype != torch.float32 or t.ndim != 1 or not t.is_contiguous():
             raise TypeError(
                 f"{name} must be a contiguous float32 tensor of shape (n,), got {names([t.dtype])} {shape(t)}"
             )
-        if t.device != norm.device:
-            raise ValueError(f"{name} must be on {norm.device}, got {t.device}")
-    if not 1 <= losses_plus.shape[0] <= MAX_DIRECTION:
-        raise ValueError(f"losses_plus must have 1..{MAX_DIRECTION} entries, got {losses_plus.shape[0]}")
-    if losses_minus.shape != losses_plus.shape:
-        raise ValueError(f"losses_minus must have shape {shape(losses_plus)}, got {shape(losses_minus)}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on {device}, got {t.device}")
+    if not least <= plus.shape[0] <= MAX_DIRECTION:
+        raise ValueError(f"losses_plus must have {least}..{MAX_DIRECTION} entries, got {plus.shape[0]}")
+    if minus.shape != plus.shape:
+        raise ValueError(f"losses_minus must have shape {shape(plus)}, got {shape(minus)}")
+
+
+def counter_arguments(counters: Tensors, device: torch.device) -> None:
     for t in counters:
         if t.dtype != torch.int64 or shape(t) != (3,) or not t.is_contiguous():
             raise TypeError(
                 f"counters must be an int64 tensor of shape (3,), got {names([t.dtype])} {shape(t)}"
             )
-        if t.device != norm.device:
-            raise ValueError(f"counters must be on {norm.device}, got {t.device}")
+        if t.device != device:
+            raise ValueError(f"counters must be on {device}, got {t.device}")
+
+
+def update_arguments(
+    latents: Tensors, masters: Tensors, states: Mapping[str, Tensors], quantized: Tensors,
+    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor, alphas: Tensors,
+    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, tensor_ids: Sequence[int],
+    layouts: Sequence[int], rule: UpdateRule, lr: Tensor, optimizer_step: Tensor,
+) -> torch.device:  # fmt: skip
+    """``states`` holds the rule's lists of state by their argument's name."""
+    tensor_list("latents", latents, FLOATS)
+    tensor_list("grads", grads, FLOATS, latents)
+    if masters:
+        tensor_list("masters", masters, (torch.float32,), latents)
+        if latents and latents[0].dtype == torch.float32:
+            raise TypeError("latents must be bfloat16 or float16 where masters are given, got float32")
+    for i, (name, tensors) in enumerate(states.items()):
+        if i < rule.states:
+            tensor_list(name, tensors, (torch.float32,), latents)
+        elif tensors:
+            raise ValueError(f"{name} must be None without momentum, got {len(tensors)} tensors")
+    if len(alphas) > len(latents):
+        raise ValueError(f"alphas must have at most {len(latents)} tensors, got {len(alphas)}")
+    quantizing = latents[: len(alphas)]
+    if quantized:
+        tensor_list("quantized", quantized, OUTPUTS, quantizing)
+    alpha_list(alphas, quantizing)
+    mixing_arguments(norm, one_minus_beta, latents)
+    names_of_noise(seed, step, tensor_ids, layouts, quantizing)
+    loss_arguments(losses_plus, losses_minus, norm.device, least=0)
+    counter_arguments(counters, norm.device)
+    for name, t, dtype in (
+        ("lr", lr, torch.float64),
+        ("optimizer_step", optimizer_step, torch.int64),
+    ):
+        scalar_tensor(name, t, dtype, None if t.device.type == "cpu" else norm.device)
     return norm.device
 
 
@@ -206,6 +251,20 @@ def values(alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: 
         check_range("step", int(step), MAX_STEP)
     if one_minus_beta is not None and one_minus_beta.device.type == "cpu":
         unit_interval("one_minus_beta", float(one_minus_beta))
+
+
+def update_values(lr: Tensor, optimizer_step: Tensor) -> None:
+    """Likewise: those on the CPU."""
+    if lr.device.type == "cpu":
+        learning_rate(float(lr))
+    if optimizer_step.device.type == "cpu" and int(optimizer_step) < 1:
+        raise ValueError(f"optimizer_step must be >= 1, got {int(optimizer_step)}")
+
+
+def learning_rate(value: float) -> None:
+    check_number("lr", value)
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"lr must be finite and >= 0, got {value}")
 
 
 def unit_interval(name: str, value: float) -> None:

@@ -15,12 +15,13 @@ from fogzo_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fogzo_kernels"
-CONSTANTS = {"noise", "grid", "straight_through"}
+CONSTANTS = {"noise", "grid", "straight_through", "update"}
 # Bottom first: what each module may import of the package. A new module is given its place here.
 MAY_IMPORT = {
     "noise": set(),
     "grid": set(),
     "straight_through": {"noise", "grid"},
+    "update": {"noise"},
     "schedule": set(),
     "replay": set(),
     "validation": CONSTANTS,
@@ -28,8 +29,10 @@ MAY_IMPORT = {
     "ops": CONSTANTS | {"validation", "backends"},
     "functional": CONSTANTS | {"validation", "ops"},
     "nn": CONSTANTS | {"validation", "functional"},
-    "estimator": CONSTANTS | {"validation", "functional", "nn", "schedule", "replay"},
-    "__init__": CONSTANTS | {"backends", "functional", "nn", "estimator"},
+    "weights": CONSTANTS | {"nn"},
+    "estimator": CONSTANTS | {"validation", "functional", "weights", "schedule", "replay"},
+    "optim": CONSTANTS | {"functional", "estimator", "weights"},
+    "__init__": CONSTANTS | {"backends", "functional", "nn", "estimator", "optim"},
     "info": {"__init__", "backends", "_C"},
 }
 # The language or compiled module of each backend, beside torch and the standard library.

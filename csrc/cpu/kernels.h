@@ -23,8 +23,9 @@ struct Span {
 // One tensor of a list.
 struct Item {
   int64_t numel = 0, scale_length = 1; // elements that share one alpha
-  const float *alpha = nullptr;
-  Span latent, grad, plus, minus; // quantize writes plus; estimate and straight-through write grad
+  const float *alpha = nullptr;        // null in the fused tail: not quantized
+  Span latent, grad, plus, minus;      // quantize writes plus; estimate and straight-through write grad
+  Span master, first, second;          // of the fused tail, float32; plus receives Q
   Layout layout{0, 1, 1};
   uint32_t tensor_id = 0;
 };
@@ -47,10 +48,18 @@ struct Estimate {
   int64_t directions;
 };
 
+struct Tail {
+  Estimate estimate; // no directions: G = g
+  Update update;
+  GridRange grid;
+  bool skip; // write only Q
+};
+
 void noise_range(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin, int64_t end);
 double sumsq_range(const Item &item, float r, int64_t begin, int64_t end);
 void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64_t end);
 void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t end);
+void update_range(const Item &item, const Tail &tail, int64_t begin, int64_t end);
 void quantize_range(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end);
 // reads grad, writes plus (which may be the same memory)
 void straight_through_range(const Item &item, StraightThrough kind, const GridRange &grid, float r,

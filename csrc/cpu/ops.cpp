@@ -214,26 +214,32 @@ int64_t count_bad_alphas(const TensorList &alphas) {
   return bad;
 }
 
+void check_losses(const Tensor &plus, const Tensor &minus) {
+  check_list({minus}, {plus}, "losses_minus", false);
+  check_list({plus}, {plus}, "losses_plus", false);
+  STD_TORCH_CHECK(plus.scalar_type() == ScalarType::Float && minus.scalar_type() == ScalarType::Float,
+                  "losses_plus and losses_minus must be float32");
+}
+
+int64_t *counters_of(const TensorList &counters) {
+  if (counters.empty())
+    return nullptr;
+  check_cpu_contiguous(counters[0], "counters");
+  STD_TORCH_CHECK(counters[0].scalar_type() == ScalarType::Long && counters[0].numel() == 3,
+                  "counters must be int64 of shape (3,)");
+  return static_cast<int64_t *>(counters[0].data_ptr());
+}
+
 void estimate_gradient(const TensorList &grads, const TensorList &counters, const Tensor &losses_plus,
                        const Tensor &losses_minus, const TensorList &alphas, const Tensor &norm, int64_t seed,
                        int64_t step, double one_minus_beta, const Ints &tensor_ids, const Ints &layouts,
                        int64_t r, const std::string &distribution, double noise_scale, double epsilon) {
   check_list(grads, grads, "grads", false);
-  check_list({losses_minus}, {losses_plus}, "losses_minus", false);
-  check_list({losses_plus}, {losses_plus}, "losses_plus", false);
-  STD_TORCH_CHECK(losses_plus.scalar_type() == ScalarType::Float &&
-                      losses_minus.scalar_type() == ScalarType::Float,
-                  "losses_plus and losses_minus must be float32");
+  check_losses(losses_plus, losses_minus);
   std::vector<Item> items = make_items(grads, alphas);
   set_names(items, tensor_ids, layouts, grads);
   set_spans(items, &Item::grad, grads, "grads");
-  int64_t *counts = nullptr;
-  if (!counters.empty()) {
-    check_cpu_contiguous(counters[0], "counters");
-    STD_TORCH_CHECK(counters[0].scalar_type() == ScalarType::Long && counters[0].numel() == 3,
-                    "counters must be int64 of shape (3,)");
-    counts = static_cast<int64_t *>(counters[0].data_ptr());
-  }
+  int64_t *counts = counters_of(counters);
   Estimate e{
       {distribution_of(distribution), {uint64_t(seed), uint32_t(step), 0, 0}}, float(r), 0.0f, nullptr, 0};
   if (counts)
@@ -246,6 +252,96 @@ void estimate_gradient(const TensorList &grads, const TensorList &counters, cons
   e.directions = int64_t(B.size());
   for_each_block(make_blocks(items),
                  [&](int64_t, const Block &b) { estimate_range(*b.item, e, b.begin, b.end); });
+}
+
+Update update_of(const std::string &rule, const std::vector<double> &h, double lr, int64_t count) {
+  // h: weight decay, beta1, beta2, eps, momentum, dampening
+  STD_TORCH_CHECK(h.size() == 6, "hyperparameters must be 6 numbers, got ", h.size());
+  if (rule == "adamw")
+    return {Rule::adamw,
+            float(lr / (1.0 - std::pow(h[1], double(count)))),
+            float(1.0 - lr * h[0]),
+            float(1.0 / std::sqrt(1.0 - std::pow(h[2], double(count)))),
+            float(1.0 - h[1]),
+            float(1.0 - h[2]),
+            float(h[2]),
+            float(h[3]),
+            0.0f,
+            0.0f};
+  Update u{Rule::sgd, float(lr), float(count == 1 ? 1.0 : 1.0 - h[5]), 0, 0, 0, 0, 0, float(h[0]), float(h[4])};
+  if (rule == "momentum")
+    u.rule = Rule::momentum;
+  else if (rule == "nesterov")
+    u.rule = Rule::nesterov;
+  else
+    STD_TORCH_CHECK(rule == "sgd", "rule must be a known one, got ", rule);
+  return u;
+}
+
+// Items of the fused tail: the first alphas.size() are quantized, the others have no alpha.
+std::vector<Item> update_items(const TensorList &latents, const TensorList &masters, const TensorList &first,
+                               const TensorList &second, const TensorList &quantized, const TensorList &grads,
+                               const TensorList &alphas, const Ints &tensor_ids, const Ints &layouts) {
+  check_list(latents, latents, "latents", false);
+  check_list(grads, latents, "grads", false);
+  STD_TORCH_CHECK(alphas.size() <= latents.size(), "alphas must not be more than latents");
+  const TensorList quantizing(latents.begin(), latents.begin() + alphas.size());
+  check_list(quantized, quantizing, "quantized", true);
+  std::vector<Item> items = make_items(quantizing, alphas);
+  set_names(items, tensor_ids, layouts, quantizing);
+  for (size_t i = items.size(); i < latents.size(); ++i) {
+    items.emplace_back();
+    items.back().numel = latents[i].numel();
+  }
+  set_spans(items, &Item::latent, latents, "latents");
+  set_spans(items, &Item::grad, grads, "grads");
+  set_spans(items, &Item::plus, quantized, "quantized", true);
+  const std::pair<const TensorList *, Span Item::*> states[] = {
+      {&masters, &Item::master}, {&first, &Item::first}, {&second, &Item::second}};
+  for (const auto &[list, member] : states) {
+    check_list(*list, latents, "masters and state", true);
+    for (const Tensor &t : *list)
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "masters and state must be float32");
+    set_spans(items, member, *list, "state");
+  }
+  return items;
+}
+
+void estimate_update(const TensorList &latents, const TensorList &masters, const TensorList &first,
+                     const TensorList &second, const TensorList &quantized, const TensorList &counters,
+                     const TensorList &grads, const Tensor &losses_plus, const Tensor &losses_minus,
+                     const TensorList &alphas, const Tensor &norm, int64_t seed, int64_t step,
+                     double one_minus_beta, const Ints &tensor_ids, const Ints &layouts, int64_t qmin,
+                     int64_t qmax, double offset, int64_t r, const std::string &distribution,
+                     double noise_scale, double epsilon, const std::string &rule,
+                     const std::vector<double> &hyperparameters, double lr, int64_t count) {
+  check_losses(losses_plus, losses_minus);
+  const std::vector<Item> items =
+      update_items(latents, masters, first, second, quantized, grads, alphas, tensor_ids, layouts);
+  int64_t *counts = counters_of(counters);
+  Tail tail{
+      {{distribution_of(distribution), {uint64_t(seed), uint32_t(step), 0, 0}}, float(r), 1.0f, nullptr, 0},
+      update_of(rule, hyperparameters, lr, count),
+      {float(qmin), float(qmax), float(offset)},
+      false};
+  const bool needs_state = tail.update.rule != Rule::sgd;
+  STD_TORCH_CHECK(!needs_state || first.size() == latents.size(), "state must be given for ", rule);
+  STD_TORCH_CHECK(tail.update.rule != Rule::adamw || second.size() == latents.size(),
+                  "exp_avg_sqs must be given for adamw");
+  std::vector<float> B;
+  if (losses_plus.numel()) {
+    if (counts)
+      counts[2] += count_bad_alphas(alphas);
+    const float n = norm_of(norm);
+    tail.skip = !std::isfinite(n);
+    if (estimate_coefficients(losses_plus, losses_minus, n, one_minus_beta, epsilon, noise_scale,
+                              tail.estimate.noise.names, counts, tail.estimate.A, B)) {
+      tail.estimate.B = B.data();
+      tail.estimate.directions = int64_t(B.size());
+    }
+  }
+  for_each_block(make_blocks(items),
+                 [&](int64_t, const Block &b) { update_range(*b.item, tail, b.begin, b.end); });
 }
 
 void quantize(const TensorList &out, const TensorList &latents, const TensorList &alphas, int64_t qmin,
@@ -291,6 +387,11 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("estimate_gradient(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus, "
         "Tensor[] alphas, Tensor norm, int seed, int step, float one_minus_beta, int[] tensor_ids, "
         "int[] layouts, int r, str distribution, float noise_scale, float epsilon) -> ()");
+  m.def("estimate_update(Tensor(a!)[] latents, Tensor(b!)[] masters, Tensor(c!)[] first, Tensor(d!)[] second, "
+        "Tensor(e!)[] quantized, Tensor(f!)[] counters, Tensor[] grads, Tensor losses_plus, "
+        "Tensor losses_minus, Tensor[] alphas, Tensor norm, int seed, int step, float one_minus_beta, "
+        "int[] tensor_ids, int[] layouts, int qmin, int qmax, float offset, int r, str distribution, "
+        "float noise_scale, float epsilon, str rule, float[] hyperparameters, float lr, int count) -> ()");
   m.def(
       "quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, int qmin, int qmax, float offset, int r) "
       "-> ()");
@@ -303,6 +404,7 @@ STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
   m.impl("guide_sumsq", TORCH_BOX(&guide_sumsq));
   m.impl("perturb_quantize", TORCH_BOX(&perturb_quantize));
   m.impl("estimate_gradient", TORCH_BOX(&estimate_gradient));
+  m.impl("estimate_update", TORCH_BOX(&estimate_update));
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("straight_through_backward", TORCH_BOX(&straight_through_backward));
 }

@@ -196,24 +196,63 @@ void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64
   });
 }
 
-void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
-  float grad[kTile], m[kTile], acc[kTile], out[kTile];
+namespace {
+
+// G of a tile into out
+void estimate_tile(const Item &item, const Estimate &e, const float *g, int64_t start, int64_t count,
+                   float *out) {
+  float m[kTile], acc[kTile];
   Noise noise = e.noise;
   noise.names.tensor_id = item.tensor_id;
+  std::fill_n(acc, count, 0.0f);
+  for (int64_t direction = 0; direction < e.directions; ++direction) {
+    noise.names.direction = uint32_t(direction);
+    noise_tile(noise, item.layout, start, count, m);
+    for (int64_t i = 0; i < count; ++i)
+      acc[i] = std::fma(e.B[direction], m[i], acc[i]);
+  }
+  for_each_scale(item, e.r, start, count, [&](int64_t first, int64_t last, const Scale &scale) {
+    for (int64_t i = first; i < last; ++i)
+      out[i] = estimate_of(e.A, g[i], scale.inv, acc[i]);
+  });
+}
+
+// the optimizer's step of a tile, in place
+void step_tile(const Item &item, const Update &update, const float *G, int64_t start, int64_t count) {
+  float buffer[kTile], out[kTile], none = 0;
+  const Span &weight = item.master.data ? item.master : item.latent;
+  const float *theta = load(weight, start, count, buffer);
+  float *first = static_cast<float *>(item.first.data), *second = static_cast<float *>(item.second.data);
+  for (int64_t i = 0; i < count; ++i)
+    out[i] =
+        updated(update, theta[i], G[i], first ? first[start + i] : none, second ? second[start + i] : none);
+  store(out, weight, start, count);
+  if (item.master.data)
+    store(out, item.latent, start, count);
+}
+
+} // namespace
+
+void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
+  float grad[kTile], out[kTile];
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    const float *g = load(item.grad, start, count, grad);
-    std::fill_n(acc, count, 0.0f);
-    for (int64_t direction = 0; direction < e.directions; ++direction) {
-      noise.names.direction = uint32_t(direction);
-      noise_tile(noise, item.layout, start, count, m);
-      for (int64_t i = 0; i < count; ++i)
-        acc[i] = std::fma(e.B[direction], m[i], acc[i]);
-    }
-    for_each_scale(item, e.r, start, count, [&](int64_t first, int64_t last, const Scale &scale) {
-      for (int64_t i = first; i < last; ++i)
-        out[i] = estimate_of(e.A, g[i], scale.inv, acc[i]);
-    });
+    estimate_tile(item, e, load(item.grad, start, count, grad), start, count, out);
     store(out, item.grad, start, count);
+  });
+}
+
+void update_range(const Item &item, const Tail &tail, int64_t begin, int64_t end) {
+  float grad[kTile], out[kTile];
+  const bool drawn = item.alpha && tail.estimate.directions;
+  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
+    if (!tail.skip) {
+      const float *g = load(item.grad, start, count, grad);
+      if (drawn)
+        estimate_tile(item, tail.estimate, g, start, count, out);
+      step_tile(item, tail.update, drawn ? out : g, start, count);
+    }
+    if (item.plus.data) // while the tile is in the cache
+      quantize_range(item, tail.grid, tail.estimate.r, start, start + count);
   });
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..grid import Grid
 from ..noise import Layout
 from ..straight_through import StraightThrough
+from ..update import UpdateRule
 
 #: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
 #: so that Triton's interpreter, which also runs on the CPU, is used only where it is named.
@@ -33,7 +34,10 @@ class Backend(Protocol):
 
     ``seed`` and ``step`` (int64) and ``one_minus_beta`` (float64) are 0-dim tensors, on the CPU or on
     the device; ``norm`` is a 0-dim float32 tensor on the device. An empty ``plus`` or ``minus``
-    is not written; ``counters`` holds no or one int64 tensor of shape (3,).
+    is not written; ``counters`` holds no or one int64 tensor of shape (3,). ``root`` asks for the
+    norm, float32, instead of the sum of squares. In the fused tail ``alphas``, ``tensor_ids``,
+    ``layouts`` and a non-empty ``quantized`` belong to the first latents; ``first`` and ``second`` are
+    the rule's float32 states, or empty.
     """
 
     def unavailable(self, device: torch.device) -> str | None: ...
@@ -43,7 +47,7 @@ class Backend(Protocol):
         tensor_id: int, layout: Layout, device: torch.device,
     ) -> Tensor: ...  # fmt: skip
 
-    def guide_sumsq(self, grads: Tensors, alphas: Tensors, r: int) -> Tensor: ...
+    def guide_sumsq(self, grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor: ...
 
     def perturb_quantize_(
         self, plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
@@ -57,6 +61,14 @@ class Backend(Protocol):
         alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
         tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
         epsilon: float,
+    ) -> None: ...  # fmt: skip
+
+    def estimate_update_(
+        self, latents: Tensors, masters: Tensors, first: Tensors, second: Tensors,
+        quantized: Tensors, counters: Tensors, grads: Tensors, losses_plus: Tensor,
+        losses_minus: Tensor, alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor,
+        one_minus_beta: Tensor, tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid,
+        distribution: str, epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
     ) -> None: ...  # fmt: skip
 
     def quantize_(self, out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None: ...

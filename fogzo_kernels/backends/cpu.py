@@ -11,6 +11,7 @@ from .. import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.o
 from ..grid import Grid
 from ..noise import DISTRIBUTIONS, Layout
 from ..straight_through import StraightThrough
+from ..update import UpdateRule
 
 Tensors = Sequence[Tensor]
 native = torch.ops.fogzo_cpu
@@ -32,11 +33,11 @@ def noise(
     return out
 
 
-def guide_sumsq(grads: Tensors, alphas: Tensors, r: int) -> Tensor:
-    """Sum of the squares of delta * g, float64; the same bits for any number of threads."""
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+    """Sum of the squares of delta * g, float64, or its root, float32; whatever the number of threads."""
     out = torch.empty((), dtype=torch.float64)
     native.guide_sumsq(out, grads, alphas, r)
-    return out
+    return out.sqrt_().float() if root else out
 
 
 def perturb_quantize_(
@@ -64,6 +65,23 @@ def estimate_gradient_(
         grads, counters, losses_plus, losses_minus, alphas, norm, int(seed), int(step),
         float(one_minus_beta), tensor_ids, flat(layouts), r, distribution,
         DISTRIBUTIONS[distribution], epsilon,
+    )  # fmt: skip
+
+
+def estimate_update_(
+    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
+    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
+    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    """G, the optimizer's step and Q(theta) in one pass."""
+    hyperparameters = [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]
+    native.estimate_update(
+        latents, masters, first, second, quantized, counters, grads, losses_plus, losses_minus,
+        alphas, norm, int(seed), int(step), float(one_minus_beta), tensor_ids, flat(layouts),
+        grid.qmin, grid.qmax, grid.offset, grid.r, distribution, DISTRIBUTIONS[distribution], epsilon,
+        rule.variant, hyperparameters, float(lr), int(count),
     )  # fmt: skip
 
 

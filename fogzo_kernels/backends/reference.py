@@ -25,6 +25,7 @@ from ..noise import (
     Layout,
 )
 from ..straight_through import StraightThrough
+from ..update import UpdateRule
 
 Tensors = Sequence[Tensor]
 
@@ -138,12 +139,12 @@ def usable(norm: Tensor) -> Tensor:
     return torch.isfinite(norm) & (norm > 0)
 
 
-def guide_sumsq(grads: Tensors, alphas: Tensors, r: int) -> Tensor:
-    """Sum of the squares of delta * g, float64."""
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+    """Sum of the squares of delta * g, float64, or its root, float32."""
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     for g, alpha in zip(grads, alphas, strict=True):
         total += (g.flatten().double() * delta_of(alpha, r, g).double()).square().sum()
-    return total
+    return total.sqrt().float() if root else total
 
 
 def perturb_quantize_(
@@ -176,7 +177,22 @@ def estimate_gradient_(
     epsilon: float,
 ) -> None:  # fmt: skip
     """Replace g by G = A g + (1 / delta) sum_i B_i m_i."""
-    n, device = losses_plus.numel(), losses_plus.device
+    A, B, keep = coefficients(
+        counters, losses_plus, losses_minus, grads, alphas, norm, seed, step, one_minus_beta,
+        distribution, epsilon,
+    )  # fmt: skip
+    for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):
+        G = estimate(g, A, B, alpha, seed, step, tensor_ids[i], layouts[i], r, distribution)
+        g.copy_(torch.where(keep, g, G.to(g.dtype).view(g.shape)))
+
+
+def coefficients(
+    counters: Tensors, losses_plus: Tensor, losses_minus: Tensor, grads: Tensors, alphas: Tensors,
+    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, distribution: str,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A, the B_i, and whether the gradient stays as it is; counts what was lost."""
+    n, device = losses_plus.numel(), norm.device
     eps = torch.tensor(epsilon, dtype=torch.float32, device=device).double()
     c = (losses_plus.double() - losses_minus.double()) / (2 * eps)
     finite = torch.isfinite(c.float())
@@ -186,22 +202,103 @@ def estimate_gradient_(
     over_norm = torch.where(usable(norm), 1 / norm.double(), 0.0)
     A = ((c * signs).sum() * torch.sqrt(1 - omb) * over_norm).float()
     B = (c * torch.sqrt(omb) * DISTRIBUTIONS[distribution]).float()
-    keep = ~finite.any() | ~torch.isfinite(norm)
     if counters:
         bad_alphas = [
-            (~(torch.isfinite(x) & (x > 0))).sum() for x, g in zip(alphas, grads, strict=True) if g.numel()
+            (~(torch.isfinite(x) & (x > 0))).sum() for x, g in zip(alphas, grads, strict=False) if g.numel()
         ]
         bad = sum(bad_alphas, torch.zeros((), dtype=torch.int64, device=device))
         lost = (~finite).sum(), (~torch.isfinite(norm)).long()
         counters[0].add_(torch.stack([*lost, bad]))
-    for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):
-        e = elements(g.numel(), layouts[i], device)
-        acc = torch.zeros(g.numel(), device=device)
-        for direction in range(n):
-            m = noise_m(e, distribution, seed, step, direction, tensor_ids[i])
-            acc = fma(B[direction], m, acc)
-        G = fma(A, g.flatten(), (1 / delta_of(alpha, r, g)) * acc)
-        g.copy_(torch.where(keep, g, G.to(g.dtype).view(g.shape)))
+    return A, B, ~finite.any() | ~torch.isfinite(norm)
+
+
+def estimate(
+    g: Tensor, A: Tensor, B: Tensor, alpha: Tensor, seed: Tensor, step: Tensor, tensor_id: int,
+    layout: Layout, r: int, distribution: str,
+) -> Tensor:  # fmt: skip
+    """G, flat float32."""
+    e = elements(g.numel(), layout, g.device)
+    acc = torch.zeros(g.numel(), device=g.device)
+    for direction in range(B.numel()):
+        m = noise_m(e, distribution, seed, step, direction, tensor_id)
+        acc = fma(B[direction], m, acc)
+    return fma(A, g.flatten(), (1 / delta_of(alpha, r, g)) * acc)
+
+
+# ---- section 4: the fused tail
+
+
+def estimate_update_(
+    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
+    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
+    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    """G, the optimizer's step with it, then Q(theta)."""
+    n, device = losses_plus.numel(), norm.device
+    keep, skip = torch.tensor(True, device=device), torch.tensor(False, device=device)
+    if n:
+        skip = ~torch.isfinite(norm)
+        A, B, keep = coefficients(
+            counters, losses_plus, losses_minus, grads, alphas, norm, seed, step, one_minus_beta,
+            distribution, epsilon,
+        )  # fmt: skip
+    scalars = update_scalars(rule, lr.to(device), count.to(device))
+    for i, (latent, grad) in enumerate(zip(latents, grads, strict=True)):
+        G = grad.flatten().float()
+        if n and i < len(alphas):
+            drawn = estimate(
+                grad, A, B, alphas[i], seed, step, tensor_ids[i], layouts[i], grid.r, distribution
+            )  # fmt: skip
+            G = torch.where(keep, G, drawn)
+        theta = masters[i] if masters else latent
+        state = [s[i] for s in (first, second) if s]
+        new = updated(rule, scalars, theta.flatten().float(), G, [s.flatten() for s in state])
+        for old, value in zip((theta, *state), new, strict=True):
+            old.copy_(torch.where(skip, old, value.view(old.shape).to(old.dtype)))
+        if masters:
+            latent.copy_(torch.where(skip, latent, theta.to(latent.dtype)))
+    if quantized:
+        quantize_(quantized, latents[: len(alphas)], alphas, grid)
+
+
+def update_scalars(rule: UpdateRule, lr: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """The update's scalars, float64 rounded once to float32."""
+    t = count.double()
+    if rule.kind == "adamw":
+        found = {
+            "decay": 1 - lr * rule.weight_decay,
+            "size": lr / (1 - rule.beta1**t),
+            "root": (1 - rule.beta2**t).rsqrt(),
+        }
+    else:
+        found = {"size": lr, "keep": torch.where(t == 1, 1.0, 1 - rule.dampening)}
+    return {name: value.float() for name, value in found.items()}
+
+
+def updated(
+    rule: UpdateRule, scalars: dict[str, Tensor], theta: Tensor, G: Tensor, state: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """theta and its state after the step, float32."""
+
+    def rounded(x: float) -> Tensor:
+        return torch.tensor(x, dtype=torch.float32, device=theta.device)
+
+    if rule.kind == "adamw":
+        m, v = state
+        m = fma(rounded(1 - rule.beta1), G - m, m)
+        v = fma(rounded(1 - rule.beta2) * G, G, rounded(rule.beta2) * v)
+        root = v.double().sqrt().float()  # PyTorch's float32 root on a CPU is not correctly rounded
+        denominator = fma(root, scalars["root"], rounded(rule.eps))
+        return fma(-scalars["size"], m / denominator, scalars["decay"] * theta), m, v
+    d = fma(rounded(rule.weight_decay), theta, G)
+    if not state:
+        return (fma(-scalars["size"], d, theta),)
+    momentum = rounded(rule.momentum)
+    b = fma(scalars["keep"], d, momentum * state[0])
+    d = fma(momentum, b, d) if rule.nesterov else b
+    return fma(-scalars["size"], d, theta), b
 
 
 # ---- sections 1 and 3: quantizer and straight-through derivative

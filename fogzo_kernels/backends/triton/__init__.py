@@ -1,15 +1,14 @@
 """Triton on NVIDIA GPUs; on the CPU through Triton's interpreter (``TRITON_INTERPRET=1``).
 
-Host side: a table of the tensors' addresses, built once and kept while they stay, and one launch
-per op over all tensors.
+Host side: one launch per op over all tensors, which a plan (plans.py) names to the kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -19,13 +18,14 @@ from torch import Tensor
 from ...grid import Grid
 from ...noise import DISTRIBUTIONS, Layout
 from ...straight_through import StraightThrough
-from . import kernels
+from ...update import UpdateRule
+from . import kernels, update
 from .elements import M_FACTOR
+from .plans import SPAN, plan
 
-SPAN = 16384  # elements per program
 TILE = 2048  # elements per loop iteration
+UPDATE_TILE = 1024  # its loop holds twice as many arrays
 NUM_WARPS = 4
-PLANS_KEPT = 256
 
 Tensors = Sequence[Tensor]
 DTYPES = {
@@ -45,84 +45,28 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-# ---- plans: which program works where
-
-
-class Plan(NamedTuple):
-    table: Tensor  # int64, (tensors, len(COLUMNS))
-    owner: Tensor  # int32, (programs,): the row of each program
-    programs: int
-    per_tensor: bool  # every alpha has one element
-    shard: bool  # some layout skips elements
-
-
-_plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
-
-
-def plan(
-    like: Tensors,
-    *,
-    latents: Tensors = (),
-    grads: Tensors = (),
-    plus: Tensors = (),
-    minus: Tensors = (),
-    alphas: Tensors = (),
-    tensor_ids: Sequence[int] = (),
-    layouts: Sequence[Layout] = (),
-) -> Plan:
-    """The plan for these addresses; the table is a pure function of the key, so it never goes stale."""
-    addresses = tuple(tuple(t.data_ptr() for t in ts) for ts in (latents, grads, plus, minus, alphas))
-    numels = tuple(t.numel() for t in like)
-    scales = tuple(t.numel() for t in alphas) or (1,) * len(numels)
-    key = (like[0].device if like else None, addresses, numels, scales, tuple(tensor_ids), tuple(layouts))
-    found = _plans.get(key)
-    if found is None:
-        found = _plans[key] = build_plan(key)
-        if len(_plans) > PLANS_KEPT:
-            _plans.popitem(last=False)
-    else:
-        _plans.move_to_end(key)
-    return found
-
-
-def build_plan(key: tuple) -> Plan:
-    device, addresses, numels, scales, tensor_ids, layouts = key
-    rows: list[list[int]] = []
-    owner: list[int] = []
-    for i, numel in enumerate(numels):
-        pointers = [column[i] if column else 0 for column in addresses]
-        offset, inner, stride = layouts[i] if layouts else (0, max(numel, 1), max(numel, 1))
-        inner = min(inner, max(numel, 1))
-        if inner == numel:
-            stride = inner
-        length = max(numel // max(scales[i], 1), 1)
-        aligned = (
-            all(p % 16 == 0 for p in pointers[:4])
-            and offset % 8 == 0
-            and (inner == numel or (inner % 8 == 0 and stride % 8 == 0))
-            and (scales[i] == 1 or length % 8 == 0)
-        )
-        rows.append([
-            *pointers, tensor_ids[i] if tensor_ids else 0, numel, numel & ~7 if aligned else 0,
-            len(owner), offset, inner, stride - inner, scales[i], length,
-            kernels.divisor(max(inner // 8, 1)), kernels.divisor(max(length // 8, 1)),
-        ])  # fmt: skip
-        owner += [i] * -(-numel // SPAN)
-    return Plan(
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.tensor(owner, dtype=torch.int32).to(device),
-        len(owner),
-        all(s == 1 for s in scales),
-        any(row[kernels.COLUMNS.index("SKIP")] for row in rows),
-    )
-
-
 # ---- scalars
 
 
 def host_or_device(t: Tensor) -> Tensor | int:
     """A device tensor is read by the kernel; a CPU one by the host, without a sync."""
     return int(t) if t.device.type == "cpu" and not triton.knobs.runtime.interpret else t
+
+
+def bits_or_device(t: Tensor) -> Tensor | int:
+    """Likewise for a float64, which the host passes by its bits: a float argument would be rounded."""
+    found = host_or_device(t.view(torch.int64))
+    return found if isinstance(found, int) else t
+
+
+def bits(x: float) -> int:
+    """The bits of a float64, as a signed integer."""
+    found: int = struct.unpack("<q", struct.pack("<d", x))[0]
+    return found
+
+
+def log_bits(x: float) -> int:
+    return bits(math.log(x) if x else -math.inf)
 
 
 def mixing(one_minus_beta: Tensor, distribution: str) -> tuple[dict[str, object], float]:
@@ -146,7 +90,7 @@ def rounded(x: float) -> float:
 def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
     """Launch on the tensors' device and its current stream; nothing for no programs."""
     if programs:
-        with torch.cuda.device_of(torch.empty(0, device=device)):
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[(programs,)](*args, **kwargs, num_warps=NUM_WARPS)
 
 
@@ -169,17 +113,17 @@ def noise(
     return out
 
 
-def guide_sumsq(grads: Tensors, alphas: Tensors, r: int) -> Tensor:
-    """Sum of the squares of delta * g, float64: two launches, no atomics."""
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+    """Sum of the squares of delta * g, float64, or its root, float32: two launches, no atomics."""
     device = grads[0].device
     p = plan(grads, grads=grads, alphas=alphas)
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
-    out = torch.empty((), dtype=torch.float64, device=device)
+    out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
     launch(
         kernels.sumsq_kernel, p.programs, device, p.table, p.owner, partial, float(r), SPAN=SPAN,
         TILE=TILE, GRAD_T=DTYPES[grads[0].dtype], PER_TENSOR=p.per_tensor,
     )  # fmt: skip
-    launch(kernels.sum_kernel, 1, device, partial, p.programs, out, BLOCK=1024)
+    launch(kernels.sum_kernel, 1, device, partial, p.programs, out, BLOCK=1024, ROOT=root)
     return out
 
 
@@ -232,6 +176,44 @@ def estimate_gradient_(
     launch(
         kernels.estimate_kernel, p.programs, device, p.table, p.owner, counter, *names, coef, n,
         float(r), SPAN=SPAN, TILE=TILE, DIST=distribution, GRAD_T=DTYPES[grads[0].dtype],
+        PER_TENSOR=p.per_tensor, SHARD=p.shard,
+    )  # fmt: skip
+
+
+def estimate_update_(
+    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
+    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
+    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
+    device, n = norm.device, losses_plus.numel()
+    mix, scale = mixing(one_minus_beta, distribution)
+    names = host_or_device(seed), host_or_device(step)
+    coef = torch.empty(update.B_AT.value + n, device=device)
+    counter = counters[0] if counters else None
+    eps = rounded(epsilon)
+    launch(
+        update.update_coefficients_kernel, 1, device, coef, counter if n else None, *names, norm=norm,
+        losses_plus=losses_plus, losses_minus=losses_minus, n=n, **mix,
+        half_inv_eps=rounded(0.5 / eps) if eps else math.inf, lr=bits_or_device(lr),
+        count=host_or_device(count), weight_decay=bits(rule.weight_decay), log_beta1=log_bits(rule.beta1),
+        log_beta2=log_bits(rule.beta2), keep=bits(1.0 - rule.dampening), NOISE_SCALE=scale, RULE=rule.variant,
+    )  # fmt: skip
+    if not latents:
+        return
+    p = plan(
+        latents, latents=latents, grads=grads, plus=quantized, minus=masters, alphas=alphas,
+        first=first, second=second, tensor_ids=tensor_ids, layouts=layouts,
+    )  # fmt: skip
+    launch(
+        update.update_kernel, p.programs, device, p.table, p.owner, counter if n else None, *names, coef,
+        n, grid.offset, float(grid.qmin), float(grid.qmax), float(grid.r), rounded(1.0 - rule.beta1),
+        rounded(1.0 - rule.beta2), rounded(rule.beta2), rounded(rule.eps), rounded(rule.weight_decay),
+        rounded(rule.momentum), SPAN=SPAN, TILE=UPDATE_TILE, DIST=distribution,
+        LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
+        OUT_T=DTYPES[quantized[0].dtype] if quantized else None, MASTER=bool(masters), RULE=rule.variant,
         PER_TENSOR=p.per_tensor, SHARD=p.shard,
     )  # fmt: skip
 

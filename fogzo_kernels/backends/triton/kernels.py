@@ -34,10 +34,11 @@ COLUMNS = (
     "OFFSET", "INNER", "SKIP",  # layout; SKIP = stride - inner
     "SCALES", "SCALE_LENGTH",  # alphas, and elements that share one
     "INNER_DIVISOR", "SCALE_DIVISOR",  # in chunks, packed by divisor()
+    "STATE_1", "STATE_2",  # addresses of the optimizer's state
 )  # fmt: skip
 (
     LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, FIRST, OFFSET, INNER, SKIP, SCALES,
-    SCALE_LENGTH, INNER_DIVISOR, SCALE_DIVISOR,
+    SCALE_LENGTH, INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2,
 ) = (tl.constexpr(i) for i in range(len(COLUMNS)))  # fmt: skip
 WIDTH = tl.constexpr(len(COLUMNS))
 
@@ -194,13 +195,16 @@ def sumsq_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def sum_kernel(partial, count, out, BLOCK: tl.constexpr):
-    """One program adds the partial sums in a fixed order: the same bits every run."""
+def sum_kernel(partial, count, out, BLOCK: tl.constexpr, ROOT: tl.constexpr):
+    """One program adds the partial sums in a fixed order: the same bits every run. ROOT: the norm."""
     acc = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(0, count, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         acc += tl.load(partial + offs, mask=offs < count, other=0.0)
-    tl.store(out, tl.sum(acc, 0))
+    total = tl.sum(acc, 0)
+    if ROOT:
+        total = tl.sqrt(total).to(tl.float32)
+    tl.store(out, total)
 
 
 # ---- perturb and quantize

@@ -1,0 +1,66 @@
+"""UpdateRule: the optimizer's arithmetic that the fused tail applies (docs/contract.md, section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .noise import check_number
+
+KINDS = ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """SGD with momentum, or AdamW, with everything that stays the same from step to step.
+
+    Args:
+        kind: ``"sgd"`` or ``"adamw"``.
+        weight_decay: coupled for SGD (added to the gradient), decoupled for AdamW, as in PyTorch.
+        beta1, beta2, eps: of AdamW.
+        momentum, dampening, nesterov: of SGD.
+    """
+
+    kind: str
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("weight_decay", "eps", "momentum"):
+            value = getattr(self, name)
+            check_number(name, value)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and >= 0, got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            check_number(name, value)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be >= 0 and < 1, got {value}")
+        check_number("dampening", self.dampening)
+        if not math.isfinite(self.dampening):
+            raise ValueError(f"dampening must be finite, got {self.dampening}")
+        if not isinstance(self.nesterov, bool):
+            raise TypeError(f"nesterov must be a bool, got {type(self.nesterov).__name__}")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                f"nesterov must have momentum > 0 and dampening 0, got {self.momentum} and {self.dampening}"
+            )
+
+    @property
+    def variant(self) -> str:
+        """``"adamw"``, ``"sgd"``, or ``"momentum"`` or ``"nesterov"``: what selects the code."""
+        if self.kind == "adamw" or not self.momentum:
+            return self.kind
+        return "nesterov" if self.nesterov else "momentum"
+
+    @property
+    def states(self) -> int:
+        """Float32 state tensors per parameter: exp_avg and exp_avg_sq, or a momentum buffer, or none."""
+        return 2 if self.kind == "adamw" else int(self.momentum != 0)
