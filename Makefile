@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 CXX_SOURCES := $(filter-out setup.py,$(NATIVE))
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -28,6 +28,11 @@ format: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench.sass
+	$(BIN)/python -m bench.kernels --budget 300 --json bench/out/kernels.json --plot bench/out/kernels.png
+
+# On a machine with a GPU, PyTorch and Triton: with its own Python, downloading nothing.
+gpu:
+	$(PYTHON) -m bench.gpu $(if $(RESULTS),--results $(RESULTS))
 
 # torch first and by its exact version: a looser one would bring gigabytes of CUDA packages
 $(VENV)/installed: constraints.txt pyproject.toml

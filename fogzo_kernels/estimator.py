@@ -64,7 +64,7 @@ class Pass:
 
     def __init__(self, owner: Fogzo, direction: int, sign: int) -> None:
         self.direction, self.sign = direction, sign
-        self.losses = 0  # added so far
+        self.loss: Tensor | None = None  # sum of the losses so far, 0-dim float32
         self.done = False
         self._owner = owner
         self._mode: Any = None
@@ -82,8 +82,11 @@ class Pass:
             raise ValueError(f"loss must be a tensor of one element, got {what}")
         if self.sign == 0:
             loss.backward()
-        self._owner._add_loss(self, loss.detach().reshape(()))
-        self.losses += 1
+        value = loss.detach().reshape(())
+        if self.loss is None:
+            self.loss = self._owner._slot(self).copy_(value)
+        else:
+            self.loss.add_(value)
 
     def __enter__(self) -> Pass:
         self._owner._enter(self)
@@ -267,7 +270,7 @@ class Fogzo:
         """Losses and norm of the step whose passes were run."""
         if not self.pending:
             raise RuntimeError("estimate_ must be called after every pass of probes() was run")
-        if not all(one.losses for one in self._passes):
+        if any(one.loss is None for one in self._passes):
             raise RuntimeError("every pass must call probe.backward(loss)")
         if self._norm is not None and not _same(self._guides, _versions(self.weights)):
             raise RuntimeError(
@@ -311,14 +314,10 @@ class Fogzo:
 
     # ---- passes
 
-    def _add_loss(self, one: Pass, value: Tensor) -> None:
+    def _slot(self, one: Pass) -> Tensor:
+        """Where the pass puts its loss: losses of + and of - lie in a row, as the ops take them."""
         pairs = len(self._losses) // 2
-        place = 0 if one.sign == 0 else 1 + one.direction + (pairs if one.sign < 0 else 0)
-        slot = self._losses[place]
-        if one.losses:
-            slot.add_(value)
-        else:
-            slot.copy_(value)
+        return self._losses[0 if one.sign == 0 else 1 + one.direction + (pairs if one.sign < 0 else 0)]
 
     def _enter(self, one: Pass) -> None:
         if self._active is not None or one.done or one not in self._passes:

@@ -251,4 +251,3 @@ def test_all_names_what_is_public():
     imported = imports_of(file_of("__init__"))
     names = {name.rsplit(".", 1)[1] for name in imported if name.count(".") == 2}
     assert names == set(fk.__all__)
-    assert sorted(fk.__all__) == fk.__all__

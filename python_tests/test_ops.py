@@ -38,6 +38,7 @@ def samples(device, dtype, backend):
     latents, grads, alphas = lists["latents"], lists["grads"], args["alphas"]
     out = [[torch.zeros_like(t) for t in latents] for _ in "ab"]
     losses = [torch.tensor(x, device=device) for x in ([2.0, 1.0], [0.5, 3.0])]
+    states = [[torch.ones(t.shape, device=device) for t in latents] for _ in "mv"]
     counters = [torch.zeros(3, dtype=torch.int64, device=device)]
     names = (args["norm"], i64(1), i64(2), f64(0.25))
     where = ([4, 5], [0, 3, 3, 8, 8, 16])
@@ -45,12 +46,16 @@ def samples(device, dtype, backend):
     smooth = (*grid, "identity", True, backend)
     return {
         "noise": (5, "uniform", i64(1), i64(2), 3, 4, [0, 5, 5], device, backend),
-        "guide_sumsq": (grads, alphas, 1, backend),
+        "guide_sumsq": (grads, alphas, 1, False, backend),
         "perturb_quantize_": (
             *out, latents, grads, alphas, *names, 3, *where, *grid, *drawn, backend,
         ),
         "estimate_gradient_": (
             grads, counters, *losses, alphas, *names, *where, 1, *drawn, backend,
+        ),
+        "estimate_update_": (
+            latents, [], out[0], counters, *states, grads, *losses, alphas, *names, *where, *grid,
+            *drawn, f64(0.1), i64(3), "adamw", [0.01, 0.9, 0.99, 1e-8, 0.0, 0.0], False, backend,
         ),
         "quantize_": (out[0], latents, alphas, *grid, backend),
         "straight_through_backward_": (grads, latents, alphas, *smooth),

@@ -1,0 +1,207 @@
+"""What the kernel benchmark measures: ops, the bytes each must move, and the operands of one case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fogzo_kernels as fk
+
+GRID = fk.Grid.uniform(2)
+ONE_MINUS_BETA = 1e-4
+SEED, STEP = 1234, 7
+ALPHA = 0.5
+LR, BETAS, EPS, WEIGHT_DECAY, MOMENTUM = 1e-3, (0.9, 0.999), 1e-8, 1e-2, 0.9
+OPTIMIZER_STEP = 1
+ALIGNMENT = 256  # bytes, as an allocator's
+
+DISTRIBUTIONS = ("uniform", "rademacher", "triangular", "logistic", "gaussian")
+#: name -> dtypes of latents, gradients, outputs
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "mixed": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32, torch.float32),
+    "int8": (torch.bfloat16, torch.bfloat16, torch.int8),
+}
+LIST_LENGTH = 300  # tensors of a list of mixed sizes
+SMALLEST = 64  # mean elements of a tensor below which there is no list of mixed sizes
+
+
+class Op(NamedTuple):
+    """How many times an op reads or writes each operand, once per element."""
+
+    latent: int = 0
+    grad: int = 0
+    out: int = 0
+    state: int = 0  # float32
+    directions: int = 1
+    noise: bool = True
+
+
+OPS = {
+    "norm": Op(grad=1, directions=0, noise=False),
+    "perturb": Op(latent=1, grad=1, out=1),
+    "perturb_both": Op(latent=1, grad=1, out=2),
+    "estimate": Op(grad=2),
+    "estimate_n4": Op(grad=2, directions=4),
+    "adamw": Op(latent=2, grad=1, out=1, state=4),
+    "sgd": Op(latent=2, grad=1, out=1, state=2),
+    "quantize": Op(latent=1, out=1, directions=0, noise=False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark."""
+
+    op: str
+    dtypes: str
+    distribution: str  # or "none", for an op without noise
+    tensors: int
+    elements: int
+
+    @property
+    def spec(self) -> Op:
+        return OPS[self.op]
+
+    @property
+    def bytes_per_element(self) -> int:
+        """The fewest: each operand read once, each output written once."""
+        latent, grad, out = (dtype.itemsize for dtype in DTYPES[self.dtypes])
+        op = self.spec
+        return op.latent * latent + op.grad * grad + op.out * out + op.state * 4
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_per_element * self.elements
+
+    def names(self) -> dict[str, str]:
+        """Each operand's dtype, or - where the op has none."""
+        short = [str(dtype).removeprefix("torch.") for dtype in DTYPES[self.dtypes]]
+        used = self.spec.latent, self.spec.grad, self.spec.out
+        kinds = zip(("latent", "grad", "out"), short, used, strict=True)
+        return {kind: name if count else "-" for kind, name, count in kinds}
+
+
+def cases(
+    ops: Iterable[str], dtypes: Iterable[str], distributions: Iterable[str], tensors: Iterable[int],
+    sizes: Iterable[int],
+) -> Iterator[Case]:  # fmt: skip
+    """Every combination, once: an op without noise has one distribution, and unused dtypes do not count."""
+    seen = set()
+    for op, dtype, distribution, count, size in product(ops, dtypes, distributions, tensors, sizes):
+        case = Case(op, dtype, distribution if OPS[op].noise else "none", count, size)
+        key = op, *case.names().values(), case.distribution, count, size
+        if key not in seen:
+            seen.add(key)
+            yield case
+
+
+def mixed_sizes(total: int, count: int = LIST_LENGTH) -> list[int]:
+    """Sizes of a list of tensors as a model has them: few large, many small, from a fixed generator.
+
+    Log-uniform over four decades, multiples of 8 but for a few odd ones; they sum to ``total``.
+    """
+    if count == 1:
+        return [total]
+    if total < SMALLEST * count:
+        raise ValueError(f"{count} tensors must have at least {SMALLEST * count} elements, got {total}")
+    generator = torch.Generator().manual_seed(0)
+    weights = (torch.rand(count, generator=generator, dtype=torch.float64) * math.log(1e4)).exp()
+    chunks = total // 8 - count  # each has one chunk of 8 at least
+    sizes = [8 + 8 * int(x) for x in (weights / weights.sum() * chunks).floor()]
+    sizes[sizes.index(max(sizes))] += total - sum(sizes)
+    for i in range(0, min(count - 1, 12), 2):  # odd ones
+        sizes[i], sizes[i + 1] = sizes[i] + 3, sizes[i + 1] - 3
+    return sizes
+
+
+class Operands(NamedTuple):
+    """One set of operands. An op uses those that it needs; the others are empty lists."""
+
+    latents: list[Tensor]
+    grads: list[Tensor]
+    plus: list[Tensor]
+    minus: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    alphas: list[Tensor]  # float32, shape (1,)
+    norm: Tensor
+    losses_plus: Tensor
+    losses_minus: Tensor
+
+
+def flat_list(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Aligned tensors in one allocation, and that allocation."""
+    unit = ALIGNMENT // dtype.itemsize
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // unit) * unit)
+    flat = torch.zeros(starts[-1], dtype=dtype, device=device)
+    return flat, [flat[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
+def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] | None = None) -> Operands:
+    """Random data, the same for the same seed."""
+    latent, grad, out = DTYPES[case.dtypes]
+    op, sizes = case.spec, sizes or mixed_sizes(case.elements, case.tensors)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def filled(wanted: bool, dtype: torch.dtype, scale: float) -> list[Tensor]:
+        if not wanted:
+            return []
+        flat, tensors = flat_list(sizes, dtype, device)
+        if scale:
+            flat.normal_(0, scale, generator=generator)
+        return tensors
+
+    n = op.directions
+    scales = torch.full((len(sizes), 1), ALPHA, device=device)
+    return Operands(
+        latents=filled(bool(op.latent), latent, 0.5),
+        grads=filled(bool(op.grad), grad, 1e-3),
+        plus=filled(op.out > 0, out, 0),
+        minus=filled(op.out > 1, out, 0),
+        first=filled(op.state > 0, torch.float32, 0),
+        second=filled(op.state > 2, torch.float32, 0),
+        alphas=list(scales),
+        norm=torch.tensor(1e-3 * ALPHA * math.sqrt(case.elements), device=device),
+        losses_plus=1.25 + 0.01 * torch.arange(n, device=device, dtype=torch.float32),
+        losses_minus=1.24 - 0.01 * torch.arange(n, device=device, dtype=torch.float32),
+    )
+
+
+def straight_through(case: Case) -> fk.StraightThrough:
+    noise = case.distribution if case.spec.noise else None
+    return fk.StraightThrough("identity", noise=noise)
+
+
+def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
+    """The op of this package, ready to be called again and again."""
+    names = {"one_minus_beta": ONE_MINUS_BETA, "seed": SEED, "step": STEP}
+    common = {"grid": GRID, "straight_through": straight_through(case), "backend": backend, **names}
+    losses = o.losses_plus, o.losses_minus
+    tail = {"lr": LR, "weight_decay": WEIGHT_DECAY, "optimizer_step": OPTIMIZER_STEP, "quantized": o.plus}
+    if case.op == "norm":
+        return lambda: fk.guide_norm(o.grads, o.alphas, grid=GRID, backend=backend)
+    if case.op in ("perturb", "perturb_both"):
+        minus = o.minus or None
+        return lambda: fk.perturb_quantize_(o.plus, minus, o.latents, o.grads, o.alphas, o.norm, **common)
+    if case.op in ("estimate", "estimate_n4"):
+        return lambda: fk.estimate_gradient_(o.grads, *losses, o.alphas, o.norm, **common)
+    if case.op == "adamw":
+        return lambda: fk.estimate_adamw_(
+            o.latents, o.grads, o.first, o.second, *losses, o.alphas, o.norm, betas=BETAS, eps=EPS,
+            **tail, **common,
+        )  # fmt: skip
+    if case.op == "sgd":
+        return lambda: fk.estimate_sgd_(
+            o.latents, o.grads, o.first, *losses, o.alphas, o.norm, momentum=MOMENTUM, **tail, **common
+        )
+    return lambda: fk.quantize_(o.plus, o.latents, o.alphas, grid=GRID, backend=backend)

@@ -1,0 +1,311 @@
+"""Everything that needs a GPU, in one command: build, test, check memory, measure, profile.
+
+``make gpu`` runs it with the Python that is there and downloads nothing. Each stage has a time limit, and
+the next one starts whatever became of it. Results go to one folder: summary.md first. The exit code is
+0 if nothing failed, 1 if something did, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NO_GPU = (
+    "make gpu must have a CUDA GPU that PyTorch can use, found none;"
+    " python -m bench.gpu --dry-run runs on the CPU as far as it goes"
+)
+FILES = (
+    "summary.md", "build.log", "tests.log", "sanitize.log", "kernels.txt", "kernels.json", "kernels.png",
+    "ncu.txt",
+)  # fmt: skip
+TESTS = ("vectors", "agreement", "update", "optim", "gpu", "fogzo")  # those that run on the GPU
+TOOLS = ("memcheck", "racecheck", "initcheck")
+SECTIONS = (
+    "SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats",
+)  # fmt: skip
+LIMITS = {"build": 150, "info": 40, "tests": 180, "sanitize": 120, "tool": 60, "profile": 60}  # seconds
+MEASURE = 210  # seconds that the stages before the benchmark leave to it and to the profile
+OVERRUN = 25  # seconds: the timing under way at its end, the plot
+REFUSED = (
+    "Device not supported", "ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded",
+)  # fmt: skip
+WORKERS = 8  # test processes
+
+
+@dataclass
+class Outcome:
+    stage: str
+    state: str  # passed, failed, skipped or cut
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Session:
+    """One run: where it writes, until when, what became of it so far."""
+
+    results: Path
+    deadline: float
+    dry: bool = False
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def left(self, reserved: float = 0.0) -> float:
+        return self.deadline - time.monotonic() - reserved
+
+    def note(self, stage: str, state: str, seconds: float = 0.0, note: str = "") -> None:
+        self.outcomes.append(Outcome(stage, state, seconds, note))
+        print(f"{stage:20s} {state:8s} {seconds:6.1f} s  {note}", flush=True)
+
+    def run(self, command: list[str], limit: float, log: str, **environment: str) -> tuple[int, str, float]:
+        """Exit status (124: it ran past its limit), output and seconds; the output is added to the log."""
+        start = time.monotonic()
+        code, text = execute(command, limit, {**os.environ, "PYTHONUNBUFFERED": "1", **environment})
+        said = f"$ {' '.join(command)}\n{text}\n[exit status {code}]\n\n"
+        for path, name in (
+            (sys.executable, "python"),
+            (self.results, "results"),
+            (ROOT, "."),
+            (sys.prefix, "..."),
+        ):
+            said = said.replace(str(path), name)
+        with (self.results / log).open("a") as file:
+            file.write(said)
+        return code, text, time.monotonic() - start
+
+    def stage(
+        self, name: str, command: list[str], limit: float, log: str, note: Callable[[str], str] = str,
+        **environment: str,
+    ) -> tuple[int, str]:  # fmt: skip
+        """Run a command that passes with exit status 0."""
+        if limit < 5:
+            self.note(name, "skipped", note="no time left")
+            return 124, ""
+        code, text, seconds = self.run(command, limit, log, **environment)
+        said = f"stopped at its limit of {limit:.0f} s" if code == 124 else note(text)
+        self.note(name, "failed" if code else "passed", seconds, said)
+        return code, text
+
+
+def execute(command: list[str], limit: float, environment: dict[str, str]) -> tuple[int, str]:
+    """Run in a process group of its own, of which nothing is left after the limit."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return 127, str(error)
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1].strip("= ")[:200]
+
+
+# ---- stages
+
+
+def build(session: Session) -> None:
+    """In place, so that nothing is installed."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    session.stage("build", command, min(LIMITS["build"], session.left(MEASURE)), "build.log", lambda _: "")
+
+
+def info(session: Session) -> None:
+    limit = min(LIMITS["info"], session.left(MEASURE))
+    _, text = session.stage("info", module("fogzo_kernels.info"), limit, "build.log", lambda _: "")
+    print(text, flush=True)
+
+
+def tests(session: Session) -> None:
+    if session.dry:
+        return session.note("tests", "skipped", note="dry run: make test runs them on the CPU")
+    paths = [f"python_tests/test_{name}.py" for name in TESTS]
+    found = [path for path in paths if (ROOT / path).exists()]
+    workers = str(min(os.cpu_count() or 1, WORKERS))
+    command = module("pytest", "-n", workers, "-q", "--durations=10", *found)
+    limit = min(LIMITS["tests"], session.left(MEASURE))
+    session.stage("tests", command, limit, "tests.log", last_line)
+    if missing := sorted(set(paths) - set(found)):
+        session.note("tests", "skipped", note=f"not there: {', '.join(missing)}")
+
+
+def sanitize(session: Session) -> None:
+    """The ops alone first, which also compiles their kernels; then under each tool."""
+    backend = ["--backend", "cpu", "--device", "cpu"] if session.dry else ["--backend", "triton"]
+    command = module("bench.sanitize", *backend)
+    limit = min(LIMITS["sanitize"], session.left(MEASURE))
+    code, _ = session.stage("ops", command, limit, "sanitize.log", last_line)
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in TOOLS:
+        limit = min(LIMITS["tool"], session.left(MEASURE))
+        reason = (
+            "dry run" if session.dry
+            else "compute-sanitizer is not there" if sanitizer is None
+            else "the ops failed without it" if code
+            else "no time left" if limit < 5
+            else None
+        )  # fmt: skip
+        if reason:
+            session.note(tool, "skipped", note=reason)
+            continue
+        options = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        if tool == "memcheck":  # PyTorch asks for driver functions that need not be there
+            options += ["--report-api-errors", "no"]
+        status, text, seconds = session.run(
+            [*options, *command], limit, "sanitize.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+        session.note(tool, *verdict(status, text, seconds, "finished"))
+
+
+def verdict(status: int, text: str, seconds: float, proof: str) -> tuple[str, float, str]:
+    """State, seconds and note of a tool: it passed only if the program under it came to its end."""
+    lines = text.splitlines()
+    refusals = [line.strip("= ") for line in lines if any(word in line for word in REFUSED)]
+    summaries = [line.strip("= ") for line in lines if "SUMMARY" in line]
+    if status == 124:
+        return "cut", seconds, f"not done in {seconds:.0f} s"
+    if status == 0 and proof in text:
+        return "passed", seconds, (summaries or [""])[-1]
+    if refusals:
+        return "skipped", seconds, f"refused: {refusals[0][:160]}"
+    return "failed", seconds, (summaries or [last_line(text)])[-1]
+
+
+def kernels(session: Session) -> None:
+    arguments = [
+        "--json",
+        str(session.results / "kernels.json"),
+        "--plot",
+        str(session.results / "kernels.png"),
+    ]
+    reserved = LIMITS["profile"] if not session.dry and shutil.which("ncu") else 0
+    budget = session.left(OVERRUN + reserved + 5)
+    if session.dry:
+        budget = min(budget, 15.0)
+        arguments += [
+            "--backend", "cpu", "--device", "cpu", "--quick", "--sizes", "2^12", "--tensors", "1",
+            "--distributions", "uniform", "--dtypes", "bf16", "int8",
+        ]  # fmt: skip
+    command = module("bench.kernels", "--budget", f"{max(budget, 0):.0f}", *arguments)
+    session.stage("kernels", command, budget + OVERRUN, "kernels.txt", measured)
+
+
+def measured(text: str) -> str:
+    found = re.search(r"^measured .*$", text, re.MULTILINE)
+    return found.group() if found else last_line(text)
+
+
+def profile(session: Session) -> None:
+    ncu, limit = shutil.which("ncu"), min(LIMITS["profile"], session.left())
+    reason = "dry run" if session.dry else "ncu is not there" if ncu is None else None
+    reason = reason or ("no time left" if limit < 15 else None)
+    if reason:
+        return session.note("profile", "skipped", note=reason)
+    sections = [word for section in SECTIONS for word in ("--section", section)]
+    options = [str(ncu), "--clock-control", "none", "--profile-from-start", "off", *sections]
+    status, text, seconds = session.run([*options, *module("bench.profiled")], limit, "ncu.txt")
+    session.note("profile", *verdict(status, text, seconds, "DRAM Throughput"))
+
+
+STAGES = {
+    "build": build, "info": info, "tests": tests, "sanitize": sanitize, "kernels": kernels,
+    "profile": profile,
+}  # fmt: skip
+
+
+# ---- the whole
+
+
+def gpu_name() -> str | None:
+    """As PyTorch calls it; None without a GPU. Asked in a process of its own, which frees the GPU again."""
+    code = "import torch; print('GPU:' + torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    _, text = execute([sys.executable, "-c", code], 120, environment)
+    found = re.search(r"^GPU:(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def summary(session: Session, name: str, seconds: float) -> str:
+    lines = [f"# {name}", "", "| stage | outcome | seconds | note |", "|---|---|---|---|"]
+    lines += [
+        f"| {o.stage} | {o.state} | {o.seconds:.1f} | {o.note.replace('|', '/')} |" for o in session.outcomes
+    ]
+    lines += ["", f"{seconds:.0f} s in all.", ""]
+    for file, title in (("build.log", "Versions"), ("kernels.txt", "Kernels")):
+        path = session.results / file
+        text = path.read_text() if path.exists() else ""
+        if title == "Versions":
+            text = text[text.find("fogzo_kernels ") :] if "fogzo_kernels " in text else ""
+        if text:
+            lines += [f"## {title}", "", "```", text.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--results", type=Path, help="folder, by default bench/results/<GPU>")
+    parser.add_argument("--limit", type=float, default=570.0, help="seconds in all, by default 570")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, as far as it goes")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    start = time.monotonic()
+    os.environ.pop("TRITON_INTERPRET", None)  # it would keep Triton off the GPU
+    os.environ.pop("FOGZO_BACKEND", None)
+    name = "dry run on the CPU" if args.dry_run else gpu_name()
+    if name is None:
+        print(NO_GPU, file=sys.stderr)
+        return 2
+    folder = (
+        Path(tempfile.mkdtemp(prefix="fogzo-gpu-")) if args.dry_run else ROOT / "bench/results" / slug(name)
+    )
+    results = (args.results or folder).resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    for file in FILES:  # nothing of an earlier run may pass for this one's
+        (results / file).unlink(missing_ok=True)
+    session = Session(results, start + args.limit, args.dry_run)
+    try:
+        for stage in args.stages:
+            STAGES[stage](session)
+    finally:
+        text = summary(session, name, time.monotonic() - start)
+        (results / "summary.md").write_text(text)
+        print(f"wrote {results}/summary.md", flush=True)
+    return int(any(outcome.state == "failed" for outcome in session.outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Call every op once on small operands of awkward sizes, for a memory checker to watch.
+
+    compute-sanitizer --tool memcheck python -m bench.sanitize
+
+Every operand is an allocation of its own, of exactly its size: set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or
+PyTorch's cache hides what lies beyond it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import fogzo_kernels as fk
+
+from . import cases as c
+
+SIZES = [1, 7, 8, 4099, 0, 2048, 16384 + 8, 2 * 16384 + 5]
+KINDS = [
+    ("identity", True, c.GRID), ("identity", False, c.GRID), ("hardtanh", True, fk.Grid.sign()),
+    ("tanh", True, fk.Grid.sign()), ("approxsign", True, fk.Grid.sign()),
+]  # fmt: skip
+NAMES = {"one_minus_beta": c.ONE_MINUS_BETA, "seed": c.SEED, "step": c.STEP}
+
+
+def combinations() -> Iterator[c.Case]:
+    """Every op with every distribution in bfloat16, and with all dtypes for the first distribution."""
+    same = [len(SIZES)], [sum(SIZES)]
+    found = dict.fromkeys(c.cases(c.OPS, ["bf16"], c.DISTRIBUTIONS, *same))
+    return iter(found | dict.fromkeys(c.cases(c.OPS, c.DTYPES, c.DISTRIBUTIONS[:1], *same)))
+
+
+def alone(tensors: list[Tensor]) -> list[Tensor]:
+    """Each in an allocation of its own."""
+    return [t.clone() for t in tensors]
+
+
+def lists(device: torch.device, backend: str) -> Iterator[str]:
+    """The benchmark's ops, on a list of tensors."""
+    for case in combinations():
+        o = c.operands(case, device, sizes=SIZES)
+        o = c.Operands(*(alone(x) if isinstance(x, list) else x.clone() for x in o))
+        c.call(case, o, backend)()
+        yield f"{case.op} {case.dtypes} {case.distribution}"
+
+
+def shards(device: torch.device, backend: str) -> Iterator[str]:
+    """Columns of a parameter, one alpha per row, both aligned and not; a master copy; step 0-dim."""
+    straight_through = fk.StraightThrough("identity")
+    for columns, offset in ((24, 8), (13, 5)):
+        theta, grad = (torch.randn(33, columns, device=device, dtype=torch.bfloat16) for _ in range(2))
+        alpha = torch.full((33, 1), c.ALPHA, device=device)
+        layout = {"layouts": [(offset, columns, 3 * columns)], "tensor_ids": [5]}
+        common = {"grid": c.GRID, "straight_through": straight_through, "backend": backend, **NAMES, **layout}
+        common["step"] = torch.tensor(c.STEP, device=device)
+        norm = fk.guide_norm(grad, alpha, grid=c.GRID, backend=backend)
+        plus, minus = torch.empty_like(theta), torch.empty_like(theta)
+        fk.perturb_quantize_(plus, minus, theta, grad, alpha, norm, **common)
+        yield f"perturb, {columns} columns"
+        losses = torch.tensor([[1.25, 1.5], [1.0, 1.125]], device=device)
+        counters = torch.zeros(3, dtype=torch.int64, device=device)
+        fk.estimate_gradient_(grad, *losses, alpha, norm, counters=counters, **common)
+        yield f"estimate, {columns} columns"
+        first, second = (
+            torch.zeros_like(theta, dtype=torch.float32),
+            torch.zeros_like(theta, dtype=torch.float32),
+        )
+        fk.estimate_adamw_(
+            theta, grad, first, second, *losses, alpha, norm, lr=c.LR, optimizer_step=1,
+            masters=theta.float(), quantized=plus, counters=counters, **common,
+        )  # fmt: skip
+        yield f"adamw, {columns} columns"
+        for distribution in c.DISTRIBUTIONS:
+            where = {"layout": layout["layouts"][0], "device": device, "backend": backend}
+            fk.noise(33 * columns, distribution, seed=c.SEED, **where)
+            yield f"noise {distribution}, {columns} columns"
+
+
+def backward(device: torch.device, backend: str) -> Iterator[str]:
+    """The straight-through derivatives, and codes."""
+    for kind, clip, grid in KINDS:
+        straight_through = fk.StraightThrough(kind, clip=clip)
+        for dtype in (torch.float32, torch.bfloat16):
+            latents, grads = ([torch.randn(n, device=device, dtype=dtype) for n in SIZES] for _ in range(2))
+            alphas = [torch.full((1,), c.ALPHA, device=device) for _ in SIZES]
+            fk.straight_through_backward_(
+                grads, latents, alphas, grid=grid, straight_through=straight_through, backend=backend
+            )
+            yield f"backward {kind} {dtype}"
+            fk.quantize(latents[3], alphas[3], grid=grid, straight_through=straight_through, backend=backend)
+            yield f"quantize {dtype}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    device, count = torch.device(args.device), 0
+    for part in (lists, shards, backward):
+        for name in part(device, args.backend):
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # an error shows at its op
+            count += 1
+            print(name, flush=True)
+    print(f"{count} calls finished")
+
+
+if __name__ == "__main__":
+    main()

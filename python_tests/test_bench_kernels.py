@@ -1,0 +1,368 @@
+"""The kernel benchmark and the one command for a GPU: what they count, compare and report; no timing."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import fogzo_kernels as fk
+from bench import baselines, cases, gpu, kernels, sanitize, timing
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SMALL = ["--device", "cpu", "--backend", "reference", "--quick", "--sizes", "2^9", "--tensors", "1"]
+
+
+def case(op, dtypes="fp32", distribution="uniform", tensors=1, elements=2**12):
+    return cases.Case(op, dtypes, distribution if cases.OPS[op].noise else "none", tensors, elements)
+
+
+# ---- what is measured
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("norm", {"bf16": 2, "mixed": 2, "fp32": 4, "int8": 2}),
+        ("perturb", {"bf16": 6, "mixed": 8, "fp32": 12, "int8": 5}),
+        ("perturb_both", {"bf16": 8, "mixed": 10, "fp32": 16, "int8": 6}),
+        ("estimate", {"bf16": 4, "mixed": 4, "fp32": 8, "int8": 4}),
+        ("estimate_n4", {"bf16": 4, "mixed": 4, "fp32": 8, "int8": 4}),
+        ("adamw", {"bf16": 24, "mixed": 28, "fp32": 32, "int8": 23}),
+        ("sgd", {"bf16": 16, "mixed": 20, "fp32": 24, "int8": 15}),
+        ("quantize", {"bf16": 4, "mixed": 6, "fp32": 8, "int8": 3}),
+    ],
+)
+def test_bytes_per_element(op, expected):
+    assert {dtypes: case(op, dtypes).bytes_per_element for dtypes in cases.DTYPES} == expected
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+def test_bytes_are_those_of_the_operands(op, dtypes):
+    """Of what the op writes, and of what it reads, counted on the operands it is given."""
+    one = case(op, dtypes)
+    o = cases.operands(one, CPU)
+    size = {
+        name: sum(t.nbytes for t in getattr(o, name))
+        for name in ("latents", "grads", "plus", "minus", "first", "second")
+    }
+    reads = size["latents"] + size["grads"] + size["first"] + size["second"]
+    writes = size["plus"] + size["minus"] + size["first"] + size["second"]
+    writes += size["grads"] if op.startswith("estimate") else 0
+    writes += size["latents"] if op in ("adamw", "sgd") else 0
+    assert one.bytes == reads + writes
+
+
+@pytest.mark.parametrize("total", [2**15, 2**20, 2**24 + 8, 10**6 + 1])
+def test_mixed_sizes(total):
+    sizes = cases.mixed_sizes(total)
+    assert sum(sizes) == total
+    assert len(sizes) == 300
+    assert min(sizes) > 0
+    assert sum(n % 8 != 0 for n in sizes) in (12, 13)
+    assert sizes == cases.mixed_sizes(total)
+    if total >= 2**20:
+        assert max(sizes) > 20 * sorted(sizes)[150]
+
+
+def test_mixed_sizes_names_too_few_elements():
+    with pytest.raises(ValueError, match="300 tensors must have at least 19200 elements, got 1024"):
+        cases.mixed_sizes(1024)
+
+
+def test_lists_are_aligned_and_apart():
+    sizes = [5, 8, 1000, 3]
+    _, tensors = cases.flat_list(sizes, torch.bfloat16, CPU)
+    assert [t.numel() for t in tensors] == sizes
+    starts = [t.data_ptr() for t in tensors]
+    assert all((p - starts[0]) % cases.ALIGNMENT == 0 for p in starts)
+    assert all(p + t.nbytes <= q for (p, q), t in zip(pairwise(starts), tensors, strict=False))
+
+
+def test_cases_leave_out_what_is_the_same():
+    found = list(cases.cases(cases.OPS, cases.DTYPES, cases.DISTRIBUTIONS, [1], [64]))
+    count = {op: sum(one.op == op for one in found) for op in cases.OPS}
+    assert count["norm"] == 2  # dtypes of gradients
+    assert count["estimate"] == 2 * 5
+    assert count["perturb"] == 4 * 5
+    assert count["quantize"] == 4
+
+
+@pytest.mark.parametrize("bytes_moved", [100, 10**5, 10**7, 10**9])
+def test_sets_exceed_the_cache_or_say_so(bytes_moved):
+    plan = timing.rounds(bytes_moved, CPU)
+    assert plan.calls >= 1
+    assert (plan.sets * bytes_moved >= 2 * timing.cache_bytes(CPU)) == (plan.cache == "cold")
+    assert plan.sets == timing.MAX_SETS or plan.cache == "cold"
+
+
+def test_samples_go_round_over_all_sets():
+    turns = []
+    calls = [lambda i=i: turns.append(i) for i in range(3)]
+    effort = timing.Effort(seconds=0, least=4, most=4)
+    found = timing.measure(calls, timing.Rounds(sets=3, calls=2, cache="cold"), CPU, effort)
+    assert turns == [0, 1, 2, *(i % 3 for i in range(8))]
+    assert found.samples == 4
+    assert found.q25 <= found.median <= found.q75
+
+
+# ---- the baselines compute the same
+
+
+def noises(one, sizes):
+    """The contract's noise in the order in which the baselines draw it."""
+    for i, size in enumerate(sizes):
+        for direction in range(one.spec.directions):
+            yield fk.noise(
+                size, one.distribution, seed=cases.SEED, step=cases.STEP, direction=direction, tensor_id=i
+            )
+
+
+def same_noise(monkeypatch, one, sizes, rounds=1):
+    found = [u for _ in range(rounds) for u in noises(one, sizes)]
+    turn = iter(found)
+    monkeypatch.setattr(baselines, "draw", lambda like, _: next(turn).to(like.dtype))
+    monkeypatch.setattr(baselines, "draw_", lambda buffer, _: buffer.copy_(next(turn)))
+
+
+@pytest.mark.parametrize("kind", baselines.KINDS)
+@pytest.mark.parametrize("op", cases.OPS)
+def test_baselines_equal_the_op(monkeypatch, kind, op):
+    """In float32, given the same noise; values of codes but for the few that lie at a tie."""
+    one, sizes, loop = case(op, tensors=3), [3000, 1001, 95], kind == "loop"
+    expected, o = (cases.operands(one, CPU, sizes=sizes) for _ in range(2))
+    ours = cases.call(one, expected, "reference")()
+    same_noise(monkeypatch, one, sizes, rounds=2 if loop and op == "perturb_both" else 1)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with torch.no_grad():
+        result = baselines.baseline(kind, one, [o])[0]()
+    if op == "norm":
+        torch.testing.assert_close(result, ours)
+        return
+    if op.startswith("estimate"):
+        for found, right in zip(o.grads if loop else result, expected.grads, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
+        return
+    names = ["latents"] if kind == "eager" else ["latents", "first", "second"]  # PyTorch keeps its own state
+    for name in names:
+        torch.testing.assert_close(getattr(o, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+    values = [*o.plus, *o.minus] if loop else [*result[::2], *result[1::2]] if len(result) == 6 else result
+    right = [*expected.plus, *expected.minus]
+    different = sum((a - b).abs().gt(1e-6).sum().item() for a, b in zip(values, right, strict=True))
+    assert different <= 2
+    assert len({x for t in right for x in t.tolist()}) == cases.GRID.levels
+
+
+@pytest.mark.parametrize("distribution", cases.DISTRIBUTIONS)
+@pytest.mark.parametrize("place", ["out", "in"])
+def test_baselines_draw_what_they_should(distribution, place, generator):
+    torch.manual_seed(generator.initial_seed())
+    count = 200_000
+    like = torch.empty(count)
+    u = (baselines.draw if place == "out" else baselines.draw_)(like, distribution).double()
+    ours = fk.noise(count, distribution, seed=1, backend="reference").double()
+    assert abs(u.mean()) < 6 / math.sqrt(count)  # 6 standard deviations
+    fourth = (ours**4).mean().item()
+    assert abs((u**2).mean() - 1) < 6 * math.sqrt((fourth - 1) / count) + 1e-3
+    assert (u**4).mean().item() == pytest.approx(fourth, rel=0.15)  # the shape
+
+
+@pytest.mark.parametrize("dtypes", ["bf16", "mixed", "int8"])
+@pytest.mark.parametrize("kind", ["eager", "loop"])
+def test_baselines_keep_dtypes(dtypes, kind):
+    for op in cases.OPS:
+        one = case(op, dtypes, "logistic", elements=256)
+        o = cases.operands(one, CPU)
+        with torch.no_grad():
+            result = baselines.baseline(kind, one, [o])[0]()
+        if kind == "eager" and cases.OPS[op].out:
+            assert {t.dtype for t in result} == {cases.DTYPES[dtypes][2]}
+
+
+# ---- the program
+
+
+def test_run_writes_sane_rows(tmp_path, capsys):
+    path, picture = tmp_path / "k.json", tmp_path / "k.png"
+    chosen = ["--dtypes", "bf16", "int8", "--distributions", "uniform", "gaussian"]
+    code = kernels.main([*SMALL, *chosen, "--budget", "inf", "--json", str(path), "--plot", str(picture)])
+    found = json.loads(path.read_text())
+    assert code == 0, found["failed"]
+    assert found["failed"] == []
+    assert found["left_out"] == []
+    assert picture.stat().st_size > 10_000
+    assert {"device", "torch", "triton", "python"} <= set(found["machine"])
+    # norm, then 2 distributions for both, for gradients, for both, then quantize
+    assert len(found["rows"]) == 1 + 2 * (2 * 2) + 2 * 2 + 2 * (2 * 2) + 2
+    for row in found["rows"]:
+        assert row["elements"] == 512
+        assert row["backend"] == "reference"
+        assert 0 < row["q25"] <= row["median_s"] <= row["q75"]
+        assert row["share_of_copy"] > 0
+        assert row["elements_per_s"] == pytest.approx(512 / row["median_s"])
+        assert row["gb_per_s"] == pytest.approx(512 * row["bytes_per_element"] / row["median_s"] / 1e9)
+        assert row["ratio_eager"] == pytest.approx(row["eager_s"] / row["median_s"])
+        assert row["ratio_loop"] > 0
+        assert "compile_s" not in row
+    out = capsys.readouterr().out
+    assert f"measured {len(found['rows'])} rows; left out 0 timings; 0 failed" in out
+
+
+def test_no_budget_says_what_is_left_out(tmp_path, capsys):
+    path = tmp_path / "k.json"
+    arguments = [*SMALL, "--ops", "norm", "sgd", "--dtypes", "fp32", "--budget", "0", "--json", str(path)]
+    assert kernels.main(arguments) == 0
+    found = json.loads(path.read_text())
+    assert found["rows"] == []
+    assert len(found["left_out"]) == 3 * (1 + 5)
+    assert {row["reason"] for row in found["left_out"]} == {"no time left"}
+    out = capsys.readouterr().out
+    for kind in ("fogzo", "eager", "loop"):
+        assert f"left out, no time left: {kind}: norm 1, sgd 5" in out
+
+
+def test_what_cannot_be_measured_is_left_out_with_a_reason():
+    arguments = kernels.parse(
+        ["--device", "cpu", "--sizes", "2^16", "2^10", "--ops", "norm", "--dtypes", "bf16"]
+    )
+    units, left_out = kernels.units_of(arguments)
+    assert [unit.kind for unit in units[:4]] == ["fogzo", "eager", "loop", "fogzo"]
+    assert units[0].case.elements == 2**16
+    assert [unit.kind for unit in units].count("compile") == 1
+    reasons = [row["reason"] for row in left_out]
+    assert "too few elements for 300 tensors" in reasons
+    assert "torch.compile: one tensor of the first size only" in reasons
+
+
+def test_the_most_important_come_first():
+    units, _ = kernels.units_of(kernels.parse(["--device", "cpu"]))
+    first = units[: len(cases.OPS)]
+    assert {unit.case.op for unit in first} == set(cases.OPS)
+    for unit in first:
+        assert unit.kind == "fogzo"
+        assert (unit.case.tensors, unit.case.elements) == (1, 2**22)
+        assert unit.case.names() == cases.Case(unit.case.op, "bf16", "", 1, 1).names()
+
+
+def test_an_op_that_fails_is_reported_and_changes_the_exit_status(monkeypatch, tmp_path, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(fk, "quantize_", broken)
+    arguments = [*SMALL, "--ops", "quantize", "norm", "--dtypes", "fp32", "--no-baselines"]
+    assert kernels.main([*arguments, "--json", str(tmp_path / "k.json")]) == 1
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert [row["op"] for row in found["rows"]] == ["norm"]
+    assert found["failed"][0]["reason"] == "RuntimeError: no such kernel"
+    assert (
+        "failed: fogzo quantize fp32 none 1 tensors 2^9: RuntimeError: no such kernel"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_interpreter_is_refused():
+    with pytest.raises(SystemExit, match="interpreter, far too slow"):
+        kernels.main(["--device", "cpu", "--backend", "triton"])
+    with pytest.raises(SystemExit, match=r"backend must be one of .*, got 'fast'"):
+        kernels.main(["--device", "cpu", "--backend", "fast"])
+
+
+def test_sizes():
+    assert [kernels.size_of(text) for text in ("2^10", "1000")] == [1024, 1000]
+    assert [kernels.power(n) for n in (1024, 1000)] == ["2^10", "1000"]
+
+
+# ---- the one command for a GPU
+
+
+def test_sanitize_covers_every_op_dtype_and_distribution(capsys):
+    found = list(sanitize.combinations())
+    for op, spec in cases.OPS.items():
+        mine = [one for one in found if one.op == op]
+        assert {one.distribution for one in mine} == (set(cases.DISTRIBUTIONS) if spec.noise else {"none"})
+        names = [tuple(one.names().values()) for one in mine]
+        assert set(names) == {tuple(case(op, dtypes).names().values()) for dtypes in cases.DTYPES}
+    sanitize.main(["--device", "cpu", "--backend", "reference"])
+    out = capsys.readouterr().out
+    assert "calls finished" in out
+    assert {line.split()[0] for line in out.splitlines()} >= set(cases.OPS)
+
+
+def test_dry_run_reports_every_stage(tmp_path, capsys, monkeypatch):
+    """But for the build, which would replace the module that this process has loaded."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tests run over processes
+    stages = ["info", "tests", "sanitize", "kernels", "profile"]
+    code = gpu.main(["--dry-run", "--results", str(tmp_path), "--stages", *stages])
+    text = (tmp_path / "summary.md").read_text()
+    assert code == 0, text
+    states = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
+    skipped = ["tests", *gpu.TOOLS, "profile"]
+    assert {name: states[name] for name in skipped} == dict.fromkeys(skipped, "skipped")
+    assert {states[name] for name in ("info", "ops", "kernels")} == {"passed"}
+    assert json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files <= set(gpu.FILES)
+    assert len(gpu.FILES) <= 8
+    assert str(ROOT) not in text
+    assert "summary.md" in capsys.readouterr().out
+
+
+def test_without_a_gpu_one_sentence():
+    if shutil.which("make") is None:
+        pytest.skip("make is not there")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert gpu.NO_GPU in result.stderr
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    def fails(session):
+        session.stage("first", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 20, "build.log")
+
+    def hangs(session):
+        code = "import subprocess as s; print('begun', flush=True); s.run(['sleep', '60'])"
+        session.stage("second", [sys.executable, "-c", code], 5, "tests.log")
+
+    monkeypatch.setattr(gpu, "STAGES", {**gpu.STAGES, "build": fails, "tests": hangs})
+    assert gpu.main(["--dry-run", "--results", str(tmp_path), "--stages", "build", "tests", "profile"]) == 1
+    text = (tmp_path / "summary.md").read_text()
+    assert "| first | failed |" in text
+    assert "why" in (tmp_path / "build.log").read_text()
+    assert "stopped at its limit of 5 s" in text
+    assert "begun" in (tmp_path / "tests.log").read_text()
+    assert "| profile | skipped |" in text
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "state"),
+    [
+        (0, "86 calls finished\n========= ERROR SUMMARY: 0 errors", "passed"),
+        (9, "86 calls finished\n========= ERROR SUMMARY: 3 errors", "failed"),
+        (0, "========= ERROR SUMMARY: 0 errors", "failed"),
+        (1, "========= Error: Device not supported. Please refer to ...", "skipped"),
+        (124, "perturb bf16 uniform", "cut"),
+    ],
+)
+def test_verdict_of_a_tool(status, text, state):
+    assert gpu.verdict(status, text, 1.0, "finished")[0] == state
+
+
+def test_no_time_left_skips(tmp_path):
+    session = gpu.Session(tmp_path, deadline=0.0)
+    gpu.STAGES["build"](session)
+    gpu.STAGES["kernels"](session)
+    assert [(o.state, o.note) for o in session.outcomes] == [("skipped", "no time left")] * 2
+
+
+def test_slug():
+    assert gpu.slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
