@@ -191,6 +191,12 @@ class _FusedOptimizer(torch.optim.Optimizer):
 
     # ---- state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of PyTorch's own optimizer
+            group.setdefault("capturable", False)
+            group.setdefault("master_weights", False)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of PyTorch's own optimizer; state keeps its float32.
 
