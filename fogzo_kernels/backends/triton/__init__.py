@@ -176,7 +176,7 @@ def estimate_gradient_(
     launch(
         kernels.estimate_kernel, p.programs, device, p.table, p.owner, counter, *names, coef, n,
         float(r), SPAN=SPAN, TILE=TILE, DIST=distribution, GRAD_T=DTYPES[grads[0].dtype],
-        PER_TENSOR=p.per_tensor, SHARD=p.shard,
+        PER_TENSOR=p.per_tensor, SHARD=p.shard, ONE=n == 1,
     )  # fmt: skip
 
 

@@ -253,16 +253,20 @@ def per_pair(x, TILE: tl.constexpr):
 @triton.jit
 def code_of(y, qmin, qmax):
     """rint(min(max(y, qmin), qmax)); NaN gives qmin. The sum rounds half to even."""
-    low = tl.where(y > qmin, y, qmin)
-    return (tl.where(low < qmax, low, qmax) + 12582912.0) - 12582912.0
+    if INTERPRET:  # numpy's maximum keeps a NaN, the GPU's drops it
+        y = tl.where(y > qmin, y, qmin)
+    else:
+        y = tl.maximum(y, qmin)
+    return (tl.minimum(y, qmax) + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def output_of(code, delta, offset, CODES: tl.constexpr):
+def output_of(code, delta, shift, CODES: tl.constexpr):
+    """delta * (code + offset), given shift = delta * offset: the same bits (contract section 4)."""
     if CODES:
         return code
     else:
-        return delta * (code + offset)
+        return fma(code, delta, shift)
 
 
 @triton.jit

@@ -99,12 +99,21 @@ def mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE: tl.constexpr):
 
 
 @triton.jit
-def chunk_numbers(local, row, SHARD: tl.constexpr):
-    """Global chunk numbers of the tensor's chunks ``local``."""
-    chunk = (tl.load(row + OFFSET) >> 3) + local
+def layout_of(row, SHARD: tl.constexpr):
+    """What chunk_numbers needs, loaded before the loop: offset and skip in chunks, inner as a divisor."""
+    offset = tl.load(row + OFFSET) >> 3
     if SHARD:
-        rows = divide(local, tl.load(row + INNER_DIVISOR))
-        chunk += rows.to(tl.int64) * (tl.load(row + SKIP) >> 3)
+        return offset, tl.load(row + SKIP) >> 3, tl.load(row + INNER_DIVISOR)
+    else:
+        return offset, offset, offset
+
+
+@triton.jit
+def chunk_numbers(local, offset, skip, inner, SHARD: tl.constexpr):
+    """Global chunk numbers of the tensor's chunks ``local``."""
+    chunk = offset + local
+    if SHARD:
+        chunk += divide(local, inner).to(tl.int64) * skip
     return chunk
 
 
@@ -114,9 +123,9 @@ def element_numbers(j, row):
 
 
 @triton.jit
-def chunks_from(start, TILE: tl.constexpr):
+def chunks_from(begin, start, TILE: tl.constexpr):
     """Local chunk numbers of a tile; 32 bits reach 2^35 elements."""
-    return ((start >> 3) + tl.arange(0, TILE // 8)).to(tl.uint32)
+    return (begin >> 3).to(tl.uint32) + ((start >> 3) + tl.arange(0, TILE // 8)).to(tl.uint32)
 
 
 @triton.jit
@@ -132,9 +141,15 @@ def element_delta(alpha, j, row, r, mask):
 
 
 @triton.jit
-def left_in_tile(start, fast, TILE: tl.constexpr):
-    """Elements of the tile that exist; the minimum comes before narrowing, for 2^31 and more."""
-    return tl.multiple_of(tl.minimum(fast - start, TILE).to(tl.int32), 8)
+def tiled_part(begin, end, fast):
+    """How many of the program's elements go by tiles: 32 bits, whatever the tensor's size."""
+    return tl.maximum(tl.minimum(end, fast) - begin, 0).to(tl.int32)
+
+
+@triton.jit
+def left_in_tile(start, tiled, TILE: tl.constexpr):
+    """Elements of the tile that exist."""
+    return tl.multiple_of(tl.minimum(tiled - start, TILE), 8)
 
 
 # ---- noise
@@ -149,11 +164,13 @@ def noise_kernel(
     row, begin, end, fast = program_row(table, owner, SPAN)
     names = names_of(seed, step, tl.load(row + TENSOR_ID))
     out = pointer(row, PLUS, tl.float32)
-    for start in tl.range(begin, tl.minimum(end, fast), TILE):
-        left = left_in_tile(start, fast, TILE)
-        chunk = chunk_numbers(chunks_from(start, TILE), row, SHARD)
+    offset, skip, inner = layout_of(row, SHARD)
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left = left_in_tile(start, tiled, TILE)
+        chunk = chunk_numbers(chunks_from(begin, start, TILE), offset, skip, inner, SHARD)
         m0, m1 = tile_noise(chunk, names, direction, TILE, DIST)
-        store_tile(tl.multiple_of(out + start, 16), m0 * scale, m1 * scale, left, TILE)
+        store_tile(tl.multiple_of(out + begin + start, 16), m0 * scale, m1 * scale, left, TILE)
     SUB: tl.constexpr = TILE // 8
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
@@ -176,12 +193,13 @@ def sumsq_kernel(
     if PER_TENSOR:
         delta = tl.load(alpha) * r
     acc = tl.zeros([TILE // 8], tl.float64)
-    for start in tl.range(begin, tl.minimum(end, fast), TILE):
-        left = left_in_tile(start, fast, TILE)
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left = left_in_tile(start, tiled, TILE)
         offs = tl.arange(0, TILE)
-        g = tl.load(tl.multiple_of(grad + start, 16) + offs, mask=offs < left, other=0.0)
+        g = tl.load(tl.multiple_of(grad + begin + start, 16) + offs, mask=offs < left, other=0.0)
         if not PER_TENSOR:
-            delta = chunk_delta(alpha, chunks_from(start, TILE), row, r, fast)[:, None]
+            delta = chunk_delta(alpha, chunks_from(begin, start, TILE), row, r, fast)[:, None]
         h = g.to(tl.float32).reshape([TILE // 8, 8]) * delta
         acc += tl.sum(h * h, axis=1).to(tl.float64)
     SUB: tl.constexpr = TILE // 8
@@ -239,29 +257,31 @@ def perturb_kernel(
     alpha = pointer(row, ALPHA, tl.float32)
     if PER_TENSOR:
         delta = tl.load(alpha) * r
-        inv = reciprocal(delta)
-        gam = a * delta
-    for start in tl.range(begin, tl.minimum(end, fast), TILE):
-        left = left_in_tile(start, fast, TILE)
-        g0, g1 = load_tile(tl.multiple_of(grad + start, 16), left, TILE)
-        t0, t1 = load_tile(tl.multiple_of(latent + start, 16), left, TILE)
-        local = chunks_from(start, TILE)
-        m0, m1 = tile_noise(chunk_numbers(local, row, SHARD), names, direction, TILE, DIST)
+        inv, gam, shift = reciprocal(delta), a * delta, delta * offset
+    first, skip, inner = layout_of(row, SHARD)
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left = left_in_tile(start, tiled, TILE)
+        g0, g1 = load_tile(tl.multiple_of(grad + begin + start, 16), left, TILE)
+        t0, t1 = load_tile(tl.multiple_of(latent + begin + start, 16), left, TILE)
+        local = chunks_from(begin, start, TILE)
+        chunk = chunk_numbers(local, first, skip, inner, SHARD)
+        m0, m1 = tile_noise(chunk, names, direction, TILE, DIST)
         if not PER_TENSOR:
             d = chunk_delta(alpha, local, row, r, fast)
             inv = per_pair(reciprocal(d), TILE)
             gam = per_pair(a * d, TILE)
-            delta = per_pair(d, TILE)
+            delta, shift = per_pair(d, TILE), per_pair(d * offset, TILE)
         v0, v1 = fma(g0, gam, m0 * b), fma(g1, gam, m1 * b)
         z0, z1 = fma(t0, inv, -offset), fma(t1, inv, -offset)
         if WRITE_PLUS:
-            q0 = output_of(code_of(fma(v0, eps, z0), qmin, qmax), delta, offset, CODES)
-            q1 = output_of(code_of(fma(v1, eps, z1), qmin, qmax), delta, offset, CODES)
-            store_tile(tl.multiple_of(plus + start, 16), q0, q1, left, TILE)
+            q0 = output_of(code_of(fma(v0, eps, z0), qmin, qmax), delta, shift, CODES)
+            q1 = output_of(code_of(fma(v1, eps, z1), qmin, qmax), delta, shift, CODES)
+            store_tile(tl.multiple_of(plus + begin + start, 16), q0, q1, left, TILE)
         if WRITE_MINUS:
-            q0 = output_of(code_of(fma(v0, -eps, z0), qmin, qmax), delta, offset, CODES)
-            q1 = output_of(code_of(fma(v1, -eps, z1), qmin, qmax), delta, offset, CODES)
-            store_tile(tl.multiple_of(minus + start, 16), q0, q1, left, TILE)
+            q0 = output_of(code_of(fma(v0, -eps, z0), qmin, qmax), delta, shift, CODES)
+            q1 = output_of(code_of(fma(v1, -eps, z1), qmin, qmax), delta, shift, CODES)
+            store_tile(tl.multiple_of(minus + begin + start, 16), q0, q1, left, TILE)
     SUB: tl.constexpr = TILE // 8
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
@@ -272,10 +292,10 @@ def perturb_kernel(
         theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
         z = fma(theta, reciprocal(d), -offset)
         if WRITE_PLUS:
-            q = output_of(code_of(fma(v, eps, z), qmin, qmax), d, offset, CODES)
+            q = output_of(code_of(fma(v, eps, z), qmin, qmax), d, d * offset, CODES)
             tl.store(plus + j, convert(q, OUT_T), mask=mask)
         if WRITE_MINUS:
-            q = output_of(code_of(fma(v, -eps, z), qmin, qmax), d, offset, CODES)
+            q = output_of(code_of(fma(v, -eps, z), qmin, qmax), d, d * offset, CODES)
             tl.store(minus + j, convert(q, OUT_T), mask=mask)
 
 
@@ -321,33 +341,40 @@ def count_bad_alphas(counters, alpha, scales, BLOCK: tl.constexpr):
 def estimate_kernel(
     table, owner, counters, seed, step, coef, n, r, SPAN: tl.constexpr, TILE: tl.constexpr,
     DIST: tl.constexpr, GRAD_T: tl.constexpr, PER_TENSOR: tl.constexpr, SHARD: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
-    """g = fma(A, g, inv sum_i B_i m_i) in place, with a run-time loop over directions."""
+    """g = fma(A, g, inv sum_i B_i m_i) in place, with a run-time loop over directions unless ONE."""
     row, begin, end, fast = program_row(table, owner, SPAN)
     names = names_of(seed, step, tl.load(row + TENSOR_ID))
     grad = pointer(row, GRAD, GRAD_T)
     alpha = pointer(row, ALPHA, tl.float32)
     if counters is not None:
         count_bad_alphas(counters, alpha, tl.where(begin == 0, tl.load(row + SCALES), 0), TILE // 8)
-    A = tl.load(coef)
+    A, B0 = tl.load(coef), tl.load(coef + 2)
     end = tl.where(tl.load(coef + 1) != 0, begin, end)
     if PER_TENSOR:
         inv = reciprocal(tl.load(alpha) * r)
-    for start in tl.range(begin, tl.minimum(end, fast), TILE):
-        left = left_in_tile(start, fast, TILE)
-        g0, g1 = load_tile(tl.multiple_of(grad + start, 16), left, TILE)
-        local = chunks_from(start, TILE)
-        chunk = chunk_numbers(local, row, SHARD)
-        acc0, acc1 = g0 * 0.0, g1 * 0.0  # from a load, so that the loop keeps the tile's layout
-        acc0, acc1 = tl.where(acc0 == 0, acc0, 0.0), tl.where(acc1 == 0, acc1, 0.0)
-        for i in tl.range(0, n):
-            m0, m1 = tile_noise(chunk, names, i, TILE, DIST)
-            B = tl.load(coef + 2 + i)
-            acc0, acc1 = fma(m0, B, acc0), fma(m1, B, acc1)
+    first, skip, inner = layout_of(row, SHARD)
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left = left_in_tile(start, tiled, TILE)
+        g0, g1 = load_tile(tl.multiple_of(grad + begin + start, 16), left, TILE)
+        local = chunks_from(begin, start, TILE)
+        chunk = chunk_numbers(local, first, skip, inner, SHARD)
+        if ONE:
+            m0, m1 = tile_noise(chunk, names, 0, TILE, DIST)
+            acc0, acc1 = m0 * B0, m1 * B0
+        else:
+            acc0, acc1 = g0 * 0.0, g1 * 0.0  # from a load, so that the loop keeps the tile's layout
+            acc0, acc1 = tl.where(acc0 == 0, acc0, 0.0), tl.where(acc1 == 0, acc1, 0.0)
+            for i in tl.range(0, n):
+                m0, m1 = tile_noise(chunk, names, i, TILE, DIST)
+                B = tl.load(coef + 2 + i)
+                acc0, acc1 = fma(m0, B, acc0), fma(m1, B, acc1)
         if not PER_TENSOR:
             inv = per_pair(reciprocal(chunk_delta(alpha, local, row, r, fast)), TILE)
         G0, G1 = fma(g0, A, acc0 * inv), fma(g1, A, acc1 * inv)
-        store_tile(tl.multiple_of(grad + start, 16), G0, G1, left, TILE)
+        store_tile(tl.multiple_of(grad + begin + start, 16), G0, G1, left, TILE)
     SUB: tl.constexpr = TILE // 8
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
@@ -379,23 +406,24 @@ def quantize_kernel(
     alpha = pointer(row, ALPHA, tl.float32)
     if PER_TENSOR:
         delta = tl.load(alpha) * r
-        inv = reciprocal(delta)
-    for start in tl.range(begin, tl.minimum(end, fast), TILE):
-        left = left_in_tile(start, fast, TILE)
-        t0, t1 = load_tile(tl.multiple_of(latent + start, 16), left, TILE)
+        inv, shift = reciprocal(delta), delta * offset
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left = left_in_tile(start, tiled, TILE)
+        t0, t1 = load_tile(tl.multiple_of(latent + begin + start, 16), left, TILE)
         if not PER_TENSOR:
-            d = chunk_delta(alpha, chunks_from(start, TILE), row, r, fast)
+            d = chunk_delta(alpha, chunks_from(begin, start, TILE), row, r, fast)
             inv = per_pair(reciprocal(d), TILE)
-            delta = per_pair(d, TILE)
+            delta, shift = per_pair(d, TILE), per_pair(d * offset, TILE)
         if KIND is None:
             y0, y1 = fma(t0, inv, -offset), fma(t1, inv, -offset)
-            q0 = output_of(code_of(y0, qmin, qmax), delta, offset, CODES)
-            q1 = output_of(code_of(y1, qmin, qmax), delta, offset, CODES)
+            q0 = output_of(code_of(y0, qmin, qmax), delta, shift, CODES)
+            q1 = output_of(code_of(y1, qmin, qmax), delta, shift, CODES)
         else:
-            g0, g1 = load_tile(tl.multiple_of(grad + start, 16), left, TILE)
+            g0, g1 = load_tile(tl.multiple_of(grad + begin + start, 16), left, TILE)
             q0 = g0 * derivative_of(t0, inv, offset, qmin, qmax, r, KIND)
             q1 = g1 * derivative_of(t1, inv, offset, qmin, qmax, r, KIND)
-        store_tile(tl.multiple_of(out + start, 16), q0, q1, left, TILE)
+        store_tile(tl.multiple_of(out + begin + start, 16), q0, q1, left, TILE)
     SUB: tl.constexpr = TILE // 8
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
@@ -404,7 +432,7 @@ def quantize_kernel(
         theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
         if KIND is None:
             code = code_of(fma(theta, reciprocal(d), -offset), qmin, qmax)
-            q = output_of(code, d, offset, CODES)
+            q = output_of(code, d, d * offset, CODES)
         else:
             g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
             q = g * derivative_of(theta, reciprocal(d), offset, qmin, qmax, r, KIND)

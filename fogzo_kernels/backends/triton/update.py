@@ -40,11 +40,13 @@ from .kernels import (
     element_delta,
     element_numbers,
     guide_scale,
+    layout_of,
     left_in_tile,
     mixing,
     names_of,
     pointer,
     program_row,
+    tiled_part,
 )
 
 #: The coefficients' places: A, 1 if the directions count, 1 if the step is skipped, the optimizer's
@@ -186,7 +188,7 @@ def update_rest(
                 stored = tl.load(latent + j, mask=mask & (skip != 0), other=0.0).to(tl.float32)
             code = next_code(new, stored, skip, reciprocal(d), offset, qmin, qmax, LATENT_T)
             out = pointer(row, PLUS, OUT_T)
-            tl.store(out + j, convert(output_of(code, d, offset, CODES), OUT_T), mask=mask & quantized)
+            tl.store(out + j, convert(output_of(code, d, d * offset, CODES), OUT_T), mask=mask & quantized)
         tl.store(weight + j, convert(new, THETA_T), mask=write)
         if MASTER:
             tl.store(latent + j, convert(new, LATENT_T), mask=write)
@@ -224,19 +226,21 @@ def update_kernel(
     size, decay, root = tl.load(coef + SIZE_AT), tl.load(coef + DECAY_AT), tl.load(coef + ROOT_AT)
     if PER_TENSOR:
         delta = tl.load(alpha, mask=quantized, other=1.0) * r
-        inv = reciprocal(delta)
-    for start in tl.range(begin, tl.minimum(end, fast), TILE):
-        left = left_in_tile(start, fast, TILE)
+        inv, shift = reciprocal(delta), delta * offset
+    origin, stride, inner = layout_of(row, SHARD)
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left = left_in_tile(start, tiled, TILE)
         written = tl.multiple_of(tl.where(skip, 0, left), 8)
-        g0, g1 = load_tile(tl.multiple_of(grad + start, 16), left, TILE)
-        t0, t1 = load_tile(tl.multiple_of(weight + start, 16), left, TILE)
+        g0, g1 = load_tile(tl.multiple_of(grad + begin + start, 16), left, TILE)
+        t0, t1 = load_tile(tl.multiple_of(weight + begin + start, 16), left, TILE)
         m0, m1, v0, v1 = t0, t1, t0, t1
         if STATES >= 1:
-            m0, m1 = load_tile(tl.multiple_of(state1 + start, 16), left, TILE)
+            m0, m1 = load_tile(tl.multiple_of(state1 + begin + start, 16), left, TILE)
         if STATES == 2:
-            v0, v1 = load_tile(tl.multiple_of(state2 + start, 16), left, TILE)
-        local = chunks_from(start, TILE)
-        chunk = chunk_numbers(local, row, SHARD)
+            v0, v1 = load_tile(tl.multiple_of(state2 + begin + start, 16), left, TILE)
+        local = chunks_from(begin, start, TILE)
+        chunk = chunk_numbers(local, origin, stride, inner, SHARD)
         acc0, acc1 = g0 * 0.0, g1 * 0.0  # from a load, so that the loop keeps the tile's layout
         acc0, acc1 = tl.where(acc0 == 0, acc0, 0.0), tl.where(acc1 == 0, acc1, 0.0)
         for i in tl.range(0, directions):
@@ -246,7 +250,7 @@ def update_kernel(
         if not PER_TENSOR:
             d = chunk_delta(alpha, local, row, r, tl.where(quantized, fast, 0))
             inv = per_pair(reciprocal(d), TILE)
-            delta = per_pair(d, TILE)
+            delta, shift = per_pair(d, TILE), per_pair(d * offset, TILE)
         G0 = tl.where(noisy, fma(g0, A, acc0 * inv), g0)
         G1 = tl.where(noisy, fma(g1, A, acc1 * inv), g1)
         n0, m0, v0 = stepped(
@@ -260,18 +264,18 @@ def update_kernel(
         if OUT_T is not None:
             s0, s1 = t0, t1
             if MASTER:  # a skipped step leaves the latent, which may differ from its master
-                s0, s1 = load_tile(tl.multiple_of(latent + start, 16), left - written, TILE)
-            q0 = output_of(next_code(n0, s0, skip, inv, offset, qmin, qmax, LATENT_T), delta, offset, CODES)
-            q1 = output_of(next_code(n1, s1, skip, inv, offset, qmin, qmax, LATENT_T), delta, offset, CODES)
+                s0, s1 = load_tile(tl.multiple_of(latent + begin + start, 16), left - written, TILE)
+            q0 = output_of(next_code(n0, s0, skip, inv, offset, qmin, qmax, LATENT_T), delta, shift, CODES)
+            q1 = output_of(next_code(n1, s1, skip, inv, offset, qmin, qmax, LATENT_T), delta, shift, CODES)
             out = pointer(row, PLUS, OUT_T)
-            store_tile(tl.multiple_of(out + start, 16), q0, q1, tl.where(quantized, left, 0), TILE)
-        store_tile(tl.multiple_of(weight + start, 16), n0, n1, written, TILE)
+            store_tile(tl.multiple_of(out + begin + start, 16), q0, q1, tl.where(quantized, left, 0), TILE)
+        store_tile(tl.multiple_of(weight + begin + start, 16), n0, n1, written, TILE)
         if MASTER:
-            store_tile(tl.multiple_of(latent + start, 16), n0, n1, written, TILE)
+            store_tile(tl.multiple_of(latent + begin + start, 16), n0, n1, written, TILE)
         if STATES >= 1:
-            store_tile(tl.multiple_of(state1 + start, 16), m0, m1, written, TILE)
+            store_tile(tl.multiple_of(state1 + begin + start, 16), m0, m1, written, TILE)
         if STATES == 2:
-            store_tile(tl.multiple_of(state2 + start, 16), v0, v1, written, TILE)
+            store_tile(tl.multiple_of(state2 + begin + start, 16), v0, v1, written, TILE)
     update_rest(
         row, tl.maximum(begin, fast), end, names, coef, A, noisy, quantized, skip, directions, offset, qmin,
         qmax, r, size, decay, root, first_weight, second_weight, second_decay, eps, weight_decay, momentum,
