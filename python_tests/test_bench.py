@@ -121,49 +121,6 @@ def test_wrong_data_is_named(tmp_path):
         data.split(np.zeros((9, 2)), np.zeros(8))
 
 
-# ---- machine code
-
-SASS = """
-from bench import sass
-chosen = [v for v in sass.variants() if all(part in str(v) for part in {parts!r})]
-assert chosen
-for variant in chosen:
-    r = sass.compile_variant(variant, {arch})
-    print(r.stack_bytes, r.shared_bytes, r.count("BAR"), r.count("LDG.E.128"), variant)
-"""
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ["perturb_kernel", "latent_t=bf16", "out_t=bf16", "uniform", "shard=False"],
-        ["perturb_kernel", "gaussian", "out_t=fp32", "shard=True", "write_minus=True"],
-        ["perturb_kernel", "logistic", "out_t=int8", "write_minus=False"],
-        ["estimate_kernel", "triangular"],
-        ["noise_kernel", "rademacher"],
-        ["quantize_kernel", "out_t=fp32"],
-    ],
-    ids="-".join,
-)
-def test_kernels_compile_for_gpus(arch, parts):
-    """No GPU is needed to compile: no spills, no shared memory and no barrier in streaming kernels."""
-    result = run_code(SASS.format(parts=parts, arch=arch))
-    assert result.returncode == 0, result.stderr[-3000:]
-    for line in result.stdout.splitlines():
-        stack, shared, barriers, wide_loads, variant = line.split(maxsplit=4)
-        assert (stack, shared, barriers) == ("0", "0", "0"), variant
-        if "noise_kernel" not in variant:
-            assert int(wide_loads) >= 1, variant
-
-
-@pytest.mark.parametrize("kernel", ["sumsq_kernel", "coefficients_kernel", "sum_kernel"])
-def test_reductions_compile(kernel):
-    result = run_code(SASS.format(parts=[kernel], arch=90))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert all(line.startswith("0 ") for line in result.stdout.splitlines())
-
-
 def run_code(code):
     """In a process of its own: this one runs the kernels in the interpreter."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}

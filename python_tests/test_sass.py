@@ -1,0 +1,118 @@
+"""The machine code of the Triton kernels, compiled for GPUs that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KEYS = {
+    "kernel", "arch", "latent", "grad", "out", "distribution", "signs", "scale",
+    "instructions_per_element", "registers", "spill_bytes", "shared_bytes", "barriers", "load_bits",
+    "store_bits", "margin",
+}  # fmt: skip
+BF16 = "bf16 bf16 bf16"
+#: Instructions per element on sm_90, prologue and all. One Philox call per 8 elements costs about 10.
+BUDGETS = {
+    f"perturb_kernel {BF16} uniform one tensor": 25,
+    f"perturb_kernel {BF16} rademacher one tensor": 25,
+    f"perturb_kernel {BF16} triangular one tensor": 27,
+    f"perturb_kernel {BF16} logistic one tensor": 31,
+    f"perturb_kernel {BF16} gaussian one tensor": 31,
+    f"perturb_kernel {BF16} uniform both tensor": 33,
+    "estimate_kernel bf16 uniform tensor n=1": 18,
+    "estimate_kernel bf16 rademacher tensor n=1": 18,
+}
+#: One of each way that the code can differ; the whole table is `python -m bench.sass`.
+CHOSEN = {
+    80: ["perturb_kernel fp32 fp32 fp32 gaussian both row shard",
+         "estimate_kernel fp32 triangular row n=1 shard",
+         "update_kernel fp32 bf16 bf16 uniform tensor adamw", "quantize_kernel bf16 bf16 tensor"],
+    90: [*BUDGETS, "noise_kernel fp32 rademacher", "perturb_kernel fp16 fp16 fp16 uniform one row shard",
+         "perturb_kernel bf16 bf16 int8 logistic one tensor",
+         "perturb_kernel fp32 fp32 int8 uniform both row shard",
+         "estimate_kernel bf16 gaussian tensor n=4", "estimate_kernel fp16 logistic row n=1 shard",
+         f"perturb_kernel {BF16} uniform one tensor device", "estimate_kernel bf16 uniform tensor n=1 device",
+         "update_kernel fp32 bf16 bf16 gaussian tensor adamw",
+         f"update_kernel {BF16} uniform tensor sgd master",
+         "update_kernel bf16 bf16 int8 uniform row adamw shard",
+         "update_kernel fp32 fp32 fp32 logistic tensor nesterov",
+         "quantize_kernel fp32 int8 tensor", "quantize_kernel fp32 fp32 fp32 row tanh"],
+    100: ["perturb_kernel fp32 bf16 bf16 uniform one tensor", "estimate_kernel bf16 triangular tensor n=4",
+          "update_kernel fp32 fp32 fp32 uniform tensor momentum", "noise_kernel fp32 gaussian"],
+}  # fmt: skip
+
+PROGRAM = """
+import json
+from bench import sass
+by_name = {{str(v): v for v in sass.variants()}}
+print(json.dumps([[name, sass.row(by_name[name], {arch})] for name in {names!r}]))
+"""
+
+
+def run_code(code):
+    """In a process of its own: this one runs the kernels in the interpreter."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(("arch", "names"), [
+    *((arch, names[i : i + 8]) for arch, names in CHOSEN.items() for i in range(0, len(names), 8)),
+])  # fmt: skip
+def test_streaming_kernels_stay_in_registers_and_in_budget(arch, names):
+    for name, row in json.loads(run_code(PROGRAM.format(arch=arch, names=names))):
+        assert set(row) >= KEYS
+        assert (row["spill_bytes"], row["shared_bytes"], row["barriers"]) == (0, 0, 0), name
+        assert row["load_bits"] == (None if "noise" in name else 128), name
+        assert row["store_bits"] == (64 if "int8" in name else 128), name
+        assert row["margin"] > 1, name
+        assert 0 < row["loop_instructions_per_element"] < row["instructions_per_element"]
+        if arch == 90:
+            assert row["instructions_per_element"] <= BUDGETS.get(name, 85), name
+
+
+def test_reductions_compile_without_spills():
+    names = ["sumsq_kernel bf16 tensor", "sumsq_kernel fp32 row", "sum_kernel", "coefficients_kernel",
+             "coefficients_kernel device", "update_coefficients_kernel adamw device"]  # fmt: skip
+    for name, row in json.loads(run_code(PROGRAM.format(arch=90, names=names))):
+        assert row["spill_bytes"] == 0, name
+        if name.startswith("sumsq"):
+            assert row["load_bits"] == 128
+
+
+def test_the_loop_is_counted_once_per_tile():
+    """A kernel in miniature: two in the prologue, a loop of three around a wide store, a rest."""
+    lines = ["S2R R0, SR_TID.X", "MOV R1, R2", "FADD R3, R3, R4", "STG.E.128 [R8], R4", "@!P0 BRA 0x20",
+             "FMUL R1, R1, R1", "STG.E.U16 [R8], R4", "@P1 BRA 0x50", "EXIT", "NOP"]  # fmt: skip
+    text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    found = run_code(f"""
+import json
+from bench import sass
+prologue, loop, code = sass.split({text!r})
+report = sass.Report(1, 0, 0, prologue, loop, 0)
+print(json.dumps([prologue, loop, report.weighted(8), report.width("STG"), len(code)]))
+""")
+    prologue, loop, weighted, width, instructions = json.loads(found)
+    assert prologue == {"S2R": 1, "MOV": 1}
+    assert loop == {"FADD": 1, "STG.E.128": 1, "BRA": 1}
+    assert Counter(weighted) == Counter(prologue) + Counter({op: 8 * n for op, n in loop.items()})
+    assert (width, instructions) == (128, 9)
+
+
+def test_table_and_json(tmp_path):
+    code = f"""
+from bench import sass
+sass.main(["--arch", "90", "--only", "noise_kernel", "--json", {str(tmp_path / "a" / "rows.json")!r}])
+"""
+    out = run_code(code)
+    rows = json.loads((tmp_path / "a" / "rows.json").read_text())
+    assert len(rows) == 5
+    assert len({row["distribution"] for row in rows}) == 5
+    assert all(set(row) >= KEYS for row in rows)
+    assert out.count("noise_kernel") == 5
