@@ -70,7 +70,7 @@ class Session:
     def run(self, command: list[str], limit: float, log: str, **environment: str) -> tuple[int, str, float]:
         """Exit status (124: it ran past its limit), output and seconds; the output is added to the log."""
         start = time.monotonic()
-        code, text = execute(command, limit, {**os.environ, "PYTHONUNBUFFERED": "1", **environment})
+        code, text = execute(command, limit, {**own_environment(), "PYTHONUNBUFFERED": "1", **environment})
         said = f"$ {' '.join(command)}\n{text}\n[exit status {code}]\n\n"
         for path, name in (
             (sys.executable, "python"),
@@ -95,6 +95,11 @@ class Session:
         said = f"stopped at its limit of {limit:.0f} s" if code == 124 else note(text)
         self.note(name, "failed" if code else "passed", seconds, said)
         return code, text
+
+
+def own_environment() -> dict[str, str]:
+    """This process's, without what would keep Triton off the GPU or name another backend."""
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FOGZO_BACKEND")}
 
 
 def execute(command: list[str], limit: float, environment: dict[str, str]) -> tuple[int, str]:
@@ -245,8 +250,7 @@ STAGES = {
 def gpu_name() -> str | None:
     """As PyTorch calls it; None without a GPU. Asked in a process of its own, which frees the GPU again."""
     code = "import torch; print('GPU:' + torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    _, text = execute([sys.executable, "-c", code], 120, environment)
+    _, text = execute([sys.executable, "-c", code], 120, own_environment())
     found = re.search(r"^GPU:(.+)$", text, re.MULTILINE)
     return found.group(1) if found else None
 
@@ -283,8 +287,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     start = time.monotonic()
-    os.environ.pop("TRITON_INTERPRET", None)  # it would keep Triton off the GPU
-    os.environ.pop("FOGZO_BACKEND", None)
     name = "dry run on the CPU" if args.dry_run else gpu_name()
     if name is None:
         print(NO_GPU, file=sys.stderr)

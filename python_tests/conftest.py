@@ -48,10 +48,15 @@ def generator():
     return torch.Generator().manual_seed(seed)
 
 
+def selecting() -> list[str | None]:
+    return [os.environ.get(name) for name in ("TRITON_INTERPRET", "FOGZO_BACKEND")]
+
+
 @pytest.fixture(autouse=True)
 def _global_state_stays():
-    """No test leaves PyTorch's default generator or thread count changed for the next."""
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    """No test leaves PyTorch's generator, its thread count or what selects a backend changed."""
+    state, threads, selection = torch.get_rng_state(), torch.get_num_threads(), selecting()
     yield
+    assert selecting() == selection
     torch.set_rng_state(state)
     torch.set_num_threads(threads)
