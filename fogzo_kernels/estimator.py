@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import validation
 from .functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
 from .noise import MAX_DIRECTION, MAX_SEED, check_number, check_range, signed64
-from .replay import ReplayState, Snapshot
+from .replay import ReplayState, Snapshot, capturing
 from .schedule import SCHEDULES, one_minus_beta_at
 from .weights import Key, QuantizedWeight, quantized_weights
 
@@ -326,9 +326,10 @@ class Fogzo:
         if one.sign == 0:
             self._check_fresh()
             self._before = self._replay.save()
-            for w in self.weights:
+            for w in self.weights:  # a graph's replay could not see that a weight was set in between
+                quantized = None if capturing() else w.quantized()
                 for module in w.modules:
-                    module.quantized = w.quantized()
+                    module.quantized = quantized
         else:
             assert self._before is not None
             self._write_probes(one)

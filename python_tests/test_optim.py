@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import device_of
 from torch import nn
 
 import fogzo_kernels as fk
@@ -202,6 +203,55 @@ def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, mo
         calls.clear()
         model(data[0])
     assert len(calls) == len(layers)
+
+
+def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
+    """A replay cannot notice that weights were set since the last one."""
+    from fogzo_kernels import estimator
+
+    model, data = network(generator), batch(generator)
+    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3)
+    optimizer = fk.AdamW(model.parameters(), fogzo=fogzo)
+    seen = []
+
+    def closure():
+        seen.append(model[0].quantized is not None)
+        return loss_of(model, data)
+
+    for captured in (False, False, True):
+        monkeypatch.setattr(estimator, "capturing", lambda captured=captured: captured)
+        optimizer.zero_grad()
+        optimizer.step(closure)
+    assert seen[::3] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_six_launches(name, generator, monkeypatch):
+    """Two for the norm, one per probe, two for estimate, update and Q, however many tensors there are."""
+    backend = pytest.importorskip("fogzo_kernels.backends.triton")
+    device = device_of("triton")
+    if reason := backend.unavailable(device):
+        pytest.skip(f"backend triton: {reason}")
+    launches = []
+    inner = backend.launch
+    monkeypatch.setattr(
+        backend, "launch", lambda kernel, *rest, **more: (launches.append(kernel), inner(kernel, *rest, **more))
+    )
+    ours, _, options = OPTIMIZERS[name]
+    model, data = network(generator, "triton").to(device), [t.to(device) for t in batch(generator)]
+    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3, backend="triton")
+    optimizer = ours(model.parameters(), fogzo=fogzo, **options)
+    for _ in range(2):
+        launches.clear()
+        optimizer.zero_grad()
+        optimizer.step(partial(loss_of, model, data))
+    names = [getattr(kernel, "__name__", None) or kernel.fn.__name__ for kernel in launches]
+    forward = names.count("quantize_kernel")  # the modules' backward
+    assert [n for n in names if n != "quantize_kernel"] == [
+        "sumsq_kernel", "sum_kernel", "perturb_kernel", "perturb_kernel", "update_coefficients_kernel",
+        "update_kernel",
+    ]  # fmt: skip
+    assert forward == 2
 
 
 def test_clipping_between_estimate_and_step(generator):

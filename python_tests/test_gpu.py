@@ -1,0 +1,283 @@
+"""What only a GPU shows: captured graphs, launches, synchronizations, allocations, sizes, streams."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fogzo_kernels as fk
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+DEVICE = torch.device("cuda")
+GRID, STRAIGHT_THROUGH = fk.Grid.uniform(4), fk.StraightThrough("identity")
+OPTIONS = {"grid": GRID, "straight_through": STRAIGHT_THROUGH, "backend": "triton"}
+KERNELS = {
+    "sumsq_kernel": 1, "sum_kernel": 1, "perturb_kernel": 2, "update_coefficients_kernel": 1,
+    "update_kernel": 1,
+}  # fmt: skip
+
+
+def network(dtype=torch.float32, width=64, depth=3):
+    torch.manual_seed(3)
+    layers = [nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(depth)]
+    model = nn.Sequential(*layers, nn.Linear(width, 8)).to(DEVICE, dtype)
+    fk.quantize_model(model, alpha=lambda w: w.abs().mean(1, keepdim=True), **OPTIONS)
+    return model
+
+
+class Training:
+    """A model, its estimator and its optimizer, on fixed data."""
+
+    def __init__(self, dtype=torch.float32, lr=1e-3, capturable=True):
+        self.model = network(dtype)
+        self.fogzo = fk.Fogzo(
+            self.model, total_steps=4, one_minus_beta=0.3, seed=5, capturable=capturable, backend="triton"
+        )
+        rate = torch.tensor(lr, dtype=torch.float64, device=DEVICE) if capturable else lr
+        self.optimizer = fk.AdamW(self.model.parameters(), lr=rate, fogzo=self.fogzo, capturable=capturable)
+        generator = torch.Generator().manual_seed(4)
+        self.inputs = torch.randn(32, 64, generator=generator).to(DEVICE, dtype)
+        self.labels = torch.randint(8, (32,), generator=generator).to(DEVICE)
+
+    def loss(self):
+        return F.cross_entropy(self.model(self.inputs).float(), self.labels)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        return self.optimizer.step(self.loss)
+
+    def capture(self, warm_up):
+        """A graph of one step, after ``warm_up`` eager ones on the stream of the capture."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.captured_loss = self.step()
+        return graph
+
+
+# ---- graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_of_a_captured_step_are_eager_steps(dtype):
+    eager, captured = Training(dtype), Training(dtype)
+    expected = [float(eager.step()) for _ in range(6)]
+    graph = captured.capture(warm_up=2)
+    found = []
+    for _ in range(4):
+        graph.replay()
+        found.append(float(captured.captured_loss))
+    torch.testing.assert_close(found, expected[2:], rtol=1e-4, atol=1e-5)
+    assert captured.fogzo.steps == eager.fogzo.steps == 6
+    for p, q in zip(eager.model.parameters(), captured.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert captured.fogzo.diagnostics() == eager.fogzo.diagnostics() == {
+        "lost_directions": 0, "lost_norms": 0, "bad_alphas": 0,
+    }  # fmt: skip
+
+
+def test_each_replay_draws_its_own_noise():
+    training = Training(lr=0.0)
+    graph = training.capture(warm_up=5)  # beta has reached its end: only the noise differs from here on
+    seen = []
+    for _ in range(4):
+        graph.replay()
+        seen.append(tuple(training.fogzo._losses.tolist()))
+    assert len({losses[0] for losses in seen}) == 1
+    assert len({losses[1:] for losses in seen}) == 4
+
+
+def test_weights_set_between_replays_are_used():
+    training = Training(lr=0.0)
+    graph = training.capture(warm_up=2)
+    graph.replay()
+    before = float(training.captured_loss)
+    with torch.no_grad():
+        for p in training.model.parameters():
+            p.mul_(-1)
+        expected = float(training.loss())
+    graph.replay()
+    assert float(training.captured_loss) == pytest.approx(expected, rel=1e-5)
+    assert expected != before
+
+
+# ---- host and launches
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_no_step_waits_for_the_device(capturable):
+    training = Training(capturable=capturable)
+    for _ in range(2):
+        training.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def launched(function):
+    """Kernels by name that the function launches; copies are none."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return Counter(n for n in names if not n.startswith(("Memcpy", "Memset")))
+
+
+def test_a_step_adds_six_kernels_to_its_passes():
+    training = Training(capturable=False)
+    for _ in range(2):
+        training.step()
+    found = launched(training.step)
+    assert {name: found[name] for name in KERNELS} == KERNELS
+
+    def passes():
+        training.optimizer.zero_grad()
+        probes = training.fogzo.probes()
+        for probe in probes:
+            with probe:
+                probe.backward(training.loss())
+
+    training.step()
+    both = launched(passes)  # with norm and probes: four kernels of ours
+    ours = sum(both[name] for name in KERNELS)
+    assert ours == 4
+    assert sum(found.values()) - sum(both.values()) == 2
+
+
+# ---- memory
+
+
+def big(n, dtype=torch.bfloat16):
+    latents, grads = (torch.randn(n, device=DEVICE).to(dtype) for _ in range(2))
+    return latents, grads, torch.full((1,), 0.5, device=DEVICE)
+
+
+def test_ops_allocate_nothing_per_weight():
+    n = 2**26
+    latent, grad, alpha = big(n)
+    out, first, second = torch.empty_like(latent), *(torch.zeros(n, device=DEVICE) for _ in range(2))
+    losses = torch.ones(2, 1, device=DEVICE)
+    options = {"one_minus_beta": 1e-2, "seed": 3, "step": 2, **OPTIONS}
+
+    def ops():
+        norm = fk.guide_norm(grad, alpha, grid=GRID, backend="triton")
+        fk.perturb_quantize_(out, None, latent, grad, alpha, norm, **options)
+        fk.perturb_quantize_(None, out, latent, grad, alpha, norm, **options)
+        fk.estimate_gradient_(grad, *losses, alpha, norm, **options)
+        fk.estimate_adamw_(
+            latent, grad, first, second, *losses, alpha, norm, lr=1e-3, optimizer_step=1, quantized=out,
+            **options,
+        )  # fmt: skip
+
+    ops()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= 8 * n // 16384 + 64 * 1024  # a float64 per program of the norm, and the scalars
+
+
+def test_more_elements_than_32_bits_count():
+    n, around = 2**31 + 2**20 + 11, 2**31
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    latent, grad, alpha = torch.empty(n, dtype=torch.bfloat16, device=DEVICE), None, torch.full((1,), 0.5)
+    latent.normal_()
+    grad = torch.empty_like(latent).normal_()
+    out = torch.full((n,), 99, dtype=torch.int8, device=DEVICE)
+    norm = torch.tensor(40000.0)
+    options = {"one_minus_beta": 0.5, "seed": 3, "step": 2, "grid": GRID, "straight_through": STRAIGHT_THROUGH}
+    fk.perturb_quantize_(
+        out, None, latent, grad, alpha.to(DEVICE), norm.to(DEVICE), backend="triton", **options
+    )
+    for start, stop in ((0, 4099), (around - 4096, around + 4096), (n - 4099, n)):
+        part = slice(start, stop)
+        expected = torch.empty(stop - start, dtype=torch.int8)
+        fk.perturb_quantize_(
+            expected, None, latent[part].cpu(), grad[part].cpu(), alpha, norm, backend="reference",
+            layouts=[(start, stop - start, stop - start)], **options,
+        )  # fmt: skip
+        assert torch.equal(out[part].cpu(), expected)
+    assert int((out == 99).sum()) == 0
+
+
+# ---- where scalars lie, lists, streams
+
+
+def test_scalars_of_host_and_device_give_the_same_bits():
+    latent, grad, alpha = big(20001)
+    norm = fk.guide_norm(grad, alpha, grid=GRID, backend="triton")
+    losses = torch.tensor([[1.25], [1.0]], device=DEVICE)
+    seed, step, count, lr, omb = 2**63 + 11, 7, 3, 0.0123, 0.037
+    on_device = {
+        "seed": torch.tensor(seed - 2**64, device=DEVICE), "step": torch.tensor(step, device=DEVICE),
+        "one_minus_beta": torch.tensor(omb, dtype=torch.float64, device=DEVICE),
+    }  # fmt: skip
+    found = []
+    for options, rate, number in (
+        ({"seed": seed, "step": step, "one_minus_beta": omb}, lr, count),
+        (on_device, torch.tensor(lr, dtype=torch.float64, device=DEVICE), torch.tensor(count, device=DEVICE)),
+    ):
+        plus, minus = torch.empty_like(latent), torch.empty_like(latent)
+        fk.perturb_quantize_(plus, minus, latent, grad, alpha, norm, **options, **OPTIONS)
+        g, theta, q = grad.clone(), latent.clone(), torch.empty_like(latent)
+        fk.estimate_gradient_(g, *losses, alpha, norm, **options, **OPTIONS)
+        first, second = (torch.full((20001,), 1e-3, device=DEVICE) for _ in range(2))
+        fk.estimate_adamw_(
+            theta, grad, first, second, *losses, alpha, norm, lr=rate, optimizer_step=number, quantized=q,
+            **options, **OPTIONS,
+        )  # fmt: skip
+        found.append((plus, minus, g, theta, first, second, q))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_thousand_small_tensors_and_a_few_large_ones():
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    sizes = [*torch.randint(0, 2000, (1000,), generator=generator).tolist(), 3 * 16384 + 5, 2**20, 2**18 + 3]
+    latents, grads = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(2))
+    alphas = [torch.rand(1, generator=generator) + 0.1 for _ in sizes]
+    norm = fk.guide_norm(grads, alphas, grid=GRID, backend="reference")
+    options = {"one_minus_beta": 1e-3, "seed": 3, "step": 2, "grid": GRID, "straight_through": STRAIGHT_THROUGH}
+    expected, out = ([torch.full_like(t, float("nan")).to(d) for t in latents] for d in ("cpu", DEVICE))
+    fk.perturb_quantize_(expected, None, latents, grads, alphas, norm, backend="reference", **options)
+    moved = ([t.to(DEVICE) for t in ts] for ts in (latents, grads, alphas))
+    fk.perturb_quantize_(out, None, *moved, norm.to(DEVICE), backend="triton", **options)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(out, expected, strict=True))
+
+
+def test_ops_follow_the_current_stream():
+    latent, grad, alpha = big(2**24)
+    norm = fk.guide_norm(grad, alpha, grid=GRID, backend="triton")
+    options = {"one_minus_beta": 1e-3, "seed": 3, **OPTIONS}
+    expected, out = torch.empty_like(latent), torch.empty_like(latent)
+    fk.perturb_quantize_(expected, None, latent, grad, alpha, norm, **options)
+    late = torch.zeros_like(latent)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(latent)  # the op must wait for this
+        fk.perturb_quantize_(out, None, late, grad, alpha, norm, **options)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_norm_has_the_same_bits_every_time():
+    _, grad, alpha = big(2**24 + 3)
+    found = {float(fk.guide_norm(grad, alpha, grid=GRID, backend="triton")) for _ in range(20)}
+    assert len(found) == 1
