@@ -32,7 +32,16 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fogzo_kernels.backends.triton import NUM_WARPS, SPAN, TILE, UPDATE_TILE, kernels, update
+from fogzo_kernels.backends.triton import (
+    CODES_REGISTERS,
+    NUM_WARPS,
+    SPAN,
+    TILE,
+    UPDATE_REGISTERS,
+    UPDATE_TILE,
+    kernels,
+    update,
+)
 from fogzo_kernels.noise import DISTRIBUTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -214,7 +223,12 @@ def compile_variant(variant: Variant, arch: int = 90) -> Report:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
-    binary = triton.compile(source, target=target, options={"num_warps": NUM_WARPS})
+    options = {"num_warps": NUM_WARPS}
+    if variant.kernel == "update_kernel":
+        options["maxnreg"] = UPDATE_REGISTERS
+    elif variant.kernel == "perturb_kernel" and variant.out == "int8":
+        options["maxnreg"] = CODES_REGISTERS
+    binary = triton.compile(source, target=target, options=options)
     return read_cubin(binary.asm["cubin"])
 
 

@@ -408,7 +408,7 @@ def _list(name: str, tensors: TensorOrList) -> list[Tensor]:
     for i, t in enumerate(found):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
-    return [t.detach() for t in found]
+    return [t.detach() if t.requires_grad else t for t in found]
 
 
 def _optional(name: str, tensors: TensorOrList | None) -> list[Tensor]:

@@ -7,6 +7,7 @@ and run before anything is written.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ from .update import UpdateRule
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = (*FLOATS, torch.int8)
 DELTA_RANGE = (2.0**-100, 2.0**100)
+KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
 
 Tensors = Sequence[Tensor]
 
@@ -43,6 +45,8 @@ def tensor_list(
     if like is not None and len(tensors) != len(like):
         raise ValueError(f"{name} must have {len(like)} tensors, got {len(tensors)}")
     first = like[0] if like else tensors[0] if tensors else None
+    if first is not None and uniform(tensors, dtypes, first.device, like):
+        return
     for i, t in enumerate(tensors):
         what = f"{name}[{i}]"
         if t.dtype not in dtypes:
@@ -57,6 +61,18 @@ def tensor_list(
             raise ValueError(f"{what} must have shape {shape(like[i])}, got {shape(t)}")
         if t.layout != torch.strided or not t.is_contiguous():
             raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
+
+
+def uniform(
+    tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.device, like: Tensors | None
+) -> bool:
+    """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
+    return (
+        {t.dtype for t in tensors} <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
+        and all(t.device == device for t in tensors)
+        and (like is None or all(t.shape == o.shape for t, o in zip(tensors, like, strict=True)))
+        and all(t.layout == torch.strided and t.is_contiguous() for t in tensors)
+    )
 
 
 def alpha_list(alphas: Tensors, like: Tensors) -> None:
@@ -239,11 +255,11 @@ def straight_through_arguments(grads: Tensors, latents: Tensors, alphas: Tensors
 def values(alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: Tensor | None = None) -> None:
     """Values that can be read without a device sync: those on the CPU."""
     low, high = DELTA_RANGE[0] / r, DELTA_RANGE[1] / r
-    for i, alpha in enumerate(alphas):
-        if alpha.device.type != "cpu" or alpha.numel() == 0:
-            continue
-        least, most = map(float, torch.aminmax(alpha))
-        if not (low <= least and most <= high):  # NaN fails too
+    if alphas and alphas[0].device.type == "cpu":  # they lie on one device
+        numels = [alpha.numel() for alpha in alphas]
+        if sum(numels) and not in_range(torch.cat([alpha.flatten() for alpha in alphas]), low, high):
+            i = next(i for i, alpha in enumerate(alphas) if numels[i] and not in_range(alpha, low, high))
+            least, most = map(float, torch.aminmax(alphas[i]))
             raise ValueError(
                 f"alphas[{i}] must be finite, > 0 and in {low:g}..{high:g}, got {least:g}..{most:g}"
             )
@@ -251,6 +267,11 @@ def values(alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: 
         check_range("step", int(step), MAX_STEP)
     if one_minus_beta is not None and one_minus_beta.device.type == "cpu":
         unit_interval("one_minus_beta", float(one_minus_beta))
+
+
+def in_range(t: Tensor, low: float, high: float) -> bool:
+    least, most = map(float, torch.aminmax(t))
+    return low <= least and most <= high  # NaN fails too
 
 
 def update_values(lr: Tensor, optimizer_step: Tensor) -> None:
@@ -281,15 +302,20 @@ def epsilon_scale(value: float) -> None:
 
 def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], like: Tensors) -> None:
     """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
+    check_shards(tuple(tensor_ids), tuple(layouts), tuple(t.numel() for t in like))
+
+
+@functools.lru_cache(KEPT)
+def check_shards(tensor_ids: tuple[int, ...], layouts: tuple[Layout, ...], numels: tuple[int, ...]) -> None:
     seen: dict[tuple[int, int], int] = {}
-    for i, (tensor_id, (offset, inner, stride), t) in enumerate(zip(tensor_ids, layouts, like, strict=True)):
+    for i, (tensor_id, where, numel) in enumerate(zip(tensor_ids, layouts, numels, strict=True)):
         check_range(f"tensor_ids[{i}]", tensor_id, MAX_TENSOR_ID)
-        layout((offset, inner, stride), t.numel(), f"layouts[{i}]")
-        other = seen.setdefault((tensor_id, offset), i) if t.numel() else i
+        layout(where, numel, f"layouts[{i}]")
+        other = seen.setdefault((tensor_id, where[0]), i) if numel else i
         if other != i:
             raise ValueError(
                 f"tensor_ids[{i}] must differ from tensor_ids[{other}] unless the two are shards at"
-                f" different offsets, got {tensor_id} at offset {offset} for both"
+                f" different offsets, got {tensor_id} at offset {where[0]} for both"
             )
 
 
@@ -305,21 +331,34 @@ def layout(value: Layout, numel: int, name: str = "layout") -> None:
 
 
 def memory(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors]) -> None:
-    """No output may share memory with another output or with an input."""
-    spans = []
-    for written, lists in ((True, outputs), (False, inputs)):
-        for name, tensors in lists.items():
-            for i, t in enumerate(tensors):
-                if t.numel():
-                    begin = t.data_ptr()
-                    end = begin + t.numel() * t.element_size()
-                    spans.append((str(t.device), begin, end, written, f"{name}[{i}]"))
-    spans.sort()
-    furthest: dict[bool, tuple[str, int, str]] = {}  # written -> device, end, what
-    for device, begin, end, written, what in spans:
-        for other_written, (other_device, other_end, other) in furthest.items():
-            if (written or other_written) and device == other_device and begin < other_end:
-                one, two = (what, other) if written else (other, what)
+    """No output may share memory with another output or with an input; all lie on one device."""
+    lists = [*outputs.items(), *inputs.items()]
+    check_memory(
+        len(outputs),
+        tuple(name for name, _ in lists),
+        tuple(tuple([t.data_ptr() for t in tensors]) for _, tensors in lists),
+        tuple(tuple([t.nbytes for t in tensors]) for _, tensors in lists),
+    )
+
+
+@functools.lru_cache(KEPT)
+def check_memory(
+    written: int, names: tuple[str, ...], addresses: tuple[tuple[int, ...], ...],
+    sizes: tuple[tuple[int, ...], ...],
+) -> None:  # fmt: skip
+    """The first ``written`` lists are outputs."""
+    spans = sorted(
+        (begin, begin + size, k < written, k, i)
+        for k in range(len(names))
+        for i, (begin, size) in enumerate(zip(addresses[k], sizes[k], strict=True))
+        if size
+    )
+    furthest: dict[bool, tuple[int, int, int]] = {}  # output or input -> its end, list and place
+    for begin, end, output, k, i in spans:
+        for other_output, (other_end, other_k, other_i) in furthest.items():
+            if (output or other_output) and begin < other_end:
+                pair = f"{names[k]}[{i}]", f"{names[other_k]}[{other_i}]"
+                one, two = pair if output else reversed(pair)
                 raise ValueError(f"{one} must not share memory with {two}")
-        if written not in furthest or (device, end) > furthest[written][:2]:
-            furthest[written] = (device, end, what)
+        if output not in furthest or end > furthest[output][0]:
+            furthest[output] = end, k, i

@@ -26,6 +26,8 @@ from .plans import SPAN, plan
 TILE = 2048  # elements per loop iteration
 UPDATE_TILE = 1024  # its loop holds twice as many arrays
 NUM_WARPS = 4
+#: The most of a thread where ptxas, left alone, spills some to reach fewer: the tail, and int8 outputs.
+UPDATE_REGISTERS, CODES_REGISTERS = 96, 72
 
 Tensors = Sequence[Tensor]
 DTYPES = {
@@ -141,14 +143,15 @@ def perturb_quantize_(
         tensor_ids=tensor_ids, layouts=layouts,
     )  # fmt: skip
     mix, scale = mixing(one_minus_beta, distribution)
+    out = (plus or minus)[0].dtype
     launch(
         kernels.perturb_kernel, p.programs, norm.device, p.table, p.owner, host_or_device(seed),
         host_or_device(step), norm=norm, direction=direction, **mix, eps=rounded(epsilon),
         offset=grid.offset, qmin=float(grid.qmin), qmax=float(grid.qmax), r=float(grid.r),
         SPAN=SPAN, TILE=TILE, DIST=distribution, NOISE_SCALE=scale,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
-        OUT_T=DTYPES[(plus or minus)[0].dtype], WRITE_PLUS=bool(plus), WRITE_MINUS=bool(minus),
-        PER_TENSOR=p.per_tensor, SHARD=p.shard,
+        OUT_T=DTYPES[out], WRITE_PLUS=bool(plus), WRITE_MINUS=bool(minus), PER_TENSOR=p.per_tensor,
+        SHARD=p.shard, maxnreg=CODES_REGISTERS if out == torch.int8 else None,
     )  # fmt: skip
 
 
@@ -214,7 +217,7 @@ def estimate_update_(
         rounded(rule.momentum), SPAN=SPAN, TILE=UPDATE_TILE, DIST=distribution,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
         OUT_T=DTYPES[quantized[0].dtype] if quantized else None, MASTER=bool(masters), RULE=rule.variant,
-        PER_TENSOR=p.per_tensor, SHARD=p.shard,
+        PER_TENSOR=p.per_tensor, SHARD=p.shard, maxnreg=UPDATE_REGISTERS,
     )  # fmt: skip
 
 

@@ -129,10 +129,9 @@ def chunks_from(begin, start, TILE: tl.constexpr):
 
 
 @triton.jit
-def chunk_delta(alpha, local, row, r, fast):
-    """delta of each chunk."""
-    index = divide(local, tl.load(row + SCALE_DIVISOR))
-    return tl.load(alpha + index, mask=local < (fast >> 3).to(tl.uint32), other=1.0) * r
+def chunk_delta(alpha, local, length, r, chunks):
+    """delta of each chunk; ``length``: chunks that share an alpha, as a divisor."""
+    return tl.load(alpha + divide(local, length), mask=local < chunks, other=1.0) * r
 
 
 @triton.jit
@@ -192,6 +191,8 @@ def sumsq_kernel(
     alpha = pointer(row, ALPHA, tl.float32)
     if PER_TENSOR:
         delta = tl.load(alpha) * r
+    else:
+        length, chunks = tl.load(row + SCALE_DIVISOR), (fast >> 3).to(tl.uint32)
     acc = tl.zeros([TILE // 8], tl.float64)
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
@@ -199,7 +200,7 @@ def sumsq_kernel(
         offs = tl.arange(0, TILE)
         g = tl.load(tl.multiple_of(grad + begin + start, 16) + offs, mask=offs < left, other=0.0)
         if not PER_TENSOR:
-            delta = chunk_delta(alpha, chunks_from(begin, start, TILE), row, r, fast)[:, None]
+            delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)[:, None]
         h = g.to(tl.float32).reshape([TILE // 8, 8]) * delta
         acc += tl.sum(h * h, axis=1).to(tl.float64)
     SUB: tl.constexpr = TILE // 8
@@ -258,6 +259,8 @@ def perturb_kernel(
     if PER_TENSOR:
         delta = tl.load(alpha) * r
         inv, gam, shift = reciprocal(delta), a * delta, delta * offset
+    else:
+        length, chunks = tl.load(row + SCALE_DIVISOR), (fast >> 3).to(tl.uint32)
     first, skip, inner = layout_of(row, SHARD)
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
@@ -268,7 +271,7 @@ def perturb_kernel(
         chunk = chunk_numbers(local, first, skip, inner, SHARD)
         m0, m1 = tile_noise(chunk, names, direction, TILE, DIST)
         if not PER_TENSOR:
-            d = chunk_delta(alpha, local, row, r, fast)
+            d = chunk_delta(alpha, local, length, r, chunks)
             inv = per_pair(reciprocal(d), TILE)
             gam = per_pair(a * d, TILE)
             delta, shift = per_pair(d, TILE), per_pair(d * offset, TILE)
@@ -282,6 +285,7 @@ def perturb_kernel(
             q0 = output_of(code_of(fma(v0, -eps, z0), qmin, qmax), delta, shift, CODES)
             q1 = output_of(code_of(fma(v1, -eps, z1), qmin, qmax), delta, shift, CODES)
             store_tile(tl.multiple_of(minus + begin + start, 16), q0, q1, left, TILE)
+    row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
     SUB: tl.constexpr = TILE // 8
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
@@ -302,12 +306,12 @@ def perturb_kernel(
 # ---- estimate
 
 
-@triton.jit(do_not_specialize=["seed", "step", "n"])
-def coefficients_kernel(
-    coef, counters, seed, step, one_minus_beta, norm, losses_plus, losses_minus, n, sqrt_beta,
-    noise_scale, half_inv_eps, NOISE_SCALE: tl.constexpr,
+@triton.jit
+def read_losses(
+    coefs, counters, seed, step, one_minus_beta, norm, losses_plus, losses_minus, n, sqrt_beta, noise_scale,
+    half_inv_eps, NOISE_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """coef = A, lost, B_0, B_1, ...; one program. ``lost`` is 1 if g must stay as it is."""
+    """Write the B_i; A, and 1 where every direction and where the norm is lost. For one program."""
     guide, b = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
     zero = tl.load(norm) * 0.0
     names = names_of(seed, step, (zero == zero).to(tl.int64))
@@ -319,13 +323,26 @@ def coefficients_kernel(
         lost += tl.where(usable, 0, 1)
         c = tl.where(usable, c, 0.0) / n
         total += c * direction_sign(names, i)
-        tl.store(coef + 2 + i, c * b)
-    norm_lost = tl.where(is_finite(tl.load(norm)), 0, 1)
-    tl.store(coef, guide_scale(norm, total * guide, 1.0))
-    tl.store(coef + 1, tl.where((lost == n) | (norm_lost == 1), 1.0, 0.0))
+        tl.store(coefs + i, c * b)
+    norm_lost = tl.where((n > 0) & (is_finite(tl.load(norm)) == 0), 1, 0)
     if counters is not None:
         tl.store(counters, tl.load(counters) + lost)
         tl.store(counters + 1, tl.load(counters + 1) + norm_lost)
+    return guide_scale(norm, total * guide, 1.0), lost == n, norm_lost == 1
+
+
+@triton.jit(do_not_specialize=["seed", "step", "n"])
+def coefficients_kernel(
+    coef, counters, seed, step, one_minus_beta, norm, losses_plus, losses_minus, n, sqrt_beta,
+    noise_scale, half_inv_eps, NOISE_SCALE: tl.constexpr,
+):  # fmt: skip
+    """coef = A, 1 if g must stay as it is, B_0, B_1, ...; one program."""
+    A, lost, norm_lost = read_losses(
+        coef + 2, counters, seed, step, one_minus_beta, norm, losses_plus, losses_minus, n, sqrt_beta,
+        noise_scale, half_inv_eps, NOISE_SCALE,
+    )  # fmt: skip
+    tl.store(coef, A)
+    tl.store(coef + 1, tl.where(lost | norm_lost, 1.0, 0.0))
 
 
 @triton.jit
@@ -354,6 +371,8 @@ def estimate_kernel(
     end = tl.where(tl.load(coef + 1) != 0, begin, end)
     if PER_TENSOR:
         inv = reciprocal(tl.load(alpha) * r)
+    else:
+        length, chunks = tl.load(row + SCALE_DIVISOR), (fast >> 3).to(tl.uint32)
     first, skip, inner = layout_of(row, SHARD)
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
@@ -372,7 +391,7 @@ def estimate_kernel(
                 B = tl.load(coef + 2 + i)
                 acc0, acc1 = fma(m0, B, acc0), fma(m1, B, acc1)
         if not PER_TENSOR:
-            inv = per_pair(reciprocal(chunk_delta(alpha, local, row, r, fast)), TILE)
+            inv = per_pair(reciprocal(chunk_delta(alpha, local, length, r, chunks)), TILE)
         G0, G1 = fma(g0, A, acc0 * inv), fma(g1, A, acc1 * inv)
         store_tile(tl.multiple_of(grad + begin + start, 16), G0, G1, left, TILE)
     SUB: tl.constexpr = TILE // 8
@@ -407,12 +426,14 @@ def quantize_kernel(
     if PER_TENSOR:
         delta = tl.load(alpha) * r
         inv, shift = reciprocal(delta), delta * offset
+    else:
+        length, chunks = tl.load(row + SCALE_DIVISOR), (fast >> 3).to(tl.uint32)
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
         t0, t1 = load_tile(tl.multiple_of(latent + begin + start, 16), left, TILE)
         if not PER_TENSOR:
-            d = chunk_delta(alpha, chunks_from(begin, start, TILE), row, r, fast)
+            d = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)
             inv = per_pair(reciprocal(d), TILE)
             delta, shift = per_pair(d, TILE), per_pair(d * offset, TILE)
         if KIND is None:

@@ -14,7 +14,6 @@ from .elements import (
     convert,
     element_noise,
     fma,
-    is_finite,
     load_tile,
     output_of,
     per_pair,
@@ -28,6 +27,7 @@ from .kernels import (
     LATENT,
     MINUS,
     PLUS,
+    SCALE_DIVISOR,
     SCALES,
     STATE_1,
     STATE_2,
@@ -36,16 +36,14 @@ from .kernels import (
     chunk_numbers,
     chunks_from,
     count_bad_alphas,
-    direction_sign,
     element_delta,
     element_numbers,
-    guide_scale,
     layout_of,
     left_in_tile,
-    mixing,
     names_of,
     pointer,
     program_row,
+    read_losses,
     tiled_part,
 )
 
@@ -83,25 +81,13 @@ def update_coefficients_kernel(
     NOISE_SCALE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """One program. log_beta1, log_beta2, weight_decay and keep = 1 - dampening come as bits."""
-    guide, b = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
-    zero = tl.load(norm) * 0.0
-    names = names_of(seed, step, (zero == zero).to(tl.int64))
-    total = tl.zeros([], tl.float32)
-    lost = tl.zeros([], tl.int32)
-    for i in tl.range(0, n):
-        c = (tl.load(losses_plus + i) - tl.load(losses_minus + i)) * half_inv_eps
-        usable = is_finite(c)
-        lost += tl.where(usable, 0, 1)
-        c = tl.where(usable, c, 0.0) / n
-        total += c * direction_sign(names, i)
-        tl.store(coef + B_AT + i, c * b)
-    norm_lost = tl.where(is_finite(tl.load(norm)), 0, 1)
-    tl.store(coef + A_AT, tl.where(lost == n, 1.0, guide_scale(norm, total * guide, 1.0)))
-    tl.store(coef + NOISE_AT, tl.where(lost == n, 0.0, 1.0))
-    tl.store(coef + SKIP_AT, tl.where((n > 0) & (norm_lost == 1), 1.0, 0.0))
-    if counters is not None:
-        tl.store(counters, tl.load(counters) + lost)
-        tl.store(counters + 1, tl.load(counters + 1) + tl.where(n > 0, norm_lost, 0))
+    A, lost, norm_lost = read_losses(
+        coef + B_AT, counters, seed, step, one_minus_beta, norm, losses_plus, losses_minus, n, sqrt_beta,
+        noise_scale, half_inv_eps, NOISE_SCALE,
+    )  # fmt: skip
+    tl.store(coef + A_AT, tl.where(lost, 1.0, A))
+    tl.store(coef + NOISE_AT, tl.where(lost, 0.0, 1.0))
+    tl.store(coef + SKIP_AT, tl.where(norm_lost, 1.0, 0.0))
     rate, t = float64_of(lr), integer_of(count)
     if RULE == "adamw":
         size = rate / (1.0 - tl.exp(t.to(tl.float64) * float64_of(log_beta1)))
@@ -227,6 +213,9 @@ def update_kernel(
     if PER_TENSOR:
         delta = tl.load(alpha, mask=quantized, other=1.0) * r
         inv, shift = reciprocal(delta), delta * offset
+    else:
+        length = tl.load(row + SCALE_DIVISOR)
+        chunks = tl.where(quantized, fast >> 3, 0).to(tl.uint32)
     origin, stride, inner = layout_of(row, SHARD)
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
@@ -248,7 +237,7 @@ def update_kernel(
             B = tl.load(coef + B_AT + i)
             acc0, acc1 = fma(noise0, B, acc0), fma(noise1, B, acc1)
         if not PER_TENSOR:
-            d = chunk_delta(alpha, local, row, r, tl.where(quantized, fast, 0))
+            d = chunk_delta(alpha, local, length, r, chunks)
             inv = per_pair(reciprocal(d), TILE)
             delta, shift = per_pair(d, TILE), per_pair(d * offset, TILE)
         G0 = tl.where(noisy, fma(g0, A, acc0 * inv), g0)
@@ -276,6 +265,7 @@ def update_kernel(
             store_tile(tl.multiple_of(state1 + begin + start, 16), m0, m1, written, TILE)
         if STATES == 2:
             store_tile(tl.multiple_of(state2 + begin + start, 16), v0, v1, written, TILE)
+    row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
     update_rest(
         row, tl.maximum(begin, fast), end, names, coef, A, noisy, quantized, skip, directions, offset, qmin,
         qmax, r, size, decay, root, first_weight, second_weight, second_decay, eps, weight_decay, momentum,
