@@ -5,9 +5,9 @@ count says what the compiler made, and the margin is a model's, not a measuremen
 
 Instructions per element: a program runs its prologue once and its tile loop once per tile. Counted
 are (prologue + tiles * loop) / elements that a thread handles, for a program with all its tiles. The
-loop is found by its backward branch around the wide accesses; the loop over directions inside it
-counts once, and so do rarely taken branches in its range. Left out are NOPs, what comes after the loop
-(the element-by-element rest of a tensor) and subroutines that only special values call.
+loop is found by its backward branch around the wide accesses; the loop over directions inside it counts
+n times. Rarely taken branches in its range count too. Left out are NOPs, what comes after the loop (the
+element-by-element rest of a tensor) and subroutines that only special values call.
 
 Margin: time that an H200 at its copy bandwidth takes for the bytes, over the time of the busiest
 execution pipe; above 1 the kernel should be limited by memory.
@@ -82,7 +82,7 @@ class Variant(NamedTuple):
     shard: bool = False
     host: bool = True  # the step's scalars are kernel arguments, not in device memory
     kind: str | None = None  # of straight-through derivative, or of optimizer
-    directions: int | None = None  # of an estimate: 1, or more in a loop
+    directions: int | None = None  # of an estimate; in the fused tail None is 1
     master: bool = False
 
     def __str__(self) -> str:
@@ -194,6 +194,8 @@ def streaming_variants() -> Iterator[Variant]:
     device = {"distribution": "uniform", "scale": "tensor", "host": False}
     yield Variant("perturb_kernel", *same[0], signs="one", **device)
     yield Variant("estimate_kernel", grad="bf16", directions=1, **device)
+    for dist in DISTRIBUTIONS:
+        yield Variant("update_kernel", "fp32", "bf16", "bf16", dist, scale="tensor", kind="adamw", directions=4)
     for *dtypes, master in (
         ("fp32", "bf16", "bf16", False), ("fp32", "fp32", "fp32", False),
         ("bf16", "bf16", "bf16", True), ("bf16", "bf16", "int8", False),
@@ -229,10 +231,10 @@ def compile_variant(variant: Variant, arch: int = 90) -> Report:
     elif variant.kernel == "perturb_kernel" and variant.out == "int8":
         options["maxnreg"] = CODES_REGISTERS
     binary = triton.compile(source, target=target, options=options)
-    return read_cubin(binary.asm["cubin"])
+    return read_cubin(binary.asm["cubin"], variant.directions or 1)
 
 
-def read_cubin(cubin: bytes) -> Report:
+def read_cubin(cubin: bytes, directions: int = 1) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -245,12 +247,12 @@ def read_cubin(cubin: bytes) -> Report:
     if numbers is None:
         raise RuntimeError(f"cuobjdump reported no resource usage: {usage}")
     registers, stack, shared, local = map(int, numbers.groups())
-    prologue, loop, code = split(dump[0].stdout)
+    prologue, loop, code = split(dump[0].stdout, directions)
     barriers = sum(op.startswith("BAR") for _, op, _ in code)
     return Report(registers, stack + local, shared, prologue, loop, barriers)
 
 
-def split(text: str) -> tuple[Counter[str], Counter[str], list[tuple[int, str, str]]]:
+def split(text: str, directions: int) -> tuple[Counter[str], Counter[str], list[tuple[int, str, str]]]:
     """Opcodes before the tile loop and in it, and all code as (address, opcode, operands)."""
     pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
     code = [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, text, re.MULTILINE) if op != "NOP"]
@@ -267,11 +269,12 @@ def split(text: str) -> tuple[Counter[str], Counter[str], list[tuple[int, str, s
     if not inside:
         return Counter(op for _, op, _ in code), Counter(), code
     start, end = max(inside, key=lambda x: x[1] - x[0])
-    return (
-        Counter(op for a, op, _ in code if a < start),
-        Counter(op for a, op, _ in code if start <= a <= end),
-        code,
-    )
+    inner = [(first, last) for first, last in loops if start < first and last < end]
+    loop = Counter[str]()
+    for address, op, _ in code:
+        if start <= address <= end:
+            loop[op] += directions if any(first <= address <= last for first, last in inner) else 1
+    return Counter(op for a, op, _ in code if a < start), loop, code
 
 
 def containing(loops: list[tuple[int, int]], addresses: list[int]) -> list[tuple[int, int]]:

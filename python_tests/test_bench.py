@@ -50,7 +50,7 @@ def test_info_says_why_a_backend_is_unavailable():
 def test_readme_examples_run_as_written():
     """In order, in one namespace, as a reader would copy them."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     result = run_code("\n".join(blocks))
     assert result.returncode == 0, result.stderr
     assert "dtype=torch.int8" in result.stdout
