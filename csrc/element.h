@@ -3,9 +3,7 @@
 // compile with -ffp-contract=off so that only std::fma fuses.
 #pragma once
 
-#include "philox.h"
-
-#include <cmath>
+#include "elementary.h"
 
 namespace fogzo {
 
@@ -23,16 +21,15 @@ template <Distribution D> FOGZO_HD float noise_of_half(uint32_t k) {
     return k & 0x8000u ? -1.0f : 1.0f;
   if (D == Distribution::triangular)
     return float(int32_t(k & 0xFFu) + int32_t(k >> 8) - 255);
-  return std::log((float(k) + 0.5f) / (65535.5f - float(k))); // logistic
+  return log_of((float(k) + 0.5f) / (65535.5f - float(k))); // logistic
 }
 
-template <Distribution D> FOGZO_HD Pair noise_of_word(uint32_t word) {
-  const uint32_t low = word & 0xFFFFu, high = word >> 16;
-  if (D == Distribution::gaussian) { // Box-Muller; the angle in float64: a float32 one costs 2e-6
-    constexpr double kPi = 3.14159265358979323846;
-    const float radius = std::sqrt(-2.0f * std::log((float(low) + 0.5f) / 65536.0f));
-    const double angle = kPi * double(2 * int32_t(int16_t(high)) + 1) / 65536.0;
-    return {radius * float(std::cos(angle)), radius * float(std::sin(angle))};
+template <Distribution D> FOGZO_HD Pair noise_of_word(uint32_t low, uint32_t high) {
+  if (D == Distribution::gaussian) { // Box-Muller
+    const float radius = std::sqrt(-2.0f * log_of((float(low) + 0.5f) / 65536.0f));
+    float cosine, sine;
+    cos_sin_pi(float(2 * int32_t(int16_t(high)) + 1) / 65536.0f, cosine, sine);
+    return {radius * cosine, radius * sine};
   }
   return {noise_of_half<D>(low), noise_of_half<D>(high)};
 }
@@ -83,17 +80,17 @@ struct Update {
 };
 
 // theta after the step (docs/contract.md, section 4, the fused tail); state is updated in place
-FOGZO_HD float updated(const Update &u, float theta, float G, float &first, float &second) {
-  if (u.rule == Rule::adamw) {
+template <Rule R> FOGZO_HD float updated(const Update &u, float theta, float G, float &first, float &second) {
+  if (R == Rule::adamw) {
     first = std::fma(u.first_weight, G - first, first);
     second = std::fma(u.second_weight * G, G, u.second_decay * second);
     const float ratio = first / std::fma(std::sqrt(second), u.root, u.eps);
     return std::fma(-u.size, ratio, u.decay * theta);
   }
   float d = std::fma(u.weight_decay, theta, G);
-  if (u.rule != Rule::sgd) {
+  if (R != Rule::sgd) {
     first = std::fma(u.decay, d, u.momentum * first);
-    d = u.rule == Rule::nesterov ? std::fma(u.momentum, first, d) : first;
+    d = R == Rule::nesterov ? std::fma(u.momentum, first, d) : first;
   }
   return std::fma(-u.size, d, theta);
 }

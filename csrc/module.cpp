@@ -1,5 +1,5 @@
 // Host-side facts about the native module; touches no tensor.
-#include "philox.h"
+#include "cpu/kernels.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -33,26 +33,14 @@ std::map<std::string, std::string> build_info() {
       {"assertions", "on"},
 #endif
       {"cuda", "not built"},
-      {"cpu kernels", "portable"},
   };
 }
 
-// Instruction sets of this machine that the kernels could use.
-std::vector<std::string> instruction_sets() {
+// The sets of kernels that this processor can run, the best one first.
+std::vector<std::string> cpu_isas() {
   std::vector<std::string> found;
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2"))
-    found.push_back("avx2");
-  if (__builtin_cpu_supports("fma"))
-    found.push_back("fma");
-  if (__builtin_cpu_supports("avx512f"))
-    found.push_back("avx512f");
-  if (__builtin_cpu_supports("avx512bw"))
-    found.push_back("avx512bw");
-#elif defined(__aarch64__)
-  found.push_back("neon");
-#endif
+  for (const fogzo::cpu::Kernels *one : fogzo::cpu::usable_kernels())
+    found.push_back(one->isa);
   return found;
 }
 
@@ -67,7 +55,8 @@ std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4> &counter,
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of fogzo_kernels: importing it registers the fogzo_cpu ops.";
   m.def("build_info", &build_info, "How this module was built.");
-  m.def("instruction_sets", &instruction_sets, "Instruction sets of this machine.");
+  m.def("cpu_isas", &cpu_isas, "Instruction sets that have kernels and that this processor can run.");
+  m.def("cpu_isa", [] { return fogzo::cpu::kernels().isa; }, "The one in use.");
   m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"),
         "The four 32-bit words of one Philox4x32 call with 10 rounds.");
 }

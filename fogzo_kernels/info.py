@@ -41,8 +41,7 @@ def _native() -> list[str]:
     except ImportError as error:
         return [f"cannot be imported: {error}"]
     found = [f"{name}: {value}" for name, value in _C.build_info().items()]
-    sets = ", ".join(_C.instruction_sets()) or "none that the kernels could use"
-    return [*found, f"instruction sets of this machine: {sets}"]
+    return [*found, f"cpu kernels: {_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}"]
 
 
 if __name__ == "__main__":

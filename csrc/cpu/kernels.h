@@ -5,6 +5,7 @@
 #include "../element.h"
 
 #include <cstdint>
+#include <vector>
 
 namespace fogzo::cpu {
 
@@ -55,14 +56,29 @@ struct Tail {
   bool skip; // write only Q
 };
 
-void noise_range(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin, int64_t end);
-double sumsq_range(const Item &item, float r, int64_t begin, int64_t end);
-void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64_t end);
-void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t end);
-void update_range(const Item &item, const Tail &tail, int64_t begin, int64_t end);
-void quantize_range(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end);
-// reads grad, writes plus (which may be the same memory)
-void straight_through_range(const Item &item, StraightThrough kind, const GridRange &grid, float r,
-                            int64_t begin, int64_t end);
+// The kernels, compiled for one instruction set. All sets give the same bits.
+struct Kernels {
+  const char *isa;
+  void (*noise)(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin, int64_t end);
+  double (*sumsq)(const Item &item, float r, int64_t begin, int64_t end);
+  void (*perturb)(const Item &item, const Perturbation &p, int64_t begin, int64_t end);
+  void (*estimate)(const Item &item, const Estimate &e, int64_t begin, int64_t end);
+  void (*update)(const Item &item, const Tail &tail, int64_t begin, int64_t end);
+  void (*quantize)(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end);
+  // reads grad, writes plus (which may be the same memory)
+  void (*straight_through)(const Item &item, StraightThrough kind, const GridRange &grid, float r,
+                           int64_t begin, int64_t end);
+};
+
+// Null where the compiler's target has no such instructions.
+const Kernels *portable_kernels();
+const Kernels *avx2_kernels();
+const Kernels *avx512_kernels();
+
+// Those that this processor can run, the best one first.
+std::vector<const Kernels *> usable_kernels();
+
+// The best one, or the one that FOGZO_CPU_ISA names; throws std::invalid_argument where it cannot run.
+const Kernels &kernels();
 
 } // namespace fogzo::cpu

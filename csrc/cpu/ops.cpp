@@ -120,6 +120,7 @@ float norm_of(const Tensor &norm) {
 
 void noise(const Tensor &out, const std::string &distribution, double scale, int64_t seed, int64_t step,
            int64_t direction, int64_t tensor_id, const Ints &layout) {
+  const Kernels &run = kernels();
   check_cpu_contiguous(out, "out");
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
   std::vector<Item> items(1);
@@ -129,11 +130,12 @@ void noise(const Tensor &out, const std::string &distribution, double scale, int
                    {uint64_t(seed), uint32_t(step), uint32_t(direction), items[0].tensor_id}};
   float *data = static_cast<float *>(out.data_ptr());
   for_each_block(make_blocks(items), [&](int64_t, const Block &block) {
-    noise_range(what, items[0].layout, float(scale), data, block.begin, block.end);
+    run.noise(what, items[0].layout, float(scale), data, block.begin, block.end);
   });
 }
 
 void guide_sumsq(const Tensor &out, const TensorList &grads, const TensorList &alphas, int64_t r) {
+  const Kernels &run = kernels();
   check_scalar(out, ScalarType::Double, "out");
   check_list(grads, grads, "grads", false);
   std::vector<Item> items = make_items(grads, alphas);
@@ -141,7 +143,7 @@ void guide_sumsq(const Tensor &out, const TensorList &grads, const TensorList &a
   const std::vector<Block> blocks = make_blocks(items);
   std::vector<double> partial(blocks.size());
   for_each_block(blocks, [&](int64_t i, const Block &block) {
-    partial[i] = sumsq_range(*block.item, float(r), block.begin, block.end);
+    partial[i] = run.sumsq(*block.item, float(r), block.begin, block.end);
   });
   double sum = 0;
   for (double x : partial)
@@ -154,6 +156,7 @@ void perturb_quantize(const TensorList &plus, const TensorList &minus, const Ten
                       int64_t step, double one_minus_beta, int64_t direction, const Ints &tensor_ids,
                       const Ints &layouts, int64_t qmin, int64_t qmax, double offset, int64_t r,
                       const std::string &distribution, double noise_scale, double epsilon) {
+  const Kernels &run = kernels();
   check_list(latents, latents, "latents", false);
   check_list(grads, latents, "grads", false);
   check_list(plus, latents, "plus", true);
@@ -172,8 +175,7 @@ void perturb_quantize(const TensorList &plus, const TensorList &minus, const Ten
                        float(over_norm(float(std::sqrt(1.0 - one_minus_beta)) * sign, norm_of(norm))),
                        float(std::sqrt(one_minus_beta) * noise_scale),
                        float(epsilon)};
-  for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { perturb_range(*b.item, p, b.begin, b.end); });
+  for_each_block(make_blocks(items), [&](int64_t, const Block &b) { run.perturb(*b.item, p, b.begin, b.end); });
 }
 
 // A and B of the contract, from the losses; false if the step is lost and g keeps the STE gradient.
@@ -234,6 +236,7 @@ void estimate_gradient(const TensorList &grads, const TensorList &counters, cons
                        const Tensor &losses_minus, const TensorList &alphas, const Tensor &norm, int64_t seed,
                        int64_t step, double one_minus_beta, const Ints &tensor_ids, const Ints &layouts,
                        int64_t r, const std::string &distribution, double noise_scale, double epsilon) {
+  const Kernels &run = kernels();
   check_list(grads, grads, "grads", false);
   check_losses(losses_plus, losses_minus);
   std::vector<Item> items = make_items(grads, alphas);
@@ -251,7 +254,7 @@ void estimate_gradient(const TensorList &grads, const TensorList &counters, cons
   e.B = B.data();
   e.directions = int64_t(B.size());
   for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { estimate_range(*b.item, e, b.begin, b.end); });
+                 [&](int64_t, const Block &b) { run.estimate(*b.item, e, b.begin, b.end); });
 }
 
 Update update_of(const std::string &rule, const std::vector<double> &h, double lr, int64_t count) {
@@ -315,6 +318,7 @@ void estimate_update(const TensorList &latents, const TensorList &masters, const
                      int64_t qmax, double offset, int64_t r, const std::string &distribution,
                      double noise_scale, double epsilon, const std::string &rule,
                      const std::vector<double> &hyperparameters, double lr, int64_t count) {
+  const Kernels &run = kernels();
   check_losses(losses_plus, losses_minus);
   const std::vector<Item> items =
       update_items(latents, masters, first, second, quantized, grads, alphas, tensor_ids, layouts);
@@ -341,11 +345,12 @@ void estimate_update(const TensorList &latents, const TensorList &masters, const
     }
   }
   for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { update_range(*b.item, tail, b.begin, b.end); });
+                 [&](int64_t, const Block &b) { run.update(*b.item, tail, b.begin, b.end); });
 }
 
 void quantize(const TensorList &out, const TensorList &latents, const TensorList &alphas, int64_t qmin,
               int64_t qmax, double offset, int64_t r) {
+  const Kernels &run = kernels();
   check_list(latents, latents, "latents", false);
   check_list(out, latents, "out", false);
   std::vector<Item> items = make_items(latents, alphas);
@@ -353,12 +358,13 @@ void quantize(const TensorList &out, const TensorList &latents, const TensorList
   set_spans(items, &Item::plus, out, "out", true);
   const GridRange grid{float(qmin), float(qmax), float(offset)};
   for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { quantize_range(*b.item, grid, float(r), b.begin, b.end); });
+                 [&](int64_t, const Block &b) { run.quantize(*b.item, grid, float(r), b.begin, b.end); });
 }
 
 void straight_through_backward(const TensorList &out, const TensorList &grads, const TensorList &latents,
                                const TensorList &alphas, int64_t qmin, int64_t qmax, double offset, int64_t r,
                                const std::string &kind, bool clip) {
+  const Kernels &run = kernels();
   check_list(latents, latents, "latents", false);
   check_list(grads, latents, "grads", false);
   check_list(out, latents, "out", false);
@@ -369,7 +375,7 @@ void straight_through_backward(const TensorList &out, const TensorList &grads, c
   const GridRange grid{float(qmin), float(qmax), float(offset)};
   const StraightThrough what = straight_through_of(kind, clip);
   for_each_block(make_blocks(items), [&](int64_t, const Block &b) {
-    straight_through_range(*b.item, what, grid, float(r), b.begin, b.end);
+    run.straight_through(*b.item, what, grid, float(r), b.begin, b.end);
   });
 }
 

@@ -1,0 +1,50 @@
+// Chooses the kernels for the processor that runs them.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fogzo::cpu {
+namespace {
+
+bool supported(const std::string &isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx2")
+    return avx2;
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == "portable";
+}
+
+} // namespace
+
+std::vector<const Kernels *> usable_kernels() {
+  std::vector<const Kernels *> found;
+  for (const Kernels *one : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+    if (one && supported(one->isa))
+      found.push_back(one);
+  return found;
+}
+
+const Kernels &kernels() {
+  static const std::vector<const Kernels *> usable = usable_kernels();
+  const char *wanted = std::getenv("FOGZO_CPU_ISA");
+  if (!wanted || !*wanted)
+    return *usable.front();
+  std::string names;
+  for (const Kernels *one : usable) {
+    if (one->isa == std::string(wanted))
+      return *one;
+    names += (names.empty() ? "" : ", ") + std::string(one->isa);
+  }
+  throw std::invalid_argument("FOGZO_CPU_ISA must be one that this processor runs, " + names + ", got " +
+                              wanted);
+}
+
+} // namespace fogzo::cpu
