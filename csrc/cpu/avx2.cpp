@@ -12,45 +12,139 @@ namespace fogzo::cpu {
 #endif
 namespace {
 
-constexpr int64_t kGroup = 8; // Philox calls in flight
-constexpr int kVectors = 2;   // of four calls each
+constexpr int kWidth = 8;  // floats of a vector
+constexpr int kHalves = 4; // vectors of halves from one block of Philox calls
+constexpr int64_t kGroup = 8; // Philox calls of a block
 
-// The 16-bit halves of `chunks` Philox calls, in order; writes up to kGroup - 1 calls more. Calls lie in
-// 64-bit lanes, in the order 0 2 1 3, so that unpacking within 128 bits puts their words in order.
-void philox_halves(const Names &names, uint64_t chunk, int64_t chunks, uint16_t *halves) {
-  const __m256i order = _mm256_set_epi64x(3, 1, 2, 0);
-  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  const __m256i direction = _mm256_set1_epi64x(int64_t(names.direction) << 16);
-  __m256i keys[2 * kPhiloxRounds];
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    keys[2 * round] = _mm256_set1_epi64x(uint32_t(names.seed) + uint32_t(round) * kPhiloxW0);
-    keys[2 * round + 1] = _mm256_set1_epi64x(uint32_t(names.seed >> 32) + uint32_t(round) * kPhiloxW1);
+using F = __m256;
+using H = __m256i;
+typedef uint32_t U __attribute__((vector_size(32)));
+
+using fogzo::bits_of;
+using fogzo::exponent_of;
+using fogzo::float_of;
+using fogzo::fused;
+
+inline F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline U bits_of(F x) { return U(x); }
+inline F float_of(U bits) { return F(bits); }
+inline F exponent_of(U bits) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(__m256i(bits), 23)); }
+#include "../elementary.inl"
+
+inline F float_from(U k) { return _mm256_cvtepi32_ps(__m256i(k)); }
+inline F float_from_signed(U k, int shift) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(__m256i(k), shift));
+}
+inline F broadcast(float x) { return _mm256_set1_ps(x); }
+inline F larger(F a, F b) { return _mm256_max_ps(a, b); } // b where a is NaN
+inline F smaller(F a, F b) { return _mm256_min_ps(a, b); }
+inline F root(F x) { return _mm256_sqrt_ps(x); }
+inline U words_of(H h) { return U(h); }
+inline H byte_sums(H h) {
+  const H bytes = _mm256_add_epi16(_mm256_and_si256(h, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(h, 8));
+  return _mm256_sub_epi16(bytes, _mm256_set1_epi16(255));
+}
+
+template <bool UNSIGNED> inline void widen(H h, U &low, U &high) {
+  const __m128i first = _mm256_castsi256_si128(h), second = _mm256_extracti128_si256(h, 1);
+  low = U(UNSIGNED ? _mm256_cvtepu16_epi32(first) : _mm256_cvtepi16_epi32(first));
+  high = U(UNSIGNED ? _mm256_cvtepu16_epi32(second) : _mm256_cvtepi16_epi32(second));
+}
+
+// a0 b0 a1 b1 ...
+inline void interleave(F a, F b, F &low, F &high) {
+  const F first = _mm256_unpacklo_ps(a, b), second = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(first, second, 0x20);
+  high = _mm256_permute2f128_ps(first, second, 0x31);
+}
+
+template <Dtype T> inline F load_as(const void *data, int64_t i) {
+  if (T == Dtype::float32)
+    return _mm256_loadu_ps(static_cast<const float *>(data) + i);
+  const auto *halves = reinterpret_cast<const __m128i *>(static_cast<const uint16_t *>(data) + i);
+  if (T == Dtype::float16)
+    return _mm256_cvtph_ps(_mm_loadu_si128(halves));
+  return F(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)), 16));
+}
+
+template <Dtype T> inline void store_as(void *data, int64_t i, F x) {
+  if (T == Dtype::float32)
+    return _mm256_storeu_ps(static_cast<float *>(data) + i, x);
+  if (T == Dtype::int8) {
+    const __m256i codes = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    return _mm_storel_epi64(reinterpret_cast<__m128i *>(static_cast<int8_t *>(data) + i),
+                            _mm_packs_epi16(words, words));
   }
-  for (int64_t done = 0; done < chunks; done += kGroup) {
-    __m256i x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
-    for (int u = 0; u < kVectors; ++u) {
-      x0[u] = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + done + 4 * u), order);
-      x1[u] = _mm256_or_si256(_mm256_srli_epi64(x0[u], 32), direction);
-      x2[u] = _mm256_set1_epi64x(names.step);
-      x3[u] = _mm256_set1_epi64x(names.tensor_id);
-    }
+  auto *halves = reinterpret_cast<__m128i *>(static_cast<uint16_t *>(data) + i);
+  if (T == Dtype::float16)
+    return _mm_storeu_si128(halves, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  const U bits = U(x), rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const __m256i kept = _mm256_blendv_epi8(__m256i(rounded), _mm256_set1_epi32(0x7FC0),
+                                          _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  _mm_storeu_si128(halves, _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
+}
+
+// A key and a counter's fixed words, spread over vectors.
+struct Keys {
+  __m256i round[2 * kPhiloxRounds], direction, step, tensor_id;
+};
+
+inline void set_direction(Keys &keys, uint32_t direction) {
+  keys.direction = _mm256_set1_epi64x(int64_t(direction) << 16);
+}
+
+inline Keys keys_of(const Names &names) {
+  Keys keys;
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    keys.round[2 * i] = _mm256_set1_epi64x(uint32_t(names.seed) + uint32_t(i) * kPhiloxW0);
+    keys.round[2 * i + 1] = _mm256_set1_epi64x(uint32_t(names.seed >> 32) + uint32_t(i) * kPhiloxW1);
+  }
+  set_direction(keys, names.direction);
+  keys.step = _mm256_set1_epi64x(names.step);
+  keys.tensor_id = _mm256_set1_epi64x(names.tensor_id);
+  return keys;
+}
+
+// The 16-bit halves of kGroup Philox calls, in order. Calls lie in 64-bit lanes, so that one multiply
+// yields both halves of a product, and in the order 0 2 1 3, so that unpacking within 128 bits puts their
+// words in order.
+inline __attribute__((always_inline)) void philox_block(const Keys &keys, uint64_t chunk, H *halves) {
+  constexpr int kPairs = kHalves / 2; // two keep the multipliers busy
+  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+  __m256i x0[kPairs], x1[kPairs], x2[kPairs], x3[kPairs];
+  for (int u = 0; u < kPairs; ++u) {
+    x0[u] = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4 * u), _mm256_set_epi64x(3, 1, 2, 0));
+    x1[u] = _mm256_or_si256(_mm256_srli_epi64(x0[u], 32), keys.direction);
+    x2[u] = keys.step;
+    x3[u] = keys.tensor_id;
+  }
 #pragma GCC unroll 10
-    for (int round = 0; round < kPhiloxRounds; ++round)
+  for (int round = 0; round < kPhiloxRounds; ++round)
 #pragma GCC unroll 2
-      for (int u = 0; u < kVectors; ++u) { // the upper halves of lanes hold rubbish that nothing reads
-        const __m256i p0 = _mm256_mul_epu32(x0[u], m0), p1 = _mm256_mul_epu32(x2[u], m1);
-        const __m256i high0 = _mm256_srli_epi64(p0, 32), high1 = _mm256_srli_epi64(p1, 32);
-        x0[u] = _mm256_xor_si256(_mm256_xor_si256(high1, x1[u]), keys[2 * round]);
-        x2[u] = _mm256_xor_si256(_mm256_xor_si256(high0, x3[u]), keys[2 * round + 1]);
-        x1[u] = p1;
-        x3[u] = p0;
-      }
-    for (int u = 0; u < kVectors; ++u, halves += 32) {
-      const __m256i a = _mm256_blend_epi32(x0[u], _mm256_slli_epi64(x1[u], 32), 0xAA);
-      const __m256i b = _mm256_blend_epi32(x2[u], _mm256_slli_epi64(x3[u], 32), 0xAA);
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(halves), _mm256_unpacklo_epi64(a, b));
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(halves + 16), _mm256_unpackhi_epi64(a, b));
+    for (int u = 0; u < kPairs; ++u) { // the upper halves of lanes hold rubbish that nothing reads
+      const __m256i p0 = _mm256_mul_epu32(x0[u], m0), p1 = _mm256_mul_epu32(x2[u], m1);
+      const __m256i high0 = _mm256_shuffle_epi32(p0, 0xF5), high1 = _mm256_shuffle_epi32(p1, 0xF5);
+      x0[u] = _mm256_xor_si256(high1, _mm256_xor_si256(x1[u], keys.round[2 * round])); // the product last
+      x2[u] = _mm256_xor_si256(high0, _mm256_xor_si256(x3[u], keys.round[2 * round + 1]));
+      x1[u] = p1;
+      x3[u] = p0;
     }
+  for (int u = 0; u < kPairs; ++u) {
+    const __m256i a = _mm256_blend_epi32(x0[u], _mm256_slli_epi64(x1[u], 32), 0xAA);
+    const __m256i b = _mm256_blend_epi32(x2[u], _mm256_slli_epi64(x3[u], 32), 0xAA);
+    halves[2 * u] = _mm256_unpacklo_epi64(a, b);
+    halves[2 * u + 1] = _mm256_unpackhi_epi64(a, b);
+  }
+}
+
+// The halves of `chunks` calls; writes up to kGroup - 1 calls more.
+void philox_halves(const Names &names, uint64_t chunk, int64_t chunks, uint16_t *halves) {
+  const Keys keys = keys_of(names);
+  for (int64_t done = 0; done < chunks; done += kGroup, halves += 8 * kGroup) {
+    H block[kHalves];
+    philox_block(keys, chunk + uint64_t(done), block);
+    std::memcpy(halves, block, sizeof block);
   }
 }
 
@@ -72,6 +166,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 }
 
 #include "tiles.h"
+// after what it falls back to
+#include "fused.h"
 
 } // namespace
 #if defined(__clang__)
@@ -81,7 +177,7 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #endif
 
 const Kernels *avx2_kernels() {
-  static constexpr Kernels table = table_of("avx2");
+  static constexpr Kernels table = table_of("avx2", perturb_fused, estimate_fused);
   return &table;
 }
 #else

@@ -82,7 +82,7 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #endif
 
 const Kernels *avx512_kernels() {
-  static constexpr Kernels table = table_of("avx512");
+  static constexpr Kernels table = table_of("avx512", perturb_range, estimate_range);
   return &table;
 }
 #else

@@ -64,9 +64,9 @@ struct Kernels {
   void (*perturb)(const Item &item, const Perturbation &p, int64_t begin, int64_t end);
   void (*estimate)(const Item &item, const Estimate &e, int64_t begin, int64_t end);
   void (*update)(const Item &item, const Tail &tail, int64_t begin, int64_t end);
-  void (*quantize)(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end);
+  void (*quantize)(const Item &item, GridRange grid, float r, int64_t begin, int64_t end);
   // reads grad, writes plus (which may be the same memory)
-  void (*straight_through)(const Item &item, StraightThrough kind, const GridRange &grid, float r,
+  void (*straight_through)(const Item &item, StraightThrough kind, GridRange grid, float r,
                            int64_t begin, int64_t end);
 };
 

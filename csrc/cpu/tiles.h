@@ -137,7 +137,7 @@ double sumsq_range(const Item &item, float r, int64_t begin, int64_t end) {
   double sums[kSums] = {};
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     const float *g = load(item.grad, start, count, buffer);
-    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, const Scale &scale) {
+    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
       const double delta = scale.delta;
       int64_t i = first;
       const auto add = [&](int64_t at) {
@@ -165,6 +165,8 @@ double sumsq_range(const Item &item, float r, int64_t begin, int64_t end) {
 
 void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
   float latent[kTile], grad[kTile], m[kTile], out[kTile];
+  const GridRange grid = p.grid; // copies of constants: a store could change what lies in memory
+  const float a = p.a, b = p.b, r = p.r;
   Noise noise = p.noise;
   noise.names.tensor_id = item.tensor_id;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
@@ -175,16 +177,16 @@ void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64
         return;
       float *to = target(span, start, out);
       const bool codes = span.dtype == Dtype::int8; // these hold the code itself
-      for_each_scale(item, p.r, start, count, [&](int64_t first, int64_t last, const Scale &scale) {
-        const float gam = p.a * scale.delta;
+      for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
+        const float gam = a * scale.delta;
         const auto code = [&](int64_t i) {
-          const float v = direction_of(gam, g[i], p.b, m[i]);
-          return code_of(std::fma(epsilon, v, position_of(t[i], scale, p.grid)), p.grid);
+          const float v = direction_of(gam, g[i], b, m[i]);
+          return code_of(std::fma(epsilon, v, position_of(t[i], scale, grid)), grid);
         };
         if (codes)
           FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = code(i);
         else
-          FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = value_of(code(i), scale, p.grid);
+          FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = value_of(code(i), scale, grid);
       });
       store(to, span, start, count);
     };
@@ -199,6 +201,7 @@ void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64
 void estimate_tile(const Item &item, const Estimate &e, const float *g, int64_t start, int64_t count,
                    float *out) {
   float m[kTile], acc[kTile];
+  const float A = e.A;
   Noise noise = e.noise;
   noise.names.tensor_id = item.tensor_id;
   for (int64_t direction = 0; direction < e.directions; ++direction) {
@@ -210,8 +213,8 @@ void estimate_tile(const Item &item, const Estimate &e, const float *g, int64_t 
     else
       FOGZO_LOOP(int64_t i = 0; i < count; ++i) acc[i] = std::fma(B, m[i], acc[i]);
   }
-  for_each_scale(item, e.r, start, count, [&](int64_t first, int64_t last, const Scale &scale) {
-    FOGZO_LOOP(int64_t i = first; i < last; ++i) out[i] = estimate_of(e.A, g[i], scale.inv, acc[i]);
+  for_each_scale(item, e.r, start, count, [&](int64_t first, int64_t last, Scale scale) {
+    FOGZO_LOOP(int64_t i = first; i < last; ++i) out[i] = estimate_of(A, g[i], scale.inv, acc[i]);
   });
 }
 
@@ -228,7 +231,7 @@ void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t 
 
 // the optimizer's step of a tile, in place
 template <Rule R>
-void step_tile(const Item &item, const Update &update, const float *G, int64_t start, int64_t count) {
+void step_tile(const Item &item, Update update, const float *G, int64_t start, int64_t count) {
   float buffer[kTile], out[kTile], none[kTile];
   const Span &weight = item.master.data ? item.master : item.latent;
   const float *theta = load(weight, start, count, buffer);
@@ -249,7 +252,7 @@ void step_tile(const Item &item, const Update &update, const float *G, int64_t s
     store(to, item.latent, start, count);
 }
 
-void step_tile(const Item &item, const Update &update, const float *G, int64_t start, int64_t count) {
+void step_tile(const Item &item, Update update, const float *G, int64_t start, int64_t count) {
   switch (update.rule) {
   case Rule::adamw:
     return step_tile<Rule::adamw>(item, update, G, start, count);
@@ -262,13 +265,13 @@ void step_tile(const Item &item, const Update &update, const float *G, int64_t s
   }
 }
 
-void quantize_range(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end) {
+void quantize_range(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
   float latent[kTile], out[kTile];
   const bool codes = item.plus.dtype == Dtype::int8;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     const float *t = load(item.latent, start, count, latent);
     float *to = target(item.plus, start, out);
-    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, const Scale &scale) {
+    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
       const auto code = [&](int64_t i) { return code_of(position_of(t[i], scale, grid), grid); };
       if (codes)
         FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = code(i);
@@ -297,19 +300,19 @@ void update_range(const Item &item, const Tail &tail, int64_t begin, int64_t end
 // ---- straight-through derivative
 
 template <StraightThrough S>
-void straight_through_range(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end) {
+void straight_through_range(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
   float latent[kTile], grad[kTile], out[kTile];
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     const float *t = load(item.latent, start, count, latent), *g = load(item.grad, start, count, grad);
     float *to = target(item.plus, start, out);
-    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, const Scale &scale) {
+    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
       FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = g[i] * derivative_of(S, t[i], scale, grid, r);
     });
     store(to, item.plus, start, count);
   });
 }
 
-void straight_through_range(const Item &item, StraightThrough kind, const GridRange &grid, float r,
+void straight_through_range(const Item &item, StraightThrough kind, GridRange grid, float r,
                             int64_t begin, int64_t end) {
   switch (kind) {
   case StraightThrough::identity_clipped:
@@ -325,7 +328,7 @@ void straight_through_range(const Item &item, StraightThrough kind, const GridRa
   }
 }
 
-constexpr Kernels table_of(const char *isa) {
-  return {isa,          noise_range,    sumsq_range,           perturb_range, estimate_range,
-          update_range, quantize_range, straight_through_range};
+template <class Perturb, class Estimate>
+constexpr Kernels table_of(const char *isa, Perturb perturb, Estimate estimate) {
+  return {isa, noise_range, sumsq_range, perturb, estimate, update_range, quantize_range, straight_through_range};
 }
