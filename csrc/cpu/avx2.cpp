@@ -12,8 +12,8 @@ namespace fogzo::cpu {
 #endif
 namespace {
 
-constexpr int kWidth = 8;  // floats of a vector
-constexpr int kHalves = 4; // vectors of halves from one block of Philox calls
+constexpr int kWidth = 8;     // floats of a vector
+constexpr int kHalves = 4;    // vectors of halves from one block of Philox calls
 constexpr int64_t kGroup = 8; // Philox calls of a block
 
 using F = __m256;
@@ -32,30 +32,35 @@ inline F exponent_of(U bits) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(__m25
 #include "../elementary.inl"
 
 inline F float_from(U k) { return _mm256_cvtepi32_ps(__m256i(k)); }
-inline F float_from_signed(U k, int shift) {
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(__m256i(k), shift));
-}
 inline F broadcast(float x) { return _mm256_set1_ps(x); }
 inline F larger(F a, F b) { return _mm256_max_ps(a, b); } // b where a is NaN
 inline F smaller(F a, F b) { return _mm256_min_ps(a, b); }
 inline F root(F x) { return _mm256_sqrt_ps(x); }
 inline U words_of(H h) { return U(h); }
+inline F rounded(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
 inline H byte_sums(H h) {
   const H bytes = _mm256_add_epi16(_mm256_and_si256(h, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(h, 8));
   return _mm256_sub_epi16(bytes, _mm256_set1_epi16(255));
 }
 
-template <bool UNSIGNED> inline void widen(H h, U &low, U &high) {
-  const __m128i first = _mm256_castsi256_si128(h), second = _mm256_extracti128_si256(h, 1);
-  low = U(UNSIGNED ? _mm256_cvtepu16_epi32(first) : _mm256_cvtepi16_epi32(first));
-  high = U(UNSIGNED ? _mm256_cvtepu16_epi32(second) : _mm256_cvtepi16_epi32(second));
+// Words of a half in the upper 16 bits and `below` under it: the first and the last 8 elements.
+inline void raise(H h, int16_t below, U &first, U &last) {
+  const H under = _mm256_set1_epi16(below);
+  first = U(_mm256_unpacklo_epi16(under, h));
+  last = U(_mm256_unpackhi_epi16(under, h));
 }
 
-// a0 b0 a1 b1 ...
-inline void interleave(F a, F b, F &low, F &high) {
-  const F first = _mm256_unpacklo_ps(a, b), second = _mm256_unpackhi_ps(a, b);
-  low = _mm256_permute2f128_ps(first, second, 0x20);
-  high = _mm256_permute2f128_ps(first, second, 0x31);
+// Words of a half, zero-extended.
+inline void extend(H h, U &first, U &last) {
+  first = U(_mm256_unpacklo_epi16(h, _mm256_setzero_si256()));
+  last = U(_mm256_unpackhi_epi16(h, _mm256_setzero_si256()));
+}
+
+// From one value of each for the even and the odd element of words_of(h).
+inline void interleave(F even, F odd, F &first, F &last) {
+  first = _mm256_unpacklo_ps(even, odd);
+  last = _mm256_unpackhi_ps(even, odd);
 }
 
 template <Dtype T> inline F load_as(const void *data, int64_t i) {
@@ -106,15 +111,15 @@ inline Keys keys_of(const Names &names) {
   return keys;
 }
 
-// The 16-bit halves of kGroup Philox calls, in order. Calls lie in 64-bit lanes, so that one multiply
-// yields both halves of a product, and in the order 0 2 1 3, so that unpacking within 128 bits puts their
-// words in order.
+// The 16-bit halves of kGroup Philox calls, 16 elements a vector: 0-3, 8-11, 4-7, 12-15, so that unpacking
+// within 128 bits gives 8 elements in order. Calls lie in 64-bit lanes: one multiply yields both halves of
+// a product.
 inline __attribute__((always_inline)) void philox_block(const Keys &keys, uint64_t chunk, H *halves) {
   constexpr int kPairs = kHalves / 2; // two keep the multipliers busy
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   __m256i x0[kPairs], x1[kPairs], x2[kPairs], x3[kPairs];
   for (int u = 0; u < kPairs; ++u) {
-    x0[u] = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4 * u), _mm256_set_epi64x(3, 1, 2, 0));
+    x0[u] = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4 * u), _mm256_set_epi64x(3, 2, 1, 0));
     x1[u] = _mm256_or_si256(_mm256_srli_epi64(x0[u], 32), keys.direction);
     x2[u] = keys.step;
     x3[u] = keys.tensor_id;
@@ -133,8 +138,8 @@ inline __attribute__((always_inline)) void philox_block(const Keys &keys, uint64
   for (int u = 0; u < kPairs; ++u) {
     const __m256i a = _mm256_blend_epi32(x0[u], _mm256_slli_epi64(x1[u], 32), 0xAA);
     const __m256i b = _mm256_blend_epi32(x2[u], _mm256_slli_epi64(x3[u], 32), 0xAA);
-    halves[2 * u] = _mm256_unpacklo_epi64(a, b);
-    halves[2 * u + 1] = _mm256_unpackhi_epi64(a, b);
+    halves[2 * u] = _mm256_permute2x128_si256(a, b, 0x20);
+    halves[2 * u + 1] = _mm256_permute2x128_si256(a, b, 0x31);
   }
 }
 
@@ -144,6 +149,8 @@ void philox_halves(const Names &names, uint64_t chunk, int64_t chunks, uint16_t 
   for (int64_t done = 0; done < chunks; done += kGroup, halves += 8 * kGroup) {
     H block[kHalves];
     philox_block(keys, chunk + uint64_t(done), block);
+    for (H &h : block)
+      h = _mm256_permute4x64_epi64(h, 0xD8); // in order
     std::memcpy(halves, block, sizeof block);
   }
 }

@@ -2,36 +2,41 @@
 // elements that share one alpha and whose numbers follow one another; tiles.h does the rest. The file
 // that includes this one has defined vectors of kWidth floats F, halves H, bits U, and their operations.
 
-constexpr int kVectors = 2 * kHalves;            // F per block
-constexpr int64_t kBlock = kVectors * kWidth;    // elements per block
+constexpr int kVectors = 2 * kHalves;         // F per block
+constexpr int64_t kBlock = kVectors * kWidth; // elements per block
 static_assert(kBlock == 8 * kGroup, "a block is what one call of philox_block draws");
 
-// m of halves that were widened: sign-extended, but for logistic
-template <Distribution D> inline F noise_of_wide(U k) {
-  if (D == Distribution::rademacher)
-    return float_of((k & 0x80000000u) | 0x3F800000u);
-  const F x = float_from(k);
-  if (D == Distribution::uniform)
-    return fused(x, F{} + 2.0f, F{} + 1.0f); // exact
-  return D == Distribution::triangular ? x : log_of((x + 0.5f) / (65535.5f - x));
-}
+// noise_of() gives m times this power of two, which the caller takes out of the coefficient of m: exact.
+template <Distribution D>
+constexpr float kFactor = D == Distribution::uniform      ? 32768.0f
+                          : D == Distribution::triangular ? 65536.0f
+                                                          : 1.0f;
 
-// m of the elements of h
-template <Distribution D> inline void noise_of(H h, F &low, F &high) {
+// m kFactor of the elements of h
+template <Distribution D> inline void noise_of(H h, F &first, F &last) {
+  U low, high;
   if (D == Distribution::gaussian) { // Box-Muller on words: the pair of an even and an odd element
     const U words = words_of(h);
     const F radius = root(log_of((float_from(words & 0xFFFFu) + 0.5f) * (1.0f / 65536)) * -2.0f);
-    F cosine, sine;
-    cos_sin_pi((float_from_signed(words, 16) * 2.0f + 1.0f) * (1.0f / 65536), cosine, sine);
-    interleave(radius * cosine, radius * sine, low, high);
+    F cosine, sine; // the angle is (2 ks + 1) / 65536 = (65536 ks + 32768) / 2^31
+    cos_sin_pi(float_from((words & 0xFFFF0000u) | 0x8000u) * (1.0f / 2147483648.0f), cosine, sine);
+    return interleave(radius * cosine, radius * sine, first, last);
+  }
+  if (D == Distribution::logistic) {
+    extend(h, low, high);
+    const F a = float_from(low), b = float_from(high);
+    first = log_of((a + 0.5f) / (65535.5f - a));
+    last = log_of((b + 0.5f) / (65535.5f - b));
     return;
   }
-  if (D == Distribution::triangular)
-    h = byte_sums(h);
-  U first, second;
-  widen<D == Distribution::logistic>(h, first, second);
-  low = noise_of_wide<D>(first);
-  high = noise_of_wide<D>(second);
+  raise(D == Distribution::triangular ? byte_sums(h) : h, D == Distribution::uniform ? -0x8000 : 0, low, high);
+  if (D == Distribution::rademacher) {
+    first = float_of((low & 0x80000000u) | 0x3F800000u);
+    last = float_of((high & 0x80000000u) | 0x3F800000u);
+  } else {
+    first = float_from(low);
+    last = float_from(high);
+  }
 }
 
 struct Run {
@@ -66,28 +71,28 @@ void for_each_run(const Item &item, float r, int64_t begin, int64_t end, Fast fa
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH>
 void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Run &run) {
-  const F inv = broadcast(run.scale.inv), delta = broadcast(run.scale.delta), offset = broadcast(p.grid.offset);
-  const F gam = broadcast(p.a * run.scale.delta), b = broadcast(p.b), eps = broadcast(p.epsilon);
-  const F qmin = broadcast(p.grid.qmin), qmax = broadcast(p.grid.qmax), minus_offset = F{} - offset;
-  const F big = broadcast(12582912.0f);
+  const F inv = broadcast(run.scale.inv), delta = broadcast(run.scale.delta);
+  const F offset = broadcast(-p.grid.offset), shift = broadcast(run.scale.delta * p.grid.offset);
+  const F gam = broadcast(p.a * run.scale.delta), b = broadcast(p.b / kFactor<D>), eps = broadcast(p.epsilon);
+  const F qmin = broadcast(p.grid.qmin), qmax = broadcast(p.grid.qmax);
   void *const plus = item.plus.data ? item.plus.data : item.minus.data, *const minus = item.minus.data;
   const F sign = item.plus.data ? eps : F{} - eps;
   const auto quantized = [&](F y) {
-    const F code = (smaller(larger(y, qmin), qmax) + big) - big;
-    return O == Dtype::int8 ? code : delta * (code + offset);
+    const F code = rounded(smaller(larger(y, qmin), qmax));
+    return O == Dtype::int8 ? code : fused(code, delta, shift); // the bits of delta * (code + offset)
   };
   uint64_t chunk = run.chunk;
   for (int64_t i = run.begin; i < run.end; chunk += kGroup) {
     H halves[kHalves];
     philox_block(keys, chunk, halves);
-#pragma GCC unroll 4
+#pragma GCC unroll 1
     for (int h = 0; h < kHalves; ++h) {
       F m[2];
       noise_of<D>(halves[h], m[0], m[1]);
 #pragma GCC unroll 2
       for (int part = 0; part < 2; ++part, i += kWidth) {
         const F v = fused(gam, load_as<G>(item.grad.data, i), b * m[part]);
-        const F z = fused(load_as<L>(item.latent.data, i), inv, minus_offset);
+        const F z = fused(load_as<L>(item.latent.data, i), inv, offset);
         store_as<O>(plus, i, quantized(fused(sign, v, z)));
         if (BOTH)
           store_as<O>(minus, i, quantized(fused(F{} - eps, v, z)));
@@ -155,8 +160,8 @@ void estimate_run(const Item &item, const Estimate &e, const Run &run, void *out
       H halves[kHalves];
       set_direction(keys, uint32_t(direction));
       philox_block(keys, chunk, halves);
-      const F B = broadcast(e.B[direction]);
-#pragma GCC unroll 4
+      const F B = broadcast(e.B[direction] / kFactor<D>);
+#pragma GCC unroll 1
       for (int h = 0; h < kHalves; ++h) {
         F low, high;
         noise_of<D>(halves[h], low, high);

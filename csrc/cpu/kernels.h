@@ -66,8 +66,8 @@ struct Kernels {
   void (*update)(const Item &item, const Tail &tail, int64_t begin, int64_t end);
   void (*quantize)(const Item &item, GridRange grid, float r, int64_t begin, int64_t end);
   // reads grad, writes plus (which may be the same memory)
-  void (*straight_through)(const Item &item, StraightThrough kind, GridRange grid, float r,
-                           int64_t begin, int64_t end);
+  void (*straight_through)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
+                           int64_t end);
 };
 
 // Null where the compiler's target has no such instructions.

@@ -312,8 +312,8 @@ void straight_through_range(const Item &item, GridRange grid, float r, int64_t b
   });
 }
 
-void straight_through_range(const Item &item, StraightThrough kind, GridRange grid, float r,
-                            int64_t begin, int64_t end) {
+void straight_through_range(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
+                            int64_t end) {
   switch (kind) {
   case StraightThrough::identity_clipped:
     return straight_through_range<StraightThrough::identity_clipped>(item, grid, r, begin, end);
@@ -330,5 +330,6 @@ void straight_through_range(const Item &item, StraightThrough kind, GridRange gr
 
 template <class Perturb, class Estimate>
 constexpr Kernels table_of(const char *isa, Perturb perturb, Estimate estimate) {
-  return {isa, noise_range, sumsq_range, perturb, estimate, update_range, quantize_range, straight_through_range};
+  return {isa,      noise_range,  sumsq_range,    perturb,
+          estimate, update_range, quantize_range, straight_through_range};
 }
