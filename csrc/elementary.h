@@ -26,6 +26,6 @@ FOGZO_HD float float_of(uint32_t bits) {
 FOGZO_HD float fused(float a, float b, float c) { return std::fma(a, b, c); }
 FOGZO_HD float exponent_of(uint32_t bits) { return float(int32_t(bits) >> 23); }
 
-#include "elementary.inl"
+#include "elementary_body.h"
 
 } // namespace fogzo

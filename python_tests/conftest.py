@@ -49,7 +49,7 @@ def generator():
 
 
 def selecting() -> list[str | None]:
-    return [os.environ.get(name) for name in ("TRITON_INTERPRET", "FOGZO_BACKEND")]
+    return [os.environ.get(name) for name in ("TRITON_INTERPRET", "FOGZO_BACKEND", "FOGZO_CPU_ISA")]
 
 
 @pytest.fixture(autouse=True)

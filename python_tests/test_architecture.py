@@ -216,9 +216,22 @@ def test_headers_of_the_contract_include_no_torch():
     """Only C++'s own headers, which have no suffix: any compiler and device can use them."""
     assert not [h for h in includes(ROOT / "csrc/philox.h") if "." in h or "/" in h]
     assert includes(ROOT / "csrc/philox.h") == ["cstdint"]
-    element = includes(ROOT / "csrc/element.h")
-    assert "philox.h" in element
-    assert not [h for h in element if h != "philox.h" and ("." in h or "/" in h)]
+    for name, own in (("element.h", {"elementary.h"}), ("elementary.h", {"philox.h", "elementary_body.h"})):
+        found = includes(ROOT / "csrc" / name)
+        assert own <= set(found)
+        assert not [h for h in found if h not in own and ("." in h or "/" in h)]
+    assert includes(ROOT / "csrc/elementary_body.h") == []
+
+
+def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
+    """Or the linker may take a shared inline function that not every processor can run."""
+    for name, own in (("avx2", ["../elementary_body.h", "tiles.h", "fused.h"]), ("avx512", ["tiles.h"])):
+        text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
+        before, after = text.split("#pragma GCC target", 1)
+        assert re.findall(r'#include ["<](.*?)[">]', before) == ["outside.h"]
+        assert re.findall(r'#include ["<](.*?)[">]', after) == own
+    for name in ("tiles.h", "fused.h"):
+        assert includes(ROOT / "csrc/cpu" / name) == []
 
 
 def test_devices_do_not_include_each_other():

@@ -29,7 +29,7 @@ inline F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline U bits_of(F x) { return U(x); }
 inline F float_of(U bits) { return F(bits); }
 inline F exponent_of(U bits) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(__m256i(bits), 23)); }
-#include "../elementary.inl"
+#include "../elementary_body.h"
 
 inline F float_from(U k) { return _mm256_cvtepi32_ps(__m256i(k)); }
 inline F broadcast(float x) { return _mm256_set1_ps(x); }

@@ -67,6 +67,17 @@ void for_each_run(const Item &item, float r, int64_t begin, int64_t end, Fast fa
     rest(done, end);
 }
 
+constexpr int64_t kAhead = 1024; // elements; the hardware's own prefetching stops at each page
+
+constexpr int64_t size_of(Dtype t) { return t == Dtype::float32 ? 4 : t == Dtype::int8 ? 1 : 2; }
+
+// The block that lies kAhead elements after element i.
+template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
+  const char *at = static_cast<const char *>(data) + (i + kAhead) * size_of(T);
+  for (int64_t line = 0; line < kBlock * size_of(T); line += 64)
+    __builtin_prefetch(at + line, WRITE);
+}
+
 // ---- perturb and quantize
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH>
@@ -84,6 +95,9 @@ void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, cons
   uint64_t chunk = run.chunk;
   for (int64_t i = run.begin; i < run.end; chunk += kGroup) {
     H halves[kHalves];
+    prefetch<L, 0>(item.latent.data, i);
+    prefetch<G, 0>(item.grad.data, i);
+    prefetch<O, 1>(plus, i);
     philox_block(keys, chunk, halves);
 #pragma GCC unroll 1
     for (int h = 0; h < kHalves; ++h) {
@@ -156,6 +170,7 @@ void estimate_run(const Item &item, const Estimate &e, const Run &run, void *out
   uint64_t chunk = run.chunk;
   for (int64_t i = run.begin; i < run.end; i += kBlock, chunk += kGroup) {
     F acc[kVectors];
+    prefetch<G, 1>(item.grad.data, i);
     for (int64_t direction = 0; direction < e.directions; ++direction) {
       H halves[kHalves];
       set_direction(keys, uint32_t(direction));
