@@ -15,6 +15,8 @@ namespace {
 constexpr int kWidth = 8;     // floats of a vector
 constexpr int64_t kGroup = 8; // Philox calls of a block
 
+enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
+
 using F = __m256;
 using H = __m256i;
 typedef uint32_t U __attribute__((vector_size(32)));
@@ -38,6 +40,9 @@ inline F smaller(F a, F b) { return _mm256_min_ps(a, b); }
 inline F root(F x) { return _mm256_sqrt_ps(x); }
 inline U words_of(H h) { return U(h); }
 inline F rounded(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// element of the table at the index's lowest bits
+inline F pick(F table, U index) { return _mm256_permutevar8x32_ps(table, __m256i(index)); }
 
 // (x & mask) | bits
 inline U masked_or(U x, uint32_t mask, uint32_t bits) { return bits ? (x & mask) | bits : x & mask; }
@@ -75,16 +80,18 @@ template <Dtype T> inline F load_as(const void *data, int64_t i) {
   return F(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)), 16));
 }
 
-// bfloat16 in the upper 16 bits of each word, to nearest even; NaN stays NaN where it can come
-template <bool FINITE> inline U narrowed(F x) {
+// bfloat16 in the upper 16 bits of each word, to nearest even; NaN stays NaN
+template <Narrow N> inline U narrowed(F x) {
+  if (N == Narrow::exact)
+    return U(x);
   const U bits = U(x), rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
-  if (FINITE)
+  if (N == Narrow::finite)
     return rounded;
   return U(_mm256_blendv_epi8(__m256i(rounded), _mm256_set1_epi32(0x7FC00000),
                               _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))));
 }
 
-template <Dtype T, bool FINITE> inline void store_as(void *data, int64_t i, F x) {
+template <Dtype T, Narrow N> inline void store_as(void *data, int64_t i, F x) {
   if (T == Dtype::float32)
     return _mm256_storeu_ps(static_cast<float *>(data) + i, x);
   if (T == Dtype::int8) {
@@ -96,7 +103,7 @@ template <Dtype T, bool FINITE> inline void store_as(void *data, int64_t i, F x)
   auto *halves = reinterpret_cast<__m128i *>(static_cast<uint16_t *>(data) + i);
   if (T == Dtype::float16)
     return _mm_storeu_si128(halves, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-  const __m256i kept = __m256i(narrowed<FINITE>(x) >> 16);
+  const __m256i kept = __m256i(narrowed<N>(x) >> 16);
   _mm_storeu_si128(halves, _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
 }
 
@@ -104,14 +111,14 @@ template <Dtype T, bool FINITE> inline void store_as(void *data, int64_t i, F x)
 inline U load_words(const void *data, int64_t i) {
   return U(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(data) + i)));
 }
-template <Dtype T, bool FINITE> inline void store_pairs(void *data, int64_t i, F even, F odd) {
+template <Dtype T, Narrow N> inline void store_pairs(void *data, int64_t i, F even, F odd) {
   if (T == Dtype::int8) {
     const U codes = (U(_mm256_cvtps_epi32(even)) & 0xFFu) | ((U(_mm256_cvtps_epi32(odd)) & 0xFFu) << 8);
     const __m128i low = _mm256_castsi256_si128(__m256i(codes)), high = _mm256_extracti128_si256(__m256i(codes), 1);
     return _mm_storeu_si128(reinterpret_cast<__m128i *>(static_cast<int8_t *>(data) + i),
                             _mm_packus_epi32(low, high));
   }
-  const __m256i low = __m256i(narrowed<FINITE>(even) >> 16), high = __m256i(narrowed<FINITE>(odd));
+  const __m256i low = __m256i(narrowed<N>(even) >> 16), high = __m256i(narrowed<N>(odd));
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(static_cast<uint16_t *>(data) + i),
                       _mm256_blend_epi16(low, high, 0xAA));
 }
@@ -145,50 +152,44 @@ inline Keys keys_of(const Names &names) {
 }
 
 struct Chunks { // the numbers of a block's chunks
-  __m256i first, last;
+  __m256i part[2];
 };
 inline Chunks chunks_from(uint64_t chunk) {
   const __m256i lane = _mm256_set_epi64x(3, 2, 1, 0);
-  return {_mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk)), lane),
-          _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4), lane)};
+  return {{_mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk)), lane),
+           _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4), lane)}};
 }
 inline Chunks load_chunks(const uint64_t *chunks) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks)),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks + 4))};
+  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks)),
+           _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks + 4))}};
 }
 
-// The 16-bit halves of kGroup Philox calls, 16 elements a vector: in pairs as in memory, else 0-3, 8-11,
-// 4-7, 12-15, so that unpacking within 128 bits gives 8 elements in order. Calls lie in 64-bit lanes: one
-// multiply yields both halves of a product.
-template <bool PAIRS>
-inline __attribute__((always_inline)) void philox_block(const Keys &keys, const Chunks &chunks, H *halves) {
-  constexpr int kCalls = 2; // vectors of four calls: they keep the multipliers busy
-  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  __m256i x0[kCalls] = {chunks.first, chunks.last}, x1[kCalls], x2[kCalls], x3[kCalls];
-  for (int u = 0; u < kCalls; ++u) {
-    if (PAIRS) // calls 0 2 1 3, for unpacking below
-      x0[u] = _mm256_permute4x64_epi64(x0[u], 0xD8);
-    x1[u] = _mm256_or_si256(_mm256_srli_epi64(x0[u], 32), keys.direction);
-    x2[u] = keys.step;
-    x3[u] = keys.tensor_id;
-  }
-#pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round)
-#pragma GCC unroll 2
-    for (int u = 0; u < kCalls; ++u) { // the upper halves of lanes hold rubbish that nothing reads
-      const __m256i p0 = _mm256_mul_epu32(x0[u], m0), p1 = _mm256_mul_epu32(x2[u], m1);
-      const __m256i high0 = _mm256_shuffle_epi32(p0, 0xF5), high1 = _mm256_shuffle_epi32(p1, 0xF5);
-      x0[u] = _mm256_xor_si256(high1, _mm256_xor_si256(x1[u], keys.round[2 * round])); // the product last
-      x2[u] = _mm256_xor_si256(high0, _mm256_xor_si256(x3[u], keys.round[2 * round + 1]));
-      x1[u] = p1;
-      x3[u] = p0;
-    }
-  for (int u = 0; u < kCalls; ++u) { // elements 0-3 and 4-7 of each call
-    const __m256i a = _mm256_blend_epi32(x0[u], _mm256_slli_epi64(x1[u], 32), 0xAA);
-    const __m256i b = _mm256_blend_epi32(x2[u], _mm256_slli_epi64(x3[u], 32), 0xAA);
-    halves[2 * u] = PAIRS ? _mm256_unpacklo_epi64(a, b) : _mm256_permute2x128_si256(a, b, 0x20);
-    halves[2 * u + 1] = PAIRS ? _mm256_unpackhi_epi64(a, b) : _mm256_permute2x128_si256(a, b, 0x31);
-  }
+// The words of four Philox calls. They lie in 64-bit lanes, so that one multiply yields both halves of a
+// product; the upper halves of lanes hold rubbish that nothing reads.
+struct Lanes {
+  __m256i x0, x1, x2, x3;
+};
+
+inline __m256i product(__m256i x, uint32_t m) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(m)); }
+inline __m256i high_of(__m256i p) { return _mm256_shuffle_epi32(p, 0xF5); }
+inline __m256i exclusive_or(__m256i a, __m256i b, __m256i c) {
+  return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); // a comes last
+}
+
+// In pairs the calls lie in the order 0 2 1 3, for unpacking below.
+template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m256i chunk) {
+  if (PAIRS)
+    chunk = _mm256_permute4x64_epi64(chunk, 0xD8);
+  return {chunk, _mm256_or_si256(_mm256_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
+}
+
+// Halves of the calls, 16 elements a vector: in pairs as in memory, else 0-3, 8-11, 4-7, 12-15, so that
+// unpacking within 128 bits gives 8 elements in order.
+template <bool PAIRS> inline void halves_of(const Lanes &w, H *halves) {
+  const __m256i a = _mm256_blend_epi32(w.x0, _mm256_slli_epi64(w.x1, 32), 0xAA); // elements 0-3 of each call
+  const __m256i b = _mm256_blend_epi32(w.x2, _mm256_slli_epi64(w.x3, 32), 0xAA);
+  halves[0] = PAIRS ? _mm256_unpacklo_epi64(a, b) : _mm256_permute2x128_si256(a, b, 0x20);
+  halves[1] = PAIRS ? _mm256_unpackhi_epi64(a, b) : _mm256_permute2x128_si256(a, b, 0x31);
 }
 
 void widen_half(const uint16_t *in, int64_t count, float *out) {

@@ -16,6 +16,8 @@ namespace {
 constexpr int kWidth = 16;     // floats of a vector
 constexpr int64_t kGroup = 16; // Philox calls of a block
 
+enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
+
 using F = __m512;
 using H = __m512i;
 typedef uint32_t U __attribute__((vector_size(64)));
@@ -39,6 +41,9 @@ inline F smaller(F a, F b) { return _mm512_min_ps(a, b); }
 inline F root(F x) { return _mm512_sqrt_ps(x); }
 inline U words_of(H h) { return U(h); }
 inline F rounded(F x) { return x + 12582912.0f - 12582912.0f; } // of codes: faster than vrndscaleps here
+
+// element of the table at the index's lowest bits
+inline F pick(F table, U index) { return _mm512_permutexvar_ps(__m512i(index), table); }
 
 // (x & mask) | bits
 inline U masked_or(U x, uint32_t mask, uint32_t bits) {
@@ -87,16 +92,18 @@ template <Dtype T> inline F load_as(const void *data, int64_t i) {
   return F(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(halves)), 16));
 }
 
-// bfloat16 in the upper 16 bits of each word, to nearest even; NaN stays NaN where it can come
-template <bool FINITE> inline U narrowed(F x) {
+// bfloat16 in the upper 16 bits of each word, to nearest even; NaN stays NaN
+template <Narrow N> inline U narrowed(F x) {
+  if (N == Narrow::exact)
+    return U(x);
   const U bits = U(x), rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
-  if (FINITE)
+  if (N == Narrow::finite)
     return rounded;
   return U(_mm512_mask_mov_epi32(__m512i(rounded), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
                                  _mm512_set1_epi32(0x7FC00000)));
 }
 
-template <Dtype T, bool FINITE> inline void store_as(void *data, int64_t i, F x) {
+template <Dtype T, Narrow N> inline void store_as(void *data, int64_t i, F x) {
   if (T == Dtype::float32)
     return _mm512_storeu_ps(static_cast<float *>(data) + i, x);
   if (T == Dtype::int8)
@@ -105,22 +112,22 @@ template <Dtype T, bool FINITE> inline void store_as(void *data, int64_t i, F x)
   auto *halves = reinterpret_cast<__m256i *>(static_cast<uint16_t *>(data) + i);
   if (T == Dtype::float16)
     return _mm256_storeu_si256(halves, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-  _mm256_storeu_si256(halves, _mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(narrowed<FINITE>(x)), 16)));
+  _mm256_storeu_si256(halves, _mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(narrowed<N>(x)), 16)));
 }
 
 // Even and odd elements of kWidth words of two.
 inline U load_words(const void *data, int64_t i) {
   return U(_mm512_loadu_si512(static_cast<const uint16_t *>(data) + i));
 }
-template <Dtype T, bool FINITE> inline void store_pairs(void *data, int64_t i, F even, F odd) {
+template <Dtype T, Narrow N> inline void store_pairs(void *data, int64_t i, F even, F odd) {
   if (T == Dtype::int8) {
     const __m512i low = _mm512_cvtps_epi32(even), high = _mm512_slli_epi32(_mm512_cvtps_epi32(odd), 8);
     const __m512i codes = _mm512_ternarylogic_epi32(low, _mm512_set1_epi32(0xFF), high, 0xEA);
     return _mm256_storeu_si256(reinterpret_cast<__m256i *>(static_cast<int8_t *>(data) + i),
                                _mm512_cvtepi32_epi16(codes));
   }
-  const __m512i low = _mm512_srli_epi32(__m512i(narrowed<FINITE>(even)), 16);
-  const __m512i high = __m512i(narrowed<FINITE>(odd)), mask = _mm512_set1_epi32(int(0xFFFF0000u));
+  const __m512i low = _mm512_srli_epi32(__m512i(narrowed<N>(even)), 16);
+  const __m512i high = __m512i(narrowed<N>(odd)), mask = _mm512_set1_epi32(int(0xFFFF0000u));
   _mm512_storeu_si512(static_cast<uint16_t *>(data) + i, _mm512_ternarylogic_epi32(high, mask, low, 0xEA));
 }
 
@@ -146,49 +153,42 @@ inline Keys keys_of(const Names &names) {
 }
 
 struct Chunks { // the numbers of a block's chunks
-  __m512i first, last;
+  __m512i part[2];
 };
 inline Chunks chunks_from(uint64_t chunk) {
   const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-  return {_mm512_add_epi64(_mm512_set1_epi64(int64_t(chunk)), lane),
-          _mm512_add_epi64(_mm512_set1_epi64(int64_t(chunk) + 8), lane)};
+  return {{_mm512_add_epi64(_mm512_set1_epi64(int64_t(chunk)), lane),
+           _mm512_add_epi64(_mm512_set1_epi64(int64_t(chunk) + 8), lane)}};
 }
 inline Chunks load_chunks(const uint64_t *chunks) {
-  return {_mm512_loadu_si512(chunks), _mm512_loadu_si512(chunks + 8)};
+  return {{_mm512_loadu_si512(chunks), _mm512_loadu_si512(chunks + 8)}};
 }
 
-// The 16-bit halves of kGroup Philox calls, 32 elements a vector: in pairs as in memory, else 0-3, 16-19,
-// 4-7, 20-23, ..., so that unpacking within 128 bits gives 16 elements in order. Calls lie in 64-bit lanes:
-// one multiply yields both halves of a product.
-template <bool PAIRS>
-inline __attribute__((always_inline)) void philox_block(const Keys &keys, const Chunks &chunks, H *halves) {
-  constexpr int kVectors = 2; // of eight calls: they keep the multipliers busy
-  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
-  __m512i x0[kVectors] = {chunks.first, chunks.last}, x1[kVectors], x2[kVectors], x3[kVectors];
-  for (int u = 0; u < kVectors; ++u) {
-    x1[u] = _mm512_or_si512(_mm512_srli_epi64(x0[u], 32), keys.direction);
-    x2[u] = keys.step;
-    x3[u] = keys.tensor_id;
-  }
-#pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round)
-#pragma GCC unroll 2
-    for (int u = 0; u < kVectors; ++u) { // the upper halves of lanes hold rubbish that nothing reads
-      const __m512i p0 = _mm512_mul_epu32(x0[u], m0), p1 = _mm512_mul_epu32(x2[u], m1);
-      const __m512i high0 = _mm512_srli_epi64(p0, 32), high1 = _mm512_srli_epi64(p1, 32);
-      x0[u] = _mm512_ternarylogic_epi64(high1, x1[u], keys.round[2 * round], 0x96); // a ^ b ^ c
-      x2[u] = _mm512_ternarylogic_epi64(high0, x3[u], keys.round[2 * round + 1], 0x96);
-      x1[u] = p1;
-      x3[u] = p0;
-    }
+// The words of eight Philox calls. They lie in 64-bit lanes, so that one multiply yields both halves of a
+// product; the upper halves of lanes hold rubbish that nothing reads.
+struct Lanes {
+  __m512i x0, x1, x2, x3;
+};
+
+inline __m512i product(__m512i x, uint32_t m) { return _mm512_mul_epu32(x, _mm512_set1_epi64(m)); }
+// a shuffle, since a shift would compete with the multiplies for a port
+inline __m512i high_of(__m512i p) { return _mm512_shuffle_epi32(p, _MM_PERM_DDBB); }
+inline __m512i exclusive_or(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+
+template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m512i chunk) {
+  return {chunk, _mm512_or_si512(_mm512_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
+}
+
+// Halves of the calls, 32 elements a vector: in pairs as in memory, else 0-3, 16-19, 4-7, 20-23, ..., so that
+// unpacking within 128 bits gives 16 elements in order.
+template <bool PAIRS> inline void halves_of(const Lanes &w, H *halves) {
   const __m512i low = PAIRS ? _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0) : _mm512_set_epi64(11, 9, 3, 1, 10, 8, 2, 0);
   const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
-  for (int u = 0; u < kVectors; ++u) { // elements 0-3 and 4-7 of each call
-    const __m512i a = _mm512_mask_blend_epi32(0xAAAA, x0[u], _mm512_slli_epi64(x1[u], 32));
-    const __m512i b = _mm512_mask_blend_epi32(0xAAAA, x2[u], _mm512_slli_epi64(x3[u], 32));
-    halves[2 * u] = _mm512_permutex2var_epi64(a, low, b);
-    halves[2 * u + 1] = _mm512_permutex2var_epi64(a, high, b);
-  }
+  // elements 0-3 and 4-7 of each call
+  const __m512i a = _mm512_mask_blend_epi32(0xAAAA, w.x0, _mm512_slli_epi64(w.x1, 32));
+  const __m512i b = _mm512_mask_blend_epi32(0xAAAA, w.x2, _mm512_slli_epi64(w.x3, 32));
+  halves[0] = _mm512_permutex2var_epi64(a, low, b);
+  halves[1] = _mm512_permutex2var_epi64(a, high, b);
 }
 
 void widen_half(const uint16_t *in, int64_t count, float *out) {

@@ -5,7 +5,7 @@
 
 struct Run {
   int64_t begin, end; // local elements: whole blocks
-  uint64_t chunk;     // of the first one
+  uint64_t chunk;     // of the first one; the upper half of all of them
   Scale scale;
 };
 
@@ -81,7 +81,8 @@ void for_each_run(const Item &item, float r, int64_t begin, int64_t end, Fast fa
   const bool chunked = in_chunks(item);
   for (Walk walk(item, r, begin); walk.at < end;) {
     const int64_t same = least(least(end, walk.row_end()), walk.at + walk.left), skip = walk.e & 7;
-    const int64_t whole = skip ? 0 : (same - walk.at) / kBlock * kBlock;
+    const int64_t to_next_half = (int64_t(1) << 35) - walk.e % (int64_t(1) << 35); // of the chunk's number
+    const int64_t whole = skip ? 0 : least(same - walk.at, to_next_half) / kBlock * kBlock;
     if (whole) {
       fast(Run{walk.at, walk.at + whole, uint64_t(walk.e) >> 3, make_scale(item.alpha[walk.group], r)});
       walk.advance(whole);
@@ -128,9 +129,23 @@ struct Outputs {
 
 struct Scales { // of the elements of one vector
   F inv, gam, delta, shift;
+  F table; // of TABLE: Q of every code, as it is stored
 };
 
-template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH> struct Perturb {
+inline bool fit_a_table(const GridRange &grid) { return grid.qmax - grid.qmin < float(kWidth); }
+
+// The low bits of a code are its place.
+inline F table_of_values(const GridRange &grid, const Scale &scale, Dtype out) {
+  alignas(64) float values[kWidth] = {};
+  for (float code = grid.qmin; code <= grid.qmax; ++code) {
+    const float value = value_of(code, scale, grid);
+    values[uint32_t(int32_t(code)) % uint32_t(kWidth)] =
+        out == Dtype::bfloat16 ? float_of(uint32_t(narrow_bfloat16(value)) << 16) : value;
+  }
+  return load_floats(values);
+}
+
+template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> struct Perturb {
   static constexpr bool PAIRS = in_pairs<L, G>(O);
   F a, b, eps, qmin, qmax, grid_offset;
 
@@ -138,10 +153,13 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH> struct Perturb {
       : a(broadcast(p.a)), b(broadcast(p.b / kFactor<D>)), eps(broadcast(epsilon)),
         qmin(broadcast(p.grid.qmin)), qmax(broadcast(p.grid.qmax)), grid_offset(broadcast(p.grid.offset)) {}
 
-  Scales scales(F delta, F inv) const { return {inv, a * delta, delta, delta * grid_offset}; }
+  Scales scales(F delta, F inv) const { return {inv, a * delta, delta, delta * grid_offset, F{}}; }
 
   F quantized(F y, const Scales &s) const {
-    const F code = rounded(smaller(larger(y, qmin), qmax));
+    const F clamped = smaller(larger(y, qmin), qmax);
+    if (TABLE) // the sum's low bits are the code, half to even
+      return pick(s.table, bits_of(clamped + 12582912.0f));
+    const F code = rounded(clamped);
     return O == Dtype::int8 ? code : fused(code, s.delta, s.shift); // the bits of delta * (code + offset)
   }
 
@@ -155,7 +173,7 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH> struct Perturb {
     const F v0 = fused(s0.gam, g0, b * m0), v1 = fused(s1.gam, g1, b * m1);
     const F z0 = fused(t0, s0.inv, F{} - grid_offset), z1 = fused(t1, s1.inv, F{} - grid_offset);
     const auto store = [&](void *to, F signed_eps) {
-      store_two<O, PAIRS, true>(to, i, quantized(fused(signed_eps, v0, z0), s0),
+      store_two<O, PAIRS, TABLE ? Narrow::exact : Narrow::finite>(to, i, quantized(fused(signed_eps, v0, z0), s0),
                                 quantized(fused(signed_eps, v1, z1), s1));
     };
     store(out.plus, eps);
@@ -164,12 +182,15 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH> struct Perturb {
   }
 };
 
-template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH>
+template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE>
 void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out, const Run &run) {
-  const Perturb<D, L, G, O, BOTH> kernel(p, out.epsilon);
-  const Scales scales = kernel.scales(broadcast(run.scale.delta), broadcast(run.scale.inv));
+  const Perturb<D, L, G, O, BOTH, TABLE> kernel(p, out.epsilon);
+  Scales scales = kernel.scales(broadcast(run.scale.delta), broadcast(run.scale.inv));
+  if (TABLE)
+    scales.table = table_of_values(p.grid, run.scale, O);
   const void *const latent = item.latent.data, *const grad = item.grad.data;
   const Outputs to = out;
+  const Prefix prefix = prefix_of(keys, run.chunk);
   uint64_t chunk = run.chunk;
   for (int64_t i = run.begin; i < run.end; i += kBlock, chunk += kGroup) {
     H halves[kHalves];
@@ -178,7 +199,7 @@ void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, cons
     prefetch<O, 1>(to.plus, i);
     if (BOTH)
       prefetch<O, 1>(to.minus, i);
-    philox_block<kernel.PAIRS>(keys, chunks_from(chunk), halves);
+    philox_block<kernel.PAIRS>(keys, prefix, chunks_from(chunk), halves);
 #pragma GCC unroll 1
     for (int h = 0; h < kHalves; ++h)
       kernel.two(halves[h], latent, grad, to, i + 2 * kWidth * h, scales, scales);
@@ -188,7 +209,7 @@ void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, cons
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH>
 void perturb_piece(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out,
                    const Piece &piece) {
-  const Perturb<D, L, G, O, BOTH> kernel(p, out.epsilon);
+  const Perturb<D, L, G, O, BOTH, false> kernel(p, out.epsilon);
   constexpr bool PAIRS = kernel.PAIRS;
   H halves[kHalves];
   philox_block<PAIRS>(keys, load_chunks(piece.chunk), halves);
@@ -220,11 +241,12 @@ struct PerturbKernels {
   void (*piece)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Piece &) = nullptr;
 };
 
-template <Distribution D, bool BOTH> PerturbKernels perturb_for(Dtype latent, Dtype grad, Dtype out) {
+template <Distribution D, bool BOTH> PerturbKernels perturb_for(Dtype latent, Dtype grad, Dtype out, bool table) {
   constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16, int8 = Dtype::int8;
 #define FOGZO_CASE(L, G, O)                                                                                    \
   if (latent == L && grad == G && out == O)                                                                    \
-    return {perturb_run<D, L, G, O, BOTH>, perturb_piece<D, L, G, O, BOTH>};
+    return {table && O != int8 ? perturb_run<D, L, G, O, BOTH, O != int8> : perturb_run<D, L, G, O, BOTH, false>, \
+            perturb_piece<D, L, G, O, BOTH>};
   FOGZO_CASE(f32, f32, f32)
   FOGZO_CASE(bf16, bf16, bf16)
   FOGZO_CASE(f16, f16, f16)
@@ -236,18 +258,18 @@ template <Distribution D, bool BOTH> PerturbKernels perturb_for(Dtype latent, Dt
   return {};
 }
 
-template <bool BOTH> PerturbKernels perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out) {
+template <bool BOTH> PerturbKernels perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out, bool table) {
   switch (d) {
   case Distribution::uniform:
-    return perturb_for<Distribution::uniform, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::uniform, BOTH>(latent, grad, out, table);
   case Distribution::rademacher:
-    return perturb_for<Distribution::rademacher, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::rademacher, BOTH>(latent, grad, out, table);
   case Distribution::triangular:
-    return perturb_for<Distribution::triangular, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::triangular, BOTH>(latent, grad, out, table);
   case Distribution::logistic:
-    return perturb_for<Distribution::logistic, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::logistic, BOTH>(latent, grad, out, table);
   default:
-    return perturb_for<Distribution::gaussian, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::gaussian, BOTH>(latent, grad, out, table);
   }
 }
 
@@ -255,7 +277,8 @@ void perturb_fused(const Item &item, const Perturbation &p, int64_t begin, int64
   const bool both = item.plus.data && item.minus.data;
   const Span &first = item.plus.data ? item.plus : item.minus;
   const auto choose = both ? perturb_for<true> : perturb_for<false>;
-  const PerturbKernels kernels = choose(p.noise.distribution, item.latent.dtype, item.grad.dtype, first.dtype);
+  const PerturbKernels kernels =
+      choose(p.noise.distribution, item.latent.dtype, item.grad.dtype, first.dtype, fit_a_table(p.grid));
   if (!kernels.run || better_by_tiles(item))
     return perturb_range(item, p, begin, end);
   const Outputs out{first.data, item.minus.data, item.plus.data ? p.epsilon : -p.epsilon};
@@ -305,7 +328,7 @@ void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target 
       const int64_t j = i + 2 * kWidth * h;
       F g0, g1;
       load_two<G, PAIRS>(item.grad.data, j, g0, g1);
-      store_two<O, PAIRS, false>(out.data, j - out.shift, fused(A, g0, inv * acc[2 * h]),
+      store_two<O, PAIRS, Narrow::any>(out.data, j - out.shift, fused(A, g0, inv * acc[2 * h]),
                                  fused(A, g1, inv * acc[2 * h + 1]));
     }
   }
@@ -324,7 +347,7 @@ void estimate_piece(const Item &item, const Estimate &e, Keys &keys, const Targe
     F g0, g1;
     load_two<G, PAIRS>(grad, 2 * kWidth * h, g0, g1);
     const F inv0 = spread<PAIRS>(inv, 2 * h), inv1 = PAIRS ? inv0 : spread<PAIRS>(inv, 2 * h + 1);
-    store_two<O, PAIRS, false>(estimates.bytes, 2 * kWidth * h, fused(A, g0, inv0 * acc[2 * h]),
+    store_two<O, PAIRS, Narrow::any>(estimates.bytes, 2 * kWidth * h, fused(A, g0, inv0 * acc[2 * h]),
                                fused(A, g1, inv1 * acc[2 * h + 1]));
   }
   estimates.write(at(out.data, O, -out.shift), piece);
