@@ -114,7 +114,8 @@ inline U load_words(const void *data, int64_t i) {
 template <Dtype T, Narrow N> inline void store_pairs(void *data, int64_t i, F even, F odd) {
   if (T == Dtype::int8) {
     const U codes = (U(_mm256_cvtps_epi32(even)) & 0xFFu) | ((U(_mm256_cvtps_epi32(odd)) & 0xFFu) << 8);
-    const __m128i low = _mm256_castsi256_si128(__m256i(codes)), high = _mm256_extracti128_si256(__m256i(codes), 1);
+    const __m128i low = _mm256_castsi256_si128(__m256i(codes)),
+                  high = _mm256_extracti128_si256(__m256i(codes), 1);
     return _mm_storeu_si128(reinterpret_cast<__m128i *>(static_cast<int8_t *>(data) + i),
                             _mm_packus_epi32(low, high));
   }
@@ -126,8 +127,9 @@ template <Dtype T, Narrow N> inline void store_pairs(void *data, int64_t i, F ev
 // Values per chunk of a block, for vector `k` of it: 1 chunk a vector in order, 2 in pairs.
 template <bool PAIRS> inline F spread(F chunks, int k) {
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm256_permutevar8x32_ps(
-      chunks, PAIRS ? _mm256_add_epi32(_mm256_srli_epi32(lane, 2), _mm256_set1_epi32(k)) : _mm256_set1_epi32(k));
+  return _mm256_permutevar8x32_ps(chunks,
+                                  PAIRS ? _mm256_add_epi32(_mm256_srli_epi32(lane, 2), _mm256_set1_epi32(k))
+                                        : _mm256_set1_epi32(k));
 }
 
 // A key and a counter's fixed words, spread over vectors.
@@ -209,8 +211,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
     out[i] = uint16_t(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
 }
 
-#include "vectors.h"
 #include "tiles.h"
+#include "vectors.h"
 // after what it falls back to
 #include "fused.h"
 

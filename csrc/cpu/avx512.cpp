@@ -47,8 +47,8 @@ inline F pick(F table, U index) { return _mm512_permutexvar_ps(__m512i(index), t
 
 // (x & mask) | bits
 inline U masked_or(U x, uint32_t mask, uint32_t bits) {
-  return U(_mm512_ternarylogic_epi32(__m512i(x), _mm512_set1_epi32(int(mask)), _mm512_set1_epi32(int(bits)),
-                                     0xEA));
+  return U(
+      _mm512_ternarylogic_epi32(__m512i(x), _mm512_set1_epi32(int(mask)), _mm512_set1_epi32(int(bits)), 0xEA));
 }
 
 inline H byte_sums(H h) {
@@ -173,7 +173,9 @@ struct Lanes {
 inline __m512i product(__m512i x, uint32_t m) { return _mm512_mul_epu32(x, _mm512_set1_epi64(m)); }
 // a shuffle, since a shift would compete with the multiplies for a port
 inline __m512i high_of(__m512i p) { return _mm512_shuffle_epi32(p, _MM_PERM_DDBB); }
-inline __m512i exclusive_or(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline __m512i exclusive_or(__m512i a, __m512i b, __m512i c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
 
 template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m512i chunk) {
   return {chunk, _mm512_or_si512(_mm512_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
@@ -182,7 +184,8 @@ template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m512i chunk) 
 // Halves of the calls, 32 elements a vector: in pairs as in memory, else 0-3, 16-19, 4-7, 20-23, ..., so that
 // unpacking within 128 bits gives 16 elements in order.
 template <bool PAIRS> inline void halves_of(const Lanes &w, H *halves) {
-  const __m512i low = PAIRS ? _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0) : _mm512_set_epi64(11, 9, 3, 1, 10, 8, 2, 0);
+  const __m512i low =
+      PAIRS ? _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0) : _mm512_set_epi64(11, 9, 3, 1, 10, 8, 2, 0);
   const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
   // elements 0-3 and 4-7 of each call
   const __m512i a = _mm512_mask_blend_epi32(0xAAAA, w.x0, _mm512_slli_epi64(w.x1, 32));
@@ -208,8 +211,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
     out[i] = uint16_t(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
 }
 
-#include "vectors.h"
 #include "tiles.h"
+#include "vectors.h"
 // after what it falls back to
 #include "fused.h"
 

@@ -173,8 +173,8 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
     const F v0 = fused(s0.gam, g0, b * m0), v1 = fused(s1.gam, g1, b * m1);
     const F z0 = fused(t0, s0.inv, F{} - grid_offset), z1 = fused(t1, s1.inv, F{} - grid_offset);
     const auto store = [&](void *to, F signed_eps) {
-      store_two<O, PAIRS, TABLE ? Narrow::exact : Narrow::finite>(to, i, quantized(fused(signed_eps, v0, z0), s0),
-                                quantized(fused(signed_eps, v1, z1), s1));
+      store_two<O, PAIRS, TABLE ? Narrow::exact : Narrow::finite>(
+          to, i, quantized(fused(signed_eps, v0, z0), s0), quantized(fused(signed_eps, v1, z1), s1));
     };
     store(out.plus, eps);
     if (BOTH)
@@ -183,7 +183,8 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
 };
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE>
-void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out, const Run &run) {
+void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out,
+                 const Run &run) {
   const Perturb<D, L, G, O, BOTH, TABLE> kernel(p, out.epsilon);
   Scales scales = kernel.scales(broadcast(run.scale.delta), broadcast(run.scale.inv));
   if (TABLE)
@@ -241,11 +242,13 @@ struct PerturbKernels {
   void (*piece)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Piece &) = nullptr;
 };
 
-template <Distribution D, bool BOTH> PerturbKernels perturb_for(Dtype latent, Dtype grad, Dtype out, bool table) {
+template <Distribution D, bool BOTH>
+PerturbKernels perturb_for(Dtype latent, Dtype grad, Dtype out, bool table) {
   constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16, int8 = Dtype::int8;
 #define FOGZO_CASE(L, G, O)                                                                                    \
   if (latent == L && grad == G && out == O)                                                                    \
-    return {table && O != int8 ? perturb_run<D, L, G, O, BOTH, O != int8> : perturb_run<D, L, G, O, BOTH, false>, \
+    return {table && O != int8 ? perturb_run<D, L, G, O, BOTH, O != int8>                                      \
+                               : perturb_run<D, L, G, O, BOTH, false>,                                         \
             perturb_piece<D, L, G, O, BOTH>};
   FOGZO_CASE(f32, f32, f32)
   FOGZO_CASE(bf16, bf16, bf16)
@@ -258,7 +261,8 @@ template <Distribution D, bool BOTH> PerturbKernels perturb_for(Dtype latent, Dt
   return {};
 }
 
-template <bool BOTH> PerturbKernels perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out, bool table) {
+template <bool BOTH>
+PerturbKernels perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out, bool table) {
   switch (d) {
   case Distribution::uniform:
     return perturb_for<Distribution::uniform, BOTH>(latent, grad, out, table);
@@ -329,7 +333,7 @@ void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target 
       F g0, g1;
       load_two<G, PAIRS>(item.grad.data, j, g0, g1);
       store_two<O, PAIRS, Narrow::any>(out.data, j - out.shift, fused(A, g0, inv * acc[2 * h]),
-                                 fused(A, g1, inv * acc[2 * h + 1]));
+                                       fused(A, g1, inv * acc[2 * h + 1]));
     }
   }
 }
@@ -348,7 +352,7 @@ void estimate_piece(const Item &item, const Estimate &e, Keys &keys, const Targe
     load_two<G, PAIRS>(grad, 2 * kWidth * h, g0, g1);
     const F inv0 = spread<PAIRS>(inv, 2 * h), inv1 = PAIRS ? inv0 : spread<PAIRS>(inv, 2 * h + 1);
     store_two<O, PAIRS, Narrow::any>(estimates.bytes, 2 * kWidth * h, fused(A, g0, inv0 * acc[2 * h]),
-                               fused(A, g1, inv1 * acc[2 * h + 1]));
+                                     fused(A, g1, inv1 * acc[2 * h + 1]));
   }
   estimates.write(at(out.data, O, -out.shift), piece);
 }
@@ -360,7 +364,10 @@ struct EstimateKernels {
 
 template <Distribution D> EstimateKernels estimate_for(Dtype grad, bool widen) {
   constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
-#define FOGZO_CASE(G, O) {estimate_run<D, G, O>, estimate_piece<D, G, O>}
+#define FOGZO_CASE(G, O)                                                                                       \
+  {                                                                                                            \
+    estimate_run<D, G, O>, estimate_piece<D, G, O>                                                             \
+  }
   if (grad == f32)
     return FOGZO_CASE(f32, f32);
   if (grad == bf16)
@@ -385,7 +392,8 @@ EstimateKernels estimate_for(Distribution d, Dtype grad, bool widen) {
 }
 
 // widen: to float32, else to the dtype of the gradient
-void estimate_to(const Item &item, const Estimate &e, const Target &out, bool widen, int64_t begin, int64_t end) {
+void estimate_to(const Item &item, const Estimate &e, const Target &out, bool widen, int64_t begin,
+                 int64_t end) {
   const EstimateKernels kernels = estimate_for(e.noise.distribution, item.grad.dtype, widen);
   Keys keys = keys_of(names_in(e.noise, item));
   for_each_run(

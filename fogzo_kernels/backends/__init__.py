@@ -109,10 +109,13 @@ def select(name: str | None, device: torch.device) -> Backend:
     """The backend ``name``, or else ``FOGZO_BACKEND``, or else the best one for ``device``.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is unknown.
         RuntimeError: the named backend is unavailable there; the message says why.
     """
     source = "backend"
+    if not isinstance(name, str | None):
+        raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
     if name is None and os.environ.get(VARIABLE):
         name, source = os.environ[VARIABLE], VARIABLE
     if name is None:
