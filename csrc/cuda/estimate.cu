@@ -85,7 +85,8 @@ FOGZO_DEVICE void estimate_rest(const Estimate &p, const Part &part, const Estim
 }
 
 template <Distribution D, Dtype G, bool Plain>
-FOGZO_KERNEL(kThreads, Plain ? 6 : 4) estimate_kernel(FOGZO_PARAMETER Estimate p) {
+FOGZO_KERNEL(kThreads, Plain ? 6 : 4)
+estimate_kernel(FOGZO_PARAMETER Estimate p) {
   const Part part = part_of(p.tables);
   count_bad_alphas(p.counters, part);
   if (p.coefficients[1] != 0.0f)

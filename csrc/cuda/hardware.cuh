@@ -86,7 +86,9 @@ FOGZO_DEVICE void store8(void *at, uint32_t low, uint32_t high) {
   *global(static_cast<uint2 *>(at)) = make_uint2(low, high);
 }
 
-FOGZO_DEVICE void add_one(int64_t *counter) { atomicAdd(global(reinterpret_cast<unsigned long long *>(counter)), 1ull); }
+FOGZO_DEVICE void add_one(int64_t *counter) {
+  atomicAdd(global(reinterpret_cast<unsigned long long *>(counter)), 1ull);
+}
 
 } // namespace fogzo::cuda
 

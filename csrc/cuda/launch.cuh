@@ -6,10 +6,13 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#if defined(FOGZO_ON_HOST)
+#include "on_host_launch.h"
+#else
 
 namespace fogzo::cuda {
-
-#if !defined(FOGZO_ON_HOST)
 
 inline void check(cudaError_t status, const char *what) {
   if (status != cudaSuccess)
@@ -27,8 +30,8 @@ void launch(const char *name, void (*kernel)(P), const Where &where, int64_t blo
   check(cudaSetDevice(where.device), name);
   auto copy = parameters;
   void *arguments[] = {&copy};
-  check(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
-                         arguments, 0, reinterpret_cast<cudaStream_t>(where.stream)),
+  check(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(unsigned(blocks)),
+                         dim3(unsigned(threads)), arguments, 0, reinterpret_cast<cudaStream_t>(where.stream)),
         name);
 }
 
@@ -39,6 +42,6 @@ void launch_with_barriers(const char *name, void (*kernel)(P), const Where &wher
   launch(name, kernel, where, blocks, threads, parameters);
 }
 
-#endif
-
 } // namespace fogzo::cuda
+
+#endif

@@ -23,7 +23,9 @@ struct Coefficients {
   bool norm_lost; // N is not finite
 };
 
-template <class T> FOGZO_DEVICE T read(const Scalar<T> &scalar) { return scalar.at ? *scalar.at : scalar.value; }
+template <class T> FOGZO_DEVICE T read(const Scalar<T> &scalar) {
+  return scalar.at ? *scalar.at : scalar.value;
+}
 
 // Writes the B_i and adds to the counters.
 FOGZO_DEVICE Coefficients read_losses(const LossesSource &p, float *B) {

@@ -80,8 +80,7 @@ template <Distribution D> FOGZO_DEVICE Pair scaled_pair(uint32_t word) {
   if (D == Distribution::uniform)
     return {float(int32_t((word << 16) + 0x8000u)), high_uniform(word)};
   if (D == Distribution::rademacher)
-    return {float_of(((word << 16) & 0x80000000u) | 0x3F800000u),
-            float_of((word & 0x80000000u) | 0x3F800000u)};
+    return {float_of(((word << 16) & 0x80000000u) | 0x3F800000u), float_of((word & 0x80000000u) | 0x3F800000u)};
   if (D == Distribution::triangular)
     return {float(weigh_bytes(word, 0x00000101u, -255)), float(weigh_bytes(word, 0x01010000u, -255))};
   if (D == Distribution::logistic)

@@ -94,7 +94,8 @@ FOGZO_KERNEL(kSumThreads, 1) sum_kernel(FOGZO_PARAMETER Sum p) {
     *static_cast<double *>(p.out) = sum;
 }
 
-void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out, bool root) {
+void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out,
+                 bool root) {
   const SumSquares p{tables_of(plan), r, partial};
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, f16 = Dtype::float16;
   void (*kernel)(SumSquares) = plan.per_tensor ? sumsq_kernel<f32, true> : sumsq_kernel<f32, false>;

@@ -11,11 +11,15 @@ namespace fogzo::cuda {
 
 enum class Dtype { float32, bfloat16, float16, int8, any }; // any: known when it runs
 
-// Columns of a row of the table (fogzo_kernels/plans.py).
-enum Column {
-  LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, FIRST, OFFSET, INNER, SKIP, SCALES,
-  SCALE_LENGTH, INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2, COLUMNS
-}; // clang-format: one name a line would say no more
+// Columns of a row of the table (fogzo_kernels/plans.py), in order.
+#define FOGZO_COLUMNS(X)                                                                                       \
+  X(LATENT)                                                                                                    \
+  X(GRAD) X(PLUS) X(MINUS) X(ALPHA) X(TENSOR_ID) X(NUMEL) X(FAST) X(FIRST) X(OFFSET) X(INNER) X(SKIP)          \
+      X(SCALES) X(SCALE_LENGTH) X(INNER_DIVISOR) X(SCALE_DIVISOR) X(STATE_1) X(STATE_2)
+
+#define FOGZO_ENUMERATOR(NAME) NAME,
+enum Column { FOGZO_COLUMNS(FOGZO_ENUMERATOR) COLUMNS };
+#undef FOGZO_ENUMERATOR
 
 constexpr int kSpan = 16384;  // elements of a block
 constexpr int kThreads = 128; // of a block
@@ -70,7 +74,8 @@ constexpr int kEstimateCoefficients = 2, kUpdateCoefficients = 6; // before the 
 
 void noise(const Where &where, const Plan &plan, Distribution distribution, double C, const Step &step,
            uint32_t direction);
-void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out, bool root);
+void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out,
+                 bool root);
 void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
                       Distribution distribution, double C, const Step &step, uint32_t direction,
                       const float *norm, const Grid &grid, double epsilon);

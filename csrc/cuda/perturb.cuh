@@ -28,8 +28,8 @@ struct Names {
 };
 
 template <bool Plain> FOGZO_DEVICE Names perturb_names(const Perturb &p, const Part &part) {
-  Names names{keys_of<Plain>(p.source), p.direction, step_of<Plain>(p.source),
-                     uint32_t(part[TENSOR_ID]), 0.0f, 0.0f};
+  Names names{keys_of<Plain>(p.source),  p.direction, step_of<Plain>(p.source),
+              uint32_t(part[TENSOR_ID]), 0.0f,        0.0f};
   const Mixing mixing = read_mixing<Plain>(p.mixing);
   const float sign = Plain ? p.sign : sign_of(p.direction, names.step, names.keys);
   names.a = over_norm(mixing.guide * sign, *p.norm);
@@ -62,8 +62,8 @@ FOGZO_DEVICE void perturb_rest(const Perturb &p, const Part &part, const Names &
 #pragma unroll 1
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads) {
     const Scale scale = element_scale(part, j, p.grid.r);
-    const float m = scaled_element<D>(element_number(part, j), names.direction, names.step, names.tensor_id,
-                                      names.keys);
+    const float m =
+        scaled_element<D>(element_number(part, j), names.direction, names.step, names.tensor_id, names.keys);
     const float g = load_element(part.pointer<void>(GRAD), j, grad_t);
     const float theta = load_element(part.pointer<void>(LATENT), j, latent_t);
     const float v = direction_of(names.a * scale.delta, g, names.b, m);
@@ -108,7 +108,8 @@ FOGZO_DEVICE void perturb_chunks(const Perturb &p, const Names &names, const Ope
 // Both: plus and minus are written, else the one that p.out names. Plain: one alpha per tensor, no shard
 // of several rows, and the step's scalars from the host.
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool Both, bool Plain>
-FOGZO_KERNEL(kThreads, 6) perturb_kernel(FOGZO_PARAMETER Perturb p) {
+FOGZO_KERNEL(kThreads, 6)
+perturb_kernel(FOGZO_PARAMETER Perturb p) {
   const Dtype latent_t = actual<L>(p.dtypes.latent), grad_t = actual<G>(p.dtypes.grad);
   const Dtype out_t = actual<O>(p.dtypes.out);
   const Part part = part_of(p.tables);

@@ -47,8 +47,8 @@ template <Dtype L, Dtype O> FOGZO_KERNEL(kThreads, 8) quantize_kernel(FOGZO_PARA
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads) {
     const Scale scale = element_scale(part, j, p.grid.r);
     const float theta = load_element(part.pointer<void>(LATENT), j, latent_t);
-    store_quantized_element(part.pointer<void>(PLUS), j, position(theta, scale.inv, p.grid), scale.delta, p.grid,
-                            out_t);
+    store_quantized_element(part.pointer<void>(PLUS), j, position(theta, scale.inv, p.grid), scale.delta,
+                            p.grid, out_t);
   }
 }
 
@@ -82,8 +82,8 @@ template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kern
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads) {
     const float theta = load_element(part.pointer<void>(LATENT), j, latent_t);
     const float g = load_element(part.pointer<void>(GRAD), j, grad_t);
-    store_element(part.pointer<void>(PLUS), j, derived<Kind>(g, theta, element_scale(part, j, p.grid.r), p.grid),
-                  out_t);
+    store_element(part.pointer<void>(PLUS), j,
+                  derived<Kind>(g, theta, element_scale(part, j, p.grid.r), p.grid), out_t);
   }
 }
 
@@ -103,17 +103,21 @@ void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const 
 template <StraightThrough Kind> void (*backward_for(const Dtypes &t))(Quantize) {
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
   const auto all = [&](Dtype one) { return t.latent == one && t.grad == one && t.out == one; };
-  return all(f32) ? backward_kernel<Kind, f32> : all(b16) ? backward_kernel<Kind, b16> : backward_kernel<Kind, any>;
+  return all(f32)   ? backward_kernel<Kind, f32>
+         : all(b16) ? backward_kernel<Kind, b16>
+                    : backward_kernel<Kind, any>;
 }
 
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind) {
-  const auto kernel = kind == StraightThrough::identity_clipped ? backward_for<StraightThrough::identity_clipped>
-                      : kind == StraightThrough::identity       ? backward_for<StraightThrough::identity>
-                      : kind == StraightThrough::hardtanh       ? backward_for<StraightThrough::hardtanh>
-                      : kind == StraightThrough::tanh           ? backward_for<StraightThrough::tanh>
-                                                                : backward_for<StraightThrough::approxsign>;
-  launch("backward_kernel", kernel(dtypes), where, plan.blocks, kThreads, Quantize{tables_of(plan), grid, dtypes});
+  const auto kernel = kind == StraightThrough::identity_clipped
+                          ? backward_for<StraightThrough::identity_clipped>
+                      : kind == StraightThrough::identity ? backward_for<StraightThrough::identity>
+                      : kind == StraightThrough::hardtanh ? backward_for<StraightThrough::hardtanh>
+                      : kind == StraightThrough::tanh     ? backward_for<StraightThrough::tanh>
+                                                          : backward_for<StraightThrough::approxsign>;
+  launch("backward_kernel", kernel(dtypes), where, plan.blocks, kThreads,
+         Quantize{tables_of(plan), grid, dtypes});
 }
 
 } // namespace fogzo::cuda

@@ -40,9 +40,7 @@ struct Part {
   FOGZO_DEVICE char *address(Column column, int bytes) const {
     return reinterpret_cast<char *>(row[column]) + begin * bytes;
   }
-  template <class T> FOGZO_DEVICE T *pointer(Column column) const {
-    return reinterpret_cast<T *>(row[column]);
-  }
+  template <class T> FOGZO_DEVICE T *pointer(Column column) const { return reinterpret_cast<T *>(row[column]); }
 };
 
 FOGZO_DEVICE Part part_of(const Tables &tables) {
@@ -121,9 +119,7 @@ FOGZO_DEVICE Scale element_scale(const Part &part, int64_t j, float r) {
 
 // ---- chunks in memory
 
-FOGZO_DEVICE int bytes_of(Dtype dtype) {
-  return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2;
-}
+FOGZO_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
 
 // T, or the dtype of the run: constant where a kernel is compiled for T.
 template <Dtype T> FOGZO_DEVICE Dtype actual(Dtype dtype) { return T == Dtype::any ? dtype : T; }

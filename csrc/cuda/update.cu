@@ -168,10 +168,10 @@ FOGZO_DEVICE void update_element(const Tail &p, const Part &part, const TailName
     float G = load_element(part.pointer<void>(GRAD), j, names.grad_t), acc = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < names.directions; ++i)
-      acc = std::fma(*global(p.coefficients + kUpdateCoefficients + i),
-                     scaled_element<D>(element_number(part, j), uint32_t(i), names.step, names.tensor_id,
-                                       names.keys),
-                     acc);
+      acc = std::fma(
+          *global(p.coefficients + kUpdateCoefficients + i),
+          scaled_element<D>(element_number(part, j), uint32_t(i), names.step, names.tensor_id, names.keys),
+          acc);
     if (names.noisy)
       G = estimate_of(names.A, G, scale.inv, acc);
     float first = has_first ? load_element(first_at, j, Dtype::float32) : 0.0f;
@@ -192,7 +192,8 @@ FOGZO_DEVICE void update_element(const Tail &p, const Part &part, const TailName
 }
 
 template <Distribution D, bool Adamw, bool Plain, Dtype L, Dtype G, Dtype O>
-FOGZO_KERNEL(kThreads, 4) update_kernel(FOGZO_PARAMETER Tail p) {
+FOGZO_KERNEL(kThreads, 4)
+update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.tables);
   count_bad_alphas(p.counters, part);
   const TailNames names = tail_names<Plain, L, G, O>(p, part);
@@ -251,8 +252,9 @@ void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes,
          UpdateCoefficients{losses_of(step, losses, C, distribution), rule, hyperparameters, lr, count,
                             coefficients});
   const bool plain = plan.per_tensor && !plan.shard && step.on_host(), adamw = rule == Rule::adamw;
-  const Tail p{tables_of(plan), source_of(step), coefficients, int(losses.n), grid,
-               update_of(rule, hyperparameters), master, quantized, dtypes, losses.counters};
+  const Tail p{
+      tables_of(plan), source_of(step), coefficients, int(losses.n),  grid, update_of(rule, hyperparameters),
+      master,          quantized,       dtypes,       losses.counters};
   with_distribution(distribution, [&](auto which) {
     constexpr Distribution D = decltype(which)::value;
     const TailKernel kernel = adamw ? update_for<D, true>(dtypes, plain) : update_for<D, false>(dtypes, plain);

@@ -23,8 +23,10 @@ from ..update import UpdateRule
 
 #: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
 #: so that Triton's interpreter, which also runs on the CPU, is used only where it is named.
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "triton", "cuda", "reference")
 VARIABLE = "FOGZO_BACKEND"
+#: What to do about a part that is missing.
+HINTS = {"cuda": "; it is built with FOGZO_BUILD_CUDA=1, which needs nvcc"}
 
 Tensors = Sequence[Tensor]
 
@@ -85,7 +87,7 @@ def load(name: str) -> Backend | str:
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
-        return f"cannot be imported: {error}"
+        return f"cannot be imported: {error}{HINTS.get(name, '')}"
 
 
 def reason_unavailable(name: str, device: torch.device) -> str | None:
