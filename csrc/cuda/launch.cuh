@@ -14,10 +14,13 @@
 
 namespace fogzo::cuda {
 
-inline void check(cudaError_t status, const char *what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": CUDA error " + cudaGetErrorName(status) + ", " +
-                             cudaGetErrorString(status));
+inline void check(cudaError_t status, const char *kernel) {
+  if (status == cudaSuccess)
+    return;
+  int driver = 0;
+  const bool none = status == cudaErrorNoDevice || (cudaDriverGetVersion(&driver) == cudaSuccess && !driver);
+  throw std::runtime_error(std::string(kernel) + ": CUDA error " + cudaGetErrorName(status) + ", " +
+                           cudaGetErrorString(status) + (none ? " (no CUDA device was found)" : ""));
 }
 
 // One launch of `blocks` blocks of `threads`; nothing for no blocks. The caller's own runtime has made

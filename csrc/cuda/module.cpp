@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -28,9 +29,6 @@ using GridArgument = std::tuple<double, double, double, double>;          // qmi
 using DtypesArgument = std::tuple<std::string, std::string, std::string>; // latents, gradients, outputs
 using RuleArgument = std::tuple<std::string, std::vector<double>>;        // name, hyperparameters
 
-#define FOGZO_NAME(NAME) #NAME,
-const std::vector<std::string> kColumns = {FOGZO_COLUMNS(FOGZO_NAME)};
-#undef FOGZO_NAME
 const std::map<std::string, Distribution> kDistributions = {{"uniform", Distribution::uniform},
                                                             {"rademacher", Distribution::rademacher},
                                                             {"triangular", Distribution::triangular},
@@ -116,6 +114,18 @@ Hyperparameters hyperparameters_of(const std::vector<double> &h) {
   return {h[0], h[1], h[2], h[3], h[4], h[5]};
 }
 
+#define FOGZO_TEXT2(...) #__VA_ARGS__
+#define FOGZO_TEXT(...) FOGZO_TEXT2(__VA_ARGS__)
+
+// The names of the enumerators, from the one list of them.
+std::vector<std::string> column_names() {
+  std::istringstream text(FOGZO_TEXT(FOGZO_COLUMNS));
+  std::vector<std::string> names;
+  for (std::string name; std::getline(text >> std::ws, name, ',');)
+    names.push_back(name);
+  return names;
+}
+
 std::map<std::string, std::string> build_info() {
   return {{"nvcc", FOGZO_NVCC}, {"architectures", FOGZO_CUDA_ARCHITECTURES}};
 }
@@ -176,7 +186,7 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace fogzo::cuda;
   m.doc() = "CUDA kernels of fogzo_kernels: ops on the addresses of a plan (fogzo_kernels/plans.py).";
   m.def("build_info", &build_info, "The compiler and the architectures that the kernels were built for.");
-  m.attr("COLUMNS") = kColumns;
+  m.attr("COLUMNS") = column_names();
   m.attr("SPAN") = kSpan;
   m.attr("ESTIMATE_COEFFICIENTS") = kEstimateCoefficients;
   m.attr("UPDATE_COEFFICIENTS") = kUpdateCoefficients;

@@ -12,14 +12,11 @@ namespace fogzo::cuda {
 enum class Dtype { float32, bfloat16, float16, int8, any }; // any: known when it runs
 
 // Columns of a row of the table (fogzo_kernels/plans.py), in order.
-#define FOGZO_COLUMNS(X)                                                                                       \
-  X(LATENT)                                                                                                    \
-  X(GRAD) X(PLUS) X(MINUS) X(ALPHA) X(TENSOR_ID) X(NUMEL) X(FAST) X(FIRST) X(OFFSET) X(INNER) X(SKIP)          \
-      X(SCALES) X(SCALE_LENGTH) X(INNER_DIVISOR) X(SCALE_DIVISOR) X(STATE_1) X(STATE_2)
+#define FOGZO_COLUMNS                                                                                          \
+  LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, FIRST, OFFSET, INNER, SKIP, SCALES, SCALE_LENGTH,  \
+      INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2
 
-#define FOGZO_ENUMERATOR(NAME) NAME,
-enum Column { FOGZO_COLUMNS(FOGZO_ENUMERATOR) COLUMNS };
-#undef FOGZO_ENUMERATOR
+enum Column { FOGZO_COLUMNS, COLUMNS };
 
 constexpr int kSpan = 16384;  // elements of a block
 constexpr int kThreads = 128; // of a block

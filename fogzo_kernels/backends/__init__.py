@@ -22,11 +22,10 @@ from ..straight_through import StraightThrough
 from ..update import UpdateRule
 
 #: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
-#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named.
+#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named; on a GPU Triton
+#: comes first, and ``cuda`` where Triton is missing.
 NAMES = ("cpu", "triton", "cuda", "reference")
 VARIABLE = "FOGZO_BACKEND"
-#: What to do about a part that is missing.
-HINTS = {"cuda": "; it is built with FOGZO_BUILD_CUDA=1, which needs nvcc"}
 
 Tensors = Sequence[Tensor]
 
@@ -87,7 +86,7 @@ def load(name: str) -> Backend | str:
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
-        return f"cannot be imported: {error}{HINTS.get(name, '')}"
+        return f"cannot be imported: {error}"
 
 
 def reason_unavailable(name: str, device: torch.device) -> str | None:

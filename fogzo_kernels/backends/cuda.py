@@ -13,12 +13,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .. import _cuda  # type: ignore[attr-defined]  # an ImportError is the reason shown
 from ..grid import Grid
 from ..noise import DISTRIBUTIONS, Layout
 from ..plans import Plan, plan
 from ..straight_through import StraightThrough
 from ..update import UpdateRule
+
+try:
+    from .. import _cuda  # type: ignore[attr-defined]
+except ImportError as error:  # the message becomes the reason shown
+    if "cannot import name" not in str(error):
+        raise
+    raise ImportError("it is not built; FOGZO_BUILD_CUDA=1 builds it, with nvcc") from error
 
 Tensors = Sequence[Tensor]
 #: The kernels are compiled for the CPU, by the tests.
