@@ -81,7 +81,11 @@ template <class T> FOGZO_DEVICE T *global(T *at) {
 }
 
 FOGZO_DEVICE Words4 load16(const void *at) { return *global(static_cast<const Words4 *>(at)); }
-FOGZO_DEVICE void store16(void *at, const Words4 &x) { *global(static_cast<Words4 *>(at)) = x; }
+// In assembly, as the compiler may make two stores of one.
+FOGZO_DEVICE void store16(void *at, const Words4 &x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
 FOGZO_DEVICE void store8(void *at, uint32_t low, uint32_t high) {
   *global(static_cast<uint2 *>(at)) = make_uint2(low, high);
 }
