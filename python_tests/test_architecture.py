@@ -246,6 +246,17 @@ def test_devices_do_not_include_each_other():
         assert not [h for h in includes(path) if f"{other}/" in h], path
 
 
+def test_cuda_includes_no_torch():
+    """One build serves every release; only hardware.cuh knows CUDA's headers, only module.cpp pybind11."""
+    for path in sorted((ROOT / "csrc/cuda").glob("*.*")):
+        outside = {h for h in includes(path) if ("." in h or "/" in h) and not (path.parent / h).exists()}
+        own = {
+            "hardware.cuh": {"cuda_runtime.h", "on_host.h"}, "launch.cuh": {"on_host_launch.h"},
+            "module.cpp": {"pybind11/pybind11.h", "pybind11/stl.h"},
+        }  # fmt: skip
+        assert outside <= own.get(path.name, set()), path
+
+
 # ---- size and words
 
 
