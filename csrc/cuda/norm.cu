@@ -13,7 +13,8 @@ struct SumSquares {
   double *partial;
 };
 
-// Sum over the block's threads, by a tree of a fixed shape; the result is thread 0's.
+// Sum over the block's threads, by a tree of a fixed shape; for thread 0, and 0 for the others, which must
+// not read what it writes.
 template <int Threads> FOGZO_DEVICE double block_sum(double x) {
   FOGZO_SHARED double sums[Threads];
   sums[thread()] = x;
@@ -22,7 +23,7 @@ template <int Threads> FOGZO_DEVICE double block_sum(double x) {
     if (thread() < half)
       sums[thread()] += sums[thread() + half];
   }
-  return sums[0];
+  return thread() ? 0.0 : sums[0];
 }
 
 FOGZO_DEVICE double chunk_squares(const Raw &raw, Dtype dtype, float delta) {
