@@ -178,7 +178,7 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
             continue
         assert row["load_bits"] == (None if "noise" in name else 128), name
         assert row["store_bits"] == (64 if "int8" in name else 128), name
-        if "n=4" not in name or "tensor" in name:  # several directions by rows and shards: bound by arithmetic
+        if "n=4" not in name or arch >= 90:  # the model is of sm_90; four directions are bound by arithmetic
             assert row["margin"] > (0.4 if "n=4" in name else 1), name
         assert 0 < row["loop_instructions_per_element"] < row["instructions_per_element"]
     if arch == 90:
