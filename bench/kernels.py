@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tensors", nargs="+", type=int, default=[1, c.LIST_LENGTH],
         help="1, or the length of a list of mixed sizes")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--backend", help="triton on a GPU, else cpu")
+    add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
     add("--no-baselines", action="store_true", help="only the ops, the copy and the triad")
     add("--baselines", nargs="*", default=list(KINDS), choices=KINDS)
     add("--quick", action="store_true", help="few repeats, small sizes, no torch.compile")
@@ -308,8 +308,9 @@ def table(rows: list[Row]) -> str:
         "copy, triad: speed over that of a device copy, and of a + s b, of the same bytes. eager, loop,"
     )
     lines.append(
-        "compile: their time over ours. extra B: bytes per weight at the allocator's peak. warm: the operands stay in the cache."
+        "compile: their time over ours. extra B: bytes per weight at the allocator's peak. warm: the operands"
     )
+    lines.append("stay in the cache.")
     return "\n".join(lines)
 
 

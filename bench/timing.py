@@ -189,13 +189,14 @@ def extra_bytes(call: Call, device: torch.device) -> int | None:
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
+STREAMS = {"copy": 2, "triad": 3}  # arrays of each
+
+
 class Streams:
     """Times of plain streams that read and write so many bytes in all; each measured once.
 
     ``copy`` reads one float32 array and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
     """
-
-    ARRAYS = {"copy": 2, "triad": 3}
 
     def __init__(self, device: torch.device, effort: Effort) -> None:
         self.device, self.effort = device, effort
@@ -205,7 +206,7 @@ class Streams:
         key = kind, bytes_moved
         if key not in self.found:
             plan = rounds(bytes_moved, self.device, most=self.effort.sets)
-            numel = max(bytes_moved // (4 * self.ARRAYS[kind]), 1)
+            numel = max(bytes_moved // (4 * STREAMS[kind]), 1)
             calls = [self.call(kind, numel) for _ in range(plan.sets)]
             self.found[key] = measure(calls, plan, self.device, self.effort)
         return self.found[key]

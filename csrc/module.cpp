@@ -32,7 +32,6 @@ std::map<std::string, std::string> build_info() {
 #else
       {"assertions", "on"},
 #endif
-      {"cuda", "not built"},
   };
 }
 

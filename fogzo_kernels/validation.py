@@ -88,9 +88,9 @@ def alpha_list(alphas: Tensors, like: Tensors) -> None:
     """One float32 scale per tensor, row (any leading dims) or group of the last dimension."""
     if len(alphas) != len(like):
         raise ValueError(f"alphas must have {len(like)} tensors, got {len(alphas)}")
-    if like and uniform(alphas, (torch.float32,), like[0].device, None):
-        if all(n == 1 for n in map(Tensor.numel, alphas)) or all(map(divides, alphas, like)):
-            return
+    alike = like and uniform(alphas, (torch.float32,), like[0].device, None)
+    if alike and (all(n == 1 for n in map(Tensor.numel, alphas)) or all(map(divides, alphas, like))):
+        return
     for i, (alpha, t) in enumerate(zip(alphas, like, strict=True)):
         if alpha.dtype != torch.float32:
             raise TypeError(f"alphas[{i}] must be float32, got {names([alpha.dtype])}")

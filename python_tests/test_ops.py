@@ -275,7 +275,7 @@ def test_a_probe_is_read_when_the_graph_runs(backend, device):
 @pytest.mark.parametrize("op", ON_BACKENDS)
 def test_variable_names_an_unknown_backend(op, monkeypatch):
     monkeypatch.setenv("FOGZO_BACKEND", "abacus")
-    message = "FOGZO_BACKEND must be one of cpu, triton, reference, got 'abacus'"
+    message = "FOGZO_BACKEND must be one of cpu, triton, cuda, reference, got 'abacus'"
     raises_and_writes_nothing(op, arguments(op, "cpu"), ValueError, message)
 
 

@@ -211,8 +211,9 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
     out[i] = uint16_t(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
 }
 
-#include "tiles.h"
 #include "vectors.h"
+// after the noise that they draw
+#include "tiles.h"
 // after what it falls back to
 #include "fused.h"
 

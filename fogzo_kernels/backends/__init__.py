@@ -22,8 +22,9 @@ from ..straight_through import StraightThrough
 from ..update import UpdateRule
 
 #: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
-#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named.
-NAMES = ("cpu", "triton", "reference")
+#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named; on a GPU Triton
+#: comes first, and ``cuda`` where Triton is missing.
+NAMES = ("cpu", "triton", "cuda", "reference")
 VARIABLE = "FOGZO_BACKEND"
 
 Tensors = Sequence[Tensor]
