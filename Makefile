@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 CXX_SOURCES := $(filter-out setup.py,$(NATIVE))
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -29,6 +29,15 @@ format: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m bench.sass
 	$(BIN)/python -m bench.kernels --budget 300 --json bench/out/kernels.json --plot bench/out/kernels.png
+
+# Random and bad calls of the native ops for SECONDS
+SECONDS := 60
+fuzz: $(VENV)/built
+	$(BIN)/python python_tests/fuzzing.py --seconds $(SECONDS) --log build/fuzz.json
+
+# The CPU part of the suite with the native module under the compiler's sanitizers
+sanitize: $(VENV)/built
+	$(BIN)/python tools/sanitize.py
 
 # On a machine with a GPU, PyTorch and Triton: with its own Python, downloading nothing.
 gpu:

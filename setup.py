@@ -15,7 +15,8 @@ DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")
 if SANITIZE:  # a report ends the process; a conversion of a float that does not fit is one, too
     SANITIZERS = [f"-fsanitize={SANITIZE},float-cast-overflow", "-fno-sanitize-recover=all"]
-    OPTIMIZATION = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", *SANITIZERS]
+    # -fno-wrapv: Python's own flags define signed overflow, which would hide it
+    OPTIMIZATION = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS]
 else:
     SANITIZERS = []
     OPTIMIZATION = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-fno-math-errno"]
