@@ -7,7 +7,7 @@ NATIVE := setup.py build_cuda.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu csrc/cuda/*.cpp)
 CXX_SOURCES := $(filter-out setup.py build_cuda.py,$(NATIVE)) $(wildcard python_tests/cuda_on_host/*.h)
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -30,6 +30,15 @@ format: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m bench.sass
 	$(BIN)/python -m bench.kernels --budget 300 --json bench/out/kernels.json --plot bench/out/kernels.png
+
+# Random and bad calls of the native ops for SECONDS
+SECONDS := 60
+fuzz: $(VENV)/built
+	$(BIN)/python python_tests/fuzzing.py --seconds $(SECONDS) --log build/fuzz.json
+
+# The CPU part of the suite with the native module under the compiler's sanitizers
+sanitize: $(VENV)/built
+	$(BIN)/python tools/sanitize.py
 
 # On a machine with a GPU, PyTorch and Triton: with its own Python, downloading nothing.
 gpu:

@@ -32,6 +32,7 @@ std::map<std::string, std::string> build_info() {
 #else
       {"assertions", "on"},
 #endif
+      {"sanitizers", FOGZO_SANITIZERS},
   };
 }
 

@@ -17,7 +17,7 @@ using Ints = std::vector<int64_t>;
 
 constexpr int64_t kBlock = 32768; // elements per task; fixed, so that sums do not depend on threads
 
-Dtype dtype_of(const Tensor &t, const char *name) {
+Dtype dtype_of(const Tensor &t, const Name &name) {
   switch (t.scalar_type()) {
   case ScalarType::Float:
     return Dtype::float32;
@@ -28,11 +28,12 @@ Dtype dtype_of(const Tensor &t, const char *name) {
   case ScalarType::Char:
     return Dtype::int8;
   default:
-    STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16, or int8 for codes");
+    STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16, or int8 for codes, got ",
+                    torch::headeronly::toString(t.scalar_type()));
   }
 }
 
-Span span_of(const Tensor &t, const char *name, bool codes = false) {
+Span span_of(const Tensor &t, const Name &name, bool codes = false) {
   const Dtype dtype = dtype_of(t, name);
   STD_TORCH_CHECK(codes || dtype != Dtype::int8, name, " must be float32, bfloat16 or float16, got int8");
   return {t.data_ptr(), dtype};
@@ -62,6 +63,26 @@ StraightThrough straight_through_of(const std::string &kind, bool clip) {
   return StraightThrough::approxsign;
 }
 
+// Codes fit in int8, so that their conversion from float32 is defined.
+GridRange grid_of(int64_t qmin, int64_t qmax, double offset) {
+  check_range(qmin, -128, 127, "qmin");
+  check_range(qmax, qmin, 127, "qmax");
+  STD_TORCH_CHECK(offset == 0.0 || offset == 0.5, "offset must be 0 or 0.5, got ", offset);
+  return {float(qmin), float(qmax), float(offset)};
+}
+
+float ratio_of(int64_t r) {
+  check_range(r, 1, 2, "r");
+  return float(r);
+}
+
+// In the ranges of the contract: a number cut to its lower bits would name other noise.
+Names names_of(int64_t seed, int64_t step, int64_t direction, int64_t tensor_id) {
+  check_range(step, 0, (int64_t(1) << 32) - 1, "step");
+  check_range(direction, 0, (int64_t(1) << 16) - 1, "direction");
+  return {uint64_t(seed), uint32_t(step), uint32_t(direction), uint32_t(tensor_id)};
+}
+
 std::vector<Item> make_items(const TensorList &like, const TensorList &alphas) {
   check_alphas(alphas, like);
   std::vector<Item> items(like.size());
@@ -76,7 +97,7 @@ std::vector<Item> make_items(const TensorList &like, const TensorList &alphas) {
 void set_spans(std::vector<Item> &items, Span Item::*member, const TensorList &list, const char *name,
                bool codes = false) {
   for (size_t i = 0; i < list.size(); ++i)
-    items[i].*member = span_of(list[i], name, codes);
+    items[i].*member = span_of(list[i], {name, i}, codes);
 }
 
 void set_names(std::vector<Item> &items, const Ints &tensor_ids, const Ints &layouts, const TensorList &like) {
@@ -122,12 +143,11 @@ void noise(const Tensor &out, const std::string &distribution, double scale, int
            int64_t direction, int64_t tensor_id, const Ints &layout) {
   const Kernels &run = kernels();
   check_cpu_contiguous(out, "out");
-  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
+  check_dtype(out, ScalarType::Float, "out");
   std::vector<Item> items(1);
   items[0].numel = out.numel();
   set_names(items, {tensor_id}, layout, {out});
-  const Noise what{distribution_of(distribution),
-                   {uint64_t(seed), uint32_t(step), uint32_t(direction), items[0].tensor_id}};
+  const Noise what{distribution_of(distribution), names_of(seed, step, direction, tensor_id)};
   float *data = static_cast<float *>(out.data_ptr());
   for_each_block(make_blocks(items), [&](int64_t, const Block &block) {
     run.noise(what, items[0].layout, float(scale), data, block.begin, block.end);
@@ -142,8 +162,9 @@ void guide_sumsq(const Tensor &out, const TensorList &grads, const TensorList &a
   set_spans(items, &Item::grad, grads, "grads");
   const std::vector<Block> blocks = make_blocks(items);
   std::vector<double> partial(blocks.size());
+  const float ratio = ratio_of(r);
   for_each_block(blocks, [&](int64_t i, const Block &block) {
-    partial[i] = run.sumsq(*block.item, float(r), block.begin, block.end);
+    partial[i] = run.sumsq(*block.item, ratio, block.begin, block.end);
   });
   double sum = 0;
   for (double x : partial)
@@ -167,11 +188,13 @@ void perturb_quantize(const TensorList &plus, const TensorList &minus, const Ten
   set_spans(items, &Item::grad, grads, "grads");
   set_spans(items, &Item::plus, plus, "plus", true);
   set_spans(items, &Item::minus, minus, "minus", true);
-  const Names names{uint64_t(seed), uint32_t(step), uint32_t(direction), 0};
+  for (size_t i = 0; i < std::min(plus.size(), minus.size()); ++i) // the kernels store both alike
+    check_dtype(minus[i], plus[i].scalar_type(), {"minus", i});
+  const Names names = names_of(seed, step, direction, 0);
   const float sign = direction_sign(names.seed, names.step, names.direction);
   const Perturbation p{{distribution_of(distribution), names},
-                       {float(qmin), float(qmax), float(offset)},
-                       float(r),
+                       grid_of(qmin, qmax, offset),
+                       ratio_of(r),
                        float(over_norm(float(std::sqrt(1.0 - one_minus_beta)) * sign, norm_of(norm))),
                        float(std::sqrt(one_minus_beta) * noise_scale),
                        float(epsilon)};
@@ -216,19 +239,23 @@ int64_t count_bad_alphas(const TensorList &alphas) {
   return bad;
 }
 
-void check_losses(const Tensor &plus, const Tensor &minus) {
-  check_list({minus}, {plus}, "losses_minus", false);
-  check_list({plus}, {plus}, "losses_plus", false);
-  STD_TORCH_CHECK(plus.scalar_type() == ScalarType::Float && minus.scalar_type() == ScalarType::Float,
-                  "losses_plus and losses_minus must be float32");
+void check_losses(const Tensor &plus, const Tensor &minus, int64_t least) {
+  check_cpu_contiguous(plus, "losses_plus");
+  check_cpu_contiguous(minus, "losses_minus");
+  check_dtype(plus, ScalarType::Float, "losses_plus");
+  check_dtype(minus, ScalarType::Float, "losses_minus");
+  check_range(plus.numel(), least, int64_t(1) << 16, "the number of losses_plus");
+  STD_TORCH_CHECK(minus.numel() == plus.numel(), "losses_minus must have ", plus.numel(), " elements, got ",
+                  minus.numel());
 }
 
 int64_t *counters_of(const TensorList &counters) {
   if (counters.empty())
     return nullptr;
+  STD_TORCH_CHECK(counters.size() == 1, "counters must have at most 1 tensor, got ", counters.size());
   check_cpu_contiguous(counters[0], "counters");
-  STD_TORCH_CHECK(counters[0].scalar_type() == ScalarType::Long && counters[0].numel() == 3,
-                  "counters must be int64 of shape (3,)");
+  check_dtype(counters[0], ScalarType::Long, "counters");
+  STD_TORCH_CHECK(counters[0].numel() == 3, "counters must have 3 elements, got ", counters[0].numel());
   return static_cast<int64_t *>(counters[0].data_ptr());
 }
 
@@ -238,18 +265,18 @@ void estimate_gradient(const TensorList &grads, const TensorList &counters, cons
                        int64_t r, const std::string &distribution, double noise_scale, double epsilon) {
   const Kernels &run = kernels();
   check_list(grads, grads, "grads", false);
-  check_losses(losses_plus, losses_minus);
+  check_losses(losses_plus, losses_minus, 1);
   std::vector<Item> items = make_items(grads, alphas);
   set_names(items, tensor_ids, layouts, grads);
   set_spans(items, &Item::grad, grads, "grads");
   int64_t *counts = counters_of(counters);
-  Estimate e{
-      {distribution_of(distribution), {uint64_t(seed), uint32_t(step), 0, 0}}, float(r), 0.0f, nullptr, 0};
+  Estimate e{{distribution_of(distribution), names_of(seed, step, 0, 0)}, ratio_of(r), 0.0f, nullptr, 0};
+  const float N = norm_of(norm); // the last check: what follows writes
   if (counts)
     counts[2] += count_bad_alphas(alphas);
   std::vector<float> B;
-  if (!estimate_coefficients(losses_plus, losses_minus, norm_of(norm), one_minus_beta, epsilon, noise_scale,
-                             e.noise.names, counts, e.A, B))
+  if (!estimate_coefficients(losses_plus, losses_minus, N, one_minus_beta, epsilon, noise_scale, e.noise.names,
+                             counts, e.A, B))
     return;
   e.B = B.data();
   e.directions = int64_t(B.size());
@@ -260,6 +287,7 @@ void estimate_gradient(const TensorList &grads, const TensorList &counters, cons
 Update update_of(const std::string &rule, const std::vector<double> &h, double lr, int64_t count) {
   // h: weight decay, beta1, beta2, eps, momentum, dampening
   STD_TORCH_CHECK(h.size() == 6, "hyperparameters must be 6 numbers, got ", h.size());
+  STD_TORCH_CHECK(count >= 1, "count must be >= 1, got ", count);
   if (rule == "adamw")
     return {Rule::adamw,
             float(lr / (1.0 - std::pow(h[1], double(count)))),
@@ -287,7 +315,8 @@ std::vector<Item> update_items(const TensorList &latents, const TensorList &mast
                                const TensorList &alphas, const Ints &tensor_ids, const Ints &layouts) {
   check_list(latents, latents, "latents", false);
   check_list(grads, latents, "grads", false);
-  STD_TORCH_CHECK(alphas.size() <= latents.size(), "alphas must not be more than latents");
+  STD_TORCH_CHECK(alphas.size() <= latents.size(), "alphas must have at most ", latents.size(),
+                  " tensors, got ", alphas.size());
   const TensorList quantizing(latents.begin(), latents.begin() + alphas.size());
   check_list(quantized, quantizing, "quantized", true);
   std::vector<Item> items = make_items(quantizing, alphas);
@@ -299,13 +328,17 @@ std::vector<Item> update_items(const TensorList &latents, const TensorList &mast
   set_spans(items, &Item::latent, latents, "latents");
   set_spans(items, &Item::grad, grads, "grads");
   set_spans(items, &Item::plus, quantized, "quantized", true);
-  const std::pair<const TensorList *, Span Item::*> states[] = {
-      {&masters, &Item::master}, {&first, &Item::first}, {&second, &Item::second}};
-  for (const auto &[list, member] : states) {
-    check_list(*list, latents, "masters and state", true);
-    for (const Tensor &t : *list)
-      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "masters and state must be float32");
-    set_spans(items, member, *list, "state");
+  const struct {
+    const char *name;
+    const TensorList &list;
+    Span Item::*member;
+  } states[] = {
+      {"masters", masters, &Item::master}, {"first", first, &Item::first}, {"second", second, &Item::second}};
+  for (const auto &[name, list, member] : states) {
+    check_list(list, latents, name, true);
+    for (size_t i = 0; i < list.size(); ++i)
+      check_dtype(list[i], ScalarType::Float, {name, i});
+    set_spans(items, member, list, name);
   }
   return items;
 }
@@ -319,26 +352,25 @@ void estimate_update(const TensorList &latents, const TensorList &masters, const
                      double noise_scale, double epsilon, const std::string &rule,
                      const std::vector<double> &hyperparameters, double lr, int64_t count) {
   const Kernels &run = kernels();
-  check_losses(losses_plus, losses_minus);
+  check_losses(losses_plus, losses_minus, 0);
   const std::vector<Item> items =
       update_items(latents, masters, first, second, quantized, grads, alphas, tensor_ids, layouts);
   int64_t *counts = counters_of(counters);
-  Tail tail{
-      {{distribution_of(distribution), {uint64_t(seed), uint32_t(step), 0, 0}}, float(r), 1.0f, nullptr, 0},
-      update_of(rule, hyperparameters, lr, count),
-      {float(qmin), float(qmax), float(offset)},
-      false};
-  const bool needs_state = tail.update.rule != Rule::sgd;
-  STD_TORCH_CHECK(!needs_state || first.size() == latents.size(), "state must be given for ", rule);
-  STD_TORCH_CHECK(tail.update.rule != Rule::adamw || second.size() == latents.size(),
-                  "exp_avg_sqs must be given for adamw");
+  Tail tail{{{distribution_of(distribution), names_of(seed, step, 0, 0)}, ratio_of(r), 1.0f, nullptr, 0},
+            update_of(rule, hyperparameters, lr, count),
+            grid_of(qmin, qmax, offset),
+            false};
+  STD_TORCH_CHECK(tail.update.rule == Rule::sgd || first.size() == latents.size(), "first must have ",
+                  latents.size(), " tensors for ", rule, ", got ", first.size());
+  STD_TORCH_CHECK(tail.update.rule != Rule::adamw || second.size() == latents.size(), "second must have ",
+                  latents.size(), " tensors for ", rule, ", got ", second.size());
+  const float N = norm_of(norm); // the last check: what follows writes
   std::vector<float> B;
   if (losses_plus.numel()) {
     if (counts)
       counts[2] += count_bad_alphas(alphas);
-    const float n = norm_of(norm);
-    tail.skip = !std::isfinite(n);
-    if (estimate_coefficients(losses_plus, losses_minus, n, one_minus_beta, epsilon, noise_scale,
+    tail.skip = !std::isfinite(N);
+    if (estimate_coefficients(losses_plus, losses_minus, N, one_minus_beta, epsilon, noise_scale,
                               tail.estimate.noise.names, counts, tail.estimate.A, B)) {
       tail.estimate.B = B.data();
       tail.estimate.directions = int64_t(B.size());
@@ -356,9 +388,10 @@ void quantize(const TensorList &out, const TensorList &latents, const TensorList
   std::vector<Item> items = make_items(latents, alphas);
   set_spans(items, &Item::latent, latents, "latents");
   set_spans(items, &Item::plus, out, "out", true);
-  const GridRange grid{float(qmin), float(qmax), float(offset)};
+  const GridRange grid = grid_of(qmin, qmax, offset);
+  const float ratio = ratio_of(r);
   for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { run.quantize(*b.item, grid, float(r), b.begin, b.end); });
+                 [&](int64_t, const Block &b) { run.quantize(*b.item, grid, ratio, b.begin, b.end); });
 }
 
 void straight_through_backward(const TensorList &out, const TensorList &grads, const TensorList &latents,
@@ -372,10 +405,11 @@ void straight_through_backward(const TensorList &out, const TensorList &grads, c
   set_spans(items, &Item::latent, latents, "latents");
   set_spans(items, &Item::grad, grads, "grads");
   set_spans(items, &Item::plus, out, "out");
-  const GridRange grid{float(qmin), float(qmax), float(offset)};
+  const GridRange grid = grid_of(qmin, qmax, offset);
+  const float ratio = ratio_of(r);
   const StraightThrough what = straight_through_of(kind, clip);
   for_each_block(make_blocks(items), [&](int64_t, const Block &b) {
-    run.straight_through(*b.item, what, grid, float(r), b.begin, b.end);
+    run.straight_through(*b.item, what, grid, ratio, b.begin, b.end);
   });
 }
 

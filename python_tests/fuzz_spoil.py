@@ -1,0 +1,119 @@
+"""What makes a call of a native op bad: a value of one argument that the op must refuse."""
+
+import math
+
+import torch
+
+CODES = ("plus", "minus", "quantized")  # int8 is one of their dtypes
+NAN, BIG = math.nan, 2**63 - 1
+#: What no number may be, by argument.
+NUMBERS = {
+    "step": (-1, 2**32, BIG), "direction": (-1, 2**16, BIG), "tensor_id": (-1, 2**32 - 1, BIG),
+    "qmin": (-129, 128, BIG, -BIG), "qmax": (-129, 128, BIG, 2**32), "offset": (NAN, 0.25, math.inf),
+    "r": (0, 3, -1, BIG), "count": (0, -1, -BIG),
+}  # fmt: skip
+#: What floats may be without a crash; nothing is said about the result.
+ODD = dict.fromkeys(
+    ("one_minus_beta", "epsilon", "noise_scale", "scale", "lr"), (NAN, math.inf, -math.inf, -1.0, 0.0, 1e308)
+)
+STRINGS = ("distribution", "kind", "rule")
+LAYOUTS = ((-1, 1, 1), (0, 0, 1), (0, 1, 0), (2**51, 1, 1), (BIG, BIG, BIG), (0, -BIG, 1))
+
+
+def freed(t):
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def cut(t):
+    """Of full size, with a storage that holds half of it."""
+    t.untyped_storage().resize_(t.nbytes // 2)
+    return t
+
+
+def misaligned(t):
+    memory = bytearray(t.nbytes + 1)
+    return torch.frombuffer(memory, dtype=t.dtype, offset=1, count=t.numel()).view(t.shape)
+
+
+def spread(t):
+    """The same shape, every other element of its memory."""
+    return torch.zeros(*t.shape, 2, dtype=t.dtype)[..., 0]
+
+
+#: Each gives a tensor that must be refused in the place of one with at least 2 elements.
+ITEMS = {
+    "float64": lambda t: t.double() if t.dtype != torch.float64 else t.float(),
+    "int64": lambda t: t.long() if t.dtype != torch.int64 else t.int(),
+    "bool": lambda t: t.bool(), "complex": lambda t: t.to(torch.complex64),
+    "int8": lambda t: torch.zeros(t.shape, dtype=torch.int8),
+    "longer": lambda t: torch.zeros(t.numel() * 2 + 1, dtype=t.dtype),
+    "shorter": lambda t: torch.zeros(t.numel() - 1, dtype=t.dtype),
+    "empty": lambda t: torch.zeros(0, dtype=t.dtype),
+    "meta": lambda t: t.to("meta"), "sparse": lambda t: t.to_sparse(), "spread": spread,
+    "freed": lambda t: freed(t.clone()), "cut": lambda t: cut(t.clone()), "misaligned": misaligned,
+    "onednn": lambda t: t.float().to_mkldnn(),
+}  # fmt: skip
+
+
+def applicable(op, name, arguments):
+    """How that argument can be spoiled, so that the call is bad for sure (or odd)."""
+    value = arguments[name]
+    if name in NUMBERS:
+        return ["number"]
+    if name in ODD:
+        return ["odd"]
+    if name in STRINGS:
+        return ["unknown"]
+    if name in ("layouts", "layout"):
+        return ["double", "drop", "layout"] if value else []
+    if name in ("tensor_ids", "hyperparameters"):
+        return ["double", "drop"] if value else []
+    if isinstance(value, torch.Tensor):
+        if value.numel() < 2:  # norm and one loss
+            found = ["float64", "int64", "meta"] + (["freed", "misaligned"] if value.numel() else [])
+            return found if op == "noise" else [*found, "longer"]
+        found = [how for how in ITEMS if how not in ("longer", "shorter", "empty")]
+        return found if op == "noise" else [*found, "longer", "shorter", "empty"]
+    if not isinstance(value, list) or not value:
+        return []
+    if name == "counters":
+        return ["double", *[how for how in ITEMS if how != "int64"]]
+    if max(t.numel() for t in value) < 2:
+        return ["double"]
+    found = ["double", *ITEMS] + (["drop"] if len(value) > 1 else [])
+    takes_codes = name in CODES or (op == "quantize" and name == "out")
+    pair = name in ("plus", "minus") and arguments["plus"] and arguments["minus"]
+    if takes_codes and not (pair and value[0].dtype != torch.int8):
+        found.remove("int8")
+    if value[0].dtype == torch.int8:
+        found.remove("misaligned")
+    alone = name == "grads" and op in ("guide_sumsq", "estimate_gradient")
+    if name == "alphas" or alone:  # another number of elements may be right
+        found = [how for how in found if how not in ("longer", "shorter", "empty")]
+    return found
+
+
+def spoil(name, value, how, number):
+    """The bad value of that argument."""
+    if how in ("number", "odd"):
+        values = NUMBERS.get(name) or ODD[name]
+        return values[number % len(values)]
+    if how in ITEMS:
+        change = ITEMS[how]
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        sizes = [t.numel() for t in value]
+        places = [i for i, size in enumerate(sizes) if size >= 2]
+        i = places[number % len(places)]
+        return [*value[:i], change(value[i]), *value[i + 1 :]]
+    if how == "drop":
+        return value[:-1]
+    if how == "double":
+        return [*value, value[-1]]
+    if how == "unknown":
+        return ("", "unknown", value.upper(), value + "\0")[number % 4]
+    if how == "layout":
+        i = 3 * (number % (len(value) // 3))
+        return [*value[:i], *LAYOUTS[number % len(LAYOUTS)], *value[i + 3 :]]
+    raise ValueError(f"how must be a known one, got {how}")

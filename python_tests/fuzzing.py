@@ -1,0 +1,432 @@
+"""Random and bad calls of the native CPU ops, past the checks in Python: right, or a clean exception.
+
+A case is a dictionary of plain values, drawn evenly (hypothesis varies few choices at a time, and leaves
+whole ops out of hundreds of examples), from which :func:`run` builds every tensor.
+Bytes around each buffer must stay; where a case has none, an address sanitizer sees what is read past
+the end. A call that is valid must agree with the reference backend, a spoiled one must raise and write
+nothing. The case lies in a file before it is called, so that a crash leaves it behind; repeat one by
+``python python_tests/fuzzing.py --case '{...}'``. ``test_fuzz.py`` runs this program.
+"""
+
+import argparse
+import ast
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import torch
+from fuzz_spoil import applicable, spoil
+from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
+
+import fogzo_kernels as fk
+from fogzo_kernels import _C
+from fogzo_kernels.backends import reference
+from fogzo_kernels.noise import DISTRIBUTIONS
+from fogzo_kernels.update import UpdateRule
+
+native = torch.ops.fogzo_cpu
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {**FLOATS, "int8": torch.int8}
+GUARD = 0xA5
+NORMS = (0.5, 3.0, 100.0, 0.0, math.inf, math.nan)
+GRIDS = (
+    (-2, 1, 0.0, 1),
+    (-128, 127, 0.0, 1),
+    (-1, 0, 0.5, 2),
+    (-1, 1, 0.0, 1),
+    (-8, 7, 0.5, 1),
+    (3, 3, 0.0, 2),
+)
+KINDS = (("identity", False), ("identity", True), ("hardtanh", False), ("tanh", False), ("approxsign", False))
+RULES = {
+    "adamw": {"kind": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
+    "sgd": {"kind": "sgd", "weight_decay": 0.05},
+    "momentum": {"kind": "sgd", "momentum": 0.9, "dampening": 0.25},
+    "nesterov": {"kind": "sgd", "momentum": 0.9, "nesterov": True},
+}
+NOISY = ("noise", "perturb_quantize", "estimate_gradient", "estimate_update")
+OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward")
+
+
+# ---- cases
+
+
+def draw_tensor(random, large):
+    """Shape, granularity of alpha and place in the parameter of one tensor."""
+    if large:  # more than one block of a thread
+        rows, columns = random.choice([(1, 32769), (2, 20000), (70001, 1), (3, 32768)])
+    else:
+        rows, columns = random.choice((0, 1, 1, 2, 6)), random.choice((0, 1, 8, 64, random.randint(0, 300)))
+    groups = random.choice([g for g in (1, 2, 3, 5, 8) if columns % g == 0])
+    offset = random.choice((0, 3, 8, 2**32 - 9, 2**34 + 5, 2**50, random.randint(0, 2**50)))
+    return {
+        "shape": (rows, columns), "scales": random.choice([1, max(rows, 1), max(rows, 1) * groups]),
+        "layout": (offset, max(columns, 1), max(columns, 1) + random.choice((0, 1, 7, 64))),
+        "id": random.choice((0, 2**32 - 2, random.randint(0, 2**32 - 2))),
+    }  # fmt: skip
+
+
+def draw_case(random, op, bad):
+    """A call that is valid but for what ``spoil`` says: (name of an argument, how, a number), or nothing."""
+    large = not bad and random.random() < 0.05
+    count = 1 if op == "noise" or large else random.choice((0, 1, 2, 3, 4, 5, 6, random.randint(0, 60)))
+    case = {
+        "op": op, "seed": random.randrange(2**31), "noise_seed": random.randrange(-(2**63), 2**63),
+        "tensors": [draw_tensor(random, large) for _ in range(count)], "latent": random.choice(list(FLOATS)),
+        "grad": random.choice(list(FLOATS)), "out": random.choice(list(DTYPES)),
+        "shift": random.choice((0, 0, 1, 2, 3, 8)), "guard": random.choice((0, 64)),
+        "special": random.random() < 0.3, "norm": random.randrange(len(NORMS)), "grid": random.choice(GRIDS),
+        "step": random.choice((0, 1, 2**32 - 1)), "direction": random.choice((0, 1, 2**16 - 1)),
+        "n": random.choice((0, 1, 2, 4) if op == "estimate_update" else (1, 2, 3)),
+        "lost": random.choice((0, 0, 0, 1, 4)), "distribution": random.choice(list(DISTRIBUTIONS)),
+        "rule": random.choice(list(RULES)), "kind": random.choice(KINDS),
+        "sides": random.choice(("plus", "minus", "both")), "counters": random.random() < 0.5,
+        "masters": random.random() < 0.5, "quantized": random.random() < 0.7,
+        "plain": random.choice((0, 0, random.randint(0, count))), "count": random.choice((1, 2, 1000)),
+        "one_minus_beta": random.choice((0.0, 1e-3, 0.3, 1.0)), "threads": random.choice((1, 3)), "spoil": (),
+    }  # fmt: skip
+    if bad:
+        arguments = build(case, Buffers(case))
+        ways = {name: applicable(op, name, arguments) for name in arguments}
+        name = random.choice([name for name, hows in ways.items() if hows])
+        case["spoil"] = (name, random.choice(ways[name]), random.randrange(2**16))
+    return case
+
+
+SIMPLE = {
+    "latent": "float32", "grad": "float32", "out": "float32", "shift": 0, "special": False, "norm": 0, "n": 1,
+    "grid": GRIDS[0], "step": 0, "direction": 0, "lost": 0, "distribution": "uniform", "rule": "sgd",
+    "sides": "plus", "counters": False, "masters": False, "plain": 0, "count": 1, "threads": 1,
+}  # fmt: skip
+
+
+def shrunk(case):
+    """A case that fails as well, with fewer tensors and plainer choices."""
+
+    def fails(other):
+        try:
+            run(other)
+        except AssertionError:
+            return True
+        except Exception:  # no case any more: spoiled where nothing is left
+            return False
+        return False
+
+    i = 0
+    while i < len(case["tensors"]):
+        fewer = [*case["tensors"][:i], *case["tensors"][i + 1 :]]
+        other = {**case, "tensors": fewer, "plain": min(case["plain"], len(fewer))}
+        case, i = (other, i) if fails(other) else (case, i + 1)
+    for name, value in SIMPLE.items():
+        if case[name] != value and fails({**case, name: value}):
+            case = {**case, name: value}
+    return case
+
+
+# ---- from a case to a call
+
+
+class Buffers:
+    """Every tensor of a call, at a shift from the start of its memory and with bytes after its end."""
+
+    def __init__(self, case):
+        self.generator = torch.Generator().manual_seed(case["seed"])
+        self.shift, self.guard, self.special = case["shift"], case["guard"], case["special"]
+        self.kept = []  # memory, its first byte and length of what is the tensor's own, whether it is written
+
+    def tensor(self, shape, dtype, fill, written=False):
+        size, numel = torch.empty(0, dtype=dtype).element_size(), math.prod(shape)
+        begin, length = self.shift * size, numel * size
+        memory = torch.full((begin + length + self.guard,), GUARD, dtype=torch.uint8)
+        found = memory[: begin + length].view(dtype)[self.shift :].view(shape)
+        if fill is not None:
+            found.copy_(fill)
+        self.kept.append((memory, begin, length, written))
+        return found
+
+    def random(self, shape, dtype, scale=1.0, written=False):
+        data = torch.randn(shape, generator=self.generator) * scale
+        if self.special and data.numel() > 3:
+            data.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+        return self.tensor(shape, dtype, data, written)
+
+    def snapshot(self):
+        return [memory.clone() for memory, *_ in self.kept]
+
+    def check(self, before, raised):
+        """Inputs and guards keep every byte; everything does where the call raised."""
+        for i, ((memory, begin, length, written), old) in enumerate(zip(self.kept, before, strict=True)):
+            if not written or raised:
+                assert torch.equal(memory, old), f"buffer {i} was written"
+            assert torch.equal(memory[:begin], old[:begin]), f"bytes before buffer {i} were written"
+            end = begin + length
+            assert torch.equal(memory[end:], old[end:]), f"bytes after buffer {i} were written"
+
+
+def build(case, buffers):
+    """The arguments of the native op by name, in the order of its schema."""
+    op, F32 = case["op"], torch.float32
+    shapes = [tuple(t["shape"]) for t in case["tensors"]]
+    updates, latent, out = op == "estimate_update", FLOATS[case["latent"]], DTYPES[case["out"]]
+    plain = case["plain"] if updates else 0  # the last ones are not quantized
+    quantizing = case["tensors"][: len(shapes) - plain]
+
+    def outputs(present, dtype):
+        return [buffers.tensor(tuple(t["shape"]), dtype, None, True) for t in quantizing] if present else []
+
+    def states(present, square=False):
+        found = [buffers.random(s, F32, 1e-2, True) for s in shapes] if present else []
+        return [t.square_() if square else t for t in found]
+
+    def losses():
+        found = buffers.random((case["n"],), F32)
+        if len(found):
+            found.fill_(1.0).add_(torch.rand(found.shape, generator=buffers.generator))
+        return found
+
+    known = {
+        "latents": lambda: [buffers.random(s, latent, 1.0, updates) for s in shapes],
+        "grads": lambda: [
+            buffers.random(s, FLOATS[case["grad"]], 1e-2, op == "estimate_gradient") for s in shapes
+        ],
+        "alphas": lambda: [
+            buffers.tensor((t["scales"],), F32, 0.05 + torch.rand(t["scales"], generator=buffers.generator))
+            for t in quantizing
+        ],
+        "plus": lambda: outputs(case["sides"] != "minus", out),
+        "minus": lambda: outputs(case["sides"] != "plus", out),
+        "quantized": lambda: outputs(case["quantized"], out),
+        "masters": lambda: states(case["masters"] and latent != F32),
+        "first": lambda: states(case["rule"] != "sgd"),
+        "second": lambda: states(case["rule"] == "adamw", square=True),
+        "counters": lambda: (
+            [buffers.tensor((3,), torch.int64, torch.tensor([5, 6, 7]), True)] if case["counters"] else []
+        ),
+        "losses_plus": lambda: lose(losses(), case["lost"]), "losses_minus": losses,
+        "norm": lambda: buffers.tensor((), F32, torch.tensor(NORMS[case["norm"]])),
+        "seed": lambda: case["noise_seed"], "step": lambda: case["step"],
+        "direction": lambda: case["direction"], "one_minus_beta": lambda: case["one_minus_beta"],
+        "tensor_ids": lambda: [t["id"] for t in quantizing],
+        "layouts": lambda: [x for t in quantizing for x in t["layout"]],
+        "tensor_id": lambda: case["tensors"][0]["id"], "layout": lambda: list(case["tensors"][0]["layout"]),
+        "qmin": lambda: case["grid"][0], "qmax": lambda: case["grid"][1], "offset": lambda: case["grid"][2],
+        "r": lambda: case["grid"][3], "distribution": lambda: case["distribution"], "epsilon": lambda: 0.75,
+        "noise_scale": lambda: DISTRIBUTIONS[case["distribution"]],
+        "scale": lambda: DISTRIBUTIONS[case["distribution"]],
+        "kind": lambda: case["kind"][0], "clip": lambda: case["kind"][1], "rule": lambda: case["rule"],
+        "hyperparameters": lambda: hyperparameters(case["rule"]), "lr": lambda: 0.03,
+        "count": lambda: case["count"],
+        "out": lambda: {
+            "noise": lambda: buffers.tensor(shapes[0], F32, None, True),
+            "guide_sumsq": lambda: buffers.tensor((), torch.float64, None, True),
+            "quantize": lambda: outputs(True, out),
+            "straight_through_backward": lambda: outputs(True, latent),
+        }[op](),
+    }  # fmt: skip
+    return {a.name: known[a.name]() for a in getattr(native, op).default._schema.arguments}
+
+
+def lose(losses, count):
+    losses[:count] = math.nan
+    return losses
+
+
+def hyperparameters(rule):
+    r = UpdateRule(**RULES[rule])
+    return [r.weight_decay, r.beta1, r.beta2, r.eps, r.momentum, r.dampening]
+
+
+# ---- what a call should have given
+
+
+def expected(case, args):
+    """What the arguments of a valid call become, by the reference; and by how much they may differ."""
+    op, a = case["op"], {k: copied(v) for k, v in args.items()}
+    grid = fk.Grid(*case["grid"])
+    names = {"seed": torch.tensor(a.get("seed", 0)), "step": torch.tensor(a.get("step", 0))}
+    wheres = [tuple(t["layout"]) for t in case["tensors"]]
+    omb = torch.tensor(a.get("one_minus_beta", 0.0), dtype=torch.float64)
+    d = case["distribution"]
+    m_off = M_TOLERANCE["cpu"][d] + M_TOLERANCE["reference"][d]
+    if op == "noise":
+        u = reference.noise(
+            a["out"].numel(), d, **names, direction=a["direction"], tensor_id=a["tensor_id"],
+            layout=wheres[0], device=torch.device("cpu"),
+        )  # fmt: skip
+        return {"out": [u]}, {"out": [torch.full_like(u, DISTRIBUTIONS[d] * m_off)]}
+    if not case["tensors"]:
+        return {"out": [torch.zeros((), dtype=torch.float64)]} if op == "guide_sumsq" else {}, {}
+    if op == "guide_sumsq":
+        total = reference.guide_sumsq(a["grads"], a["alphas"], grid.r, False)
+        return {"out": [total]}, {"out": [2e-6 * total]}
+    if op == "perturb_quantize":
+        reference.perturb_quantize_(
+            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], a["norm"], *names.values(), omb,
+            a["direction"], a["tensor_ids"], wheres, grid, d, a["epsilon"],
+        )  # fmt: skip
+        off = [one_code(*pair, grid, d) for pair in zip(a["alphas"], a["plus"] or a["minus"], strict=True)]
+        return {k: a[k] for k in ("plus", "minus") if a[k]}, {"plus": off, "minus": off}
+    if op == "quantize":
+        reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
+        return {"out": a["out"]}, {}
+    if op == "straight_through_backward":
+        straight_through = fk.StraightThrough(*case["kind"])
+        reference.straight_through_backward_(
+            a["out"], a["grads"], a["latents"], a["alphas"], grid, straight_through
+        )
+        tanh = case["kind"][0] == "tanh"
+        return {"out": a["out"]}, {"out": list(map(slope_error, a["out"], a["grads"]))} if tanh else {}
+    mixed = a["losses_plus"], a["losses_minus"], a["grads"], a["alphas"], a["norm"], *names.values(), omb
+    if op == "estimate_gradient":
+        off = estimate_errors(case, a, mixed, names, wheres, grid, m_off)
+        reference.estimate_gradient_(
+            a["grads"], a["counters"], *mixed[:2], a["alphas"], a["norm"], *names.values(), omb,
+            a["tensor_ids"], wheres, grid.r, d, a["epsilon"],
+        )  # fmt: skip
+        return {"grads": a["grads"], "counters": a["counters"]}, {"grads": off}
+    return updated(case, a, mixed, names, wheres, grid), {}
+
+
+def updated(case, a, mixed, names, wheres, grid):
+    """The fused tail: to the bit what the reference makes of the G that the native estimate gives."""
+    G, lists = [g.float() for g in a["grads"]], ("latents", "masters", "first", "second")
+    quantizing, none = len(a["alphas"]), torch.zeros(0)
+    skip = case["n"] and not math.isfinite(a["norm"])
+    if case["n"]:
+        native.estimate_gradient(
+            G[:quantizing], [], *mixed[:2], a["alphas"], a["norm"], a["seed"], a["step"], a["one_minus_beta"],
+            a["tensor_ids"], a["layouts"], grid.r, a["distribution"], a["noise_scale"], a["epsilon"],
+        )  # fmt: skip
+        reference.coefficients(a["counters"], *mixed, a["distribution"], a["epsilon"])
+    if not skip:
+        reference.estimate_update_(
+            *[a[k] for k in lists], [], [], G, none, none, a["alphas"], a["norm"], *names.values(), mixed[-1],
+            a["tensor_ids"], wheres, grid, a["distribution"], a["epsilon"], UpdateRule(**RULES[case["rule"]]),
+            torch.tensor(a["lr"], dtype=torch.float64), torch.tensor(a["count"]),
+        )  # fmt: skip
+    if a["quantized"]:
+        reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid)
+    return {k: a[k] for k in (*lists, "quantized", "counters")}
+
+
+def one_code(alpha, out, grid, distribution):
+    """A code of inexact noise may move by one where y lies at a tie; two values are rounded."""
+    if distribution in EXACT:
+        return torch.zeros(out.shape)
+    delta = (alpha * grid.r).max().item()
+    size = 1.0 if out.dtype == torch.int8 else 1.01 * delta + 2 * HALF_ULP[out.dtype] * 129 * delta
+    return torch.full(out.shape, size)
+
+
+def slope_error(out, g):
+    """2e-6 of the derivative, and one rounding to the dtype of the output."""
+    size = g.float().abs()
+    return size * 2.1e-6 + 2 * HALF_ULP[out.dtype] * size + SMALLEST[out.dtype]
+
+
+def estimate_errors(case, a, mixed, names, wheres, grid, m_off):
+    """Twice what tolerances.estimate_error allows one backend: two of them are compared."""
+    A, B, _ = reference.coefficients([], *mixed, case["distribution"], a["epsilon"])
+    errors = []
+    for i, g in enumerate(a["grads"]):
+        e = reference.elements(g.numel(), wheres[i], g.device)
+        added, noise = (A.abs() * g.flatten().float().abs()).double(), 0.0
+        inv = 1 / reference.delta_of(a["alphas"][i], grid.r, g).double()
+        for direction, b in enumerate(B):
+            m = reference.noise_m(e, case["distribution"], *names.values(), direction, a["tensor_ids"][i])
+            added += inv * b.abs() * m.abs()
+            noise += inv * b.abs()
+        rounding = 0.0 if g.dtype == torch.float32 else 2 * HALF_ULP[g.dtype] * added + 2 * SMALLEST[g.dtype]
+        errors.append(8 * 2.0**-23 * added + noise * m_off + rounding)
+    return errors
+
+
+def copied(value):
+    if isinstance(value, list):
+        return [copied(x) for x in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def agree(found, wanted, off, what):
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    near = (found.double() - wanted.double()).abs() <= off.double() if off is not None else same
+    assert (same | near).all(), f"{what}: {found[~(same | near)][:3]} instead of {wanted[~(same | near)][:3]}"
+
+
+# ---- a case
+
+
+def run(case):
+    """Raise AssertionError unless the call is right, or raises and writes nothing if it is spoiled."""
+    torch.set_num_threads(case["threads"])
+    buffers = Buffers(case)
+    args = build(case, buffers)
+    spoilt = case.get("spoil")
+    if spoilt:
+        name, how, number = spoilt
+        args[name] = spoil(name, args[name], how, number)
+    wanted, off = ({}, {}) if spoilt else expected(case, args)
+    before, raised = buffers.snapshot(), None
+    try:
+        getattr(native, case["op"])(*args.values())
+    except (RuntimeError, ValueError, TypeError) as error:
+        raised = error
+    buffers.check(before, raised)
+    assert spoilt or not raised, f"a valid call raised {raised}"
+    assert not spoilt or raised or spoilt[1] == "odd", f"{spoilt[0]} spoiled by {spoilt[1]} was taken"
+    for name, values in wanted.items():
+        found = args[name] if isinstance(args[name], list) else [args[name]]
+        for i, (x, y) in enumerate(zip(found, values, strict=True)):
+            error = off[name][i] if name in off else None
+            agree(x, y.view(x.shape), None if error is None else error.view(x.shape), f"{name}[{i}]")
+
+
+def hunt(random, examples, bad, log):
+    """Random cases of every op; each lies in ``log`` while it is called."""
+    for k in range(examples):
+        case = draw_case(random, OPS[k % len(OPS)], bad)
+        if log:
+            Path(log).write_text(json.dumps(case))
+        try:
+            run(case)
+        except AssertionError:
+            print(f"--case '{json.dumps(shrunk(case))}'", file=sys.stderr)
+            raise
+
+
+def parsed(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=100, help="valid and bad calls each, of every set")
+    parser.add_argument("--seconds", type=float, default=0, help="go on for that long")
+    parser.add_argument("--isa", nargs="*", default=_C.cpu_isas(), help="instruction sets")
+    parser.add_argument("--log", help="file that holds the case that is being called")
+    parser.add_argument("--case", help="run this one, as JSON or as Python prints it")
+    parser.add_argument("--seed", type=int, default=time.time_ns(), help="of the cases")
+    args = parser.parse_args()
+    print(f"--seed {args.seed}", file=sys.stderr)
+    random, end, rounds = Random(args.seed), time.monotonic() + args.seconds, 0
+    while not rounds or time.monotonic() < end:
+        for isa in args.isa:
+            os.environ["FOGZO_CPU_ISA"] = isa
+            if args.case:
+                run(parsed(args.case))
+                continue
+            for bad in (False, True):
+                hunt(random, args.examples, bad, args.log)
+        rounds += 1
+    print(f"{rounds} x {args.examples} valid and {args.examples} bad calls: {', '.join(args.isa)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

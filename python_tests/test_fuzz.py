@@ -1,0 +1,106 @@
+"""The native CPU ops under random and bad calls (fuzzing.py), in a process whose crash can be told of."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fogzo_kernels as fk
+from fogzo_kernels import _C
+
+PROGRAM = Path(__file__).with_name("fuzzing.py")
+EXAMPLES = os.environ.get("FOGZO_FUZZ_EXAMPLES", "210")
+
+
+def fuzz(log, *arguments, code=""):
+    """The finished process; it imports the package that this one does."""
+    path = [str(Path(fk.__file__).parents[1]), str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")]
+    program = ["-c", code] if code else [str(PROGRAM)]
+    return subprocess.run(
+        [sys.executable, *program, "--log", str(log), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def reason(done, log):
+    """Why the process failed, with the call during which it did."""
+    ended = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit status {done.returncode}"
+    return (
+        f"{ended}, in the call that python {PROGRAM.name} --case repeats:\n{log.read_text()}\n"
+        f"{done.stderr[-6000:]}"
+    )
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_native_ops_are_right_or_raise(isa, tmp_path):
+    if isa not in _C.cpu_isas():
+        pytest.skip(f"this processor has no {isa}")
+    log = tmp_path / "case.json"
+    done = fuzz(log, "--isa", isa, "--examples", EXAMPLES)
+    assert done.returncode == 0, reason(done, log)
+    assert done.stdout.startswith(f"1 x {EXAMPLES} valid and {EXAMPLES} bad calls")
+
+
+# ---- what the harness must see, planted in the place of a native op
+
+PLANT = """
+import fuzzing, torch
+class Native:
+    def __getattr__(self, op):
+        real = getattr(torch.ops.fogzo_cpu, op)
+        def call(*args):
+            {body}
+        call.default = real.default
+        return call
+fuzzing.native = Native()
+fuzzing.main()
+"""
+PLANTED = {
+    "a crash": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL, in the call that "),
+    "a wrong result": (
+        """
+            real(*args)
+            if op == "noise":
+                args[0].neg_()""", "AssertionError: out[0]: "),
+    "a write past the end": (
+        """
+            real(*args)
+            if op == "noise":
+                storage = args[0].untyped_storage()
+                if len(storage) > (args[0].storage_offset() + args[0].numel()) * 4:
+                    storage[len(storage) - 1] = 0""", "bytes after buffer 0 were written"),
+    "a write to an input": (
+        """
+            real(*args)
+            if op == "guide_sumsq":
+                [g.zero_() for g in args[1]]""", "was written"),
+    "a valid call refused": ("raise ValueError(op)", "a valid call raised "),
+    "a bad call taken": (
+        """
+            try:
+                real(*args)
+            except Exception:
+                pass""", " was taken"),
+    "a write before a refusal": (
+        """
+            try:
+                real(*args)
+            except Exception:
+                if op == "guide_sumsq":
+                    args[0].zero_()
+                raise""", "buffer 0 was written"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", PLANTED)
+def test_the_harness_sees(defect, tmp_path):
+    body, message = PLANTED[defect]
+    log = tmp_path / "case.json"
+    done = fuzz(log, "--isa", "portable", "--examples", "100", code=PLANT.format(body=body))
+    assert done.returncode != 0
+    assert message in reason(done, log)
+    assert '"op": ' in reason(done, log)

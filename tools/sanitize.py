@@ -1,0 +1,87 @@
+"""``make sanitize``: the CPU part of the suite, with the native module under the compiler's sanitizers.
+
+The module is built a second time, with a copy of the package, into build/sanitize; pytest and the
+processes that tests start find that copy first. Any report of AddressSanitizer or
+UndefinedBehaviorSanitizer ends the process, and so fails; they are printed at the end. Arguments go to
+pytest.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILT = ROOT / "build/sanitize"
+REPORT = ROOT / "build/sanitize-report"  # a process each, by its id; pytest would hide what goes to stderr
+SANITIZERS = "address,undefined"
+TESTS = ("native", "vectors", "agreement", "ops", "update", "validation")
+CHECK = "from fogzo_kernels import _C; print(_C.__file__, _C.build_info()['sanitizers'], *_C.cpu_isas())"
+
+
+def runtime(name: str) -> str:
+    """The compiler's own copy of a shared library."""
+    compiler = os.environ.get("CXX", "c++")
+    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = found.stdout.strip()
+    if not os.path.isabs(path):
+        raise SystemExit(f"{compiler} must bring {name}, which it does not")
+    return os.path.realpath(path)
+
+
+def environment() -> dict[str, str]:
+    """What makes a Python use the built copy under the sanitizers."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(BUILT),
+        # before anything else is loaded: Python itself is not built with it. libstdc++ beside it, since the
+        # runtime looks for the functions that throw exceptions when it starts.
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}",
+        # Python and PyTorch keep memory until the process ends, which the leak check takes for leaks
+        "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=1:log_path={REPORT}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={REPORT}",
+        # blocks of their own from malloc, so that the ends of PyTorch's and Python's objects are seen
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+def build() -> None:
+    folders = ["--build-base", "build/sanitize-objects", "--build-lib", str(BUILT)]
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", *folders],
+        cwd=ROOT, env={**os.environ, "SANITIZE": SANITIZERS}, check=True,
+        stdout=subprocess.DEVNULL,  # ninja's progress
+    )  # fmt: skip
+
+
+def main() -> int:
+    build()
+    for old in REPORT.parent.glob(f"{REPORT.name}.*"):
+        old.unlink()
+    env = environment()
+    told = subprocess.run([sys.executable, "-c", CHECK], cwd=BUILT, env=env, capture_output=True, text=True)
+    if not told.stdout.startswith(str(BUILT)) or SANITIZERS not in told.stdout:
+        raise SystemExit(f"the module under test must be the sanitized one, got {told.stdout}{told.stderr}")
+    isas = told.stdout.split()[2:]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-o", f"pythonpath={BUILT}", "-n", "auto", *sys.argv[1:]]
+    # these two go through all sets by themselves
+    runs: list[tuple[str | None, list[str]]] = [
+        (None, ["python_tests/test_cpu.py", "python_tests/test_fuzz.py"])
+    ]
+    runs += [
+        (isa, [f"python_tests/test_{name}.py" for name in TESTS] + ["-k", "cpu or native"]) for isa in isas
+    ]
+    failed = []
+    for isa, options in runs:
+        chosen = {} if isa is None else {"FOGZO_CPU_ISA": isa}
+        done = subprocess.run([*pytest, *options], cwd=ROOT, env={**env, **chosen})
+        if done.returncode:
+            failed.append(f"{isa or 'all sets'}: exit status {done.returncode}")
+    for report in REPORT.parent.glob(f"{REPORT.name}.*"):
+        failed.append(f"{report}:\n{report.read_text()}")
+    print("\n".join(failed) or f"no report from {SANITIZERS} on {', '.join(isas)}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
