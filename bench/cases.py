@@ -65,6 +65,7 @@ class Case:
     distribution: str  # or "none", for an op without noise
     tensors: int
     elements: int
+    equal: bool = False  # tensors of one size
 
     @property
     def spec(self) -> Op:
@@ -91,12 +92,12 @@ class Case:
 
 def cases(
     ops: Iterable[str], dtypes: Iterable[str], distributions: Iterable[str], tensors: Iterable[int],
-    sizes: Iterable[int],
+    sizes: Iterable[int], equal: bool = False,
 ) -> Iterator[Case]:  # fmt: skip
     """Every combination, once: an op without noise has one distribution, and unused dtypes do not count."""
     seen = set()
     for op, dtype, distribution, count, size in product(ops, dtypes, distributions, tensors, sizes):
-        case = Case(op, dtype, distribution if OPS[op].noise else "none", count, size)
+        case = Case(op, dtype, distribution if OPS[op].noise else "none", count, size, equal)
         key = op, *case.names().values(), case.distribution, count, size
         if key not in seen:
             seen.add(key)
@@ -120,6 +121,14 @@ def mixed_sizes(total: int, count: int = LIST_LENGTH) -> list[int]:
     for i in range(0, min(count - 1, 12), 2):  # odd ones
         sizes[i], sizes[i + 1] = sizes[i] + 3, sizes[i + 1] - 3
     return sizes
+
+
+def sizes_of(case: Case) -> list[int]:
+    if not case.equal:
+        return mixed_sizes(case.elements, case.tensors)
+    if case.elements % case.tensors:
+        raise ValueError(f"elements must be a multiple of {case.tensors} tensors, got {case.elements}")
+    return [case.elements // case.tensors] * case.tensors
 
 
 class Operands(NamedTuple):
@@ -150,7 +159,7 @@ def flat_list(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tup
 def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] | None = None) -> Operands:
     """Random data, the same for the same seed."""
     latent, grad, out = DTYPES[case.dtypes]
-    op, sizes = case.spec, sizes or mixed_sizes(case.elements, case.tensors)
+    op, sizes = case.spec, sizes or sizes_of(case)
     generator = torch.Generator(device).manual_seed(seed)
 
     def filled(wanted: bool, dtype: torch.dtype, scale: float) -> list[Tensor]:

@@ -61,6 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--tensors", nargs="+", type=int, default=[1, c.LIST_LENGTH],
         help="1, or the length of a list of mixed sizes")  # fmt: skip
+    add("--equal", action="store_true", help="lists of tensors of one size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
     add("--no-baselines", action="store_true", help="only the ops, the copy and the triad")
@@ -112,7 +113,7 @@ def check_backend(backend: str, device: torch.device) -> None:
 def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
     """All units, the most important first, and what is left out from the start, with the reason."""
     units, left_out = [], []
-    for case in c.cases(args.ops, args.dtypes, args.distributions, args.tensors, args.sizes):
+    for case in c.cases(args.ops, args.dtypes, args.distributions, args.tensors, args.sizes, args.equal):
         if case.tensors > 1 and case.elements < c.SMALLEST * case.tensors:
             left_out.append(left(Unit(case, OURS), f"too few elements for {case.tensors} tensors"))
             continue
@@ -225,6 +226,7 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
         "distribution": case.distribution,
         **case.names(),
         "tensors": case.tensors,
+        "equal": case.equal,
         "elements": case.elements,
         "bytes_per_element": case.bytes_per_element,
         "median_s": found.median,
@@ -322,7 +324,7 @@ def cells(row: Row) -> list[str]:
         row["op"],
         row["distribution"],
         "/".join(short.get(row[k], row[k]) for k in ("latent", "grad", "out")),
-        str(row["tensors"]),
+        str(row["tensors"]) + (" eq" if row["equal"] and row["tensors"] > 1 else ""),
         power(row["elements"]),
         f"{1e6 * row['median_s']:.1f}",
         f"{row['elements_per_s'] / 1e9:.3g}",

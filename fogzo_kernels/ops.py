@@ -7,6 +7,7 @@ nor waits for the device. ``layouts`` holds offset, inner and stride of each ten
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,15 +69,20 @@ def plain(args: Sequence[Any]) -> bool:
     """No tensor is of a subclass, which may have its own idea of an op."""
     kinds: set[type] = set()
     for argument in args:
-        if isinstance(argument, list):
+        if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
             kinds.update(map(type, argument))
         else:
             kinds.add(type(argument))
     return {kind for kind in kinds if issubclass(kind, Tensor)} <= PLAIN
 
 
-def triples(layouts: Sequence[int]) -> list[Layout]:
-    return [(layouts[i], layouts[i + 1], layouts[i + 2]) for i in range(0, len(layouts), 3)]
+def triples(layouts: Sequence[int]) -> Sequence[Layout]:
+    return cached_triples(tuple(layouts))
+
+
+@functools.lru_cache(validation.KEPT)
+def cached_triples(layouts: tuple[int, ...]) -> tuple[Layout, ...]:
+    return tuple(zip(layouts[::3], layouts[1::3], layouts[2::3], strict=True))
 
 
 # ---- noise
@@ -154,10 +160,12 @@ def perturb_quantize_(
     where = triples(layouts)
     check_range("direction", direction, MAX_DIRECTION)
     validation.values(alphas, r, step, one_minus_beta)
-    validation.shards(tensor_ids, where, latents)
+    numels = validation.numels_of(latents)
+    validation.shards(tensor_ids, where, numels)
     validation.memory(
         {"plus": plus, "minus": minus},
         {"latents": latents, "grads": grads, "alphas": alphas, "norm": [norm]},
+        numels,
     )
     select(backend, device).perturb_quantize_(
         plus, minus, latents, grads, alphas, norm, seed, step, one_minus_beta, direction,
@@ -197,9 +205,11 @@ def estimate_gradient_(
     )  # fmt: skip
     where = triples(layouts)
     validation.values(alphas, r, step, one_minus_beta)
-    validation.shards(tensor_ids, where, grads)
+    numels = validation.numels_of(grads)
+    validation.shards(tensor_ids, where, numels)
     losses = {"losses_plus": [losses_plus], "losses_minus": [losses_minus]}
-    validation.memory({"grads": grads, "counters": counters}, {"alphas": alphas, "norm": [norm], **losses})
+    written, read = {"grads": grads, "counters": counters}, {"alphas": alphas, "norm": [norm], **losses}
+    validation.memory(written, read, numels)
     select(backend, device).estimate_gradient_(
         grads, counters, losses_plus, losses_minus, alphas, norm, seed, step, one_minus_beta,
         tensor_ids, where, r, distribution, epsilon,
@@ -261,11 +271,13 @@ def estimate_update_(
     where = triples(layouts)
     validation.values(alphas, r, step, one_minus_beta)
     validation.update_values(lr, optimizer_step)
-    validation.shards(tensor_ids, where, latents[: len(alphas)])
+    numels = validation.numels_of(latents)
+    validation.shards(tensor_ids, where, numels[: len(alphas)])
     validation.memory(
         {"latents": latents, "masters": masters, **states, "quantized": quantized, "counters": counters},
         {"grads": grads, "alphas": alphas, "norm": [norm], "losses_plus": [losses_plus],
          "losses_minus": [losses_minus]},
+        numels,
     )  # fmt: skip
     select(backend, device).estimate_update_(
         latents, masters, first, second, quantized, counters, grads, losses_plus, losses_minus,
@@ -304,7 +316,7 @@ def quantize_(
 ) -> None:  # fmt: skip
     device = validation.quantize_arguments(out, latents, alphas)
     validation.values(alphas, r)
-    validation.memory({"out": out}, {"latents": latents, "alphas": alphas})
+    validation.memory({"out": out}, {"latents": latents, "alphas": alphas}, validation.numels_of(latents))
     if latents:
         select(backend, device).quantize_(out, latents, alphas, Grid(qmin, qmax, offset, r))
 
@@ -327,7 +339,7 @@ def straight_through_backward_(
 ) -> None:  # fmt: skip
     device = validation.straight_through_arguments(grads, latents, alphas)
     validation.values(alphas, r)
-    validation.memory({"grads": grads}, {"latents": latents, "alphas": alphas})
+    validation.memory({"grads": grads}, {"latents": latents, "alphas": alphas}, validation.numels_of(latents))
     if latents:
         select(backend, device).straight_through_backward_(
             grads, grads, latents, alphas, Grid(qmin, qmax, offset, r), StraightThrough(kind, clip)

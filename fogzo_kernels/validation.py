@@ -24,9 +24,7 @@ DELTA_RANGE = (2.0**-100, 2.0**100)
 KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
 
 Tensors = Sequence[Tensor]
-DTYPE, DEVICE, IS_CPU, SHAPE, NBYTES = map(
-    operator.attrgetter, ("dtype", "device", "is_cpu", "shape", "nbytes")
-)
+DTYPE, DEVICE, IS_CPU, NBYTES = map(operator.attrgetter, ("dtype", "device", "is_cpu", "nbytes"))
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -80,7 +78,7 @@ def uniform(
         contiguous
         and set(map(DTYPE, tensors)) <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
         and (all(map(IS_CPU, tensors)) if on_cpu else set(map(DEVICE, tensors)) <= {device})
-        and (like is None or all(map(operator.eq, map(SHAPE, tensors), map(SHAPE, like))))
+        and (like is None or all(map(Tensor.is_same_size, tensors, like)))
     )
 
 
@@ -317,9 +315,13 @@ def epsilon_scale(value: float) -> None:
         raise ValueError(f"epsilon_scale must be finite and >= 0, got {value}")
 
 
-def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], like: Tensors) -> None:
+def numels_of(tensors: Tensors) -> tuple[int, ...]:
+    return tuple(map(Tensor.numel, tensors))
+
+
+def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], numels: tuple[int, ...]) -> None:
     """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
-    check_shards(tuple(tensor_ids), tuple(layouts), tuple(map(Tensor.numel, like)))
+    check_shards(tuple(tensor_ids), tuple(layouts), numels)
 
 
 @functools.lru_cache(KEPT)
@@ -347,27 +349,37 @@ def layout(value: Layout, numel: int, name: str = "layout") -> None:
         raise ValueError(f"{name} must keep element indices below 2^51, got {last}")
 
 
-def memory(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors]) -> None:
-    """No output may share memory with another output or with an input; all lie on one device."""
+#: Lists whose sizes are not those of the first tensors.
+OTHERS = {"alphas", "counters", "norm", "losses_plus", "losses_minus"}
+
+
+def memory(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors], numels: tuple[int, ...]) -> None:
+    """No output may share memory with another output or with an input; all lie on one device.
+
+    ``numels``: of the tensors of every list that goes with the latents, or the first of them.
+    """
     lists = [*outputs.items(), *inputs.items()]
     check_memory(
         len(outputs),
         tuple(name for name, _ in lists),
         tuple(tuple(map(Tensor.data_ptr, tensors)) for _, tensors in lists),
-        tuple(tuple(map(NBYTES, tensors)) for _, tensors in lists),
+        tuple(
+            (1, tuple(map(NBYTES, tensors))) if name in OTHERS or not tensors else (tensors[0].itemsize, numels)
+            for name, tensors in lists
+        ),
     )
 
 
 @functools.lru_cache(KEPT)
 def check_memory(
     written: int, names: tuple[str, ...], addresses: tuple[tuple[int, ...], ...],
-    sizes: tuple[tuple[int, ...], ...],
+    sizes: tuple[tuple[int, tuple[int, ...]], ...],
 ) -> None:  # fmt: skip
-    """The first ``written`` lists are outputs."""
+    """The first ``written`` lists are outputs. Sizes are a unit in bytes and numbers of it."""
     spans = sorted(
-        (begin, begin + size, k < written, k, i)
+        (begin, begin + sizes[k][0] * size, k < written, k, i)
         for k in range(len(names))
-        for i, (begin, size) in enumerate(zip(addresses[k], sizes[k], strict=True))
+        for i, (begin, size) in enumerate(zip(addresses[k], sizes[k][1], strict=False))
         if size
     )
     furthest: dict[bool, tuple[int, int, int]] = {}  # output or input -> its end, list and place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -102,4 +103,4 @@ def straight_through_backward_(
 
 
 def flat(layouts: Sequence[Layout]) -> list[int]:
-    return [value for layout in layouts for value in layout]
+    return list(chain.from_iterable(layouts))
