@@ -1,5 +1,7 @@
 """The CPU kernels for each instruction set: the same bits, whatever the set and the number of threads."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,7 +67,7 @@ def assert_same(one, other):
 def test_sets_of_this_processor():
     assert _C.cpu_isas()[-1] == "portable"
     assert set(_C.cpu_isas()) <= set(KNOWN)
-    assert _C.cpu_isa() == _C.cpu_isas()[0]
+    assert _C.cpu_isa() == (os.environ.get(VARIABLE) or _C.cpu_isas()[0])
 
 
 @pytest.mark.parametrize("isa", KNOWN[:2])

@@ -3,6 +3,17 @@
 // them), or a scale and a number for each of its chunks of 8 elements (a Piece): rows, groups and shards
 // whose lengths are multiples of 8. What does not fill a block goes through buffers of its size.
 
+inline void *at(void *data, Dtype dtype, int64_t i) { return static_cast<char *>(data) + i * size_of(dtype); }
+
+constexpr int64_t kAhead = 4096; // bytes; the hardware's own prefetching stops at each page
+
+// The block that lies kAhead bytes after element i.
+template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
+  const char *there = static_cast<const char *>(data) + i * size_of(T) + kAhead;
+  for (int64_t line = 0; line < kBlock * size_of(T); line += 64)
+    __builtin_prefetch(there + line, WRITE);
+}
+
 struct Run {
   int64_t begin, end; // local elements: whole blocks
   uint64_t chunk;     // of the first one; the upper half of all of them

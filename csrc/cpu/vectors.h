@@ -150,16 +150,3 @@ template <Dtype T, bool PAIRS, Narrow N> inline void store_two(void *data, int64
   store_as<T, N>(data, i, first);
   store_as<T, N>(data, i + kWidth, last);
 }
-
-constexpr int64_t size_of(Dtype t) { return t == Dtype::float32 ? 4 : t == Dtype::int8 ? 1 : 2; }
-
-inline void *at(void *data, Dtype dtype, int64_t i) { return static_cast<char *>(data) + i * size_of(dtype); }
-
-constexpr int64_t kAhead = 4096; // bytes; the hardware's own prefetching stops at each page
-
-// The block that lies kAhead bytes after element i.
-template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
-  const char *there = static_cast<const char *>(data) + i * size_of(T) + kAhead;
-  for (int64_t line = 0; line < kBlock * size_of(T); line += 64)
-    __builtin_prefetch(there + line, WRITE);
-}
