@@ -63,20 +63,28 @@ inline bool in_chunks(const Item &item) {
 
 // The block at the walk, up to `stop`, by chunks.
 inline Piece piece_of_chunks(Walk &walk, int64_t stop) {
-  Piece piece{walk.at, stop, 0, {}, {}};
-  for (int i = 0; i < kGroup; ++i) {
-    const bool there = walk.at < stop;
-    piece.chunk[i] = uint64_t(walk.e) >> 3;
-    piece.delta[i] = there ? walk.delta() : 1.0f;
-    if (there)
-      walk.advance(least(8, stop - walk.at));
+  Piece piece;
+  piece.begin = walk.at, piece.end = stop, piece.skip = 0;
+  int i = 0;
+  while (walk.at < stop) {
+    const int64_t count = least(least(stop, walk.row_end()), walk.at + walk.left) - walk.at;
+    const uint64_t chunk = uint64_t(walk.e) >> 3;
+    const float delta = walk.delta();
+    for (int k = 0; k < int((count + 7) / 8); ++k, ++i) {
+      piece.chunk[i] = chunk + uint64_t(k);
+      piece.delta[i] = delta;
+    }
+    walk.advance(count);
   }
+  for (; i < kGroup; ++i)
+    piece.chunk[i] = 0, piece.delta[i] = 1.0f; // of elements that are not there
   return piece;
 }
 
 // A part of a block with one scale and consecutive names, wherever it begins.
 inline Piece piece_of_part(Walk &walk, int64_t stop) {
-  Piece piece{walk.at, stop, walk.e & 7, {}, {}};
+  Piece piece;
+  piece.begin = walk.at, piece.end = stop, piece.skip = walk.e & 7;
   const float delta = walk.delta();
   for (int i = 0; i < kGroup; ++i) {
     piece.chunk[i] = (uint64_t(walk.e) >> 3) + uint64_t(i);
@@ -235,9 +243,15 @@ void perturb_piece(const Item &item, const Perturbation &p, const Keys &keys, co
     }
   };
   const int64_t i = piece.begin;
-  if (fills_a_block(piece))
+  if (fills_a_block(piece)) {
+    prefetch<L, 0>(item.latent.data, i);
+    prefetch<G, 0>(item.grad.data, i);
+    prefetch<O, 1>(out.plus, i);
+    if (BOTH)
+      prefetch<O, 1>(out.minus, i);
     return block(at(item.latent.data, L, i), at(item.grad.data, G, i),
                  {at(out.plus, O, i), BOTH ? at(out.minus, O, i) : nullptr, out.epsilon});
+  }
   Buffer<L> latents;
   Buffer<G> grads;
   Buffer<O> plus, minus;
