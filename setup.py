@@ -1,15 +1,21 @@
-"""Builds the native module. Everything else stands in pyproject.toml.
+"""Builds the native modules. Everything else stands in pyproject.toml.
 
 DEBUG=1 builds with assertions and without optimization; SANITIZE=address,undefined, say, with those
-sanitizers of the compiler (`make sanitize`).
+sanitizers of the compiler (`make sanitize`). FOGZO_BUILD_CUDA says whether the CUDA backend is built: auto
+(the default: where nvcc and a PyTorch with CUDA are found), 0 or 1; TORCH_CUDA_ARCH_LIST for which compute
+capabilities.
 """
 
 import os
+import sys
 from glob import glob
 
 import pybind11
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CppExtension
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # isolated builds do not have it there
+import build_cuda
 
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")
@@ -42,4 +48,9 @@ native = CppExtension(
     extra_link_args=SANITIZERS,
 )
 
-setup(ext_modules=[native], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+cuda = build_cuda.extension(DEBUG)
+
+setup(
+    ext_modules=[native, *([cuda] if cuda else [])],
+    cmdclass={"build_ext": build_cuda.BuildNative.with_options(use_ninja=True)},
+)

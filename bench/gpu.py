@@ -27,15 +27,16 @@ NO_GPU = (
 )
 FILES = (
     "summary.md", "build.log", "tests.log", "sanitize.log", "kernels.txt", "kernels.json", "kernels.png",
-    "ncu.txt",
+    "kernels-cuda.txt", "kernels-cuda.json", "kernels-cuda.png", "ncu.txt",
 )  # fmt: skip
-TESTS = ("vectors", "agreement", "update", "optim", "gpu", "fogzo")  # those that run on the GPU
+BACKENDS = ("triton", "cuda")
+TESTS = ("vectors", "agreement", "update", "optim", "gpu", "cuda", "fogzo")  # those that run on the GPU
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats",
 )  # fmt: skip
-LIMITS = {"build": 150, "info": 40, "tests": 180, "sanitize": 120, "tool": 60, "profile": 60}  # seconds
-MEASURE = 210  # seconds that the stages before the benchmark leave to it and to the profile
+LIMITS = {"build": 150, "info": 40, "tests": 180, "sanitize": 60, "tool": 40, "profile": 30}  # seconds
+MEASURE = 200  # seconds that the stages before the benchmark leave to it and to the profile
 OVERRUN = 25  # seconds: the timing under way at its end, the plot
 REFUSED = (
     "Device not supported", "ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded",
@@ -136,9 +137,19 @@ def last_line(text: str) -> str:
 
 
 def build(session: Session) -> None:
-    """In place, so that nothing is installed."""
+    """In place, so that nothing is installed; the CUDA kernels for this machine's GPU alone."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    session.stage("build", command, min(LIMITS["build"], session.left(MEASURE)), "build.log", lambda _: "")
+    limit = min(LIMITS["build"], session.left(MEASURE))
+    environment = {} if session.dry or limit < 5 else cuda_environment()
+    session.stage("build", command, limit, "build.log", lambda _: "", **environment)
+
+
+def cuda_environment() -> dict[str, str]:
+    """Builds the CUDA module where nvcc is there, and only what this GPU runs."""
+    code = "import torch; print('CAPABILITY:%d.%d' % torch.cuda.get_device_capability())"
+    _, text = execute([sys.executable, "-c", code], 120, own_environment())
+    found = re.search(r"^CAPABILITY:(\S+)$", text, re.MULTILINE)
+    return {"TORCH_CUDA_ARCH_LIST": found.group(1)} if found else {}
 
 
 def info(session: Session) -> None:
@@ -160,12 +171,28 @@ def tests(session: Session) -> None:
         session.note("tests", "skipped", note=f"not there: {', '.join(missing)}")
 
 
+def usable(session: Session, stage: str) -> list[str]:
+    """The backends that run on the GPU; the others are noted as skipped, with their reason."""
+    code = "import fogzo_kernels as fk; print([f'REASON:{n}:{r}' for n, r in fk.available_backends().items()])"
+    _, text = execute([sys.executable, "-c", code], 120, own_environment())
+    reasons = dict(re.findall(r"REASON:(\w+):(.*?)[\"'][,\]]", text))
+    for backend in BACKENDS:
+        if reasons.get(backend, "None") != "None":
+            session.note(f"{stage} {backend}", "skipped", note=reasons[backend])
+    return [backend for backend in BACKENDS if reasons.get(backend, "None") == "None"]
+
+
 def sanitize(session: Session) -> None:
     """The ops alone first, which also compiles their kernels; then under each tool."""
-    backend = ["--backend", "cpu", "--device", "cpu"] if session.dry else ["--backend", "triton"]
-    command = module("bench.sanitize", *backend)
+    for backend in ["cpu"] if session.dry else usable(session, "sanitize"):
+        sanitize_backend(session, backend)
+
+
+def sanitize_backend(session: Session, backend: str) -> None:
+    device = ["--device", "cpu"] if session.dry else []
+    command = module("bench.sanitize", "--backend", backend, *device)
     limit = min(LIMITS["sanitize"], session.left(MEASURE))
-    code, _ = session.stage("ops", command, limit, "sanitize.log", last_line)
+    code, _ = session.stage(f"ops {backend}", command, limit, "sanitize.log", last_line)
     sanitizer = shutil.which("compute-sanitizer")
     for tool in TOOLS:
         limit = min(LIMITS["tool"], session.left(MEASURE))
@@ -176,8 +203,9 @@ def sanitize(session: Session) -> None:
             else "no time left" if limit < 5
             else None
         )  # fmt: skip
+        name = f"{tool} {backend}"
         if reason:
-            session.note(tool, "skipped", note=reason)
+            session.note(name, "skipped", note=reason)
             continue
         options = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
         if tool == "memcheck":  # PyTorch asks for driver functions that need not be there
@@ -185,7 +213,7 @@ def sanitize(session: Session) -> None:
         status, text, seconds = session.run(
             [*options, *command], limit, "sanitize.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1"
         )
-        session.note(tool, *verdict(status, text, seconds, "finished"))
+        session.note(name, *verdict(status, text, seconds, "finished"))
 
 
 def verdict(status: int, text: str, seconds: float, proof: str) -> tuple[str, float, str]:
@@ -203,22 +231,30 @@ def verdict(status: int, text: str, seconds: float, proof: str) -> tuple[str, fl
 
 
 def kernels(session: Session) -> None:
-    arguments = [
-        "--json",
-        str(session.results / "kernels.json"),
-        "--plot",
-        str(session.results / "kernels.png"),
-    ]
-    reserved = LIMITS["profile"] if not session.dry and shutil.which("ncu") else 0
-    budget = session.left(OVERRUN + reserved + 5)
+    """A table for each backend: the baselines, which are the same, with the first alone."""
+    reserved = LIMITS["profile"] * len(BACKENDS) if not session.dry and shutil.which("ncu") else 0
     if session.dry:
-        budget = min(budget, 15.0)
-        arguments += [
+        arguments = [
             "--backend", "cpu", "--device", "cpu", "--quick", "--sizes", "2^12", "--tensors", "1",
             "--distributions", "uniform", "--dtypes", "bf16", "int8",
         ]  # fmt: skip
-    command = module("bench.kernels", "--budget", f"{max(budget, 0):.0f}", *arguments)
-    session.stage("kernels", command, budget + OVERRUN, "kernels.txt", measured)
+        return kernels_of(session, "kernels", min(session.left(OVERRUN + 5), 15.0), arguments)
+    for backend in usable(session, "kernels") if session.left() > 5 else BACKENDS:
+        first = backend == BACKENDS[0]
+        left = session.left((2 if first else 1) * (OVERRUN + 5) + reserved)
+        name, rest = ("kernels", []) if first else (f"kernels-{backend}", ["--no-baselines"])
+        kernels_of(session, name, left * (0.65 if first else 1.0), ["--backend", backend, *rest])
+
+
+def kernels_of(session: Session, name: str, budget: float, arguments: list[str]) -> None:
+    files = [
+        "--json",
+        str(session.results / f"{name}.json"),
+        "--plot",
+        str(session.results / f"{name}.png"),
+    ]
+    command = module("bench.kernels", "--budget", f"{max(budget, 0):.0f}", *files, *arguments)
+    session.stage(name, command, budget + OVERRUN, f"{name}.txt", measured)
 
 
 def measured(text: str) -> str:
@@ -227,15 +263,21 @@ def measured(text: str) -> str:
 
 
 def profile(session: Session) -> None:
-    ncu, limit = shutil.which("ncu"), min(LIMITS["profile"], session.left())
+    for backend in BACKENDS if session.dry or session.left() < 15 else usable(session, "profile"):
+        profile_backend(session, backend)
+
+
+def profile_backend(session: Session, backend: str) -> None:
+    ncu, limit, name = shutil.which("ncu"), min(LIMITS["profile"], session.left()), f"profile {backend}"
     reason = "dry run" if session.dry else "ncu is not there" if ncu is None else None
     reason = reason or ("no time left" if limit < 15 else None)
     if reason:
-        return session.note("profile", "skipped", note=reason)
+        return session.note(name, "skipped", note=reason)
     sections = [word for section in SECTIONS for word in ("--section", section)]
     options = [str(ncu), "--clock-control", "none", "--profile-from-start", "off", *sections]
-    status, text, seconds = session.run([*options, *module("bench.profiled")], limit, "ncu.txt")
-    session.note("profile", *verdict(status, text, seconds, "DRAM Throughput"))
+    command = [*options, *module("bench.profiled", "--backend", backend)]
+    status, text, seconds = session.run(command, limit, "ncu.txt")
+    session.note(name, *verdict(status, text, seconds, "DRAM Throughput"))
 
 
 STAGES = {
@@ -265,7 +307,11 @@ def summary(session: Session, name: str, seconds: float) -> str:
         f"| {o.stage} | {o.state} | {o.seconds:.1f} | {o.note.replace('|', '/')} |" for o in session.outcomes
     ]
     lines += ["", f"{seconds:.0f} s in all.", ""]
-    for file, title in (("build.log", "Versions"), ("kernels.txt", "Kernels")):
+    for file, title in (
+        ("build.log", "Versions"),
+        ("kernels.txt", "Kernels"),
+        ("kernels-cuda.txt", "CUDA kernels"),
+    ):
         path = session.results / file
         text = path.read_text() if path.exists() else ""
         if title == "Versions":

@@ -1,6 +1,6 @@
-"""Measure each op against a device copy of the same bytes and against what users write without it.
+"""Measure each op against a copy and a triad of the same bytes and against what users write without it.
 
-The copy, eager PyTorch, MeZO's loop and torch.compile are timed in the same run (bench/baselines.py says
+These streams, eager PyTorch, MeZO's loop and torch.compile are timed in the same run (bench/baselines.py says
 what each is, bench/timing.py how). The most important rows come first; what the time did not suffice
 for is listed at the end.
 """
@@ -62,8 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tensors", nargs="+", type=int, default=[1, c.LIST_LENGTH],
         help="1, or the length of a list of mixed sizes")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--backend", help="triton on a GPU, else cpu")
-    add("--no-baselines", action="store_true", help="only the ops and the copy")
+    add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
+    add("--no-baselines", action="store_true", help="only the ops, the copy and the triad")
     add("--baselines", nargs="*", default=list(KINDS), choices=KINDS)
     add("--quick", action="store_true", help="few repeats, small sizes, no torch.compile")
     add("--budget", type=float, default=600.0, help="seconds, by default 600; inf for everything")
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> Findings:
     saved = time.monotonic()
     deadline = saved + args.budget
     effort = timing.QUICK if args.quick else timing.Effort()
-    copies = timing.Copies(args.device, effort)
+    streams = timing.Streams(args.device, effort)
     units, left_out = units_of(args)
     found = Findings(left_out=left_out)
     for unit in tqdm(units, unit="timing", disable=None):
@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> Findings:
         elif unit.kind != OURS and unit.case not in found.rows:
             found.left_out.append(left(unit, "the op itself has no time to compare with"))
         else:
-            attempt(unit, args, effort, copies, found)
+            attempt(unit, args, effort, streams, found)
         if args.json and time.monotonic() - saved > SAVE_SECONDS:
             save(args, found)
             saved = time.monotonic()
@@ -195,12 +195,12 @@ def run(args: argparse.Namespace) -> Findings:
 
 
 def attempt(
-    unit: Unit, args: argparse.Namespace, effort: timing.Effort, copies: timing.Copies, found: Findings
+    unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams: timing.Streams, found: Findings
 ) -> None:
     """Measure a unit; what goes wrong is recorded, and the others follow."""
     try:
         if unit.kind == OURS:
-            found.rows[unit.case] = row_of(unit, args, effort, copies)
+            found.rows[unit.case] = row_of(unit, args, effort, streams)
         else:
             add_baseline(found.rows[unit.case], unit, args, effort)
     except Exception as error:
@@ -215,9 +215,9 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, copies: timing.Copies) -> Row:
+def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams: timing.Streams) -> Row:
     case = unit.case
-    copy = copies.measured(case.bytes)
+    copy, triad = (streams.measured(kind, case.bytes) for kind in ("copy", "triad"))
     found, extra, host = measure_unit(unit, args, effort)
     return {
         "op": case.op,
@@ -239,6 +239,8 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, copies: 
         "copy_timing": copy.timing,
         "copy_gb_per_s": case.bytes / copy.median / 1e9,
         "share_of_copy": copy.median / found.median,
+        "triad_s": triad.median,
+        "share_of_triad": triad.median / found.median,
         "extra_bytes_per_element": per_element(extra, case),
         "host_s": host,
     }
@@ -292,7 +294,7 @@ def power(n: int) -> str:
 COLUMNS = (
     ("op", "{:12s}"), ("noise", "{:10s}"), ("latent/grad/out", "{:15s}"), ("tensors", "{:>7s}"),
     ("size", "{:>6s}"), ("median us", "{:>10s}"), ("G elt/s", "{:>7s}"), ("GB/s", "{:>7s}"),
-    ("copy", "{:>6s}"), ("quartiles", "{:>11s}"), ("eager", "{:>6s}"), ("loop", "{:>6s}"),
+    ("copy", "{:>6s}"), ("triad", "{:>6s}"), ("quartiles", "{:>11s}"), ("eager", "{:>6s}"), ("loop", "{:>6s}"),
     ("compile", "{:>7s}"), ("extra B", "{:>7s}"), ("timing", " {}"),
 )  # fmt: skip
 
@@ -303,11 +305,12 @@ def table(rows: list[Row]) -> str:
     lines.append("-" * len(lines[0]))
     lines += [layout.format(*cells(row)) for row in rows]
     lines.append(
-        "copy: speed over that of a device copy of the same bytes. eager, loop, compile: their time over"
+        "copy, triad: speed over that of a device copy, and of a + s b, of the same bytes. eager, loop,"
     )
     lines.append(
-        "ours. extra B: bytes per weight at the allocator's peak. warm: the operands stay in the cache."
+        "compile: their time over ours. extra B: bytes per weight at the allocator's peak. warm: the operands"
     )
+    lines.append("stay in the cache.")
     return "\n".join(lines)
 
 
@@ -325,6 +328,7 @@ def cells(row: Row) -> list[str]:
         f"{row['elements_per_s'] / 1e9:.3g}",
         f"{row['gb_per_s']:.4g}",
         f"{100 * row['share_of_copy']:.1f}%",
+        f"{100 * row['share_of_triad']:.1f}%",
         f"{low:+.0f}% {high:+.0f}%",
         *(f"{row[f'ratio_{kind}']:.1f}x" if f"ratio_{kind}" in row else "" for kind in KINDS),
         "" if extra is None else f"{extra:.3g}",

@@ -1,6 +1,7 @@
-"""Compile the Triton kernels for GPUs that need not be there, and count their machine code.
+"""Compile the GPU kernels for GPUs that need not be there, and count their machine code.
 
-``python -m bench.sass`` prints a row per variant; ``--json FILE`` writes the rows. Nothing is run: a
+``python -m bench.sass`` prints a row per variant of Triton's kernels and, where nvcc is found, of those in
+CUDA (bench/sass_cuda.py); ``--json FILE`` writes the rows. Nothing is run: a
 count says what the compiler made, and the margin is a model's, not a measurement.
 
 Instructions per element: a program runs its prologue once and its tile loop once per tile. Counted
@@ -48,6 +49,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHS = (80, 90, 100)
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "int8": tl.int8}
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, None: 0}
+BACKENDS = ("triton", "cuda")
 STREAMING = ("noise_kernel", "perturb_kernel", "estimate_kernel", "quantize_kernel", "update_kernel")
 
 #: The model: H200, and lanes per clock of an SM for each pipe (CUDA C++ Programming Guide, throughput of
@@ -100,7 +102,9 @@ class Variant(NamedTuple):
 
     @property
     def bytes_per_element(self) -> int:
-        """The least that the op can move."""
+        """The least that the op can move; 0 where the dtypes are only known when it runs."""
+        if "any" in (self.latent, self.grad, self.out):
+            return 0
         latent, grad, out = SIZES[self.latent], SIZES[self.grad], SIZES[self.out]
         if self.kernel == "estimate_kernel":
             return 2 * grad
@@ -238,16 +242,30 @@ def read_cubin(cubin: bytes, directions: int = 1) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump = [
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("-sass", "-res-usage")
-        ]
-    usage = dump[1].stdout + dump[1].stderr
-    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    if numbers is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage: {usage}")
-    registers, stack, shared, local = map(int, numbers.groups())
-    prologue, loop, code = split(dump[0].stdout, directions)
+        text, usage = dumps(Path(file.name))
+    found = usages(usage)
+    if len(found) != 1:
+        raise RuntimeError(f"cuobjdump must report the resources of one kernel, reported {usage}")
+    return report_of(text, tuple(map(int, found[0][1:])), directions)
+
+
+def dumps(cubin: Path) -> tuple[str, str]:
+    """Machine code and resources of a file's kernels, as cuobjdump writes them."""
+    code, usage = (
+        subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True)
+        for flag in ("-sass", "-res-usage")
+    )
+    return code.stdout, usage.stdout + usage.stderr
+
+
+def usages(text: str) -> list[tuple[str, ...]]:
+    """Name, registers, stack, shared and local bytes of each kernel."""
+    return re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+
+
+def report_of(text: str, usage: tuple[int, ...], directions: int) -> Report:
+    registers, stack, shared, local = usage
+    prologue, loop, code = split(text, directions)
     barriers = sum(op.startswith("BAR") for _, op, _ in code)
     return Report(registers, stack + local, shared, prologue, loop, barriers)
 
@@ -291,12 +309,19 @@ def margin(counts: Counter[str], bytes_per_thread: float) -> float:
 
 def row(variant: Variant, arch: int) -> dict[str, object]:
     report = compile_variant(variant, arch)
-    tiles, threads = SPAN // variant.tile, 32 * NUM_WARPS
+    return row_of_report(variant, arch, report, SPAN // variant.tile, 32 * NUM_WARPS, "triton")
+
+
+def row_of_report(
+    variant: Variant, arch: int, report: Report, tiles: int, threads: int, backend: str
+) -> dict[str, object]:
+    """A kernel in the table; ``tiles``: turns of its loop."""
     counts = report.weighted(tiles)
-    streams = bool(report.loop) and variant.bytes_per_element > 0
+    streams = bool(report.loop)
     elements, loop = SPAN // threads, tiles * sum(report.loop.values())
     return {
         **{name: getattr(variant, name) for name in ("kernel", "latent", "grad", "out")},
+        "backend": backend,
         "arch": arch,
         **{name: getattr(variant, name) for name in ("distribution", "signs", "scale", "shard")},
         **{name: getattr(variant, name) for name in ("kind", "directions", "master")},
@@ -309,7 +334,9 @@ def row(variant: Variant, arch: int) -> dict[str, object]:
         "barriers": report.barriers,
         "load_bits": report.width("LDG"),
         "store_bits": report.width("STG"),
-        "margin": round(margin(counts, variant.bytes_per_element * elements), 2) if streams else None,
+        "margin": round(margin(counts, variant.bytes_per_element * elements), 2)
+        if streams and variant.bytes_per_element
+        else None,
     }  # fmt: skip
 
 
@@ -321,27 +348,55 @@ def line(variant: Variant, found: dict[str, object]) -> str:
     names = ("instructions_per_element", "margin", "registers", "spill_bytes", "shared_bytes", "barriers",
              "load_bits", "store_bits")  # fmt: skip
     cells = ["-" if found[name] is None else str(found[name]) for name in names]
-    return f"sm_{found['arch']:<4}" + "".join(f"{cell:>9}" for cell in cells) + f"  {variant}"
+    return (
+        f"sm_{found['arch']:<4}" + "".join(f"{cell:>9}" for cell in cells) + f"  {found['backend']} {variant}"
+    )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities times ten")
-    parser.add_argument("--only", nargs="+", default=(), help="words of a variant's name, all of them")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
-    args = parser.parse_args(argv)
-    chosen = [v for v in variants() if set(args.only) <= set(str(v).split())]
-    jobs = [(v, arch) for arch in args.arch for v in chosen]
-    print(f"{'':7}" + "".join(f"{h:>9}" for h in (
-        "instr/el", "margin", "regs", "spill B", "shared B", "barriers", "load", "store"
-    )))  # fmt: skip
+def triton_rows(args: argparse.Namespace) -> list[dict[str, object]]:
+    jobs = [(v, arch) for arch in args.arch for v in variants() if wanted(v, args)]
     rows = []
     with ProcessPoolExecutor(args.workers) as pool, tqdm(total=len(jobs), unit="kernel") as progress:
         for (variant, _), found in zip(jobs, pool.map(row_of, jobs), strict=True):
             progress.write(line(variant, found))
             progress.update()
             rows.append(found)
+    return rows
+
+
+def cuda_rows(args: argparse.Namespace) -> list[dict[str, object]]:
+    from . import sass_cuda
+
+    if reason := sass_cuda.unavailable():
+        print(f"the CUDA kernels are left out: {reason}")
+        return []
+    rows = []
+    for arch in args.arch:
+        for variant, found in sass_cuda.rows(arch):
+            if wanted(variant, args):
+                print(line(variant, found))
+                rows.append(found)
+    return rows
+
+
+def wanted(variant: Variant, args: argparse.Namespace) -> bool:
+    return set(args.only) <= set(str(variant).split())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities times ten")
+    parser.add_argument("--backend", nargs="+", default=BACKENDS, choices=BACKENDS, help="whose kernels")
+    parser.add_argument("--only", nargs="+", default=(), help="words of a variant's name, all of them")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    args = parser.parse_args(argv)
+    print(f"{'':7}" + "".join(f"{h:>9}" for h in (
+        "instr/el", "margin", "regs", "spill B", "shared B", "barriers", "load", "store"
+    )))  # fmt: skip
+    rows = triton_rows(args) if "triton" in args.backend else []
+    if "cuda" in args.backend:
+        rows += cuda_rows(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -189,19 +189,29 @@ def extra_bytes(call: Call, device: torch.device) -> int | None:
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
-class Copies:
-    """Times of a device copy that reads and writes so many bytes in all; each measured once."""
+STREAMS = {"copy": 2, "triad": 3}  # arrays of each
+
+
+class Streams:
+    """Times of plain streams that read and write so many bytes in all; each measured once.
+
+    ``copy`` reads one float32 array and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
+    """
 
     def __init__(self, device: torch.device, effort: Effort) -> None:
         self.device, self.effort = device, effort
-        self.found: dict[int, Measurement] = {}
+        self.found: dict[tuple[str, int], Measurement] = {}
 
-    def measured(self, bytes_moved: int) -> Measurement:
-        if bytes_moved not in self.found:
+    def measured(self, kind: str, bytes_moved: int) -> Measurement:
+        key = kind, bytes_moved
+        if key not in self.found:
             plan = rounds(bytes_moved, self.device, most=self.effort.sets)
-            numel = max(bytes_moved // 8, 1)
-            sources = [torch.randn(numel, device=self.device) for _ in range(plan.sets)]
-            pairs = [(torch.empty_like(source), source) for source in sources]
-            calls: list[Call] = [lambda out=out, source=source: out.copy_(source) for out, source in pairs]
-            self.found[bytes_moved] = measure(calls, plan, self.device, self.effort)
-        return self.found[bytes_moved]
+            numel = max(bytes_moved // (4 * STREAMS[kind]), 1)
+            calls = [self.call(kind, numel) for _ in range(plan.sets)]
+            self.found[key] = measure(calls, plan, self.device, self.effort)
+        return self.found[key]
+
+    def call(self, kind: str, numel: int) -> Call:
+        out = torch.empty(numel, device=self.device)
+        a, b = (torch.randn(numel, device=self.device) for _ in range(2))
+        return (lambda: out.copy_(a)) if kind == "copy" else (lambda: torch.add(a, b, alpha=0.5, out=out))

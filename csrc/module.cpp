@@ -33,7 +33,6 @@ std::map<std::string, std::string> build_info() {
       {"assertions", "on"},
 #endif
       {"sanitizers", FOGZO_SANITIZERS},
-      {"cuda", "not built"},
   };
 }
 

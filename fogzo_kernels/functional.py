@@ -12,6 +12,7 @@ that is unavailable RuntimeError, before anything is written.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -405,9 +406,10 @@ def _list(name: str, tensors: TensorOrList) -> list[Tensor]:
     if not isinstance(tensors, Tensor | Sequence):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}")
     found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for i, t in enumerate(found):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
+    for kind in set(map(type, found)):
+        if not issubclass(kind, Tensor):
+            i = list(map(type, found)).index(kind)
+            raise TypeError(f"{name}[{i}] must be a tensor, got {kind.__name__}")
     return [t.detach() if t.requires_grad else t for t in found]
 
 
@@ -456,12 +458,18 @@ def _names(
     if tensor_ids is not None and not isinstance(tensor_ids, Sequence):
         raise TypeError(f"tensor_ids must be a list of int, got {type(tensor_ids).__name__}")
     ids = list(range(len(tensors))) if tensor_ids is None else list(tensor_ids)
-    return ids, _layouts(layouts, [t.numel() for t in tensors], "layouts")
+    return ids, _layouts(layouts, list(map(Tensor.numel, tensors)), "layouts")
+
+
+@functools.lru_cache(validation.KEPT)
+def _unsharded(numels: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x for n in numels for x in (0, max(n, 1), max(n, 1)))
 
 
 def _layouts(layouts: Sequence[Layout] | None, numels: list[int], name: str) -> list[int]:
     if layouts is None:
-        return [x for n in numels for x in (0, max(n, 1), max(n, 1))]
+        known = set(map(type, numels)) == {int}  # not symbolic
+        return list((_unsharded if known else _unsharded.__wrapped__)(tuple(numels)))
     for i, layout in enumerate(layouts):
         if not isinstance(layout, Sequence):
             raise TypeError(f"{name}[{i}] must be (offset, inner, stride), got {layout}")

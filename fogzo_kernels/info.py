@@ -1,4 +1,4 @@
-"""``python -m fogzo_kernels.info``: versions, device, backends and how the native module was built."""
+"""``python -m fogzo_kernels.info``: versions, device, backends and how the native modules were built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lines() -> list[str]:
     out += [f"{VARIABLE} {os.environ.get(VARIABLE) or 'not set'}", "", "backends"]
     for name, reason in available_backends().items():
         out.append(f"  {name:10s} {'available' if reason is None else 'unavailable: ' + reason}")
-    return [*out, "", "native module", *(f"  {line}" for line in _native())]
+    return [*out, "", "native modules", *(f"  {line}" for line in [*_native(), *_cuda()])]
 
 
 def _version(package: str) -> str:
@@ -42,6 +42,16 @@ def _native() -> list[str]:
         return [f"cannot be imported: {error}"]
     found = [f"{name}: {value}" for name, value in _C.build_info().items()]
     return [*found, f"cpu kernels: {_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}"]
+
+
+def _cuda() -> list[str]:
+    try:
+        from . import _cuda  # type: ignore[attr-defined]
+    except ImportError as error:
+        missing = "cannot import name" in str(error)
+        return [f"cuda kernels: {'not built' if missing else f'cannot be imported: {error}'}"]
+    found = _cuda.build_info()
+    return [f"cuda kernels: built by nvcc {found['nvcc']} for {found['architectures']}"]
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _alpha_of(weight: Tensor, alpha: Alpha, grid: Grid, name: str) -> Tensor:
             f" {type(value).__name__}"
         )
     found = torch.as_tensor(value, dtype=torch.float32, device=weight.device).clone().contiguous()
-    if not validation.divides(found.numel(), weight):
+    if not validation.divides(found, weight):
         raise ValueError(
             f"alpha must have one element, one per row or one per group of the last dimension of"
             f" {name}.weight, shape {tuple(weight.shape)}, got shape {tuple(found.shape)}"

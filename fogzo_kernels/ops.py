@@ -7,7 +7,8 @@ nor waits for the device. ``layouts`` holds offset, inner and stride of each ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,55 @@ from .update import UpdateRule
 GRID = "int qmin, int qmax, float offset, int r"
 NAMES = "SymInt[] tensor_ids, SymInt[] layouts"
 STATE = "Tensor norm, Tensor seed, Tensor step, Tensor one_minus_beta"
+
+
+class ListOp:
+    """A custom op over lists. Eager calls on plain tensors skip the dispatcher, which costs more than a
+    thousand small tensors do; whatever traces, wraps or profiles gets the op.
+    """
+
+    def __init__(self, name: str, mutates_args: tuple[str, ...], schema: str, run: Callable[..., Any]) -> None:
+        self.op = torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
+        self.run = run
+        parameters = list(inspect.signature(run).parameters)
+        self.mutated = [parameters.index(argument) for argument in mutates_args]
+        self.register_fake = self.op.register_fake
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or watched() or not plain(args):
+            return self.op(*args)
+        with torch.no_grad():
+            found = self.run(*args)
+        for i in self.mutated:
+            torch.autograd.graph.increment_version(args[i])
+        return found
+
+
+def list_op(name: str, *, mutates_args: tuple[str, ...], schema: str) -> Callable[[Callable[..., Any]], ListOp]:
+    return lambda run: ListOp(name, mutates_args, schema, run)
+
+
+def watched() -> bool:
+    """Whether some mode, transform or profiler must see the ops."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+
+
+def plain(args: Sequence[Any]) -> bool:
+    """No tensor is of a subclass, which may have its own idea of an op."""
+    kinds: set[type] = set()
+    for argument in args:
+        if isinstance(argument, list):
+            kinds.update(map(type, argument))
+        else:
+            kinds.add(type(argument))
+    return {kind for kind in kinds if issubclass(kind, Tensor)} <= PLAIN
 
 
 def triples(layouts: Sequence[int]) -> list[Layout]:
@@ -60,7 +110,7 @@ def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int,
 # ---- guide norm
 
 
-@torch.library.custom_op(
+@list_op(
     "fogzo::guide_sumsq",
     mutates_args=(),
     schema="(Tensor[] grads, Tensor[] alphas, int r, bool root, str? backend) -> Tensor",
@@ -84,7 +134,7 @@ def _(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, root: bool, bac
 # ---- perturb and quantize
 
 
-@torch.library.custom_op(
+@list_op(
     "fogzo::perturb_quantize_",
     mutates_args=("plus", "minus"),
     schema="(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads,"
@@ -128,7 +178,7 @@ def _(plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor]
 # ---- estimate
 
 
-@torch.library.custom_op(
+@list_op(
     "fogzo::estimate_gradient_",
     mutates_args=("grads", "counters"),
     schema="(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus,"
@@ -188,7 +238,7 @@ def rule_of(kind: str, hyperparameters: Sequence[float], nesterov: bool) -> Upda
     return UpdateRule(kind, weight_decay, beta1, beta2, eps, momentum, dampening, nesterov)
 
 
-@torch.library.custom_op(
+@list_op(
     "fogzo::estimate_update_",
     mutates_args=("latents", "masters", "quantized", "counters", "first", "second"),
     schema=f"({TAIL}) -> ()",
@@ -243,7 +293,7 @@ def _(latents: Sequence[Tensor], masters: Sequence[Tensor], quantized: Sequence[
 # ---- quantize and its straight-through derivative
 
 
-@torch.library.custom_op(
+@list_op(
     "fogzo::quantize_",
     mutates_args=("out",),
     schema=f"(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, {GRID}, str? backend) -> ()",
@@ -265,7 +315,7 @@ def _(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor]
     validation.quantize_arguments(out, latents, alphas)
 
 
-@torch.library.custom_op(
+@list_op(
     "fogzo::straight_through_backward_",
     mutates_args=("grads",),
     schema=f"(Tensor(a!)[] grads, Tensor[] latents, Tensor[] alphas, {GRID}, str kind, bool clip,"

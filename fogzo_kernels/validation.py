@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,6 +24,9 @@ DELTA_RANGE = (2.0**-100, 2.0**100)
 KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
 
 Tensors = Sequence[Tensor]
+DTYPE, DEVICE, IS_CPU, SHAPE, NBYTES = map(
+    operator.attrgetter, ("dtype", "device", "is_cpu", "shape", "nbytes")
+)
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -67,11 +71,16 @@ def uniform(
     tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.device, like: Tensors | None
 ) -> bool:
     """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
+    on_cpu = device.type == "cpu"
+    try:
+        contiguous = all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # what is not strided has no such thing
+        return False
     return (
-        {t.dtype for t in tensors} <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
-        and all(t.device == device for t in tensors)
-        and (like is None or all(t.shape == o.shape for t, o in zip(tensors, like, strict=True)))
-        and all(t.layout == torch.strided and t.is_contiguous() for t in tensors)
+        contiguous
+        and set(map(DTYPE, tensors)) <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
+        and (all(map(IS_CPU, tensors)) if on_cpu else set(map(DEVICE, tensors)) <= {device})
+        and (like is None or all(map(operator.eq, map(SHAPE, tensors), map(SHAPE, like))))
     )
 
 
@@ -79,6 +88,9 @@ def alpha_list(alphas: Tensors, like: Tensors) -> None:
     """One float32 scale per tensor, row (any leading dims) or group of the last dimension."""
     if len(alphas) != len(like):
         raise ValueError(f"alphas must have {len(like)} tensors, got {len(alphas)}")
+    alike = like and uniform(alphas, (torch.float32,), like[0].device, None)
+    if alike and (all(n == 1 for n in map(Tensor.numel, alphas)) or all(map(divides, alphas, like))):
+        return
     for i, (alpha, t) in enumerate(zip(alphas, like, strict=True)):
         if alpha.dtype != torch.float32:
             raise TypeError(f"alphas[{i}] must be float32, got {names([alpha.dtype])}")
@@ -86,14 +98,15 @@ def alpha_list(alphas: Tensors, like: Tensors) -> None:
             raise ValueError(f"alphas[{i}] must be on {t.device}, got {alpha.device}")
         if not alpha.is_contiguous():
             raise ValueError(f"alphas[{i}] must be contiguous, got strides {alpha.stride()}")
-        if not divides(alpha.numel(), t):
+        if not divides(alpha, t):
             raise ValueError(
                 f"alphas[{i}] must have one element, one per row or one per group of the last"
                 f" dimension of shape {shape(t)}, got shape {shape(alpha)}"
             )
 
 
-def divides(scales: int, t: Tensor) -> bool:
+def divides(alpha: Tensor, t: Tensor) -> bool:
+    scales = alpha.numel()
     if scales == 1 or t.numel() == 0:
         return True
     if scales == 0 or t.numel() % scales:
@@ -104,6 +117,7 @@ def divides(scales: int, t: Tensor) -> bool:
 
 def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
     """A 0-dim tensor; ``device`` None allows the CPU as well as any device."""
+    instance(name, t, Tensor)
     if t.dtype != dtype or t.ndim != 0:
         raise TypeError(f"{name} must be a 0-dim {names([dtype])} tensor, got {names([t.dtype])} {shape(t)}")
     if device is not None and t.device != device:
@@ -170,6 +184,7 @@ def estimate_arguments(
 
 def loss_arguments(plus: Tensor, minus: Tensor, device: torch.device, least: int) -> None:
     for name, t in (("losses_plus", plus), ("losses_minus", minus)):
+        instance(name, t, Tensor)
         if t.dtype != torch.float32 or t.ndim != 1 or not t.is_contiguous():
             raise TypeError(
                 f"{name} must be a contiguous float32 tensor of shape (n,), got {names([t.dtype])} {shape(t)}"
@@ -184,6 +199,7 @@ def loss_arguments(plus: Tensor, minus: Tensor, device: torch.device, least: int
 
 def counter_arguments(counters: Tensors, device: torch.device) -> None:
     for t in counters:
+        instance("counters", t, Tensor)
         if t.dtype != torch.int64 or shape(t) != (3,) or not t.is_contiguous():
             raise TypeError(
                 f"counters must be an int64 tensor of shape (3,), got {names([t.dtype])} {shape(t)}"
@@ -256,9 +272,10 @@ def values(alphas: Tensors, r: int, step: Tensor | None = None, one_minus_beta: 
     """Values that can be read without a device sync: those on the CPU."""
     low, high = DELTA_RANGE[0] / r, DELTA_RANGE[1] / r
     if alphas and alphas[0].device.type == "cpu":  # they lie on one device
-        numels = [alpha.numel() for alpha in alphas]
-        if sum(numels) and not in_range(torch.cat([alpha.flatten() for alpha in alphas]), low, high):
-            i = next(i for i, alpha in enumerate(alphas) if numels[i] and not in_range(alpha, low, high))
+        flat = set(map(Tensor.dim, alphas)) == {1}
+        found = torch.cat(list(alphas if flat else map(Tensor.flatten, alphas)))
+        if found.numel() and not in_range(found, low, high):
+            i = next(i for i, alpha in enumerate(alphas) if alpha.numel() and not in_range(alpha, low, high))
             least, most = map(float, torch.aminmax(alphas[i]))
             raise ValueError(
                 f"alphas[{i}] must be finite, > 0 and in {low:g}..{high:g}, got {least:g}..{most:g}"
@@ -302,7 +319,7 @@ def epsilon_scale(value: float) -> None:
 
 def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], like: Tensors) -> None:
     """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
-    check_shards(tuple(tensor_ids), tuple(layouts), tuple(t.numel() for t in like))
+    check_shards(tuple(tensor_ids), tuple(layouts), tuple(map(Tensor.numel, like)))
 
 
 @functools.lru_cache(KEPT)
@@ -336,8 +353,8 @@ def memory(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors]) -> Non
     check_memory(
         len(outputs),
         tuple(name for name, _ in lists),
-        tuple(tuple([t.data_ptr() for t in tensors]) for _, tensors in lists),
-        tuple(tuple([t.nbytes for t in tensors]) for _, tensors in lists),
+        tuple(tuple(map(Tensor.data_ptr, tensors)) for _, tensors in lists),
+        tuple(tuple(map(NBYTES, tensors)) for _, tensors in lists),
     )
 
 

@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from cuda_on_host.build import install
 
-if not torch.cuda.is_available():  # before anything imports Triton: its interpreter runs the kernels
+if not torch.cuda.is_available():  # before anything imports Triton or CUDA: they run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
+    install()
 os.environ.pop("FOGZO_BACKEND", None)
 
 from hypothesis import settings
@@ -18,12 +20,13 @@ torch.set_num_threads(1)  # small tensors; tests run over processes
 settings.register_profile("default", max_examples=30, deadline=None)
 settings.load_profile("default")
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+GPU_BACKENDS = ("triton", "cuda")
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend is tested: Triton on the GPU where there is one."""
-    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+    """Where a backend is tested: those for a GPU on one, where it is there."""
+    return torch.device("cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=BACKENDS)

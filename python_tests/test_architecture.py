@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "update": {"noise"},
     "schedule": set(),
     "replay": set(),
+    "plans": {"noise"},
     "validation": CONSTANTS,
     "backends": CONSTANTS,
     "ops": CONSTANTS | {"validation", "backends"},
@@ -33,10 +34,15 @@ MAY_IMPORT = {
     "estimator": CONSTANTS | {"validation", "functional", "weights", "schedule", "replay"},
     "optim": CONSTANTS | {"functional", "estimator", "weights"},
     "__init__": CONSTANTS | {"backends", "functional", "nn", "estimator", "optim"},
-    "info": {"__init__", "backends", "_C"},
+    "info": {"__init__", "backends", "_C", "_cuda"},
 }
+#: What a backend may import of the package.
+BACKENDS_MAY_IMPORT = CONSTANTS | {"plans"}
 # The language or compiled module of each backend, beside torch and the standard library.
-OWN = {"reference": set(), "cpu": {"fogzo_kernels._C"}, "triton": {"triton"}}
+OWN = {
+    "reference": set(), "cpu": {"fogzo_kernels._C"}, "triton": {"triton"}, "cuda": {"fogzo_kernels._cuda"},
+}  # fmt: skip
+COMPILED = ("_C", "_cuda")
 
 
 # ---- the walk
@@ -76,7 +82,7 @@ def module_of(parts):
     name = ".".join(parts)
     if not parts:
         return "__init__"
-    return name if name == "_C" or file_of(name).exists() else module_of(parts[:-1])
+    return name if name in COMPILED or file_of(name).exists() else module_of(parts[:-1])
 
 
 def file_of(name):
@@ -130,7 +136,7 @@ def test_the_walk_finds_the_module_of_a_name(name, module):
 def test_nothing_imports_upward():
     below = set()
     for name, allowed in MAY_IMPORT.items():
-        assert allowed - {"_C"} <= below, name
+        assert allowed - set(COMPILED) <= below, name
         below.add(name)
 
 
@@ -162,7 +168,7 @@ def test_backend_imports_torch_its_language_and_the_constants(name):
         inside = modules_of(found)
         own = {m for m in inside if f"{m}.".startswith(f"backends.{name}.")}
         compiled = {m.removeprefix("fogzo_kernels.") for m in OWN[name]}
-        assert inside - own <= CONSTANTS | compiled, path
+        assert inside - own <= BACKENDS_MAY_IMPORT | compiled, path
         outside = {m.split(".")[0] for m in found} - {"fogzo_kernels"}
         assert outside <= known | OWN[name], path
 
@@ -195,13 +201,13 @@ def loaded(statement):
 def test_import_loads_no_backend_and_use_loads_one():
     found = loaded("import fogzo_kernels")
     assert "fogzo_kernels.ops" in found
-    assert "fogzo_kernels._C" not in found
+    assert not {f"fogzo_kernels.{name}" for name in COMPILED} & found
     assert not [m for m in found if m.startswith("fogzo_kernels.backends.")]
     if "triton" not in loaded("import torch"):  # a release of PyTorch may import it itself
         assert "triton" not in found
     used = loaded("import fogzo_kernels as fk; fk.noise(1, 'uniform', seed=1, backend='cpu')")
     assert "fogzo_kernels._C" in used
-    assert "fogzo_kernels.backends.triton" not in used
+    assert not {"fogzo_kernels.backends.triton", "fogzo_kernels.backends.cuda", "fogzo_kernels._cuda"} & used
     assert "fogzo_kernels.backends.reference" not in used
 
 
@@ -225,12 +231,13 @@ def test_headers_of_the_contract_include_no_torch():
 
 def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
     """Or the linker may take a shared inline function that not every processor can run."""
-    for name, own in (("avx2", ["../elementary_body.h", "tiles.h", "fused.h"]), ("avx512", ["tiles.h"])):
+    own = ["../elementary_body.h", "vectors.h", "tiles.h", "fused.h"]
+    for name in ("avx2", "avx512"):
         text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
         before, after = text.split("#pragma GCC target", 1)
         assert re.findall(r'#include ["<](.*?)[">]', before) == ["outside.h"]
         assert re.findall(r'#include ["<](.*?)[">]', after) == own
-    for name in ("tiles.h", "fused.h"):
+    for name in own[1:]:
         assert includes(ROOT / "csrc/cpu" / name) == []
 
 
@@ -238,6 +245,17 @@ def test_devices_do_not_include_each_other():
     for path in sorted((ROOT / "csrc").glob("c*/*")):
         other = {"cpu": "cuda", "cuda": "cpu"}[path.parent.name]
         assert not [h for h in includes(path) if f"{other}/" in h], path
+
+
+def test_cuda_includes_no_torch():
+    """One build serves every release; only hardware.cuh knows CUDA's headers, only module.cpp pybind11."""
+    for path in sorted((ROOT / "csrc/cuda").glob("*.*")):
+        outside = {h for h in includes(path) if ("." in h or "/" in h) and not (path.parent / h).exists()}
+        own = {
+            "hardware.cuh": {"cuda_runtime.h", "on_host.h"}, "launch.cuh": {"on_host_launch.h"},
+            "module.cpp": {"pybind11/pybind11.h", "pybind11/stl.h"},
+        }  # fmt: skip
+        assert outside <= own.get(path.name, set()), path
 
 
 # ---- size and words

@@ -304,13 +304,13 @@ def test_dry_run_reports_every_stage(tmp_path, capsys, monkeypatch):
     text = (tmp_path / "summary.md").read_text()
     assert code == 0, text
     states = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
-    skipped = ["tests", *gpu.TOOLS, "profile"]
+    skipped = ["tests", *(f"{tool} cpu" for tool in gpu.TOOLS), "profile triton", "profile cuda"]
     assert {name: states[name] for name in skipped} == dict.fromkeys(skipped, "skipped")
-    assert {states[name] for name in ("info", "ops", "kernels")} == {"passed"}
+    assert {states[name] for name in ("info", "ops cpu", "kernels")} == {"passed"}
     assert json.loads((tmp_path / "kernels.json").read_text())["rows"]
     files = {path.name for path in tmp_path.iterdir()}
     assert files <= set(gpu.FILES)
-    assert len(gpu.FILES) <= 8
+    assert len(gpu.FILES) <= 11
     assert str(ROOT) not in text
     assert "summary.md" in capsys.readouterr().out
 
@@ -340,7 +340,8 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
     assert "why" in (tmp_path / "build.log").read_text()
     assert "stopped at its limit of 5 s" in text
     assert "begun" in (tmp_path / "tests.log").read_text()
-    assert "| profile | skipped |" in text
+    assert "| profile triton | skipped |" in text
+    assert "| profile cuda | skipped |" in text
 
 
 @pytest.mark.parametrize(
@@ -360,8 +361,18 @@ def test_verdict_of_a_tool(status, text, state):
 def test_no_time_left_skips(tmp_path):
     session = gpu.Session(tmp_path, deadline=0.0)
     gpu.STAGES["build"](session)
-    gpu.STAGES["kernels"](session)
-    assert [(o.state, o.note) for o in session.outcomes] == [("skipped", "no time left")] * 2
+    gpu.STAGES["kernels"](session)  # of two backends
+    assert [(o.state, o.note) for o in session.outcomes] == [("skipped", "no time left")] * 3
+
+
+def test_a_backend_that_was_not_built_is_skipped_with_its_reason(tmp_path, monkeypatch):
+    said = """["REASON:cpu:it runs on the CPU only", 'REASON:triton:None', 'REASON:cuda:it is not built; so']"""
+    monkeypatch.setattr(gpu, "execute", lambda *_: (0, said))
+    session = gpu.Session(tmp_path, deadline=0.0)
+    assert gpu.usable(session, "kernels") == ["triton"]
+    assert [(o.stage, o.state, o.note) for o in session.outcomes] == [
+        ("kernels cuda", "skipped", "it is not built; so")
+    ]
 
 
 def test_slug():

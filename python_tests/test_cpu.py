@@ -86,6 +86,19 @@ def test_every_set_gives_the_portable_bits(isa, distribution, dtypes, generator,
 
 
 @pytest.mark.parametrize("isa", KNOWN[:2])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_chunk_numbers_beyond_32_bits(isa, distribution, generator, monkeypatch):
+    """The upper half of a chunk's number changes within a row, and within a block."""
+    if isa not in _C.cpu_isas():
+        pytest.skip(f"this processor has no {isa}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for before in (1024, 40, 3):
+            layout = (2**35 * 7 - before, 2000, 2000)
+            arguments = generator.initial_seed(), (2000,), (dtype,) * 3, (1,), distribution, layout
+            assert_same(results(isa, monkeypatch, *arguments), results("portable", monkeypatch, *arguments))
+
+
+@pytest.mark.parametrize("isa", KNOWN[:2])
 @given(
     rows=st.integers(1, 9), columns=st.integers(1, 40), groups=st.integers(1, 5), by_group=st.booleans(),
     offset=st.integers(0, 70), skip=st.integers(0, 70), distribution=st.sampled_from(list(DISTRIBUTIONS)),

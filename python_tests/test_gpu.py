@@ -1,10 +1,13 @@
 """What only a GPU shows: captured graphs, launches, synchronizations, allocations, sizes, streams."""
 
+import re
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU_BACKENDS
+from tolerances import EXACT, M_TOLERANCE
 from torch import nn
 
 import fogzo_kernels as fk
@@ -13,28 +16,37 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 DEVICE = torch.device("cuda")
 GRID, STRAIGHT_THROUGH = fk.Grid.uniform(4), fk.StraightThrough("identity")
-OPTIONS = {"grid": GRID, "straight_through": STRAIGHT_THROUGH, "backend": "triton"}
+OPTIONS = {"grid": GRID, "straight_through": STRAIGHT_THROUGH}
 KERNELS = {
     "sumsq_kernel": 1, "sum_kernel": 1, "perturb_kernel": 2, "update_coefficients_kernel": 1,
     "update_kernel": 1,
 }  # fmt: skip
 
 
-def network(dtype=torch.float32, width=64, depth=3):
+@pytest.fixture(params=GPU_BACKENDS)
+def backend(request):
+    """The name of a backend that runs on the GPU."""
+    reason = fk.available_backends(DEVICE)[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+def network(backend, dtype=torch.float32, width=64, depth=3):
     torch.manual_seed(3)
     layers = [nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(depth)]
     model = nn.Sequential(*layers, nn.Linear(width, 8)).to(DEVICE, dtype)
-    fk.quantize_model(model, alpha=lambda w: w.abs().mean(1, keepdim=True), **OPTIONS)
+    fk.quantize_model(model, alpha=lambda w: w.abs().mean(1, keepdim=True), backend=backend, **OPTIONS)
     return model
 
 
 class Training:
     """A model, its estimator and its optimizer, on fixed data."""
 
-    def __init__(self, dtype=torch.float32, lr=1e-3, capturable=True):
-        self.model = network(dtype)
+    def __init__(self, backend, dtype=torch.float32, lr=1e-3, capturable=True):
+        self.model = network(backend, dtype)
         self.fogzo = fk.Fogzo(
-            self.model, total_steps=4, one_minus_beta=0.3, seed=5, capturable=capturable, backend="triton"
+            self.model, total_steps=4, one_minus_beta=0.3, seed=5, capturable=capturable, backend=backend
         )
         rate = torch.tensor(lr, dtype=torch.float64, device=DEVICE) if capturable else lr
         self.optimizer = fk.AdamW(self.model.parameters(), lr=rate, fogzo=self.fogzo, capturable=capturable)
@@ -67,8 +79,8 @@ class Training:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replays_of_a_captured_step_are_eager_steps(dtype):
-    eager, captured = Training(dtype), Training(dtype)
+def test_replays_of_a_captured_step_are_eager_steps(backend, dtype):
+    eager, captured = Training(backend, dtype), Training(backend, dtype)
     expected = [float(eager.step()) for _ in range(6)]
     graph = captured.capture(warm_up=2)
     found = []
@@ -84,8 +96,8 @@ def test_replays_of_a_captured_step_are_eager_steps(dtype):
     }  # fmt: skip
 
 
-def test_each_replay_draws_its_own_noise():
-    training = Training(lr=0.0)
+def test_each_replay_draws_its_own_noise(backend):
+    training = Training(backend, lr=0.0)
     graph = training.capture(warm_up=5)  # beta has reached its end: only the noise differs from here on
     seen = []
     for _ in range(4):
@@ -95,8 +107,8 @@ def test_each_replay_draws_its_own_noise():
     assert len({losses[1:] for losses in seen}) == 4
 
 
-def test_weights_set_between_replays_are_used():
-    training = Training(lr=0.0)
+def test_weights_set_between_replays_are_used(backend):
+    training = Training(backend, lr=0.0)
     graph = training.capture(warm_up=2)
     graph.replay()
     before = float(training.captured_loss)
@@ -113,8 +125,8 @@ def test_weights_set_between_replays_are_used():
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_no_step_waits_for_the_device(capturable):
-    training = Training(capturable=capturable)
+def test_no_step_waits_for_the_device(backend, capturable):
+    training = Training(backend, capturable=capturable)
     for _ in range(2):
         training.step()
     torch.cuda.synchronize()
@@ -132,11 +144,12 @@ def launched(function):
         function()
         torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [found[1] if (found := re.search(r"fogzo::cuda::(\w+)", n)) else n for n in names]
     return Counter(n for n in names if not n.startswith(("Memcpy", "Memset")))
 
 
-def test_a_step_adds_six_kernels_to_its_passes():
-    training = Training(capturable=False)
+def test_a_step_adds_six_kernels_to_its_passes(backend):
+    training = Training(backend, capturable=False)
     for _ in range(2):
         training.step()
     found = launched(training.step)
@@ -164,15 +177,15 @@ def big(n, dtype=torch.bfloat16):
     return latents, grads, torch.full((1,), 0.5, device=DEVICE)
 
 
-def test_ops_allocate_nothing_per_weight():
+def test_ops_allocate_nothing_per_weight(backend):
     n = 2**26
     latent, grad, alpha = big(n)
     out, first, second = torch.empty_like(latent), *(torch.zeros(n, device=DEVICE) for _ in range(2))
     losses = torch.ones(2, 1, device=DEVICE)
-    options = {"one_minus_beta": 1e-2, "seed": 3, "step": 2, **OPTIONS}
+    options = {"one_minus_beta": 1e-2, "seed": 3, "step": 2, "backend": backend, **OPTIONS}
 
     def ops():
-        norm = fk.guide_norm(grad, alpha, grid=GRID, backend="triton")
+        norm = fk.guide_norm(grad, alpha, grid=GRID, backend=backend)
         fk.perturb_quantize_(out, None, latent, grad, alpha, norm, **options)
         fk.perturb_quantize_(None, out, latent, grad, alpha, norm, **options)
         fk.estimate_gradient_(grad, *losses, alpha, norm, **options)
@@ -191,7 +204,7 @@ def test_ops_allocate_nothing_per_weight():
     assert extra <= 8 * n // 16384 + 64 * 1024  # a float64 per program of the norm, and the scalars
 
 
-def test_more_elements_than_32_bits_count():
+def test_more_elements_than_32_bits_count(backend):
     n, around = 2**31 + 2**20 + 11, 2**31
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -201,9 +214,7 @@ def test_more_elements_than_32_bits_count():
     out = torch.full((n,), 99, dtype=torch.int8, device=DEVICE)
     norm = torch.tensor(40000.0)
     options = {"one_minus_beta": 0.5, "seed": 3, "step": 2, "grid": GRID, "straight_through": STRAIGHT_THROUGH}
-    fk.perturb_quantize_(
-        out, None, latent, grad, alpha.to(DEVICE), norm.to(DEVICE), backend="triton", **options
-    )
+    fk.perturb_quantize_(out, None, latent, grad, alpha.to(DEVICE), norm.to(DEVICE), backend=backend, **options)
     for start, stop in ((0, 4099), (around - 4096, around + 4096), (n - 4099, n)):
         part = slice(start, stop)
         expected = torch.empty(stop - start, dtype=torch.int8)
@@ -218,9 +229,9 @@ def test_more_elements_than_32_bits_count():
 # ---- where scalars lie, lists, streams
 
 
-def test_scalars_of_host_and_device_give_the_same_bits():
+def test_scalars_of_host_and_device_give_the_same_bits(backend):
     latent, grad, alpha = big(20001)
-    norm = fk.guide_norm(grad, alpha, grid=GRID, backend="triton")
+    norm = fk.guide_norm(grad, alpha, grid=GRID, backend=backend)
     losses = torch.tensor([[1.25], [1.0]], device=DEVICE)
     seed, step, count, lr, omb = 2**63 + 11, 7, 3, 0.0123, 0.037
     on_device = {
@@ -233,20 +244,20 @@ def test_scalars_of_host_and_device_give_the_same_bits():
         (on_device, torch.tensor(lr, dtype=torch.float64, device=DEVICE), torch.tensor(count, device=DEVICE)),
     ):
         plus, minus = torch.empty_like(latent), torch.empty_like(latent)
-        fk.perturb_quantize_(plus, minus, latent, grad, alpha, norm, **options, **OPTIONS)
+        fk.perturb_quantize_(plus, minus, latent, grad, alpha, norm, backend=backend, **options, **OPTIONS)
         g, theta, q = grad.clone(), latent.clone(), torch.empty_like(latent)
-        fk.estimate_gradient_(g, *losses, alpha, norm, **options, **OPTIONS)
+        fk.estimate_gradient_(g, *losses, alpha, norm, backend=backend, **options, **OPTIONS)
         first, second = (torch.full((20001,), 1e-3, device=DEVICE) for _ in range(2))
         fk.estimate_adamw_(
             theta, grad, first, second, *losses, alpha, norm, lr=rate, optimizer_step=number, quantized=q,
-            **options, **OPTIONS,
+            backend=backend, **options, **OPTIONS,
         )  # fmt: skip
         found.append((plus, minus, g, theta, first, second, q))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_thousand_small_tensors_and_a_few_large_ones():
+def test_a_thousand_small_tensors_and_a_few_large_ones(backend):
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     sizes = [*torch.randint(0, 2000, (1000,), generator=generator).tolist(), 3 * 16384 + 5, 2**20, 2**18 + 3]
     latents, grads = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(2))
@@ -256,14 +267,14 @@ def test_a_thousand_small_tensors_and_a_few_large_ones():
     expected, out = ([torch.full_like(t, float("nan")).to(d) for t in latents] for d in ("cpu", DEVICE))
     fk.perturb_quantize_(expected, None, latents, grads, alphas, norm, backend="reference", **options)
     moved = ([t.to(DEVICE) for t in ts] for ts in (latents, grads, alphas))
-    fk.perturb_quantize_(out, None, *moved, norm.to(DEVICE), backend="triton", **options)
+    fk.perturb_quantize_(out, None, *moved, norm.to(DEVICE), backend=backend, **options)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(out, expected, strict=True))
 
 
-def test_ops_follow_the_current_stream():
+def test_ops_follow_the_current_stream(backend):
     latent, grad, alpha = big(2**24)
-    norm = fk.guide_norm(grad, alpha, grid=GRID, backend="triton")
-    options = {"one_minus_beta": 1e-3, "seed": 3, **OPTIONS}
+    norm = fk.guide_norm(grad, alpha, grid=GRID, backend=backend)
+    options = {"one_minus_beta": 1e-3, "seed": 3, "backend": backend, **OPTIONS}
     expected, out = torch.empty_like(latent), torch.empty_like(latent)
     fk.perturb_quantize_(expected, None, latent, grad, alpha, norm, **options)
     late = torch.zeros_like(latent)
@@ -277,7 +288,62 @@ def test_ops_follow_the_current_stream():
     assert torch.equal(out, expected)
 
 
-def test_norm_has_the_same_bits_every_time():
+def test_norm_has_the_same_bits_every_time(backend):
     _, grad, alpha = big(2**24 + 3)
-    found = {float(fk.guide_norm(grad, alpha, grid=GRID, backend="triton")) for _ in range(20)}
+    found = {float(fk.guide_norm(grad, alpha, grid=GRID, backend=backend)) for _ in range(20)}
     assert len(found) == 1
+
+
+# ---- the backends give the same
+
+
+def everything(backend, distribution, dtypes, device, seed):
+    """What each op computes on one list of awkward tensors, moved to the CPU; losses of two directions."""
+    generator = torch.Generator().manual_seed(seed)
+    latent_t, grad_t, out_t = dtypes
+    shapes = [(33, 40), (7, 13), (1,), (0, 8), (3, 8 * 2051)]
+    thetas = [torch.randn(s, generator=generator).to(device, latent_t) for s in shapes]
+    grads = [(torch.randn(s, generator=generator) * 1e-2).to(device, grad_t) for s in shapes]
+    alphas = [
+        (torch.rand((s[0], 1) if len(s) > 1 else (1,), generator=generator) + 0.1).to(device) for s in shapes
+    ]
+    losses = torch.rand(2, 2, generator=generator).to(device)
+    options = {
+        "grid": fk.Grid.half_offset(3), "straight_through": fk.StraightThrough("identity", noise=distribution),
+        "one_minus_beta": 0.3, "seed": 2**63 + 5, "step": 9, "backend": backend,
+    }  # fmt: skip
+    norm = torch.tensor(3.5, device=device)
+    plus, minus, q = ([torch.full_like(t, 99, dtype=out_t) for t in thetas] for _ in range(3))
+    fk.perturb_quantize_(plus, minus, thetas, grads, alphas, norm, **options)
+    estimates = [g.clone() for g in grads]
+    fk.estimate_gradient_(estimates, *losses, alphas, norm, **options)
+    first, second = ([torch.full(s, 1e-3, device=device) for s in shapes] for _ in range(2))
+    fk.estimate_adamw_(  # with no losses G = g, which is equal: so is all that follows
+        thetas, grads, first, second, *losses[:, :0], alphas, norm, lr=0.1, optimizer_step=2, quantized=q,
+        **options,
+    )  # fmt: skip
+    u = [fk.noise(5003, distribution, seed=7, layout=(3, 5003, 5003), device=device, backend=backend)]
+    found = {"plus": plus, "minus": minus, "estimates": estimates, "thetas": thetas, "first": first,
+             "second": second, "q": q, "u": u}  # fmt: skip
+    return {name: [t.cpu().float() for t in ts] for name, ts in found.items()}
+
+
+@pytest.mark.parametrize("distribution", list(M_TOLERANCE["cuda"]))
+@pytest.mark.parametrize("dtypes", [
+    (torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float16, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.int8),
+], ids=str)  # fmt: skip
+def test_gpu_and_cpu_give_the_same(backend, distribution, dtypes, generator):
+    """Bit for bit, but for noise that is not exact, and for sums over directions."""
+    seed = generator.initial_seed() % 2**31
+    found = everything(backend, distribution, dtypes, DEVICE, seed)
+    expected = everything("cpu", distribution, dtypes, torch.device("cpu"), seed)
+    for name in ("thetas", "first", "second", "q", *(("plus", "minus", "u") if distribution in EXACT else ())):
+        assert all(map(torch.equal, found[name], expected[name])), name
+    for one, other in zip(found["estimates"], expected["estimates"], strict=True):
+        # |B / delta| is at most 1.8 * 0.55 / 0.1, and m is within 1e-4; then an ulp of bfloat16
+        torch.testing.assert_close(one, other, rtol=2.0**-7, atol=2e-3)
+    if distribution not in EXACT:
+        assert (found["u"][0] - expected["u"][0]).abs().max() <= M_TOLERANCE[backend][distribution] + 4e-6
+        different = sum(int((a != b).sum()) for a, b in zip(found["plus"], expected["plus"], strict=True))
+        assert different <= sum(t.numel() for t in found["plus"]) * 1e-3  # those near a tie of rounding

@@ -1,7 +1,12 @@
-"""The machine code of the Triton kernels, compiled for GPUs that need not be there."""
+"""The machine code of the GPU kernels, compiled for GPUs that need not be there.
 
+Triton's one by one here; all of the CUDA kernels by nvcc, for every architecture, in the second half.
+"""
+
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from bench import sass_cuda
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -134,7 +141,8 @@ print(json.dumps([prologue, loop, report.weighted(8), report.width("STG"), len(c
 def test_table_and_json(tmp_path):
     code = f"""
 from bench import sass
-sass.main(["--arch", "90", "--only", "noise_kernel", "--json", {str(tmp_path / "a" / "rows.json")!r}])
+sass.main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
+           "--json", {str(tmp_path / "a" / "rows.json")!r}])
 """
     out = run_code(code)
     rows = json.loads((tmp_path / "a" / "rows.json").read_text())
@@ -142,3 +150,78 @@ sass.main(["--arch", "90", "--only", "noise_kernel", "--json", {str(tmp_path / "
     assert len({row["distribution"] for row in rows}) == 5
     assert all(set(row) >= KEYS for row in rows)
     assert out.count("noise_kernel") == 5
+
+
+# ---- CUDA
+
+
+@functools.cache
+def cuda_rows(arch):
+    """By name. Compiled once per state of the sources."""
+    if (reason := sass_cuda.unavailable()) is not None:
+        pytest.skip(f"the CUDA kernels cannot be compiled: {reason}")
+    return {str(variant): row for variant, row in sass_cuda.rows(arch)}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
+    rows = cuda_rows(arch)
+    assert len(rows) > 250
+    for name, row in rows.items():
+        assert set(row) >= KEYS
+        assert row["spill_bytes"] == 0, name
+        if name.startswith(("sumsq", "sum_")):
+            assert row["load_bits"] == (128 if name.startswith("sumsq") else 64), name
+            continue
+        assert (row["shared_bytes"] % 1024, row["barriers"]) == (0, 0), name  # 1 KiB is the system's, on some
+        if name.endswith("coefficients_kernel") or "any" in name:
+            continue
+        assert row["load_bits"] == (None if "noise" in name else 128), name
+        assert row["store_bits"] == (64 if "int8" in name else 128), name
+        if "n=4" not in name or arch >= 90:  # the model is of sm_90; four directions are bound by arithmetic
+            assert row["margin"] > (0.4 if "n=4" in name else 1), name
+        assert 0 < row["loop_instructions_per_element"] < row["instructions_per_element"]
+    if arch == 90:
+        for name, budget in BUDGETS.items():
+            assert rows[name]["instructions_per_element"] <= budget, name
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_ptxas_reports_no_spill(arch):
+    """Neither stores nor loads nor a stack, for each kernel; and PTX is there for what comes later."""
+    if (reason := sass_cuda.unavailable()) is not None:
+        pytest.skip(f"the CUDA kernels cannot be compiled: {reason}")
+    folder = sass_cuda.compile_all(arch)
+    found = sass_cuda.spills(folder)
+    assert len([name for name in found if "kernel" in name]) > 200
+    assert not {name: n for name, n in found.items() if n}
+    ptx = [path.read_text() for path in folder.glob("*.ptx")]
+    assert all(f".target sm_{arch}" in text for text in ptx)
+    assert len(ptx) == len(list(sass_cuda.SOURCES.glob("*.cu")))
+
+
+def test_every_dtype_and_distribution_has_its_cuda_kernels():
+    rows = cuda_rows(90).values()
+    for dist in DISTRIBUTIONS:
+        kernels = {row["kernel"] for row in rows if row["distribution"] == dist}
+        assert kernels == {"noise_kernel", "perturb_kernel", "estimate_kernel", "update_kernel"}
+    common = {tuple(t.split()) for t in (BF16, "fp16 fp16 fp16", "fp32 fp32 fp32", "fp32 bf16 bf16",
+                                         "bf16 bf16 int8", "fp32 fp32 int8", "any any any")}  # fmt: skip
+    perturbed = {(r["latent"], r["grad"], r["out"]) for r in rows if r["kernel"] == "perturb_kernel"}
+    assert perturbed == common
+
+
+def test_readme_states_what_nvcc_makes():
+    """Of the CUDA kernels, for the nvcc that the README names."""
+    text = (ROOT / "README.md").read_text()
+    rows = cuda_rows(90)
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    named = re.search(r"nvcc (\d+\.\d+),", text)
+    if named is None or f"release {named.group(1)}," not in version:
+        pytest.skip("the README's counts are for another nvcc")
+    for label, pattern in README_ROWS.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| CUDA: {label} |"))
+        names = list(dict.fromkeys(pattern.format(d) for d in DISTRIBUTIONS))
+        for name, cell in zip(names, line.split("|")[2:-1], strict=False):
+            row = rows[name]
+            assert cell.strip() == f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})", name

@@ -13,12 +13,13 @@ from fogzo_kernels.noise import DISTRIBUTIONS
 EXACT = ("uniform", "rademacher", "triangular")
 INEXACT = ("logistic", "gaussian")
 
-#: Absolute tolerance of m against its float64 value. Triton's allowance is that of the GPU's fast
+#: Absolute tolerance of m against its float64 value. That of the two for a GPU is for its fast
 #: logarithm, sine and cosine.
 M_TOLERANCE = {
     "reference": dict.fromkeys(EXACT, 0.0) | dict.fromkeys(INEXACT, 2e-6),
     "cpu": dict.fromkeys(EXACT, 0.0) | dict.fromkeys(INEXACT, 2e-6),
     "triton": dict.fromkeys(EXACT, 0.0) | {"logistic": 1e-5, "gaussian": 1e-4},
+    "cuda": dict.fromkeys(EXACT, 0.0) | {"logistic": 1e-5, "gaussian": 1e-4},
 }
 N_TOLERANCE = 1e-6  # relative
 DERIVATIVE_TOLERANCE = 2e-6  # absolute, tanh only; the others are exact

@@ -13,8 +13,9 @@ namespace fogzo::cpu {
 namespace {
 
 constexpr int kWidth = 8;     // floats of a vector
-constexpr int kHalves = 4;    // vectors of halves from one block of Philox calls
 constexpr int64_t kGroup = 8; // Philox calls of a block
+
+enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
 
 using F = __m256;
 using H = __m256i;
@@ -33,11 +34,18 @@ inline F exponent_of(U bits) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(__m25
 
 inline F float_from(U k) { return _mm256_cvtepi32_ps(__m256i(k)); }
 inline F broadcast(float x) { return _mm256_set1_ps(x); }
+inline F load_floats(const float *x) { return _mm256_loadu_ps(x); }
 inline F larger(F a, F b) { return _mm256_max_ps(a, b); } // b where a is NaN
 inline F smaller(F a, F b) { return _mm256_min_ps(a, b); }
 inline F root(F x) { return _mm256_sqrt_ps(x); }
 inline U words_of(H h) { return U(h); }
 inline F rounded(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// element of the table at the index's lowest bits
+inline F pick(F table, U index) { return _mm256_permutevar8x32_ps(table, __m256i(index)); }
+
+// (x & mask) | bits
+inline U masked_or(U x, uint32_t mask, uint32_t bits) { return bits ? (x & mask) | bits : x & mask; }
 
 inline H byte_sums(H h) {
   const H bytes = _mm256_add_epi16(_mm256_and_si256(h, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(h, 8));
@@ -72,7 +80,18 @@ template <Dtype T> inline F load_as(const void *data, int64_t i) {
   return F(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)), 16));
 }
 
-template <Dtype T> inline void store_as(void *data, int64_t i, F x) {
+// bfloat16 in the upper 16 bits of each word, to nearest even; NaN stays NaN
+template <Narrow N> inline U narrowed(F x) {
+  if (N == Narrow::exact)
+    return U(x);
+  const U bits = U(x), rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  if (N == Narrow::finite)
+    return rounded;
+  return U(_mm256_blendv_epi8(__m256i(rounded), _mm256_set1_epi32(0x7FC00000),
+                              _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))));
+}
+
+template <Dtype T, Narrow N> inline void store_as(void *data, int64_t i, F x) {
   if (T == Dtype::float32)
     return _mm256_storeu_ps(static_cast<float *>(data) + i, x);
   if (T == Dtype::int8) {
@@ -84,10 +103,33 @@ template <Dtype T> inline void store_as(void *data, int64_t i, F x) {
   auto *halves = reinterpret_cast<__m128i *>(static_cast<uint16_t *>(data) + i);
   if (T == Dtype::float16)
     return _mm_storeu_si128(halves, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-  const U bits = U(x), rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const __m256i kept = _mm256_blendv_epi8(__m256i(rounded), _mm256_set1_epi32(0x7FC0),
-                                          _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  const __m256i kept = __m256i(narrowed<N>(x) >> 16);
   _mm_storeu_si128(halves, _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
+}
+
+// Even and odd elements of kWidth words of two.
+inline U load_words(const void *data, int64_t i) {
+  return U(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(data) + i)));
+}
+template <Dtype T, Narrow N> inline void store_pairs(void *data, int64_t i, F even, F odd) {
+  if (T == Dtype::int8) {
+    const U codes = (U(_mm256_cvtps_epi32(even)) & 0xFFu) | ((U(_mm256_cvtps_epi32(odd)) & 0xFFu) << 8);
+    const __m128i low = _mm256_castsi256_si128(__m256i(codes)),
+                  high = _mm256_extracti128_si256(__m256i(codes), 1);
+    return _mm_storeu_si128(reinterpret_cast<__m128i *>(static_cast<int8_t *>(data) + i),
+                            _mm_packus_epi32(low, high));
+  }
+  const __m256i low = __m256i(narrowed<N>(even) >> 16), high = __m256i(narrowed<N>(odd));
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(static_cast<uint16_t *>(data) + i),
+                      _mm256_blend_epi16(low, high, 0xAA));
+}
+
+// Values per chunk of a block, for vector `k` of it: 1 chunk a vector in order, 2 in pairs.
+template <bool PAIRS> inline F spread(F chunks, int k) {
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_permutevar8x32_ps(chunks,
+                                  PAIRS ? _mm256_add_epi32(_mm256_srli_epi32(lane, 2), _mm256_set1_epi32(k))
+                                        : _mm256_set1_epi32(k));
 }
 
 // A key and a counter's fixed words, spread over vectors.
@@ -111,48 +153,45 @@ inline Keys keys_of(const Names &names) {
   return keys;
 }
 
-// The 16-bit halves of kGroup Philox calls, 16 elements a vector: 0-3, 8-11, 4-7, 12-15, so that unpacking
-// within 128 bits gives 8 elements in order. Calls lie in 64-bit lanes: one multiply yields both halves of
-// a product.
-inline __attribute__((always_inline)) void philox_block(const Keys &keys, uint64_t chunk, H *halves) {
-  constexpr int kPairs = kHalves / 2; // two keep the multipliers busy
-  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  __m256i x0[kPairs], x1[kPairs], x2[kPairs], x3[kPairs];
-  for (int u = 0; u < kPairs; ++u) {
-    x0[u] = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4 * u), _mm256_set_epi64x(3, 2, 1, 0));
-    x1[u] = _mm256_or_si256(_mm256_srli_epi64(x0[u], 32), keys.direction);
-    x2[u] = keys.step;
-    x3[u] = keys.tensor_id;
-  }
-#pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round)
-#pragma GCC unroll 2
-    for (int u = 0; u < kPairs; ++u) { // the upper halves of lanes hold rubbish that nothing reads
-      const __m256i p0 = _mm256_mul_epu32(x0[u], m0), p1 = _mm256_mul_epu32(x2[u], m1);
-      const __m256i high0 = _mm256_shuffle_epi32(p0, 0xF5), high1 = _mm256_shuffle_epi32(p1, 0xF5);
-      x0[u] = _mm256_xor_si256(high1, _mm256_xor_si256(x1[u], keys.round[2 * round])); // the product last
-      x2[u] = _mm256_xor_si256(high0, _mm256_xor_si256(x3[u], keys.round[2 * round + 1]));
-      x1[u] = p1;
-      x3[u] = p0;
-    }
-  for (int u = 0; u < kPairs; ++u) {
-    const __m256i a = _mm256_blend_epi32(x0[u], _mm256_slli_epi64(x1[u], 32), 0xAA);
-    const __m256i b = _mm256_blend_epi32(x2[u], _mm256_slli_epi64(x3[u], 32), 0xAA);
-    halves[2 * u] = _mm256_permute2x128_si256(a, b, 0x20);
-    halves[2 * u + 1] = _mm256_permute2x128_si256(a, b, 0x31);
-  }
+struct Chunks { // the numbers of a block's chunks
+  __m256i part[2];
+};
+inline Chunks chunks_from(uint64_t chunk) {
+  const __m256i lane = _mm256_set_epi64x(3, 2, 1, 0);
+  return {{_mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk)), lane),
+           _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4), lane)}};
+}
+inline Chunks load_chunks(const uint64_t *chunks) {
+  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks)),
+           _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks + 4))}};
 }
 
-// The halves of `chunks` calls; writes up to kGroup - 1 calls more.
-void philox_halves(const Names &names, uint64_t chunk, int64_t chunks, uint16_t *halves) {
-  const Keys keys = keys_of(names);
-  for (int64_t done = 0; done < chunks; done += kGroup, halves += 8 * kGroup) {
-    H block[kHalves];
-    philox_block(keys, chunk + uint64_t(done), block);
-    for (H &h : block)
-      h = _mm256_permute4x64_epi64(h, 0xD8); // in order
-    std::memcpy(halves, block, sizeof block);
-  }
+// The words of four Philox calls. They lie in 64-bit lanes, so that one multiply yields both halves of a
+// product; the upper halves of lanes hold rubbish that nothing reads.
+struct Lanes {
+  __m256i x0, x1, x2, x3;
+};
+
+inline __m256i product(__m256i x, uint32_t m) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(m)); }
+inline __m256i high_of(__m256i p) { return _mm256_shuffle_epi32(p, 0xF5); }
+inline __m256i exclusive_or(__m256i a, __m256i b, __m256i c) {
+  return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); // a comes last
+}
+
+// In pairs the calls lie in the order 0 2 1 3, for unpacking below.
+template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m256i chunk) {
+  if (PAIRS)
+    chunk = _mm256_permute4x64_epi64(chunk, 0xD8);
+  return {chunk, _mm256_or_si256(_mm256_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
+}
+
+// Halves of the calls, 16 elements a vector: in pairs as in memory, else 0-3, 8-11, 4-7, 12-15, so that
+// unpacking within 128 bits gives 8 elements in order.
+template <bool PAIRS> inline void halves_of(const Lanes &w, H *halves) {
+  const __m256i a = _mm256_blend_epi32(w.x0, _mm256_slli_epi64(w.x1, 32), 0xAA); // elements 0-3 of each call
+  const __m256i b = _mm256_blend_epi32(w.x2, _mm256_slli_epi64(w.x3, 32), 0xAA);
+  halves[0] = PAIRS ? _mm256_unpacklo_epi64(a, b) : _mm256_permute2x128_si256(a, b, 0x20);
+  halves[1] = PAIRS ? _mm256_unpackhi_epi64(a, b) : _mm256_permute2x128_si256(a, b, 0x31);
 }
 
 void widen_half(const uint16_t *in, int64_t count, float *out) {
@@ -172,6 +211,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
     out[i] = uint16_t(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
 }
 
+#include "vectors.h"
+// after the noise that they draw
 #include "tiles.h"
 // after what it falls back to
 #include "fused.h"
@@ -184,7 +225,7 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #endif
 
 const Kernels *avx2_kernels() {
-  static constexpr Kernels table = table_of("avx2", perturb_fused, estimate_fused);
+  static constexpr Kernels table = table_of("avx2", perturb_fused, estimate_fused, update_fused);
   return &table;
 }
 #else

@@ -1,226 +1,416 @@
-// The fused paths of perturbation and estimate: noise, mixing and rounding in registers, for runs of
-// elements that share one alpha and whose numbers follow one another; tiles.h does the rest. The file
-// that includes this one has defined vectors of kWidth floats F, halves H, bits U, and their operations.
-
-constexpr int kVectors = 2 * kHalves;         // F per block
-constexpr int64_t kBlock = kVectors * kWidth; // elements per block
-static_assert(kBlock == 8 * kGroup, "a block is what one call of philox_block draws");
-
-// noise_of() gives m times this power of two, which the caller takes out of the coefficient of m: exact.
-template <Distribution D>
-constexpr float kFactor = D == Distribution::uniform      ? 32768.0f
-                          : D == Distribution::triangular ? 65536.0f
-                                                          : 1.0f;
-
-// m kFactor of the elements of h
-template <Distribution D> inline void noise_of(H h, F &first, F &last) {
-  U low, high;
-  if (D == Distribution::gaussian) { // Box-Muller on words: the pair of an even and an odd element
-    const U words = words_of(h);
-    const F radius = root(log_of((float_from(words & 0xFFFFu) + 0.5f) * (1.0f / 65536)) * -2.0f);
-    F cosine, sine; // the angle is (2 ks + 1) / 65536 = (65536 ks + 32768) / 2^31
-    cos_sin_pi(float_from((words & 0xFFFF0000u) | 0x8000u) * (1.0f / 2147483648.0f), cosine, sine);
-    return interleave(radius * cosine, radius * sine, first, last);
-  }
-  if (D == Distribution::logistic) {
-    extend(h, low, high);
-    const F a = float_from(low), b = float_from(high);
-    first = log_of((a + 0.5f) / (65535.5f - a));
-    last = log_of((b + 0.5f) / (65535.5f - b));
-    return;
-  }
-  raise(D == Distribution::triangular ? byte_sums(h) : h, D == Distribution::uniform ? -0x8000 : 0, low, high);
-  if (D == Distribution::rademacher) {
-    first = float_of((low & 0x80000000u) | 0x3F800000u);
-    last = float_of((high & 0x80000000u) | 0x3F800000u);
-  } else {
-    first = float_from(low);
-    last = float_from(high);
-  }
-}
+// The fused paths: noise, mixing and rounding in registers, a block of elements at a time (vectors.h); the
+// tiles of tiles.h do what has no fused path. A block has one scale and one run of Philox calls (a Run of
+// them), or a scale and a number for each of its chunks of 8 elements (a Piece): rows, groups and shards
+// whose lengths are multiples of 8. What does not fill a block goes through buffers of its size.
 
 struct Run {
   int64_t begin, end; // local elements: whole blocks
-  uint64_t chunk;     // of the first one
+  uint64_t chunk;     // of the first one; the upper half of all of them
   Scale scale;
 };
 
-// Cuts a range into runs for `fast(run)` and remainders for `rest(begin, end)`.
-template <class Fast, class Rest>
-void for_each_run(const Item &item, float r, int64_t begin, int64_t end, Fast fast, Rest rest) {
-  const Layout &layout = item.layout;
-  int64_t done = begin; // what is before it was handed out
-  for (int64_t start = begin; start < end;) {
-    const int64_t row = start / layout.inner, group = start / item.scale_length;
-    const int64_t last = least(end, least((row + 1) * layout.inner, (group + 1) * item.scale_length));
-    const int64_t e = layout.offset + row * layout.stride + start % layout.inner;
-    const int64_t first = start + (-e & 7), blocks = (last - first) / kBlock;
-    if (first < last && blocks > 0) {
-      if (done < first)
-        rest(done, first);
-      done = first + blocks * kBlock;
-      fast(Run{first, done, uint64_t(e + (first - start)) >> 3, make_scale(item.alpha[group], r)});
+struct Piece {
+  int64_t begin, end; // local elements of one block, whose first `skip` elements lie before them
+  int64_t skip;
+  uint64_t chunk[kGroup];
+  float delta[kGroup];
+};
+
+// Walks over the elements of a range, with what their names and scales are.
+struct Walk {
+  const Item &item;
+  float r;
+  int64_t at, column, e, group, left; // e: of element `at`; left: elements up to the group's end
+
+  Walk(const Item &item, float r, int64_t begin)
+      : item(item), r(r), at(begin), column(begin % item.layout.inner),
+        e(item.layout.offset + begin / item.layout.inner * item.layout.stride + column),
+        group(begin / item.scale_length), left(item.scale_length - begin % item.scale_length) {}
+
+  int64_t row_end() const { return at + item.layout.inner - column; }
+  float delta() const { return item.alpha[group] * r; }
+
+  // by a count that leads at most to the end of the row and of the group
+  void advance(int64_t count) {
+    at += count, column += count, e += count, left -= count;
+    if (column == item.layout.inner) {
+      column = 0;
+      e += item.layout.stride - item.layout.inner;
     }
-    start = last;
+    if (left == 0) {
+      ++group;
+      left = item.scale_length;
+    }
   }
-  if (done < end)
-    rest(done, end);
+};
+
+inline bool in_chunks(const Item &item) {
+  const Layout &l = item.layout;
+  return l.offset % 8 == 0 && (l.inner >= item.numel || (l.inner % 8 == 0 && l.stride % 8 == 0)) &&
+         (item.scale_length >= item.numel || item.scale_length % 8 == 0);
 }
 
-constexpr int64_t kAhead = 1024; // elements; the hardware's own prefetching stops at each page
+// The block at the walk, up to `stop`, by chunks.
+inline Piece piece_of_chunks(Walk &walk, int64_t stop) {
+  Piece piece{walk.at, stop, 0, {}, {}};
+  for (int i = 0; i < kGroup; ++i) {
+    const bool there = walk.at < stop;
+    piece.chunk[i] = uint64_t(walk.e) >> 3;
+    piece.delta[i] = there ? walk.delta() : 1.0f;
+    if (there)
+      walk.advance(least(8, stop - walk.at));
+  }
+  return piece;
+}
 
-constexpr int64_t size_of(Dtype t) { return t == Dtype::float32 ? 4 : t == Dtype::int8 ? 1 : 2; }
+// A part of a block with one scale and consecutive names, wherever it begins.
+inline Piece piece_of_part(Walk &walk, int64_t stop) {
+  Piece piece{walk.at, stop, walk.e & 7, {}, {}};
+  const float delta = walk.delta();
+  for (int i = 0; i < kGroup; ++i) {
+    piece.chunk[i] = (uint64_t(walk.e) >> 3) + uint64_t(i);
+    piece.delta[i] = delta;
+  }
+  walk.advance(stop - walk.at);
+  return piece;
+}
 
-// The block that lies kAhead elements after element i.
-template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
-  const char *at = static_cast<const char *>(data) + (i + kAhead) * size_of(T);
-  for (int64_t line = 0; line < kBlock * size_of(T); line += 64)
-    __builtin_prefetch(at + line, WRITE);
+// Cuts a range into runs for `fast` and pieces of at most a block for `mixed`.
+template <class Fast, class Mixed>
+void for_each_run(const Item &item, float r, int64_t begin, int64_t end, Fast fast, Mixed mixed) {
+  const bool chunked = in_chunks(item);
+  for (Walk walk(item, r, begin); walk.at < end;) {
+    const int64_t same = least(least(end, walk.row_end()), walk.at + walk.left), skip = walk.e & 7;
+    const int64_t to_next_half = (int64_t(1) << 35) - walk.e % (int64_t(1) << 35); // of the chunk's number
+    const int64_t whole = skip ? 0 : least(same - walk.at, to_next_half) / kBlock * kBlock;
+    if (whole) {
+      fast(Run{walk.at, walk.at + whole, uint64_t(walk.e) >> 3, make_scale(item.alpha[walk.group], r)});
+      walk.advance(whole);
+    } else if (chunked) {
+      mixed(piece_of_chunks(walk, least(end, walk.at + kBlock)));
+    } else {
+      mixed(piece_of_part(walk, least(same, walk.at + kBlock - skip)));
+    }
+  }
+}
+
+// Whether pieces would be so short that tiles are faster.
+inline bool better_by_tiles(const Item &item) {
+  return !in_chunks(item) && least(item.layout.inner, item.scale_length) < kBlock / 4;
+}
+
+// Room for a block of an operand, at the place that it has in the block.
+template <Dtype T> struct Buffer {
+  alignas(64) char bytes[kBlock * size_of(T)] = {};
+
+  void *read(const void *data, const Piece &piece) {
+    std::memcpy(bytes + piece.skip * size_of(T), static_cast<const char *>(data) + piece.begin * size_of(T),
+                (piece.end - piece.begin) * size_of(T));
+    return bytes;
+  }
+  void write(void *data, const Piece &piece) const {
+    std::memcpy(static_cast<char *>(data) + piece.begin * size_of(T), bytes + piece.skip * size_of(T),
+                (piece.end - piece.begin) * size_of(T));
+  }
+};
+
+inline bool fills_a_block(const Piece &piece) { return piece.end - piece.begin == kBlock; }
+
+template <Dtype... T> constexpr bool in_pairs(Dtype out) {
+  return ((T == Dtype::bfloat16) && ...) && (out == Dtype::bfloat16 || out == Dtype::int8);
 }
 
 // ---- perturb and quantize
 
-template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH>
-void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Run &run) {
-  const F inv = broadcast(run.scale.inv), delta = broadcast(run.scale.delta);
-  const F offset = broadcast(-p.grid.offset), shift = broadcast(run.scale.delta * p.grid.offset);
-  const F gam = broadcast(p.a * run.scale.delta), b = broadcast(p.b / kFactor<D>), eps = broadcast(p.epsilon);
-  const F qmin = broadcast(p.grid.qmin), qmax = broadcast(p.grid.qmax);
-  void *const plus = item.plus.data ? item.plus.data : item.minus.data, *const minus = item.minus.data;
-  const F sign = item.plus.data ? eps : F{} - eps;
-  const auto quantized = [&](F y) {
-    const F code = rounded(smaller(larger(y, qmin), qmax));
-    return O == Dtype::int8 ? code : fused(code, delta, shift); // the bits of delta * (code + offset)
-  };
+struct Outputs {
+  void *plus, *minus; // both, or one that is called plus
+  float epsilon;      // of plus
+};
+
+struct Scales { // of the elements of one vector
+  F inv, gam, delta, shift;
+  F table; // of TABLE: Q of every code, as it is stored
+};
+
+inline bool fit_a_table(const GridRange &grid) { return grid.qmax - grid.qmin < float(kWidth); }
+
+// The low bits of a code are its place.
+inline F table_of_values(const GridRange &grid, const Scale &scale, Dtype out) {
+  alignas(64) float values[kWidth] = {};
+  for (float code = grid.qmin; code <= grid.qmax; ++code) {
+    const float value = value_of(code, scale, grid);
+    values[uint32_t(int32_t(code)) % uint32_t(kWidth)] =
+        out == Dtype::bfloat16 ? float_of(uint32_t(narrow_bfloat16(value)) << 16) : value;
+  }
+  return load_floats(values);
+}
+
+template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> struct Perturb {
+  static constexpr bool PAIRS = in_pairs<L, G>(O);
+  F a, b, eps, qmin, qmax, grid_offset;
+
+  Perturb(const Perturbation &p, float epsilon)
+      : a(broadcast(p.a)), b(broadcast(p.b / kFactor<D>)), eps(broadcast(epsilon)),
+        qmin(broadcast(p.grid.qmin)), qmax(broadcast(p.grid.qmax)), grid_offset(broadcast(p.grid.offset)) {}
+
+  Scales scales(F delta, F inv) const { return {inv, a * delta, delta, delta * grid_offset, F{}}; }
+
+  F quantized(F y, const Scales &s) const {
+    const F clamped = smaller(larger(y, qmin), qmax);
+    if (TABLE) // the sum's low bits are the code, half to even
+      return pick(s.table, bits_of(clamped + 12582912.0f));
+    const F code = rounded(clamped);
+    return O == Dtype::int8 ? code : fused(code, s.delta, s.shift); // the bits of delta * (code + offset)
+  }
+
+  // 2 kWidth elements from element i of each operand, the vectors with scales s0 and s1
+  void two(H h, const void *latent, const void *grad, const Outputs &out, int64_t i, const Scales &s0,
+           const Scales &s1) const {
+    F m0, m1, g0, g1, t0, t1;
+    noise_of<D, PAIRS>(h, m0, m1);
+    load_two<G, PAIRS>(grad, i, g0, g1);
+    load_two<L, PAIRS>(latent, i, t0, t1);
+    const F v0 = fused(s0.gam, g0, b * m0), v1 = fused(s1.gam, g1, b * m1);
+    const F z0 = fused(t0, s0.inv, F{} - grid_offset), z1 = fused(t1, s1.inv, F{} - grid_offset);
+    const auto store = [&](void *to, F signed_eps) {
+      store_two<O, PAIRS, TABLE ? Narrow::exact : Narrow::finite>(
+          to, i, quantized(fused(signed_eps, v0, z0), s0), quantized(fused(signed_eps, v1, z1), s1));
+    };
+    store(out.plus, eps);
+    if (BOTH)
+      store(out.minus, F{} - eps);
+  }
+};
+
+template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE>
+void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out,
+                 const Run &run) {
+  const Perturb<D, L, G, O, BOTH, TABLE> kernel(p, out.epsilon);
+  Scales scales = kernel.scales(broadcast(run.scale.delta), broadcast(run.scale.inv));
+  if (TABLE)
+    scales.table = table_of_values(p.grid, run.scale, O);
+  const void *const latent = item.latent.data, *const grad = item.grad.data;
+  const Outputs to = out;
+  const Prefix prefix = prefix_of(keys, run.chunk);
   uint64_t chunk = run.chunk;
-  for (int64_t i = run.begin; i < run.end; chunk += kGroup) {
+  for (int64_t i = run.begin; i < run.end; i += kBlock, chunk += kGroup) {
     H halves[kHalves];
-    prefetch<L, 0>(item.latent.data, i);
-    prefetch<G, 0>(item.grad.data, i);
-    prefetch<O, 1>(plus, i);
-    philox_block(keys, chunk, halves);
+    prefetch<L, 0>(latent, i);
+    prefetch<G, 0>(grad, i);
+    prefetch<O, 1>(to.plus, i);
+    if (BOTH)
+      prefetch<O, 1>(to.minus, i);
+    philox_block<kernel.PAIRS>(keys, prefix, chunks_from(chunk), halves);
 #pragma GCC unroll 1
-    for (int h = 0; h < kHalves; ++h) {
-      F m[2];
-      noise_of<D>(halves[h], m[0], m[1]);
-#pragma GCC unroll 2
-      for (int part = 0; part < 2; ++part, i += kWidth) {
-        const F v = fused(gam, load_as<G>(item.grad.data, i), b * m[part]);
-        const F z = fused(load_as<L>(item.latent.data, i), inv, offset);
-        store_as<O>(plus, i, quantized(fused(sign, v, z)));
-        if (BOTH)
-          store_as<O>(minus, i, quantized(fused(F{} - eps, v, z)));
-      }
-    }
+    for (int h = 0; h < kHalves; ++h)
+      kernel.two(halves[h], latent, grad, to, i + 2 * kWidth * h, scales, scales);
   }
 }
 
-using PerturbRun = void (*)(const Item &, const Perturbation &, const Keys &, const Run &);
-
-template <Distribution D, bool BOTH> PerturbRun perturb_for(Dtype latent, Dtype grad, Dtype out) {
-  constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16, int8 = Dtype::int8;
-  const auto are = [&](Dtype l, Dtype g, Dtype o) { return latent == l && grad == g && out == o; };
-  return are(f32, f32, f32)      ? perturb_run<D, f32, f32, f32, BOTH>
-         : are(bf16, bf16, bf16) ? perturb_run<D, bf16, bf16, bf16, BOTH>
-         : are(f16, f16, f16)    ? perturb_run<D, f16, f16, f16, BOTH>
-         : are(f32, bf16, bf16)  ? perturb_run<D, f32, bf16, bf16, BOTH>
-         : are(bf16, bf16, int8) ? perturb_run<D, bf16, bf16, int8, BOTH>
-         : are(f32, f32, int8)   ? perturb_run<D, f32, f32, int8, BOTH>
-                                 : nullptr;
+template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH>
+void perturb_piece(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out,
+                   const Piece &piece) {
+  const Perturb<D, L, G, O, BOTH, false> kernel(p, out.epsilon);
+  constexpr bool PAIRS = kernel.PAIRS;
+  H halves[kHalves];
+  philox_block<PAIRS>(keys, load_chunks(piece.chunk), halves);
+  const F delta = load_floats(piece.delta), inv = broadcast(1.0f) / delta;
+  const auto block = [&](const void *latent, const void *grad, const Outputs &to) {
+    for (int h = 0; h < kHalves; ++h) {
+      const Scales s0 = kernel.scales(spread<PAIRS>(delta, 2 * h), spread<PAIRS>(inv, 2 * h));
+      const Scales s1 =
+          PAIRS ? s0 : kernel.scales(spread<PAIRS>(delta, 2 * h + 1), spread<PAIRS>(inv, 2 * h + 1));
+      kernel.two(halves[h], latent, grad, to, 2 * kWidth * h, s0, s1);
+    }
+  };
+  const int64_t i = piece.begin;
+  if (fills_a_block(piece))
+    return block(at(item.latent.data, L, i), at(item.grad.data, G, i),
+                 {at(out.plus, O, i), BOTH ? at(out.minus, O, i) : nullptr, out.epsilon});
+  Buffer<L> latents;
+  Buffer<G> grads;
+  Buffer<O> plus, minus;
+  block(latents.read(item.latent.data, piece), grads.read(item.grad.data, piece),
+        {plus.bytes, minus.bytes, out.epsilon});
+  plus.write(out.plus, piece);
+  if (BOTH)
+    minus.write(out.minus, piece);
 }
 
-template <bool BOTH> PerturbRun perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out) {
+struct PerturbKernels {
+  void (*run)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Run &) = nullptr;
+  void (*piece)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Piece &) = nullptr;
+};
+
+template <Distribution D, bool BOTH>
+PerturbKernels perturb_for(Dtype latent, Dtype grad, Dtype out, bool table) {
+  constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16, int8 = Dtype::int8;
+#define FOGZO_CASE(L, G, O)                                                                                    \
+  if (latent == L && grad == G && out == O)                                                                    \
+    return {table && O != int8 ? perturb_run<D, L, G, O, BOTH, O != int8>                                      \
+                               : perturb_run<D, L, G, O, BOTH, false>,                                         \
+            perturb_piece<D, L, G, O, BOTH>};
+  FOGZO_CASE(f32, f32, f32)
+  FOGZO_CASE(bf16, bf16, bf16)
+  FOGZO_CASE(f16, f16, f16)
+  FOGZO_CASE(f32, bf16, bf16)
+  FOGZO_CASE(f32, f32, bf16)
+  FOGZO_CASE(bf16, bf16, int8)
+  FOGZO_CASE(f32, f32, int8)
+#undef FOGZO_CASE
+  return {};
+}
+
+template <bool BOTH>
+PerturbKernels perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out, bool table) {
   switch (d) {
   case Distribution::uniform:
-    return perturb_for<Distribution::uniform, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::uniform, BOTH>(latent, grad, out, table);
   case Distribution::rademacher:
-    return perturb_for<Distribution::rademacher, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::rademacher, BOTH>(latent, grad, out, table);
   case Distribution::triangular:
-    return perturb_for<Distribution::triangular, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::triangular, BOTH>(latent, grad, out, table);
   case Distribution::logistic:
-    return perturb_for<Distribution::logistic, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::logistic, BOTH>(latent, grad, out, table);
   default:
-    return perturb_for<Distribution::gaussian, BOTH>(latent, grad, out);
+    return perturb_for<Distribution::gaussian, BOTH>(latent, grad, out, table);
   }
 }
 
 void perturb_fused(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
   const bool both = item.plus.data && item.minus.data;
-  const Dtype out = item.plus.data ? item.plus.dtype : item.minus.dtype;
+  const Span &first = item.plus.data ? item.plus : item.minus;
   const auto choose = both ? perturb_for<true> : perturb_for<false>;
-  const PerturbRun run_of = choose(p.noise.distribution, item.latent.dtype, item.grad.dtype, out);
-  if (!run_of)
+  const PerturbKernels kernels =
+      choose(p.noise.distribution, item.latent.dtype, item.grad.dtype, first.dtype, fit_a_table(p.grid));
+  if (!kernels.run || better_by_tiles(item))
     return perturb_range(item, p, begin, end);
-  Names names = p.noise.names;
-  names.tensor_id = item.tensor_id;
-  const Keys keys = keys_of(names);
+  const Outputs out{first.data, item.minus.data, item.plus.data ? p.epsilon : -p.epsilon};
+  const Keys keys = keys_of(names_in(p.noise, item));
   for_each_run(
-      item, p.r, begin, end, [&](const Run &run) { run_of(item, p, keys, run); },
-      [&](int64_t first, int64_t last) { perturb_range(item, p, first, last); });
+      item, p.r, begin, end, [&](const Run &run) { kernels.run(item, p, keys, out, run); },
+      [&](const Piece &piece) { kernels.piece(item, p, keys, out, piece); });
 }
 
 // ---- estimate
 
+// sum_i B_i m_i of a block's elements, each vector in the order of load_two()
+template <Distribution D, bool PAIRS>
+inline void accumulate(const Estimate &e, Keys &keys, const Chunks &chunks, F *acc) {
+  for (int64_t direction = 0; direction < e.directions; ++direction) {
+    H halves[kHalves];
+    set_direction(keys, uint32_t(direction));
+    philox_block<PAIRS>(keys, chunks, halves);
+    const F B = broadcast(e.B[direction] / kFactor<D>);
+#pragma GCC unroll 1
+    for (int h = 0; h < kHalves; ++h) {
+      F low, high;
+      noise_of<D, PAIRS>(halves[h], low, high);
+      acc[2 * h] = direction ? fused(B, low, acc[2 * h]) : B * low;
+      acc[2 * h + 1] = direction ? fused(B, high, acc[2 * h + 1]) : B * high;
+    }
+  }
+}
+
+// Element j goes to element j - shift of out.
+struct Target {
+  void *data;
+  int64_t shift;
+};
+
 template <Distribution D, Dtype G, Dtype O>
-void estimate_run(const Item &item, const Estimate &e, const Run &run, void *out, int64_t shift) {
+void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target &out, const Run &run) {
+  constexpr bool PAIRS = in_pairs<G>(O);
   const F A = broadcast(e.A), inv = broadcast(run.scale.inv);
-  Names names = e.noise.names;
-  names.tensor_id = item.tensor_id;
-  Keys keys = keys_of(names);
   uint64_t chunk = run.chunk;
   for (int64_t i = run.begin; i < run.end; i += kBlock, chunk += kGroup) {
     F acc[kVectors];
     prefetch<G, 1>(item.grad.data, i);
-    for (int64_t direction = 0; direction < e.directions; ++direction) {
-      H halves[kHalves];
-      set_direction(keys, uint32_t(direction));
-      philox_block(keys, chunk, halves);
-      const F B = broadcast(e.B[direction] / kFactor<D>);
-#pragma GCC unroll 1
-      for (int h = 0; h < kHalves; ++h) {
-        F low, high;
-        noise_of<D>(halves[h], low, high);
-        acc[2 * h] = direction ? fused(B, low, acc[2 * h]) : B * low;
-        acc[2 * h + 1] = direction ? fused(B, high, acc[2 * h + 1]) : B * high;
-      }
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < kVectors; ++k) {
-      const int64_t at = i + k * kWidth;
-      store_as<O>(out, at - shift, fused(A, load_as<G>(item.grad.data, at), inv * acc[k]));
+    accumulate<D, PAIRS>(e, keys, chunks_from(chunk), acc);
+#pragma GCC unroll 4
+    for (int h = 0; h < kHalves; ++h) {
+      const int64_t j = i + 2 * kWidth * h;
+      F g0, g1;
+      load_two<G, PAIRS>(item.grad.data, j, g0, g1);
+      store_two<O, PAIRS, Narrow::any>(out.data, j - out.shift, fused(A, g0, inv * acc[2 * h]),
+                                       fused(A, g1, inv * acc[2 * h + 1]));
     }
   }
 }
 
-using EstimateRun = void (*)(const Item &, const Estimate &, const Run &, void *, int64_t);
-
-template <Distribution D> EstimateRun estimate_for(Dtype grad, Dtype out) {
-  constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
-  if (out == f32)
-    return grad == f32    ? estimate_run<D, f32, f32>
-           : grad == bf16 ? estimate_run<D, bf16, f32>
-                          : estimate_run<D, f16, f32>;
-  return out == bf16 ? estimate_run<D, bf16, bf16> : estimate_run<D, f16, f16>;
+template <Distribution D, Dtype G, Dtype O>
+void estimate_piece(const Item &item, const Estimate &e, Keys &keys, const Target &out, const Piece &piece) {
+  constexpr bool PAIRS = in_pairs<G>(O);
+  const F A = broadcast(e.A), inv = broadcast(1.0f) / load_floats(piece.delta);
+  F acc[kVectors];
+  accumulate<D, PAIRS>(e, keys, load_chunks(piece.chunk), acc);
+  Buffer<G> grads;
+  Buffer<O> estimates;
+  const void *grad = grads.read(item.grad.data, piece);
+  for (int h = 0; h < kHalves; ++h) {
+    F g0, g1;
+    load_two<G, PAIRS>(grad, 2 * kWidth * h, g0, g1);
+    const F inv0 = spread<PAIRS>(inv, 2 * h), inv1 = PAIRS ? inv0 : spread<PAIRS>(inv, 2 * h + 1);
+    store_two<O, PAIRS, Narrow::any>(estimates.bytes, 2 * kWidth * h, fused(A, g0, inv0 * acc[2 * h]),
+                                     fused(A, g1, inv1 * acc[2 * h + 1]));
+  }
+  estimates.write(at(out.data, O, -out.shift), piece);
 }
 
-EstimateRun estimate_for(Distribution d, Dtype grad, Dtype out) {
+struct EstimateKernels {
+  void (*run)(const Item &, const Estimate &, Keys &, const Target &, const Run &);
+  void (*piece)(const Item &, const Estimate &, Keys &, const Target &, const Piece &);
+};
+
+template <Distribution D> EstimateKernels estimate_for(Dtype grad, bool widen) {
+  constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
+#define FOGZO_CASE(G, O)                                                                                       \
+  {                                                                                                            \
+    estimate_run<D, G, O>, estimate_piece<D, G, O>                                                             \
+  }
+  if (grad == f32)
+    return FOGZO_CASE(f32, f32);
+  if (grad == bf16)
+    return widen ? EstimateKernels FOGZO_CASE(bf16, f32) : EstimateKernels FOGZO_CASE(bf16, bf16);
+  return widen ? EstimateKernels FOGZO_CASE(f16, f32) : EstimateKernels FOGZO_CASE(f16, f16);
+#undef FOGZO_CASE
+}
+
+EstimateKernels estimate_for(Distribution d, Dtype grad, bool widen) {
   switch (d) {
   case Distribution::uniform:
-    return estimate_for<Distribution::uniform>(grad, out);
+    return estimate_for<Distribution::uniform>(grad, widen);
   case Distribution::rademacher:
-    return estimate_for<Distribution::rademacher>(grad, out);
+    return estimate_for<Distribution::rademacher>(grad, widen);
   case Distribution::triangular:
-    return estimate_for<Distribution::triangular>(grad, out);
+    return estimate_for<Distribution::triangular>(grad, widen);
   case Distribution::logistic:
-    return estimate_for<Distribution::logistic>(grad, out);
+    return estimate_for<Distribution::logistic>(grad, widen);
   default:
-    return estimate_for<Distribution::gaussian>(grad, out);
+    return estimate_for<Distribution::gaussian>(grad, widen);
   }
+}
+
+// widen: to float32, else to the dtype of the gradient
+void estimate_to(const Item &item, const Estimate &e, const Target &out, bool widen, int64_t begin,
+                 int64_t end) {
+  const EstimateKernels kernels = estimate_for(e.noise.distribution, item.grad.dtype, widen);
+  Keys keys = keys_of(names_in(e.noise, item));
+  for_each_run(
+      item, e.r, begin, end, [&](const Run &run) { kernels.run(item, e, keys, out, run); },
+      [&](const Piece &piece) { kernels.piece(item, e, keys, out, piece); });
 }
 
 void estimate_fused(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
-  const EstimateRun run_of = estimate_for(e.noise.distribution, item.grad.dtype, item.grad.dtype);
-  for_each_run(
-      item, e.r, begin, end, [&](const Run &run) { run_of(item, e, run, item.grad.data, 0); },
-      [&](int64_t first, int64_t last) { estimate_range(item, e, first, last); });
+  if (better_by_tiles(item))
+    return estimate_range(item, e, begin, end);
+  estimate_to(item, e, {item.grad.data, 0}, false, begin, end);
+}
+
+void update_fused(const Item &item, const Tail &tail, int64_t begin, int64_t end) {
+  if (better_by_tiles(item))
+    return update_range(item, tail, begin, end);
+  update_by(item, tail, begin, end, [&](int64_t start, int64_t count, float *out) {
+    estimate_to(item, tail.estimate, {out, start}, true, start, start + count);
+  });
 }

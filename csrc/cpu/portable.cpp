@@ -54,7 +54,7 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 } // namespace
 
 const Kernels *portable_kernels() {
-  static constexpr Kernels table = table_of("portable", perturb_range, estimate_range);
+  static constexpr Kernels table = table_of("portable", perturb_range, estimate_range, update_range);
   return &table;
 }
 

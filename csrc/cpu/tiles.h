@@ -14,6 +14,13 @@ constexpr int kSums = 16; // partial sums of the norm, whatever the width of a v
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The names of a tensor's noise.
+inline Names names_in(const Noise &noise, const Item &item) {
+  Names names = noise.names;
+  names.tensor_id = item.tensor_id;
+  return names;
+}
+
 // ---- dtypes
 
 // A tile as float32: the tensor's own memory when it is float32, else `buffer`.
@@ -167,8 +174,7 @@ void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64
   float latent[kTile], grad[kTile], m[kTile], out[kTile];
   const GridRange grid = p.grid; // copies of constants: a store could change what lies in memory
   const float a = p.a, b = p.b, r = p.r;
-  Noise noise = p.noise;
-  noise.names.tensor_id = item.tensor_id;
+  const Noise noise{p.noise.distribution, names_in(p.noise, item)};
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     const float *t = load(item.latent, start, count, latent), *g = load(item.grad, start, count, grad);
     noise_tile(noise, item.layout, start, count, m);
@@ -202,8 +208,7 @@ void estimate_tile(const Item &item, const Estimate &e, const float *g, int64_t 
                    float *out) {
   float m[kTile], acc[kTile];
   const float A = e.A;
-  Noise noise = e.noise;
-  noise.names.tensor_id = item.tensor_id;
+  Noise noise{e.noise.distribution, names_in(e.noise, item)};
   for (int64_t direction = 0; direction < e.directions; ++direction) {
     noise.names.direction = uint32_t(direction);
     noise_tile(noise, item.layout, start, count, m);
@@ -282,18 +287,26 @@ void quantize_range(const Item &item, GridRange grid, float r, int64_t begin, in
   });
 }
 
-void update_range(const Item &item, const Tail &tail, int64_t begin, int64_t end) {
-  float grad[kTile], out[kTile];
+// estimate(start, count, out) writes G of a tile
+template <class EstimateTile>
+void update_by(const Item &item, const Tail &tail, int64_t begin, int64_t end, EstimateTile estimate) {
+  float out[kTile];
   const bool drawn = item.alpha && tail.estimate.directions;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     if (!tail.skip) {
-      const float *g = load(item.grad, start, count, grad);
       if (drawn)
-        estimate_tile(item, tail.estimate, g, start, count, out);
-      step_tile(item, tail.update, drawn ? out : g, start, count);
+        estimate(start, count, out);
+      step_tile(item, tail.update, drawn ? out : load(item.grad, start, count, out), start, count);
     }
     if (item.plus.data) // while the tile is in the cache
       quantize_range(item, tail.grid, tail.estimate.r, start, start + count);
+  });
+}
+
+void update_range(const Item &item, const Tail &tail, int64_t begin, int64_t end) {
+  update_by(item, tail, begin, end, [&](int64_t start, int64_t count, float *out) {
+    float grad[kTile];
+    estimate_tile(item, tail.estimate, load(item.grad, start, count, grad), start, count, out);
   });
 }
 
@@ -328,8 +341,7 @@ void straight_through_range(const Item &item, StraightThrough kind, GridRange gr
   }
 }
 
-template <class Perturb, class Estimate>
-constexpr Kernels table_of(const char *isa, Perturb perturb, Estimate estimate) {
-  return {isa,      noise_range,  sumsq_range,    perturb,
-          estimate, update_range, quantize_range, straight_through_range};
+constexpr Kernels table_of(const char *isa, decltype(Kernels::perturb) perturb,
+                           decltype(Kernels::estimate) estimate, decltype(Kernels::update) update) {
+  return {isa, noise_range, sumsq_range, perturb, estimate, update, quantize_range, straight_through_range};
 }

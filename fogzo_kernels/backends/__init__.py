@@ -22,8 +22,9 @@ from ..straight_through import StraightThrough
 from ..update import UpdateRule
 
 #: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
-#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named.
-NAMES = ("cpu", "triton", "reference")
+#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named; on a GPU Triton
+#: comes first, and ``cuda`` where Triton is missing.
+NAMES = ("cpu", "triton", "cuda", "reference")
 VARIABLE = "FOGZO_BACKEND"
 
 Tensors = Sequence[Tensor]
@@ -109,10 +110,13 @@ def select(name: str | None, device: torch.device) -> Backend:
     """The backend ``name``, or else ``FOGZO_BACKEND``, or else the best one for ``device``.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is unknown.
         RuntimeError: the named backend is unavailable there; the message says why.
     """
     source = "backend"
+    if not isinstance(name, str | None):
+        raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
     if name is None and os.environ.get(VARIABLE):
         name, source = os.environ[VARIABLE], VARIABLE
     if name is None:

@@ -1,6 +1,6 @@
 """Triton on NVIDIA GPUs; on the CPU through Triton's interpreter (``TRITON_INTERPRET=1``).
 
-Host side: one launch per op over all tensors, which a plan (plans.py) names to the kernels.
+Host side: one launch per op over all tensors, which a plan (fogzo_kernels/plans.py) names to the kernels.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ...grid import Grid
 from ...noise import DISTRIBUTIONS, Layout
+from ...plans import SPAN, plan
 from ...straight_through import StraightThrough
 from ...update import UpdateRule
 from . import kernels, update
 from .elements import M_FACTOR
-from .plans import SPAN, plan
 
 TILE = 2048  # elements per loop iteration
 UPDATE_TILE = 1024  # its loop holds twice as many arrays

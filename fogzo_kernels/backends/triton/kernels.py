@@ -1,7 +1,7 @@
 """The kernels: one launch over a list of tensors each (docs/contract.md).
 
 A program works on SPAN consecutive elements of one tensor. ``owner`` names its tensor, a row of
-``table`` says where that lies (COLUMNS). Aligned full chunks of 8 elements, up to the row's FAST,
+``table`` says where that lies (plans.COLUMNS). Aligned full chunks of 8 elements, up to the row's FAST,
 go tile by tile; the rest, at most 7 elements of an aligned tensor, element by element.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...plans import COLUMNS
 from .elements import (
     code_of,
     convert,
@@ -26,16 +27,6 @@ from .elements import (
     tile_noise,
 )
 
-COLUMNS = (
-    "LATENT", "GRAD", "PLUS", "MINUS", "ALPHA",  # addresses
-    "TENSOR_ID", "NUMEL",
-    "FAST",  # elements that the tile path takes
-    "FIRST",  # first program of the tensor
-    "OFFSET", "INNER", "SKIP",  # layout; SKIP = stride - inner
-    "SCALES", "SCALE_LENGTH",  # alphas, and elements that share one
-    "INNER_DIVISOR", "SCALE_DIVISOR",  # in chunks, packed by divisor()
-    "STATE_1", "STATE_2",  # addresses of the optimizer's state
-)  # fmt: skip
 (
     LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, FIRST, OFFSET, INNER, SKIP, SCALES,
     SCALE_LENGTH, INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2,
@@ -43,14 +34,9 @@ COLUMNS = (
 WIDTH = tl.constexpr(len(COLUMNS))
 
 
-def divisor(d: int) -> int:
-    """``magic << 6 | shift`` such that n // d == n * magic >> shift for 0 <= n < 2^31."""
-    shift = 31 + (d - 1).bit_length()
-    return ((1 << shift) // d + 1) << 6 | shift
-
-
 @triton.jit
 def divide(n, packed):
+    """n // d, given plans.divisor(d)."""
     magic = (packed.to(tl.uint64, bitcast=True) >> 6).to(tl.uint32).to(tl.uint64)
     return (n.to(tl.uint64) * magic >> (packed & 63).to(tl.uint64)).to(tl.uint32)
 

@@ -1,4 +1,8 @@
-"""Plans: a table of the tensors' addresses on the device, built once and kept while they stay."""
+"""Plans: a table of the tensors' addresses on the device, built once and kept while they stay.
+
+The kernels of a GPU backend work on a list of tensors in one launch. A program takes SPAN consecutive
+elements of one tensor: ``owner`` names its row in ``table``, and COLUMNS is what a row holds.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...noise import Layout
-from . import kernels
+from .noise import Layout
 
+COLUMNS = (
+    "LATENT", "GRAD", "PLUS", "MINUS", "ALPHA",  # addresses
+    "TENSOR_ID", "NUMEL",
+    "FAST",  # elements in aligned full chunks of 8
+    "FIRST",  # first program of the tensor
+    "OFFSET", "INNER", "SKIP",  # layout; SKIP = stride - inner
+    "SCALES", "SCALE_LENGTH",  # alphas, and elements that share one
+    "INNER_DIVISOR", "SCALE_DIVISOR",  # in chunks, packed by divisor()
+    "STATE_1", "STATE_2",  # addresses of the optimizer's state
+)  # fmt: skip
 SPAN = 16384  # elements per program
 PLANS_KEPT = 256
 
 Tensors = Sequence[Tensor]
+
+
+def divisor(d: int) -> int:
+    """``magic << 6 | shift`` such that n // d == n * magic >> shift for 0 <= n < 2^31."""
+    shift = 31 + (d - 1).bit_length()
+    return ((1 << shift) // d + 1) << 6 | shift
 
 
 class Plan(NamedTuple):
@@ -77,7 +96,7 @@ def build_plan(key: tuple, capturing: bool = False) -> Plan:
             stride = inner
         length = max(numel // max(count, 1), 1)
         aligned = (
-            all(p % 16 == 0 for column, p in enumerate(pointers) if column != kernels.ALPHA.value)
+            all(p % 16 == 0 for column, p in enumerate(pointers) if column != COLUMNS.index("ALPHA"))
             and offset % 8 == 0
             and (inner == numel or (inner % 8 == 0 and stride % 8 == 0))
             and (count == 1 or length % 8 == 0)
@@ -85,11 +104,11 @@ def build_plan(key: tuple, capturing: bool = False) -> Plan:
         rows.append([
             *pointers[:5], tensor_ids[i] if i < len(tensor_ids) else 0, numel, numel & ~7 if aligned else 0,
             len(owner), offset, inner, stride - inner, count, length,
-            kernels.divisor(max(inner // 8, 1)), kernels.divisor(max(length // 8, 1)), *pointers[5:],
+            divisor(max(inner // 8, 1)), divisor(max(length // 8, 1)), *pointers[5:],
         ])  # fmt: skip
         owner += [i] * -(-numel // SPAN)
     table, owners = upload(rows, owner, device, capturing)
-    skip = kernels.COLUMNS.index("SKIP")
+    skip = COLUMNS.index("SKIP")
     return Plan(table, owners, len(owner), all(s == 1 for s in scales), any(row[skip] for row in rows))
 
 
@@ -104,7 +123,7 @@ def upload(
     rows: list[list[int]], owner: list[int], device: torch.device, capturing: bool
 ) -> tuple[Tensor, Tensor]:
     """Table and owners on the device, by one copy that the host does not wait for."""
-    entries, words = len(rows) * len(kernels.COLUMNS), (len(owner) + 1) // 2
+    entries, words = len(rows) * len(COLUMNS), (len(owner) + 1) // 2
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu and not _arena and not capturing:
         _arena.append(torch.empty(ARENA_WORDS, dtype=torch.int64, pin_memory=True))

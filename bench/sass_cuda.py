@@ -1,0 +1,179 @@
+"""The CUDA kernels' machine code: compiled by nvcc for GPUs that need not be there, read by bench/sass.py.
+
+Cubins lie in build/cubins under a hash of the sources and of nvcc's version, with what ptxas said of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import sass
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc/cuda"
+FLAGS = ("-std=c++17", "-O3", "--fmad=false")
+DISTRIBUTIONS = ("uniform", "rademacher", "triangular", "logistic", "gaussian")  # as element.h's enum
+DTYPES = ("fp32", "bf16", "fp16", "int8", "any")  # as ops.h's enum
+KINDS = ("identity_clipped", "identity", "hardtanh", "tanh", "approxsign")
+THREADS = 128  # of a block
+#: Elements of a thread in one turn of its loop.
+TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32}
+TURN_OF_OTHERS = 8
+
+
+def unavailable() -> str | None:
+    """None, or why nothing can be compiled or read."""
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on the path"
+    return None if shutil.which("c++filt") else "c++filt is not on the path"
+
+
+def digest() -> str:
+    """Of what the cubins depend on."""
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = hashlib.sha256(f"{version} {FLAGS}".encode())
+    for path in sorted([*(ROOT / "csrc").glob("*.h"), *SOURCES.glob("*.*h"), *SOURCES.glob("*.cu")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def compile_all(arch: int) -> Path:
+    """A folder with a cubin, its PTX and ptxas's report, a .log, for each source."""
+    folder = ROOT / "build/cubins" / digest() / str(arch)
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(SOURCES.glob("*.cu")):
+        with (folder / f"{source.stem}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / f"{source.stem}.log").exists():
+                compile_one(source, arch, folder)
+    return folder
+
+
+def compile_one(source: Path, arch: int, folder: Path) -> None:
+    keep = folder / f"{source.stem}.steps"
+    keep.mkdir(exist_ok=True)
+    cubin = folder / f"{source.stem}.cubin"
+    command = ["nvcc", *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas=-v", "--keep"]
+    result = subprocess.run(
+        [*command, f"--keep-dir={keep}", str(source), "-o", str(cubin)], capture_output=True, text=True
+    )
+    if result.returncode:
+        raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{result.stderr[-4000:]}")
+    shutil.copy(next(keep.glob("*.ptx")), folder / f"{source.stem}.ptx")
+    shutil.rmtree(keep)
+    (folder / f"{source.stem}.log").write_text(result.stdout + result.stderr)  # last: now all is there
+
+
+def spills(folder: Path) -> dict[str, int]:
+    """Bytes that each kernel spills, both ways, as ptxas reports them; and its stack."""
+    found = {}
+    for log in sorted(folder.glob("*.log")):
+        pattern = (
+            r"Function properties for (\w+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores,"
+            r" (\d+) bytes spill loads"
+        )
+        for name, *numbers in re.findall(pattern, log.read_text()):
+            found[name] = sum(map(int, numbers))
+    return found
+
+
+# ---- rows
+
+
+def variant_of(name: str) -> sass.Variant | None:
+    """Of a demangled name; None for what is no kernel."""
+    found = re.match(r"(?:void )?fogzo::cuda::(\w+)(?:<(.*)>)?\(", name)
+    if found is None:
+        return None
+    kernel, arguments = (
+        found.group(1),
+        [a.rsplit(")", 1)[-1].strip() for a in (found.group(2) or "").split(",")],
+    )
+    if kernel == "noise_kernel":
+        return sass.Variant(kernel, out="fp32", distribution=DISTRIBUTIONS[int(arguments[0])])
+    if kernel == "sumsq_kernel":
+        return sass.Variant(kernel, grad=DTYPES[int(arguments[0])], scale=scale_of(arguments[1]))
+    if kernel == "perturb_kernel":
+        dist, latent, grad, out, both, plain = arguments
+        return sass.Variant(
+            kernel, *dtypes(latent, grad, out), DISTRIBUTIONS[int(dist)], "both" if both == "true" else "one",
+            scale_of(plain), plain == "false",
+        )  # fmt: skip
+    if kernel == "estimate_kernel":
+        dist, grad, plain = arguments
+        return sass.Variant(
+            kernel, None, DTYPES[int(grad)], None, DISTRIBUTIONS[int(dist)], None, scale_of(plain),
+            plain == "false", directions=1,
+        )  # fmt: skip
+    if kernel == "update_kernel":
+        dist, adamw, plain, *types = arguments
+        rule = "adamw" if adamw == "true" else "momentum"  # with one state, as momentum and nesterov have
+        return sass.Variant(
+            kernel,
+            *dtypes(*types),
+            DISTRIBUTIONS[int(dist)],
+            None,
+            scale_of(plain),
+            plain == "false",
+            kind=rule,
+        )
+    if kernel == "quantize_kernel":
+        latent, out = dtypes(*arguments)
+        return sass.Variant(kernel, latent, None, out, scale="row")
+    if kernel == "backward_kernel":
+        dtype = DTYPES[int(arguments[1])]
+        return sass.Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
+    return sass.Variant(kernel)
+
+
+def scale_of(plain: str) -> str:
+    """The kernels that are not plain take rows, groups, shards and scalars in device memory."""
+    return "tensor" if plain == "true" else "row"
+
+
+def dtypes(*numbers: str) -> tuple[str, ...]:
+    return tuple(DTYPES[int(n)] for n in numbers)
+
+
+def functions(cubin: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Mangled name, machine code, and registers, stack, shared and local bytes of each kernel."""
+    text, usage = sass.dumps(cubin)
+    numbers = {name: tuple(map(int, rest)) for name, *rest in sass.usages(usage)}
+    parts = re.split(r"^\s+Function : (\w+)$", text, flags=re.MULTILINE)
+    for name, code in zip(parts[1::2], parts[2::2], strict=True):
+        yield name, code, numbers[name]
+
+
+def demangled(names: list[str]) -> list[str]:
+    text = "\n".join(names)
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def kernels(arch: int) -> Iterator[tuple[sass.Variant, sass.Report]]:
+    """Every kernel's variant and report; an estimate, and AdamW's tail, also for four directions."""
+    for cubin in sorted(compile_all(arch).glob("*.cubin")):
+        found = list(functions(cubin))
+        for (_, code, numbers), name in zip(found, demangled([f[0] for f in found]), strict=True):
+            variant = variant_of(name)
+            if variant is None:
+                continue
+            yield variant, sass.report_of(code, numbers, 1)
+            if variant.kernel == "estimate_kernel" or (variant.kernel, variant.kind) == (
+                "update_kernel",
+                "adamw",
+            ):
+                yield variant._replace(directions=4), sass.report_of(code, numbers, 4)
+
+
+def rows(arch: int) -> Iterator[tuple[sass.Variant, dict[str, object]]]:
+    for variant, report in kernels(arch):
+        turns = sass.SPAN // (THREADS * TURN.get(variant.kernel, TURN_OF_OTHERS))
+        yield variant, sass.row_of_report(variant, arch, report, turns, THREADS, "cuda")

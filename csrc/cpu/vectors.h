@@ -1,0 +1,165 @@
+// What the vector paths share: noise, loads and stores of two vectors at a time. The file that includes
+// this one has defined vectors of kWidth floats F, halves H, bits U, and their operations.
+//
+// Two vectors hold 2 kWidth neighbouring elements, in one of two orders. In order: the first kWidth, then
+// the others. In pairs, for 16-bit operands: the even ones, then the odd ones, as they lie in words of two,
+// so that neither noise nor operands are shuffled.
+
+constexpr int kVectors = 8 * kGroup / kWidth; // F per block
+constexpr int kHalves = kVectors / 2;
+constexpr int64_t kBlock = 8 * kGroup; // elements per block
+static_assert(kGroup == kWidth, "a vector holds one value for each chunk of a block");
+
+// ---- Philox
+
+constexpr int kParts = 2; // vectors of calls in a block: they keep the multipliers busy
+
+// the rounds from round FROM on
+template <int FROM> inline __attribute__((always_inline)) void philox_rounds(const Keys &keys, Lanes *w) {
+#pragma GCC unroll 10
+  for (int round = FROM; round < kPhiloxRounds; ++round)
+#pragma GCC unroll 2
+    for (int u = 0; u < kParts; ++u) {
+      const auto p0 = product(w[u].x0, kPhiloxM0), p1 = product(w[u].x2, kPhiloxM1);
+      w[u] = {exclusive_or(high_of(p1), w[u].x1, keys.round[2 * round]), p1,
+              exclusive_or(high_of(p0), w[u].x3, keys.round[2 * round + 1]), p0};
+    }
+}
+
+// The 16-bit halves of kGroup Philox calls.
+template <bool PAIRS>
+inline __attribute__((always_inline)) void philox_block(const Keys &keys, const Chunks &chunks, H *halves) {
+  Lanes w[kParts];
+  for (int u = 0; u < kParts; ++u)
+    w[u] = counters_of<PAIRS>(keys, chunks.part[u]);
+  philox_rounds<0>(keys, w);
+  for (int u = 0; u < kParts; ++u)
+    halves_of<PAIRS>(w[u], halves + 2 * u);
+}
+
+// What the first two rounds make of the words that all counters of a run share, whose chunks have the same
+// upper half: x1 after the first, x3 after the second.
+struct Prefix {
+  decltype(Lanes::x0) x1, x3, high_x3;
+};
+
+inline Prefix prefix_of(const Keys &keys, uint64_t chunk) {
+  const Lanes w = counters_of<false>(keys, chunks_from(chunk >> 32 << 32).part[0]);
+  const auto p1 = product(w.x2, kPhiloxM1);
+  const auto p0 = product(exclusive_or(high_of(p1), w.x1, keys.round[0]), kPhiloxM0);
+  return {p1, p0, high_of(p0)};
+}
+
+// philox_block() of a block of the run: its first two rounds take one product each.
+template <bool PAIRS>
+inline __attribute__((always_inline)) void philox_block(const Keys &keys, const Prefix &prefix,
+                                                        const Chunks &chunks, H *halves) {
+  Lanes w[kParts];
+  for (int u = 0; u < kParts; ++u) {
+    const auto p0 = product(counters_of<PAIRS>(keys, chunks.part[u]).x0, kPhiloxM0);
+    const auto p1 = product(exclusive_or(high_of(p0), keys.tensor_id, keys.round[1]), kPhiloxM1);
+    w[u] = {exclusive_or(high_of(p1), prefix.x1, keys.round[2]), p1,
+            exclusive_or(prefix.high_x3, p0, keys.round[3]), prefix.x3};
+  }
+  philox_rounds<2>(keys, w);
+  for (int u = 0; u < kParts; ++u)
+    halves_of<PAIRS>(w[u], halves + 2 * u);
+}
+
+// The halves of `chunks` Philox calls, in order; writes up to kGroup - 1 calls more.
+void philox_halves(const Names &names, uint64_t chunk, int64_t chunks, uint16_t *halves) {
+  const Keys keys = keys_of(names);
+  for (int64_t done = 0; done < chunks; done += kGroup, halves += 8 * kGroup) {
+    H block[kHalves];
+    philox_block<true>(keys, chunks_from(chunk + uint64_t(done)), block);
+    std::memcpy(halves, block, sizeof block);
+  }
+}
+
+// ---- noise and operands
+
+// noise_of() gives m times this power of two, which the caller takes out of the coefficient of m: exact.
+template <Distribution D>
+constexpr float kFactor = D == Distribution::uniform      ? 32768.0f
+                          : D == Distribution::triangular ? 65536.0f
+                                                          : 1.0f;
+
+// k of the elements of h, as words
+template <bool PAIRS> inline void numbers_of(H h, U &first, U &last) {
+  if (!PAIRS)
+    return extend(h, first, last);
+  first = words_of(h) & 0xFFFFu;
+  last = words_of(h) >> 16;
+}
+
+// k << 16 | below
+template <bool PAIRS> inline void raised(H h, uint16_t below, U &first, U &last) {
+  if (!PAIRS)
+    return raise(h, int16_t(below), first, last);
+  const U words = words_of(h);
+  first = below ? (words << 16) | uint32_t(below) : words << 16;
+  last = masked_or(words, 0xFFFF0000u, below);
+}
+
+// m kFactor of the elements of h
+template <Distribution D, bool PAIRS> inline void noise_of(H h, F &first, F &last) {
+  U low, high;
+  if (D == Distribution::gaussian) { // Box-Muller on words: the pair of an even and an odd element
+    const U words = words_of(h);
+    const F radius = root(log_of((float_from(words & 0xFFFFu) + 0.5f) * (1.0f / 65536)) * -2.0f);
+    F cosine, sine; // the angle is (2 ks + 1) / 65536 = (65536 ks + 32768) / 2^31
+    cos_sin_pi(float_from(masked_or(words, 0xFFFF0000u, 0x8000u)) * (1.0f / 2147483648.0f), cosine, sine);
+    first = radius * cosine;
+    last = radius * sine;
+    if (!PAIRS)
+      interleave(first, last, first, last);
+    return;
+  }
+  if (D == Distribution::logistic) {
+    numbers_of<PAIRS>(h, low, high);
+    const F a = float_from(low), b = float_from(high);
+    first = log_of((a + 0.5f) / (65535.5f - a));
+    last = log_of((b + 0.5f) / (65535.5f - b));
+    return;
+  }
+  raised<PAIRS>(D == Distribution::triangular ? byte_sums(h) : h, D == Distribution::uniform ? 0x8000 : 0, low,
+                high);
+  if (D == Distribution::rademacher) {
+    first = float_of(masked_or(low, 0x80000000u, 0x3F800000u));
+    last = float_of(masked_or(high, 0x80000000u, 0x3F800000u));
+  } else {
+    first = float_from(low);
+    last = float_from(high);
+  }
+}
+
+template <Dtype T, bool PAIRS> inline void load_two(const void *data, int64_t i, F &first, F &last) {
+  if (PAIRS) {
+    const U words = load_words(data, i);
+    first = float_of(words << 16);
+    last = float_of(words & 0xFFFF0000u);
+  } else {
+    first = load_as<T>(data, i);
+    last = load_as<T>(data, i + kWidth);
+  }
+}
+
+template <Dtype T, bool PAIRS, Narrow N> inline void store_two(void *data, int64_t i, F first, F last) {
+  if (PAIRS)
+    return store_pairs<T, N>(data, i, first, last);
+  store_as<T, N>(data, i, first);
+  store_as<T, N>(data, i + kWidth, last);
+}
+
+constexpr int64_t size_of(Dtype t) { return t == Dtype::float32 ? 4 : t == Dtype::int8 ? 1 : 2; }
+
+inline void *at(void *data, Dtype dtype, int64_t i) { return static_cast<char *>(data) + i * size_of(dtype); }
+
+constexpr int64_t kAhead = 4096; // bytes; the hardware's own prefetching stops at each page
+
+// The block that lies kAhead bytes after element i.
+template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
+  const char *there = static_cast<const char *>(data) + i * size_of(T) + kAhead;
+  for (int64_t line = 0; line < kBlock * size_of(T); line += 64)
+    __builtin_prefetch(there + line, WRITE);
+}

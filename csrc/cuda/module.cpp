@@ -1,0 +1,199 @@
+// pybind11: the CUDA ops on addresses, and how they were built. No torch: one build serves every release,
+// and imports where there is no CUDA driver.
+#include "ops.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace fogzo::cuda {
+namespace {
+
+// Arguments as Python gives them; addresses are integers, 0 for none.
+using WhereArgument = std::tuple<int, uintptr_t>;                            // device, stream
+using PlanArgument = std::tuple<uintptr_t, uintptr_t, int64_t, bool, bool>;  // table .. shard
+using NoiseArgument = std::tuple<std::string, double>;                       // distribution, C
+using LongArgument = std::tuple<uintptr_t, int64_t>;                         // address, or 0 and value
+using DoubleArgument = std::tuple<uintptr_t, double>;                        // the same
+using StepArgument = std::tuple<LongArgument, LongArgument, DoubleArgument>; // seed, step, 1 - beta
+using LossesArgument = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, double>;
+using GridArgument = std::tuple<double, double, double, double>;          // qmin, qmax, offset, r
+using DtypesArgument = std::tuple<std::string, std::string, std::string>; // latents, gradients, outputs
+using RuleArgument = std::tuple<std::string, std::vector<double>>;        // name, hyperparameters
+
+const std::map<std::string, Distribution> kDistributions = {{"uniform", Distribution::uniform},
+                                                            {"rademacher", Distribution::rademacher},
+                                                            {"triangular", Distribution::triangular},
+                                                            {"logistic", Distribution::logistic},
+                                                            {"gaussian", Distribution::gaussian}};
+const std::map<std::string, Dtype> kDtypes = {{"float32", Dtype::float32},
+                                              {"bfloat16", Dtype::bfloat16},
+                                              {"float16", Dtype::float16},
+                                              {"int8", Dtype::int8}};
+const std::map<std::string, Rule> kRules = {
+    {"adamw", Rule::adamw}, {"sgd", Rule::sgd}, {"momentum", Rule::momentum}, {"nesterov", Rule::nesterov}};
+const std::map<std::string, StraightThrough> kKinds = {{"identity_clipped", StraightThrough::identity_clipped},
+                                                       {"identity", StraightThrough::identity},
+                                                       {"hardtanh", StraightThrough::hardtanh},
+                                                       {"tanh", StraightThrough::tanh},
+                                                       {"approxsign", StraightThrough::approxsign}};
+
+template <class T> T known(const std::map<std::string, T> &all, const std::string &name, const char *argument) {
+  const auto found = all.find(name);
+  if (found != all.end())
+    return found->second;
+  std::string names;
+  for (const auto &[one, value] : all)
+    names += (names.empty() ? "" : ", ") + one;
+  throw std::invalid_argument(std::string(argument) + " must be one of " + names + ", got " + name);
+}
+
+int64_t in_range(int64_t value, int64_t limit, const char *argument) {
+  if (value < 0 || value >= limit)
+    throw std::invalid_argument(std::string(argument) + " must be in 0.." + std::to_string(limit - 1) +
+                                ", got " + std::to_string(value));
+  return value;
+}
+
+template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
+
+Where where_of(const WhereArgument &a) { return {std::get<0>(a), std::get<1>(a)}; }
+
+Plan plan_of(const PlanArgument &a) {
+  const auto [table, owner, blocks, per_tensor, shard] = a;
+  return {pointer<const int64_t>(table), pointer<const int32_t>(owner),
+          in_range(blocks, int64_t(1) << 31, "plan's blocks"), per_tensor, shard};
+}
+
+template <class T> Scalar<T> scalar_of(const std::tuple<uintptr_t, T> &a) {
+  return {pointer<const T>(std::get<0>(a)), std::get<1>(a)};
+}
+
+Step step_of(const StepArgument &a) {
+  return {scalar_of(std::get<0>(a)), scalar_of(std::get<1>(a)), scalar_of(std::get<2>(a))};
+}
+
+Distribution distribution_of(const NoiseArgument &a) {
+  return known(kDistributions, std::get<0>(a), "distribution");
+}
+
+Losses losses_of(const LossesArgument &a) {
+  const auto [plus, minus, n, norm, counters, epsilon] = a;
+  return {pointer<const float>(plus), pointer<const float>(minus), in_range(n, 65537, "number of losses"),
+          pointer<const float>(norm), pointer<int64_t>(counters),  double(float(epsilon))};
+}
+
+Grid grid_of(const GridArgument &a) {
+  return {float(std::get<0>(a)), float(std::get<1>(a)), float(std::get<2>(a)), float(std::get<3>(a))};
+}
+
+Dtype float_of_name(const std::string &name, const char *argument) {
+  const Dtype found = known(kDtypes, name, argument);
+  if (found == Dtype::int8)
+    throw std::invalid_argument(std::string(argument) + " must be float32, bfloat16 or float16, got int8");
+  return found;
+}
+
+Dtypes dtypes_of(const DtypesArgument &a) {
+  const auto &[latent, grad, out] = a;
+  return {float_of_name(latent, "latent's dtype"), float_of_name(grad, "gradient's dtype"),
+          known(kDtypes, out, "output's dtype")};
+}
+
+Hyperparameters hyperparameters_of(const std::vector<double> &h) {
+  if (h.size() != 6)
+    throw std::invalid_argument("hyperparameters must be 6 numbers, got " + std::to_string(h.size()));
+  return {h[0], h[1], h[2], h[3], h[4], h[5]};
+}
+
+#define FOGZO_TEXT2(...) #__VA_ARGS__
+#define FOGZO_TEXT(...) FOGZO_TEXT2(__VA_ARGS__)
+
+// The names of the enumerators, from the one list of them.
+std::vector<std::string> column_names() {
+  std::istringstream text(FOGZO_TEXT(FOGZO_COLUMNS));
+  std::vector<std::string> names;
+  for (std::string name; std::getline(text >> std::ws, name, ',');)
+    names.push_back(name);
+  return names;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"nvcc", FOGZO_NVCC}, {"architectures", FOGZO_CUDA_ARCHITECTURES}};
+}
+
+void define_ops(py::module_ &m) {
+  m.def("noise", [](const WhereArgument &where, const PlanArgument &plan, const NoiseArgument &noise_,
+                    const StepArgument &step, int64_t direction) {
+    noise(where_of(where), plan_of(plan), distribution_of(noise_), std::get<1>(noise_), step_of(step),
+          uint32_t(in_range(direction, 65536, "direction")));
+  });
+  m.def("guide_sumsq", [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
+                          double r, uintptr_t partial, uintptr_t out, bool root) {
+    guide_sumsq(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"), float(r),
+                pointer<double>(partial), pointer<void>(out), root);
+  });
+  m.def("perturb_quantize", [](const WhereArgument &where, const PlanArgument &plan,
+                               const DtypesArgument &dtypes, bool plus, bool minus, const NoiseArgument &noise_,
+                               const StepArgument &step, int64_t direction, uintptr_t norm,
+                               const GridArgument &grid, double epsilon) {
+    perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, distribution_of(noise_),
+                     std::get<1>(noise_), step_of(step), uint32_t(in_range(direction, 65536, "direction")),
+                     pointer<const float>(norm), grid_of(grid), epsilon);
+  });
+  m.def("estimate_gradient", [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
+                                const NoiseArgument &noise_, const StepArgument &step,
+                                const LossesArgument &losses, double r, uintptr_t coefficients) {
+    estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"),
+                      distribution_of(noise_), std::get<1>(noise_), step_of(step), losses_of(losses), float(r),
+                      pointer<float>(coefficients));
+  });
+  m.def("estimate_update",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, bool master,
+           bool quantized, const NoiseArgument &noise_, const StepArgument &step, const LossesArgument &losses,
+           const GridArgument &grid, const RuleArgument &rule, const DoubleArgument &lr,
+           const LongArgument &count, uintptr_t coefficients) {
+          estimate_update(where_of(where), plan_of(plan), dtypes_of(dtypes), master, quantized,
+                          distribution_of(noise_), std::get<1>(noise_), step_of(step), losses_of(losses),
+                          grid_of(grid), known(kRules, std::get<0>(rule), "rule"),
+                          hyperparameters_of(std::get<1>(rule)), scalar_of(lr), scalar_of(count),
+                          pointer<float>(coefficients));
+        });
+  m.def("quantize", [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
+                       const GridArgument &grid) {
+    quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid));
+  });
+  m.def("straight_through_backward",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
+           const GridArgument &grid, const std::string &kind) {
+          straight_through_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
+                                    known(kKinds, kind, "kind"));
+        });
+}
+
+} // namespace
+} // namespace fogzo::cuda
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace fogzo::cuda;
+  m.doc() = "CUDA kernels of fogzo_kernels: ops on the addresses of a plan (fogzo_kernels/plans.py).";
+  m.def("build_info", &build_info, "The compiler and the architectures that the kernels were built for.");
+  m.attr("COLUMNS") = column_names();
+  m.attr("SPAN") = kSpan;
+  m.attr("ESTIMATE_COEFFICIENTS") = kEstimateCoefficients;
+  m.attr("UPDATE_COEFFICIENTS") = kUpdateCoefficients;
+#if defined(FOGZO_ON_HOST)
+  m.attr("ON_HOST") = true;
+#else
+  m.attr("ON_HOST") = false;
+#endif
+  define_ops(m);
+}

@@ -1,0 +1,92 @@
+// The CUDA ops' interface: addresses, counts and scalars in, one or two launches out. No torch, no CUDA
+// header, so that one build serves every release of PyTorch and the callers compile without nvcc.
+#pragma once
+
+#include "../element.h"
+
+#include <cstdint>
+#include <string>
+
+namespace fogzo::cuda {
+
+enum class Dtype { float32, bfloat16, float16, int8, any }; // any: known when it runs
+
+// Columns of a row of the table (fogzo_kernels/plans.py), in order.
+#define FOGZO_COLUMNS                                                                                          \
+  LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, FIRST, OFFSET, INNER, SKIP, SCALES, SCALE_LENGTH,  \
+      INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2
+
+enum Column { FOGZO_COLUMNS, COLUMNS };
+
+constexpr int kSpan = 16384;  // elements of a block
+constexpr int kThreads = 128; // of a block
+constexpr int kChunk = 8;     // elements of a Philox call
+
+struct Where {
+  int device;
+  uintptr_t stream;
+};
+
+// A plan: what each block works on.
+struct Plan {
+  const int64_t *table;
+  const int32_t *owner;
+  int64_t blocks;
+  bool per_tensor, shard;
+};
+
+// A scalar on the host, or in device memory where `at` is not null.
+template <class T> struct Scalar {
+  const T *at;
+  T value;
+};
+
+struct Step {
+  Scalar<int64_t> seed, step;
+  Scalar<double> one_minus_beta;
+  bool on_host() const { return !seed.at && !step.at && !one_minus_beta.at; }
+};
+
+struct Losses {
+  const float *plus, *minus;
+  int64_t n;
+  const float *norm;
+  int64_t *counters; // null: none
+  double epsilon;
+};
+
+struct Grid {
+  float qmin, qmax, offset, r;
+};
+
+struct Dtypes {
+  Dtype latent, grad, out;
+};
+
+struct Hyperparameters {
+  double weight_decay, beta1, beta2, eps, momentum, dampening;
+};
+
+constexpr int kEstimateCoefficients = 2, kUpdateCoefficients = 6; // before the B_i
+
+void noise(const Where &where, const Plan &plan, Distribution distribution, double C, const Step &step,
+           uint32_t direction);
+void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out,
+                 bool root);
+void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
+                      Distribution distribution, double C, const Step &step, uint32_t direction,
+                      const float *norm, const Grid &grid, double epsilon);
+void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, Distribution distribution, double C,
+                       const Step &step, const Losses &losses, float r, float *coefficients);
+void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes, bool master, bool quantized,
+                     Distribution distribution, double C, const Step &step, const Losses &losses,
+                     const Grid &grid, Rule rule, const Hyperparameters &hyperparameters,
+                     const Scalar<double> &lr, const Scalar<int64_t> &count, float *coefficients);
+void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid);
+void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
+                               StraightThrough kind);
+
+// The factor that the kernels' noise has over m, and that its coefficient has under C.
+double noise_factor(Distribution distribution);
+
+} // namespace fogzo::cuda

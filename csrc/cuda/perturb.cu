@@ -1,0 +1,27 @@
+// The perturbation: its launch. The kernels are compiled by perturb_<distribution>.cu.
+#include "perturb.cuh"
+
+namespace fogzo::cuda {
+
+void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
+                      Distribution distribution, double C, const Step &step, uint32_t direction,
+                      const float *norm, const Grid &grid, double epsilon) {
+  const bool both = plus && minus, plain = plan.per_tensor && !plan.shard && step.on_host();
+  const float eps = float(epsilon);
+  const Perturb p{tables_of(plan),
+                  source_of(step),
+                  mixing_of(step, C, noise_factor(distribution)),
+                  norm,
+                  direction,
+                  direction_sign(uint64_t(step.seed.value), uint32_t(step.step.value), direction),
+                  plus ? eps : -eps,
+                  grid,
+                  plus ? PLUS : MINUS,
+                  dtypes};
+  with_distribution(distribution, [&](auto D) {
+    launch("perturb_kernel", perturb_for<decltype(D)::value>(dtypes, both, plain), where, plan.blocks, kThreads,
+           p);
+  });
+}
+
+} // namespace fogzo::cuda

@@ -1,0 +1,226 @@
+"""Hand-written CUDA C++ on NVIDIA GPUs (csrc/cuda).
+
+Host side: one launch per op over all tensors, which a plan (fogzo_kernels/plans.py) names to the kernels.
+The native module knows nothing of PyTorch: it gets addresses, the device's number and the stream.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid
+from ..noise import DISTRIBUTIONS, Layout
+from ..plans import Plan, plan
+from ..straight_through import StraightThrough
+from ..update import UpdateRule
+
+try:
+    from .. import _cuda  # type: ignore[attr-defined]
+except ImportError as error:  # the message becomes the reason shown
+    if "cannot import name" not in str(error):
+        raise
+    raise ImportError("it is not built; FOGZO_BUILD_CUDA=1 builds it, with nvcc") from error
+
+Tensors = Sequence[Tensor]
+#: The kernels are compiled for the CPU, by the tests.
+ON_HOST: bool = _cuda.ON_HOST
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None on a CUDA device that the kernels were built for."""
+    if ON_HOST:
+        return None if device.type == "cpu" else "its kernels were compiled for the CPU, to be tested"
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    architectures = _cuda.build_info()["architectures"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if not runs_on(architectures, major, minor):
+        return (
+            f"it was built for {architectures}, which cannot run on compute capability {major}.{minor}:"
+            f" build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
+    return None
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """Whether a build for ``architectures``, such as ``8.0 9.0+PTX``, has code for that capability."""
+    for first, second, ptx in re.findall(r"(\d+)\.(\d+)(\+PTX)?", architectures):
+        built = int(first), int(second)
+        if (built[0] == major and built[1] <= minor) or (ptx and built <= (major, minor)):
+            return True
+    return False
+
+
+# ---- arguments of the native ops
+
+
+def where(device: torch.device) -> tuple[int, int]:
+    """The device's number and its current stream."""
+    if ON_HOST:
+        return 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(device).cuda_stream
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes it current where it is not."""
+    return nullcontext() if ON_HOST else torch.cuda.device(device)
+
+
+def planned(p: Plan) -> tuple[int, int, int, bool, bool]:
+    return p.table.data_ptr(), p.owner.data_ptr(), p.programs, p.per_tensor, p.shard
+
+
+def integer(t: Tensor) -> tuple[int, int]:
+    """A device tensor is read by the kernel, by its address; a CPU one by the host, without a sync."""
+    return (0, int(t)) if t.device.type == "cpu" else (t.data_ptr(), 0)
+
+
+def number(t: Tensor) -> tuple[int, float]:
+    """Likewise for a float64."""
+    return (0, float(t)) if t.device.type == "cpu" else (t.data_ptr(), 0.0)
+
+
+Scalars = tuple[tuple[int, int], tuple[int, int], tuple[int, float]]
+
+
+def scalars(seed: Tensor, step: Tensor, one_minus_beta: Tensor) -> Scalars:
+    return integer(seed), integer(step), number(one_minus_beta)
+
+
+def losses_of(
+    plus: Tensor, minus: Tensor, norm: Tensor, counters: Tensors, epsilon: float
+) -> tuple[int, int, int, int, int, float]:
+    """An op without losses does not count."""
+    n = plus.numel()
+    counter = counters[0].data_ptr() if counters and n else 0
+    return plus.data_ptr(), minus.data_ptr(), n, norm.data_ptr(), counter, epsilon
+
+
+def grid_of(grid: Grid) -> tuple[int, int, float, int]:
+    return grid.qmin, grid.qmax, grid.offset, grid.r
+
+
+def name_of(tensors: Tensors) -> str:
+    """Of their dtype; of no tensors, one that is never used."""
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+
+
+# ---- ops (docs/contract.md)
+
+
+def noise(
+    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
+    layout: Layout, device: torch.device,
+) -> Tensor:  # fmt: skip
+    """u = C m, float32, shape (numel,)."""
+    out = torch.empty(numel, device=device)
+    p = plan([out], plus=[out], tensor_ids=[tensor_id], layouts=[layout])
+    named = distribution, DISTRIBUTIONS[distribution]
+    with on(out.device):
+        _cuda.noise(where(out.device), planned(p), named, (integer(seed), integer(step), (0, 0.0)), direction)
+    return out
+
+
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+    """Sum of the squares of delta * g, float64, or its root, float32: two launches, no atomics."""
+    device = grads[0].device
+    p = plan(grads, grads=grads, alphas=alphas)
+    partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
+    out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
+    with on(device):
+        _cuda.guide_sumsq(
+            where(device), planned(p), name_of(grads), r, partial.data_ptr(), out.data_ptr(), root
+        )
+    return out
+
+
+def perturb_quantize_(
+    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
+    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
+    epsilon: float,
+) -> None:  # fmt: skip
+    """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
+    if not latents:
+        return
+    p = plan(
+        latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
+        tensor_ids=tensor_ids, layouts=layouts,
+    )  # fmt: skip
+    dtypes = name_of(latents), name_of(grads), name_of(plus or minus)
+    named = distribution, DISTRIBUTIONS[distribution]
+    with on(norm.device):
+        _cuda.perturb_quantize(
+            where(norm.device), planned(p), dtypes, bool(plus), bool(minus), named,
+            scalars(seed, step, one_minus_beta), direction, norm.data_ptr(), grid_of(grid), epsilon,
+        )  # fmt: skip
+
+
+def estimate_gradient_(
+    grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
+    epsilon: float,
+) -> None:  # fmt: skip
+    """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
+    p = plan(grads, grads=grads, alphas=alphas, tensor_ids=tensor_ids, layouts=layouts)
+    coefficients = torch.empty(_cuda.ESTIMATE_COEFFICIENTS + losses_plus.numel(), device=norm.device)
+    named = distribution, DISTRIBUTIONS[distribution]
+    with on(norm.device):
+        _cuda.estimate_gradient(
+            where(norm.device), planned(p), name_of(grads), named, scalars(seed, step, one_minus_beta),
+            losses_of(losses_plus, losses_minus, norm, counters, epsilon), r, coefficients.data_ptr(),
+        )  # fmt: skip
+
+
+def estimate_update_(
+    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
+    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
+    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
+    p = plan(
+        latents, latents=latents, grads=grads, plus=quantized, minus=masters, alphas=alphas,
+        first=first, second=second, tensor_ids=tensor_ids, layouts=layouts,
+    )  # fmt: skip
+    coefficients = torch.empty(_cuda.UPDATE_COEFFICIENTS + losses_plus.numel(), device=norm.device)
+    hyperparameters = [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]
+    with on(norm.device):
+        _cuda.estimate_update(
+            where(norm.device), planned(p), (name_of(latents), name_of(grads), name_of(quantized)),
+            bool(masters), bool(quantized), (distribution, DISTRIBUTIONS[distribution]),
+            scalars(seed, step, one_minus_beta),
+            losses_of(losses_plus, losses_minus, norm, counters, epsilon), grid_of(grid),
+            (rule.variant, hyperparameters), number(lr), integer(count), coefficients.data_ptr(),
+        )  # fmt: skip
+
+
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None:
+    """Write Q(theta): one launch."""
+    device, p = latents[0].device, plan(latents, latents=latents, plus=out, alphas=alphas)
+    dtypes = name_of(latents), name_of(latents), name_of(out)
+    with on(device):
+        _cuda.quantize(where(device), planned(p), dtypes, grid_of(grid))
+
+
+def straight_through_backward_(
+    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough,
+) -> None:  # fmt: skip
+    """Write g * h'(theta): one launch."""
+    clipped = straight_through.kind == "identity" and straight_through.clip
+    kind = "identity_clipped" if clipped else straight_through.kind
+    device, p = latents[0].device, plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
+    dtypes = name_of(latents), name_of(grads), name_of(out)
+    with on(device):
+        _cuda.straight_through_backward(where(device), planned(p), dtypes, grid_of(grid), kind)

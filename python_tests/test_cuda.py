@@ -1,0 +1,164 @@
+"""The cuda backend beside the suite that every backend runs: its module, its build, what it runs on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fogzo_kernels as fk
+from fogzo_kernels import plans
+from fogzo_kernels.noise import DISTRIBUTIONS
+
+ROOT = Path(__file__).parents[1]
+cuda = pytest.importorskip("fogzo_kernels.backends.cuda")
+native = cuda._cuda
+WHERE, PLAN = (0, 0), (0, 0, 0, True, False)
+STEP = ((0, 1), (0, 2), (0, 0.5))
+
+
+def test_columns_and_span_are_those_of_the_plans():
+    assert tuple(native.COLUMNS) == plans.COLUMNS
+    assert native.SPAN == plans.SPAN
+
+
+def test_build_info_names_compiler_and_architectures():
+    assert set(native.build_info()) == {"nvcc", "architectures"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: native.quantize(WHERE, (0, 0, -1, True, False), ("float32",) * 3, (0, 1, 0, 1)),
+         "plan's blocks must be in 0..2147483647, got -1"),
+        (lambda: native.quantize(WHERE, PLAN, ("int8", "float32", "int8"), (0, 1, 0, 1)),
+         "latent's dtype must be float32, bfloat16 or float16, got int8"),
+        (lambda: native.quantize(WHERE, PLAN, ("float32", "float32", "float64"), (0, 1, 0, 1)),
+         "output's dtype must be one of bfloat16, float16, float32, int8, got float64"),
+        (lambda: native.noise(WHERE, PLAN, ("poisson", 1.0), STEP, 0),
+         "distribution must be one of gaussian, logistic, rademacher, triangular, uniform, got poisson"),
+        (lambda: native.noise(WHERE, PLAN, ("uniform", 1.0), STEP, 65536),
+         "direction must be in 0..65535, got 65536"),
+        (lambda: native.straight_through_backward(WHERE, PLAN, ("float32",) * 3, (0, 1, 0, 1), "sine"),
+         "kind must be one of .*, got sine"),
+        (lambda: native.estimate_gradient(WHERE, PLAN, "float32", ("uniform", 1.0), STEP,
+                                          (0, 0, -1, 0, 0, 1.0), 1, 0),
+         "number of losses must be in 0..65536, got -1"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_a_native_op_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        ("8.0 9.0 10.0+PTX", (9, 0), True),
+        ("8.0 9.0 10.0+PTX", (8, 9), True),  # machine code runs on a later minor version
+        ("8.0 9.0 10.0+PTX", (7, 5), False),
+        ("8.0 9.0 10.0+PTX", (12, 0), True),  # PTX is compiled for what comes later
+        ("8.6 9.0", (8, 0), False),
+        ("8.0 9.0", (10, 0), False),
+        ("8.0+PTX", (9, 0), True),
+    ],
+)
+def test_what_a_build_runs_on(architectures, capability, expected):
+    assert cuda.runs_on(architectures, *capability) is expected
+
+
+def test_unavailable_says_why(monkeypatch):
+    monkeypatch.setattr(cuda, "ON_HOST", False)
+    assert cuda.unavailable(torch.device("cpu")) == "it needs a CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(cuda._cuda, "build_info", lambda: {"nvcc": "13.0", "architectures": "8.0 9.0"})
+    reason = cuda.unavailable(torch.device("cuda", 0))
+    assert "built for 8.0 9.0" in reason
+    assert "TORCH_CUDA_ARCH_LIST=7.5" in reason
+
+
+def test_a_gpu_takes_triton_and_then_cuda():
+    names = fk.backends.NAMES
+    assert names.index("triton") < names.index("cuda") < names.index("reference")
+
+
+@pytest.mark.skipif(not native.ON_HOST, reason="the kernels are compiled for a GPU")
+def test_a_wide_access_that_is_not_aligned_is_an_error_on_the_host():
+    """So that the suite shows one: a plan that calls a misaligned tensor aligned."""
+    latent, out = torch.zeros(17)[1:], torch.zeros(16, dtype=torch.int8)
+    alpha = torch.ones(1)
+    p = plans.build_plan((latent.device, ((latent.data_ptr(),), (), (out.data_ptr(),), (), (alpha.data_ptr(),),
+                                          (), ()), (16,), (1,), (), ()))  # fmt: skip
+    fast = plans.COLUMNS.index("FAST")
+    assert p.table[fast] == 0
+    p.table[fast] = 16
+    with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
+        native.quantize(WHERE, cuda.planned(p), ("float32", "float32", "int8"), (-2, 1, 0.0, 1))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtypes", [
+    (torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float16,) * 3,
+    (torch.float32, torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.bfloat16, torch.int8),
+    (torch.float32, torch.float32, torch.int8), (torch.float16, torch.float32, torch.bfloat16),
+], ids=str)  # fmt: skip
+def test_scalars_in_tensors_and_rows_take_other_kernels_with_the_same_bits(dtypes, distribution, generator):
+    """Per tensor and on the host goes by the fast kernels; rows of one alpha by the general ones."""
+    device = torch.device("cpu" if native.ON_HOST else "cuda")
+    latent_t, grad_t, out_t = dtypes
+    shape = (5, 8 * 521)
+    theta = torch.randn(shape, generator=generator).to(device, latent_t)
+    g = torch.randn(shape, generator=generator).to(device, grad_t)
+    losses = torch.rand(2, 3, generator=generator).to(device)
+    options = {
+        "grid": fk.Grid.half_offset(4), "straight_through": fk.StraightThrough("identity", noise=distribution),
+        "one_minus_beta": 0.3, "seed": 2**63 + 3, "step": 5, "backend": "cuda",
+    }  # fmt: skip
+    found = []
+    for scales in (1, 5):
+        alpha = torch.full((scales, 1), 0.3, device=device)
+        norm = fk.guide_norm(g, alpha, grid=options["grid"], backend="cuda")
+        plus, minus, one = (torch.full_like(theta, 99, dtype=out_t) for _ in range(3))
+        fk.perturb_quantize_(plus, minus, theta, g, alpha, norm, **options)
+        fk.perturb_quantize_(None, one, theta, g, alpha, norm, **options)
+        G, w, q = g.clone(), theta.clone(), torch.full_like(theta, 99, dtype=out_t)
+        fk.estimate_gradient_(G, *losses, alpha, norm, **options)
+        states = [torch.full(shape, 1e-3, device=device) for _ in range(2)]
+        fk.estimate_adamw_(
+            w, g, *states, *losses, alpha, norm, lr=0.1, optimizer_step=2, quantized=q, **options
+        )
+        assert torch.equal(minus, one)
+        found.append((norm, plus, minus, G, w, q, *states))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+# ---- setup.py
+
+
+def setup(**environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("FOGZO_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")}
+    command = [sys.executable, "-c", "import build_cuda as b; print(b.left_out(), *b.architectures(), sep='|')"]
+    return subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True)
+
+
+def test_setup_says_what_is_left_out_and_why():
+    assert setup(FOGZO_BUILD_CUDA="0").stdout.startswith("FOGZO_BUILD_CUDA=0|")
+    found = setup(FOGZO_BUILD_CUDA="yes")
+    assert found.returncode != 0
+    assert "FOGZO_BUILD_CUDA must be auto, 0 or 1, got 'yes'" in found.stderr
+    if torch.version.cuda is None:
+        assert setup().stdout.startswith(("this PyTorch has no CUDA", "nvcc was not found"))
+
+
+def test_setup_takes_architectures():
+    assert setup(FOGZO_BUILD_CUDA="0").stdout.strip().split("|")[1:] == ["8.0", "9.0", "10.0+PTX"]
+    found = setup(FOGZO_BUILD_CUDA="0", TORCH_CUDA_ARCH_LIST="8.6 9.0a+PTX").stdout
+    assert found.strip().split("|")[1:] == ["8.6", "9.0a+PTX"]
+    found = setup(FOGZO_BUILD_CUDA="0", TORCH_CUDA_ARCH_LIST="9.0;Hopper")
+    assert found.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST must be compute capabilities such as" in found.stderr
+    assert "got 'Hopper'" in found.stderr
