@@ -21,6 +21,7 @@ lint: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .
@@ -40,6 +41,10 @@ fuzz: $(VENV)/built
 sanitize: $(VENV)/built
 	$(BIN)/python tools/sanitize.py
 
+# Distributions in dist/, and the tests of the wheel installed in an empty environment
+package: $(VENV)/built
+	$(BIN)/python tools/package.py
+
 # On a machine with a GPU, PyTorch and Triton: with its own Python, downloading nothing.
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(RESULTS),--results $(RESULTS))
@@ -49,6 +54,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel pybind11 ninja
 	$(PIP) triton pytest pytest-xdist hypothesis scipy scikit-learn tqdm matplotlib ruff mypy clang-format
+	$(PIP) build twine check-jsonschema
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(NATIVE)

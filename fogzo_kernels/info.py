@@ -39,8 +39,10 @@ def _native() -> list[str]:
     try:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
-        return [f"cannot be imported: {error}"]
-    found = [f"{name}: {value}" for name, value in _C.build_info().items()]
+        missing = "cannot import name" in str(error)
+        return ["not built: the cpu backend is unavailable" if missing else f"cannot be imported: {error}"]
+    found = [f"module: {_C.__file__}"]
+    found += [f"{name}: {value}" for name, value in _C.build_info().items()]
     return [*found, f"cpu kernels: {_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}"]
 
 

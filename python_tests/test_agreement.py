@@ -454,7 +454,8 @@ def test_backends_agree_on_any_shard(data):
         "tensor_ids": [data.draw(st.integers(0, 2**32 - 2))],
     }  # fmt: skip
     inputs = ([theta], [g], [torch.tensor(0.7)], torch.tensor(4.0), torch.int8)
-    results = [perturbed(b, *inputs, **options) for b in BACKENDS]
+    here = [b for b in BACKENDS if fk.available_backends(device_of(b))[b] is None]
+    results = [perturbed(b, *inputs, **options) for b in here]
     for plus, minus in results[1:]:
         assert torch.equal(plus[0], results[0][0][0])
         assert torch.equal(minus[0], results[0][1][0])

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bench import data, digits
-from fogzo_kernels import info
+from fogzo_kernels import _C, info
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +43,30 @@ def test_info_says_why_a_backend_is_unavailable():
     result = run("fogzo_kernels.info", TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr
     assert "unavailable: it needs a CUDA GPU" in result.stdout
+
+
+def test_info_tells_where_the_native_module_lies():
+    text = "\n".join(info.lines())
+    assert f"  module: {_C.__file__}" in text
+    assert f"  cpu kernels: {_C.cpu_isa()}, of " in text
+    assert "  sanitizers: " in text
+
+
+def test_info_runs_without_a_native_module(tmp_path):
+    """A package that was copied, not built."""
+    shutil.copytree(
+        Path(info.__file__).parent, tmp_path / "fogzo_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )  # fmt: skip
+    code = (  # an editable installation finds what a package lacks in the checkout
+        "import runpy, sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+        "runpy.run_module('fogzo_kernels.info', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^  cpu +unavailable: .*_C", result.stdout, re.MULTILINE)
+    assert "  not built: the cpu backend is unavailable" in result.stdout
 
 
 # ---- the README

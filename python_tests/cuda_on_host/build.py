@@ -85,6 +85,8 @@ def compile_all(compiler: str, folder: Path, module: Path) -> None:
 
 def install() -> str | None:
     """Put the module in the place of the built one, for this process; else the reason why not."""
+    if not (ROOT / "csrc/cuda").is_dir():
+        return "the CUDA kernels' sources are not here: the tests of an installed package may lie alone"
     path = build()
     if path is None:
         return "a C++ compiler is needed to run the CUDA kernels on the CPU"

@@ -1,0 +1,73 @@
+"""The CPU kernels with other compilers and for other processors: they compile, and give the same bits."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import fogzo_kernels as fk
+from fogzo_kernels.noise import DISTRIBUTIONS
+
+ROOT = Path(__file__).parents[1]
+INCLUDE = Path(torch.__file__).parent / "include"
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Werror", f"-I{INCLUDE}"]
+#: A compiler, and what runs its programs here.
+COMPILERS = {"clang++": None, "aarch64-linux-gnu-g++": "qemu-aarch64"}
+COUNT = 1003
+# u of every distribution, and Q of it in float16, which the portable kernels convert by themselves
+PROGRAM = r"""
+#include "cpu/kernels.h"
+#include <cstdio>
+int main() {
+  using namespace fogzo::cpu;
+  constexpr int64_t count = 1003;
+  static float u[count], alpha = 0.25f;
+  static uint16_t q[count];
+  const Kernels &run = kernels();
+  for (int d = 0; d < 5; ++d) {
+    const Noise what{fogzo::Distribution(d), {uint64_t(3) << 40 | 11, 7, 5, 9}};
+    run.noise(what, {13, 100, 140}, 1.0f, u, 0, count);
+    Item item;
+    item.numel = item.scale_length = count;
+    item.alpha = &alpha;
+    item.latent = {u, Dtype::float32};
+    item.plus = {q, Dtype::float16};
+    run.quantize(item, {-128, 127, 0.5f}, 1.0f, 0, count);
+    for (int64_t i = 0; i < count; ++i)
+      std::printf("%a %d\n", u[i], int(q[i]));
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_same_bits(compiler, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler}")
+    main, program = tmp_path / "main.cpp", tmp_path / "program"
+    main.write_text(PROGRAM)
+    sources = [
+        p for p in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if p.name != "ops.cpp"
+    ]  # that one needs torch
+    command = [compiler, *FLAGS, "-static", f"-I{ROOT / 'csrc'}", main, *sources, "-o", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    emulator = COMPILERS[compiler]
+    if emulator and not shutil.which(emulator):
+        pytest.skip(f"it compiles; there is no {emulator} to run it")
+    command = [emulator, program] if emulator else [program]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for d, distribution in enumerate(DISTRIBUTIONS):
+        found = [line.split() for line in lines[d * COUNT : (d + 1) * COUNT]]
+        u = torch.tensor([float.fromhex(x) for x, _ in found])
+        expected = fk.noise(
+            COUNT, distribution, seed=3 << 40 | 11, step=7, direction=5, tensor_id=9, layout=(13, 100, 140),
+            device=torch.device("cpu"), backend="cpu",
+        )  # fmt: skip
+        assert torch.equal(u * DISTRIBUTIONS[distribution], expected), distribution
+        q = torch.full((COUNT,), float("nan"), dtype=torch.float16)
+        fk.quantize_(q, u, torch.tensor(0.25), grid=fk.Grid.half_offset(8), backend="cpu")
+        bits = torch.tensor([int(x) for _, x in found], dtype=torch.int32).to(torch.int16)
+        assert torch.equal(q.view(torch.int16), bits), distribution
