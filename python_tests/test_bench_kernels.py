@@ -73,6 +73,31 @@ def test_mixed_sizes(total):
         assert max(sizes) > 20 * sorted(sizes)[150]
 
 
+def test_streams_move_the_bytes_that_they_are_asked_for(monkeypatch):
+    streams, asked = timing.Streams(torch.device("cpu"), timing.QUICK), {}
+    call = streams.call
+
+    def recorded(kind, numel):
+        asked[kind] = numel
+        return call(kind, numel)
+
+    monkeypatch.setattr(streams, "call", recorded)
+    for kind, arrays in timing.STREAMS.items():
+        found = streams.measured(kind, 12_000)
+        assert found.median > 0
+        assert streams.measured(kind, 12_000) is found
+        assert asked[kind] * 4 * arrays == 12_000
+        assert call(kind, 7)().numel() == 7
+
+
+def test_lists_of_one_size():
+    case = cases.Case("perturb", "fp32", "uniform", 10, 1000, equal=True)
+    o = cases.operands(case, torch.device("cpu"))
+    assert {t.numel() for t in o.latents + o.grads + o.plus} == {100}
+    with pytest.raises(ValueError, match="elements must be a multiple of 7 tensors, got 1000"):
+        cases.sizes_of(cases.Case("perturb", "fp32", "uniform", 7, 1000, equal=True))
+
+
 def test_mixed_sizes_names_too_few_elements():
     with pytest.raises(ValueError, match="300 tensors must have at least 19200 elements, got 1024"):
         cases.mixed_sizes(1024)
@@ -207,6 +232,7 @@ def test_run_writes_sane_rows(tmp_path, capsys):
         assert row["backend"] == "reference"
         assert 0 < row["q25"] <= row["median_s"] <= row["q75"]
         assert row["share_of_copy"] > 0
+        assert row["share_of_triad"] == pytest.approx(row["triad_s"] / row["median_s"])
         assert row["elements_per_s"] == pytest.approx(512 / row["median_s"])
         assert row["gb_per_s"] == pytest.approx(512 * row["bytes_per_element"] / row["median_s"] / 1e9)
         assert row["ratio_eager"] == pytest.approx(row["eager_s"] / row["median_s"])
