@@ -66,6 +66,7 @@ class Case:
     tensors: int
     elements: int
     equal: bool = False  # tensors of one size
+    scale_length: int = 0  # elements that share an alpha; 0: all of a tensor
 
     @property
     def spec(self) -> Op:
@@ -92,12 +93,12 @@ class Case:
 
 def cases(
     ops: Iterable[str], dtypes: Iterable[str], distributions: Iterable[str], tensors: Iterable[int],
-    sizes: Iterable[int], equal: bool = False,
+    sizes: Iterable[int], equal: bool = False, scale_length: int = 0,
 ) -> Iterator[Case]:  # fmt: skip
     """Every combination, once: an op without noise has one distribution, and unused dtypes do not count."""
     seen = set()
     for op, dtype, distribution, count, size in product(ops, dtypes, distributions, tensors, sizes):
-        case = Case(op, dtype, distribution if OPS[op].noise else "none", count, size, equal)
+        case = Case(op, dtype, distribution if OPS[op].noise else "none", count, size, equal, scale_length)
         key = op, *case.names().values(), case.distribution, count, size
         if key not in seen:
             seen.add(key)
@@ -140,7 +141,7 @@ class Operands(NamedTuple):
     minus: list[Tensor]
     first: list[Tensor]
     second: list[Tensor]
-    alphas: list[Tensor]  # float32, shape (1,)
+    alphas: list[Tensor]  # float32
     norm: Tensor
     losses_plus: Tensor
     losses_minus: Tensor
@@ -171,7 +172,10 @@ def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] |
         return tensors
 
     n = op.directions
-    scales = torch.full((len(sizes), 1), ALPHA, device=device)
+    length = case.scale_length
+    if length and any(size % length for size in sizes):
+        raise ValueError(f"elements must be multiples of the scale length {length}, got {sizes}")
+    alphas = [torch.full((size // length if length else 1,), ALPHA, device=device) for size in sizes]
     return Operands(
         latents=filled(bool(op.latent), latent, 0.5),
         grads=filled(bool(op.grad), grad, 1e-3),
@@ -179,7 +183,7 @@ def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] |
         minus=filled(op.out > 1, out, 0),
         first=filled(op.state > 0, torch.float32, 0),
         second=filled(op.state > 2, torch.float32, 0),
-        alphas=list(scales),
+        alphas=alphas,
         norm=torch.tensor(1e-3 * ALPHA * math.sqrt(case.elements), device=device),
         losses_plus=1.25 + 0.01 * torch.arange(n, device=device, dtype=torch.float32),
         losses_minus=1.24 - 0.01 * torch.arange(n, device=device, dtype=torch.float32),

@@ -61,6 +61,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--tensors", nargs="+", type=int, default=[1, c.LIST_LENGTH],
         help="1, or the length of a list of mixed sizes")  # fmt: skip
+    add("--scale-length", type=int, default=0, metavar="N",
+        help="elements that share an alpha, by default all of a tensor; else there are no baselines")  # fmt: skip
     add("--equal", action="store_true", help="lists of tensors of one size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
@@ -77,7 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sizes is None:
         exponents = (QUICK_EXPONENTS if args.quick else EXPONENTS)[args.device.type]
         args.sizes = [2**e for e in exponents]
-    if args.no_baselines:
+    if args.no_baselines or args.scale_length:  # which know one alpha per tensor
         args.baselines = []
     elif args.quick:
         args.baselines = [kind for kind in args.baselines if kind != "compile"]
@@ -227,6 +229,7 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
         **case.names(),
         "tensors": case.tensors,
         "equal": case.equal,
+        "scale_length": case.scale_length,
         "elements": case.elements,
         "bytes_per_element": case.bytes_per_element,
         "median_s": found.median,
