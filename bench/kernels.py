@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tensors", nargs="+", type=int, default=[1, c.LIST_LENGTH],
         help="1, or the length of a list of mixed sizes")  # fmt: skip
     add("--scale-length", type=int, default=0, metavar="N",
-        help="elements that share an alpha, by default all of a tensor; else there are no baselines")  # fmt: skip
+        help="elements that share an alpha, by default all of a tensor; or else no baselines")  # fmt: skip
     add("--equal", action="store_true", help="lists of tensors of one size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
