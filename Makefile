@@ -35,6 +35,7 @@ bench: $(VENV)/built
 # Random and bad calls of the native ops for SECONDS
 SECONDS := 60
 fuzz: $(VENV)/built
+	mkdir -p build
 	$(BIN)/python python_tests/fuzzing.py --seconds $(SECONDS) --log build/fuzz.json
 
 # The CPU part of the suite with the native module under the compiler's sanitizers
