@@ -115,7 +115,9 @@ def check_backend(backend: str, device: torch.device) -> None:
 def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
     """All units, the most important first, and what is left out from the start, with the reason."""
     units, left_out = [], []
-    for case in c.cases(args.ops, args.dtypes, args.distributions, args.tensors, args.sizes, args.equal):
+    for case in c.cases(
+        args.ops, args.dtypes, args.distributions, args.tensors, args.sizes, args.equal, args.scale_length
+    ):
         if case.tensors > 1 and case.elements < c.SMALLEST * case.tensors:
             left_out.append(left(Unit(case, OURS), f"too few elements for {case.tensors} tensors"))
             continue

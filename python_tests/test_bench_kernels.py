@@ -98,13 +98,15 @@ def test_lists_of_one_size():
         cases.sizes_of(cases.Case("perturb", "fp32", "uniform", 7, 1000, equal=True))
 
 
-def test_scales_of_groups(capsys):
+def test_scales_of_groups(tmp_path, capsys):
     groups = cases.operands(cases.Case("norm", "fp32", "none", 1, 96, scale_length=32), torch.device("cpu"))
     assert [alpha.shape for alpha in groups.alphas] == [(3,)]
     with pytest.raises(ValueError, match=r"elements must be multiples of the scale length 32, got \[100\]"):
         cases.operands(cases.Case("norm", "fp32", "none", 1, 100, scale_length=32), torch.device("cpu"))
-    chosen = ["--ops", "norm", "--dtypes", "fp32", "--scale-length", "32", "--budget", "inf"]
-    assert kernels.main([*SMALL, *chosen]) == 0
+    chosen = ["--ops", "norm", "--dtypes", "fp32", "--scale-length", "32", "--equal", "--budget", "inf"]
+    assert kernels.main([*SMALL, *chosen, "--json", str(tmp_path / "k.json")]) == 0
+    (row,) = json.loads((tmp_path / "k.json").read_text())["rows"]
+    assert (row["scale_length"], row["equal"]) == (32, True)
     assert "measured 1 rows; left out 0 timings; 0 failed" in capsys.readouterr().out
 
 
