@@ -58,6 +58,7 @@ def watched() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
 
