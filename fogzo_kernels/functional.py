@@ -410,7 +410,7 @@ def _list(name: str, tensors: TensorOrList) -> list[Tensor]:
         if not issubclass(kind, Tensor):
             i = list(map(type, found)).index(kind)
             raise TypeError(f"{name}[{i}] must be a tensor, got {kind.__name__}")
-    return [t.detach() if t.requires_grad else t for t in found]
+    return found
 
 
 def _optional(name: str, tensors: TensorOrList | None) -> list[Tensor]:

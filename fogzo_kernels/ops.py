@@ -41,7 +41,7 @@ class ListOp:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or watched() or not plain(args):
-            return self.op(*args)
+            return self.op(*map(detached, args))
         with torch.no_grad():
             found = self.run(*args)
         for i in self.mutated:
@@ -51,6 +51,13 @@ class ListOp:
 
 def list_op(name: str, *, mutates_args: tuple[str, ...], schema: str) -> Callable[[Callable[..., Any]], ListOp]:
     return lambda run: ListOp(name, mutates_args, schema, run)
+
+
+def detached(argument: Any) -> Any:
+    """Autograd has no formula for these ops, and none of their results needs one."""
+    if isinstance(argument, list):
+        return [t.detach() if isinstance(t, Tensor) and t.requires_grad else t for t in argument]
+    return argument
 
 
 def watched() -> bool:
