@@ -28,8 +28,8 @@ STATE = "Tensor norm, Tensor seed, Tensor step, Tensor one_minus_beta"
 
 
 class ListOp:
-    """A custom op over lists. Eager calls on plain tensors skip the dispatcher, which costs more than a
-    thousand small tensors do; whatever traces, wraps or profiles gets the op.
+    """A custom op over lists. Eager calls on plain tensors skip the dispatcher, which takes longer over a
+    list of small tensors than the kernel does; whatever traces, wraps or profiles gets the op.
     """
 
     def __init__(self, name: str, mutates_args: tuple[str, ...], schema: str, run: Callable[..., Any]) -> None:
