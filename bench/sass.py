@@ -41,9 +41,9 @@ from fogzo_kernels.backends.triton import (
     UPDATE_REGISTERS,
     UPDATE_TILE,
     kernels,
-    update,
+    tail,
 )
-from fogzo_kernels.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHS = (80, 90, 100)
@@ -155,7 +155,7 @@ def bits_of(opcode: str) -> int:
 
 
 def kernel_of(variant: Variant) -> object:
-    return getattr(update if variant.kernel.startswith("update") else kernels, variant.kernel)
+    return getattr(tail if variant.kernel.startswith("update") else kernels, variant.kernel)
 
 
 # ---- variants

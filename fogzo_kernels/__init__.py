@@ -5,7 +5,6 @@ Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Infor
 """
 
 from .backends import available_backends
-from .estimator import Fogzo
 from .functional import (
     dequantize,
     estimate_adamw_,
@@ -19,11 +18,12 @@ from .functional import (
     quantize_,
     straight_through_backward_,
 )
-from .grid import Grid
-from .nn import QuantLinear, quantize_model
-from .noise import direction_sign
-from .optim import SGD, AdamW
-from .straight_through import StraightThrough
+from .nn.linear import QuantLinear, quantize_model
+from .optim.fused import SGD, AdamW
+from .spec.grid import Grid
+from .spec.noise import direction_sign
+from .spec.straight_through import StraightThrough
+from .train.estimator import Fogzo
 
 __version__ = "0.1.0"
 __all__ = [

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import ops, validation
-from .grid import Grid
-from .noise import (
+from .spec.grid import Grid
+from .spec.noise import (
     DISTRIBUTIONS,
     MAX_SEED,
     MAX_STEP,
@@ -29,8 +29,8 @@ from .noise import (
     check_range,
     signed64,
 )
-from .straight_through import StraightThrough
-from .update import UpdateRule
+from .spec.straight_through import StraightThrough
+from .spec.update import UpdateRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from . import validation
 from .backends import select
-from .grid import Grid
-from .noise import MAX_DIRECTION, MAX_TENSOR_ID, Layout, check_range
-from .straight_through import StraightThrough
-from .update import UpdateRule
+from .spec.call import Draw, Losses, Mix, Update
+from .spec.grid import Grid
+from .spec.noise import MAX_DIRECTION, MAX_TENSOR_ID, Layout, check_range
+from .spec.straight_through import StraightThrough
+from .spec.update import UpdateRule
 
 GRID = "int qmin, int qmax, float offset, int r"
 NAMES = "SymInt[] tensor_ids, SymInt[] layouts"
@@ -112,7 +113,9 @@ def noise(
     check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
     where = triples(layout)[0]
     validation.layout(where, numel)
-    return select(backend, device).noise(numel, distribution, seed, step, direction, tensor_id, where, device)
+    return select(backend, device).noise(
+        numel, Draw(distribution, seed, step, [tensor_id], [where]), direction, device
+    )
 
 
 @noise.register_fake
@@ -176,8 +179,8 @@ def perturb_quantize_(
         numels,
     )
     select(backend, device).perturb_quantize_(
-        plus, minus, latents, grads, alphas, norm, seed, step, one_minus_beta, direction,
-        tensor_ids, where, Grid(qmin, qmax, offset, r), distribution, epsilon,
+        plus, minus, latents, grads, alphas, Draw(distribution, seed, step, tensor_ids, where),
+        Mix(norm, one_minus_beta, epsilon), direction, Grid(qmin, qmax, offset, r),
     )  # fmt: skip
 
 
@@ -219,8 +222,8 @@ def estimate_gradient_(
     written, read = {"grads": grads, "counters": counters}, {"alphas": alphas, "norm": [norm], **losses}
     validation.memory(written, read, numels)
     select(backend, device).estimate_gradient_(
-        grads, counters, losses_plus, losses_minus, alphas, norm, seed, step, one_minus_beta,
-        tensor_ids, where, r, distribution, epsilon,
+        grads, alphas, Draw(distribution, seed, step, tensor_ids, where), Mix(norm, one_minus_beta, epsilon),
+        Losses(losses_plus, losses_minus, counters[0] if counters else None), r,
     )  # fmt: skip
 
 
@@ -288,9 +291,10 @@ def estimate_update_(
         numels,
     )  # fmt: skip
     select(backend, device).estimate_update_(
-        latents, masters, first, second, quantized, counters, grads, losses_plus, losses_minus,
-        alphas, norm, seed, step, one_minus_beta, tensor_ids, where, Grid(qmin, qmax, offset, r),
-        distribution, epsilon, rule, lr, optimizer_step,
+        latents, quantized, grads, alphas, Draw(distribution, seed, step, tensor_ids, where),
+        Mix(norm, one_minus_beta, epsilon),
+        Losses(losses_plus, losses_minus, counters[0] if counters else None), Grid(qmin, qmax, offset, r),
+        Update(rule, lr, optimizer_step, masters, [first, second][: rule.states]),
     )  # fmt: skip
 
 

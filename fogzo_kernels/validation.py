@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .noise import MAX_DIRECTION, MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_number, check_range
-from .update import UpdateRule
+from .spec.noise import MAX_DIRECTION, MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_number, check_range
+from .spec.update import UpdateRule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = (*FLOATS, torch.int8)

@@ -25,8 +25,8 @@ from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 import fogzo_kernels as fk
 from fogzo_kernels import _C
 from fogzo_kernels.backends import reference
-from fogzo_kernels.noise import DISTRIBUTIONS
-from fogzo_kernels.update import UpdateRule
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.update import UpdateRule
 
 native = torch.ops.fogzo_cpu
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,7 +19,7 @@ from tolerances import (
 )
 
 import fogzo_kernels as fk
-from fogzo_kernels.noise import DISTRIBUTIONS, philox4x32
+from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32
 
 SIZES = (0, 1, 7, 8, 9, 1023, 65537)
 OFFSETS = (0, 3, 8, 2**34 + 5)

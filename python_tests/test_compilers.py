@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fogzo_kernels as fk
-from fogzo_kernels.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 ROOT = Path(__file__).parents[1]
 INCLUDE = Path(torch.__file__).parent / "include"

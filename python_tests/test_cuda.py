@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fogzo_kernels as fk
-from fogzo_kernels import plans
-from fogzo_kernels.noise import DISTRIBUTIONS
+from fogzo_kernels.backends import plans
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 ROOT = Path(__file__).parents[1]
 cuda = pytest.importorskip("fogzo_kernels.backends.cuda")

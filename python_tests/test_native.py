@@ -8,7 +8,7 @@ import torch
 from fuzz_spoil import cut, freed, misaligned
 
 from fogzo_kernels import _C  # noqa: F401  registers the ops
-from fogzo_kernels.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 native = torch.ops.fogzo_cpu
 BIG = 2**63 - 1

@@ -207,7 +207,7 @@ def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, mo
 
 def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
     """A replay cannot notice that weights were set since the last one."""
-    from fogzo_kernels import estimator
+    from fogzo_kernels.train import estimator
 
     model, data = network(generator), batch(generator)
     fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3)
@@ -389,7 +389,7 @@ def test_capturable_needs_probes_in_every_step(generator):
 
 def test_capture_is_refused_where_a_replay_would_be_wrong(generator, monkeypatch):
     """Before a first step nothing is known; after it, a model that drew random numbers is refused."""
-    from fogzo_kernels import replay
+    from fogzo_kernels.train import replay
 
     model = network(generator)
     state = replay.ReplayState(model)

@@ -11,7 +11,7 @@ from conftest import device_of
 from tolerances import EXACT, INEXACT, M_TOLERANCE, coefficient, estimate_error
 
 import fogzo_kernels as fk
-from fogzo_kernels.noise import DISTRIBUTIONS, philox4x32
+from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32
 
 COPY = Path(__file__).parent / "vectors/contract_v1.json"
 ORIGINAL = Path(__file__).parents[2] / "shared/vectors/contract_v1.json"

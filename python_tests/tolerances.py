@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fogzo_kernels import StraightThrough
-from fogzo_kernels.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 EXACT = ("uniform", "rademacher", "triangular")
 INEXACT = ("logistic", "gaussian")

@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..grid import Grid
-from ..noise import Layout
-from ..straight_through import StraightThrough
-from ..update import UpdateRule
+from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.grid import Grid
+from ..spec.straight_through import StraightThrough
 
 #: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
 #: so that Triton's interpreter, which also runs on the CPU, is used only where it is named; on a GPU Triton
@@ -33,43 +32,29 @@ Tensors = Sequence[Tensor]
 class Backend(Protocol):
     """What a backend computes: docs/contract.md. Arguments arrive checked.
 
-    ``seed`` and ``step`` (int64) and ``one_minus_beta`` (float64) are 0-dim tensors, on the CPU or on
-    the device; ``norm`` is a 0-dim float32 tensor on the device. An empty ``plus`` or ``minus``
-    is not written; ``counters`` holds no or one int64 tensor of shape (3,). ``root`` asks for the
-    norm, float32, instead of the sum of squares. In the fused tail ``alphas``, ``tensor_ids``,
-    ``layouts`` and a non-empty ``quantized`` belong to the first latents; ``first`` and ``second`` are
-    the rule's float32 states, or empty.
+    Lists hold one tensor for each latent, contiguous, of one dtype and device. An empty ``plus`` or ``minus``
+    is not written. ``root`` asks for the norm, float32, instead of the sum of squares. In the fused tail
+    ``alphas``, the draw's tensor ids and layouts, and a non-empty ``quantized`` belong to the first latents.
     """
 
     def unavailable(self, device: torch.device) -> str | None: ...
 
-    def noise(
-        self, numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int,
-        tensor_id: int, layout: Layout, device: torch.device,
-    ) -> Tensor: ...  # fmt: skip
+    def noise(self, numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor: ...
 
     def guide_sumsq(self, grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor: ...
 
     def perturb_quantize_(
-        self, plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
-        norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
-        tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-        epsilon: float,
+        self, plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw,
+        mix: Mix, direction: int, grid: Grid,
     ) -> None: ...  # fmt: skip
 
     def estimate_gradient_(
-        self, grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-        alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-        tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
-        epsilon: float,
-    ) -> None: ...  # fmt: skip
+        self, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int
+    ) -> None: ...
 
     def estimate_update_(
-        self, latents: Tensors, masters: Tensors, first: Tensors, second: Tensors,
-        quantized: Tensors, counters: Tensors, grads: Tensors, losses_plus: Tensor,
-        losses_minus: Tensor, alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor,
-        one_minus_beta: Tensor, tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid,
-        distribution: str, epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+        self, latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+        losses: Losses, grid: Grid, update: Update,
     ) -> None: ...  # fmt: skip
 
     def quantize_(self, out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None: ...

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.fogzo_cpu; an ImportError is the reason shown
-from ..grid import Grid
-from ..noise import DISTRIBUTIONS, Layout
-from ..straight_through import StraightThrough
-from ..update import UpdateRule
+from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.grid import Grid
+from ..spec.noise import DISTRIBUTIONS, Layout
+from ..spec.straight_through import StraightThrough
 
 Tensors = Sequence[Tensor]
 native = torch.ops.fogzo_cpu
@@ -23,14 +23,13 @@ def unavailable(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "it runs on the CPU only"
 
 
-def noise(
-    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
-    layout: Layout, device: torch.device,
-) -> Tensor:  # fmt: skip
+def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, device=device)
-    scale = DISTRIBUTIONS[distribution]
-    native.noise(out, distribution, scale, int(seed), int(step), direction, tensor_id, layout)
+    native.noise(
+        out, draw.distribution, DISTRIBUTIONS[draw.distribution], int(draw.seed), int(draw.step), direction,
+        draw.tensor_ids[0], draw.layouts[0],
+    )  # fmt: skip
     return out
 
 
@@ -42,47 +41,40 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 
 def perturb_quantize_(
-    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
-    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float,
+    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    direction: int, grid: Grid,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v) in one pass."""
     native.perturb_quantize(
-        plus, minus, latents, grads, alphas, norm, int(seed), int(step), float(one_minus_beta),
-        direction, tensor_ids, flat(layouts), grid.qmin, grid.qmax, grid.offset, grid.r,
-        distribution, DISTRIBUTIONS[distribution], epsilon,
+        plus, minus, latents, grads, alphas, mix.norm, int(draw.seed), int(draw.step),
+        float(mix.one_minus_beta), direction, draw.tensor_ids, flat(draw.layouts), grid.qmin, grid.qmax,
+        grid.offset, grid.r, draw.distribution, DISTRIBUTIONS[draw.distribution], mix.epsilon,
     )  # fmt: skip
 
 
-def estimate_gradient_(
-    grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
-    epsilon: float,
-) -> None:  # fmt: skip
+def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
     """Replace g by G in one pass over all directions."""
     native.estimate_gradient(
-        grads, counters, losses_plus, losses_minus, alphas, norm, int(seed), int(step),
-        float(one_minus_beta), tensor_ids, flat(layouts), r, distribution,
-        DISTRIBUTIONS[distribution], epsilon,
+        grads, counters_of(losses), losses.plus, losses.minus, alphas, mix.norm, int(draw.seed),
+        int(draw.step), float(mix.one_minus_beta), draw.tensor_ids, flat(draw.layouts), r,
+        draw.distribution, DISTRIBUTIONS[draw.distribution], mix.epsilon,
     )  # fmt: skip
 
 
 def estimate_update_(
-    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
-    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+    latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    losses: Losses, grid: Grid, update: Update,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta) in one pass."""
+    rule = update.rule
     hyperparameters = [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]
+    first, second = (*update.states, [], [])[:2]
     native.estimate_update(
-        latents, masters, first, second, quantized, counters, grads, losses_plus, losses_minus,
-        alphas, norm, int(seed), int(step), float(one_minus_beta), tensor_ids, flat(layouts),
-        grid.qmin, grid.qmax, grid.offset, grid.r, distribution, DISTRIBUTIONS[distribution], epsilon,
-        rule.variant, hyperparameters, float(lr), int(count),
+        latents, update.masters, first, second, quantized, counters_of(losses), grads, losses.plus,
+        losses.minus, alphas, mix.norm, int(draw.seed), int(draw.step), float(mix.one_minus_beta),
+        draw.tensor_ids, flat(draw.layouts), grid.qmin, grid.qmax, grid.offset, grid.r, draw.distribution,
+        DISTRIBUTIONS[draw.distribution], mix.epsilon, rule.variant, hyperparameters, float(update.lr),
+        int(update.optimizer_step),
     )  # fmt: skip
 
 
@@ -100,6 +92,10 @@ def straight_through_backward_(
         out, grads, latents, alphas, grid.qmin, grid.qmax, grid.offset, grid.r,
         straight_through.kind, straight_through.clip,
     )  # fmt: skip
+
+
+def counters_of(losses: Losses) -> Tensors:
+    return [] if losses.counters is None else [losses.counters]
 
 
 def flat(layouts: Sequence[Layout]) -> list[int]:

@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..grid import Grid
-from ..noise import DISTRIBUTIONS, Layout
-from ..plans import Plan, plan
-from ..straight_through import StraightThrough
-from ..update import UpdateRule
+from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.grid import Grid
+from ..spec.noise import DISTRIBUTIONS
+from ..spec.straight_through import StraightThrough
+from .plans import Plan, plan
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]
@@ -91,17 +91,20 @@ def number(t: Tensor) -> tuple[int, float]:
 Scalars = tuple[tuple[int, int], tuple[int, int], tuple[int, float]]
 
 
-def scalars(seed: Tensor, step: Tensor, one_minus_beta: Tensor) -> Scalars:
-    return integer(seed), integer(step), number(one_minus_beta)
+def scalars(draw: Draw, mix: Mix) -> Scalars:
+    return integer(draw.seed), integer(draw.step), number(mix.one_minus_beta)
 
 
-def losses_of(
-    plus: Tensor, minus: Tensor, norm: Tensor, counters: Tensors, epsilon: float
-) -> tuple[int, int, int, int, int, float]:
+def named(draw: Draw) -> tuple[str, float]:
+    return draw.distribution, DISTRIBUTIONS[draw.distribution]
+
+
+def losses_of(losses: Losses, mix: Mix) -> tuple[int, int, int, int, int, float]:
     """An op without losses does not count."""
+    plus, minus, counters = losses
     n = plus.numel()
-    counter = counters[0].data_ptr() if counters and n else 0
-    return plus.data_ptr(), minus.data_ptr(), n, norm.data_ptr(), counter, epsilon
+    counter = counters.data_ptr() if counters is not None and n else 0
+    return plus.data_ptr(), minus.data_ptr(), n, mix.norm.data_ptr(), counter, mix.epsilon
 
 
 def grid_of(grid: Grid) -> tuple[int, int, float, int]:
@@ -116,16 +119,13 @@ def name_of(tensors: Tensors) -> str:
 # ---- ops (docs/contract.md)
 
 
-def noise(
-    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
-    layout: Layout, device: torch.device,
-) -> Tensor:  # fmt: skip
+def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, device=device)
-    p = plan([out], plus=[out], tensor_ids=[tensor_id], layouts=[layout])
-    named = distribution, DISTRIBUTIONS[distribution]
+    p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    step = integer(draw.seed), integer(draw.step), (0, 0.0)
     with on(out.device):
-        _cuda.noise(where(out.device), planned(p), named, (integer(seed), integer(step), (0, 0.0)), direction)
+        _cuda.noise(where(out.device), planned(p), named(draw), step, direction)
     return out
 
 
@@ -143,65 +143,55 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 
 def perturb_quantize_(
-    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
-    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float,
+    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    direction: int, grid: Grid,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
     if not latents:
         return
     p = plan(
         latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
-        tensor_ids=tensor_ids, layouts=layouts,
+        tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    dtypes = name_of(latents), name_of(grads), name_of(plus or minus)
-    named = distribution, DISTRIBUTIONS[distribution]
-    with on(norm.device):
+    device, dtypes = mix.norm.device, (name_of(latents), name_of(grads), name_of(plus or minus))
+    with on(device):
         _cuda.perturb_quantize(
-            where(norm.device), planned(p), dtypes, bool(plus), bool(minus), named,
-            scalars(seed, step, one_minus_beta), direction, norm.data_ptr(), grid_of(grid), epsilon,
+            where(device), planned(p), dtypes, bool(plus), bool(minus), named(draw), scalars(draw, mix),
+            direction, mix.norm.data_ptr(), grid_of(grid), mix.epsilon,
         )  # fmt: skip
 
 
-def estimate_gradient_(
-    grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
-    epsilon: float,
-) -> None:  # fmt: skip
+def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
-    p = plan(grads, grads=grads, alphas=alphas, tensor_ids=tensor_ids, layouts=layouts)
-    coefficients = torch.empty(_cuda.ESTIMATE_COEFFICIENTS + losses_plus.numel(), device=norm.device)
-    named = distribution, DISTRIBUTIONS[distribution]
-    with on(norm.device):
+    device = mix.norm.device
+    p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    coefficients = torch.empty(_cuda.ESTIMATE_COEFFICIENTS + losses.plus.numel(), device=device)
+    with on(device):
         _cuda.estimate_gradient(
-            where(norm.device), planned(p), name_of(grads), named, scalars(seed, step, one_minus_beta),
-            losses_of(losses_plus, losses_minus, norm, counters, epsilon), r, coefficients.data_ptr(),
+            where(device), planned(p), name_of(grads), named(draw), scalars(draw, mix),
+            losses_of(losses, mix), r, coefficients.data_ptr(),
         )  # fmt: skip
 
 
 def estimate_update_(
-    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
-    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+    latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    losses: Losses, grid: Grid, update: Update,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
+    device, rule = mix.norm.device, update.rule
+    first, second = (*update.states, [], [])[:2]
     p = plan(
-        latents, latents=latents, grads=grads, plus=quantized, minus=masters, alphas=alphas,
-        first=first, second=second, tensor_ids=tensor_ids, layouts=layouts,
+        latents, latents=latents, grads=grads, plus=quantized, minus=update.masters, alphas=alphas,
+        first=first, second=second, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    coefficients = torch.empty(_cuda.UPDATE_COEFFICIENTS + losses_plus.numel(), device=norm.device)
+    coefficients = torch.empty(_cuda.UPDATE_COEFFICIENTS + losses.plus.numel(), device=device)
     hyperparameters = [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]
-    with on(norm.device):
+    with on(device):
         _cuda.estimate_update(
-            where(norm.device), planned(p), (name_of(latents), name_of(grads), name_of(quantized)),
-            bool(masters), bool(quantized), (distribution, DISTRIBUTIONS[distribution]),
-            scalars(seed, step, one_minus_beta),
-            losses_of(losses_plus, losses_minus, norm, counters, epsilon), grid_of(grid),
-            (rule.variant, hyperparameters), number(lr), integer(count), coefficients.data_ptr(),
+            where(device), planned(p), (name_of(latents), name_of(grads), name_of(quantized)),
+            bool(update.masters), bool(quantized), named(draw), scalars(draw, mix), losses_of(losses, mix),
+            grid_of(grid), (rule.variant, hyperparameters), number(update.lr), integer(update.optimizer_step),
+            coefficients.data_ptr(),
         )  # fmt: skip
 
 

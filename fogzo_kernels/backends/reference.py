@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..grid import Grid
-from ..noise import (
+from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.grid import Grid
+from ..spec.noise import (
     DISTRIBUTIONS,
     MASK32,
     PHILOX_M0,
@@ -24,8 +25,10 @@ from ..noise import (
     SIGN_TENSOR_ID,
     Layout,
 )
-from ..straight_through import StraightThrough
-from ..update import UpdateRule
+from ..spec.straight_through import VARIANTS as DERIVATIVES
+from ..spec.straight_through import StraightThrough
+from ..spec.update import KINDS as RULES
+from ..spec.update import VARIANTS, UpdateRule
 
 Tensors = Sequence[Tensor]
 
@@ -50,11 +53,9 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def noise_words(
-    chunk: Tensor, seed: Tensor, step: Tensor, direction: int, tensor_id: int
-) -> tuple[Tensor, ...]:
+def noise_words(chunk: Tensor, draw: Draw, direction: int, tensor_id: int) -> tuple[Tensor, ...]:
     """The four words of each chunk of 8 elements."""
-    seed, step = seed.to(chunk.device), step.to(chunk.device)
+    seed, step = draw.seed.to(chunk.device), draw.step.to(chunk.device)
     counter = (
         chunk & MASK32,
         (chunk >> 32) | direction << 16,
@@ -71,44 +72,45 @@ def elements(numel: int, layout: Layout, device: torch.device) -> Tensor:
     return offset + (j // inner) * stride + j % inner
 
 
-def noise_m(e: Tensor, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int) -> Tensor:
+def noise_m(e: Tensor, draw: Draw, direction: int, tensor_id: int) -> Tensor:
     """m of the elements ``e``, float32."""
-    words = torch.stack(noise_words(e >> 3, seed, step, direction, tensor_id))
+    words = torch.stack(noise_words(e >> 3, draw, direction, tensor_id))
     word = words.gather(0, ((e >> 1) & 3).unsqueeze(0)).squeeze(0)
     low, high = word & 0xFFFF, word >> 16
     odd = (e & 1).bool()
     k = torch.where(odd, high, low)
-    if distribution == "uniform":
-        return (2 * signed16(k) + 1).float()
-    if distribution == "rademacher":
-        return 1.0 - 2.0 * (k >> 15).float()
-    if distribution == "triangular":
-        return ((k & 0xFF) + (k >> 8) - 255).float()
-    if distribution == "logistic":
-        return torch.log((k + 0.5).double() / (65535.5 - k.double())).float()
-    radius = torch.sqrt(-2.0 * torch.log((low.double() + 0.5) / 65536.0))
-    angle = math.pi * (2 * signed16(high) + 1).double() / 65536.0
-    return (radius * torch.where(odd, torch.sin(angle), torch.cos(angle))).float()
+    match draw.distribution:
+        case "uniform":
+            return (2 * signed16(k) + 1).float()
+        case "rademacher":
+            return 1.0 - 2.0 * (k >> 15).float()
+        case "triangular":
+            return ((k & 0xFF) + (k >> 8) - 255).float()
+        case "logistic":
+            return torch.log((k + 0.5).double() / (65535.5 - k.double())).float()
+        case "gaussian":
+            radius = torch.sqrt(-2.0 * torch.log((low.double() + 0.5) / 65536.0))
+            angle = math.pi * (2 * signed16(high) + 1).double() / 65536.0
+            return (radius * torch.where(odd, torch.sin(angle), torch.cos(angle))).float()
+        case unknown:
+            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {unknown!r}")
 
 
 def signed16(k: Tensor) -> Tensor:
     return k - ((k & 0x8000) << 1)
 
 
-def sign(seed: Tensor, step: Tensor, direction: int, device: torch.device) -> Tensor:
+def sign(draw: Draw, direction: int, device: torch.device) -> Tensor:
     """s_i as a 0-dim float32 tensor."""
     chunk = torch.zeros((), dtype=torch.int64, device=device)
-    word = noise_words(chunk, seed, step, direction, SIGN_TENSOR_ID)[0]
+    word = noise_words(chunk, draw, direction, SIGN_TENSOR_ID)[0]
     return 1.0 - 2.0 * (word & 1).float()
 
 
-def noise(
-    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
-    layout: Layout, device: torch.device,
-) -> Tensor:  # fmt: skip
+def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
-    e = elements(numel, layout, device)
-    return noise_m(e, distribution, seed, step, direction, tensor_id) * DISTRIBUTIONS[distribution]
+    e = elements(numel, draw.layouts[0], device)
+    return noise_m(e, draw, direction, draw.tensor_ids[0]) * DISTRIBUTIONS[draw.distribution]
 
 
 # ---- section 4: arithmetic
@@ -148,20 +150,17 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 
 def perturb_quantize_(
-    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
-    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float,
+    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    direction: int, grid: Grid,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v)."""
-    omb = one_minus_beta.to(norm.device)
-    guide = torch.sqrt(1 - omb).float() * sign(seed, step, direction, norm.device)
-    a = torch.where(usable(norm), guide / norm, 0.0)
-    b = (torch.sqrt(omb) * DISTRIBUTIONS[distribution]).float()
-    eps = torch.tensor(epsilon, dtype=torch.float32, device=norm.device)
+    device, omb = mix.norm.device, mix.one_minus_beta.to(mix.norm.device)
+    guide = torch.sqrt(1 - omb).float() * sign(draw, direction, device)
+    a = torch.where(usable(mix.norm), guide / mix.norm, 0.0)
+    b = (torch.sqrt(omb) * DISTRIBUTIONS[draw.distribution]).float()
+    eps = torch.tensor(mix.epsilon, dtype=torch.float32, device=device)
     for i, (theta, g, alpha) in enumerate(zip(latents, grads, alphas, strict=True)):
-        e = elements(theta.numel(), layouts[i], theta.device)
-        m = noise_m(e, distribution, seed, step, direction, tensor_ids[i])
+        m = noise_m(elements(theta.numel(), draw.layouts[i], device), draw, direction, draw.tensor_ids[i])
         delta = delta_of(alpha, grid.r, theta)
         v = fma(a * delta, g.flatten(), b * m)
         z = fma(theta.flatten(), 1 / delta, -grid.offset)
@@ -170,58 +169,43 @@ def perturb_quantize_(
                 write(out[i], code_of(fma(signed_eps, v, z), grid), delta, grid)
 
 
-def estimate_gradient_(
-    grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
-    epsilon: float,
-) -> None:  # fmt: skip
+def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
     """Replace g by G = A g + (1 / delta) sum_i B_i m_i."""
-    A, B, keep = coefficients(
-        counters, losses_plus, losses_minus, grads, alphas, norm, seed, step, one_minus_beta,
-        distribution, epsilon,
-    )  # fmt: skip
+    A, B, keep = coefficients(grads, alphas, draw, mix, losses)
     for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):
-        G = estimate(g, A, B, alpha, seed, step, tensor_ids[i], layouts[i], r, distribution)
+        G = estimate(g, alpha, A, B, draw, i, r)
         g.copy_(torch.where(keep, g, G.to(g.dtype).view(g.shape)))
 
 
 def coefficients(
-    counters: Tensors, losses_plus: Tensor, losses_minus: Tensor, grads: Tensors, alphas: Tensors,
-    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, distribution: str,
-    epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses
+) -> tuple[Tensor, Tensor, Tensor]:
     """A, the B_i, and whether the gradient stays as it is; counts what was lost."""
-    n, device = losses_plus.numel(), norm.device
-    eps = torch.tensor(epsilon, dtype=torch.float32, device=device).double()
-    c = (losses_plus.double() - losses_minus.double()) / (2 * eps)
+    n, device = losses.plus.numel(), mix.norm.device
+    eps = torch.tensor(mix.epsilon, dtype=torch.float32, device=device).double()
+    c = (losses.plus.double() - losses.minus.double()) / (2 * eps)
     finite = torch.isfinite(c.float())
     c = torch.where(finite, c, 0.0) / n
-    signs = torch.stack([sign(seed, step, i, device) for i in range(n)])
-    omb = one_minus_beta.to(device)
-    over_norm = torch.where(usable(norm), 1 / norm.double(), 0.0)
+    signs = torch.stack([sign(draw, i, device) for i in range(n)])
+    omb = mix.one_minus_beta.to(device)
+    over_norm = torch.where(usable(mix.norm), 1 / mix.norm.double(), 0.0)
     A = ((c * signs).sum() * torch.sqrt(1 - omb) * over_norm).float()
-    B = (c * torch.sqrt(omb) * DISTRIBUTIONS[distribution]).float()
-    if counters:
-        bad_alphas = [
-            (~(torch.isfinite(x) & (x > 0))).sum() for x, g in zip(alphas, grads, strict=False) if g.numel()
-        ]
-        bad = sum(bad_alphas, torch.zeros((), dtype=torch.int64, device=device))
-        lost = (~finite).sum(), (~torch.isfinite(norm)).long()
-        counters[0].add_(torch.stack([*lost, bad]))
-    return A, B, ~finite.any() | ~torch.isfinite(norm)
+    B = (c * torch.sqrt(omb) * DISTRIBUTIONS[draw.distribution]).float()
+    norm_lost = ~torch.isfinite(mix.norm)
+    if losses.counters is not None:
+        bad = sum((~(torch.isfinite(x) & (x > 0))).sum() for x in alphas)
+        losses.counters.add_(
+            torch.stack([(~finite).sum(), norm_lost.long(), torch.as_tensor(bad, device=device)])
+        )
+    return A, B, ~finite.any() | norm_lost
 
 
-def estimate(
-    g: Tensor, A: Tensor, B: Tensor, alpha: Tensor, seed: Tensor, step: Tensor, tensor_id: int,
-    layout: Layout, r: int, distribution: str,
-) -> Tensor:  # fmt: skip
-    """G, flat float32."""
-    e = elements(g.numel(), layout, g.device)
+def estimate(g: Tensor, alpha: Tensor, A: Tensor, B: Tensor, draw: Draw, i: int, r: int) -> Tensor:
+    """G of tensor i, flat float32."""
+    e = elements(g.numel(), draw.layouts[i], g.device)
     acc = torch.zeros(g.numel(), device=g.device)
     for direction in range(B.numel()):
-        m = noise_m(e, distribution, seed, step, direction, tensor_id)
-        acc = fma(B[direction], m, acc)
+        acc = fma(B[direction], noise_m(e, draw, direction, draw.tensor_ids[i]), acc)
     return fma(A, g.flatten(), (1 / delta_of(alpha, r, g)) * acc)
 
 
@@ -229,35 +213,26 @@ def estimate(
 
 
 def estimate_update_(
-    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
-    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+    latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    losses: Losses, grid: Grid, update: Update,
 ) -> None:  # fmt: skip
     """G, the optimizer's step with it, then Q(theta)."""
-    n, device = losses_plus.numel(), norm.device
+    n, device, rule = losses.plus.numel(), mix.norm.device, update.rule
     keep, skip = torch.tensor(True, device=device), torch.tensor(False, device=device)
     if n:
-        skip = ~torch.isfinite(norm)
-        A, B, keep = coefficients(
-            counters, losses_plus, losses_minus, grads, alphas, norm, seed, step, one_minus_beta,
-            distribution, epsilon,
-        )  # fmt: skip
-    scalars = update_scalars(rule, lr.to(device), count.to(device))
+        skip = ~torch.isfinite(mix.norm)
+        A, B, keep = coefficients(grads, alphas, draw, mix, losses)
+    scalars = update_scalars(rule, update.lr.to(device), update.optimizer_step.to(device))
     for i, (latent, grad) in enumerate(zip(latents, grads, strict=True)):
         G = grad.flatten().float()
         if n and i < len(alphas):
-            drawn = estimate(
-                grad, A, B, alphas[i], seed, step, tensor_ids[i], layouts[i], grid.r, distribution
-            )  # fmt: skip
-            G = torch.where(keep, G, drawn)
-        theta = masters[i] if masters else latent
-        state = [s[i] for s in (first, second) if s]
+            G = torch.where(keep, G, estimate(grad, alphas[i], A, B, draw, i, grid.r))
+        theta = update.masters[i] if update.masters else latent
+        state = [s[i] for s in update.states]
         new = updated(rule, scalars, theta.flatten().float(), G, [s.flatten() for s in state])
         for old, value in zip((theta, *state), new, strict=True):
             old.copy_(torch.where(skip, old, value.view(old.shape).to(old.dtype)))
-        if masters:
+        if update.masters:
             latent.copy_(torch.where(skip, latent, theta.to(latent.dtype)))
     if quantized:
         quantize_(quantized, latents[: len(alphas)], alphas, grid)
@@ -266,14 +241,17 @@ def estimate_update_(
 def update_scalars(rule: UpdateRule, lr: Tensor, count: Tensor) -> dict[str, Tensor]:
     """The update's scalars, float64 rounded once to float32."""
     t = count.double()
-    if rule.kind == "adamw":
-        found = {
-            "decay": 1 - lr * rule.weight_decay,
-            "size": lr / (1 - rule.beta1**t),
-            "root": (1 - rule.beta2**t).rsqrt(),
-        }
-    else:
-        found = {"size": lr, "keep": torch.where(t == 1, 1.0, 1 - rule.dampening)}
+    match rule.kind:
+        case "adamw":
+            found = {
+                "decay": 1 - lr * rule.weight_decay,
+                "size": lr / (1 - rule.beta1**t),
+                "root": (1 - rule.beta2**t).rsqrt(),
+            }
+        case "sgd":
+            found = {"size": lr, "keep": torch.where(t == 1, 1.0, 1 - rule.dampening)}
+        case unknown:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {unknown!r}")
     return {name: value.float() for name, value in found.items()}
 
 
@@ -285,20 +263,23 @@ def updated(
     def rounded(x: float) -> Tensor:
         return torch.tensor(x, dtype=torch.float32, device=theta.device)
 
-    if rule.kind == "adamw":
-        m, v = state
-        m = fma(rounded(1 - rule.beta1), G - m, m)
-        v = fma(rounded(1 - rule.beta2) * G, G, rounded(rule.beta2) * v)
-        root = v.double().sqrt().float()  # PyTorch's float32 root on a CPU is not correctly rounded
-        denominator = fma(root, scalars["root"], rounded(rule.eps))
-        return fma(-scalars["size"], m / denominator, scalars["decay"] * theta), m, v
-    d = fma(rounded(rule.weight_decay), theta, G)
-    if not state:
-        return (fma(-scalars["size"], d, theta),)
-    momentum = rounded(rule.momentum)
-    b = fma(scalars["keep"], d, momentum * state[0])
-    d = fma(momentum, b, d) if rule.nesterov else b
-    return fma(-scalars["size"], d, theta), b
+    match rule.variant:
+        case "adamw":
+            m, v = state
+            m = fma(rounded(1 - rule.beta1), G - m, m)
+            v = fma(rounded(1 - rule.beta2) * G, G, rounded(rule.beta2) * v)
+            root = v.double().sqrt().float()  # PyTorch's float32 root on a CPU is not correctly rounded
+            denominator = fma(root, scalars["root"], rounded(rule.eps))
+            return fma(-scalars["size"], m / denominator, scalars["decay"] * theta), m, v
+        case "sgd":
+            return (fma(-scalars["size"], fma(rounded(rule.weight_decay), theta, G), theta),)
+        case "momentum" | "nesterov":
+            d = fma(rounded(rule.weight_decay), theta, G)
+            b = fma(scalars["keep"], d, rounded(rule.momentum) * state[0])
+            d = fma(rounded(rule.momentum), b, d) if rule.variant == "nesterov" else b
+            return fma(-scalars["size"], d, theta), b
+        case unknown:
+            raise ValueError(f"rule must be one of {', '.join(VARIANTS)}, got {unknown!r}")
 
 
 # ---- sections 1 and 3: quantizer and straight-through derivative
@@ -315,15 +296,20 @@ def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: Strai
     """h'(theta); x = theta / alpha."""
     inv = 1 / delta
     x = theta * inv * grid.r
-    if straight_through.kind == "identity":
-        z = fma(theta, inv, -grid.offset)
-        inside = (z > grid.qmin) & (z < grid.qmax)
-        return inside.float() if straight_through.clip else torch.ones_like(theta)
-    if straight_through.kind == "hardtanh":
-        return (x.abs() < 1).float()
-    if straight_through.kind == "tanh":
-        return (1 - torch.tanh(x.double()).square()).float()
-    return (2 - 2 * x.abs()).clamp(min=0)
+    match straight_through.variant:
+        case "identity_clipped":
+            z = fma(theta, inv, -grid.offset)
+            return ((z > grid.qmin) & (z < grid.qmax)).float()
+        case "identity":
+            return torch.ones_like(theta)
+        case "hardtanh":
+            return (x.abs() < 1).float()
+        case "tanh":
+            return (1 - torch.tanh(x.double()).square()).float()
+        case "approxsign":
+            return (2 - 2 * x.abs()).clamp(min=0)
+        case unknown:
+            raise ValueError(f"straight_through must be one of {', '.join(DERIVATIVES)}, got {unknown!r}")
 
 
 def straight_through_backward_(

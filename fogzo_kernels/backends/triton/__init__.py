@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...grid import Grid
-from ...noise import DISTRIBUTIONS, Layout
-from ...plans import SPAN, plan
-from ...straight_through import StraightThrough
-from ...update import UpdateRule
-from . import kernels, update
+from ...spec.call import Draw, Losses, Mix, Update
+from ...spec.grid import Grid
+from ...spec.noise import DISTRIBUTIONS
+from ...spec.straight_through import StraightThrough
+from ..plans import SPAN, plan
+from . import kernels, tail
 from .elements import M_FACTOR
 
 TILE = 2048  # elements per loop iteration
@@ -99,17 +99,14 @@ def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None
 # ---- ops (docs/contract.md)
 
 
-def noise(
-    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
-    layout: Layout, device: torch.device,
-) -> Tensor:  # fmt: skip
+def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, device=device)
-    p = plan([out], plus=[out], tensor_ids=[tensor_id], layouts=[layout])
-    scale = rounded(DISTRIBUTIONS[distribution] / M_FACTOR[distribution])
+    p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    scale = rounded(DISTRIBUTIONS[draw.distribution] / M_FACTOR[draw.distribution])
     launch(
-        kernels.noise_kernel, p.programs, device, p.table, p.owner, host_or_device(seed),
-        host_or_device(step), direction, scale, SPAN=SPAN, TILE=TILE, DIST=distribution,
+        kernels.noise_kernel, p.programs, device, p.table, p.owner, host_or_device(draw.seed),
+        host_or_device(draw.step), direction, scale, SPAN=SPAN, TILE=TILE, DIST=draw.distribution,
         SHARD=p.shard,
     )  # fmt: skip
     return out
@@ -130,93 +127,85 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 
 def perturb_quantize_(
-    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors,
-    norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float,
+    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    direction: int, grid: Grid,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
     if not latents:
         return
     p = plan(
         latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
-        tensor_ids=tensor_ids, layouts=layouts,
+        tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    mix, scale = mixing(one_minus_beta, distribution)
+    mixed, scale = mixing(mix.one_minus_beta, draw.distribution)
     out = (plus or minus)[0].dtype
     launch(
-        kernels.perturb_kernel, p.programs, norm.device, p.table, p.owner, host_or_device(seed),
-        host_or_device(step), norm=norm, direction=direction, **mix, eps=rounded(epsilon),
+        kernels.perturb_kernel, p.programs, mix.norm.device, p.table, p.owner, host_or_device(draw.seed),
+        host_or_device(draw.step), norm=mix.norm, direction=direction, **mixed, eps=rounded(mix.epsilon),
         offset=grid.offset, qmin=float(grid.qmin), qmax=float(grid.qmax), r=float(grid.r),
-        SPAN=SPAN, TILE=TILE, DIST=distribution, NOISE_SCALE=scale,
+        SPAN=SPAN, TILE=TILE, DIST=draw.distribution, NOISE_SCALE=scale,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
         OUT_T=DTYPES[out], WRITE_PLUS=bool(plus), WRITE_MINUS=bool(minus), PER_TENSOR=p.per_tensor,
         SHARD=p.shard, maxnreg=CODES_REGISTERS if out == torch.int8 else None,
     )  # fmt: skip
 
 
-def estimate_gradient_(
-    grads: Tensors, counters: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], r: int, distribution: str,
-    epsilon: float,
-) -> None:  # fmt: skip
+def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
-    device, n = norm.device, losses_plus.numel()
-    p = plan(grads, grads=grads, alphas=alphas, tensor_ids=tensor_ids, layouts=layouts)
-    mix, scale = mixing(one_minus_beta, distribution)
-    names = host_or_device(seed), host_or_device(step)
+    device, n = mix.norm.device, losses.plus.numel()
+    p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    mixed, scale = mixing(mix.one_minus_beta, draw.distribution)
+    names = host_or_device(draw.seed), host_or_device(draw.step)
     coef = torch.empty(2 + n, device=device)
-    counter = counters[0] if counters else None
-    eps = rounded(epsilon)
+    counter = losses.counters
+    eps = rounded(mix.epsilon)
     launch(
-        kernels.coefficients_kernel, 1, device, coef, counter, *names, norm=norm,
-        losses_plus=losses_plus, losses_minus=losses_minus, n=n, **mix,
+        kernels.coefficients_kernel, 1, device, coef, counter, *names, norm=mix.norm,
+        losses_plus=losses.plus, losses_minus=losses.minus, n=n, **mixed,
         half_inv_eps=rounded(0.5 / eps) if eps else math.inf, NOISE_SCALE=scale,
     )  # fmt: skip
     if not grads:
         return
     launch(
         kernels.estimate_kernel, p.programs, device, p.table, p.owner, counter, *names, coef, n,
-        float(r), SPAN=SPAN, TILE=TILE, DIST=distribution, GRAD_T=DTYPES[grads[0].dtype],
+        float(r), SPAN=SPAN, TILE=TILE, DIST=draw.distribution, GRAD_T=DTYPES[grads[0].dtype],
         PER_TENSOR=p.per_tensor, SHARD=p.shard, ONE=n == 1,
     )  # fmt: skip
 
 
 def estimate_update_(
-    latents: Tensors, masters: Tensors, first: Tensors, second: Tensors, quantized: Tensors,
-    counters: Tensors, grads: Tensors, losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Tensors, norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[Layout], grid: Grid, distribution: str,
-    epsilon: float, rule: UpdateRule, lr: Tensor, count: Tensor,
+    latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
+    losses: Losses, grid: Grid, update: Update,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
-    device, n = norm.device, losses_plus.numel()
-    mix, scale = mixing(one_minus_beta, distribution)
-    names = host_or_device(seed), host_or_device(step)
-    coef = torch.empty(update.B_AT.value + n, device=device)
-    counter = counters[0] if counters else None
-    eps = rounded(epsilon)
+    device, n, rule = mix.norm.device, losses.plus.numel(), update.rule
+    mixed, scale = mixing(mix.one_minus_beta, draw.distribution)
+    names = host_or_device(draw.seed), host_or_device(draw.step)
+    coef = torch.empty(tail.B_AT.value + n, device=device)
+    counter = losses.counters
+    eps = rounded(mix.epsilon)
     launch(
-        update.update_coefficients_kernel, 1, device, coef, counter if n else None, *names, norm=norm,
-        losses_plus=losses_plus, losses_minus=losses_minus, n=n, **mix,
-        half_inv_eps=rounded(0.5 / eps) if eps else math.inf, lr=bits_or_device(lr),
-        count=host_or_device(count), weight_decay=bits(rule.weight_decay), log_beta1=log_bits(rule.beta1),
-        log_beta2=log_bits(rule.beta2), keep=bits(1.0 - rule.dampening), NOISE_SCALE=scale, RULE=rule.variant,
+        tail.update_coefficients_kernel, 1, device, coef, counter if n else None, *names, norm=mix.norm,
+        losses_plus=losses.plus, losses_minus=losses.minus, n=n, **mixed,
+        half_inv_eps=rounded(0.5 / eps) if eps else math.inf, lr=bits_or_device(update.lr),
+        count=host_or_device(update.optimizer_step), weight_decay=bits(rule.weight_decay),
+        log_beta1=log_bits(rule.beta1), log_beta2=log_bits(rule.beta2), keep=bits(1.0 - rule.dampening),
+        NOISE_SCALE=scale, RULE=rule.variant,
     )  # fmt: skip
     if not latents:
         return
+    first, second = (*update.states, [], [])[:2]
     p = plan(
-        latents, latents=latents, grads=grads, plus=quantized, minus=masters, alphas=alphas,
-        first=first, second=second, tensor_ids=tensor_ids, layouts=layouts,
+        latents, latents=latents, grads=grads, plus=quantized, minus=update.masters, alphas=alphas,
+        first=first, second=second, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
     launch(
-        update.update_kernel, p.programs, device, p.table, p.owner, counter if n else None, *names, coef,
+        tail.update_kernel, p.programs, device, p.table, p.owner, counter if n else None, *names, coef,
         n, grid.offset, float(grid.qmin), float(grid.qmax), float(grid.r), rounded(1.0 - rule.beta1),
         rounded(1.0 - rule.beta2), rounded(rule.beta2), rounded(rule.eps), rounded(rule.weight_decay),
-        rounded(rule.momentum), SPAN=SPAN, TILE=UPDATE_TILE, DIST=distribution,
+        rounded(rule.momentum), SPAN=SPAN, TILE=UPDATE_TILE, DIST=draw.distribution,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
-        OUT_T=DTYPES[quantized[0].dtype] if quantized else None, MASTER=bool(masters), RULE=rule.variant,
+        OUT_T=DTYPES[quantized[0].dtype] if quantized else None, MASTER=bool(update.masters), RULE=rule.variant,
         PER_TENSOR=p.per_tensor, SHARD=p.shard, maxnreg=UPDATE_REGISTERS,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...plans import COLUMNS
+from ..plans import COLUMNS
 from .elements import (
     code_of,
     convert,

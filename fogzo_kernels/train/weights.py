@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .grid import Grid
-from .nn import QuantLinear
-from .straight_through import StraightThrough
+from ..nn.linear import QuantLinear
+from ..spec.grid import Grid
+from ..spec.straight_through import StraightThrough
 
 
 class Key(NamedTuple):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .estimator import Estimate, Fogzo
-from .functional import estimate_adamw_, estimate_sgd_
-from .grid import Grid
-from .straight_through import StraightThrough
-from .update import UpdateRule
-from .weights import Key, QuantizedWeight
+from ..functional import estimate_adamw_, estimate_sgd_
+from ..spec.grid import Grid
+from ..spec.straight_through import StraightThrough
+from ..spec.update import UpdateRule
+from ..train.estimator import Estimate, Fogzo
+from ..train.weights import Key, QuantizedWeight
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .noise import check_number
 
-KINDS = ("sgd", "adamw")
+#: kind -> names of its lists of state, as the public ops take them
+KINDS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avgs", "exp_avg_sqs"), "sgd": ("momentum_buffers",)}
+#: What selects the code -> how many of those lists it uses
+VARIANTS: dict[str, int] = {"adamw": 2, "sgd": 0, "momentum": 1, "nesterov": 1}
 
 
 @dataclass(frozen=True)
@@ -63,4 +66,9 @@ class UpdateRule:
     @property
     def states(self) -> int:
         """Float32 state tensors per parameter: exp_avg and exp_avg_sq, or a momentum buffer, or none."""
-        return 2 if self.kind == "adamw" else int(self.momentum != 0)
+        return VARIANTS[self.variant]
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """What the arithmetic reads besides the variant, by name."""
+        return {f.name: float(getattr(self, f.name)) for f in fields(self) if f.type == "float"}

@@ -21,6 +21,9 @@ KINDS: dict[str, tuple[float, str]] = {
     "approxsign": (1.0 / math.sqrt(6.0), "triangular"),
 }
 
+#: Each form of derivative by one name: the kinds, and identity's clipped form.
+VARIANTS = ("identity_clipped", *KINDS)
+
 
 @dataclass(frozen=True)
 class StraightThrough:
@@ -46,6 +49,11 @@ class StraightThrough:
             raise TypeError(f"clip must be a bool, got {type(self.clip).__name__}")
         if self.noise is not None and self.noise not in DISTRIBUTIONS:
             raise ValueError(f"noise must be None or one of {', '.join(DISTRIBUTIONS)}, got {self.noise!r}")
+
+    @property
+    def variant(self) -> str:
+        """The kind, or ``"identity_clipped"``: what selects the derivative's code."""
+        return "identity_clipped" if self.kind == "identity" and self.clip else self.kind
 
     @property
     def distribution(self) -> str:

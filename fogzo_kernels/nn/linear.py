@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import validation
-from .functional import quantize, quantize_
-from .grid import Grid
-from .straight_through import StraightThrough
+from .. import validation
+from ..functional import quantize, quantize_
+from ..spec.grid import Grid
+from ..spec.straight_through import StraightThrough
 
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
 

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import validation
-from .functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
-from .noise import MAX_DIRECTION, MAX_SEED, check_number, check_range, signed64
+from .. import validation
+from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from ..spec.noise import MAX_DIRECTION, MAX_SEED, check_number, check_range, signed64
+from ..spec.schedule import SCHEDULES, one_minus_beta_at
 from .replay import ReplayState, Snapshot, capturing
-from .schedule import SCHEDULES, one_minus_beta_at
 from .weights import Key, QuantizedWeight, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import Layout
+from ..spec.noise import Layout
 
 COLUMNS = (
     "LATENT", "GRAD", "PLUS", "MINUS", "ALPHA",  # addresses

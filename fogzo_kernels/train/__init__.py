@@ -1,0 +1,1 @@
+"""Fogzo: the estimator around any training loop."""
