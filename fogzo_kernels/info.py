@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from . import __version__
-from .backends import VARIABLE, available_backends
+from .backends import VARIABLE, available_backends, entry_points
 
 
 def lines() -> list[str]:
@@ -25,6 +25,7 @@ def lines() -> list[str]:
     out += [f"{VARIABLE} {os.environ.get(VARIABLE) or 'not set'}", "", "backends"]
     for name, reason in available_backends().items():
         out.append(f"  {name:10s} {'available' if reason is None else 'unavailable: ' + reason}")
+    out += [f"  {reason}" for reason in entry_points()[1]]
     return [*out, "", "native modules", *(f"  {line}" for line in [*_native(), *_cuda()])]
 
 

@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fogzo_kernels as fk
 from fogzo_kernels import backends
+from fogzo_kernels.spec.update import UpdateRule
 
 GRID, STRAIGHT_THROUGH = fk.Grid.uniform(2), fk.StraightThrough()
+ADAMW = UpdateRule("adamw", weight_decay=0.01, beta2=0.99).hyperparameters
 ON_GRID = {"grid": GRID, "straight_through": STRAIGHT_THROUGH}
 
 
@@ -57,7 +59,7 @@ def samples(device, dtype, backend):
         ),
         "estimate_update_": (
             latents, [], out[0], counters, *states, grads, *losses, alphas, *names, *where, *grid,
-            *drawn, f64(0.1), i64(3), "adamw", [0.01, 0.9, 0.99, 1e-8, 0.0, 0.0], False, backend,
+            *drawn, f64(0.1), i64(3), "adamw", [*ADAMW], [*ADAMW.values()], False, backend,
         ),
         "quantize_": (out[0], latents, alphas, *grid, backend),
         "straight_through_backward_": (grads, latents, alphas, *smooth),

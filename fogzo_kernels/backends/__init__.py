@@ -1,8 +1,8 @@
 """Finds and selects backends; no arithmetic.
 
-A backend is a module of this package with ``unavailable(device)``, which returns None or the
-reason why it cannot run there, and the functions of :class:`Backend`. Adding a file and its name
-below adds a backend.
+A backend is an object, usually a module, with the functions of :class:`Backend`. Those of this package are
+modules here; others come as entry points of the group ``fogzo_kernels.backends``, loaded when they are asked
+for (CONTRIBUTING.md, "Add a backend").
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Protocol
 
 import torch
@@ -20,10 +21,11 @@ from ..spec.call import Draw, Losses, Mix, Update
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 
-#: Without a name, the first that runs on the tensors' device is taken. ``cpu`` stands before ``triton``
-#: so that Triton's interpreter, which also runs on the CPU, is used only where it is named; on a GPU Triton
-#: comes first, and ``cuda`` where Triton is missing.
-NAMES = ("cpu", "triton", "cuda", "reference")
+#: Without a name, the first that runs on the tensors' device is taken, those from outside before ``reference``.
+#: ``cpu`` stands before ``triton`` so that Triton's interpreter, which also runs on the CPU, is used only where
+#: it is named; on a GPU Triton comes first, and ``cuda`` where Triton is missing.
+OWN = ("cpu", "triton", "cuda", "reference")
+GROUP = "fogzo_kernels.backends"
 VARIABLE = "FOGZO_BACKEND"
 
 Tensors = Sequence[Tensor]
@@ -65,13 +67,44 @@ class Backend(Protocol):
     ) -> None: ...  # fmt: skip
 
 
+#: What a backend must have.
+FUNCTIONS = tuple(name for name in vars(Backend) if not name.startswith("_"))
+
+
+@functools.cache
+def entry_points() -> tuple[dict[str, metadata.EntryPoint], list[str]]:
+    """Backends of other packages, by name, and why others of them are not taken."""
+    found: dict[str, metadata.EntryPoint] = {}
+    refused = []
+    for point in metadata.entry_points(group=GROUP):
+        if point.name in OWN or point.name in found:
+            owner = "this package" if point.name in OWN else found[point.name].value
+            refused.append(f"{point.name} of {point.value} is not taken: the name belongs to {owner}")
+        else:
+            found[point.name] = point
+    return found, refused
+
+
+def names() -> tuple[str, ...]:
+    """Every backend's name, in the order of preference."""
+    return (*OWN[:-1], *entry_points()[0], OWN[-1])
+
+
 @functools.cache
 def load(name: str) -> Backend | str:
     """The backend, or the reason why it cannot be loaded."""
+    if name in OWN:
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ImportError as error:
+            return f"cannot be imported: {error}"
+    point = entry_points()[0][name]
     try:
-        return importlib.import_module(f"{__name__}.{name}")
-    except ImportError as error:
-        return f"cannot be imported: {error}"
+        found: Backend = point.load()
+    except Exception as error:  # whatever another package raises is the reason, not this one's failure
+        return f"cannot be loaded from {point.value}: {type(error).__name__}: {error}"
+    missing = [function for function in FUNCTIONS if not callable(getattr(found, function, None))]
+    return f"{point.value} has no {', '.join(missing)}" if missing else found
 
 
 def reason_unavailable(name: str, device: torch.device) -> str | None:
@@ -83,12 +116,14 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
 def available_backends(device: str | torch.device | None = None) -> dict[str, str | None]:
     """Each backend's name -> None, or the reason why it is unavailable.
 
+    Those of other packages (entry points of the group ``fogzo_kernels.backends``) are among them.
+
     Args:
         device: where it should run; by default the GPU where there is one, else the CPU.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: reason_unavailable(name, torch.device(device)) for name in NAMES}
+    return {name: reason_unavailable(name, torch.device(device)) for name in names()}
 
 
 def select(name: str | None, device: torch.device) -> Backend:
@@ -105,9 +140,9 @@ def select(name: str | None, device: torch.device) -> Backend:
     if name is None and os.environ.get(VARIABLE):
         name, source = os.environ[VARIABLE], VARIABLE
     if name is None:
-        name = next(n for n in NAMES if reason_unavailable(n, device) is None)
-    elif name not in NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+        name = next(n for n in names() if reason_unavailable(n, device) is None)
+    elif name not in names():
+        raise ValueError(f"{source} must be one of {', '.join(names())}, got {name!r}")
     reason = reason_unavailable(name, device)
     if reason is not None:
         raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")

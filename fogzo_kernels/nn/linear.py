@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import validation
 from ..functional import quantize, quantize_
+from ..ops import checks as validation
+from ..ops.memory import DELTA_RANGE
+from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 
@@ -127,9 +129,9 @@ def quantize_model(
 
 @torch.no_grad()
 def _alpha_of(weight: Tensor, alpha: Alpha, grid: Grid, name: str) -> Tensor:
-    if weight.dtype not in validation.FLOATS:
-        wanted = validation.names(validation.FLOATS)
-        raise TypeError(f"{name}.weight must be {wanted}, got {validation.names([weight.dtype])}")
+    if weight.dtype not in FLOATS:
+        wanted = validation.named(FLOATS)
+        raise TypeError(f"{name}.weight must be {wanted}, got {validation.named([weight.dtype])}")
     value = alpha(weight.detach()) if callable(alpha) else alpha
     if not isinstance(value, int | float | Tensor):
         raise TypeError(
@@ -142,7 +144,7 @@ def _alpha_of(weight: Tensor, alpha: Alpha, grid: Grid, name: str) -> Tensor:
             f"alpha must have one element, one per row or one per group of the last dimension of"
             f" {name}.weight, shape {tuple(weight.shape)}, got shape {tuple(found.shape)}"
         )
-    low, high = (x / grid.r for x in validation.DELTA_RANGE)
+    low, high = (x / grid.r for x in DELTA_RANGE)
     if not bool(((low <= found) & (found <= high)).all()):  # NaN fails too
         raise ValueError(
             f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {found.min()}..{found.max()} for {name}"

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import validation
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from ..ops import checks as validation
 from ..spec.noise import MAX_DIRECTION, MAX_SEED, check_number, check_range, signed64
 from ..spec.schedule import SCHEDULES, one_minus_beta_at
 from .replay import ReplayState, Snapshot, capturing
@@ -157,7 +157,7 @@ class Fogzo:
         if directions < 1:
             raise ValueError(f"directions must be >= 1, got {directions}")
         validation.unit_interval("start", start)
-        validation.epsilon_scale(epsilon_scale)
+        validation.finite("epsilon_scale", epsilon_scale)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if loss_reduction not in ("mean", "sum"):

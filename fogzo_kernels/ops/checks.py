@@ -1,0 +1,199 @@
+"""Checks that do not depend on the backend: each names the argument, what was expected and what came.
+
+They look at shapes, dtypes, devices and lengths, so they also run while a graph is traced. What needs data or
+addresses stands in :mod:`.memory`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.dtypes import FLOATS
+from ..spec.noise import MAX_DIRECTION, check_number
+
+Tensors = Sequence[Tensor]
+DTYPE, DEVICE, IS_CPU = map(operator.attrgetter, ("dtype", "device", "is_cpu"))
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    """A shape as messages print it."""
+    return tuple(t.shape)
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def named(dtypes: Sequence[torch.dtype]) -> str:
+    """Dtypes as messages name them."""
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor_list(
+    name: str, tensors: Tensors, dtypes: Sequence[torch.dtype], like: Tensors | None = None
+) -> None:
+    """A list of contiguous tensors of one dtype and device, of the shapes of ``like``."""
+    if like is not None and len(tensors) != len(like):
+        raise ValueError(f"{name} must have {len(like)} tensors, got {len(tensors)}")
+    first = like[0] if like else tensors[0] if tensors else None
+    if first is not None and uniform(tensors, dtypes, first.device, like):
+        return
+    for i, t in enumerate(tensors):
+        what = f"{name}[{i}]"
+        if t.dtype not in dtypes:
+            raise TypeError(f"{what} must be {named(dtypes)}, got {named([t.dtype])}")
+        if t.dtype != tensors[0].dtype:
+            raise TypeError(
+                f"{what} must have the dtype of {name}[0], {named([tensors[0].dtype])}, got {named([t.dtype])}"
+            )
+        if first is not None and t.device != first.device:
+            raise ValueError(f"{what} must be on {first.device}, got {t.device}")
+        if like is not None and t.shape != like[i].shape:
+            raise ValueError(f"{what} must have shape {shape(like[i])}, got {shape(t)}")
+        if t.layout != torch.strided or not t.is_contiguous():
+            raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
+
+
+def uniform(
+    tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.device, like: Tensors | None
+) -> bool:
+    """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
+    on_cpu = device.type == "cpu"
+    try:
+        contiguous = all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # what is not strided has no such thing
+        return False
+    return (
+        contiguous
+        and set(map(DTYPE, tensors)) <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
+        and (all(map(IS_CPU, tensors)) if on_cpu else set(map(DEVICE, tensors)) <= {device})
+        and (like is None or all(map(Tensor.is_same_size, tensors, like)))
+    )
+
+
+def alpha_list(alphas: Tensors, like: Tensors) -> None:
+    """One float32 scale per tensor, row (any leading dims) or group of the last dimension."""
+    if len(alphas) != len(like):
+        raise ValueError(f"alphas must have {len(like)} tensors, got {len(alphas)}")
+    alike = like and uniform(alphas, (torch.float32,), like[0].device, None)
+    if alike and (all(n == 1 for n in map(Tensor.numel, alphas)) or all(map(divides, alphas, like))):
+        return
+    for i, (alpha, t) in enumerate(zip(alphas, like, strict=True)):
+        if alpha.dtype != torch.float32:
+            raise TypeError(f"alphas[{i}] must be float32, got {named([alpha.dtype])}")
+        if alpha.device != t.device:
+            raise ValueError(f"alphas[{i}] must be on {t.device}, got {alpha.device}")
+        if not alpha.is_contiguous():
+            raise ValueError(f"alphas[{i}] must be contiguous, got strides {alpha.stride()}")
+        if not divides(alpha, t):
+            raise ValueError(
+                f"alphas[{i}] must have one element, one per row or one per group of the last"
+                f" dimension of shape {shape(t)}, got shape {shape(alpha)}"
+            )
+
+
+def divides(alpha: Tensor, t: Tensor) -> bool:
+    scales = alpha.numel()
+    if scales == 1 or t.numel() == 0:
+        return True
+    if scales == 0 or t.numel() % scales:
+        return False
+    length = t.numel() // scales
+    return t.shape[-1] % length == 0 or length in [math.prod(t.shape[k:]) for k in range(t.ndim)]
+
+
+def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
+    """A 0-dim tensor; ``device`` None allows the CPU as well as any device."""
+    instance(name, t, Tensor)
+    if t.dtype != dtype or t.ndim != 0:
+        raise TypeError(f"{name} must be a 0-dim {named([dtype])} tensor, got {named([t.dtype])} {shape(t)}")
+    if device is not None and t.device != device:
+        raise ValueError(f"{name} must be on {device}, got {t.device}")
+
+
+def unit_interval(name: str, value: float) -> None:
+    """A number in 0..1."""
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in 0..1, got {value}")
+
+
+def finite(name: str, value: float) -> None:
+    """A finite number that is not negative."""
+    check_number(name, value)
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+# ---- what travels together
+
+
+def seed_and_step(draw: Draw, device: torch.device | None) -> None:
+    """0-dim int64 tensors, on the CPU or on the device."""
+    for name, t in (("seed", draw.seed), ("step", draw.step)):
+        scalar_tensor(name, t, torch.int64, None if t.device.type == "cpu" else device)
+
+
+def draw(draw: Draw, like: Tensors) -> None:
+    """Seed and step, and one tensor id and layout for each tensor of ``like``."""
+    seed_and_step(draw, like[0].device if like else None)
+    if len(draw.tensor_ids) != len(like):
+        raise ValueError(f"tensor_ids must have {len(like)} entries, got {len(draw.tensor_ids)}")
+    if len(draw.layouts) != len(like):
+        raise ValueError(f"layouts must have {len(like)} entries, got {len(draw.layouts)}")
+
+
+def mix(mix: Mix, like: Tensors) -> None:
+    """The norm on the tensors' device; one_minus_beta there or on the CPU."""
+    scalar_tensor("norm", mix.norm, torch.float32, like[0].device if like else None)
+    on_host = mix.one_minus_beta.device.type == "cpu"
+    scalar_tensor("one_minus_beta", mix.one_minus_beta, torch.float64, None if on_host else mix.norm.device)
+
+
+def losses(losses: Losses, device: torch.device, least: int) -> None:
+    """As many of plus as of minus, ``least`` or more; counters of the contract's shape."""
+    for name, t in (("losses_plus", losses.plus), ("losses_minus", losses.minus)):
+        instance(name, t, Tensor)
+        if t.dtype != torch.float32 or t.ndim != 1 or not t.is_contiguous():
+            raise TypeError(
+                f"{name} must be a contiguous float32 tensor of shape (n,), got {named([t.dtype])} {shape(t)}"
+            )
+        if t.device != device:
+            raise ValueError(f"{name} must be on {device}, got {t.device}")
+    n = losses.plus.shape[0]
+    if not least <= n <= MAX_DIRECTION:
+        raise ValueError(f"losses_plus must have {least}..{MAX_DIRECTION} entries, got {n}")
+    if losses.minus.shape != losses.plus.shape:
+        raise ValueError(f"losses_minus must have shape {shape(losses.plus)}, got {shape(losses.minus)}")
+    if losses.counters is not None:
+        counters(losses.counters, device)
+
+
+def counters(t: Tensor, device: torch.device) -> None:
+    """int64, of the contract's shape."""
+    if t.dtype != torch.int64 or shape(t) != (3,) or not t.is_contiguous():
+        raise TypeError(f"counters must be an int64 tensor of shape (3,), got {named([t.dtype])} {shape(t)}")
+    if t.device != device:
+        raise ValueError(f"counters must be on {device}, got {t.device}")
+
+
+def update(update: Update, device: torch.device) -> None:
+    """lr and optimizer_step, 0-dim, on the CPU or on the device."""
+    for name, t, dtype in (
+        ("lr", update.lr, torch.float64),
+        ("optimizer_step", update.optimizer_step, torch.int64),
+    ):
+        scalar_tensor(name, t, dtype, None if t.device.type == "cpu" else device)
+
+
+def latents_and_alphas(latents: Tensors, alphas: Tensors) -> None:
+    """What every op on weights takes."""
+    tensor_list("latents", latents, FLOATS)
+    alpha_list(alphas, latents)

@@ -1,0 +1,132 @@
+"""estimate_gradient_: the FOGZO estimate G in place of the straight-through gradient (contract, 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..backends import select
+from ..spec.call import Draw, Losses, Mix
+from ..spec.dtypes import FLOATS
+from ..spec.grid import Grid
+from ..spec.noise import Layout
+from ..spec.straight_through import StraightThrough
+from . import arguments, checks, memory
+from .arguments import TensorOrList
+from .listop import NAMES, STATE, counters_of, list_op, run_checked, triples
+
+
+def estimate_gradient_(
+    grads: TensorOrList,
+    losses_plus: Tensor,
+    losses_minus: Tensor,
+    alphas: TensorOrList,
+    norm: Tensor,
+    *,
+    grid: Grid,
+    straight_through: StraightThrough,
+    one_minus_beta: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    layouts: Sequence[Layout] | None = None,
+    epsilon_scale: float = 1.0,
+    counters: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Replace each straight-through gradient by the FOGZO estimate G, in one pass, in place.
+
+    G = (1/n) sum_i c_i v_i / delta with c_i = (L_i+ - L_i-) / (2 eps) (paper section 3; contract
+    section 1); v_i is drawn again from its names, so all of them must be those of
+    :func:`perturb_quantize_`, with direction i for loss i.
+
+    Args:
+        grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device;
+            they receive G, rounded once to their dtype.
+        losses_plus, losses_minus: float32, shape (n,), on the device.
+        alphas: float32, one for each gradient: one element, one per row, or one per group of the last
+            dimension.
+        norm: guide norm N, 0-dim float32 on the device.
+        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
+        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
+        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
+        step: of training, below 2^32; a number or a 0-dim int64 tensor.
+        tensor_ids: by default 0, 1, 2, ...
+        layouts: where each tensor lies in its parameter, ``(offset, inner, stride)``: local element j is
+            element ``offset + (j // inner) * stride + j % inner``; by default whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes.
+        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite (they
+            count as 0), steps whose norm was not finite, and alphas that were not finite or not
+            > 0. If every direction or the norm is lost, the gradients stay as they were.
+        backend: by default ``FOGZO_BACKEND``, else the best one available.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
+            written.
+        RuntimeError: the backend is unavailable on the device.
+    """
+    arguments.quantizer(grid, straight_through)
+    grads = arguments.tensors("grads", grads)
+    ids, where = arguments.names(tensor_ids, layouts, grads)
+    op(
+        grads, arguments.optional("counters", counters), losses_plus, losses_minus,
+        arguments.tensors("alphas", alphas), norm, arguments.seed(seed), arguments.step(step),
+        arguments.one_minus_beta(one_minus_beta), ids, where, grid.r, straight_through.distribution,
+        arguments.epsilon(straight_through, grid, epsilon_scale), backend,
+    )  # fmt: skip
+
+
+def check_lists(grads: Sequence[Tensor], alphas: Sequence[Tensor]) -> None:
+    checks.tensor_list("grads", grads, FLOATS)
+    checks.alpha_list(alphas, grads)
+
+
+def check_numbers(draw: Draw, mix: Mix, losses: Losses, grads: Sequence[Tensor]) -> None:
+    checks.mix(mix, grads)
+    checks.draw(draw, grads)
+    checks.losses(losses, mix.norm.device, least=1)
+
+
+@list_op(
+    "fogzo::estimate_gradient_",
+    mutates_args=("grads", "counters"),
+    schema="(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus,"
+    f" Tensor[] alphas, {STATE}, {NAMES}, int r, str distribution, float epsilon,"
+    " str? backend) -> ()",
+)
+def op(
+    grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor,
+    alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+    tensor_ids: Sequence[int], layouts: Sequence[int], r: int, distribution: str, epsilon: float,
+    backend: str | None,
+) -> None:  # fmt: skip
+    draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
+    mix = Mix(norm, one_minus_beta, epsilon)
+    losses = Losses(losses_plus, losses_minus, counters_of(counters))
+
+    def check() -> None:
+        check_lists(grads, alphas)
+        memory.alphas(alphas, r)
+        numels = memory.numels_of(grads)
+        memory.shards(draw, numels)
+        memory.overlaps(
+            {"grads": grads, "counters": counters},
+            {"alphas": alphas, "norm": [norm], "losses_plus": [losses_plus], "losses_minus": [losses_minus]},
+            numels,
+        )
+
+    check_numbers(draw, mix, losses, grads)
+    memory.numbers(draw, mix)
+    run_checked(select(backend, norm.device), check, "estimate_gradient_", grads, alphas, draw, mix, losses, r)
+
+
+@op.register_fake
+def _(grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor,
+      alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
+      tensor_ids: Sequence[int], layouts: Sequence[int], *_: Any) -> None:  # fmt: skip
+    draw = Draw("", seed, step, tensor_ids, triples(layouts))
+    losses = Losses(losses_plus, losses_minus, counters_of(counters))
+    check_numbers(draw, Mix(norm, one_minus_beta, 0.0), losses, grads)
+    check_lists(grads, alphas)

@@ -1,0 +1,92 @@
+"""noise: u of a parameter or a shard of it, a pure function of names (docs/contract.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..spec.call import Draw
+from ..spec.noise import DISTRIBUTIONS, MAX_DIRECTION, MAX_ELEMENT, MAX_TENSOR_ID, Layout, check_range
+from . import arguments, checks, memory
+from .listop import triples
+
+
+def noise(
+    numel: int,
+    distribution: str,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    direction: int = 0,
+    tensor_id: int = 0,
+    layout: Layout | None = None,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+) -> Tensor:
+    """The noise u of a parameter or a shard of it, mean 0 and variance 1 (contract section 2).
+
+    Args:
+        numel: elements of the shard.
+        distribution: ``uniform``, ``rademacher``, ``triangular``, ``logistic`` or ``gaussian``.
+        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
+        step: of training, below 2^32; a number or a 0-dim int64 tensor.
+        direction: below 2^16.
+        tensor_id: of the parameter, below 2^32 - 1.
+        layout: ``(offset, inner, stride)``: local element j is element
+            ``offset + (j // inner) * stride + j % inner`` of the whole parameter; by default the whole.
+        backend: by default ``FOGZO_BACKEND``, else the best one available.
+
+    Returns:
+        float32 tensor of shape (numel,).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        RuntimeError: the backend is unavailable on the device.
+    """
+    check_range("numel", numel, MAX_ELEMENT)
+    check_distribution(distribution)
+    where = (0, max(numel, 1), max(numel, 1)) if layout is None else arguments.layout("layout", layout)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    found: Tensor = op(
+        numel, distribution, arguments.seed(seed), arguments.step(step), direction, tensor_id, list(where),
+        device, backend,
+    )  # fmt: skip
+    return found
+
+
+def check_distribution(name: str) -> None:
+    if name not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {name!r}")
+
+
+@torch.library.custom_op(
+    "fogzo::noise",
+    mutates_args=(),
+    schema="(SymInt numel, str distribution, Tensor seed, Tensor step, SymInt direction,"
+    " SymInt tensor_id, SymInt[] layout, Device device, str? backend) -> Tensor",
+)
+def op(
+    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
+    layout: Sequence[int], device: torch.device, backend: str | None,
+) -> Tensor:  # fmt: skip
+    draw = Draw(distribution, seed, step, [tensor_id], triples(layout))
+    check_distribution(distribution)
+    checks.seed_and_step(draw, device)
+    memory.numbers(draw)
+    check_range("direction", direction, MAX_DIRECTION)
+    check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
+    memory.layout(draw.layouts[0], numel)
+    return select(backend, device).noise(numel, draw, direction, device)
+
+
+@op.register_fake
+def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
+      layout: Sequence[int], device: torch.device, backend: str | None) -> Tensor:  # fmt: skip
+    check_distribution(distribution)
+    checks.seed_and_step(Draw(distribution, seed, step, [], []), device)
+    return torch.empty(numel, device=device)

@@ -1,0 +1,206 @@
+"""quantize, quantize_, dequantize: Q(w), its codes, the values of codes (docs/contract.md, 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..spec.dtypes import FLOATS, OUTPUTS
+from ..spec.grid import Grid
+from ..spec.straight_through import StraightThrough
+from . import arguments, checks, memory, straight_through
+from .arguments import TensorOrList
+from .listop import GRID, list_op, run_checked
+
+# ---- a list, into given memory
+
+
+def quantize_(
+    out: TensorOrList,
+    latents: TensorOrList,
+    alphas: TensorOrList,
+    *,
+    grid: Grid,
+    backend: str | None = None,
+) -> None:
+    """Write Q(latent), or its codes where ``out`` is int8, for a list of tensors (contract section 3).
+
+    Args:
+        out: of the latents' shapes, of one dtype: float32, bfloat16, float16, or int8 for codes.
+        latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
+        alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
+        backend: by default ``FOGZO_BACKEND``, else the best one available.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
+            written.
+        RuntimeError: the backend is unavailable on the device.
+    """
+    checks.instance("grid", grid, Grid)
+    list_quantize(
+        arguments.tensors("out", out), arguments.tensors("latents", latents),
+        arguments.tensors("alphas", alphas), grid.qmin, grid.qmax, grid.offset, grid.r, backend,
+    )  # fmt: skip
+
+
+def check_lists(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor]) -> None:
+    checks.latents_and_alphas(latents, alphas)
+    checks.tensor_list("out", out, OUTPUTS, latents)
+
+
+@list_op(
+    "fogzo::quantize_",
+    mutates_args=("out",),
+    schema=f"(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, {GRID}, str? backend) -> ()",
+)
+def list_quantize(
+    out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
+    offset: float, r: int, backend: str | None,
+) -> None:  # fmt: skip
+    def check() -> None:
+        check_lists(out, latents, alphas)
+        memory.alphas(alphas, r)
+        memory.overlaps({"out": out}, {"latents": latents, "alphas": alphas}, memory.numels_of(latents))
+
+    if not latents:
+        return check()
+    run_checked(
+        select(backend, latents[0].device), check, "quantize_", out, latents, alphas,
+        Grid(qmin, qmax, offset, r),
+    )  # fmt: skip
+
+
+@list_quantize.register_fake
+def _(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], *_: Any) -> None:
+    check_lists(out, latents, alphas)
+
+
+# ---- one tensor, differentiable
+
+
+def quantize(
+    latent: Tensor,
+    alpha: Tensor,
+    *,
+    grid: Grid,
+    straight_through: StraightThrough,
+    quantized: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Q(latent), of the latent's shape and dtype; differentiable in ``latent``.
+
+    The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1).
+
+    Args:
+        latent: contiguous, float32, bfloat16 or float16.
+        alpha: float32: one element, one per row, or one per group of the last dimension. It has no gradient
+            here, so it must not require one.
+        quantized: Q(latent), where it is known already (from :func:`estimate_adamw_`, say). It is
+            returned as it is; only the gradient is computed.
+        backend: by default ``FOGZO_BACKEND``, else the best one available.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
+        RuntimeError: the backend is unavailable on the device.
+    """
+    arguments.quantizer(grid, straight_through)
+    if isinstance(alpha, Tensor) and alpha.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alpha must not require a gradient: it would get none and silently not train")
+    options = (
+        grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind, straight_through.clip, backend
+    )  # fmt: skip
+    if quantized is None:
+        found: Tensor = op(latent, alpha, *options)
+        return found
+    checks.latents_and_alphas([latent], [alpha])
+    checks.tensor_list("quantized", [quantized], FLOATS, [latent])
+    found = Quantized.apply(latent, alpha, quantized, *options)
+    return found
+
+
+@torch.library.custom_op(
+    "fogzo::quantize",
+    mutates_args=(),
+    schema=f"(Tensor latent, Tensor alpha, {GRID}, str kind, bool clip, str? backend) -> Tensor",
+)
+def op(
+    latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, kind: str, clip: bool,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    checks.latents_and_alphas([latent], [alpha])
+    memory.alphas([alpha], r)
+    out = torch.empty_like(latent)
+    select(backend, latent.device).quantize_([out], [latent], [alpha], Grid(qmin, qmax, offset, r))
+    return out
+
+
+@op.register_fake
+def _(latent: Tensor, alpha: Tensor, *_: Any) -> Tensor:
+    checks.latents_and_alphas([latent], [alpha])
+    return torch.empty_like(latent)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    latent, alpha, *ctx.options = inputs
+    ctx.save_for_backward(latent, alpha)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    latent, alpha = ctx.saved_tensors
+    g = straight_through.backward(grad, latent, alpha, *ctx.options)
+    return (g, *[None] * (1 + len(ctx.options)))
+
+
+op.register_autograd(_backward, setup_context=_setup)
+
+
+class Quantized(torch.autograd.Function):
+    """Q(latent) that the caller already has, with the gradient of :func:`quantize`: no kernel, no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, alpha: Tensor, quantized: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(latent, alpha)
+        ctx.options = options
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        latent, alpha = ctx.saved_tensors
+        g = straight_through.backward(grads[0], latent, alpha, *ctx.options)
+        return (g, *[None] * (2 + len(ctx.options)))
+
+
+# ---- back
+
+
+def dequantize(codes: Tensor, alpha: Tensor, *, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """The values delta * (code + offset) of int8 codes: the bits that a ``dtype`` output gets.
+
+    Args:
+        codes: int8, contiguous, as :func:`quantize_` and :func:`perturb_quantize_` write them.
+        alpha: float32: one element, one per row, or one per group of the last dimension.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        ``dtype`` tensor of the codes' shape.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
+    """
+    checks.instance("codes", codes, Tensor)
+    checks.instance("alpha", alpha, Tensor)
+    checks.instance("grid", grid, Grid)
+    if codes.dtype != torch.int8:
+        raise TypeError(f"codes must be int8, got {checks.named([codes.dtype])}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be {checks.named(FLOATS)}, got {checks.named([dtype])}")
+    checks.alpha_list([alpha], [codes])
+    memory.alphas([alpha], grid.r)
+    length = codes.numel() // max(alpha.numel(), 1)
+    delta = (alpha.flatten() * grid.r).unsqueeze(1)
+    values = delta * (codes.reshape(alpha.numel(), length).float() + grid.offset)
+    return values.to(dtype).view(codes.shape)
