@@ -122,9 +122,9 @@ def of_list(name, ops, expects=FLOATS, like=True):
 
 def of_int(name, ops, limit):
     """What is wrong with a number of the noise's name."""
-    wanted, wrong_type = f"{name} must be in 0..{limit - 1}, got ", (TypeError, RuntimeError)
+    wanted, wrong_type = f"{name} must be in 0..{limit - 1}, got ", f"{name} must be an int, got "
     rows = [(ops, put(**{name: x}), ValueError, f"{wanted}{x}") for x in (-1, limit)]
-    return rows + [(ops, put(**{name: x}), wrong_type, name) for x in (1.5, "1", None)]
+    return rows + [(ops, put(**{name: x}), TypeError, wrong_type + type(x).__name__) for x in (1.5, "1", None)]
 
 
 def of_python_int(name, ops):
@@ -193,9 +193,9 @@ CASES = [
     # the one latent of quantize
     (("quantize",), one("latent", Tensor.double), TypeError, f" must be {FLOATS}, got float64"),
     (("quantize",), one("latent", Tensor.t), ValueError, " must be contiguous, got strides (1, 8)"),
-    (("quantize",), put(latent=3.5), (TypeError, RuntimeError), "latent"),
+    (("quantize",), put(latent=3.5), TypeError, "latent must be a Tensor, got float"),
     (("quantize",), one("alpha", Tensor.half), TypeError, " must be float32, got float16"),
-    (("quantize", "dequantize"), put(alpha=0.5), (TypeError, RuntimeError), "alpha"),
+    (("quantize", "dequantize"), put(alpha=0.5), TypeError, "alpha must be a Tensor, got float"),
     (("dequantize",), one("alpha", lambda t: t.expand(3).clone()), ValueError, "shape (4, 8), got"),
     (("dequantize",), one("alpha", Tensor.double), TypeError, "must be float32, got float64"),
     (("dequantize",), one("codes", Tensor.float), TypeError, "codes must be int8, got float32"),
@@ -226,7 +226,7 @@ CASES = [
     (MIX, put(tensor_ids=[4]), ValueError, "tensor_ids must have 2 entries, got 1"),
     (MIX, put(tensor_ids=[4, -1]), ValueError, "tensor_ids[1] must be in 0..4294967294, got -1"),
     (MIX, put(tensor_ids=[2**32 - 1, 4]), ValueError, "tensor_ids[0] must be in 0..4294"),
-    (MIX, put(tensor_ids=[4, 0.5]), (TypeError, RuntimeError), "tensor_ids"),
+    (MIX, put(tensor_ids=[4, 0.5]), TypeError, "tensor_ids[1] must be an int, got float"),
     (MIX, put(tensor_ids=7), TypeError, "tensor_ids must"),
     (MIX, put(tensor_ids=[4, 4], layouts=None), ValueError,
      "tensor_ids[1] must differ from tensor_ids[0] unless the two are shards at different offsets,"
@@ -235,7 +235,7 @@ CASES = [
     (MIX, put(layouts=[(0, 3, 3), (0, 8)]), ValueError,
      "layouts[1] must be (offset, inner, stride), got (0, 8)"),
     (MIX, put(layouts=[(0, 3, 3), 5]), TypeError, "layouts[1] must be (offset, inner, stride)"),
-    (MIX, put(layouts=[(0, 3, 3), (0.5, 8, 8)]), (TypeError, RuntimeError), "layouts"),
+    (MIX, put(layouts=[(0, 3, 3), (0.5, 8, 8)]), TypeError, "layouts[1][0] must be an int, got float"),
     (("noise",), put(layout=(0, 4)), ValueError, "must be (offset, inner, stride), got (0, 4)"),
     *of_layouts((-1, 32, 32), LAYOUT + "(-1, 32, 32)"),
     *of_layouts((0, 0, 8), LAYOUT + "(0, 0, 8)"),
@@ -248,7 +248,7 @@ CASES = [
      "norm must be a 0-dim float32 tensor, got float64 ()"),
     (MIX, one("norm", lambda t: t.view(1)), TypeError,
      "norm must be a 0-dim float32 tensor, got float32 (1,)"),
-    (MIX, put(norm=2.0), (TypeError, RuntimeError), "norm"),
+    (MIX, put(norm=2.0), TypeError, "norm must be a Tensor, got float"),
     (MIX, one("norm", lambda t: t.to("meta")), ValueError, "norm must be on "),
     *((MIX, put(one_minus_beta=x), ValueError, f"one_minus_beta must be in 0..1, got {float(x)}")
       for x in (-0.5, 1.5, NAN, INF, f64(-0.5), f64(1.5), f64(NAN))),
@@ -267,7 +267,7 @@ CASES = [
                           (one(name, lambda t: t.view(1, 2)), "float32 (1, 2)"),
                           (one(name, torch.sum), "float32 ()"),
                           (one(name, lambda t: t.repeat(2)[::2]), "float32 (2,)"))),
-    (ESTIMATE, put(losses_plus=2.0), (TypeError, RuntimeError), "losses_plus"),
+    (ESTIMATE, put(losses_plus=2.0), TypeError, "losses_plus must be a Tensor, got float"),
     (ESTIMATE, one("losses_plus", lambda t: t[:0]), ValueError,
      "losses_plus must have 1..65536 entries, got 0"),
     (ESTIMATE, one("losses_plus", lambda t: t.repeat(2**15 + 1)), ValueError,
@@ -310,7 +310,7 @@ CASES = [
       for name, shape in (("norm", ()), ("losses_plus", (2,)), ("losses_minus", (2,)))),
     # backends
     (ON_BACKENDS, put(backend="abacus"), ValueError, "backend must be one of cpu, triton, "),
-    (ON_BACKENDS, put(backend=3), (TypeError, RuntimeError), "backend"),
+    (ON_BACKENDS, put(backend=3), TypeError, "backend must be a string or None, got int"),
 ]  # fmt: skip
 # What only the host can read: a backend on a device counts bad alphas instead of waiting for them.
 ALPHA_CASES = [

@@ -126,6 +126,12 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     return {name: reason_unavailable(name, torch.device(device)) for name in names()}
 
 
+def check_name(name: str | None) -> None:
+    """Raise unless it is a name or None; whether it is a known one is for :func:`select`."""
+    if not isinstance(name, str | None):
+        raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
+
+
 def select(name: str | None, device: torch.device) -> Backend:
     """The backend ``name``, or else ``FOGZO_BACKEND``, or else the best one for ``device``.
 
@@ -135,8 +141,7 @@ def select(name: str | None, device: torch.device) -> Backend:
         RuntimeError: the named backend is unavailable there; the message says why.
     """
     source = "backend"
-    if not isinstance(name, str | None):
-        raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
+    check_name(name)
     if name is None and os.environ.get(VARIABLE):
         name, source = os.environ[VARIABLE], VARIABLE
     if name is None:

@@ -29,6 +29,11 @@ def tensors(name: str, given: TensorOrList) -> list[Tensor]:
     return found
 
 
+def tensor(name: str, given: Tensor) -> Tensor:
+    checks.instance(name, given, Tensor)
+    return given
+
+
 def optional(name: str, given: TensorOrList | None) -> list[Tensor]:
     """A list of tensors, empty for None."""
     return [] if given is None else tensors(name, given)
@@ -87,6 +92,7 @@ def names(
     if tensor_ids is not None and not isinstance(tensor_ids, Sequence):
         raise TypeError(f"tensor_ids must be a list of int, got {type(tensor_ids).__name__}")
     ids = list(range(len(like))) if tensor_ids is None else list(tensor_ids)
+    integers("tensor_ids", ids)
     if layouts is not None:
         return ids, [x for i, one in enumerate(layouts) for x in layout(f"layouts[{i}]", one)]
     numels = tuple(map(Tensor.numel, like))
@@ -100,7 +106,16 @@ def layout(name: str, given: Layout) -> Layout:
         raise TypeError(f"{name} must be (offset, inner, stride), got {given}")
     if len(given) != 3:
         raise ValueError(f"{name} must be (offset, inner, stride), got {given}")
+    integers(name, given)
     return given
+
+
+def integers(name: str, given: Sequence[int]) -> None:
+    """Each is an int, or a symbolic one while a graph is traced."""
+    for kind in set(map(type, given)) - {int}:
+        if kind is bool or not issubclass(kind, int | torch.SymInt):
+            i = list(map(type, given)).index(kind)
+            raise TypeError(f"{name}[{i}] must be an int, got {kind.__name__}")
 
 
 @functools.lru_cache(KEPT)

@@ -71,8 +71,9 @@ def estimate_gradient_(
     grads = arguments.tensors("grads", grads)
     ids, where = arguments.names(tensor_ids, layouts, grads)
     op(
-        grads, arguments.optional("counters", counters), losses_plus, losses_minus,
-        arguments.tensors("alphas", alphas), norm, arguments.seed(seed), arguments.step(step),
+        grads, arguments.optional("counters", counters), arguments.tensor("losses_plus", losses_plus),
+        arguments.tensor("losses_minus", losses_minus), arguments.tensors("alphas", alphas),
+        arguments.tensor("norm", norm), arguments.seed(seed), arguments.step(step),
         arguments.one_minus_beta(one_minus_beta), ids, where, grid.r, straight_through.distribution,
         arguments.epsilon(straight_through, grid, epsilon_scale), backend,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import select
+from ..backends import check_name, select
 from ..spec.call import Draw
 from ..spec.noise import DISTRIBUTIONS, MAX_DIRECTION, MAX_ELEMENT, MAX_TENSOR_ID, Layout, check_range
 from . import arguments, checks, memory
@@ -48,6 +48,9 @@ def noise(
     """
     check_range("numel", numel, MAX_ELEMENT)
     check_distribution(distribution)
+    check_range("direction", direction, MAX_DIRECTION)
+    check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
+    check_name(backend)
     where = (0, max(numel, 1), max(numel, 1)) if layout is None else arguments.layout("layout", layout)
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:

@@ -67,12 +67,14 @@ def perturb_quantize_(
         RuntimeError: the backend is unavailable on the device.
     """
     arguments.quantizer(grid, straight_through)
+    check_range("direction", direction, MAX_DIRECTION)
     latents = arguments.tensors("latents", latents)
     ids, where = arguments.names(tensor_ids, layouts, latents)
     op(
         arguments.optional("plus", plus), arguments.optional("minus", minus), latents,
-        arguments.tensors("grads", grads), arguments.tensors("alphas", alphas), norm, arguments.seed(seed),
-        arguments.step(step), arguments.one_minus_beta(one_minus_beta), direction, ids, where, grid.qmin,
+        arguments.tensors("grads", grads), arguments.tensors("alphas", alphas),
+        arguments.tensor("norm", norm), arguments.seed(seed), arguments.step(step),
+        arguments.one_minus_beta(one_minus_beta), direction, ids, where, grid.qmin,
         grid.qmax, grid.offset, grid.r, straight_through.distribution,
         arguments.epsilon(straight_through, grid, epsilon_scale), backend,
     )  # fmt: skip

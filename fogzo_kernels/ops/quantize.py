@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
+from ..backends import check_name, select
 from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
@@ -108,7 +108,10 @@ def quantize(
         RuntimeError: the backend is unavailable on the device.
     """
     arguments.quantizer(grid, straight_through)
-    if isinstance(alpha, Tensor) and alpha.requires_grad and torch.is_grad_enabled():
+    checks.instance("latent", latent, Tensor)
+    checks.instance("alpha", alpha, Tensor)
+    check_name(backend)
+    if alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError("alpha must not require a gradient: it would get none and silently not train")
     options = (
         grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind, straight_through.clip, backend

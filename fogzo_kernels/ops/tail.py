@@ -99,7 +99,10 @@ def estimate_adamw_(
     """
     beta1, beta2 = betas
     rule = UpdateRule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
-    losses, states = (losses_plus, losses_minus), {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    losses, states = (
+        Losses(losses_plus, losses_minus, common.get("counters")),
+        {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
+    )
     _tail(rule, states, latents, grads, alphas, losses, norm, (lr, optimizer_step), common)
 
 
@@ -151,13 +154,16 @@ def estimate_sgd_(
     rule = UpdateRule(
         "sgd", weight_decay=weight_decay, momentum=momentum, dampening=dampening, nesterov=nesterov
     )
-    losses, states = (losses_plus, losses_minus), {"momentum_buffers": momentum_buffers}
+    losses, states = (
+        Losses(losses_plus, losses_minus, common.get("counters")),
+        {"momentum_buffers": momentum_buffers},
+    )
     _tail(rule, states, latents, grads, alphas, losses, norm, (lr, optimizer_step), common)
 
 
 def _tail(
     rule: UpdateRule, states: Mapping[str, TensorOrList | None], latents: TensorOrList, grads: TensorOrList,
-    alphas: TensorOrList, losses: tuple[Tensor, Tensor], norm: Tensor,
+    alphas: TensorOrList, losses: Losses, norm: Tensor,
     numbers: tuple[float | Tensor, int | Tensor], common: TailOptions,
 ) -> None:  # fmt: skip
     """What every rule's public function does; ``numbers`` are lr and optimizer_step."""
@@ -173,8 +179,9 @@ def _tail(
     op(
         latents, arguments.optional("masters", common.get("masters")),
         arguments.optional("quantized", common.get("quantized")),
-        arguments.optional("counters", common.get("counters")), *[*given, [], []][:2],
-        arguments.tensors("grads", grads), *losses, alphas, norm, arguments.seed(common["seed"]),
+        arguments.optional("counters", losses.counters), *[*given, [], []][:2],
+        arguments.tensors("grads", grads), arguments.tensor("losses_plus", losses.plus),
+        arguments.tensor("losses_minus", losses.minus), alphas, arguments.tensor("norm", norm), arguments.seed(common["seed"]),
         arguments.step(common.get("step", 0)), arguments.one_minus_beta(common["one_minus_beta"]), ids, where,
         grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.distribution,
         arguments.epsilon(straight_through, grid, common.get("epsilon_scale", 1.0)),
