@@ -99,10 +99,8 @@ def estimate_adamw_(
     """
     beta1, beta2 = betas
     rule = UpdateRule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
-    losses, states = (
-        Losses(losses_plus, losses_minus, common.get("counters")),
-        {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
-    )
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    losses = Losses(losses_plus, losses_minus, common.get("counters"))
     _tail(rule, states, latents, grads, alphas, losses, norm, (lr, optimizer_step), common)
 
 
@@ -154,10 +152,8 @@ def estimate_sgd_(
     rule = UpdateRule(
         "sgd", weight_decay=weight_decay, momentum=momentum, dampening=dampening, nesterov=nesterov
     )
-    losses, states = (
-        Losses(losses_plus, losses_minus, common.get("counters")),
-        {"momentum_buffers": momentum_buffers},
-    )
+    states = {"momentum_buffers": momentum_buffers}
+    losses = Losses(losses_plus, losses_minus, common.get("counters"))
     _tail(rule, states, latents, grads, alphas, losses, norm, (lr, optimizer_step), common)
 
 
@@ -181,8 +177,8 @@ def _tail(
         arguments.optional("quantized", common.get("quantized")),
         arguments.optional("counters", losses.counters), *[*given, [], []][:2],
         arguments.tensors("grads", grads), arguments.tensor("losses_plus", losses.plus),
-        arguments.tensor("losses_minus", losses.minus), alphas, arguments.tensor("norm", norm), arguments.seed(common["seed"]),
-        arguments.step(common.get("step", 0)), arguments.one_minus_beta(common["one_minus_beta"]), ids, where,
+        arguments.tensor("losses_minus", losses.minus), alphas, arguments.tensor("norm", norm),
+        arguments.seed(common["seed"]), arguments.step(common.get("step", 0)), arguments.one_minus_beta(common["one_minus_beta"]), ids, where,
         grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.distribution,
         arguments.epsilon(straight_through, grid, common.get("epsilon_scale", 1.0)),
         arguments.lr(numbers[0]), arguments.optimizer_step(numbers[1]), rule.kind, list(rule.hyperparameters),
