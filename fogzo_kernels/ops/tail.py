@@ -80,14 +80,19 @@ def estimate_adamw_(
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.
         optimizer_step: 1 at the first step, for the bias correction; a number or a 0-dim int64 tensor.
-        common: ``grid``, ``straight_through``, ``one_minus_beta``, ``seed``, ``step``, ``tensor_ids``,
-            ``layouts``, ``epsilon_scale``, ``counters`` and ``backend`` as in
-            :func:`estimate_gradient_`, and
-
-            ``masters``: float32 master copies of bfloat16 or float16 latents, updated in their place;
-            latents receive the rounded copy.
-
-            ``quantized``: one output per alpha that receives the next Q(latent), or codes if int8.
+        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
+        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
+        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
+        step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
+        tensor_ids: one per alpha; by default 0, 1, 2, ...
+        layouts: where each quantized tensor lies in its parameter, ``(offset, inner, stride)``; by default whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
+        masters: float32 master copies of bfloat16 or float16 latents, updated in their place; latents receive
+            the rounded copy.
+        quantized: one output per alpha that receives the next Q(latent), or codes if int8.
+        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
+            was not finite, and alphas that were not finite or not > 0.
+        backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     If every direction is lost the gradients serve as they are; if the norm is not finite the step is
     skipped, and only ``quantized`` and ``counters`` are written.
@@ -139,7 +144,19 @@ def estimate_sgd_(
         lr: a number, or a 0-dim float64 tensor.
         momentum, dampening, weight_decay, nesterov: as ``torch.optim.SGD`` has them.
         optimizer_step: 1 at the first step, which is not dampened; a number or a 0-dim int64 tensor.
-        common: the keywords of :func:`estimate_adamw_`.
+        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
+        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
+        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
+        step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
+        tensor_ids: one per alpha; by default 0, 1, 2, ...
+        layouts: where each quantized tensor lies in its parameter, ``(offset, inner, stride)``; by default whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
+        masters: float32 master copies of bfloat16 or float16 latents, updated in their place; latents receive
+            the rounded copy.
+        quantized: one output per alpha that receives the next Q(latent), or codes if int8.
+        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
+            was not finite, and alphas that were not finite or not > 0.
+        backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     If every direction is lost the gradients serve as they are; if the norm is not finite the step is
     skipped, and only ``quantized`` and ``counters`` are written.
@@ -178,7 +195,8 @@ def _tail(
         arguments.optional("counters", losses.counters), *[*given, [], []][:2],
         arguments.tensors("grads", grads), arguments.tensor("losses_plus", losses.plus),
         arguments.tensor("losses_minus", losses.minus), alphas, arguments.tensor("norm", norm),
-        arguments.seed(common["seed"]), arguments.step(common.get("step", 0)), arguments.one_minus_beta(common["one_minus_beta"]), ids, where,
+        arguments.seed(common["seed"]), arguments.step(common.get("step", 0)),
+        arguments.one_minus_beta(common["one_minus_beta"]), ids, where,
         grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.distribution,
         arguments.epsilon(straight_through, grid, common.get("epsilon_scale", 1.0)),
         arguments.lr(numbers[0]), arguments.optimizer_step(numbers[1]), rule.kind, list(rule.hyperparameters),
