@@ -85,7 +85,7 @@ def estimate_adamw_(
         seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
         step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
         tensor_ids: one per alpha; by default 0, 1, 2, ...
-        layouts: where each quantized tensor lies in its parameter, ``(offset, inner, stride)``; by default whole.
+        layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
         masters: float32 master copies of bfloat16 or float16 latents, updated in their place; latents receive
             the rounded copy.
@@ -149,7 +149,7 @@ def estimate_sgd_(
         seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
         step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
         tensor_ids: one per alpha; by default 0, 1, 2, ...
-        layouts: where each quantized tensor lies in its parameter, ``(offset, inner, stride)``; by default whole.
+        layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
         masters: float32 master copies of bfloat16 or float16 latents, updated in their place; latents receive
             the rounded copy.
