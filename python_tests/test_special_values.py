@@ -1,0 +1,121 @@
+"""Values that are not finite, norms of nothing, names that nobody knows (docs/contract.md, section 5)."""
+
+import pytest
+import torch
+from conftest import device_of
+
+import fogzo_kernels as fk
+from fogzo_kernels import backends
+from fogzo_kernels.spec.call import Draw, Losses, Mix, Update
+from fogzo_kernels.spec.update import UpdateRule
+
+IDENTITY = fk.StraightThrough("identity", clip=False)
+
+
+def special(backend, latents, norm, grads=None):
+    device = device_of(backend)
+    theta = torch.tensor(latents, device=device)
+    g = torch.zeros_like(theta) if grads is None else torch.tensor(grads, device=device)
+    out = [torch.full(theta.shape, 99, dtype=torch.int8, device=device) for _ in "+-"]
+    fk.perturb_quantize_(
+        *out, theta, g, torch.tensor(1.0, device=device), torch.tensor(norm, device=device),
+        grid=fk.Grid.uniform(2), straight_through=IDENTITY, one_minus_beta=0.0, seed=1,
+        backend=backend,
+    )  # fmt: skip
+    return [q.tolist() for q in out]
+
+
+def test_latents_that_are_not_finite_clamp(backend):
+    inf, nan = float("inf"), float("nan")
+    for codes in special(backend, [inf, -inf, nan, 0.2], 1.0):
+        assert codes == [1, -2, -2, 0]
+
+
+@pytest.mark.parametrize("norm", [0.0, float("inf"), float("nan"), -1.0])
+def test_unusable_norm_leaves_the_guide_out(backend, norm):
+    """1 - beta = 0 and no guide: the weights are Q(theta)."""
+    plus, minus = special(backend, [0.4, -0.4, 3.0], norm, grads=[9.0, -9.0, 9.0])
+    assert plus == minus == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("plus", "norm", "lost", "kept"),
+    [
+        ([float("nan"), float("inf")], 1.0, [2, 0, 0], True),
+        ([1.0, 2.0], float("nan"), [0, 1, 0], True),
+        ([1.0, 2.0], float("inf"), [0, 1, 0], True),
+        ([float("nan"), 2.0], 1.0, [1, 0, 0], False),
+        ([1.0, 2.0], 0.0, [0, 0, 0], False),
+    ],
+)
+def test_lost_losses_and_norms(backend, device, plus, norm, lost, kept):
+    g = torch.tensor([0.5, -0.25, 1.0], device=device)
+    before, counters = g.clone(), torch.zeros(3, dtype=torch.int64, device=device)
+    fk.estimate_gradient_(
+        g, torch.tensor(plus, device=device), torch.tensor([1.5, 1.0], device=device),
+        torch.tensor(0.5, device=device), torch.tensor(norm, device=device),
+        grid=fk.Grid.uniform(2), straight_through=IDENTITY, one_minus_beta=0.5, seed=3,
+        counters=counters, backend=backend,
+    )  # fmt: skip
+    assert counters.tolist() == lost
+    assert torch.equal(g, before) == kept
+    assert g.isfinite().all()
+
+
+def test_zero_epsilon_scale_keeps_the_gradient(backend, device):
+    """c = 0 / 0 in every direction: all are lost."""
+    g = torch.tensor([0.5, -0.25], device=device)
+    losses = torch.ones(1, device=device)
+    fk.estimate_gradient_(
+        g, losses, losses.clone(), torch.tensor(1.0, device=device), torch.tensor(1.0, device=device),
+        grid=fk.Grid.uniform(2), straight_through=IDENTITY, one_minus_beta=0.5, seed=3,
+        epsilon_scale=0.0, backend=backend,
+    )  # fmt: skip
+    assert g.tolist() == [0.5, -0.25]
+
+
+# ---- names past the checks: an error, never the arithmetic of another name
+
+
+def unknown(thing, field):
+    """The frozen value with a name that is none."""
+    object.__setattr__(thing, field, "unheard")
+    return thing
+
+
+def calls(device, **changed):
+    """Each op that looks at a name, as the backends take it; ``changed`` are the nouns to spoil."""
+    i64, f64 = (lambda x, d=d: torch.tensor(x, dtype=d) for d in (torch.int64, torch.float64))
+    draw = Draw(changed.get("distribution", "uniform"), i64(1), i64(2), [0], [(0, 8, 8)])
+    mix = Mix(torch.tensor(1.0, device=device), f64(0.5), 0.3)
+    losses = Losses(torch.ones(1, device=device), torch.zeros(1, device=device), None)
+    latents, grads, out, first, second = ([torch.ones(8, device=device)] for _ in range(5))
+    alphas, grid = [torch.tensor(0.5, device=device)], fk.Grid.sign()
+    rule, kind = changed.get("rule", UpdateRule("adamw")), changed.get("kind", fk.StraightThrough("tanh"))
+    update = Update(rule, f64(0.1), i64(1), [], [first, second])
+    return {
+        "noise": (8, draw, 0, device),
+        "perturb_quantize_": (out, [], latents, grads, alphas, draw, mix, 0, grid),
+        "estimate_gradient_": (grads, alphas, draw, mix, losses, 2),
+        "estimate_update_": (latents, [], grads, alphas, draw, mix, losses, grid, update),
+        "straight_through_backward_": (out, grads, latents, alphas, grid, kind),
+    }
+
+
+TAIL, BACKWARD = ("estimate_update_",), ("straight_through_backward_",)
+
+
+@pytest.mark.parametrize(
+    ("ops", "name", "make"),
+    [
+        (("noise", "perturb_quantize_", "estimate_gradient_", *TAIL), "distribution", lambda: "unheard"),
+        (TAIL, "rule", lambda: unknown(UpdateRule("adamw"), "kind")),
+        (BACKWARD, "kind", lambda: unknown(fk.StraightThrough("tanh"), "kind")),
+    ],
+)
+def test_a_name_that_nobody_knows_is_refused(backend, device, ops, name, make):
+    chosen = backends.load(backend)
+    for op in ops:
+        getattr(chosen, op)(*calls(device)[op])  # it is the name that is refused
+        with pytest.raises(Exception, match="unheard"):
+            getattr(chosen, op)(*calls(device, **{name: make()})[op])
