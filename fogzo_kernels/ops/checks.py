@@ -158,7 +158,7 @@ def mix(mix: Mix, like: Tensors) -> None:
 
 
 def losses(losses: Losses, device: torch.device, least: int) -> None:
-    """As many of plus as of minus, ``least`` or more; counters of the contract's shape."""
+    """losses_plus and losses_minus of one length, ``least`` or more; counters of the contract's shape."""
     for name, t in (("losses_plus", losses.plus), ("losses_minus", losses.minus)):
         instance(name, t, Tensor)
         if t.dtype != torch.float32 or t.ndim != 1 or not t.is_contiguous():
