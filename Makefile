@@ -11,7 +11,7 @@ CXX_SOURCES := $(filter-out setup.py build_cuda.py,$(NATIVE)) $(wildcard python_
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
-	$(BIN)/python -m bench.digits
+	$(BIN)/python -m bench.evidence.digits
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n auto

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import data, digits
+from bench import data
+from bench.evidence import digits
 from fogzo_kernels import _C, info
 
 ROOT = Path(__file__).parents[1]
