@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import fogzo_kernels as fk
 from bench.data import load
-from fogzo_kernels.spec.straight_through import KINDS
 
 GRIDS = {"uniform": fk.Grid.uniform, "half_offset": fk.Grid.half_offset}
 RATES = {"ste": 0.01, "fogzo": 0.02, "spsa": 0.01}  # each method's best of 0.005, 0.01, 0.02
@@ -70,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", default=["ste", "fogzo", "spsa"], choices=["ste", "fogzo", "spsa"])
     add("--bits", type=int, default=2, help="bits of the uniform and half_offset grids")
     add("--grid", default="uniform", choices=["uniform", "half_offset", "sign", "ternary"])
-    add("--straight-through", default="identity", choices=list(KINDS))
+    add("--straight-through", default="identity", choices=list(fk.spec.straight_through.KINDS))
     add("--clip", action="store_true", help="derivative 0 outside the grid's range")
     add("--alpha", type=float, default=0.25)
     add("--kappa", type=float, help="(1 - beta) d at the end; by default 1 - beta is 1e-4")
