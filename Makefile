@@ -7,43 +7,53 @@ NATIVE := setup.py build_cuda.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu csrc/cuda/*.cpp)
 CXX_SOURCES := $(filter-out setup.py build_cuda.py,$(NATIVE)) $(wildcard python_tests/cuda_on_host/*.h)
 
+# What a target needs beside torch and the build tools; pyproject.toml has the same as extras
+demo_PACKAGES := scikit-learn tqdm matplotlib
+triton_PACKAGES := triton
+test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy
+lint_PACKAGES := ruff mypy clang-format check-jsonschema
+package_PACKAGES := build twine
+TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-demo
+
 .PHONY: demo test lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:  # one pip at a time
 
-demo: $(VENV)/built
-	$(BIN)/python -m bench.digits
+demo: $(VENV)/built $(VENV)/has-demo
+	$(BIN)/python -m bench.evidence.digits
 
-test: $(VENV)/built
-	$(BIN)/python -m pytest -n auto
+# one test at a time to each worker, the long ones first: see conftest.py
+test: $(TESTABLE)
+	$(BIN)/python -m pytest -n auto --maxschedchunk 1
 
-lint: $(VENV)/built
+lint: $(VENV)/has-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-format: $(VENV)/built
+format: $(VENV)/has-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(VENV)/built
+bench: $(VENV)/built $(VENV)/has-triton $(VENV)/has-demo
 	$(BIN)/python -m bench.sass
 	$(BIN)/python -m bench.kernels --budget 300 --json bench/out/kernels.json --plot bench/out/kernels.png
 
 # Random and bad calls of the native ops for SECONDS
 SECONDS := 60
-fuzz: $(VENV)/built
+fuzz: $(TESTABLE)
 	mkdir -p build
 	$(BIN)/python python_tests/fuzzing.py --seconds $(SECONDS) --log build/fuzz.json
 
 # The CPU part of the suite with the native module under the compiler's sanitizers
-sanitize: $(VENV)/built
+sanitize: $(TESTABLE)
 	$(BIN)/python tools/sanitize.py
 
 # Distributions in dist/, and the tests of the wheel installed in an empty environment
-package: $(VENV)/built
+package: $(VENV)/has-package
 	$(BIN)/python tools/package.py
 
 # On a machine with a GPU, PyTorch and Triton: with its own Python, downloading nothing.
@@ -51,14 +61,17 @@ gpu:
 	$(PYTHON) -m bench.gpu $(if $(RESULTS),--results $(RESULTS))
 
 # torch first and by its exact version: a looser one would bring gigabytes of CUDA packages
-$(VENV)/installed: constraints.txt pyproject.toml
+$(VENV)/base: constraints.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit('PYTHON must be Python 3.11 or newer, got %d.%d' % v)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel pybind11 ninja
-	$(PIP) triton pytest pytest-xdist hypothesis scipy scikit-learn tqdm matplotlib ruff mypy clang-format
-	$(PIP) build twine check-jsonschema
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(NATIVE)
+$(VENV)/has-%: $(VENV)/base
+	$(PIP) $($*_PACKAGES)
+	touch $@
+
+$(VENV)/built: $(VENV)/base pyproject.toml $(NATIVE)
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 

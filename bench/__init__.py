@@ -1,1 +1,1 @@
-"""Benchmarks and demos; run as ``python -m bench.<name>``."""
+"""Benchmarks; run as ``python -m bench.<name>``."""

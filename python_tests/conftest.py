@@ -1,6 +1,7 @@
 """Fixtures: every backend through one suite; tests that need a missing device say so and skip."""
 
 import os
+from itertools import islice
 
 import pytest
 import torch
@@ -19,6 +20,22 @@ torch.set_num_threads(1)  # small tensors; tests run over processes
 
 settings.register_profile("default", max_examples=30, deadline=None)
 settings.load_profile("default")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow_first: a test of a minute or so, started before the others")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that none of them is left for the end, when the other workers have nothing to do.
+
+    Each is followed by a short one: pytest-xdist gives every worker two neighbours to begin with.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow_first")]
+    others = iter([item for item in items if not item.get_closest_marker("slow_first")])
+    items[:] = [item for first in slow for item in (first, *islice(others, 1))]
+    items += others
+
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 GPU_BACKENDS = ("triton", "cuda")

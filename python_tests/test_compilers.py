@@ -42,6 +42,7 @@ int main() {
 """
 
 
+@pytest.mark.slow_first
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_same_bits(compiler, tmp_path):
     if not shutil.which(compiler):

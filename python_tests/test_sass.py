@@ -163,6 +163,7 @@ def cuda_rows(arch):
     return {str(variant): row for variant, row in sass_cuda.rows(arch)}
 
 
+@pytest.mark.slow_first  # nvcc compiles all kernels
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
     rows = cuda_rows(arch)

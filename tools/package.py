@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 NEEDED = ("torch", "numpy", "scipy", "triton", "pytest", "pytest-xdist", "hypothesis")
 #: Tests of the source tree, not of what is installed.
-OF_THE_TREE = ("architecture", "bench", "bench_kernels", "compilers", "cuda", "sass")
+OF_THE_TREE = ("architecture", "bench", "bench_kernels", "compilers", "cuda", "project", "readme", "sass")
 LEFT_OUT = (".gitignore",)  # of the sdist
 
 

@@ -61,7 +61,7 @@ class Result:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.digits", description=__doc__,
+        prog="python -m bench.evidence.digits", description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", default=["ste", "fogzo", "spsa"], choices=["ste", "fogzo", "spsa"])
     add("--bits", type=int, default=2, help="bits of the uniform and half_offset grids")
     add("--grid", default="uniform", choices=["uniform", "half_offset", "sign", "ternary"])
-    add("--straight-through", default="identity", choices=list(fk.straight_through.KINDS))
+    add("--straight-through", default="identity", choices=list(fk.spec.straight_through.KINDS))
     add("--clip", action="store_true", help="derivative 0 outside the grid's range")
     add("--alpha", type=float, default=0.25)
     add("--kappa", type=float, help="(1 - beta) d at the end; by default 1 - beta is 1e-4")

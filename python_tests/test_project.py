@@ -1,0 +1,71 @@
+"""What several files of the project say, they say alike: versions, packages, lists of tests."""
+
+import re
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import pytest
+
+from tools.package import NEEDED, OF_THE_TREE
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+MAKEFILE = (ROOT / "Makefile").read_text()
+WHEELS = (ROOT / ".github/workflows/wheels.yml").read_text()
+PINNED = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+)
+
+
+def packages(name):
+    """Of a list in the Makefile."""
+    return re.search(rf"^{name}_PACKAGES := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+
+
+def test_one_python_version():
+    minor = int(re.fullmatch(r">=3\.(\d+)", PROJECT["project"]["requires-python"])[1])
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py3{minor}"
+    assert PROJECT["tool"]["mypy"]["python_version"] == f"3.{minor}"
+    assert f"v >= (3, {minor})" in MAKEFILE
+    readme = re.findall(r"Python 3\.(\d+) or newer", (ROOT / "README.md").read_text())
+    assert len(readme) == 2
+    assert set(readme) == {str(minor)}
+    assert re.search(r"CIBW_BUILD: cp3(\d+)-\*", WHEELS)[1] == str(minor)
+    for workflow in ("ci.yml", "wheels.yml"):
+        text = (ROOT / ".github/workflows" / workflow).read_text()
+        assert re.findall(r'python-version: "(.*)"', text) == [f"3.{minor}"]
+
+
+@pytest.mark.parametrize("name", ["demo", "triton", "test", "lint", "package"])
+def test_make_installs_what_the_extra_names(name):
+    extra = [re.match(r"[\w-]+", package)[0] for package in EXTRAS[name]]
+    assert packages(name) == [package for package in extra if package != "fogzo_kernels"]
+
+
+def test_every_package_is_pinned():
+    base = re.search(r"^\t\$\(PIP\) (torch .*)$", MAKEFILE, re.MULTILINE)[1].split()
+    lists = [packages(name) for name in EXTRAS]
+    assert {package for one in (base, *lists) for package in one} == set(PINNED)
+    assert set(NEEDED) <= set(PINNED)
+
+
+def test_the_wheel_is_tested_without_the_tests_of_the_tree():
+    assert sorted(re.findall(r"--ignore tests/test_(\w+)\.py", WHEELS)) == sorted(OF_THE_TREE)
+    assert [name for name in OF_THE_TREE if not (ROOT / f"python_tests/test_{name}.py").exists()] == []
+
+
+def item(name):
+    marker = "slow_first" if name.isupper() else None
+    return SimpleNamespace(name=name, get_closest_marker=lambda asked: asked if asked == marker else None)
+
+
+@pytest.mark.parametrize(
+    ("collected", "ordered"), [("abXcYd", "XaYbcd"), ("XY", "XY"), ("aXY", "XaY"), ("ab", "ab")]
+)
+def test_long_tests_start_first_each_beside_a_short_one(collected, ordered):
+    items = [item(name) for name in collected]
+    conftest.pytest_collection_modifyitems(items)
+    assert "".join(one.name for one in items) == ordered

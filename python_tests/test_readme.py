@@ -1,0 +1,77 @@
+"""The documents: every example runs by itself, every link leads somewhere, README stays short."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+WITH_EXAMPLES = {"README.md", "docs/usage.md"}
+PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+LANGUAGES = {"python", "bibtex"}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path):
+    """Language, line and text of each fenced block."""
+    text = path.read_text()
+    for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+        yield found[1], text.count("\n", 0, found.start()) + 1, found[2]
+
+
+EXAMPLES = [
+    pytest.param(code, id=f"{name_of(path)}:{line}")
+    for path in DOCUMENTS
+    for language, line, code in blocks(path)
+    if language == "python"
+]
+
+
+def run(code, folder):
+    """What it prints, in a Python of its own, without what this one was started with."""
+    left_out = ("TRITON_INTERPRET", "FOGZO_BACKEND")
+    env = {k: v for k, v in os.environ.items() if k not in left_out} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs_by_itself_and_says_something(code, tmp_path):
+    assert run(code, tmp_path).strip()
+
+
+def test_the_first_example_trains(tmp_path):
+    code = next(code for language, _, code in blocks(README) if language == "python")
+    first, last, share = map(float, re.search(r"loss (\S+) -> (\S+); (\S+)%", run(code, tmp_path)).groups())
+    assert last < 0.7 * first
+    assert 90 < share < 100
+
+
+def test_examples_are_found():
+    """None is missed for another spelling of its language, or for a fence that is not closed."""
+    assert {param.id.rpartition(":")[0] for param in EXAMPLES} == WITH_EXAMPLES
+    for path in DOCUMENTS:
+        found = list(blocks(path))
+        assert {language for language, _, _ in found} <= LANGUAGES, path
+        fences = [line for line in path.read_text().splitlines() if line.lstrip().startswith("```")]
+        assert len(fences) == 2 * len(found), path
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_links_lead_somewhere():
+    found = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#\s]+)", page.read_text())]
+    inside = [(page, link) for page, link in found if not re.match(r"\w+:", link)]
+    assert {page for page, _ in inside} >= {README, ROOT / "docs/usage.md", ROOT / "CHANGELOG.md"}
+    assert [(name_of(page), link) for page, link in inside if not (page.parent / link).exists()] == []
