@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", default=["ste", "fogzo", "spsa"], choices=["ste", "fogzo", "spsa"])
     add("--bits", type=int, default=2, help="bits of the uniform and half_offset grids")
     add("--grid", default="uniform", choices=["uniform", "half_offset", "sign", "ternary"])
-    add("--straight-through", default="identity", choices=list(fk.straight_through.KINDS))
+    add("--straight-through", default="identity", choices=list(fk.spec.straight_through.KINDS))
     add("--clip", action="store_true", help="derivative 0 outside the grid's range")
     add("--alpha", type=float, default=0.25)
     add("--kappa", type=float, help="(1 - beta) d at the end; by default 1 - beta is 1e-4")
@@ -109,10 +109,11 @@ def build(args: argparse.Namespace, features: int, classes: int) -> nn.Module:
         nn.init.zeros_(layers[-1].bias)
     grid = GRIDS[args.grid](args.bits) if args.grid in GRIDS else getattr(fk.Grid, args.grid)()
     straight_through = fk.StraightThrough(args.straight_through, clip=args.clip)
-    return fk.quantize_model(
-        nn.Sequential(*layers), grid=grid, alpha=args.alpha, straight_through=straight_through,
-        backend=args.backend,
-    ).to(args.device)  # fmt: skip
+    model = nn.Sequential(*layers)
+    fk.quantize_model(
+        model, fk.Quantizer(grid, fk.Scale.fixed(args.alpha), straight_through), backend=args.backend
+    )
+    return model.to(args.device)
 
 
 def estimator(args: argparse.Namespace, job: Job, model: nn.Module) -> fk.Fogzo | None:

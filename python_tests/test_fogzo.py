@@ -10,6 +10,7 @@ from torch import nn
 import fogzo_kernels as fk
 
 GRID, STE = fk.Grid.uniform(2), fk.StraightThrough("identity", clip=False)
+QUANTIZER = fk.Quantizer(GRID, fk.Scale.fixed(0.2), STE)
 
 
 class Net(nn.Module):
@@ -31,7 +32,7 @@ class Net(nn.Module):
 def make(dtype=torch.float32, seed=0, backend=None, **kwargs):
     torch.manual_seed(seed)
     model = Net()
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["out"], backend=backend)
+    fk.quantize_model(model, QUANTIZER, skip=["out"], backend=backend)
     model.to(dtype)
     options = {"total_steps": 100, "one_minus_beta": 1e-2, "backend": backend, **kwargs}
     return model, fk.Fogzo(model, **options)
@@ -182,7 +183,7 @@ def test_reassigned_buffers_are_restored():
             return self.linear(x)
 
     model = Counting()
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE)
+    fk.quantize_model(model, QUANTIZER)
     fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, directions=3)
     run_step(model, fogzo, [batch()])
     assert model.calls == 1
@@ -255,7 +256,7 @@ def test_step_takes_a_closure():
 def test_weights_without_gradient_take_no_part():
     model, fogzo = make()
     model.spare = nn.Linear(4, 4)
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["out"])
+    fk.quantize_model(model, QUANTIZER, skip=["out"])
     fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
     run_step(model, fogzo, [batch()])
     assert model.spare.weight.grad is None
@@ -286,14 +287,14 @@ def test_kappa_is_one_minus_beta_times_weights():
 def test_several_grids_share_a_step():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["2"])
-    fk.quantize_model(model, grid=fk.Grid.uniform(4), alpha=0.1, straight_through=STE)
+    fk.quantize_model(model, QUANTIZER, skip=["2"])
+    fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(4), fk.Scale.fixed(0.1), STE))
     fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, schedule="constant")
     assert len(run_step(model, fogzo, [batch()]).unique()) == 3
     assert fogzo.diagnostics() == {"lost_directions": 0, "lost_norms": 0, "bad_alphas": 0}
     model.append(nn.Linear(3, 3))
     tanh = fk.StraightThrough("tanh")
-    fk.quantize_model(model, grid=fk.Grid.sign(), alpha=0.1, straight_through=tanh)
+    fk.quantize_model(model, fk.Quantizer(fk.Grid.sign(), fk.Scale.fixed(0.1), tanh))
     with pytest.raises(ValueError, match="one eps"):
         fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
 

@@ -9,7 +9,10 @@ from torch import nn
 import fogzo_kernels as fk
 
 GRID, STE = fk.Grid.uniform(2), fk.StraightThrough("identity")
-OPTIONS = {"grid": GRID, "straight_through": STE}
+
+
+def quantizer(alpha):
+    return fk.Quantizer(GRID, fk.Scale.fixed(alpha), STE)
 
 
 def mlp():
@@ -19,7 +22,7 @@ def mlp():
 
 def test_forward_uses_quantized_weights(backend):
     plain, model = mlp(), mlp()
-    assert fk.quantize_model(model, alpha=0.3, backend=backend, **OPTIONS) is model
+    fk.quantize_model(model, quantizer(0.3), backend=backend)
     x = torch.randn(5, 8)
     for i in (0, 2):
         assert isinstance(model[i], fk.QuantLinear)
@@ -33,7 +36,7 @@ def test_forward_uses_quantized_weights(backend):
 
 def test_gradient_is_straight_through(backend):
     model = mlp()
-    fk.quantize_model(model, alpha=0.1, backend=backend, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.1), backend=backend)
     linear = model[0]
     x, upstream = torch.randn(5, 8), torch.randn(5, 6)
     linear(x).backward(upstream)
@@ -47,11 +50,11 @@ def test_gradient_is_straight_through(backend):
 
 def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     plain, model = mlp(), mlp()
-    fk.quantize_model(model, alpha=0.3, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3))
     assert model.load_state_dict(plain.state_dict()).missing_keys == []
     assert model[0].alpha == torch.tensor(0.3)
     other = mlp()
-    fk.quantize_model(other, alpha=0.7, **OPTIONS)
+    fk.quantize_model(other, quantizer(0.7))
     other.load_state_dict(model.state_dict())
     assert other[0].alpha == torch.tensor(0.3)
     assert set(model.state_dict()) == {*plain.state_dict(), "0.alpha", "2.alpha"}
@@ -61,7 +64,7 @@ def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
 
 def test_alpha_stays_float32():
     model = mlp()
-    fk.quantize_model(model, alpha=lambda w: w.abs().mean(1, keepdim=True), **OPTIONS)
+    fk.quantize_model(model, quantizer(lambda w: w.abs().mean(1, keepdim=True)))
     before = model[0].alpha.clone()
     model.to(torch.bfloat16)
     assert model[0].weight.dtype == torch.bfloat16
@@ -75,7 +78,7 @@ def test_alpha_stays_float32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_and_autocast(dtype):
     model = mlp()
-    fk.quantize_model(model, alpha=0.3, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3))
     if dtype == torch.bfloat16:
         with torch.autocast("cpu", dtype=dtype):
             assert model(torch.randn(2, 8)).dtype == dtype
@@ -88,7 +91,7 @@ def test_low_precision_and_autocast(dtype):
 def test_tied_weights_and_deepcopy():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
-    fk.quantize_model(model, alpha=0.3, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3))
     assert [m.tensor_id for m in model] == [0, 1, 0]
     twin = copy.deepcopy(model)
     assert twin[2].weight is twin[0].weight
@@ -100,7 +103,7 @@ def test_subclasses_and_skipped_modules_stay():
     model = nn.ModuleDict({
         "attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 4), "body": nn.Linear(4, 4),
     })  # fmt: skip
-    fk.quantize_model(model, alpha=0.3, skip=["he*"], **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3), skip=["he*"])
     assert type(model["head"]) is nn.Linear
     assert type(model["attention"].out_proj) is not fk.QuantLinear
     assert type(model["body"]) is fk.QuantLinear
@@ -109,7 +112,7 @@ def test_subclasses_and_skipped_modules_stay():
 def test_errors_leave_the_model_alone():
     model = mlp()
     with pytest.raises(ValueError, match=r"alpha must have one element.*2\.weight"):
-        fk.quantize_model(model, alpha=torch.ones(6), **OPTIONS)
+        fk.quantize_model(model, quantizer(torch.ones(6)))
     assert type(model[0]) is nn.Linear
 
 

@@ -28,10 +28,9 @@ def network(generator, backend=None, dtype=torch.float32, dropout=0.0):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    fk.quantize_model(
-        model, grid=fk.Grid.uniform(2), alpha=lambda w: w.abs().mean(1, keepdim=True),
-        straight_through=fk.StraightThrough("identity"), backend=backend,
-    )  # fmt: skip
+    scale = fk.Scale.fixed(lambda w: w.abs().mean(1, keepdim=True))
+    quantizer = fk.Quantizer(fk.Grid.uniform(2), scale, fk.StraightThrough("identity"))
+    fk.quantize_model(model, quantizer, backend=backend)
     return model
 
 
@@ -188,9 +187,8 @@ def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, mo
     assert step() == len(layers)
     assert step() == 0
     for w in fogzo.weights:
-        expected = fk.quantize(
-            w.parameter, w.alpha, grid=layers[0].grid, straight_through=layers[0].straight_through
-        )  # fmt: skip
+        q = layers[0].quantizer
+        expected = fk.quantize(w.parameter, w.alpha, grid=q.grid, straight_through=q.straight_through)
         assert torch.equal(w.quantized(), expected)
     with torch.no_grad():  # what has changed since is quantized anew
         layers[0].weight.mul_(0.5)
@@ -207,7 +205,7 @@ def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, mo
 
 def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
     """A replay cannot notice that weights were set since the last one."""
-    from fogzo_kernels.train import estimator
+    from fogzo_kernels.train import step
 
     model, data = network(generator), batch(generator)
     fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3)
@@ -219,7 +217,7 @@ def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
         return loss_of(model, data)
 
     for captured in (False, False, True):
-        monkeypatch.setattr(estimator, "capturing", lambda captured=captured: captured)
+        monkeypatch.setattr(step, "capturing", lambda captured=captured: captured)
         optimizer.zero_grad()
         optimizer.step(closure)
     assert seen[::3] == [False, True, False]
@@ -377,9 +375,7 @@ def test_capturable_resumes(generator):
     fogzo.load_state_dict(state)
     assert fogzo.steps == 3
     assert fogzo.one_minus_beta == pytest.approx(0.225)
-    assert fogzo.noise_options(fogzo.weights[0].key(torch.zeros(1), None), [])["one_minus_beta"].item() == (
-        pytest.approx(0.225)
-    )
+    assert fogzo._noise()["one_minus_beta"].item() == pytest.approx(0.225)
 
 
 def test_capturable_needs_probes_in_every_step(generator):

@@ -408,6 +408,13 @@ def test_bad_object(make, exception, message):
 GIVEN = {"grid": fk.Grid.uniform(2), "alpha": 0.5, "straight_through": fk.StraightThrough()}
 
 
+def convert(model, *, skip=(), backend=None, **parts):
+    given = GIVEN | parts
+    quantizer = fk.Quantizer(given["grid"], fk.Scale.fixed(given["alpha"]), given["straight_through"])
+    fk.quantize_model(model, quantizer, skip=skip, backend=backend)
+    return model
+
+
 def network():
     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4))
 
@@ -440,12 +447,12 @@ def test_bad_quantize_model(make, options, exception, message):
     model = make()
     before = [(type(m), list(m.state_dict()), dict(vars(m))) for m in model.modules()]
     with pytest.raises(exception, match=re.escape(message)):
-        fk.quantize_model(model, **(GIVEN | options))
+        convert(model, **options)
     assert before == [(type(m), list(m.state_dict()), dict(vars(m))) for m in model.modules()]
 
 
 def quantized(**options):
-    return fk.quantize_model(network(), **(GIVEN | options))
+    return convert(network(), **options)
 
 
 def one_tensor_id():
@@ -456,7 +463,7 @@ def one_tensor_id():
 
 def two_epsilons():
     sign = {"grid": fk.Grid.sign(), "straight_through": fk.StraightThrough("tanh")}
-    return fk.quantize_model(quantized(skip=["2"]), **(GIVEN | sign))
+    return convert(quantized(skip=["2"]), **sign)
 
 
 @pytest.mark.parametrize(
