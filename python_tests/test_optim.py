@@ -332,12 +332,46 @@ def test_a_weight_of_another_optimizer_is_noticed(generator):
     [
         ({"lr": -1.0}, ValueError, "lr must be >= 0, got -1.0"),
         ({"betas": (0.9, 1.0)}, ValueError, "beta2 must be >= 0 and < 1"),
+        ({"betas": (0.9,)}, ValueError, r"betas must be two numbers, got \(0\.9,\)"),
         ({"fogzo": "x"}, TypeError, "fogzo must be a Fogzo or None, got str"),
     ],
 )
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         fk.AdamW([torch.zeros(3, requires_grad=True)], **options)
+
+
+@pytest.mark.parametrize(("kind", "option"), [("adamw", "amsgrad"), ("adamw", "maximize"), ("sgd", "maximize")])
+def test_state_of_an_update_that_is_not_offered_is_refused(kind, option):
+    ours, theirs, options = OPTIMIZERS[kind]
+    p = torch.zeros(3, requires_grad=True)
+    state = theirs([p], **options, **{option: True}).state_dict()
+    optimizer = ours([p], **options)
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=rf"param_groups'\]\[0\] must not have {option}, got True"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict() == before
+
+
+def test_copies_train_alike(generator):
+    model, data = network(generator), batch(generator)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
+    run = model, fogzo, fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
+
+    def go(model, _, optimizer, steps):
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            losses.append(optimizer.step(partial(loss_of, model, data)).item())
+        return losses
+
+    go(*run, 2)
+    twin = copy.deepcopy(run)
+    assert go(*twin, 3) == go(*run, 3)
+    assert fogzo.steps == twin[1].steps == 5
+    for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
+        assert p is not q
+        assert torch.equal(p, q)
 
 
 # ---- scalars on the device

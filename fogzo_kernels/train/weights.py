@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import validation
 from ..nn.quantized import QuantizedModule
 from ..spec.grid import Grid
 from ..spec.quantizer import Quantizer
@@ -97,9 +98,11 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     """Every trainable quantized weight once, however many modules share it.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: there is none; or tensor ids are not distinct, or weights lie on several devices, or
             their eps in step units differ.
     """
+    validation.instance("model", model, nn.Module)
     found: dict[Tensor, QuantizedWeight] = {}
     for m in model.modules():
         if isinstance(m, QuantizedModule) and m.weight.requires_grad:
