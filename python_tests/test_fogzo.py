@@ -10,6 +10,7 @@ from torch import nn
 from training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 
 import fogzo_kernels as fk
+from fogzo_kernels.train.weights import QuantizedWeight
 
 # ---- what probes see and leave
 
@@ -152,24 +153,25 @@ def test_a_users_buffer_named_alpha_is_restored():
 
 
 def test_an_error_before_a_probe_leaves_everything(monkeypatch):
-    """The op that writes the probe raises: generators and buffers are still those of the gradient pass."""
-    from fogzo_kernels.train import step
-
+    """Generators and buffers are wound back already, and some modules hold their probe."""
     model, fogzo = make(schedule="constant")
     x, y = batch()
-    calls = []
+    used = []
 
-    def failing(*args, **options):
-        calls.append(options["direction"])
-        raise ZeroDivisionError
+    def failing(weight, tensor):
+        if used:
+            raise ZeroDivisionError
+        used.append(weight)
+        original(weight, tensor)
 
+    original = QuantizedWeight.use
+    monkeypatch.setattr(QuantizedWeight, "use", failing)
     with pytest.raises(ZeroDivisionError):
         for probe in fogzo.probes():
             with probe:
                 probe.backward(loss_of(model, x, y))
             after_gradient = state_of(model)
-            monkeypatch.setattr(step, "perturb_quantize_", failing)
-    assert calls == [0]
+    assert used == fogzo.weights[:1]
     assert same_state(after_gradient, state_of(model))
     assert all(m.probe is None for m in model.modules() if isinstance(m, fk.QuantLinear))
     assert not fogzo.pending
@@ -214,6 +216,19 @@ def test_nothing_of_a_step_outlives_it(failing, leaving):
     assert not fogzo.pending
     with pytest.raises(RuntimeError, match="a pass must be entered once"):
         passes[2].__enter__()
+
+
+def test_a_failed_pass_is_not_run_again():
+    """Its step has ended, also where the caller goes on."""
+    _, fogzo = make()
+    probe = next(passes := fogzo.probes())
+    with pytest.raises(ZeroDivisionError), probe:
+        raise ZeroDivisionError
+    assert fogzo._step is None
+    with pytest.raises(RuntimeError, match="a pass must be entered once"):
+        probe.__enter__()
+    with pytest.raises(RuntimeError, match="every pass of probes"):
+        next(passes)
 
 
 def test_training_flags_of_frozen_parts_stay():
