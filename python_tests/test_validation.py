@@ -405,13 +405,9 @@ def test_bad_object(make, exception, message):
         make()
 
 
-GIVEN = {"grid": fk.Grid.uniform(2), "alpha": 0.5, "straight_through": fk.StraightThrough()}
-
-
-def convert(model, *, skip=(), backend=None, **parts):
-    given = GIVEN | parts
-    quantizer = fk.Quantizer(given["grid"], fk.Scale.fixed(given["alpha"]), given["straight_through"])
-    fk.quantize_model(model, quantizer, skip=skip, backend=backend)
+def convert(model, grid=None, alpha=0.5, straight_through=None, **options):
+    parts = grid or fk.Grid.uniform(2), fk.Scale.fixed(alpha), straight_through or fk.StraightThrough()
+    fk.quantize_model(model, fk.Quantizer(*parts), **options)
     return model
 
 

@@ -39,9 +39,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     KIND: ClassVar[str]  # of its UpdateRule
-    OP: ClassVar[
-        Callable[..., None]
-    ]  # estimate, update and quantize, with the rule's state after the gradients
+    OP: ClassVar[Callable[..., None]]  # of functional.py; the rule's state stands after the gradients
 
     def __init__(
         self, params: Params, hyperparameters: dict[str, Any], *, lr: float | Tensor, fogzo: Fogzo | None,

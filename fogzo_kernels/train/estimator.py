@@ -29,6 +29,7 @@ class Fogzo:
     and leave latents, buffers and generators as after a plain step; so does an exception.
 
     Args:
+        model: a module with trainable quantized weights, all on one device.
         total_steps: steps over which beta decays from 1.
         one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
         kappa: the same as (1 - beta) * d for d quantized weights; independent of the model's size.
@@ -44,6 +45,9 @@ class Fogzo:
         capturable: keep step and 1 - beta on the device, so that a whole step can be captured in a
             CUDA graph and each replay draws its own noise. Run a step or more before the capture.
         backend: of the ops; None takes the best available.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the model's weights do not fit one step.
 
     Attributes:
         weights: the quantized weights of the model, each once.
@@ -135,7 +139,15 @@ class Fogzo:
         return {"steps": self.steps, "counters": self._counters.clone(), **asdict(self._settings)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a run, at the step that comes next. Its settings must be those of this object."""
+        """Continue a run: the next step is the one that would have come next there.
+
+        Args:
+            state: from :meth:`state_dict` of an object with the same settings.
+
+        Raises:
+            ValueError: a setting differs, or a key or value is wrong; nothing has changed then.
+            RuntimeError: a pass of a step is running.
+        """
         settings = asdict(self._settings)
         expected = {"steps", "counters", *settings}
         if set(state) != expected:
@@ -180,7 +192,11 @@ class Fogzo:
                 probe.backward(closure())
 
     def probes(self) -> Iterator[Pass]:
-        """The passes of a step, to be run in order: the gradient pass, then + and - per direction."""
+        """The passes of a step, to be run in order: the gradient pass, then + and - per direction.
+
+        Enter each (``with probe:``) and give its loss to ``probe.backward``. A step whose loop is left
+        early, or in which a pass raises, is over; so is one before whose estimate another begins.
+        """
         self._forget("probes")
         step = self._step = self._new_step()
         try:
