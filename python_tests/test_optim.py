@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import device_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fogzo_kernels as fk
 
@@ -169,19 +170,26 @@ def test_fused_training_is_estimate_then_optimizer(backend, name, directions, ge
     assert found[0][2]["steps"] == found[1][2]["steps"] == 6
 
 
-def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, monkeypatch):
+class Quantizations(TorchDispatchMode):
+    """Counts the modules' own quantizations."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls += op is torch.ops.fogzo.quantize.default
+        return op(*args, **(kwargs or {}))
+
+
+def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator):
     model, data = network(generator, "reference"), batch(generator)
     fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, backend="reference")
     optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
-    calls = []
-    original = fk.ops.quantize
-    monkeypatch.setattr(fk.ops, "quantize", lambda *a: calls.append(a) or original(*a))
 
     def step():
-        calls.clear()
         optimizer.zero_grad()
-        optimizer.step(lambda: loss_of(model, data))
-        return len(calls)
+        with Quantizations() as seen:
+            optimizer.step(lambda: loss_of(model, data))
+        return seen.calls
 
     layers = [m for m in model if isinstance(m, fk.QuantLinear)]
     assert step() == len(layers)
@@ -197,10 +205,9 @@ def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, mo
     with torch.no_grad():
         layers[0].weight.data = layers[0].weight.data.clone()
     assert step() == 1
-    with torch.no_grad():  # outside a pass the model quantizes for itself
-        calls.clear()
+    with torch.no_grad(), Quantizations() as seen:  # outside a pass the model quantizes for itself
         model(data[0])
-    assert len(calls) == len(layers)
+    assert seen.calls == len(layers)
 
 
 def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):

@@ -44,9 +44,14 @@ class QuantizedModule(nn.Module):
 
     @classmethod
     def from_plain(
-        cls, module: nn.Module, quantizer: Quantizer, *, alpha: Tensor, tensor_id: int,
+        cls,
+        module: nn.Module,
+        quantizer: Quantizer,
+        *,
+        alpha: Tensor,
+        tensor_id: int,
         backend: str | None = None,
-    ) -> Self:  # fmt: skip
+    ) -> Self:
         """Turn a plain module into a quantized one, in place: parameters, hooks and names stay."""
         module.__class__ = cls
         assert isinstance(module, cls)
@@ -62,10 +67,13 @@ class QuantizedModule(nn.Module):
         if self.alpha.requires_grad:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
         return quantize(
-            self.weight, self.alpha, grid=self.quantizer.grid,
-            straight_through=self.quantizer.straight_through, quantized=self.quantized,
+            self.weight,
+            self.alpha,
+            grid=self.quantizer.grid,
+            straight_through=self.quantizer.straight_through,
+            quantized=self.quantized,
             backend=self.backend,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def codes(self) -> Tensor:

@@ -37,6 +37,11 @@ class AdamW(FusedOptimizer):
         master_weights: bool = False, capturable: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
-            params, {"betas": betas, "eps": eps, "weight_decay": weight_decay}, lr=lr, fogzo=fogzo,
-            master_weights=master_weights, capturable=capturable, backend=backend,
-        )  # fmt: skip
+            params,
+            {"betas": betas, "eps": eps, "weight_decay": weight_decay},
+            lr=lr,
+            fogzo=fogzo,
+            master_weights=master_weights,
+            capturable=capturable,
+            backend=backend,
+        )

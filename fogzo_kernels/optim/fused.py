@@ -197,9 +197,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if passes is None or estimate is None or estimate.norm is None or not call.weights:
             grid, straight_through = (call.key or PLAIN)[:2]
             update(
-                plus, minus, grid=grid, straight_through=straight_through, one_minus_beta=0.0, seed=0,
+                plus,
+                minus,
+                grid=grid,
+                straight_through=straight_through,
+                one_minus_beta=0.0,
+                seed=0,
                 backend=self.backend,
-            )  # fmt: skip
+            )
         else:
             assert call.key is not None
             noise = passes.options(call.key, call.weights)

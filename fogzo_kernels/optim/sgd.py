@@ -38,9 +38,17 @@ class SGD(FusedOptimizer):
         master_weights: bool = False, capturable: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
         hyperparameters = {
-            "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
-        }  # fmt: skip
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
         super().__init__(
-            params, hyperparameters, lr=lr, fogzo=fogzo, master_weights=master_weights,
-            capturable=capturable, backend=backend,
-        )  # fmt: skip
+            params,
+            hyperparameters,
+            lr=lr,
+            fogzo=fogzo,
+            master_weights=master_weights,
+            capturable=capturable,
+            backend=backend,
+        )

@@ -72,9 +72,9 @@ class UpdateRule:
     @property
     def variant(self) -> str:
         """``"adamw"``, ``"sgd"``, or ``"momentum"`` or ``"nesterov"``: what selects the code."""
-        if self.kind == "adamw" or not self.momentum:
-            return self.kind
-        return "nesterov" if self.nesterov else "momentum"
+        if self.kind == "sgd" and self.momentum:
+            return "nesterov" if self.nesterov else "momentum"
+        return self.kind
 
     @property
     def states(self) -> int:

@@ -78,8 +78,12 @@ class Fogzo:
         self._settings = Settings(
             total_steps=total_steps,
             one_minus_beta=final_one_minus_beta(one_minus_beta, kappa, self.total_weights),
-            directions=directions, seed=seed, epsilon_scale=epsilon_scale, schedule=schedule, start=start,
-        )  # fmt: skip
+            directions=directions,
+            seed=seed,
+            epsilon_scale=epsilon_scale,
+            schedule=schedule,
+            start=start,
+        )
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         self.process_group, self.loss_reduction = process_group, loss_reduction
@@ -252,9 +256,10 @@ class Fogzo:
         d = self._device_state
         return {
             "one_minus_beta": d.one_minus_beta if d else self._settings.one_minus_beta_at(self._steps),
-            "seed": d.seed if d else self.seed, "step": d.step if d else self._steps,
+            "seed": d.seed if d else self.seed,
+            "step": d.step if d else self._steps,
             "epsilon_scale": self.epsilon_scale,
-        }  # fmt: skip
+        }
 
     def _reduce(self, losses: Tensor) -> None:
         if dist.is_available() and dist.is_initialized():

@@ -65,9 +65,8 @@ class Pass:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         assert self._step is not None
         self._mode.__exit__(kind, value, traceback)
         self._mode = None
@@ -243,9 +242,12 @@ class Step:
     def options(self, key: Key, weights: list[QuantizedWeight]) -> dict[str, Any]:
         """What perturbation and estimate must agree on, as the ops take it."""
         return {
-            "grid": key.grid, "straight_through": key.straight_through, "backend": key.backend,
-            "tensor_ids": [w.tensor_id for w in weights], **self._noise,
-        }  # fmt: skip
+            "grid": key.grid,
+            "straight_through": key.straight_through,
+            "backend": key.backend,
+            "tensor_ids": [w.tensor_id for w in weights],
+            **self._noise,
+        }
 
     @contextmanager
     def counting(self, first: bool) -> Iterator[Tensor]:
