@@ -18,10 +18,14 @@ from .functional import (
     quantize_,
     straight_through_backward_,
 )
-from .nn.linear import QuantLinear, quantize_model
-from .optim.fused import SGD, AdamW
+from .nn.convert import quantize_model
+from .nn.linear import QuantLinear
+from .optim.adamw import AdamW
+from .optim.sgd import SGD
 from .spec.grid import Grid
 from .spec.noise import direction_sign
+from .spec.quantizer import Quantizer
+from .spec.scale import Scale
 from .spec.straight_through import StraightThrough
 from .train.estimator import Fogzo
 
@@ -32,6 +36,8 @@ __all__ = [
     "Fogzo",
     "Grid",
     "QuantLinear",
+    "Quantizer",
+    "Scale",
     "StraightThrough",
     "available_backends",
     "dequantize",

@@ -18,14 +18,15 @@ PACKAGE = ROOT / "fogzo_kernels"
 # Floors, bottom first: what each may import of the floors below it, and its own modules, bottom first: a module
 # imports of its floor what stands before it. A new module is given its place here.
 FLOORS = {
-    "spec": ((), "dtypes noise grid straight_through update schedule call"),
+    "spec": ((), "dtypes noise grid straight_through scale quantizer update schedule call"),
     "backends": (("spec",), "__init__ plans reference cpu cuda triton"),
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments noise norm perturb estimate tail"
             " straight_through quantize"),
     "functional": (("spec", "ops"), ""),
-    "nn": (("spec", "ops.checks", "ops.memory", "functional"), "__init__ linear"),
-    "train": (("spec", "ops.checks", "functional", "nn"), "__init__ replay weights estimator"),
-    "optim": (("spec", "functional", "train"), "__init__ fused"),
+    "nn": (("spec", "ops.checks", "ops.memory", "functional"), "__init__ quantized linear convert"),
+    "train": (("spec", "ops.checks", "functional", "nn"), "__init__ replay weights step settings device"
+              " estimator"),
+    "optim": (("spec", "functional", "train"), "__init__ fused adamw sgd"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip

@@ -32,7 +32,8 @@ def net():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     straight_through = fk.StraightThrough("identity", clip=False)
-    return fk.quantize_model(model, grid=fk.Grid.uniform(2), alpha=0.2, straight_through=straight_through)
+    fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(2), fk.Scale.fixed(0.2), straight_through))
+    return model
 
 
 def worker(rank, folder):

@@ -1,72 +1,16 @@
 """The front end: what a step leaves behind, on a model with dropout and BatchNorm."""
 
 import copy
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 
 import fogzo_kernels as fk
-
-GRID, STE = fk.Grid.uniform(2), fk.StraightThrough("identity", clip=False)
-
-
-class Net(nn.Module):
-    """Dropout, BatchNorm, a tied weight and parameters that are not quantized."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.out = nn.Linear(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.tied = nn.Linear(8, 8, bias=False)
-        self.tied.weight = self.second.weight
-        self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.3)
-
-    def forward(self, x):
-        x = self.drop(F.relu(self.norm(self.first(x))))
-        x = x + self.drop(F.relu(self.second(x)))
-        return self.out(x + self.tied(x))
-
-
-def make(dtype=torch.float32, seed=0, backend=None, **kwargs):
-    torch.manual_seed(seed)
-    model = Net()
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["out"], backend=backend)
-    model.to(dtype)
-    options = {"total_steps": 100, "one_minus_beta": 1e-2, "backend": backend, **kwargs}
-    return model, fk.Fogzo(model, **options)
-
-
-def batch(dtype=torch.float32, rows=12, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 9, generator=generator).to(dtype)
-    return x, torch.randint(3, (rows,), generator=generator)
-
-
-def loss_of(model, x, y):
-    return F.cross_entropy(model(x).float(), y)
-
-
-def state_of(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-
-
-def same_state(a, b):
-    same = all(torch.equal(a[0][k], b[0][k]) for k in a[0])
-    return same and a[0].keys() == b[0].keys() and torch.equal(a[1], b[1])
-
-
-def run_step(model, fogzo, micro_batches):
-    """All losses of a step."""
-    losses = []
-    for probe in fogzo.probes():
-        with probe:
-            for x, y in micro_batches:
-                probe.backward(loss_of(model, x, y) / len(micro_batches))
-        losses.append(probe.loss)
-    fogzo.estimate_()
-    return torch.stack(losses)
-
+from fogzo_kernels.train.weights import QuantizedWeight
 
 # ---- what probes see and leave
 
@@ -182,10 +126,109 @@ def test_reassigned_buffers_are_restored():
             return self.linear(x)
 
     model = Counting()
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE)
+    fk.quantize_model(model, QUANTIZER)
     fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, directions=3)
     run_step(model, fogzo, [batch()])
     assert model.calls == 1
+
+
+def test_a_users_buffer_named_alpha_is_restored():
+    """Only the alphas of quantized modules are left alone by the replay."""
+
+    class Momentum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(9, 3)
+            self.register_buffer("alpha", torch.zeros(()))
+
+        def forward(self, x):
+            self.alpha.add_(1)
+            return self.linear(x)
+
+    model = Momentum()
+    fk.quantize_model(model, QUANTIZER)
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, directions=3)
+    run_step(model, fogzo, [batch()])
+    assert model.alpha == 1
+
+
+def test_an_error_before_a_probe_leaves_everything(monkeypatch):
+    """Generators and buffers are wound back already, and some modules hold their probe."""
+    model, fogzo = make(schedule="constant")
+    x, y = batch()
+    used = []
+
+    def failing(weight, tensor):
+        if used:
+            raise ZeroDivisionError
+        used.append(weight)
+        original(weight, tensor)
+
+    original = QuantizedWeight.use
+    monkeypatch.setattr(QuantizedWeight, "use", failing)
+    with pytest.raises(ZeroDivisionError):
+        for probe in fogzo.probes():
+            with probe:
+                probe.backward(loss_of(model, x, y))
+            after_gradient = state_of(model)
+    assert used == fogzo.weights[:1]
+    assert same_state(after_gradient, state_of(model))
+    assert all(m.probe is None for m in model.modules() if isinstance(m, fk.QuantLinear))
+    assert not fogzo.pending
+    monkeypatch.undo()
+    model.zero_grad()
+    assert run_step(model, fogzo, [(x, y)]).isfinite().all()
+
+
+def run_until(fogzo, closure, failing, leaving):
+    """The passes of a step; one fails, or the loop is left after one."""
+    for i, probe in enumerate(fogzo.probes()):
+        with probe:
+            probe.backward(closure())
+            if i == failing:
+                raise ZeroDivisionError
+        if i == leaving:
+            break
+
+
+@pytest.mark.parametrize(("failing", "leaving"), [(None, None), (0, None), (1, None), (None, 1)])
+def test_nothing_of_a_step_outlives_it(failing, leaving):
+    """Snapshots, losses and guides go with it: after the estimate, an error, or a loop that was left."""
+    model, fogzo = make(schedule="constant")
+    seen = []
+    original = fogzo._new_step
+
+    def new_step():
+        made = original()
+        seen.append((weakref.ref(made), made.passes))
+        return made
+
+    fogzo._new_step = new_step
+    x, y = batch()
+    with pytest.raises(ZeroDivisionError) if failing is not None else nullcontext():
+        run_until(fogzo, lambda: loss_of(model, x, y), failing, leaving)
+    assert fogzo.pending == (failing is None and leaving is None)
+    if fogzo.pending:
+        fogzo.estimate_()
+    ((step, passes),) = seen  # passes that the caller still holds do not keep it
+    assert len(passes) == 3
+    assert step() is None
+    assert not fogzo.pending
+    with pytest.raises(RuntimeError, match="a pass must be entered once"):
+        passes[2].__enter__()
+
+
+def test_a_failed_pass_is_not_run_again():
+    """Its step has ended, also where the caller goes on."""
+    _, fogzo = make()
+    probe = next(passes := fogzo.probes())
+    with pytest.raises(ZeroDivisionError), probe:
+        raise ZeroDivisionError
+    assert fogzo._step is None
+    with pytest.raises(RuntimeError, match="a pass must be entered once"):
+        probe.__enter__()
+    with pytest.raises(RuntimeError, match="every pass of probes"):
+        next(passes)
 
 
 def test_training_flags_of_frozen_parts_stay():
@@ -255,7 +298,7 @@ def test_step_takes_a_closure():
 def test_weights_without_gradient_take_no_part():
     model, fogzo = make()
     model.spare = nn.Linear(4, 4)
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["out"])
+    fk.quantize_model(model, QUANTIZER, skip=["out"])
     fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
     run_step(model, fogzo, [batch()])
     assert model.spare.weight.grad is None
@@ -286,14 +329,14 @@ def test_kappa_is_one_minus_beta_times_weights():
 def test_several_grids_share_a_step():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
-    fk.quantize_model(model, grid=GRID, alpha=0.2, straight_through=STE, skip=["2"])
-    fk.quantize_model(model, grid=fk.Grid.uniform(4), alpha=0.1, straight_through=STE)
+    fk.quantize_model(model, QUANTIZER, skip=["2"])
+    fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(4), fk.Scale.fixed(0.1), STE))
     fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, schedule="constant")
     assert len(run_step(model, fogzo, [batch()]).unique()) == 3
     assert fogzo.diagnostics() == {"lost_directions": 0, "lost_norms": 0, "bad_alphas": 0}
     model.append(nn.Linear(3, 3))
     tanh = fk.StraightThrough("tanh")
-    fk.quantize_model(model, grid=fk.Grid.sign(), alpha=0.1, straight_through=tanh)
+    fk.quantize_model(model, fk.Quantizer(fk.Grid.sign(), fk.Scale.fixed(0.1), tanh))
     with pytest.raises(ValueError, match="one eps"):
         fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
 
@@ -330,46 +373,3 @@ def test_misuse_of_passes():
         fogzo.step(lambda: model(x))
     with pytest.raises(RuntimeError, match="must leave a gradient"):
         fogzo.step(lambda: model.out(torch.ones(1, 8)).sum())
-
-
-# ---- resuming
-
-
-def test_resuming_gives_the_same_bits(tmp_path):
-    def setup():
-        model, fogzo = make(total_steps=8, directions=2)
-        return model, fogzo, torch.optim.Adam(model.parameters(), lr=0.05)
-
-    def go(model, fogzo, optimizer, steps):
-        for step in steps:
-            optimizer.zero_grad()
-            fogzo.step(lambda step=step: loss_of(model, *batch(seed=step)))
-            optimizer.step()
-
-    run = setup()
-    torch.manual_seed(9)
-    go(*run, range(8))
-    straight = state_of(run[0])
-
-    run = setup()
-    torch.manual_seed(9)
-    go(*run, range(3))
-    saved = [part.state_dict() for part in run] + [torch.get_rng_state()]
-    torch.save(saved, tmp_path / "run.pt")
-    run = setup()
-    torch.manual_seed(123)
-    *states, rng = torch.load(tmp_path / "run.pt")
-    for part, state in zip(run, states, strict=True):
-        part.load_state_dict(state)
-    torch.set_rng_state(rng)
-    go(*run, range(3, 8))
-    assert same_state(straight, state_of(run[0]))
-
-
-def test_resuming_with_other_settings_is_refused():
-    _, fogzo = make(seed=1)
-    _, other = make(seed=1, directions=2)
-    with pytest.raises(ValueError, match="directions"):
-        other.load_state_dict(fogzo.state_dict())
-    with pytest.raises(ValueError, match="keys"):
-        other.load_state_dict({})

@@ -1,6 +1,10 @@
-"""Quantized modules: names, checkpoints, dtypes, tied weights, gradients."""
+"""Quantizers, and quantized modules: names, checkpoints, dtypes, tied weights, gradients."""
 
 import copy
+import io
+import pickle
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +13,14 @@ from torch import nn
 import fogzo_kernels as fk
 
 GRID, STE = fk.Grid.uniform(2), fk.StraightThrough("identity")
-OPTIONS = {"grid": GRID, "straight_through": STE}
+
+
+def quantizer(alpha):
+    return fk.Quantizer(GRID, fk.Scale.fixed(alpha), STE)
+
+
+def row_mean(w):
+    return w.abs().mean(1, keepdim=True)
 
 
 def mlp():
@@ -19,7 +30,7 @@ def mlp():
 
 def test_forward_uses_quantized_weights(backend):
     plain, model = mlp(), mlp()
-    assert fk.quantize_model(model, alpha=0.3, backend=backend, **OPTIONS) is model
+    fk.quantize_model(model, quantizer(0.3), backend=backend)
     x = torch.randn(5, 8)
     for i in (0, 2):
         assert isinstance(model[i], fk.QuantLinear)
@@ -33,7 +44,7 @@ def test_forward_uses_quantized_weights(backend):
 
 def test_gradient_is_straight_through(backend):
     model = mlp()
-    fk.quantize_model(model, alpha=0.1, backend=backend, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.1), backend=backend)
     linear = model[0]
     x, upstream = torch.randn(5, 8), torch.randn(5, 6)
     linear(x).backward(upstream)
@@ -47,11 +58,11 @@ def test_gradient_is_straight_through(backend):
 
 def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     plain, model = mlp(), mlp()
-    fk.quantize_model(model, alpha=0.3, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3))
     assert model.load_state_dict(plain.state_dict()).missing_keys == []
     assert model[0].alpha == torch.tensor(0.3)
     other = mlp()
-    fk.quantize_model(other, alpha=0.7, **OPTIONS)
+    fk.quantize_model(other, quantizer(0.7))
     other.load_state_dict(model.state_dict())
     assert other[0].alpha == torch.tensor(0.3)
     assert set(model.state_dict()) == {*plain.state_dict(), "0.alpha", "2.alpha"}
@@ -61,7 +72,7 @@ def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
 
 def test_alpha_stays_float32():
     model = mlp()
-    fk.quantize_model(model, alpha=lambda w: w.abs().mean(1, keepdim=True), **OPTIONS)
+    fk.quantize_model(model, quantizer(row_mean))
     before = model[0].alpha.clone()
     model.to(torch.bfloat16)
     assert model[0].weight.dtype == torch.bfloat16
@@ -75,7 +86,7 @@ def test_alpha_stays_float32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_and_autocast(dtype):
     model = mlp()
-    fk.quantize_model(model, alpha=0.3, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3))
     if dtype == torch.bfloat16:
         with torch.autocast("cpu", dtype=dtype):
             assert model(torch.randn(2, 8)).dtype == dtype
@@ -88,7 +99,7 @@ def test_low_precision_and_autocast(dtype):
 def test_tied_weights_and_deepcopy():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
-    fk.quantize_model(model, alpha=0.3, **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3))
     assert [m.tensor_id for m in model] == [0, 1, 0]
     twin = copy.deepcopy(model)
     assert twin[2].weight is twin[0].weight
@@ -100,17 +111,144 @@ def test_subclasses_and_skipped_modules_stay():
     model = nn.ModuleDict({
         "attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 4), "body": nn.Linear(4, 4),
     })  # fmt: skip
-    fk.quantize_model(model, alpha=0.3, skip=["he*"], **OPTIONS)
+    fk.quantize_model(model, quantizer(0.3), skip=["he*"])
     assert type(model["head"]) is nn.Linear
     assert type(model["attention"].out_proj) is not fk.QuantLinear
     assert type(model["body"]) is fk.QuantLinear
 
 
-def test_errors_leave_the_model_alone():
+def test_one_name_is_a_pattern_of_skip():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "body": nn.Linear(4, 4)})
+    fk.quantize_model(model, quantizer(0.3), skip="head")
+    assert type(model["head"]) is nn.Linear
+    assert type(model["body"]) is fk.QuantLinear
+
+
+@pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3), row_mean, lambda w: w.abs().amax()])
+def test_copies_and_saved_models_compute_the_same(alpha):
+    """A lambda cannot be saved, but its model can: the alphas are there."""
+    model, x = mlp(), torch.randn(3, 8)
+    fk.quantize_model(model, quantizer(alpha))
+    twin = copy.deepcopy(model)
+    assert [twin[i].quantizer == model[i].quantizer for i in (0, 2)] == [True, True]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (twin, loaded, pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+        assert other[0].quantizer.grid == GRID
+        assert str(other) == str(model)
+    assert loaded[0].quantizer.scale == loaded[2].quantizer.scale
+
+
+def test_a_function_that_was_not_saved_says_so():
+    quantizer_of_file = pickle.loads(pickle.dumps(quantizer(lambda w: 0.5)))
+    with pytest.raises(RuntimeError, match="alpha must be given anew: it was a function"):
+        fk.quantize_model(mlp(), quantizer_of_file)
+    assert pickle.loads(pickle.dumps(quantizer(row_mean))) == quantizer(row_mean)
+
+
+def test_quantizers_are_values():
+    """Tensors and functions by identity: neither compares, or hashes, as a value."""
+    alpha, function = torch.ones(3), partial(row_mean)
+    parts = [0.5, 1, alpha, alpha.clone(), function, partial(row_mean), row_mean]
+    quantizers = [quantizer(x) for x in parts]
+    again = [quantizer(x) for x in (0.5, 1.0, *parts[2:])]
+    for i, q in enumerate(quantizers):
+        assert [q == other for other in again] == [i == k for k in range(len(parts))]
+        assert {q: i}[again[i]] == i
+    assert quantizers[0] != fk.Quantizer(fk.Grid.uniform(3), fk.Scale.fixed(0.5), STE)
+    assert quantizers[0].scale != 0.5
+    assert quantizers[0].epsilon == STE.epsilon(GRID)
+    assert repr(quantizers[2].scale) == "Scale.fixed(tensor of shape (3,))"
+
+
+# ---- what a user can get wrong
+
+
+def taken():
     model = mlp()
-    with pytest.raises(ValueError, match=r"alpha must have one element.*2\.weight"):
-        fk.quantize_model(model, alpha=torch.ones(6), **OPTIONS)
+    model[2].probe = None
+    return model
+
+
+def normed():
+    model = mlp()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model[2])
+    return model
+
+
+def half_quantized():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    fk.quantize_model(model, quantizer(0.3), skip="1")
+    return model
+
+
+PARAMETER = nn.Parameter(torch.tensor(0.3))
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "exception", "message"),
+    [
+        (mlp, lambda: (GRID,), TypeError, "quantizer must be a Quantizer, got Grid"),
+        (lambda: "model", lambda: (quantizer(0.3),), TypeError, "model must be a Module, got str"),
+        (mlp, lambda: (quantizer(torch.ones(6)),), ValueError,
+         "alpha must have one element, one per row or one per group of the last dimension of 2.weight"),
+        (mlp, lambda: (quantizer(PARAMETER),), ValueError,
+         "alpha must not require grad, as no gradient reaches it, got a Parameter that does"),
+        (mlp, lambda: (quantizer(lambda w: PARAMETER),), ValueError, "alpha must not require grad"),
+        (mlp, lambda: (quantizer(lambda w: "1"),), TypeError,
+         "alpha must be a function of a weight that returns a number or a tensor, got str"),
+        (mlp, lambda: (quantizer(True),), TypeError, "alpha must be a number, a tensor or a function"),
+        (taken, lambda: (quantizer(0.3),), ValueError, "2 must not have an attribute 'probe' of its own"),
+        (normed, lambda: (quantizer(0.3),), TypeError, "2.weight must be a Parameter, got Tensor"),
+        (half_quantized, lambda: (quantizer(0.3),), ValueError,
+         "1.weight must be quantized in one call with the modules that share it"),
+        (mlp, lambda: (fk.Quantizer("sign", fk.Scale.fixed(1), STE),), TypeError,
+         "grid must be a Grid, got str"),
+        (mlp, lambda: (fk.Quantizer(GRID, 0.5, STE),), TypeError,
+         "scale must be a Scale (Scale.fixed(alpha), say), got float"),
+        (mlp, lambda: (fk.Quantizer(GRID, fk.Scale.fixed(1), "identity"),), TypeError,
+         "straight_through must be a StraightThrough, got str"),
+        (mlp, lambda: (fk.Quantizer(GRID, fk.Scale.fixed(1), fk.StraightThrough("tanh")),), ValueError,
+         "straight_through must be 'identity' for rounding grids"),
+    ],
+)  # fmt: skip
+def test_errors_leave_the_model_alone(make, call, exception, message):
+    model = make()
+    before = [(type(m), dict(vars(m))) for m in model.modules()] if isinstance(model, nn.Module) else None
+    with pytest.raises(exception, match=re.escape(message)):
+        fk.quantize_model(model, *call())
+    assert before is None or before == [(type(m), dict(vars(m))) for m in model.modules()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip": 2}, "skip must be a name or a list of names, got int"),
+        ({"skip": ["0", 2]}, "skip[1] must be a str, got int"),
+        ({"backend": 2}, "backend must be a str, got int"),
+    ],
+)
+def test_wrong_types_are_named(options, message):
+    model = mlp()
+    with pytest.raises(TypeError, match=re.escape(message)):
+        fk.quantize_model(model, quantizer(0.3), **options)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("set_alpha", [
+    lambda m: setattr(m, "alpha", nn.Parameter(m.alpha)), lambda m: m.alpha.requires_grad_(),
+])  # fmt: skip
+def test_an_alpha_that_would_not_train_is_refused(set_alpha):
+    model = mlp()
+    fk.quantize_model(model, quantizer(0.3))
+    set_alpha(model[0])
+    with pytest.raises(ValueError, match="alpha must not require grad"):
+        model(torch.randn(2, 8))
 
 
 def test_quantize_gradcheck_of_the_smooth_derivative(backend):

@@ -234,7 +234,9 @@ def train(model, forward, data, target, steps, counter=None, **options):
 def test_compiled_model_trains_like_the_plain_one(start, backend, device):
     """One graph with gradients and one without; probes are written and taken away between them."""
     steps = 6
-    plain = fk.quantize_model(network(), alpha=0.125, backend=backend, **ON_GRID).to(device)
+    plain = network()
+    fk.quantize_model(plain, fk.Quantizer(GRID, fk.Scale.fixed(0.125), STRAIGHT_THROUGH), backend=backend)
+    plain.to(device)
     model = copy.deepcopy(plain)
     forward, counter = compiled(model)
     generator = torch.Generator().manual_seed(11)
@@ -253,8 +255,9 @@ def test_compiled_model_trains_like_the_plain_one(start, backend, device):
 
 def test_a_probe_is_read_when_the_graph_runs(backend, device):
     """Writing or replacing it is seen by the graph and does not compile another."""
-    model = fk.quantize_model(nn.Linear(8, 4, bias=False), alpha=0.5, backend=backend, **ON_GRID)
-    model = model.to(device)
+    model = nn.Linear(8, 4, bias=False)
+    fk.quantize_model(model, fk.Quantizer(GRID, fk.Scale.fixed(0.5), STRAIGHT_THROUGH), backend=backend)
+    model.to(device)
     forward, counter = compiled(model)
     x = torch.eye(8, device=device)
     with torch.no_grad():

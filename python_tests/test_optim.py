@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import device_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fogzo_kernels as fk
 
@@ -28,10 +29,9 @@ def network(generator, backend=None, dtype=torch.float32, dropout=0.0):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    fk.quantize_model(
-        model, grid=fk.Grid.uniform(2), alpha=lambda w: w.abs().mean(1, keepdim=True),
-        straight_through=fk.StraightThrough("identity"), backend=backend,
-    )  # fmt: skip
+    scale = fk.Scale.fixed(lambda w: w.abs().mean(1, keepdim=True))
+    quantizer = fk.Quantizer(fk.Grid.uniform(2), scale, fk.StraightThrough("identity"))
+    fk.quantize_model(model, quantizer, backend=backend)
     return model
 
 
@@ -170,27 +170,33 @@ def test_fused_training_is_estimate_then_optimizer(backend, name, directions, ge
     assert found[0][2]["steps"] == found[1][2]["steps"] == 6
 
 
-def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, monkeypatch):
+class Quantizations(TorchDispatchMode):
+    """Counts the modules' own quantizations."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls += op is torch.ops.fogzo.quantize.default
+        return op(*args, **(kwargs or {}))
+
+
+def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator):
     model, data = network(generator, "reference"), batch(generator)
     fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, backend="reference")
     optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
-    calls = []
-    original = fk.ops.quantize.op
-    monkeypatch.setattr(fk.ops.quantize, "op", lambda *a: calls.append(a) or original(*a))
 
     def step():
-        calls.clear()
         optimizer.zero_grad()
-        optimizer.step(lambda: loss_of(model, data))
-        return len(calls)
+        with Quantizations() as seen:
+            optimizer.step(lambda: loss_of(model, data))
+        return seen.calls
 
     layers = [m for m in model if isinstance(m, fk.QuantLinear)]
     assert step() == len(layers)
     assert step() == 0
     for w in fogzo.weights:
-        expected = fk.quantize(
-            w.parameter, w.alpha, grid=layers[0].grid, straight_through=layers[0].straight_through
-        )  # fmt: skip
+        q = layers[0].quantizer
+        expected = fk.quantize(w.parameter, w.alpha, grid=q.grid, straight_through=q.straight_through)
         assert torch.equal(w.quantized(), expected)
     with torch.no_grad():  # what has changed since is quantized anew
         layers[0].weight.mul_(0.5)
@@ -199,15 +205,14 @@ def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator, mo
     with torch.no_grad():
         layers[0].weight.data = layers[0].weight.data.clone()
     assert step() == 1
-    with torch.no_grad():  # outside a pass the model quantizes for itself
-        calls.clear()
+    with torch.no_grad(), Quantizations() as seen:  # outside a pass the model quantizes for itself
         model(data[0])
-    assert len(calls) == len(layers)
+    assert seen.calls == len(layers)
 
 
 def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
     """A replay cannot notice that weights were set since the last one."""
-    from fogzo_kernels.train import estimator
+    from fogzo_kernels.train import step
 
     model, data = network(generator), batch(generator)
     fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3)
@@ -219,7 +224,7 @@ def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
         return loss_of(model, data)
 
     for captured in (False, False, True):
-        monkeypatch.setattr(estimator, "capturing", lambda captured=captured: captured)
+        monkeypatch.setattr(step, "capturing", lambda captured=captured: captured)
         optimizer.zero_grad()
         optimizer.step(closure)
     assert seen[::3] == [False, True, False]
@@ -334,12 +339,46 @@ def test_a_weight_of_another_optimizer_is_noticed(generator):
     [
         ({"lr": -1.0}, ValueError, "lr must be >= 0, got -1.0"),
         ({"betas": (0.9, 1.0)}, ValueError, "beta2 must be >= 0 and < 1"),
+        ({"betas": (0.9,)}, ValueError, r"betas must be two numbers, got \(0\.9,\)"),
         ({"fogzo": "x"}, TypeError, "fogzo must be a Fogzo or None, got str"),
     ],
 )
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         fk.AdamW([torch.zeros(3, requires_grad=True)], **options)
+
+
+@pytest.mark.parametrize(("kind", "option"), [("adamw", "amsgrad"), ("adamw", "maximize"), ("sgd", "maximize")])
+def test_state_of_an_update_that_is_not_offered_is_refused(kind, option):
+    ours, theirs, options = OPTIMIZERS[kind]
+    p = torch.zeros(3, requires_grad=True)
+    state = theirs([p], **options, **{option: True}).state_dict()
+    optimizer = ours([p], **options)
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=rf"param_groups'\]\[0\] must not have {option}, got True"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict() == before
+
+
+def test_copies_train_alike(generator):
+    model, data = network(generator), batch(generator)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
+    run = model, fogzo, fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
+
+    def go(model, _, optimizer, steps):
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            losses.append(optimizer.step(partial(loss_of, model, data)).item())
+        return losses
+
+    go(*run, 2)
+    twin = copy.deepcopy(run)
+    assert go(*twin, 3) == go(*run, 3)
+    assert fogzo.steps == twin[1].steps == 5
+    for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
+        assert p is not q
+        assert torch.equal(p, q)
 
 
 # ---- scalars on the device
@@ -377,9 +416,7 @@ def test_capturable_resumes(generator):
     fogzo.load_state_dict(state)
     assert fogzo.steps == 3
     assert fogzo.one_minus_beta == pytest.approx(0.225)
-    assert fogzo.noise_options(fogzo.weights[0].key(torch.zeros(1), None), [])["one_minus_beta"].item() == (
-        pytest.approx(0.225)
-    )
+    assert fogzo._noise()["one_minus_beta"].item() == pytest.approx(0.225)
 
 
 def test_capturable_needs_probes_in_every_step(generator):

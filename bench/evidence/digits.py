@@ -109,10 +109,11 @@ def build(args: argparse.Namespace, features: int, classes: int) -> nn.Module:
         nn.init.zeros_(layers[-1].bias)
     grid = GRIDS[args.grid](args.bits) if args.grid in GRIDS else getattr(fk.Grid, args.grid)()
     straight_through = fk.StraightThrough(args.straight_through, clip=args.clip)
-    return fk.quantize_model(
-        nn.Sequential(*layers), grid=grid, alpha=args.alpha, straight_through=straight_through,
-        backend=args.backend,
-    ).to(args.device)  # fmt: skip
+    model = nn.Sequential(*layers)
+    fk.quantize_model(
+        model, fk.Quantizer(grid, fk.Scale.fixed(args.alpha), straight_through), backend=args.backend
+    )
+    return model.to(args.device)
 
 
 def estimator(args: argparse.Namespace, job: Job, model: nn.Module) -> fk.Fogzo | None:

@@ -49,14 +49,16 @@ def alphas(alphas: Tensors, r: int) -> None:
     low, high = alpha_range(r)
     flat = set(map(Tensor.dim, alphas)) == {1}
     found = torch.cat(list(alphas if flat else map(Tensor.flatten, alphas)))
-    if found.numel() and not in_range(found, low, high):
-        i = next(i for i, alpha in enumerate(alphas) if alpha.numel() and not in_range(alpha, low, high))
+    if not in_range(found, low, high):
+        i = next(i for i, alpha in enumerate(alphas) if not in_range(alpha, low, high))
         least, most = map(float, torch.aminmax(alphas[i]))
         raise ValueError(f"alphas[{i}] must be finite, > 0 and in {low:g}..{high:g}, got {least:g}..{most:g}")
 
 
 def in_range(t: Tensor, low: float, high: float) -> bool:
     """Whether every value is in low..high; NaN is not."""
+    if t.numel() == 0:
+        return True
     least, most = map(float, torch.aminmax(t))
     return low <= least and most <= high
 

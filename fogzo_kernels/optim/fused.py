@@ -1,18 +1,18 @@
-"""Optimizers whose step makes the estimate, the update and the next Q(theta) in one pass over memory."""
+"""What optimizers share whose step makes the estimate, the update and the next Q(theta) in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..functional import estimate_adamw_, estimate_sgd_
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
-from ..spec.update import UpdateRule
-from ..train.estimator import Estimate, Fogzo
+from ..spec.update import KINDS, UpdateRule
+from ..train.estimator import Fogzo
+from ..train.step import Estimate, Step, alphas_of
 from ..train.weights import Key, QuantizedWeight
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -21,22 +21,41 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 PLAIN = Grid.uniform(8), StraightThrough("identity")
 
 
-class _FusedOptimizer(torch.optim.Optimizer):
-    """What :class:`AdamW` and :class:`SGD` share."""
+#: Options of PyTorch's optimizers that change the update and are not offered.
+NOT_OFFERED = ("amsgrad", "maximize")
 
-    STATES: tuple[str, ...] = ()  # names in ``state``, as torch's own optimizer has them
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """An optimizer on one op of the fused tail. A subclass names its rule and op, and takes the rule's numbers.
+
+    Args:
+        params: as in ``torch.optim``.
+        hyperparameters: the rule's numbers, by the names that both ``torch.optim`` and ``OP`` give them.
+        lr: learning rate, a number or a 0-dim tensor on the parameters' device.
+        fogzo: the estimator around the model whose parameters these are, or None.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters, and update that.
+        capturable: count steps on the device, for capture in a CUDA graph.
+        backend: of the op; None takes that of ``fogzo``, else the best available.
+    """
+
+    KIND: ClassVar[str]  # of its UpdateRule
+    OP: ClassVar[Callable[..., None]]  # of functional.py; the rule's state stands after the gradients
 
     def __init__(
-        self, params: Params, defaults: dict[str, Any], fogzo: Fogzo | None, backend: str | None
-    ) -> None:
+        self, params: Params, hyperparameters: dict[str, Any], *, lr: float | Tensor, fogzo: Fogzo | None,
+        master_weights: bool, capturable: bool, backend: str | None,
+    ) -> None:  # fmt: skip
         if fogzo is not None and not isinstance(fogzo, Fogzo):
             raise TypeError(f"fogzo must be a Fogzo or None, got {type(fogzo).__name__}")
         self.fogzo = fogzo
         self.backend = fogzo.backend if backend is None and fogzo is not None else backend
+        self._names = tuple(hyperparameters)
         self._empty: dict[torch.device, Tensor] = {}
-        super().__init__(params, defaults)
+        common = {"master_weights": master_weights, "capturable": capturable}
+        super().__init__(params, {"lr": lr, **hyperparameters, **common})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in PyTorch; its numbers are checked before it joins."""
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -47,14 +66,15 @@ class _FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _rule(self, group: dict[str, Any]) -> UpdateRule:
-        raise NotImplementedError
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {name: group[name] for name in self._names}
 
-    def _update(
-        self, group: dict[str, Any], call: _Call, lr: float | Tensor, *, losses: tuple[Tensor, Tensor],
-        norm: Tensor, **common: Any,
-    ) -> None:  # fmt: skip
-        raise NotImplementedError
+    def _rule(self, group: dict[str, Any]) -> UpdateRule:
+        return UpdateRule.from_torch(self.KIND, self._hyperparameters(group))
+
+    def _state_names(self) -> list[str]:
+        """In ``state``, as torch's own optimizer has them: the ops' names for lists, in the singular."""
+        return [name.removesuffix("s") for name in KINDS[self.KIND]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -79,24 +99,25 @@ class _FusedOptimizer(torch.optim.Optimizer):
                     loss = closure()
                 else:
                     self.fogzo.run(closure)
-        estimate = None
-        if self.fogzo is not None and self.fogzo.pending:
-            self._check_complete(self.fogzo)
-            estimate = self.fogzo.collect()
+        passes = estimate = None
+        if self.fogzo is not None:
+            passes = self.fogzo._completed()
+        if passes is not None:
+            self._check_owned(passes)
+            estimate = passes.collect()
             loss = estimate.loss
         first = True
         for call in self._calls():
-            self._run(call, estimate, first)
+            self._run(call, passes, estimate, first)
             first = first and not call.weights
-        if estimate is not None:
-            assert self.fogzo is not None
-            self.fogzo.finish()
+        if passes is not None:
+            passes.finish()
         return loss
 
-    def _check_complete(self, fogzo: Fogzo) -> None:
+    def _check_owned(self, passes: Step) -> None:
         """A weight of another optimizer would keep its straight-through gradient, unnoticed."""
         own = {p for group in self.param_groups for p in group["params"]}
-        others = sum(w.parameter.grad is not None and w.parameter not in own for w in fogzo.weights)
+        others = sum(w.parameter.grad is not None and w.parameter not in own for w in passes.weights)
         if others:
             raise RuntimeError(
                 f"params must hold every quantized weight of fogzo, got all but {others}; for several"
@@ -142,7 +163,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
         if not state:
             device = p.device if capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.int64, device=device)
-            for name in self.STATES[: self._rule(group).states]:
+            for name in self._state_names()[: self._rule(group).states]:
                 state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
             if group["master_weights"] and p.dtype != torch.float32:
                 state["master"] = p.detach().float()
@@ -153,35 +174,46 @@ class _FusedOptimizer(torch.optim.Optimizer):
 
     # ---- one call
 
-    def _run(self, call: _Call, estimate: Estimate | None, first: bool) -> None:
+    def _run(self, call: _Call, passes: Step | None, estimate: Estimate | None, first: bool) -> None:
         group, device = call.group, call.params[0].device
-        states = [self.state[p] for p in call.params]
-        lr = group["lr"]
-        common: dict[str, Any] = {"one_minus_beta": 0.0, "seed": 0, "backend": self.backend}
-        common["grid"], common["straight_through"] = (call.key or PLAIN)[:2]
+        own = [self.state[p] for p in call.params]
         plus = minus = self._nothing(device)
         norm = torch.zeros((), device=device) if estimate is None or estimate.norm is None else estimate.norm
-        step: dict[str, Any] = {
-            "optimizer_step": call.count or states[0]["step"],
-            "masters": [s["master"] for s in states] if "master" in states[0] else None,
+        lr = group["lr"]
+        options: dict[str, Any] = {
+            "lr": lr.double() if isinstance(lr, Tensor) else lr,
+            "optimizer_step": call.count or own[0]["step"],
+            "masters": [s["master"] for s in own] if "master" in own[0] else None,
             "quantized": [w.memory() for w in call.weights] or None,
+            **self._hyperparameters(group),
         }
-        lr = lr.double() if isinstance(lr, Tensor) else lr
-        if estimate is None or estimate.norm is None or not call.weights:
-            self._update(group, call, lr, losses=(plus, minus), norm=norm, **common, **step)
+        used = self._rule(group).states
+        states = [[s[n] for s in own] if i < used else None for i, n in enumerate(self._state_names())]
+
+        def update(plus: Tensor, minus: Tensor, **noise: Any) -> None:
+            tensors = call.params, call.grads, *states, plus, minus, alphas_of(call.weights), norm
+            type(self).OP(*tensors, **options, **noise)
+
+        if passes is None or estimate is None or estimate.norm is None or not call.weights:
+            grid, straight_through = (call.key or PLAIN)[:2]
+            update(
+                plus,
+                minus,
+                grid=grid,
+                straight_through=straight_through,
+                one_minus_beta=0.0,
+                seed=0,
+                backend=self.backend,
+            )
         else:
-            assert self.fogzo is not None
             assert call.key is not None
-            common = self.fogzo.noise_options(call.key, call.weights)
-            losses = estimate.losses_plus, estimate.losses_minus
-            with self.fogzo.counting(first) as counters:
-                self._update(
-                    group, call, lr, losses=losses, norm=norm, counters=counters, **common, **step
-                )  # fmt: skip
+            noise = passes.options(call.key, call.weights)
+            with passes.counting(first) as counters:
+                update(estimate.losses_plus, estimate.losses_minus, counters=counters, **noise)
         for w in call.weights:
             w.wrote_quantized()
         if call.count:
-            for state in states:
+            for state in own:
                 state["step"].fill_(call.count)
 
     def _nothing(self, device: torch.device) -> Tensor:
@@ -190,6 +222,11 @@ class _FusedOptimizer(torch.optim.Optimizer):
         return self._empty[device]
 
     # ---- state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """PyTorch's own leaves out what a subclass adds, and a copy could not step."""
+        own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_empty")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -201,7 +238,14 @@ class _FusedOptimizer(torch.optim.Optimizer):
         """Load a state, of this class or of PyTorch's own optimizer; state keeps its float32.
 
         (PyTorch would round it to the parameters' dtype.)
+
+        Raises:
+            ValueError: the state is of an optimizer with ``amsgrad`` or ``maximize``.
         """
+        for i, group in enumerate(state_dict["param_groups"]):
+            for name in NOT_OFFERED:
+                if group.get(name):
+                    raise ValueError(f"state_dict['param_groups'][{i}] must not have {name}, got {group[name]}")
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -234,88 +278,3 @@ class _Call:
     @property
     def grads(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
-
-    @property
-    def alphas(self) -> list[Tensor]:
-        return [w.alpha for w in self.weights]
-
-
-class AdamW(_FusedOptimizer):
-    """``torch.optim.AdamW`` with FOGZO's estimate and the next Q(theta) in the same pass.
-
-    Without ``fogzo``, and for parameters that are not quantized, it is AdamW up to float32 rounding
-    (Loshchilov & Hutter, ICLR 2019; docs/contract.md, section 4); amsgrad, maximize and sparse
-    gradients are not offered. State is float32 whatever the parameters' dtype.
-
-    Args:
-        lr: learning rate, a number or a 0-dim tensor on the parameters' device (for CUDA graphs).
-        fogzo: the estimator around the model whose parameters these are.
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters, and update that.
-        capturable: count steps on the device, for capture in a CUDA graph.
-        backend: of the op; None takes the best available.
-    """
-
-    STATES = ("exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self, params: Params, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float = 1e-2, *, fogzo: Fogzo | None = None,
-        master_weights: bool = False, capturable: bool = False, backend: str | None = None,
-    ) -> None:  # fmt: skip
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "master_weights": master_weights, "capturable": capturable,
-        }  # fmt: skip
-        super().__init__(params, defaults, fogzo, backend)
-
-    def _rule(self, group: dict[str, Any]) -> UpdateRule:
-        beta1, beta2 = group["betas"]
-        return UpdateRule(
-            "adamw", weight_decay=group["weight_decay"], beta1=beta1, beta2=beta2, eps=group["eps"]
-        )
-
-    def _update(
-        self, group: dict[str, Any], call: _Call, lr: float | Tensor, *, losses: tuple[Tensor, Tensor],
-        norm: Tensor, **common: Any,
-    ) -> None:  # fmt: skip
-        states = [self.state[p] for p in call.params]
-        estimate_adamw_(
-            call.params, call.grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-            *losses, call.alphas, norm, lr=lr, betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], **common,
-        )  # fmt: skip
-
-
-class SGD(_FusedOptimizer):
-    """``torch.optim.SGD`` with FOGZO's estimate and the next Q(theta) in the same pass.
-
-    See :class:`AdamW`; momentum, dampening, weight decay and Nesterov's form are as in PyTorch.
-    """
-
-    STATES = ("momentum_buffer",)
-
-    def __init__(
-        self, params: Params, lr: float | Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
-        weight_decay: float = 0.0, nesterov: bool = False, *, fogzo: Fogzo | None = None,
-        master_weights: bool = False, capturable: bool = False, backend: str | None = None,
-    ) -> None:  # fmt: skip
-        defaults = {
-            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "master_weights": master_weights, "capturable": capturable,
-        }  # fmt: skip
-        super().__init__(params, defaults, fogzo, backend)
-
-    def _rule(self, group: dict[str, Any]) -> UpdateRule:
-        names = "weight_decay", "momentum", "dampening", "nesterov"
-        return UpdateRule("sgd", **{name: group[name] for name in names})
-
-    def _update(
-        self, group: dict[str, Any], call: _Call, lr: float | Tensor, *, losses: tuple[Tensor, Tensor],
-        norm: Tensor, **common: Any,
-    ) -> None:  # fmt: skip
-        buffers = [self.state[p]["momentum_buffer"] for p in call.params] if group["momentum"] else None
-        estimate_sgd_(
-            call.params, call.grads, buffers, *losses, call.alphas, norm, lr=lr,
-            momentum=group["momentum"], dampening=group["dampening"],
-            weight_decay=group["weight_decay"], nesterov=group["nesterov"], **common,
-        )  # fmt: skip

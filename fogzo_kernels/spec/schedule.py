@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from torch import Tensor
+
 SCHEDULES = ("linear", "constant")
+
+Number = TypeVar("Number", float, Tensor)
 
 
 def one_minus_beta_at(
@@ -16,6 +22,15 @@ def one_minus_beta_at(
     first = start * total_steps
     if step < first:
         return None
-    if schedule == "constant":
-        return final
-    return final * min(1.0, (step - first) / max(total_steps - first, 1.0))
+    return final if schedule == "constant" else linear(step - first, total_steps - first, final)
+
+
+def linear(elapsed: Number, length: float, final: Number | float) -> Number:
+    """1 - beta of ``"linear"``, ``elapsed`` steps after its start: from 0 to ``final`` in ``length`` steps.
+
+    Args:
+        elapsed: a number, or a 0-dim float64 tensor; then the result is one too, and nothing waits for
+            its device.
+    """
+    part = elapsed / max(length, 1.0)
+    return final * (part.clamp(max=1.0) if isinstance(part, Tensor) else min(1.0, part))

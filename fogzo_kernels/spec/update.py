@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from .noise import check_number
 
@@ -56,12 +58,23 @@ class UpdateRule:
                 f"nesterov must have momentum > 0 and dampening 0, got {self.momentum} and {self.dampening}"
             )
 
+    @classmethod
+    def from_torch(cls, kind: str, options: Mapping[str, Any]) -> UpdateRule:
+        """The rule with ``torch.optim``'s names for its numbers: ``betas`` is (beta1, beta2)."""
+        own = dict(options)
+        if "betas" in own:
+            betas = own.pop("betas")
+            if not isinstance(betas, tuple | list) or len(betas) != 2:
+                raise ValueError(f"betas must be two numbers, got {betas!r}")
+            own["beta1"], own["beta2"] = betas
+        return cls(kind, **own)
+
     @property
     def variant(self) -> str:
         """``"adamw"``, ``"sgd"``, or ``"momentum"`` or ``"nesterov"``: what selects the code."""
-        if self.kind == "adamw" or not self.momentum:
-            return self.kind
-        return "nesterov" if self.nesterov else "momentum"
+        if self.kind == "sgd" and self.momentum:
+            return "nesterov" if self.nesterov else "momentum"
+        return self.kind
 
     @property
     def states(self) -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.quantized import QuantizedModule
+
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
@@ -19,20 +21,21 @@ def capturing() -> bool:
 
 
 class Snapshot(NamedTuple):
-    cpu: Tensor
-    cuda: dict[int, Tensor]
+    """The state of generators and buffers at one point of a step."""
+
+    cpu: Tensor  # the CPU generator's state
+    cuda: dict[int, Tensor]  # the state of each device's
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]  # owner, name, the tensor, its value
 
 
 class ReplayState:
     """Saves and loads PyTorch's generators and a model's buffers, in place.
 
-    Args:
-        skip: names of buffers that passes only read.
+    All buffers but the alphas of quantized modules, which passes only read.
     """
 
-    def __init__(self, model: nn.Module, skip: tuple[str, ...] = ()) -> None:
-        self.model, self.skip = model, skip
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.draws: bool | None = None  # whether a pass drew numbers on a GPU; None before the first
 
     def compare(self, before: Snapshot, after: Snapshot) -> None:
@@ -53,17 +56,20 @@ class ReplayState:
                     else "a step must be run before one is captured in a CUDA graph"
                 )
             devices = set()
+        modules = list(self.model.modules())
+        alphas = {id(m.alpha) for m in modules if isinstance(m, QuantizedModule)}
         buffers = [
             (module, name, buffer, buffer.clone())
-            for module in self.model.modules()
+            for module in modules
             for name, buffer in module._buffers.items()
-            if buffer is not None and name not in self.skip
+            if buffer is not None and id(buffer) not in alphas  # a user's buffer may have that name too
         ]
         cuda = {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
         return Snapshot(torch.get_rng_state(), cuda, buffers)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
+        """Generators and buffers as they were when the snapshot was taken."""
         torch.set_rng_state(snapshot.cpu)
         for device, state in snapshot.cuda.items():
             torch.cuda.set_rng_state(state, device)

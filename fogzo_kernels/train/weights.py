@@ -7,13 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.linear import QuantLinear
+from ..nn.quantized import QuantizedModule
+from ..ops import checks
 from ..spec.grid import Grid
+from ..spec.quantizer import Quantizer
 from ..spec.straight_through import StraightThrough
 
 
 class Key(NamedTuple):
-    """What the weights of one call of an op have in common."""
+    """What the weights of one call of an op have in common.
+
+    Not their scales: alphas are an argument of the call, each weight its own.
+    """
 
     grid: Grid
     straight_through: StraightThrough
@@ -28,7 +33,7 @@ class QuantizedWeight:
     ``buffer`` holds what a probe runs with and, after a fused optimizer's step, Q(parameter).
     """
 
-    def __init__(self, module: QuantLinear) -> None:
+    def __init__(self, module: QuantizedModule) -> None:
         self.parameter, self.tensor_id = module.weight, module.tensor_id
         self.modules = [module]
         self.buffer: Tensor | None = None
@@ -36,11 +41,18 @@ class QuantizedWeight:
 
     @property
     def alpha(self) -> Tensor:
+        """The scale of its grid, float32."""
         return self.modules[0].alpha
 
+    @property
+    def quantizer(self) -> Quantizer:
+        """How it is quantized."""
+        return self.modules[0].quantizer
+
     def key(self, grad: Tensor, backend: str | None) -> Key:
-        m = self.modules[0]
-        return Key(m.grid, m.straight_through, backend, self.parameter.dtype, grad.dtype)
+        """What it shares with the weights that it may go into one call with."""
+        q = self.quantizer
+        return Key(q.grid, q.straight_through, backend, self.parameter.dtype, grad.dtype)
 
     def memory(self) -> Tensor:
         """The buffer, made anew where the parameter has changed its shape, dtype or device."""
@@ -49,12 +61,32 @@ class QuantizedWeight:
             self.buffer = b = torch.empty_like(p, requires_grad=False)
         return b
 
+    # ---- what its modules run with
+
+    def use(self, tensor: Tensor) -> None:
+        """Its modules run with ``tensor``, of its shape and without a gradient, until :meth:`release`."""
+        for module in self.modules:
+            module.probe = tensor
+
+    def recall(self) -> None:
+        """Its modules take Q(parameter) from the buffer where it is there, until :meth:`release`."""
+        quantized = self.quantized()
+        for module in self.modules:
+            module.quantized = quantized
+
+    def release(self) -> None:
+        """Its modules quantize for themselves again."""
+        for module in self.modules:
+            module.probe = module.quantized = None
+
+    # ---- Q(parameter), kept
+
     def _state(self) -> tuple[int, ...]:
         tensors = self.parameter, self.alpha, self.memory()
         return tuple(x for t in tensors for x in (t.data_ptr(), t._version))
 
     def wrote_quantized(self) -> None:
-        """The buffer holds Q(parameter)."""
+        """Note that the buffer holds Q(parameter)."""
         self._written = self._state()
 
     def quantized(self) -> Tensor | None:
@@ -66,12 +98,14 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     """Every trainable quantized weight once, however many modules share it.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: there is none; or tensor ids are not distinct, or weights lie on several devices, or
             their eps in step units differ.
     """
+    checks.instance("model", model, nn.Module)
     found: dict[Tensor, QuantizedWeight] = {}
     for m in model.modules():
-        if isinstance(m, QuantLinear) and m.weight.requires_grad:
+        if isinstance(m, QuantizedModule) and m.weight.requires_grad:
             if m.weight in found:
                 found[m.weight].modules.append(m)
             else:
@@ -85,8 +119,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     devices = {w.parameter.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"model must have its quantized weights on one device, got {devices}")
-    modules = [w.modules[0] for w in weights]
-    epsilons = {m.straight_through.epsilon(m.grid) for m in modules}
+    epsilons = {w.quantizer.epsilon for w in weights}
     if len(epsilons) > 1:
         raise ValueError(
             "model must have one eps in step units for all quantized weights, so that one finite"

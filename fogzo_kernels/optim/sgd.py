@@ -1,0 +1,54 @@
+"""SGD with the fused tail."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..functional import estimate_sgd_
+from ..train.estimator import Fogzo
+from .fused import FusedOptimizer, Params
+
+
+class SGD(FusedOptimizer):
+    """``torch.optim.SGD`` with FOGZO's estimate and the next Q(theta) in the same pass.
+
+    Without ``fogzo``, and for parameters that are not quantized, it is SGD up to float32 rounding
+    (docs/contract.md, section 4); maximize and sparse gradients are not offered. State is float32
+    whatever the parameters' dtype.
+
+    Args:
+        params: parameters, or dicts of a group's parameters and options, as in PyTorch.
+        lr: learning rate, a number or a 0-dim tensor on the parameters' device (for CUDA graphs).
+        momentum: >= 0; without it there is no state.
+        dampening: of the momentum, after the first step.
+        weight_decay: added to the gradient, >= 0.
+        nesterov: Nesterov's form; needs momentum > 0 and no dampening.
+        fogzo: the estimator around the model whose parameters these are.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters, and update that.
+        capturable: count steps on the device, for capture in a CUDA graph.
+        backend: of the op; None takes that of ``fogzo``, else the best available.
+    """
+
+    KIND = "sgd"
+    OP = staticmethod(estimate_sgd_)
+
+    def __init__(
+        self, params: Params, lr: float | Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
+        weight_decay: float = 0.0, nesterov: bool = False, *, fogzo: Fogzo | None = None,
+        master_weights: bool = False, capturable: bool = False, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        hyperparameters = {
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(
+            params,
+            hyperparameters,
+            lr=lr,
+            fogzo=fogzo,
+            master_weights=master_weights,
+            capturable=capturable,
+            backend=backend,
+        )
