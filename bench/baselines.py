@@ -86,7 +86,7 @@ def epsilon(case: Case) -> float:
 
 
 def rounded(z: Tensor, delta: Tensor, out: torch.dtype) -> Tensor:
-    """Values, or codes, of a tensor in step units less the grid's offset."""
+    """Values, or codes, of a tensor in units of delta less the grid's offset."""
     codes = torch.clamp(torch.round(z), GRID.qmin, GRID.qmax)
     return codes.to(out) if out is torch.int8 else ((codes + GRID.offset) * delta).to(out)
 

@@ -52,7 +52,7 @@ FOGZO_HD Scale make_scale(float alpha, float r) {
 // fma(gam, g, b m)
 FOGZO_HD float direction_of(float gam, float g, float b, float m) { return std::fma(gam, g, b * m); }
 
-// theta in step units, minus the grid's offset
+// theta in units of delta, minus the grid's offset
 FOGZO_HD float position_of(float theta, const Scale &scale, const GridRange &grid) {
   return std::fma(theta, scale.inv, -grid.offset);
 }

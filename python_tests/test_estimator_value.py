@@ -22,7 +22,7 @@ def quadratic(generator):
 
 
 def directions(guide, alpha, norm, one_minus_beta, seed, step, n, distribution):
-    """v_i in step units, from the public noise and signs, in float64."""
+    """v_i in units of delta, from the public noise and signs, in float64."""
     g_w = alpha * guide.double()
     signs = [fk.direction_sign(seed, step, i) for i in range(n)]
     u = [

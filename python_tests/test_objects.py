@@ -101,7 +101,7 @@ def two_epsilons():
         *((make, {}, ValueError, "model must have trainable quantized weights")
           for make in (network, lambda: quantized().requires_grad_(False))),
         (one_tensor_id, {}, ValueError, "model must have a tensor_id of its own for each weight"),
-        (two_epsilons, {}, ValueError, "model must have one eps in step units"),
+        (two_epsilons, {}, ValueError, "model must have one eps in units of delta"),
         (quantized, {"kappa": None}, ValueError, "one of one_minus_beta and kappa must be given"),
         (quantized, {"one_minus_beta": 0.5}, ValueError, "one of one_minus_beta and kappa must be"),
         *((quantized, {"kappa": x}, ValueError, "kappa must be in 0..48, the number of w")

@@ -1,4 +1,4 @@
-"""guide_sumsq, guide_norm: the norm of the gradient in step units, N (docs/contract.md, sections 1 and 5)."""
+"""guide_sumsq, guide_norm: the norm of the gradient in units of delta, N (docs/contract.md, sections 1 and 5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .listop import list_op, run_checked
 
 
 def guide_sumsq(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None) -> Tensor:
-    """Sum of the squares of the gradient in step units, delta * g (contract section 1).
+    """Sum of the squares of the gradient in units of delta, delta * g (contract section 1).
 
     Add those of several devices or lists before taking the root. The same bits in every run.
 

@@ -30,7 +30,7 @@ class Mix(NamedTuple):
 
     norm: Tensor  # N, float32, on the device
     one_minus_beta: Tensor  # float64
-    epsilon: float  # in step units
+    epsilon: float  # in units of delta
 
 
 class Losses(NamedTuple):

@@ -38,5 +38,5 @@ class Quantizer:
 
     @property
     def epsilon(self) -> float:
-        """The eps that the straight-through estimator fixes, in step units (contract section 3)."""
+        """The eps that the straight-through estimator fixes, in units of delta (contract section 3)."""
         return self.straight_through.epsilon(self.grid)

@@ -66,7 +66,7 @@ class StraightThrough:
         return KINDS[self.kind][0]
 
     def epsilon(self, grid: Grid, epsilon_scale: float = 1.0) -> float:
-        """eps in step units (units of delta) on ``grid``."""
+        """eps in units of delta on ``grid``."""
         return epsilon_scale * self.eps_bar / grid.r
 
     def check_grid(self, grid: Grid) -> None:

@@ -100,7 +100,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: there is none; or tensor ids are not distinct, or weights lie on several devices, or
-            their eps in step units differ.
+            their eps in units of delta differ.
     """
     checks.instance("model", model, nn.Module)
     found: dict[Tensor, QuantizedWeight] = {}
@@ -122,7 +122,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     epsilons = {w.quantizer.epsilon for w in weights}
     if len(epsilons) > 1:
         raise ValueError(
-            "model must have one eps in step units for all quantized weights, so that one finite"
+            "model must have one eps in units of delta for all quantized weights, so that one finite"
             f" difference serves them all, got {sorted(epsilons)}"
         )
     return weights
