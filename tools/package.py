@@ -19,7 +19,8 @@ DIST = ROOT / "dist"
 NEEDED = ("torch", "numpy", "scipy", "triton", "pytest", "pytest-xdist", "hypothesis")
 #: Tests of the source tree, not of what is installed.
 OF_THE_TREE = (
-    "architecture", "bench", "bench_kernels", "compilers", "cuda", "outside_backends", "project", "readme", "sass",
+    "architecture", "bench", "bench_kernels", "compilers", "cuda", "outside_backends", "project", "readme",
+    "sass",
 )  # fmt: skip
 LEFT_OUT = (".gitignore",)  # of the sdist
 

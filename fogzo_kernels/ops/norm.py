@@ -1,4 +1,4 @@
-"""guide_sumsq, guide_norm: the norm of the gradient in units of delta, N (docs/contract.md, sections 1 and 5)."""
+"""guide_sumsq, guide_norm: the norm of the gradient in units of delta, N (docs/contract.md, 1 and 5)."""
 
 from __future__ import annotations
 
