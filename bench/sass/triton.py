@@ -106,7 +106,7 @@ def constants_of(variant: Variant) -> dict[str, object]:
     found: dict[str, object] = {
         "SPAN": SPAN, "TILE": tile_of(variant), "DIST": variant.distribution, "SHARD": variant.shard,
         "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
-        "KIND": variant.kind, "RULE": variant.kind, "STATES": RULES.get(variant.kind or ""),
+        "KIND": variant.kind, "RULE": variant.kind,
         "MASTER": variant.master, "NOISE_SCALE": 0.5, "BLOCK": 1024, "ROOT": True,
         "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad, "OUT_T": out,
     }  # fmt: skip

@@ -48,9 +48,9 @@ def coefficients_kernel(
     noise_scale, half_inv_eps, NOISE_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program."""
-    mixed = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
+    mixture = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
     A, lost, norm_lost = read_losses(
-        coef + B_AT, counters, seed, step, mixed, norm, losses_plus, losses_minus, n, half_inv_eps
+        coef + B_AT, counters, seed, step, mixture, norm, losses_plus, losses_minus, n, half_inv_eps
     )
     tl.store(coef + A_AT, A)
     tl.store(coef + KEEP_AT, tl.where(lost | norm_lost, 1.0, 0.0))

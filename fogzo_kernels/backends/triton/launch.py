@@ -80,13 +80,12 @@ def noise_scale(draw: Draw) -> float:
 
 def mixed(draw: Draw, mix: Mix) -> dict[str, object]:
     """N, and sqrt(beta) and sqrt(1 - beta) C, or what the kernel makes them of."""
-    scale = noise_scale(draw)
-    found = {"norm": mix.norm, "one_minus_beta": None, "NOISE_SCALE": scale}
-    found |= {"sqrt_beta": 0.0, "noise_scale": 0.0}
-    if mix.one_minus_beta.device.type != "cpu":
-        return found | {"one_minus_beta": mix.one_minus_beta}
-    omb = float(mix.one_minus_beta)
-    return found | {"sqrt_beta": rounded(math.sqrt(1.0 - omb)), "noise_scale": rounded(math.sqrt(omb) * scale)}
+    scale, omb = noise_scale(draw), mix.one_minus_beta
+    found: dict[str, object] = {"norm": mix.norm, "NOISE_SCALE": scale}
+    if omb.device.type != "cpu":
+        return found | {"one_minus_beta": omb, "sqrt_beta": 0.0, "noise_scale": 0.0}
+    root, size = math.sqrt(1.0 - float(omb)), math.sqrt(float(omb)) * scale
+    return found | {"one_minus_beta": None, "sqrt_beta": rounded(root), "noise_scale": rounded(size)}
 
 
 def grid_of(grid: Grid) -> dict[str, float]:

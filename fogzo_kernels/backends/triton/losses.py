@@ -14,11 +14,9 @@ from .tables import guide_scale, names_of
 
 
 @triton.jit
-def read_losses(
-    B, counters, seed, step, mixed, norm, losses_plus, losses_minus, n, half_inv_eps
-):  # fmt: skip
+def read_losses(B, counters, seed, step, mixture, norm, losses_plus, losses_minus, n, half_inv_eps):
     """Write the B_i, count; A, whether every direction and whether the norm is lost. For one program."""
-    guide, b = mixed
+    guide, b = mixture
     zero = tl.load(norm) * 0.0
     names = names_of(seed, step, (zero == zero).to(tl.int64))
     total = tl.zeros([], tl.float32)

@@ -83,16 +83,12 @@ def perturb_kernel(
         v0, v1 = fma(g0, gam, m0 * b), fma(g1, gam, m1 * b)
         z0, z1 = position(t0, scale, grid), position(t1, scale, grid)
         if WRITE_PLUS:
-            q0, q1 = (
-                output_of(fma(v0, eps, z0), scale, grid, OUT_T),
-                output_of(fma(v1, eps, z1), scale, grid, OUT_T),
-            )
+            q0 = output_of(fma(v0, eps, z0), scale, grid, OUT_T)
+            q1 = output_of(fma(v1, eps, z1), scale, grid, OUT_T)
             store_tile(tile_at(plus, begin, start), q0, q1, left, TILE)
         if WRITE_MINUS:
-            q0, q1 = (
-                output_of(fma(v0, -eps, z0), scale, grid, OUT_T),
-                output_of(fma(v1, -eps, z1), scale, grid, OUT_T),
-            )
+            q0 = output_of(fma(v0, -eps, z0), scale, grid, OUT_T)
+            q1 = output_of(fma(v1, -eps, z1), scale, grid, OUT_T)
             store_tile(tile_at(minus, begin, start), q0, q1, left, TILE)
     row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
     SUB: tl.constexpr = TILE // 8

@@ -16,7 +16,8 @@ from ..plans import COLUMNS
 from .elements import Names, is_finite
 
 WIDTH = tl.constexpr(len(COLUMNS))
-PLACES = {name: place for place, name in enumerate(COLUMNS)}
+#: A constexpr, whose value is part of a compiled kernel's key: a dict's would not be.
+PLACES = tl.constexpr({name: place for place, name in enumerate(COLUMNS)})
 
 
 class Layout(NamedTuple):
@@ -32,7 +33,7 @@ class Layout(NamedTuple):
 
 @triton.constexpr_function
 def column(name):
-    return PLACES[name]
+    return PLACES.value[name]
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.call import Draw, Losses, Mix, Update
-from ...spec.update import UpdateRule
+from ...spec.update import VARIANTS, UpdateRule
 from ..plans import SPAN, plan
 from .elements import (
     Grid,
@@ -65,6 +65,7 @@ REGISTERS = 96  # the most of a thread: ptxas, left alone, spills some to reach 
 #: The coefficients' places: A, 1 if the directions count, 1 if the step is skipped, the optimizer's
 #: scalars, then the B_i.
 A_AT, NOISE_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, B_AT = (tl.constexpr(i) for i in range(7))
+STATES = tl.constexpr(VARIANTS)  # whose value is part of a compiled kernel's key
 
 
 class Scalars(NamedTuple):
@@ -81,14 +82,29 @@ class Scalars(NamedTuple):
     momentum: Any
 
 
-class Estimate(NamedTuple):
-    """What makes G of g, the same for all elements of a program."""
+class Arrays(NamedTuple):
+    """Pointers; ``weight`` is the master copy, or else the latent."""
+
+    latent: Any
+    grad: Any
+    weight: Any
+    first: Any
+    second: Any
+    alpha: Any
+
+
+class Tail(NamedTuple):
+    """What is the same for all elements of a program."""
 
     names: Any
     coef: Any
     A: Any
     noisy: Any  # whether the directions count
     directions: Any  # 0 unless they do
+    quantized: Any  # whether the tensor is
+    skip: Any  # whether the step is skipped
+    grid: Any
+    scalars: Any
 
 
 # ---- coefficients
@@ -120,9 +136,9 @@ def update_coefficients_kernel(
     NOISE_SCALE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """One program. log_beta1, log_beta2, weight_decay and keep = 1 - dampening come as bits."""
-    mixed = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
+    mixture = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
     A, lost, norm_lost = read_losses(
-        coef + B_AT, counters, seed, step, mixed, norm, losses_plus, losses_minus, n, half_inv_eps
+        coef + B_AT, counters, seed, step, mixture, norm, losses_plus, losses_minus, n, half_inv_eps
     )
     tl.store(coef + A_AT, tl.where(lost, 1.0, A))
     tl.store(coef + NOISE_AT, tl.where(lost, 0.0, 1.0))
@@ -166,57 +182,82 @@ def stepped(theta, G, first, second, u, RULE: tl.constexpr):
 
 
 @triton.jit
-def next_quantized(theta, stored, skip, scale, grid, LATENT_T: tl.constexpr, OUT_T: tl.constexpr):
+def next_quantized(theta, stored, tail, scale, LATENT_T: tl.constexpr, OUT_T: tl.constexpr):
     """Q of the latent as it is stored: ``stored`` itself in a skipped step."""
-    latent = tl.where(skip, stored, convert(theta, LATENT_T).to(tl.float32))
-    return output_of(position(latent, scale, grid), scale, grid, OUT_T)
+    latent = tl.where(tail.skip, stored, convert(theta, LATENT_T).to(tl.float32))
+    return output_of(position(latent, scale, tail.grid), scale, tail.grid, OUT_T)
 
 
 # ---- the pass
 
 
+@triton.constexpr_function
+def states_of(rule):
+    """How many lists of state the rule has."""
+    return STATES.value[rule]
+
+
+@triton.jit
+def arrays_of(row, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, MASTER: tl.constexpr):
+    latent = pointer(row, "LATENT", LATENT_T)
+    if MASTER:
+        weight = pointer(row, "MINUS", tl.float32)
+    else:
+        weight = latent
+    first, second = pointer(row, "STATE_1", tl.float32), pointer(row, "STATE_2", tl.float32)
+    alpha = pointer(row, "ALPHA", tl.float32)
+    return Arrays(latent, pointer(row, "GRAD", GRAD_T), weight, first, second, alpha)
+
+
+@triton.jit
+def tail_of(names, coef, n, quantized, grid, rest):
+    """``rest``: the optimizer's scalars that do not come from the coefficients."""
+    noisy = quantized & (tl.load(coef + NOISE_AT) != 0)
+    skip = tl.load(coef + SKIP_AT) != 0
+    A = tl.where(noisy, tl.load(coef + A_AT), 1.0)
+    size, decay, root = tl.load(coef + SIZE_AT), tl.load(coef + DECAY_AT), tl.load(coef + ROOT_AT)
+    first_weight, second_weight, second_decay, eps, weight_decay, momentum = rest
+    scalars = Scalars(size, decay, root, first_weight, second_weight, second_decay, eps, weight_decay, momentum)
+    return Tail(names, coef, A, noisy, tl.where(noisy, n, 0), quantized, skip, grid, scalars)
+
+
 @triton.jit
 def update_rest(
-    row, first_element, end, estimate, quantized, skip, grid, u,
-    SUB: tl.constexpr, DIST: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr,
-    OUT_T: tl.constexpr, MASTER: tl.constexpr, RULE: tl.constexpr, STATES: tl.constexpr,
+    row, begin, end, tail, SUB: tl.constexpr, DIST: tl.constexpr, LATENT_T: tl.constexpr,
+    GRAD_T: tl.constexpr, OUT_T: tl.constexpr, MASTER: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """The pass, element by element: the last ones of a tensor, and unaligned tensors."""
     THETA_T: tl.constexpr = tl.float32 if MASTER else LATENT_T
-    latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
-    weight = pointer(row, "MINUS" if MASTER else "LATENT", THETA_T)
-    state1, state2 = pointer(row, "STATE_1", tl.float32), pointer(row, "STATE_2", tl.float32)
-    alpha = pointer(row, "ALPHA", tl.float32)
-    for start in tl.range(first_element, end, SUB):
+    p = arrays_of(row, LATENT_T, GRAD_T, MASTER)
+    for start in tl.range(begin, end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
-        write = mask & (skip == 0)
-        g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-        theta = tl.load(weight + j, mask=mask, other=0.0).to(tl.float32)
+        write = mask & (tail.skip == 0)
+        g = tl.load(p.grad + j, mask=mask, other=0.0).to(tl.float32)
+        theta = tl.load(p.weight + j, mask=mask, other=0.0).to(tl.float32)
         m, v = theta, theta
-        if STATES >= 1:
-            m = tl.load(state1 + j, mask=mask, other=0.0)
-        if STATES == 2:
-            v = tl.load(state2 + j, mask=mask, other=0.0)
-        e = element_numbers(j, row)
-        acc = element_sum(e, estimate.names, estimate.coef + B_AT, estimate.directions, DIST)
-        one = scale_of(element_delta(alpha, j, row, grid.r, mask & quantized), grid)
-        G = tl.where(estimate.noisy, fma(g, estimate.A, acc * one.inv), g)
-        new, m, v = stepped(theta, G, m, v, u, RULE)
+        if states_of(RULE) >= 1:
+            m = tl.load(p.first + j, mask=mask, other=0.0)
+        if states_of(RULE) == 2:
+            v = tl.load(p.second + j, mask=mask, other=0.0)
+        acc = element_sum(element_numbers(j, row), tail.names, tail.coef + B_AT, tail.directions, DIST)
+        delta = element_delta(p.alpha, j, row, tail.grid.r, mask & tail.quantized)
+        scale = scale_of(delta, tail.grid)
+        G = tl.where(tail.noisy, fma(g, tail.A, acc * scale.inv), g)
+        new, m, v = stepped(theta, G, m, v, tail.scalars, RULE)
         if OUT_T is not None:
             stored = theta
             if MASTER:
-                stored = tl.load(latent + j, mask=mask & (skip != 0), other=0.0).to(tl.float32)
-            q = next_quantized(new, stored, skip, one, grid, LATENT_T, OUT_T)
-            out = pointer(row, "PLUS", OUT_T)
-            tl.store(out + j, convert(q, OUT_T), mask=mask & quantized)
-        tl.store(weight + j, convert(new, THETA_T), mask=write)
+                stored = tl.load(p.latent + j, mask=mask & (tail.skip != 0), other=0.0).to(tl.float32)
+            q = next_quantized(new, stored, tail, scale, LATENT_T, OUT_T)
+            tl.store(pointer(row, "PLUS", OUT_T) + j, convert(q, OUT_T), mask=mask & tail.quantized)
+        tl.store(p.weight + j, convert(new, THETA_T), mask=write)
         if MASTER:
-            tl.store(latent + j, convert(new, LATENT_T), mask=write)
-        if STATES >= 1:
-            tl.store(state1 + j, m, mask=write)
-        if STATES == 2:
-            tl.store(state2 + j, v, mask=write)
+            tl.store(p.latent + j, convert(new, LATENT_T), mask=write)
+        if states_of(RULE) >= 1:
+            tl.store(p.first + j, m, mask=write)
+        if states_of(RULE) == 2:
+            tl.store(p.second + j, v, mask=write)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "n"])
@@ -224,32 +265,21 @@ def update_kernel(
     table, owner, counters, seed, step, coef, n, offset, qmin, qmax, r, first_weight, second_weight,
     second_decay, eps, weight_decay, momentum, SPAN: tl.constexpr, TILE: tl.constexpr,
     DIST: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
-    MASTER: tl.constexpr, RULE: tl.constexpr, STATES: tl.constexpr, PER_TENSOR: tl.constexpr,
-    SHARD: tl.constexpr,
+    MASTER: tl.constexpr, RULE: tl.constexpr, PER_TENSOR: tl.constexpr, SHARD: tl.constexpr,
 ):  # fmt: skip
     """G, then the optimizer's step in place, then Q(theta) into PLUS unless OUT_T is None."""
-    THETA_T: tl.constexpr = tl.float32 if MASTER else LATENT_T
     row, begin, end, fast = program_row(table, owner, SPAN)
-    grid = Grid(offset, qmin, qmax, r)
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
-    latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
-    weight = pointer(row, "MINUS" if MASTER else "LATENT", THETA_T)
-    state1, state2 = pointer(row, "STATE_1", tl.float32), pointer(row, "STATE_2", tl.float32)
-    alpha = pointer(row, "ALPHA", tl.float32)
+    p = arrays_of(row, LATENT_T, GRAD_T, MASTER)
     quantized = entry(row, "ALPHA") != 0
     if counters is not None:
         scales = tl.where(quantized & (begin == 0), entry(row, "SCALES"), 0)
-        count_bad_alphas(counters, alpha, scales, TILE // 8)
-    noisy = quantized & (tl.load(coef + NOISE_AT) != 0)
-    skip = tl.load(coef + SKIP_AT) != 0
-    A = tl.where(noisy, tl.load(coef + A_AT), 1.0)
-    estimate = Estimate(names, coef, A, noisy, tl.where(noisy, n, 0))
-    u = Scalars(
-        tl.load(coef + SIZE_AT), tl.load(coef + DECAY_AT), tl.load(coef + ROOT_AT), first_weight,
-        second_weight, second_decay, eps, weight_decay, momentum,
-    )  # fmt: skip
+        count_bad_alphas(counters, p.alpha, scales, TILE // 8)
+    grid = Grid(offset, qmin, qmax, r)
+    rest = first_weight, second_weight, second_decay, eps, weight_decay, momentum
+    tail = tail_of(names, coef, n, quantized, grid, rest)
     if PER_TENSOR:
-        scale = scale_of(tl.load(alpha, mask=quantized, other=1.0) * r, grid)
+        scale = scale_of(tl.load(p.alpha, mask=quantized, other=1.0) * r, grid)
     else:
         length = entry(row, "SCALE_DIVISOR")
         chunks = tl.where(quantized, fast >> 3, 0).to(tl.uint32)
@@ -257,44 +287,42 @@ def update_kernel(
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
-        written = tl.multiple_of(tl.where(skip, 0, left), 8)
-        g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
-        t0, t1 = load_tile(tile_at(weight, begin, start), left, TILE)
+        written = tl.multiple_of(tl.where(tail.skip, 0, left), 8)
+        g0, g1 = load_tile(tile_at(p.grad, begin, start), left, TILE)
+        t0, t1 = load_tile(tile_at(p.weight, begin, start), left, TILE)
         m0, m1, v0, v1 = t0, t1, t0, t1
-        if STATES >= 1:
-            m0, m1 = load_tile(tile_at(state1, begin, start), left, TILE)
-        if STATES == 2:
-            v0, v1 = load_tile(tile_at(state2, begin, start), left, TILE)
+        if states_of(RULE) >= 1:
+            m0, m1 = load_tile(tile_at(p.first, begin, start), left, TILE)
+        if states_of(RULE) == 2:
+            v0, v1 = load_tile(tile_at(p.second, begin, start), left, TILE)
         local = chunks_from(begin, start, TILE)
         chunk = chunk_numbers(local, layout, SHARD)
-        acc0, acc1 = tile_sum(g0, g1, chunk, names, coef + B_AT, estimate.directions, TILE, DIST)
+        acc0, acc1 = tile_sum(g0, g1, chunk, names, coef + B_AT, tail.directions, TILE, DIST)
         if not PER_TENSOR:
-            delta = chunk_delta(alpha, local, length, r, chunks)
+            delta = chunk_delta(p.alpha, local, length, r, chunks)
             scale = scale_per_pair(scale_of(delta, grid), TILE)
-        G0 = tl.where(noisy, fma(g0, A, acc0 * scale.inv), g0)
-        G1 = tl.where(noisy, fma(g1, A, acc1 * scale.inv), g1)
-        n0, m0, v0 = stepped(t0, G0, m0, v0, u, RULE)
-        n1, m1, v1 = stepped(t1, G1, m1, v1, u, RULE)
+        G0 = tl.where(tail.noisy, fma(g0, tail.A, acc0 * scale.inv), g0)
+        G1 = tl.where(tail.noisy, fma(g1, tail.A, acc1 * scale.inv), g1)
+        n0, m0, v0 = stepped(t0, G0, m0, v0, tail.scalars, RULE)
+        n1, m1, v1 = stepped(t1, G1, m1, v1, tail.scalars, RULE)
         if OUT_T is not None:
             s0, s1 = t0, t1
             if MASTER:  # a skipped step leaves the latent, which may differ from its master
-                s0, s1 = load_tile(tile_at(latent, begin, start), left - written, TILE)
-            q0 = next_quantized(n0, s0, skip, scale, grid, LATENT_T, OUT_T)
-            q1 = next_quantized(n1, s1, skip, scale, grid, LATENT_T, OUT_T)
-            out = pointer(row, "PLUS", OUT_T)
-            store_tile(tile_at(out, begin, start), q0, q1, tl.where(quantized, left, 0), TILE)
-        store_tile(tile_at(weight, begin, start), n0, n1, written, TILE)
+                s0, s1 = load_tile(tile_at(p.latent, begin, start), left - written, TILE)
+            q0 = next_quantized(n0, s0, tail, scale, LATENT_T, OUT_T)
+            q1 = next_quantized(n1, s1, tail, scale, LATENT_T, OUT_T)
+            out = tile_at(pointer(row, "PLUS", OUT_T), begin, start)
+            store_tile(out, q0, q1, tl.where(quantized, left, 0), TILE)
+        store_tile(tile_at(p.weight, begin, start), n0, n1, written, TILE)
         if MASTER:
-            store_tile(tile_at(latent, begin, start), n0, n1, written, TILE)
-        if STATES >= 1:
-            store_tile(tile_at(state1, begin, start), m0, m1, written, TILE)
-        if STATES == 2:
-            store_tile(tile_at(state2, begin, start), v0, v1, written, TILE)
+            store_tile(tile_at(p.latent, begin, start), n0, n1, written, TILE)
+        if states_of(RULE) >= 1:
+            store_tile(tile_at(p.first, begin, start), m0, m1, written, TILE)
+        if states_of(RULE) == 2:
+            store_tile(tile_at(p.second, begin, start), v0, v1, written, TILE)
     row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
-    update_rest(
-        row, tl.maximum(begin, fast), end, estimate, quantized, skip, grid, u, TILE // 8, DIST, LATENT_T,
-        GRAD_T, OUT_T, MASTER, RULE, STATES,
-    )  # fmt: skip
+    begin = tl.maximum(begin, fast)
+    update_rest(row, begin, end, tail, TILE // 8, DIST, LATENT_T, GRAD_T, OUT_T, MASTER, RULE)
 
 
 # ---- host
@@ -353,6 +381,6 @@ def estimate_update_(
         update_kernel, p.programs, device, p.table, p.owner, counters, *names, coef, n, **grid_of(grid),
         **scalars_of(rule), SPAN=SPAN, TILE=TILE, DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype],
         GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[quantized[0].dtype] if quantized else None,
-        MASTER=bool(update.masters), RULE=rule.variant, STATES=rule.states, PER_TENSOR=p.per_tensor,
+        MASTER=bool(update.masters), RULE=rule.variant, PER_TENSOR=p.per_tensor,
         SHARD=p.shard, maxnreg=REGISTERS,
     )  # fmt: skip
