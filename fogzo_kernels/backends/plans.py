@@ -76,8 +76,7 @@ def plan(
     ``alphas`` (and ``plus``, ``tensor_ids``, ``layouts`` with them) may end sooner; ``states`` are two lists
     at most. ``like`` gives the numbers of elements and the device.
     """
-    first, second = (*states, (), ())[:2]
-    lists = latents, grads, plus, minus, alphas, first, second
+    lists = latents, grads, plus, minus, alphas, *states, *((),) * (2 - len(states))
     addresses = tuple(tuple(t.data_ptr() for t in ts) for ts in lists)
     numels = tuple(t.numel() for t in like)
     scales = tuple(t.numel() for t in alphas)
