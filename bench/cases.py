@@ -163,7 +163,7 @@ def flat_list(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tup
     for size in sizes:
         starts.append(starts[-1] + -(-size // unit) * unit)
     flat = torch.zeros(starts[-1], dtype=dtype, device=device)
-    return flat, [flat[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return flat, [flat[start : start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
 
 
 def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] | None = None) -> Operands:
@@ -226,4 +226,6 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
         return lambda: fk.estimate_sgd_(
             o.latents, o.grads, o.first, *losses, o.alphas, o.norm, momentum=MOMENTUM, **tail, **common
         )
-    return lambda: fk.quantize_(o.plus, o.latents, o.alphas, grid=GRID, backend=backend)
+    if case.op == "quantize":
+        return lambda: fk.quantize_(o.plus, o.latents, o.alphas, grid=GRID, backend=backend)
+    raise ValueError(f"op must be one of {', '.join(OPS)}, got {case.op!r}")

@@ -1,4 +1,4 @@
-"""The demo, the info command and the machine code of the Triton kernels."""
+"""The demo, the info command and README's examples."""
 
 import gzip
 import json
