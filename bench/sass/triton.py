@@ -39,7 +39,7 @@ TYPES = {
     "table": "*i64", "owner": "*i32", "partial": "*fp64", "norm": "*fp32", "coef": "*fp32",
     "losses_plus": "*fp32", "losses_minus": "*fp32", "counters": "*i64", "one_minus_beta": "*fp64",
     "seed": "*i64", "step": "*i64", "direction": "i32", "n": "i32", "count": "i32", "out": "*fp32",
-    "lr": "*fp64", "weight_decay": "i64", "log_beta1": "i64", "log_beta2": "i64", "keep": "i64",
+    "lr": "*fp64", "decay_rate": "i64", "log_beta1": "i64", "log_beta2": "i64", "keep": "i64",
 }  # fmt: skip
 HOST_SCALARS = {"seed": "i64", "step": "i64", "lr": "i64"}
 
@@ -106,9 +106,9 @@ def constants_of(variant: Variant) -> dict[str, object]:
     found: dict[str, object] = {
         "SPAN": SPAN, "TILE": tile_of(variant), "DIST": variant.distribution, "SHARD": variant.shard,
         "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
-        "KIND": variant.kind, "RULE": variant.kind,
-        "MASTER": variant.master, "NOISE_SCALE": 0.5, "BLOCK": 1024, "ROOT": True,
-        "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad, "OUT_T": out,
+        "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
+        "BLOCK": 1024, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad,
+        "OUT_T": out,
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent

@@ -65,7 +65,7 @@ REGISTERS = 96  # the most of a thread: ptxas, left alone, spills some to reach 
 #: The coefficients' places: A, 1 if the directions count, 1 if the step is skipped, the optimizer's
 #: scalars, then the B_i.
 A_AT, NOISE_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, B_AT = (tl.constexpr(i) for i in range(7))
-STATES = tl.constexpr(VARIANTS)  # whose value is part of a compiled kernel's key
+STATES = tl.constexpr(dict(VARIANTS))  # whose value is part of a compiled kernel's key
 
 
 class Scalars(NamedTuple):
@@ -128,14 +128,14 @@ def integer_of(x):
 
 
 @triton.jit(
-    do_not_specialize=["seed", "step", "n", "lr", "count", "weight_decay", "log_beta1", "log_beta2", "keep"]
+    do_not_specialize=["seed", "step", "n", "lr", "count", "decay_rate", "log_beta1", "log_beta2", "keep"]
 )
 def update_coefficients_kernel(
     coef, counters, seed, step, one_minus_beta, norm, losses_plus, losses_minus, n, sqrt_beta,
-    noise_scale, half_inv_eps, lr, count, weight_decay, log_beta1, log_beta2, keep,
+    noise_scale, half_inv_eps, lr, count, decay_rate, log_beta1, log_beta2, keep,
     NOISE_SCALE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """One program. log_beta1, log_beta2, weight_decay and keep = 1 - dampening come as bits."""
+    """One program. log_beta1, log_beta2, decay_rate (of weights) and keep = 1 - dampening: bits."""
     mixture = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
     A, lost, norm_lost = read_losses(
         coef + B_AT, counters, seed, step, mixture, norm, losses_plus, losses_minus, n, half_inv_eps
@@ -148,7 +148,7 @@ def update_coefficients_kernel(
         size = rate / (1.0 - tl.exp(t.to(tl.float64) * float64_of(log_beta1)))
         root = 1.0 / tl.sqrt(1.0 - tl.exp(t.to(tl.float64) * float64_of(log_beta2)))
         tl.store(coef + SIZE_AT, size.to(tl.float32))
-        tl.store(coef + DECAY_AT, (1.0 - rate * float64_of(weight_decay)).to(tl.float32))
+        tl.store(coef + DECAY_AT, (1.0 - rate * float64_of(decay_rate)).to(tl.float32))
         tl.store(coef + ROOT_AT, root.to(tl.float32))
     elif RULE == "sgd" or RULE == "momentum" or RULE == "nesterov":
         tl.store(coef + SIZE_AT, rate.to(tl.float32))
@@ -338,7 +338,7 @@ def coefficients_of(update: Update) -> dict[str, object]:
     return {
         "lr": bits_or_device(update.lr),
         "count": host_or_device(update.optimizer_step),
-        "weight_decay": bits(rule.weight_decay),
+        "decay_rate": bits(rule.weight_decay),
         "log_beta1": log_bits(rule.beta1),
         "log_beta2": log_bits(rule.beta2),
         "keep": bits(1.0 - rule.dampening),
