@@ -95,10 +95,12 @@ def perturb_kernel(
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
-        one = scale_of(element_delta(alpha, j, row, r, mask), grid)
+        d = element_delta(alpha, j, row, r, mask)
         m = element_noise(element_numbers(j, row), names, direction, DIST)
-        v = fma(tl.load(grad + j, mask=mask, other=0.0).to(tl.float32), a * one.delta, m * b)
-        z = position(tl.load(latent + j, mask=mask, other=0.0).to(tl.float32), one, grid)
+        v = fma(tl.load(grad + j, mask=mask, other=0.0).to(tl.float32), a * d, m * b)
+        theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
+        one = scale_of(d, grid)
+        z = position(theta, one, grid)
         if WRITE_PLUS:
             q = output_of(fma(v, eps, z), one, grid, OUT_T)
             tl.store(plus + j, convert(q, OUT_T), mask=mask)
