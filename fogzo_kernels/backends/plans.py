@@ -71,17 +71,21 @@ def plan(
     tensor_ids: Sequence[int] = (),
     layouts: Sequence[Layout] = (),
 ) -> Plan:
-    """The plan for these lists, each empty or of one tensor for each of ``like``.
+    """The plan for these lists, each of one tensor for each of ``like``, or empty.
 
-    ``alphas`` (and ``plus``, ``tensor_ids``, ``layouts`` with them) may end sooner; ``states`` are two lists
-    at most. ``like`` gives the numbers of elements and the device.
+    ``like`` gives the numbers of elements and the device. ``alphas``, and with them ``plus``, ``tensor_ids``
+    and ``layouts``, may end sooner; ``states`` are at most two lists.
     """
     lists = latents, grads, plus, minus, alphas, *states, *((),) * (2 - len(states))
     addresses = tuple(tuple(t.data_ptr() for t in ts) for ts in lists)
     numels = tuple(t.numel() for t in like)
     scales = tuple(t.numel() for t in alphas)
     key = (like[0].device if like else None, addresses, numels, scales, tuple(tensor_ids), tuple(layouts))
-    found = _plans.get(key) or _captured.get(key)
+    found = _plans.get(key)
+    if found is not None:
+        _plans.move_to_end(key)
+    else:
+        found = _captured.get(key)
     if capturing(like):
         if found is None:
             return build_plan(key, captured=True)
@@ -93,8 +97,6 @@ def plan(
         found = _plans[key] = build_plan(key)
         if len(_plans) > PLANS_KEPT:
             _plans.popitem(last=False)
-    elif key in _plans:
-        _plans.move_to_end(key)
     return found
 
 
@@ -113,6 +115,7 @@ def divisor(d: int) -> int:
 
 
 def build_plan(key: Key, captured: bool = False) -> Plan:
+    """Table and owners of a key, on its device."""
     numels, scales = key[2:4]
     rows: list[dict[str, int]] = []
     owner: list[int] = []
