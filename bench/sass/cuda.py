@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fogzo_kernels.spec import noise, straight_through
 from fogzo_kernels.spec.dtypes import OUTPUTS
@@ -97,38 +98,23 @@ def variant_of(name: str) -> Variant | None:
     found = re.match(r"(?:void )?fogzo::cuda::(\w+)(?:<(.*)>)?\(", name)
     if found is None:
         return None
-    kernel, arguments = (
-        found.group(1),
-        [a.rsplit(")", 1)[-1].strip() for a in (found.group(2) or "").split(",")],
-    )
+    kernel = found.group(1)
+    arguments = [a.rsplit(")", 1)[-1].strip() for a in (found.group(2) or "").split(",")]
     if kernel == "noise_kernel":
         return Variant(kernel, out="fp32", distribution=DISTRIBUTIONS[int(arguments[0])])
     if kernel == "sumsq_kernel":
         return Variant(kernel, grad=DTYPES[int(arguments[0])], scale=scale_of(arguments[1]))
     if kernel == "perturb_kernel":
-        dist, latent, grad, out, both, plain = arguments
-        return Variant(
-            kernel, *dtypes(latent, grad, out), DISTRIBUTIONS[int(dist)], "both" if both == "true" else "one",
-            scale_of(plain), plain == "false",
-        )  # fmt: skip
+        dist, *types, both, plain = arguments
+        signs = "both" if both == "true" else "one"
+        return Variant(kernel, *dtypes(*types), signs=signs, **drawn(dist, plain))
     if kernel == "estimate_kernel":
         dist, grad, plain = arguments
-        return Variant(
-            kernel, None, DTYPES[int(grad)], None, DISTRIBUTIONS[int(dist)], None, scale_of(plain),
-            plain == "false", directions=1,
-        )  # fmt: skip
+        return Variant(kernel, grad=DTYPES[int(grad)], directions=1, **drawn(dist, plain))
     if kernel == "update_kernel":
         dist, adamw, plain, *types = arguments
         rule = "adamw" if adamw == "true" else "momentum"  # with one state, as momentum and nesterov have
-        return Variant(
-            kernel,
-            *dtypes(*types),
-            DISTRIBUTIONS[int(dist)],
-            None,
-            scale_of(plain),
-            plain == "false",
-            kind=rule,
-        )
+        return Variant(kernel, *dtypes(*types), kind=rule, **drawn(dist, plain))
     if kernel == "quantize_kernel":
         latent, out = dtypes(*arguments)
         return Variant(kernel, latent, None, out, scale="row")
@@ -136,6 +122,15 @@ def variant_of(name: str) -> Variant | None:
         dtype = DTYPES[int(arguments[1])]
         return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
     return Variant(kernel)
+
+
+def drawn(dist: str, plain: str) -> dict[str, Any]:
+    """Fields of a variant that draws noise."""
+    return {
+        "distribution": DISTRIBUTIONS[int(dist)],
+        "scale": scale_of(plain),
+        "shard": plain == "false",
+    }
 
 
 def scale_of(plain: str) -> str:
@@ -172,10 +167,7 @@ def kernels(arch: int) -> Iterator[tuple[Variant, Report]]:
             if variant is None:
                 continue
             yield variant, report_of(code, numbers, 1)
-            if variant.kernel == "estimate_kernel" or (variant.kernel, variant.kind) == (
-                "update_kernel",
-                "adamw",
-            ):
+            if variant.kernel == "estimate_kernel" or variant.kind == "adamw":
                 yield variant._replace(directions=4), report_of(code, numbers, 4)
 
 
