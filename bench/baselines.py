@@ -47,30 +47,43 @@ ROOT = 1 / math.sqrt(1 - BETAS[1] ** OPTIMIZER_STEP)
 # ---- noise of mean 0 and variance 1
 
 
+UNIFORM, TRIANGULAR, LOGISTIC = math.sqrt(3), math.sqrt(6), math.sqrt(3) / math.pi
+
+
+def machine_eps(x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps
+
+
+#: distribution -> how it is drawn out of place, like a tensor, and into a buffer
+DRAWS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "uniform": (
+        lambda x: (torch.rand_like(x) * 2 - 1) * UNIFORM,
+        lambda x: x.uniform_(-UNIFORM, UNIFORM),
+    ),
+    "rademacher": (
+        lambda x: (torch.rand_like(x) < 0.5).to(x.dtype) * 2 - 1,
+        lambda x: x.bernoulli_(0.5).mul_(2).sub_(1),
+    ),
+    "triangular": (
+        lambda x: (torch.rand_like(x) - torch.rand_like(x)) * TRIANGULAR,
+        lambda x: x.uniform_().sub_(torch.rand_like(x)).mul_(TRIANGULAR),
+    ),
+    "logistic": (
+        lambda x: torch.logit(torch.rand_like(x), eps=machine_eps(x)) * LOGISTIC,
+        lambda x: x.uniform_().logit_(eps=machine_eps(x)).mul_(LOGISTIC),
+    ),
+    "gaussian": (torch.randn_like, lambda x: x.normal_()),
+}
+
+
 def draw(like: Tensor, distribution: str) -> Tensor:
     """Out of place."""
-    if distribution == "gaussian":
-        return torch.randn_like(like)
-    if distribution == "rademacher":
-        return (torch.rand_like(like) < 0.5).to(like.dtype) * 2 - 1
-    if distribution == "triangular":
-        return (torch.rand_like(like) - torch.rand_like(like)) * math.sqrt(6)
-    if distribution == "logistic":
-        return torch.logit(torch.rand_like(like), eps=torch.finfo(like.dtype).eps) * (math.sqrt(3) / math.pi)
-    return (torch.rand_like(like) * 2 - 1) * math.sqrt(3)
+    return DRAWS[distribution][0](like)
 
 
 def draw_(buffer: Tensor, distribution: str) -> Tensor:
     """Into a buffer."""
-    if distribution == "gaussian":
-        return buffer.normal_()
-    if distribution == "rademacher":
-        return buffer.bernoulli_(0.5).mul_(2).sub_(1)
-    if distribution == "triangular":
-        return buffer.uniform_().sub_(torch.rand_like(buffer)).mul_(math.sqrt(6))
-    if distribution == "logistic":
-        return buffer.uniform_().logit_(eps=torch.finfo(buffer.dtype).eps).mul_(math.sqrt(3) / math.pi)
-    return buffer.uniform_(-math.sqrt(3), math.sqrt(3))
+    return DRAWS[distribution][1](buffer)
 
 
 def scales(o: Operands) -> list[Tensor]:
@@ -135,10 +148,12 @@ def eager_quantize(case: Case, o: Operands) -> list[Tensor]:
 def fused_optimizer(case: Case, latents: list[Tensor]) -> torch.optim.Optimizer:
     if case.op == "sgd":
         return torch.optim.SGD(latents, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    return torch.optim.AdamW(
-        latents, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True,
-        capturable=latents[0].is_cuda,
-    )  # fmt: skip
+    if case.op == "adamw":
+        return torch.optim.AdamW(
+            latents, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True,
+            capturable=latents[0].is_cuda,
+        )  # fmt: skip
+    raise ValueError(f"op must be sgd or adamw, got {case.op!r}")
 
 
 def eager_tail(case: Case, o: Operands, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fogzo_kernels as fk
+from fogzo_kernels.spec import noise
 
 GRID = fk.Grid.uniform(2)
 ONE_MINUS_BETA = 1e-4
@@ -21,16 +22,24 @@ LR, BETAS, EPS, WEIGHT_DECAY, MOMENTUM = 1e-3, (0.9, 0.999), 1e-8, 1e-2, 0.9
 OPTIMIZER_STEP = 1
 ALIGNMENT = 256  # bytes, as an allocator's
 
-DISTRIBUTIONS = ("uniform", "rademacher", "triangular", "logistic", "gaussian")
-#: name -> dtypes of latents, gradients, outputs
+DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
+#: name -> dtypes of latents, gradients, outputs: those that the GPU backends compile code of their own for
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     "mixed": (torch.float32, torch.bfloat16, torch.bfloat16),
     "fp32": (torch.float32, torch.float32, torch.float32),
     "int8": (torch.bfloat16, torch.bfloat16, torch.int8),
+    "fp16": (torch.float16, torch.float16, torch.float16),
+    "int8-fp32": (torch.float32, torch.float32, torch.int8),
 }
+MEASURED = ("bf16", "mixed", "fp32", "int8")  # unless others are asked for
 LIST_LENGTH = 300  # tensors of a list of mixed sizes
 SMALLEST = 64  # mean elements of a tensor below which there is no list of mixed sizes
+
+
+def short(dtype: torch.dtype | str) -> str:
+    """Its name in tables: bf16, fp32, ..."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
 class Op(NamedTuple):
@@ -85,9 +94,9 @@ class Case:
 
     def names(self) -> dict[str, str]:
         """Each operand's dtype, or - where the op has none."""
-        short = [str(dtype).removeprefix("torch.") for dtype in DTYPES[self.dtypes]]
+        names = [str(dtype).removeprefix("torch.") for dtype in DTYPES[self.dtypes]]
         used = self.spec.latent, self.spec.grad, self.spec.out
-        kinds = zip(("latent", "grad", "out"), short, used, strict=True)
+        kinds = zip(("latent", "grad", "out"), names, used, strict=True)
         return {kind: name if count else "-" for kind, name, count in kinds}
 
 
@@ -154,7 +163,7 @@ def flat_list(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tup
     for size in sizes:
         starts.append(starts[-1] + -(-size // unit) * unit)
     flat = torch.zeros(starts[-1], dtype=dtype, device=device)
-    return flat, [flat[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return flat, [flat[start : start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
 
 
 def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] | None = None) -> Operands:
@@ -217,4 +226,6 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
         return lambda: fk.estimate_sgd_(
             o.latents, o.grads, o.first, *losses, o.alphas, o.norm, momentum=MOMENTUM, **tail, **common
         )
-    return lambda: fk.quantize_(o.plus, o.latents, o.alphas, grid=GRID, backend=backend)
+    if case.op == "quantize":
+        return lambda: fk.quantize_(o.plus, o.latents, o.alphas, grid=GRID, backend=backend)
+    raise ValueError(f"op must be one of {', '.join(OPS)}, got {case.op!r}")

@@ -30,7 +30,16 @@ FILES = (
     "kernels-cuda.txt", "kernels-cuda.json", "kernels-cuda.png", "ncu.txt",
 )  # fmt: skip
 BACKENDS = ("triton", "cuda")
-TESTS = ("vectors", "agreement", "update", "optim", "gpu", "cuda", "fogzo")  # those that run on the GPU
+TESTS = (
+    "vectors",
+    "agreement",
+    "update",
+    "optim",
+    "gpu",
+    "cuda",
+    "triton",
+    "fogzo",
+)  # those that run on the GPU
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats",

@@ -50,8 +50,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     add = parser.add_argument
     add("--ops", nargs="+", default=list(c.OPS), choices=list(c.OPS))
-    add("--dtypes", nargs="+", default=list(c.DTYPES), choices=list(c.DTYPES),
-        help="mixed: fp32 latents, bf16 gradients and outputs; int8: bf16, but codes as outputs")  # fmt: skip
+    add("--dtypes", nargs="+", default=list(c.MEASURED), choices=list(c.DTYPES),
+        help="by default " + " ".join(c.MEASURED) + "; mixed: fp32 latents, bf16 gradients and outputs;"
+        " int8: bf16, but codes as outputs; int8-fp32: fp32, but codes as outputs")  # fmt: skip
     add("--distributions", nargs="+", default=list(c.DISTRIBUTIONS), choices=c.DISTRIBUTIONS)
     add(
         "--sizes",
@@ -322,13 +323,12 @@ def table(rows: list[Row]) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    short = {"bfloat16": "bf16", "float32": "fp32"}
     low, high = (100 * (row[q] / row["median_s"] - 1) for q in ("q25", "q75"))
     extra = row["extra_bytes_per_element"]
     return [
         row["op"],
         row["distribution"],
-        "/".join(short.get(row[k], row[k]) for k in ("latent", "grad", "out")),
+        "/".join(c.short(row[k]) for k in ("latent", "grad", "out")),
         str(row["tensors"]) + (" eq" if row["equal"] and row["tensors"] > 1 else ""),
         power(row["elements"]),
         f"{1e6 * row['median_s']:.1f}",

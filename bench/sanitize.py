@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 import fogzo_kernels as fk
+from fogzo_kernels import StraightThrough
+from fogzo_kernels.spec.straight_through import KINDS
 
 from . import cases as c
 
 SIZES = [1, 7, 8, 4099, 0, 2048, 16384 + 8, 2 * 16384 + 5]
-KINDS = [
-    ("identity", True, c.GRID), ("identity", False, c.GRID), ("hardtanh", True, fk.Grid.sign()),
-    ("tanh", True, fk.Grid.sign()), ("approxsign", True, fk.Grid.sign()),
-]  # fmt: skip
+#: Every derivative, each on a grid that it belongs to.
+DERIVATIVES = [
+    (StraightThrough(kind, clip=clip), c.GRID if kind == "identity" else fk.Grid.sign())
+    for kind in KINDS
+    for clip in (True, False)
+    if clip or kind == "identity"
+]
 NAMES = {"one_minus_beta": c.ONE_MINUS_BETA, "seed": c.SEED, "step": c.STEP}
 
 
@@ -49,7 +54,7 @@ def lists(device: torch.device, backend: str) -> Iterator[str]:
 
 def shards(device: torch.device, backend: str) -> Iterator[str]:
     """Columns of a parameter, one alpha per row, both aligned and not; a master copy; step 0-dim."""
-    straight_through = fk.StraightThrough("identity")
+    straight_through = StraightThrough("identity")
     for columns, offset in ((24, 8), (13, 5)):
         theta, grad = (torch.randn(33, columns, device=device, dtype=torch.bfloat16) for _ in range(2))
         alpha = torch.full((33, 1), c.ALPHA, device=device)
@@ -64,10 +69,7 @@ def shards(device: torch.device, backend: str) -> Iterator[str]:
         counters = torch.zeros(3, dtype=torch.int64, device=device)
         fk.estimate_gradient_(grad, *losses, alpha, norm, counters=counters, **common)
         yield f"estimate, {columns} columns"
-        first, second = (
-            torch.zeros_like(theta, dtype=torch.float32),
-            torch.zeros_like(theta, dtype=torch.float32),
-        )
+        first, second = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
         fk.estimate_adamw_(
             theta, grad, first, second, *losses, alpha, norm, lr=c.LR, optimizer_step=1,
             masters=theta.float(), quantized=plus, counters=counters, **common,
@@ -81,15 +83,14 @@ def shards(device: torch.device, backend: str) -> Iterator[str]:
 
 def backward(device: torch.device, backend: str) -> Iterator[str]:
     """The straight-through derivatives, and codes."""
-    for kind, clip, grid in KINDS:
-        straight_through = fk.StraightThrough(kind, clip=clip)
+    for straight_through, grid in DERIVATIVES:
         for dtype in (torch.float32, torch.bfloat16):
             latents, grads = ([torch.randn(n, device=device, dtype=dtype) for n in SIZES] for _ in range(2))
             alphas = [torch.full((1,), c.ALPHA, device=device) for _ in SIZES]
             fk.straight_through_backward_(
                 grads, latents, alphas, grid=grid, straight_through=straight_through, backend=backend
             )
-            yield f"backward {kind} {dtype}"
+            yield f"backward {straight_through.variant} {dtype}"
             fk.quantize(latents[3], alphas[3], grid=grid, straight_through=straight_through, backend=backend)
             yield f"quantize {dtype}"
 

@@ -31,7 +31,8 @@ FLOORS = {
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip
 #: Of the Triton backend, bottom first.
-TRITON = ["elements", "kernels", "tail", "__init__"]
+ORDER_OF_TRITON = "elements tables launch losses noise norm perturb estimate tail quantize __init__"
+TRITON = ORDER_OF_TRITON.split()
 #: What a backend may import of the package.
 BACKENDS_MAY_IMPORT = ("spec", "backends.plans")
 # The language or compiled module of each backend, beside torch and the standard library.

@@ -11,6 +11,7 @@ from tolerances import EXACT, M_TOLERANCE
 from torch import nn
 
 import fogzo_kernels as fk
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -337,7 +338,7 @@ def everything(backend, distribution, dtypes, device, seed):
     return {name: [t.cpu().float() for t in ts] for name, ts in found.items()}
 
 
-@pytest.mark.parametrize("distribution", list(M_TOLERANCE["cuda"]))
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtypes", [
     (torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float16, torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16, torch.int8),

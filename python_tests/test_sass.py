@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import sass_cuda
+from bench.cases import DTYPES, short
+from bench.sass import cuda
+from fogzo_kernels.spec import noise
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -35,8 +37,9 @@ BUDGETS = {
     "estimate_kernel bf16 uniform tensor n=1": 18,
     "estimate_kernel bf16 rademacher tensor n=1": 18,
 }
-#: Rows of README's table of counts.
-README_ROWS = {
+PERFORMANCE = ROOT / "docs/performance.md"
+#: Rows of its tables of counts.
+TABLE_ROWS = {
     "norm": "sumsq_kernel bf16 tensor",
     "perturb, one sign": f"perturb_kernel {BF16} {{}} one tensor",
     "perturb, one sign, float32 latents": "perturb_kernel fp32 bf16 bf16 {} one tensor",
@@ -46,7 +49,7 @@ README_ROWS = {
     "estimate, AdamW, Q; float32 latents": "update_kernel fp32 bf16 bf16 {} tensor adamw",
     "the same, n = 4": "update_kernel fp32 bf16 bf16 {} tensor adamw n=4",
 }
-DISTRIBUTIONS = ("uniform", "rademacher", "triangular", "logistic", "gaussian")
+DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
 #: One of each way that the code can differ; the whole table is `python -m bench.sass`.
 CHOSEN = {
     80: ["perturb_kernel fp32 fp32 fp32 gaussian both row shard",
@@ -68,9 +71,9 @@ CHOSEN = {
 
 PROGRAM = """
 import json
-from bench import sass
-by_name = {{str(v): v for v in sass.variants()}}
-print(json.dumps([[name, sass.row(by_name[name], {arch})] for name in {names!r}]))
+from bench.sass import triton
+by_name = {{str(v): v for v in triton.variants()}}
+print(json.dumps([[name, triton.row(by_name[name], {arch})] for name in {names!r}]))
 """
 
 
@@ -106,16 +109,70 @@ def test_reductions_compile_without_spills():
             assert row["load_bits"] == 128
 
 
-@pytest.mark.parametrize("label", README_ROWS)
-def test_readme_states_what_the_compiler_makes(label):
-    """The README names the Triton version that its counts are for."""
-    text = (ROOT / "README.md").read_text()
-    if f"Triton {version('triton')}," not in text:
-        pytest.skip(f"the README's counts are for another Triton than {version('triton')}")
-    cells = next(line for line in text.splitlines() if line.startswith(f"| {label} |")).split("|")[2:-1]
-    names = list(dict.fromkeys(README_ROWS[label].format(d) for d in DISTRIBUTIONS))
-    for (_, row), cell in zip(json.loads(run_code(PROGRAM.format(arch=90, names=names))), cells, strict=False):
-        assert cell.strip() == f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})"
+def table():
+    """Cells of each row of the tables of counts, by the row's label."""
+    lines = iter(PERFORMANCE.read_text().splitlines())
+    found = {}
+    for line in lines:
+        if not line.startswith("| sm_90, instructions"):
+            continue
+        assert cells_in(line)[1:] == [*DISTRIBUTIONS]
+        next(lines)
+        while (line := next(lines, "")).startswith("|"):
+            label, *cells = cells_in(line)
+            assert label not in found
+            assert len(cells) == len(DISTRIBUTIONS), label
+            found[label] = cells
+    return found
+
+
+def cells_in(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def stated(label, rows):
+    """Whether the row says what the compiler made; an op without noise has one cell for all distributions."""
+    names = list(dict.fromkeys(TABLE_ROWS[label.removeprefix("CUDA: ")].format(d) for d in DISTRIBUTIONS))
+    cells = table()[label]
+    if len(names) == 1:
+        assert cells[1:] == ["no noise", *[""] * (len(DISTRIBUTIONS) - 2)]
+        cells = cells[:1]
+    found = [f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})" for row in (rows[n] for n in names)]
+    assert cells == found, label
+
+
+@pytest.mark.parametrize("label", TABLE_ROWS)
+def test_the_table_states_what_triton_makes(label):
+    """For the Triton that it names."""
+    if f"Triton {version('triton')}," not in PERFORMANCE.read_text():
+        pytest.skip(f"the counts are for another Triton than {version('triton')}")
+    names = list(dict.fromkeys(TABLE_ROWS[label].format(d) for d in DISTRIBUTIONS))
+    stated(label, dict(json.loads(run_code(PROGRAM.format(arch=90, names=names)))))
+
+
+def test_every_row_of_the_tables_is_checked():
+    assert [*table()] == [*TABLE_ROWS, *(f"CUDA: {label}" for label in TABLE_ROWS)]
+
+
+@pytest.mark.parametrize(("variant", "message"), [
+    ('Variant("noise_kernel", out="fp32", distribution="cauchy")', "no code for distribution cauchy"),
+    ('Variant("quantize_kernel", "fp32", "fp32", "fp32", scale="row", kind="cubic")',
+     "no code for straight-through kind cubic"),
+    ('Variant("update_coefficients_kernel", kind="lion")', "no code for rule lion"),
+])  # fmt: skip
+def test_a_name_without_code_does_not_compile(variant, message):
+    found = run_code(f"""
+from bench.sass.report import Variant
+from bench.sass.triton import row
+from triton.errors import TritonError
+try:
+    row({variant}, 90)
+except TritonError as error:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    print(error)
+""")
+    assert message in found
 
 
 def test_the_loop_is_counted_once_per_tile():
@@ -126,9 +183,9 @@ def test_the_loop_is_counted_once_per_tile():
     text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
     found = run_code(f"""
 import json
-from bench import sass
-prologue, loop, code = sass.split({text!r}, 4)
-report = sass.Report(1, 0, 0, prologue, loop, 0)
+from bench.sass.machine_code import Report, split
+prologue, loop, code = split({text!r}, 4)
+report = Report(1, 0, 0, prologue, loop, 0)
 print(json.dumps([prologue, loop, report.weighted(8), report.width("STG"), len(code)]))
 """)
     prologue, loop, weighted, width, instructions = json.loads(found)
@@ -140,9 +197,9 @@ print(json.dumps([prologue, loop, report.weighted(8), report.width("STG"), len(c
 
 def test_table_and_json(tmp_path):
     code = f"""
-from bench import sass
-sass.main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
-           "--json", {str(tmp_path / "a" / "rows.json")!r}])
+from bench.sass.__main__ import main
+main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
+      "--json", {str(tmp_path / "a" / "rows.json")!r}])
 """
     out = run_code(code)
     rows = json.loads((tmp_path / "a" / "rows.json").read_text())
@@ -158,9 +215,9 @@ sass.main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
 @functools.cache
 def cuda_rows(arch):
     """By name. Compiled once per state of the sources."""
-    if (reason := sass_cuda.unavailable()) is not None:
+    if (reason := cuda.unavailable()) is not None:
         pytest.skip(f"the CUDA kernels cannot be compiled: {reason}")
-    return {str(variant): row for variant, row in sass_cuda.rows(arch)}
+    return {str(variant): row for variant, row in cuda.rows(arch)}
 
 
 @pytest.mark.slow_first  # nvcc compiles all kernels
@@ -190,15 +247,15 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_ptxas_reports_no_spill(arch):
     """Neither stores nor loads nor a stack, for each kernel; and PTX is there for what comes later."""
-    if (reason := sass_cuda.unavailable()) is not None:
+    if (reason := cuda.unavailable()) is not None:
         pytest.skip(f"the CUDA kernels cannot be compiled: {reason}")
-    folder = sass_cuda.compile_all(arch)
-    found = sass_cuda.spills(folder)
+    folder = cuda.compile_all(arch)
+    found = cuda.spills(folder)
     assert len([name for name in found if "kernel" in name]) > 200
     assert not {name: n for name, n in found.items() if n}
     ptx = [path.read_text() for path in folder.glob("*.ptx")]
     assert all(f".target sm_{arch}" in text for text in ptx)
-    assert len(ptx) == len(list(sass_cuda.SOURCES.glob("*.cu")))
+    assert len(ptx) == len(list(cuda.SOURCES.glob("*.cu")))
 
 
 def test_every_dtype_and_distribution_has_its_cuda_kernels():
@@ -206,23 +263,17 @@ def test_every_dtype_and_distribution_has_its_cuda_kernels():
     for dist in DISTRIBUTIONS:
         kernels = {row["kernel"] for row in rows if row["distribution"] == dist}
         assert kernels == {"noise_kernel", "perturb_kernel", "estimate_kernel", "update_kernel"}
-    common = {tuple(t.split()) for t in (BF16, "fp16 fp16 fp16", "fp32 fp32 fp32", "fp32 bf16 bf16",
-                                         "bf16 bf16 int8", "fp32 fp32 int8", "any any any")}  # fmt: skip
+    common = {tuple(map(short, types)) for types in DTYPES.values()}
     perturbed = {(r["latent"], r["grad"], r["out"]) for r in rows if r["kernel"] == "perturb_kernel"}
-    assert perturbed == common
+    assert perturbed == common | {("any", "any", "any")}
 
 
-def test_readme_states_what_nvcc_makes():
-    """Of the CUDA kernels, for the nvcc that the README names."""
-    text = (ROOT / "README.md").read_text()
+def test_the_table_states_what_nvcc_makes():
+    """For the nvcc that it names."""
     rows = cuda_rows(90)
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    named = re.search(r"nvcc (\d+\.\d+),", text)
-    if named is None or f"release {named.group(1)}," not in version:
-        pytest.skip("the README's counts are for another nvcc")
-    for label, pattern in README_ROWS.items():
-        line = next(line for line in text.splitlines() if line.startswith(f"| CUDA: {label} |"))
-        names = list(dict.fromkeys(pattern.format(d) for d in DISTRIBUTIONS))
-        for name, cell in zip(names, line.split("|")[2:-1], strict=False):
-            row = rows[name]
-            assert cell.strip() == f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})", name
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    named = re.search(r"nvcc (\d+\.\d+),", PERFORMANCE.read_text())
+    if named is None or f"release {named.group(1)}," not in said:
+        pytest.skip("the counts are for another nvcc")
+    for label in TABLE_ROWS:
+        stated(f"CUDA: {label}", rows)

@@ -1,6 +1,6 @@
 """Hand-written CUDA C++ on NVIDIA GPUs (csrc/cuda).
 
-Host side: one launch per op over all tensors, which a plan (fogzo_kernels/plans.py) names to the kernels.
+Host side: one launch per op over all tensors, which a plan (backends/plans.py) names to the kernels.
 The native module knows nothing of PyTorch: it gets addresses, the device's number and the stream.
 """
 
@@ -179,10 +179,9 @@ def estimate_update_(
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
     device, rule = mix.norm.device, update.rule
-    first, second = (*update.states, [], [])[:2]
     p = plan(
         latents, latents=latents, grads=grads, plus=quantized, minus=update.masters, alphas=alphas,
-        first=first, second=second, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
+        states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
     coefficients = torch.empty(_cuda.UPDATE_COEFFICIENTS + losses.plus.numel(), device=device)
     hyperparameters = [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]

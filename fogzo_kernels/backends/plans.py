@@ -2,6 +2,16 @@
 
 The kernels of a GPU backend work on a list of tensors in one launch. A program takes SPAN consecutive
 elements of one tensor: ``owner`` names its row in ``table``, and COLUMNS is what a row holds.
+
+A plan is a pure function of its key, so it never goes stale. How long one lives:
+
+- Built outside a capture, it is among the PLANS_KEPT used last. If a CUDA graph captured it, it stays for
+  good, once for each key: nothing tells when the last graph that reads it is gone.
+- Built while a graph is captured, it lies in memory of that graph, which uploads it again at every replay,
+  and is not kept here. What the upload reads, pinned memory of the host, stays for good, once for each key.
+
+So graphs that are captured again of the same tensors cost nothing more; of others, a row of 144 bytes for
+each tensor and 4 bytes for each program.
 """
 
 from __future__ import annotations
@@ -25,28 +35,28 @@ COLUMNS = (
     "INNER_DIVISOR", "SCALE_DIVISOR",  # in chunks, packed by divisor()
     "STATE_1", "STATE_2",  # addresses of the optimizer's state
 )  # fmt: skip
+ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "ALPHA", "STATE_1", "STATE_2")  # in the order of a key
 SPAN = 16384  # elements per program
 PLANS_KEPT = 256
 
 Tensors = Sequence[Tensor]
-
-
-def divisor(d: int) -> int:
-    """``magic << 6 | shift`` such that n // d == n * magic >> shift for 0 <= n < 2^31."""
-    shift = 31 + (d - 1).bit_length()
-    return ((1 << shift) // d + 1) << 6 | shift
+#: Device, addresses of each list of tensors, elements, alphas, tensor ids, layouts
+Key = tuple[
+    torch.device | None, tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...], tuple[int, ...],
+    tuple[Layout, ...],
+]  # fmt: skip
 
 
 class Plan(NamedTuple):
-    table: Tensor  # int64, (tensors, len(COLUMNS))
+    table: Tensor  # int64, (tensors, len(COLUMNS)), flat
     owner: Tensor  # int32, (programs,): the row of each program
     programs: int
     per_tensor: bool  # every alpha has one element
     shard: bool  # some layout skips elements
 
 
-_plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
-_captured: list[Plan] = []  # read by CUDA graphs, which may be replayed at any later time
+_plans: OrderedDict[Key, Plan] = OrderedDict()
+_captured: dict[Key, Plan] = {}  # read by CUDA graphs, which may be replayed at any later time
 
 
 def plan(
@@ -57,92 +67,142 @@ def plan(
     plus: Tensors = (),
     minus: Tensors = (),
     alphas: Tensors = (),
-    first: Tensors = (),
-    second: Tensors = (),
+    states: Sequence[Tensors] = (),
     tensor_ids: Sequence[int] = (),
     layouts: Sequence[Layout] = (),
 ) -> Plan:
-    """The plan for these addresses; the table is a pure function of the key, so it never goes stale."""
-    lists = latents, grads, plus, minus, alphas, first, second
+    """The plan for these lists, each of one tensor for each of ``like``, or empty.
+
+    ``like`` gives the numbers of elements and the device. ``alphas``, and with them ``plus``, ``tensor_ids``
+    and ``layouts``, may end sooner; ``states`` are at most two lists.
+    """
+    lists = latents, grads, plus, minus, alphas, *states, *((),) * (2 - len(states))
     addresses = tuple(tuple(t.data_ptr() for t in ts) for ts in lists)
     numels = tuple(t.numel() for t in like)
     scales = tuple(t.numel() for t in alphas)
     key = (like[0].device if like else None, addresses, numels, scales, tuple(tensor_ids), tuple(layouts))
     found = _plans.get(key)
-    capturing = bool(like) and like[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if found is None:
-        found = build_plan(key, capturing)
-        if not capturing:  # what a capture uploads is there only while its graph replays
-            _plans[key] = found
-            if len(_plans) > PLANS_KEPT:
-                _plans.popitem(last=False)
-    else:
+    if found is not None:
         _plans.move_to_end(key)
-    if capturing:
-        _captured.append(found)
+    else:
+        found = _captured.get(key)
+    if capturing(like):
+        if found is None:
+            return build_plan(key, captured=True)
+        _captured[key] = found
+        return found
+    if like and like[0].is_cuda:
+        replenish(pinned=True)
+    if found is None:
+        found = _plans[key] = build_plan(key)
+        if len(_plans) > PLANS_KEPT:
+            _plans.popitem(last=False)
     return found
 
 
-def build_plan(key: tuple, capturing: bool = False) -> Plan:
-    device, addresses, numels, scales, tensor_ids, layouts = key
-    rows: list[list[int]] = []
+def capturing(tensors: Tensors) -> bool:
+    """Whether ops on them go into a CUDA graph."""
+    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# ---- the table
+
+
+def divisor(d: int) -> int:
+    """``magic << 6 | shift`` such that n // d == n * magic >> shift for 0 <= n < 2^31."""
+    shift = 31 + (d - 1).bit_length()
+    return ((1 << shift) // d + 1) << 6 | shift
+
+
+def build_plan(key: Key, captured: bool = False) -> Plan:
+    """Table and owners of a key, on its device."""
+    numels, scales = key[2:4]
+    rows: list[dict[str, int]] = []
     owner: list[int] = []
     for i, numel in enumerate(numels):
-        pointers = [column[i] if i < len(column) else 0 for column in addresses]
-        count = scales[i] if i < len(scales) else 1
-        offset, inner, stride = layouts[i] if i < len(layouts) else (0, max(numel, 1), max(numel, 1))
-        inner = min(inner, max(numel, 1))
-        if inner == numel:
-            stride = inner
-        length = max(numel // max(count, 1), 1)
-        aligned = (
-            all(p % 16 == 0 for column, p in enumerate(pointers) if column != COLUMNS.index("ALPHA"))
-            and offset % 8 == 0
-            and (inner == numel or (inner % 8 == 0 and stride % 8 == 0))
-            and (count == 1 or length % 8 == 0)
-        )
-        rows.append([
-            *pointers[:5], tensor_ids[i] if i < len(tensor_ids) else 0, numel, numel & ~7 if aligned else 0,
-            len(owner), offset, inner, stride - inner, count, length,
-            divisor(max(inner // 8, 1)), divisor(max(length // 8, 1)), *pointers[5:],
-        ])  # fmt: skip
+        rows.append(row_of(key, i, len(owner)))
         owner += [i] * -(-numel // SPAN)
-    table, owners = upload(rows, owner, device, capturing)
-    skip = COLUMNS.index("SKIP")
-    return Plan(table, owners, len(owner), all(s == 1 for s in scales), any(row[skip] for row in rows))
+    table, owners = upload(key, [row[name] for row in rows for name in COLUMNS], owner, captured)
+    return Plan(table, owners, len(owner), all(s == 1 for s in scales), any(row["SKIP"] for row in rows))
+
+
+def row_of(key: Key, i: int, first: int) -> dict[str, int]:
+    """Row of tensor i, whose first program is ``first``, by column."""
+    _, addresses, numels, scales, tensor_ids, layouts = key
+    pointers = {name: ts[i] if i < len(ts) else 0 for name, ts in zip(ADDRESSES, addresses, strict=True)}
+    numel = numels[i]
+    count = scales[i] if i < len(scales) else 1
+    offset, inner, stride = layouts[i] if i < len(layouts) else (0, max(numel, 1), max(numel, 1))
+    inner = min(inner, max(numel, 1))
+    if inner == numel:
+        stride = inner
+    length = max(numel // max(count, 1), 1)
+    aligned = (
+        all(address % 16 == 0 for name, address in pointers.items() if name != "ALPHA")
+        and offset % 8 == 0
+        and (inner == numel or (inner % 8 == 0 and stride % 8 == 0))
+        and (count == 1 or length % 8 == 0)
+    )
+    return {
+        **pointers,
+        "TENSOR_ID": tensor_ids[i] if i < len(tensor_ids) else 0,
+        "NUMEL": numel,
+        "FAST": numel & ~7 if aligned else 0,
+        "FIRST": first,
+        "OFFSET": offset,
+        "INNER": inner,
+        "SKIP": stride - inner,
+        "SCALES": count,
+        "SCALE_LENGTH": length,
+        "INNER_DIVISOR": divisor(max(inner // 8, 1)),
+        "SCALE_DIVISOR": divisor(max(length // 8, 1)),
+    }
 
 
 # ---- uploading a plan without waiting for the device
 
-ARENA_WORDS = 1 << 18  # 2 MiB: about 14,000 tensors over all captures of a process
-_arena: list[Tensor] = []  # pinned host memory that captured copies read again at every replay
-_arena_used = 0
+ARENA_WORDS = 1 << 18  # 2 MiB: about 14,000 tensors
+_arena: list[Tensor] = []  # what is left of the pinned host memory for uploads by graphs
+_uploads: dict[Key, Tensor] = {}  # what graphs read again at every replay
 
 
-def upload(
-    rows: list[list[int]], owner: list[int], device: torch.device, capturing: bool
-) -> tuple[Tensor, Tensor]:
+def upload(key: Key, entries: list[int], owner: list[int], captured: bool) -> tuple[Tensor, Tensor]:
     """Table and owners on the device, by one copy that the host does not wait for."""
-    entries, words = len(rows) * len(COLUMNS), (len(owner) + 1) // 2
+    device, words = key[0], len(entries) + (len(owner) + 1) // 2
     on_gpu = device is not None and device.type == "cuda"
-    if on_gpu and not _arena and not capturing:
-        _arena.append(torch.empty(ARENA_WORDS, dtype=torch.int64, pin_memory=True))
-    host = from_arena(entries + words) if capturing else torch.empty(
-        entries + words, dtype=torch.int64, pin_memory=on_gpu
-    )  # fmt: skip
-    host[:entries] = torch.tensor(rows, dtype=torch.int64).flatten()
-    host[entries:].view(torch.int32)[: len(owner)] = torch.tensor(owner, dtype=torch.int32)
+    if captured:
+        host = _uploads[key] if key in _uploads else filled(from_arena(words), entries, owner)
+        _uploads[key] = host
+    else:
+        host = filled(torch.empty(words, dtype=torch.int64, pin_memory=on_gpu), entries, owner)
     there = host.to(device, non_blocking=True) if on_gpu else host
-    return there[:entries], there[entries:].view(torch.int32)
+    return there[: len(entries)], there[len(entries) :].view(torch.int32)
+
+
+def filled(host: Tensor, entries: list[int], owner: list[int]) -> Tensor:
+    host[: len(entries)] = torch.tensor(entries, dtype=torch.int64)
+    host[len(entries) :].view(torch.int32)[: len(owner)] = torch.tensor(owner, dtype=torch.int32)
+    return host
+
+
+def replenish(pinned: bool) -> None:
+    """Outside a capture, which may not allocate it: see that half an arena is there for the next one."""
+    if not _arena or _arena[0].numel() < ARENA_WORDS // 2:
+        _arena[:] = [torch.empty(ARENA_WORDS, dtype=torch.int64, pin_memory=pinned)]
 
 
 def from_arena(words: int) -> Tensor:
     """Pinned memory that is never used for anything else: a graph's copy reads it at any later time."""
-    global _arena_used
-    if not _arena or _arena_used + words > ARENA_WORDS:
+    if not _arena:
         raise RuntimeError(
             "tensors must have been used once before their ops are captured in a CUDA graph: run the step"
-            " before the capture, as a warm-up (or fewer graphs were to be captured by one process)"
+            " before the capture, as a warm-up"
         )
-    _arena_used += words
-    return _arena[0][_arena_used - words : _arena_used]
+    left = _arena[0].numel()
+    if words > left:
+        raise RuntimeError(
+            f"the tables of ops that are captured in CUDA graphs must have at most {left} words until the next"
+            f" op outside a capture, got {words}"
+        )
+    found, _arena[0] = _arena[0][:words], _arena[0][words:]
+    return found

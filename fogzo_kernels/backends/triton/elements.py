@@ -12,21 +12,48 @@ truncates.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-PHILOX_KEY_0, PHILOX_KEY_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
-PHILOX_MUL_0, PHILOX_MUL_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+from ...spec import noise as spec
 
-#: ``noise_pair`` returns m times this factor, which the caller folds into the noise coefficient.
-M_FACTOR = {
-    "uniform": 2.0**15,
-    "rademacher": 1.0,
-    "triangular": 1.0,
-    "logistic": 1.4426950408889634,  # base-2 logarithm
-    "gaussian": 1.0,
-}
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+M0, M1 = tl.constexpr(spec.PHILOX_M0), tl.constexpr(spec.PHILOX_M1)
+W0, W1 = tl.constexpr(spec.PHILOX_W0), tl.constexpr(spec.PHILOX_W1)
+ROUNDS = tl.constexpr(spec.PHILOX_ROUNDS)
+SIGN_TENSOR_ID = tl.constexpr(spec.SIGN_TENSOR_ID)
+
+#: What ``noise_pair`` returns is m times this factor, or m itself where none stands here. The caller folds
+#: it into the coefficient of the noise.
+M_FACTOR = {"uniform": 2.0**15, "logistic": 1.4426950408889634}  # the latter: a base-2 logarithm
+
+
+class Names(NamedTuple):
+    """Of noise, but for direction and element: the seed's halves, step and tensor id, uint32."""
+
+    k0: Any
+    k1: Any
+    step: Any
+    tensor_id: Any
+
+
+class Grid(NamedTuple):
+    """Of the quantizer, float32 (contract section 3)."""
+
+    offset: Any
+    qmin: Any
+    qmax: Any
+    r: Any
+
+
+class Scale(NamedTuple):
+    """float32, one number, or one for each chunk or pair of elements."""
+
+    delta: Any
+    inv: Any  # 1 / delta
+    shift: Any  # delta * offset
 
 
 # ---- arithmetic
@@ -111,34 +138,33 @@ def convert(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
-    for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * PHILOX_MUL_0  # one 32 x 32 -> 64 multiply gives both halves
-        p1 = c2.to(tl.uint64) * PHILOX_MUL_1
+    for _ in tl.static_range(ROUNDS):
+        p0 = c0.to(tl.uint64) * M0  # one 32 x 32 -> 64 multiply gives both halves
+        p1 = c2.to(tl.uint64) * M1
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
         c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c1 = p1.to(tl.uint32)
         c3 = p0.to(tl.uint32)
-        k0 = (k0 + PHILOX_KEY_0).to(tl.uint32)
-        k1 = (k1 + PHILOX_KEY_1).to(tl.uint32)
+        k0 = (k0 + W0).to(tl.uint32)
+        k1 = (k1 + W1).to(tl.uint32)
     return c0, c1, c2, c3
 
 
 @triton.jit
 def noise_words(chunk, names, direction):
-    k0, k1, step, tensor_id = names
+    """The four words of each chunk of 8 elements."""
     c0 = chunk.to(tl.uint32)
     zero = c0 * 0
     c1 = (chunk >> 32).to(tl.uint32) | ((zero + direction) << 16).to(tl.uint32)
-    return philox4x32(c0, c1, zero + step, zero + tensor_id, k0, k1)
+    return philox4x32(c0, c1, zero + names.step, zero + names.tensor_id, names.k0, names.k1)
 
 
 @triton.jit
 def direction_sign(names, direction):
     """s_i, float32."""
-    k0, k1, step, _ = names
-    zero = step * 0
+    zero = names.step * 0
     c1 = ((zero + direction) << 16).to(tl.uint32)
-    x0, _1, _2, _3 = philox4x32(zero, c1, step, zero + 0xFFFFFFFF, k0, k1)
+    x0, _1, _2, _3 = philox4x32(zero, c1, names.step, zero + SIGN_TENSOR_ID, names.k0, names.k1)
     return 1.0 - 2.0 * (x0 & 1).to(tl.float32)
 
 
@@ -168,7 +194,7 @@ def logistic_log2(k):
 
 @triton.jit
 def noise_pair(word, DIST: tl.constexpr):
-    """m times M_FACTOR[DIST] of the even and the odd element of a word."""
+    """m, times the factor in M_FACTOR if any, of the even and the odd element of a word."""
     if DIST == "uniform":
         return high_uniform(word << 16), high_uniform(word)
     elif DIST == "rademacher":
@@ -181,11 +207,13 @@ def noise_pair(word, DIST: tl.constexpr):
     elif DIST == "logistic":
         even, odd = halves_as_float(word)
         return logistic_log2(even), logistic_log2(odd)
-    else:  # gaussian, by Box-Muller: -2 ln x = -2 ln 2 log2 x; the angle is pi 2^-31 high_uniform
+    elif DIST == "gaussian":  # Box-Muller: -2 ln x = -2 ln 2 log2 x; the angle is pi 2^-31 high_uniform
         low, _ = halves_as_float(word)
         radius = approx_sqrt(approx_log2((low - 8388607.5) * (1.0 / 65536)) * -1.3862943611198906)
         c, s = approx_cos_sin(high_uniform(word) * 1.4629180792671596e-09)
         return radius * c, radius * s
+    else:
+        tl.static_assert(False, f"no code for distribution {DIST}")
 
 
 @triton.jit
@@ -205,13 +233,37 @@ def element_noise(e, names, direction, DIST: tl.constexpr):
     return tl.where((e & 1) != 0, odd, even)
 
 
+@triton.jit
+def tile_sum(g0, g1, chunk, names, B, n, TILE: tl.constexpr, DIST: tl.constexpr):
+    """sum_i B_i m_i over n directions: even, odd [TILE / 2]. g is any tile that was loaded."""
+    acc0, acc1 = g0 * 0.0, g1 * 0.0  # from a load, so that the loop keeps the tile's layout
+    acc0, acc1 = tl.where(acc0 == 0, acc0, 0.0), tl.where(acc1 == 0, acc1, 0.0)
+    for i in tl.range(0, n):
+        m0, m1 = tile_noise(chunk, names, i, TILE, DIST)
+        b = tl.load(B + i)
+        acc0, acc1 = fma(m0, b, acc0), fma(m1, b, acc1)
+    return acc0, acc1
+
+
+@triton.jit
+def element_sum(e, names, B, n, DIST: tl.constexpr):
+    """sum_i B_i m_i over n directions, of any elements."""
+    acc = tl.zeros(e.shape, tl.float32)
+    for i in tl.range(0, n):
+        acc = fma(element_noise(e, names, i, DIST), tl.load(B + i), acc)
+    return acc
+
+
 # ---- tiles in memory
 
 
 @triton.jit
 def load_tile(ptr, left, TILE: tl.constexpr):
-    """Even and odd elements as float32. Four-byte elements come as two halves of a chunk, so that
-    a thread holds 8 consecutive elements whatever the dtype, with 16-byte accesses."""
+    """Even and odd elements as float32, the first ``left``.
+
+    Four-byte elements come as two halves of a chunk, so that a thread holds 8 consecutive elements
+    whatever the dtype, with 16-byte accesses.
+    """
     if ptr.dtype.element_ty.primitive_bitwidth == 32:
         offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
         low = tl.load(ptr + offs, mask=offs < left)
@@ -225,6 +277,7 @@ def load_tile(ptr, left, TILE: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, even, odd, left, TILE: tl.constexpr):
+    """Store float32 values in the pointer's dtype, the first ``left``."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     x = tl.join(even, odd)
     if DTYPE.primitive_bitwidth == 32:
@@ -251,31 +304,51 @@ def per_pair(x, TILE: tl.constexpr):
 
 
 @triton.jit
-def code_of(y, qmin, qmax):
+def scale_of(delta, grid):
+    return Scale(delta, reciprocal(delta), delta * grid.offset)
+
+
+@triton.jit
+def scale_per_pair(scale, TILE: tl.constexpr):
+    return Scale(per_pair(scale.delta, TILE), per_pair(scale.inv, TILE), per_pair(scale.shift, TILE))
+
+
+@triton.jit
+def position(theta, scale, grid):
+    """z: where a latent lies, in step units, from code 0."""
+    return fma(theta, scale.inv, -grid.offset)
+
+
+@triton.jit
+def code_of(y, grid):
     """rint(min(max(y, qmin), qmax)); NaN gives qmin. The sum rounds half to even."""
     if INTERPRET:  # numpy's maximum keeps a NaN, the GPU's drops it
-        y = tl.where(y > qmin, y, qmin)
+        y = tl.where(y > grid.qmin, y, grid.qmin)
     else:
-        y = tl.maximum(y, qmin)
-    return (tl.minimum(y, qmax) + 12582912.0) - 12582912.0
+        y = tl.maximum(y, grid.qmin)
+    return (tl.minimum(y, grid.qmax) + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def output_of(code, delta, shift, CODES: tl.constexpr):
-    """delta * (code + offset), given shift = delta * offset: the same bits (contract section 4)."""
-    if CODES:
+def output_of(y, scale, grid, DTYPE: tl.constexpr):
+    """What is stored for a position: its code for int8, else delta * (code + offset), float32.
+
+    fma(code, delta, delta * offset) has the same bits (contract section 4).
+    """
+    code = code_of(y, grid)
+    if tl.int8 == DTYPE:
         return code
     else:
-        return fma(code, delta, shift)
+        return fma(code, scale.delta, scale.shift)
 
 
 @triton.jit
-def derivative_of(theta, inv, offset, qmin, qmax, r, KIND: tl.constexpr):
+def derivative_of(theta, scale, grid, KIND: tl.constexpr):
     """h'(theta) (contract section 1); x = theta / alpha = r theta / delta."""
-    x = tl.abs(theta * inv * r)
+    x = tl.abs(theta * scale.inv * grid.r)
     if KIND == "identity_clipped":
-        z = fma(theta, inv, -offset)
-        return ((z > qmin) & (z < qmax)).to(tl.float32)
+        z = position(theta, scale, grid)
+        return ((z > grid.qmin) & (z < grid.qmax)).to(tl.float32)
     elif KIND == "identity":
         return tl.zeros_like(theta) + 1.0
     elif KIND == "hardtanh":
@@ -283,5 +356,7 @@ def derivative_of(theta, inv, offset, qmin, qmax, r, KIND: tl.constexpr):
     elif KIND == "tanh":  # 1 - tanh(x)^2 = 4 e / (1 + e)^2, e = exp(-2 x)
         e = tl.exp(-2.0 * x)
         return 4.0 * e / ((1.0 + e) * (1.0 + e))
-    else:
+    elif KIND == "approxsign":
         return tl.maximum(2.0 - 2.0 * x, 0.0)
+    else:
+        tl.static_assert(False, f"no code for straight-through kind {KIND}")

@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code: compiled by nvcc for GPUs that need not be there, read by bench/sass.py.
+"""The CUDA kernels: compiled by nvcc, all of an architecture at once.
 
 Cubins lie in build/cubins under a hash of the sources and of nvcc's version, with what ptxas said of them.
 """
@@ -12,15 +12,22 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from . import sass
+from fogzo_kernels.spec import noise, straight_through
+from fogzo_kernels.spec.dtypes import OUTPUTS
 
-ROOT = Path(__file__).parents[1]
+from ..cases import short
+from .machine_code import Report, dumps, report_of, usages
+from .report import SPAN, Row, Variant, row_of_report
+
+ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc/cuda"
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")
-DISTRIBUTIONS = ("uniform", "rademacher", "triangular", "logistic", "gaussian")  # as element.h's enum
-DTYPES = ("fp32", "bf16", "fp16", "int8", "any")  # as ops.h's enum
-KINDS = ("identity_clipped", "identity", "hardtanh", "tanh", "approxsign")
+#: In the order of the C++ enumerations, by whose numbers a mangled name tells its template arguments.
+DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
+DTYPES = (*map(short, OUTPUTS), "any")
+KINDS = straight_through.VARIANTS
 THREADS = 128  # of a block
 #: Elements of a thread in one turn of its loop.
 TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32}
@@ -86,50 +93,44 @@ def spills(folder: Path) -> dict[str, int]:
 # ---- rows
 
 
-def variant_of(name: str) -> sass.Variant | None:
+def variant_of(name: str) -> Variant | None:
     """Of a demangled name; None for what is no kernel."""
     found = re.match(r"(?:void )?fogzo::cuda::(\w+)(?:<(.*)>)?\(", name)
     if found is None:
         return None
-    kernel, arguments = (
-        found.group(1),
-        [a.rsplit(")", 1)[-1].strip() for a in (found.group(2) or "").split(",")],
-    )
+    kernel = found.group(1)
+    arguments = [a.rsplit(")", 1)[-1].strip() for a in (found.group(2) or "").split(",")]
     if kernel == "noise_kernel":
-        return sass.Variant(kernel, out="fp32", distribution=DISTRIBUTIONS[int(arguments[0])])
+        return Variant(kernel, out="fp32", distribution=DISTRIBUTIONS[int(arguments[0])])
     if kernel == "sumsq_kernel":
-        return sass.Variant(kernel, grad=DTYPES[int(arguments[0])], scale=scale_of(arguments[1]))
+        return Variant(kernel, grad=DTYPES[int(arguments[0])], scale=scale_of(arguments[1]))
     if kernel == "perturb_kernel":
-        dist, latent, grad, out, both, plain = arguments
-        return sass.Variant(
-            kernel, *dtypes(latent, grad, out), DISTRIBUTIONS[int(dist)], "both" if both == "true" else "one",
-            scale_of(plain), plain == "false",
-        )  # fmt: skip
+        dist, *types, both, plain = arguments
+        signs = "both" if both == "true" else "one"
+        return Variant(kernel, *dtypes(*types), signs=signs, **drawn(dist, plain))
     if kernel == "estimate_kernel":
         dist, grad, plain = arguments
-        return sass.Variant(
-            kernel, None, DTYPES[int(grad)], None, DISTRIBUTIONS[int(dist)], None, scale_of(plain),
-            plain == "false", directions=1,
-        )  # fmt: skip
+        return Variant(kernel, grad=DTYPES[int(grad)], directions=1, **drawn(dist, plain))
     if kernel == "update_kernel":
         dist, adamw, plain, *types = arguments
         rule = "adamw" if adamw == "true" else "momentum"  # with one state, as momentum and nesterov have
-        return sass.Variant(
-            kernel,
-            *dtypes(*types),
-            DISTRIBUTIONS[int(dist)],
-            None,
-            scale_of(plain),
-            plain == "false",
-            kind=rule,
-        )
+        return Variant(kernel, *dtypes(*types), kind=rule, **drawn(dist, plain))
     if kernel == "quantize_kernel":
         latent, out = dtypes(*arguments)
-        return sass.Variant(kernel, latent, None, out, scale="row")
+        return Variant(kernel, latent, None, out, scale="row")
     if kernel == "backward_kernel":
         dtype = DTYPES[int(arguments[1])]
-        return sass.Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
-    return sass.Variant(kernel)
+        return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
+    return Variant(kernel)
+
+
+def drawn(dist: str, plain: str) -> dict[str, Any]:
+    """Fields of a variant that draws noise."""
+    return {
+        "distribution": DISTRIBUTIONS[int(dist)],
+        "scale": scale_of(plain),
+        "shard": plain == "false",
+    }
 
 
 def scale_of(plain: str) -> str:
@@ -143,8 +144,8 @@ def dtypes(*numbers: str) -> tuple[str, ...]:
 
 def functions(cubin: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Mangled name, machine code, and registers, stack, shared and local bytes of each kernel."""
-    text, usage = sass.dumps(cubin)
-    numbers = {name: tuple(map(int, rest)) for name, *rest in sass.usages(usage)}
+    text, usage = dumps(cubin)
+    numbers = {name: tuple(map(int, rest)) for name, *rest in usages(usage)}
     parts = re.split(r"^\s+Function : (\w+)$", text, flags=re.MULTILINE)
     for name, code in zip(parts[1::2], parts[2::2], strict=True):
         yield name, code, numbers[name]
@@ -157,7 +158,7 @@ def demangled(names: list[str]) -> list[str]:
     ).stdout.splitlines()
 
 
-def kernels(arch: int) -> Iterator[tuple[sass.Variant, sass.Report]]:
+def kernels(arch: int) -> Iterator[tuple[Variant, Report]]:
     """Every kernel's variant and report; an estimate, and AdamW's tail, also for four directions."""
     for cubin in sorted(compile_all(arch).glob("*.cubin")):
         found = list(functions(cubin))
@@ -165,15 +166,12 @@ def kernels(arch: int) -> Iterator[tuple[sass.Variant, sass.Report]]:
             variant = variant_of(name)
             if variant is None:
                 continue
-            yield variant, sass.report_of(code, numbers, 1)
-            if variant.kernel == "estimate_kernel" or (variant.kernel, variant.kind) == (
-                "update_kernel",
-                "adamw",
-            ):
-                yield variant._replace(directions=4), sass.report_of(code, numbers, 4)
+            yield variant, report_of(code, numbers, 1)
+            if variant.kernel == "estimate_kernel" or variant.kind == "adamw":
+                yield variant._replace(directions=4), report_of(code, numbers, 4)
 
 
-def rows(arch: int) -> Iterator[tuple[sass.Variant, dict[str, object]]]:
+def rows(arch: int) -> Iterator[tuple[Variant, Row]]:
     for variant, report in kernels(arch):
-        turns = sass.SPAN // (THREADS * TURN.get(variant.kernel, TURN_OF_OTHERS))
-        yield variant, sass.row_of_report(variant, arch, report, turns, THREADS, "cuda")
+        turns = SPAN // (THREADS * TURN.get(variant.kernel, TURN_OF_OTHERS))
+        yield variant, row_of_report(variant, arch, report, turns, THREADS, "cuda")

@@ -1,0 +1,99 @@
+"""Machine code of a cubin: its instructions before and in the loop over tiles, and its resources."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Report(NamedTuple):
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    prologue: Counter[str]
+    loop: Counter[str]  # empty without a tile loop
+    barriers: int
+
+    def weighted(self, tiles: int) -> Counter[str]:
+        return self.prologue + Counter({op: tiles * n for op, n in self.loop.items()})
+
+    def width(self, opcode: str) -> int | None:
+        """Bits of the widest load, or of the narrowest store, in the loop."""
+        widths = [bits_of(op) for op in self.loop if op.startswith(opcode)]
+        if not widths:
+            return None
+        return max(widths) if opcode == "LDG" else min(widths)
+
+
+def bits_of(opcode: str) -> int:
+    found = re.search(r"\.(128|64|U16|S16|U8|S8)\b", opcode)
+    return int(found.group(1).lstrip("US")) if found else 32
+
+
+def read_cubin(cubin: bytes, directions: int = 1) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text, usage = dumps(Path(file.name))
+    found = usages(usage)
+    if len(found) != 1:
+        raise RuntimeError(f"cuobjdump must report the resources of one kernel, reported {usage}")
+    return report_of(text, tuple(map(int, found[0][1:])), directions)
+
+
+def dumps(cubin: Path) -> tuple[str, str]:
+    """Machine code and resources of a file's kernels, as cuobjdump writes them."""
+    code, usage = (
+        subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True)
+        for flag in ("-sass", "-res-usage")
+    )
+    return code.stdout, usage.stdout + usage.stderr
+
+
+def usages(text: str) -> list[tuple[str, ...]]:
+    """Name, registers, stack, shared and local bytes of each kernel."""
+    return re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+
+
+def report_of(text: str, usage: tuple[int, ...], directions: int) -> Report:
+    registers, stack, shared, local = usage
+    prologue, loop, code = split(text, directions)
+    barriers = sum(op.startswith("BAR") for _, op, _ in code)
+    return Report(registers, stack + local, shared, prologue, loop, barriers)
+
+
+def split(text: str, directions: int) -> tuple[Counter[str], Counter[str], list[tuple[int, str, str]]]:
+    """Opcodes before the tile loop and in it, and all code as (address, opcode, operands)."""
+    pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
+    code = [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, text, re.MULTILINE) if op != "NOP"]
+    stores, loads = (
+        [a for a, op, _ in code if re.match(rf"{kind}\.E\.(128|64)", op)] for kind in ("STG", "LDG")
+    )
+    loops = []
+    for address, op, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and int(target.group(1), 16) < address:
+            loops.append((int(target.group(1), 16), address))
+    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide
+    inside = containing(loops, stores) or containing(loops, loads)
+    if not inside:
+        return Counter(op for _, op, _ in code), Counter(), code
+    start, end = max(inside, key=lambda x: x[1] - x[0])
+    inner = [(first, last) for first, last in loops if start < first and last < end]
+    loop = Counter[str]()
+    for address, op, _ in code:
+        if start <= address <= end:
+            loop[op] += directions if any(first <= address <= last for first, last in inner) else 1
+    return Counter(op for a, op, _ in code if a < start), loop, code
+
+
+def containing(loops: list[tuple[int, int]], addresses: list[int]) -> list[tuple[int, int]]:
+    return [(start, end) for start, end in loops if any(start <= a <= end for a in addresses)]

@@ -1,0 +1,151 @@
+"""Triton's kernels: their variants, each compiled alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fogzo_kernels.backends.triton import launch, perturb, tail
+from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
+from fogzo_kernels.backends.triton.launch import NUM_WARPS
+from fogzo_kernels.backends.triton.noise import noise_kernel
+from fogzo_kernels.backends.triton.norm import sum_kernel, sumsq_kernel
+from fogzo_kernels.backends.triton.perturb import perturb_kernel
+from fogzo_kernels.backends.triton.quantize import quantize_kernel
+from fogzo_kernels.backends.triton.tail import update_coefficients_kernel, update_kernel
+from fogzo_kernels.spec.dtypes import FLOATS, OUTPUTS
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.straight_through import VARIANTS as KINDS
+from fogzo_kernels.spec.update import VARIANTS as RULES
+
+from ..cases import DTYPES as COMBINATIONS
+from ..cases import short
+from .machine_code import Report, read_cubin
+from .report import SPAN, Row, Variant, row_of_report
+
+DTYPES = {short(dtype): dtype for dtype in OUTPUTS}
+KERNELS = {
+    kernel.__name__: kernel
+    for kernel in (
+        noise_kernel, sumsq_kernel, sum_kernel, perturb_kernel, coefficients_kernel, estimate_kernel,
+        update_coefficients_kernel, update_kernel, quantize_kernel,
+    )
+}  # fmt: skip
+#: Types of a kernel's arguments where they are not fp32.
+TYPES = {
+    "table": "*i64", "owner": "*i32", "partial": "*fp64", "norm": "*fp32", "coef": "*fp32",
+    "losses_plus": "*fp32", "losses_minus": "*fp32", "counters": "*i64", "one_minus_beta": "*fp64",
+    "seed": "*i64", "step": "*i64", "direction": "i32", "n": "i32", "count": "i32", "out": "*fp32",
+    "lr": "*fp64", "decay_rate": "i64", "log_beta1": "i64", "log_beta2": "i64", "keep": "i64",
+}  # fmt: skip
+HOST_SCALARS = {"seed": "i64", "step": "i64", "lr": "i64"}
+
+
+# ---- variants
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel, over the dtypes, distributions, signs and scales that select different code."""
+    for dist in DISTRIBUTIONS:
+        yield Variant("noise_kernel", out="fp32", distribution=dist)
+    for grad in map(short, FLOATS):
+        for scale in ("tensor", "row"):
+            yield Variant("sumsq_kernel", grad=grad, scale=scale)
+    yield Variant("sum_kernel")
+    yield from streaming_variants()
+    for host in (True, False):
+        yield Variant("coefficients_kernel", host=host)
+        for rule in ("adamw", "momentum"):
+            yield Variant("update_coefficients_kernel", kind=rule, host=host)
+    for kind in (None, *KINDS):
+        for latent, out in (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "int8")):
+            if kind is None or out != "int8":
+                scale = "tensor" if kind is None else "row"
+                grad = latent if kind else None
+                yield Variant("quantize_kernel", latent, grad, out, scale=scale, kind=kind)
+
+
+def streaming_variants() -> Iterator[Variant]:
+    for types in COMBINATIONS.values():
+        latent, grad, out = map(short, types)
+        for dist in DISTRIBUTIONS:
+            for signs in ("one", "both"):
+                for scale, shard in (("tensor", False), ("row", True)):
+                    yield Variant("perturb_kernel", latent, grad, out, dist, signs, scale, shard)
+    for grad in map(short, FLOATS):
+        for dist in DISTRIBUTIONS:
+            for scale, shard in (("tensor", False), ("row", True)):
+                yield Variant("estimate_kernel", None, grad, None, dist, None, scale, shard, directions=1)
+            yield Variant("estimate_kernel", None, grad, None, dist, None, "tensor", directions=4)
+    device = {"distribution": "uniform", "scale": "tensor", "host": False}
+    yield Variant("perturb_kernel", "bf16", "bf16", "bf16", signs="one", **device)
+    yield Variant("estimate_kernel", grad="bf16", directions=1, **device)
+    for dist in DISTRIBUTIONS:
+        yield Variant("update_kernel", "fp32", "bf16", "bf16", dist, scale="tensor", kind="adamw", directions=4)
+    for *dtypes, master in (
+        ("fp32", "bf16", "bf16", False), ("fp32", "fp32", "fp32", False),
+        ("bf16", "bf16", "bf16", True), ("bf16", "bf16", "int8", False),
+    ):  # fmt: skip
+        for dist in DISTRIBUTIONS:
+            for rule in RULES:
+                yield Variant("update_kernel", *dtypes, dist, scale="tensor", kind=rule, master=master)
+        yield Variant("update_kernel", *dtypes, "uniform", scale="row", shard=True, kind="adamw", master=master)
+
+
+# ---- compile and count
+
+
+def constants_of(variant: Variant) -> dict[str, object]:
+    """Constexpr arguments of the kernel."""
+    latent, grad, out = (
+        launch.DTYPES.get(DTYPES.get(name or "")) for name in (variant.latent, variant.grad, variant.out)
+    )
+    found: dict[str, object] = {
+        "SPAN": SPAN, "TILE": tile_of(variant), "DIST": variant.distribution, "SHARD": variant.shard,
+        "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
+        "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
+        "BLOCK": 1024, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad,
+        "OUT_T": out,
+    }  # fmt: skip
+    if variant.kernel == "quantize_kernel" and variant.kind is None:
+        found["GRAD_T"] = latent
+    if variant.host:
+        found["one_minus_beta"] = None
+    return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}
+
+
+def tile_of(variant: Variant) -> int:
+    return tail.TILE if variant.kernel == "update_kernel" else launch.TILE
+
+
+def options_of(variant: Variant) -> dict[str, int]:
+    registers = {
+        "update_kernel": tail.REGISTERS,
+        "perturb_kernel": perturb.REGISTERS.get(DTYPES.get(variant.out or "")),
+    }.get(variant.kernel)
+    return {"num_warps": NUM_WARPS} | ({"maxnreg": registers} if registers else {})
+
+
+def compile_variant(variant: Variant, arch: int = 90) -> Report:
+    """Compile for compute capability ``arch`` / 10 and read the machine code."""
+    kernel, given = KERNELS[variant.kernel], constants_of(variant)
+    signature, constants, attributes = {}, {}, {}
+    types = {**TYPES, **HOST_SCALARS} if variant.host else TYPES
+    for i, name in enumerate(kernel.arg_names):
+        if name in given:
+            signature[name], constants[(i,)] = "constexpr", given[name]
+        else:
+            signature[name] = types.get(name, "fp32")
+            if signature[name].startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options_of(variant))
+    return read_cubin(binary.asm["cubin"], variant.directions or 1)
+
+
+def row(variant: Variant, arch: int) -> Row:
+    report = compile_variant(variant, arch)
+    return row_of_report(variant, arch, report, SPAN // tile_of(variant), 32 * NUM_WARPS, "triton")

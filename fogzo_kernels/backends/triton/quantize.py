@@ -1,0 +1,102 @@
+"""Q(theta), and the straight-through derivative (docs/contract.md, sections 1 and 3)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...spec import grid as spec
+from ...spec.straight_through import StraightThrough
+from ..plans import SPAN, plan
+from .elements import (
+    Grid,
+    convert,
+    derivative_of,
+    load_tile,
+    output_of,
+    position,
+    scale_of,
+    scale_per_pair,
+    store_tile,
+)
+from .launch import DTYPES, TILE, Tensors, grid_of, launch
+from .tables import (
+    chunk_delta,
+    chunks_from,
+    element_delta,
+    entry,
+    left_in_tile,
+    pointer,
+    program_row,
+    tile_at,
+    tiled_part,
+)
+
+
+@triton.jit
+def quantize_kernel(
+    table, owner, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
+    LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """KIND None: Q(theta) into PLUS. Else g h'(theta) into PLUS, which may be GRAD."""
+    row, begin, end, fast = program_row(table, owner, SPAN)
+    grid = Grid(offset, qmin, qmax, r)
+    latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
+    out = pointer(row, "PLUS", OUT_T)
+    alpha = pointer(row, "ALPHA", tl.float32)
+    if PER_TENSOR:
+        scale = scale_of(tl.load(alpha) * r, grid)
+    else:
+        length, chunks = entry(row, "SCALE_DIVISOR"), (fast >> 3).to(tl.uint32)
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left = left_in_tile(start, tiled, TILE)
+        t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
+        if not PER_TENSOR:
+            delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)
+            scale = scale_per_pair(scale_of(delta, grid), TILE)
+        if KIND is None:
+            q0 = output_of(position(t0, scale, grid), scale, grid, OUT_T)
+            q1 = output_of(position(t1, scale, grid), scale, grid, OUT_T)
+        else:
+            g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
+            q0 = g0 * derivative_of(t0, scale, grid, KIND)
+            q1 = g1 * derivative_of(t1, scale, grid, KIND)
+        store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
+    SUB: tl.constexpr = TILE // 8
+    for start in tl.range(tl.maximum(begin, fast), end, SUB):
+        j = start + tl.arange(0, SUB)
+        mask = j < end
+        one = scale_of(element_delta(alpha, j, row, r, mask), grid)
+        theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
+        if KIND is None:
+            q = output_of(position(theta, one, grid), one, grid, OUT_T)
+        else:
+            g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
+            q = g * derivative_of(theta, one, grid, KIND)
+        tl.store(out + j, convert(q, OUT_T), mask=mask)
+
+
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid) -> None:
+    """Write Q(theta): one launch."""
+    _launch(out, (), latents, alphas, grid, None)
+
+
+def straight_through_backward_(
+    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid,
+    straight_through: StraightThrough,
+) -> None:  # fmt: skip
+    """Write g * h'(theta): one launch."""
+    _launch(out, grads, latents, alphas, grid, straight_through.variant)
+
+
+def _launch(
+    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, kind: str | None
+) -> None:
+    p = plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
+    launch(
+        quantize_kernel, p.programs, latents[0].device, p.table, p.owner, **grid_of(grid), SPAN=SPAN, TILE=TILE,
+        LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[(grads or latents)[0].dtype],
+        OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor,
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""Plans of a GPU backend: what a table holds, and how long one lives that a CUDA graph may read."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from fogzo_kernels.backends import plans
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch):
+    """As in a process that has no plans yet; capture(True) begins a capture of a CUDA graph."""
+    monkeypatch.setattr(plans, "_plans", OrderedDict())
+    for name, empty in (("_captured", {}), ("_uploads", {}), ("_arena", [])):
+        monkeypatch.setattr(plans, name, empty)
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    return lambda on: monkeypatch.setattr(plans, "capturing", lambda _: on)
+
+
+def lists(count=2, numel=40):
+    return {name: [torch.zeros(numel) for _ in range(count)] for name in ("latents", "grads")}
+
+
+def entries(plan):
+    """Rows by column."""
+    rows = plan.table.view(-1, len(plans.COLUMNS)).tolist()
+    return [dict(zip(plans.COLUMNS, row, strict=True)) for row in rows]
+
+
+def test_a_row_holds_what_its_columns_say():
+    given = lists()
+    states = [[torch.zeros(40) for _ in range(2)] for _ in range(2)]
+    alphas = [torch.ones(1), torch.ones(5)]
+    found = plans.plan(
+        given["latents"], **given, alphas=alphas, states=states, tensor_ids=[3, 4],
+        layouts=[(0, 40, 40), (16, 8, 24)],
+    )  # fmt: skip
+    one, two = entries(found)
+    for name, tensors in zip(
+        ("LATENT", "GRAD", "ALPHA", "STATE_1", "STATE_2"), (*given.values(), alphas, *states), strict=True
+    ):
+        assert [one[name], two[name]] == [t.data_ptr() for t in tensors], name
+    assert (one["PLUS"], one["MINUS"]) == (0, 0)
+    assert [(row["TENSOR_ID"], row["NUMEL"], row["FIRST"]) for row in (one, two)] == [(3, 40, 0), (4, 40, 1)]
+    assert (one["INNER"], one["SKIP"]) == (40, 0)
+    assert (two["OFFSET"], two["INNER"], two["SKIP"]) == (16, 8, 16)
+    assert (two["SCALES"], two["SCALE_LENGTH"]) == (5, 8)
+    assert found.owner.tolist() == [0, 1]
+    assert (found.programs, found.per_tensor, found.shard) == (2, False, True)
+
+
+def test_one_list_of_states_or_none():
+    given, state = lists(), [torch.zeros(40) for _ in range(2)]
+    one = entries(plans.plan(given["latents"], **given, states=[state]))
+    assert [row["STATE_1"] for row in one] == [t.data_ptr() for t in state]
+    assert [row["STATE_2"] for row in one + entries(plans.plan(given["latents"], **given))] == [0] * 4
+    with pytest.raises(ValueError, match="zip"):
+        plans.plan(given["latents"], **given, states=[state] * 3)
+
+
+def test_the_last_plans_are_kept(monkeypatch):
+    monkeypatch.setattr(plans, "PLANS_KEPT", 2)
+    given = [lists() for _ in range(3)]
+    first, second = (plans.plan(x["latents"], **x) for x in given[:2])
+    assert plans.plan(given[0]["latents"], **given[0]) is first
+    plans.plan(given[2]["latents"], **given[2])
+    assert plans.plan(given[0]["latents"], **given[0]) is first
+    assert plans.plan(given[1]["latents"], **given[1]) is not second
+    assert plans._captured == {}
+
+
+def test_a_plan_that_a_graph_reads_stays_and_is_kept_once(monkeypatch, capture):
+    monkeypatch.setattr(plans, "PLANS_KEPT", 1)
+    given, other = lists(), lists()
+    capture(False)
+    before = plans.plan(given["latents"], **given)
+    for _ in range(3):
+        capture(True)
+        assert plans.plan(given["latents"], **given) is before
+        capture(False)
+        plans.plan(other["latents"], **other)  # whose plan replaces it
+        assert list(plans._captured.values()) == [before]
+        assert plans.plan(given["latents"], **given) is before  # its memory is not there twice
+    assert plans._uploads == {}
+
+
+def test_what_a_capture_uploads_is_its_own_and_is_read_from_memory_that_stays(monkeypatch, capture):
+    monkeypatch.setattr(plans, "ARENA_WORDS", 1000)
+    plans.replenish(pinned=False)
+    capture(True)
+    given = lists()
+    first = plans.plan(given["latents"], **given)
+    assert plans._plans == plans._captured == {}
+    left = plans._arena[0].numel()
+    assert left == 1000 - (2 * len(plans.COLUMNS) + 1)
+    (words,) = plans._uploads.values()
+    expected = words.clone()
+    again = plans.plan(given["latents"], **given)  # of another graph: the same words serve
+    assert again is not first
+    assert plans._arena[0].numel() == left
+    other = lists(count=20)
+    plans.plan(other["latents"], **other)
+    assert len(plans._uploads) == 2
+    assert torch.equal(words, expected)
+    assert entries(first) == entries(again)
+    assert entries(first)[0]["LATENT"] == given["latents"][0].data_ptr()
+
+
+def test_an_arena_that_is_half_used_is_replaced_outside_a_capture(monkeypatch, capture):
+    monkeypatch.setattr(plans, "ARENA_WORDS", 200)
+    plans.replenish(pinned=False)
+    arena = plans._arena[0]
+    plans.replenish(pinned=False)
+    assert plans._arena[0] is arena
+    capture(True)
+    given = lists(count=6)
+    found = entries(plans.plan(given["latents"], **given))
+    (words,) = plans._uploads.values()
+    assert words.untyped_storage().data_ptr() == arena.untyped_storage().data_ptr()
+    plans.replenish(pinned=False)
+    assert plans._arena[0].numel() == 200
+    assert plans._arena[0].untyped_storage().data_ptr() != words.untyped_storage().data_ptr()
+    assert words.tolist()[: len(plans.COLUMNS)] == list(found[0].values())
+
+
+def test_a_capture_without_a_warm_up_says_so(monkeypatch, capture):
+    monkeypatch.setattr(plans, "ARENA_WORDS", 100)
+    given, many = lists(), lists(count=6)
+    capture(True)
+    with pytest.raises(RuntimeError, match="run the step before the capture, as a warm-up"):
+        plans.plan(given["latents"], **given)
+    plans.replenish(pinned=False)
+    with pytest.raises(
+        RuntimeError, match="must have at most 100 words until the next op outside a capture, got 111"
+    ):
+        plans.plan(many["latents"], **many)
+    plans.plan(given["latents"], **given)
