@@ -88,7 +88,8 @@ def draw_case(random, op, bad):
     case = {
         "op": op, "seed": random.randrange(2**31), "noise_seed": random.randrange(-(2**63), 2**63),
         "tensors": apart([draw_tensor(random, large) for _ in range(count)]),
-        "latent": random.choice(list(FLOATS)), "grad": random.choice(list(FLOATS)), "out": random.choice(list(DTYPES)),
+        "latent": random.choice(list(FLOATS)), "grad": random.choice(list(FLOATS)),
+        "out": random.choice(list(DTYPES)),
         "shift": random.choice((0, 0, 1, 2, 3, 8)), "guard": random.choice((0, 64)),
         "special": random.random() < 0.3, "norm": random.randrange(len(NORMS)), "grid": random.choice(GRIDS),
         "step": random.choice((0, 1, 2**32 - 1)), "direction": random.choice((0, 1, 2**16 - 1)),

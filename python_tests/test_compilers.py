@@ -26,14 +26,14 @@ int main() {
   static float u[count], alpha = 0.25f;
   static uint16_t q[count];
   const Kernels &run = kernels();
-  for (int d = 0; d < 5; ++d) {
+  for (int d = 0; d < fogzo::kCount<fogzo::Distribution>; ++d) {
     const Noise what{fogzo::Distribution(d), {uint64_t(3) << 40 | 11, 7, 5, 9}};
     run.noise(what, {13, 100, 140}, 1.0f, u, 0, count);
     Item item;
     item.numel = item.scale_length = count;
     item.alpha = &alpha;
-    item.latent = {u, Dtype::float32};
-    item.plus = {q, Dtype::float16};
+    item.latent = {u, fogzo::Dtype::float32};
+    item.plus = {q, fogzo::Dtype::float16};
     run.quantize(item, {-128, 127, 0.5f}, 1.0f, 0, count);
     for (int64_t i = 0; i < count; ++i)
       std::printf("%a %d\n", u[i], int(q[i]));

@@ -10,7 +10,6 @@
 
 namespace fogzo::cuda {
 
-constexpr int kChunks = 2; // of a thread in one turn of its loop
 
 struct Tables {
   const int64_t *table;
