@@ -10,7 +10,6 @@
 
 namespace fogzo::cuda {
 
-
 struct Tables {
   const int64_t *table;
   const int32_t *owner;
