@@ -53,13 +53,15 @@ ITEMS = {
     "freed": lambda t: freed(t.clone()), "cut": lambda t: cut(t.clone()), "misaligned": misaligned,
     "onednn": lambda t: t.float().to_mkldnn(),
 }  # fmt: skip
+#: Of them, for a tensor of one element.
+SCALAR_ITEMS = ["float64", "int64", "meta", "freed", "misaligned", "longer"]
 
 
 def applicable(op, name, arguments):
     """How that argument can be spoiled, so that the call is bad for sure (or odd)."""
     value = arguments[name]
     if name in NUMBERS:
-        return ["number"]
+        return ["number", *SCALAR_ITEMS] if isinstance(value, torch.Tensor) else ["number"]
     if name in ODD:
         return ["odd"]
     if name in STRINGS:
@@ -69,9 +71,9 @@ def applicable(op, name, arguments):
     if name in ("tensor_ids", "names", "values"):
         return ["double", "drop"] if value else []
     if isinstance(value, torch.Tensor):
-        if value.numel() < 2:  # norm and one loss
-            found = ["float64", "int64", "meta"] + (["freed", "misaligned"] if value.numel() else [])
-            return found if op == "noise" else [*found, "longer"]
+        if value.numel() < 2:  # a number or one loss
+            found = SCALAR_ITEMS if value.numel() else ["float64", "int64", "meta", "longer"]
+            return [how for how in found if how != "longer" or (op, name) != ("noise", "out")]
         found = [how for how in ITEMS if how not in ("longer", "shorter", "empty")]
         return found if op == "noise" else [*found, "longer", "shorter", "empty"]
     if not isinstance(value, list) or not value:
@@ -97,7 +99,8 @@ def spoil(name, value, how, number):
     """The bad value of that argument."""
     if how in ("number", "odd"):
         values = NUMBERS.get(name) or ODD[name]
-        return values[number % len(values)]
+        bad = values[number % len(values)]
+        return torch.tensor(bad, dtype=value.dtype) if isinstance(value, torch.Tensor) else bad
     if how in ITEMS:
         change = ITEMS[how]
         if isinstance(value, torch.Tensor):

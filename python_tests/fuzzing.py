@@ -200,6 +200,10 @@ def build(case, buffers):
             found.fill_(1.0).add_(torch.rand(found.shape, generator=buffers.generator))
         return found
 
+    def scalar(value):
+        dtype = torch.float64 if isinstance(value, float) else torch.int64
+        return buffers.tensor((), dtype, torch.tensor(value, dtype=dtype))
+
     known = {
         "latents": lambda: [buffers.random(s, latent, 1.0, updates) for s in shapes],
         "grads": lambda: [
@@ -220,17 +224,17 @@ def build(case, buffers):
         ),
         "losses_plus": lambda: lose(losses(), case["lost"]), "losses_minus": losses,
         "norm": lambda: buffers.tensor((), F32, torch.tensor(NORMS[case["norm"]])),
-        "seed": lambda: case["noise_seed"], "step": lambda: case["step"],
-        "direction": lambda: case["direction"], "one_minus_beta": lambda: case["one_minus_beta"],
+        "seed": lambda: scalar(case["noise_seed"]), "step": lambda: scalar(case["step"]),
+        "direction": lambda: case["direction"], "one_minus_beta": lambda: scalar(case["one_minus_beta"]),
         "tensor_ids": lambda: [t["id"] for t in quantizing],
         "layouts": lambda: [x for t in quantizing for x in t["layout"]],
         "qmin": lambda: case["grid"][0], "qmax": lambda: case["grid"][1], "offset": lambda: case["grid"][2],
         "r": lambda: case["grid"][3], "distribution": lambda: case["distribution"], "epsilon": lambda: 0.75,
         "noise_scale": lambda: DISTRIBUTIONS[case["distribution"]],
         "straight_through": lambda: fk.StraightThrough(*case["kind"]).variant, "rule": lambda: case["rule"],
-        "names": lambda: list(rule_of(case).hyperparameters), "lr": lambda: 0.03,
+        "names": lambda: list(rule_of(case).hyperparameters), "lr": lambda: scalar(0.03),
         "values": lambda: list(rule_of(case).hyperparameters.values()),
-        "optimizer_step": lambda: case["count"],
+        "optimizer_step": lambda: scalar(case["count"]),
         "out": lambda: {
             "noise": lambda: buffers.tensor(shapes[0], F32, None, True),
             "guide_sumsq": lambda: buffers.tensor((), torch.float64, None, True),
@@ -260,7 +264,7 @@ def draw_of(case):
 
 
 def mix_of(a):
-    return Mix(a["norm"], torch.tensor(a["one_minus_beta"], dtype=torch.float64), a["epsilon"])
+    return Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
 
 
 def losses_of(a):
@@ -316,9 +320,9 @@ def updated(case, a, draw, grid):
         native.estimate_gradient(G[:quantizing], [], a["alphas"], *drawn, *mixed, *losses, grid.r)
         reference.coefficients(a["grads"], a["alphas"], draw, mix, losses_of(a))
     if not skip:
-        rule, step = rule_of(case), torch.tensor(a["optimizer_step"])
+        rule = rule_of(case)
         states = [a["first"], a["second"]][: rule.states]
-        update = Update(rule, torch.tensor(a["lr"], dtype=torch.float64), step, a["masters"], states)
+        update = Update(rule, a["lr"], a["optimizer_step"], a["masters"], states)
         none = Losses(torch.zeros(0), torch.zeros(0), None)
         reference.estimate_update_(a["latents"], [], G, a["alphas"], draw, mix, none, grid, update)
     if a["quantized"]:

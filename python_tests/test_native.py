@@ -3,6 +3,7 @@ all that fogzo_kernels/validation.py refuses, by an error that begins with the a
 is written."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ WRITTEN = {
 RULE = fk.spec.update.UpdateRule("adamw", weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6)
 
 
+f64, i64 = (partial(torch.tensor, dtype=d) for d in (torch.float64, torch.int64))
+
+
 def names_of(op):
     return [a.name for a in getattr(native, op).default._schema.arguments]
 
@@ -44,12 +48,12 @@ def arguments(op):
         **poison, "latents": latents, "grads": grads, "first": first, "second": [t.square() for t in first],
         "masters": [], "counters": [torch.tensor([5, 6, 7])],
         "alphas": [torch.tensor(0.5), torch.full((4, 1), 0.25)], "losses_plus": torch.tensor([2.0, 1.0, INF]),
-        "losses_minus": torch.tensor([0.5, 3.0, 1.0]), "norm": torch.tensor(2.0), "seed": 1, "step": 2,
-        "one_minus_beta": 0.25, "direction": 3, "tensor_ids": [4, 5], "layouts": [0, 3, 3, 8, 8, 16],
+        "losses_minus": torch.tensor([0.5, 3.0, 1.0]), "norm": torch.tensor(2.0), "seed": i64(1),
+        "step": i64(2), "one_minus_beta": f64(0.25), "direction": 3, "tensor_ids": [4, 5], "layouts": [0, 3, 3, 8, 8, 16],
         "qmin": -2, "qmax": 1, "offset": 0.0, "r": 1, "distribution": "uniform",
         "noise_scale": noise.DISTRIBUTIONS["uniform"], "epsilon": 0.5, "rule": RULE.variant,
-        "names": list(RULE.hyperparameters), "values": list(RULE.hyperparameters.values()), "lr": 0.1,
-        "optimizer_step": 2, "straight_through": "identity_clipped",
+        "names": list(RULE.hyperparameters), "values": list(RULE.hyperparameters.values()),
+        "lr": f64(0.1), "optimizer_step": i64(2), "straight_through": "identity_clipped",
     }  # fmt: skip
     if op == N:
         known |= {"out": torch.full((32,), 99.0), "tensor_ids": [5], "layouts": [8, 8, 16]}
@@ -80,10 +84,9 @@ def by_the_reference(op, a):
     grid = fk.Grid(a.get("qmin", -2), a.get("qmax", 1), a.get("offset", 0.0), a["r"]) if "r" in a else None
     if "seed" in a:
         triples = [tuple(a["layouts"][i : i + 3]) for i in range(0, len(a["layouts"]), 3)]
-        seed, step = torch.tensor(a["seed"]), torch.tensor(a["step"])
-        draw = Draw(a["distribution"], seed, step, a["tensor_ids"], triples)
+        draw = Draw(a["distribution"], a["seed"], a["step"], a["tensor_ids"], triples)
     if "norm" in a:
-        mix = Mix(a["norm"], torch.tensor(a["one_minus_beta"], dtype=torch.float64), a["epsilon"])
+        mix = Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
     if "losses_plus" in a:
         losses = Losses(a["losses_plus"], a["losses_minus"], a["counters"][0])
     match op:
@@ -97,8 +100,7 @@ def by_the_reference(op, a):
         case "estimate_gradient":
             reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix, losses, a["r"])
         case "estimate_update":
-            step = torch.tensor(a["optimizer_step"])
-            rule = Update(RULE, torch.tensor(a["lr"]).double(), step, [], [a["first"], a["second"]])
+            rule = Update(RULE, a["lr"], a["optimizer_step"], [], [a["first"], a["second"]])
             lists = [a[k] for k in ("latents", "quantized", "grads", "alphas")]
             reference.estimate_update_(*lists, draw, mix, losses, grid, rule)
         case "quantize":
@@ -240,6 +242,10 @@ SHAPE_OF_ALPHA = (
     " shape "
 )
 LAYOUT = "layouts[0] must be (offset >= 0, inner >= 1, stride >= inner), got "
+SCALARS = (
+    (DRAWN, "seed"), (DRAWN, "step"), (MIXED, "one_minus_beta"), ((U,), "lr"), ((U,), "optimizer_step"),
+)  # fmt: skip
+TYPES = ("int64", "int64", "float64", "float64", "int64")
 NAMES, VALUES = list(RULE.hyperparameters), list(RULE.hyperparameters.values())
 ROWS = [
     *of_list("latents", (P, U, Q, S), first=True), *of_list("grads", (G, E), first=True),
@@ -271,7 +277,7 @@ ROWS = [
     (LISTS, both(put(r=2), item("alphas", 0, lambda t: torch.tensor(2.0**100))),
      "alphas[0] must be finite, > 0 and in 3.9443e-31..6.33825e+29, got "),
     # names of noise
-    *((DRAWN, put(step=x), f"step must be in 0..4294967295, got {x}") for x in (-1, 2**32, BIG)),
+    *((DRAWN, put(step=i64(x)), f"step must be in 0..4294967295, got {x}") for x in (-1, 2**32, BIG)),
     *(((N, P), put(direction=x), f"direction must be in 0..65535, got {x}") for x in (-1, 2**16)),
     *((DRAWN, one("tensor_ids", lambda v, x=x: [x, *v[1:]]),
        f"tensor_ids[0] must be in 0..4294967294, got {x}") for x in (-1, 2**32 - 1)),
@@ -291,9 +297,14 @@ ROWS = [
     # norm, 1 - beta, losses, counters
     *((MIXED, one("norm", change), f"norm must be a 0-dim float32 tensor, got {got}")
       for change, got in ((Tensor.double, "float64 ()"), (lambda t: t.view(1), "float32 (1,)"))),
-    (MIXED, one("norm", lambda t: t.to("meta")), "norm must be a tensor on the CPU"),
+    *((ops, one(name, lambda t: t.to("meta")), f"{name} must be a tensor on the CPU")
+      for ops, name in ((MIXED, "norm"), *SCALARS)),
+    *((ops, one(name, lambda t: t.view(1)), f"{name} must be a 0-dim {types} tensor, got {types} (1,)")
+      for types, (ops, name) in zip(TYPES, SCALARS, strict=True)),
+    *((ops, one(name, Tensor.float), f"{name} must be a 0-dim {types} tensor, got float32 ()")
+      for types, (ops, name) in zip(TYPES, SCALARS, strict=True)),
     ((G,), put(out=torch.zeros(2).double()), "out must be a 0-dim float64 tensor, got float64 (2,)"),
-    *((MIXED, put(one_minus_beta=x), f"one_minus_beta must be in 0..1, got {x:g}")
+    *((MIXED, put(one_minus_beta=f64(x)), f"one_minus_beta must be in 0..1, got {x:g}")
       for x in (-0.5, 1.5, NAN, INF)),
     *(((E, U), one(name, change), f"{name} must be a contiguous float32 tensor of shape (n,), got {got}")
       for name in ("losses_plus", "losses_minus")
@@ -321,8 +332,8 @@ ROWS = [
     ((U,), put(names=["decay", *NAMES[1:]]),
      "hyperparameters must be one of weight_decay, beta1, beta2, eps, momentum, dampening, got decay"),
     ((U,), put(values=VALUES[:-1]), "values must have 6 numbers, one for each of names, got 5"),
-    *(((U,), put(lr=x), f"lr must be finite and >= 0, got {x:g}") for x in (-0.1, NAN, INF)),
-    *(((U,), put(optimizer_step=x), f"optimizer_step must be >= 1, got {x}") for x in (0, -1)),
+    *(((U,), put(lr=f64(x)), f"lr must be finite and >= 0, got {x:g}") for x in (-0.1, NAN, INF)),
+    *(((U,), put(optimizer_step=i64(x)), f"optimizer_step must be >= 1, got {x}") for x in (0, -1)),
     # memory
     ((P,), lambda args: {"plus": args["latents"]}, "plus["),
     ((P,), joined("plus", "minus"), "minus[1] must not share memory with plus[1]"),

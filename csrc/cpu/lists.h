@@ -77,6 +77,12 @@ inline void check_scalar(const Tensor &t, const Name &name, Type type) {
   check_tensor(t, name, bit(type));
 }
 
+// The number in a 0-dim tensor.
+template <class T> T scalar(const Tensor &t, const Name &name, Type type) {
+  check_scalar(t, name, type);
+  return *t.at<const T>();
+}
+
 // ---- lists
 
 inline bool same_shape(const Tensor &a, const Tensor &b) {

@@ -8,22 +8,26 @@
 namespace fogzo::cpu {
 
 // Which noise, but for the direction.
-#define FOGZO_DRAW "str distribution, float noise_scale, int seed, int step, int[] tensor_ids, int[] layouts"
+#define FOGZO_DRAW                                                                                             \
+  "str distribution, float noise_scale, Tensor seed, Tensor step, int[] tensor_ids, int[] layouts"
 
 struct Draw {
   std::string name;
   double C; // u = C m
-  int64_t seed, step;
+  Tensor seed_tensor, step_tensor;
   Ints tensor_ids, layouts; // layouts: offset, inner and stride of each tensor, one after the other
   Distribution distribution{};
+  int64_t seed = 0, step = 0;
 
   explicit Draw(Arguments &a)
-      : name(a.text()), C(a.number()), seed(a.integer()), step(a.integer()), tensor_ids(a.integers()),
-        layouts(a.integers()) {}
+      : name(a.text()), C(a.number()), seed_tensor(a.tensor()), step_tensor(a.tensor()),
+        tensor_ids(a.integers()), layouts(a.integers()) {}
 
   // For the first `count` of `like`. A number cut to its lower bits would name other noise.
   void check(const Tensors &like, size_t count) {
     distribution = value_of<Distribution, Refusal>(name, "distribution");
+    seed = scalar<int64_t>(seed_tensor, "seed", Type::int64);
+    step = scalar<int64_t>(step_tensor, "step", Type::int64);
     check_range(step, 0, kMaxStep - 1, "step");
     FOGZO_CHECK(tensor_ids.size() == count, "tensor_ids must have ", count, " entries, got ",
                 tensor_ids.size());
@@ -92,26 +96,26 @@ private:
 };
 
 // How noise and guide make v, and how far the probes go.
-#define FOGZO_MIX "Tensor norm, float one_minus_beta, float epsilon"
+#define FOGZO_MIX "Tensor norm, Tensor one_minus_beta, float epsilon"
 
 struct Mix {
-  Tensor norm_tensor;
-  double one_minus_beta, epsilon;
+  Tensor norm_tensor, one_minus_beta_tensor;
+  double epsilon;
+  float norm = 0.0f;
+  double one_minus_beta = 0.0;
 
-  explicit Mix(Arguments &a) : norm_tensor(a.tensor()), one_minus_beta(a.number()), epsilon(a.number()) {}
+  explicit Mix(Arguments &a)
+      : norm_tensor(a.tensor()), one_minus_beta_tensor(a.tensor()), epsilon(a.number()) {}
 
-  void check() const {
-    check_scalar(norm_tensor, "norm", Type::float32);
+  void check() {
+    norm = scalar<float>(norm_tensor, "norm", Type::float32);
+    one_minus_beta = scalar<double>(one_minus_beta_tensor, "one_minus_beta", Type::float64);
     FOGZO_CHECK(0.0 <= one_minus_beta && one_minus_beta <= 1.0, "one_minus_beta must be in 0..1, got ",
                 one_minus_beta);
   }
 
-  float norm() const { return *norm_tensor.at<const float>(); }
-
   // a / N of the contract: 0 unless N is finite and > 0
-  double over_norm(double numerator) const {
-    return std::isfinite(norm()) && norm() > 0 ? numerator / norm() : 0.0;
-  }
+  double over_norm(double numerator) const { return std::isfinite(norm) && norm > 0 ? numerator / norm : 0.0; }
 };
 
 // What the probes found. `counters` is one tensor or none: lost directions, lost norms, bad alphas.
@@ -180,18 +184,18 @@ struct Grid {
 };
 
 // The optimizer's rule and this step's numbers.
-#define FOGZO_UPDATE "str rule, str[] names, float[] values, float lr, int optimizer_step"
+#define FOGZO_UPDATE "str rule, str[] names, float[] values, Tensor lr, Tensor optimizer_step"
 
 struct Optimizer {
   std::string name;
   std::vector<std::string> names; // of hyperparameters
   std::vector<double> values;
-  double lr;
-  int64_t count;
+  Tensor lr_tensor, count_tensor;
   Update update{};
 
   explicit Optimizer(Arguments &a)
-      : name(a.text()), names(a.texts()), values(a.numbers()), lr(a.number()), count(a.integer()) {}
+      : name(a.text()), names(a.texts()), values(a.numbers()), lr_tensor(a.tensor()), count_tensor(a.tensor()) {
+  }
 
   void check() {
     const Rule rule = value_of<Rule, Refusal>(name, "rule");
@@ -201,6 +205,8 @@ struct Optimizer {
     for (size_t i = 0; i < names.size(); ++i)
       pairs.emplace_back(names[i], values[i]);
     const Hyperparameters h = hyperparameters_of<Refusal>(pairs);
+    const double lr = scalar<double>(lr_tensor, "lr", Type::float64);
+    const int64_t count = scalar<int64_t>(count_tensor, "optimizer_step", Type::int64);
     FOGZO_CHECK(lr >= 0 && std::isfinite(lr), "lr must be finite and >= 0, got ", lr);
     FOGZO_CHECK(count >= 1, "optimizer_step must be >= 1, got ", count);
     update = update_of(rule, h);

@@ -107,7 +107,7 @@ void perturb_quantize(Arguments a) {
   const Tensors plus = a.tensors(), minus = a.tensors(), latents = a.tensors(), grads = a.tensors(),
                 alphas = a.tensors();
   Draw draw(a);
-  const Mix mix(a);
+  Mix mix(a);
   const int64_t direction = a.integer();
   const Grid grid(a);
   const size_t count = latents.size();
@@ -177,7 +177,7 @@ Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &los
     found.B.push_back(float(c * std::sqrt(mix.one_minus_beta) * draw.C / double(n)));
   }
   found.A = float(mix.over_norm(sum * std::sqrt(1.0 - mix.one_minus_beta) / double(n)));
-  const bool norm_lost = !std::isfinite(mix.norm());
+  const bool norm_lost = !std::isfinite(mix.norm);
   losses.count(lost, norm_lost); // the third counter, of bad alphas, stays: they are refused
   found.usable = lost < n && !norm_lost;
   return found;
@@ -186,7 +186,7 @@ Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &los
 void estimate_gradient(Arguments a) {
   const Tensors grads = a.tensors(), counters = a.tensors(), alphas = a.tensors();
   Draw draw(a);
-  const Mix mix(a);
+  Mix mix(a);
   const Losses losses(a, counters);
   const int64_t r = a.integer();
   check_list(grads, "grads", kFloats);
@@ -275,7 +275,7 @@ private:
 void estimate_update(Arguments a) {
   const TailLists lists(a);
   Draw draw(a);
-  const Mix mix(a);
+  Mix mix(a);
   const Losses losses(a, lists.counters);
   const Grid grid(a);
   Optimizer optimizer(a);
@@ -297,7 +297,7 @@ void estimate_update(Arguments a) {
   Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, optimizer.update, grid.range(), false};
   Coefficients c;
   if (losses.n()) {
-    tail.skip = !std::isfinite(mix.norm());
+    tail.skip = !std::isfinite(mix.norm);
     c = coefficients_of(draw, mix, losses);
   }
   if (c.usable) {

@@ -85,16 +85,15 @@ def straight_through_backward_(
 # ---- arguments of the native ops (csrc/cpu/nouns.h)
 
 
-def drawn(draw: Draw) -> tuple[str, float, int, int, Sequence[int], list[int]]:
+def drawn(draw: Draw) -> tuple[str, float, Tensor, Tensor, Sequence[int], list[int]]:
     """Distribution and its C, seed, step, tensor ids, and layouts in a row."""
-    C = DISTRIBUTIONS[draw.distribution]
-    layouts = list(chain.from_iterable(draw.layouts))
-    return draw.distribution, C, int(draw.seed), int(draw.step), draw.tensor_ids, layouts
+    C = DISTRIBUTIONS.get(draw.distribution, 0.0)  # the op names the known ones
+    return draw.distribution, C, draw.seed, draw.step, draw.tensor_ids, [*chain.from_iterable(draw.layouts)]
 
 
-def mixed(mix: Mix) -> tuple[Tensor, float, float]:
+def mixed(mix: Mix) -> tuple[Tensor, Tensor, float]:
     """N, 1 - beta and eps."""
-    return mix.norm, float(mix.one_minus_beta), mix.epsilon
+    return mix.norm, mix.one_minus_beta, mix.epsilon
 
 
 def grid_of(grid: Grid) -> tuple[int, int, float, int]:
@@ -102,10 +101,10 @@ def grid_of(grid: Grid) -> tuple[int, int, float, int]:
     return grid.qmin, grid.qmax, grid.offset, grid.r
 
 
-def update_of(update: Update) -> tuple[str, list[str], list[float], float, int]:
+def update_of(update: Update) -> tuple[str, list[str], list[float], Tensor, Tensor]:
     """The rule's variant, its hyperparameters' names and values, lr, and the optimizer's step."""
     h = update.rule.hyperparameters
-    return update.rule.variant, list(h), list(h.values()), float(update.lr), int(update.optimizer_step)
+    return update.rule.variant, list(h), list(h.values()), update.lr, update.optimizer_step
 
 
 def counters_of(losses: Losses) -> Tensors:
