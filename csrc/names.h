@@ -2,7 +2,9 @@
 // fogzo_kernels/spec; a test compares the two (_C.names()). Host and device; no torch.
 //
 // A list is a macro that applies another to each name. From it come the enumeration, its names as text, the
-// value of a name (value_of) and the switch that makes of a value a constant of the compiler (with_value).
+// value of a name (value_of) and the switch that makes of a value a constant of the compiler (with_value). The
+// CPU kernels switch by themselves: a function from here could not become a part of theirs, which are
+// compiled for an instruction set.
 #pragma once
 
 #include <cstdint>

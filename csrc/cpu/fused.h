@@ -288,7 +288,14 @@ PerturbKernels perturb_for(Dtype latent, Dtype grad, Dtype out, bool table) {
 
 template <bool BOTH>
 PerturbKernels perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out, bool table) {
-  return with_value(d, [&](auto D) { return perturb_for<decltype(D)::value, BOTH>(latent, grad, out, table); });
+  switch (d) {
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Distribution::name:                                                                                     \
+    return perturb_for<Distribution::name, BOTH>(latent, grad, out, table);
+    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
+#undef FOGZO_CASE
+  }
+  __builtin_trap(); // no value of the enumeration
 }
 
 void perturb_fused(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
@@ -391,7 +398,14 @@ template <Distribution D> EstimateKernels estimate_for(Dtype grad, bool widen) {
 }
 
 EstimateKernels estimate_for(Distribution d, Dtype grad, bool widen) {
-  return with_value(d, [&](auto D) { return estimate_for<decltype(D)::value>(grad, widen); });
+  switch (d) {
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Distribution::name:                                                                                     \
+    return estimate_for<Distribution::name>(grad, widen);
+    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
+#undef FOGZO_CASE
+  }
+  __builtin_trap(); // no value of the enumeration
 }
 
 // widen: to float32, else to the dtype of the gradient

@@ -96,7 +96,13 @@ template <Distribution D> void noise_run(const Names &names, uint64_t e, int64_t
 }
 
 void noise_run(const Noise &noise, uint64_t e, int64_t count, float *m) {
-  with_value(noise.distribution, [&](auto D) { noise_run<decltype(D)::value>(noise.names, e, count, m); });
+  switch (noise.distribution) {
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Distribution::name:                                                                                     \
+    return noise_run<Distribution::name>(noise.names, e, count, m);
+    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
+#undef FOGZO_CASE
+  }
 }
 
 // m of local elements begin .. begin + count - 1 of a shard
@@ -256,8 +262,14 @@ void step_tile(const Item &item, Update update, const float *G, int64_t start, i
     store(to, item.latent, start, count);
 }
 
-void step_tile(const Item &item, const Update &update, const float *G, int64_t start, int64_t count) {
-  with_value(update.rule, [&](auto R) { step_tile<decltype(R)::value>(item, update, G, start, count); });
+void step_tile(const Item &item, Update update, const float *G, int64_t start, int64_t count) {
+  switch (update.rule) {
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Rule::name:                                                                                             \
+    return step_tile<Rule::name>(item, update, G, start, count);
+    FOGZO_RULES(FOGZO_CASE)
+#undef FOGZO_CASE
+  }
 }
 
 void quantize_range(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
@@ -317,7 +329,13 @@ void straight_through_range(const Item &item, GridRange grid, float r, int64_t b
 
 void straight_through_range(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
                             int64_t end) {
-  with_value(kind, [&](auto S) { straight_through_range<decltype(S)::value>(item, grid, r, begin, end); });
+  switch (kind) {
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case StraightThrough::name:                                                                                  \
+    return straight_through_range<StraightThrough::name>(item, grid, r, begin, end);
+    FOGZO_STRAIGHT_THROUGHS(FOGZO_CASE)
+#undef FOGZO_CASE
+  }
 }
 
 constexpr Kernels table_of(const char *isa, decltype(Kernels::perturb) perturb,
