@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-NATIVE := setup.py build_cuda.py \
+NATIVE := setup.py build_cuda.py cuda_units.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu csrc/cuda/*.cpp)
-CXX_SOURCES := $(filter-out setup.py build_cuda.py,$(NATIVE)) $(wildcard python_tests/cuda_on_host/*.h)
+CXX_SOURCES := $(filter-out setup.py build_cuda.py cuda_units.py,$(NATIVE)) $(wildcard python_tests/cuda_on_host/*.h)
 
 # What a target needs beside torch and the build tools; pyproject.toml has the same as extras
 demo_PACKAGES := scikit-learn tqdm matplotlib

@@ -17,6 +17,8 @@ import torch
 from setuptools import Extension
 from torch.utils.cpp_extension import BuildExtension
 
+from cuda_units import Unit, units
+
 VARIABLE, ARCHITECTURES = "FOGZO_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 NAME = "fogzo_kernels._cuda"
@@ -24,7 +26,7 @@ NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
     "--fmad=false",  # only std::fma may fuse: the contract pins every rounding
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Werror=switch",
 ]
 
 
@@ -81,20 +83,20 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def compile_objects(nvcc: str, folder: Path, debug: bool = False) -> list[str]:
-    """An object per .cu file, the longest compilations side by side."""
+    """An object for each unit, the longest compilations side by side."""
     folder.mkdir(parents=True, exist_ok=True)
     options = [*NVCC_FLAGS, *(option for word in architectures() for option in gencode(word))]
     options += ["-lineinfo", "-UNDEBUG"] if debug else []
 
-    def compile_one(source: str) -> str:
-        out = str(folder / f"{Path(source).stem}.o")
-        subprocess.run([nvcc, *options, "-c", source, "-o", out], check=True)
+    def compile_one(unit: Unit) -> str:
+        out = str(folder / f"{unit.name}.o")
+        subprocess.run([nvcc, *options, *unit.defines, "-c", str(unit.source), "-o", out], check=True)
         return out
 
-    sources = sorted(glob("csrc/cuda/*.cu"))
+    found = units()
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(max(1, min(jobs, len(sources)))) as pool:
-        return list(pool.map(compile_one, sources))
+    with ThreadPoolExecutor(max(1, min(jobs, len(found)))) as pool:
+        return list(pool.map(compile_one, found))
 
 
 def extension(debug: bool) -> Extension | None:

@@ -43,6 +43,7 @@ native = CppExtension(
         "-std=c++17",
         "-ffp-contract=off",  # only std::fma may fuse: the contract pins every rounding
         "-fvisibility=hidden",
+        "-Werror=switch",  # a switch over an enumeration knows each value
         *OPTIMIZATION,
     ],
     extra_link_args=SANITIZERS,

@@ -7,31 +7,35 @@
 
 namespace fogzo {
 
-enum class Distribution { uniform, rademacher, triangular, logistic, gaussian };
-
 // m of the even and the odd element of one Philox word.
 struct Pair {
   float even, odd;
 };
 
+// m of an element, where it is a function of the element's half
 template <Distribution D> FOGZO_HD float noise_of_half(uint32_t k) {
-  if (D == Distribution::uniform)
+  if constexpr (D == Distribution::uniform)
     return float(2 * int32_t(int16_t(k)) + 1);
-  if (D == Distribution::rademacher)
+  else if constexpr (D == Distribution::rademacher)
     return k & 0x8000u ? -1.0f : 1.0f;
-  if (D == Distribution::triangular)
+  else if constexpr (D == Distribution::triangular)
     return float(int32_t(k & 0xFFu) + int32_t(k >> 8) - 255);
-  return log_of((float(k) + 0.5f) / (65535.5f - float(k))); // logistic
+  else if constexpr (D == Distribution::logistic)
+    return log_of((float(k) + 0.5f) / (65535.5f - float(k)));
+  else
+    static_assert(unknown<D>, "noise_of_half() must know each distribution that is drawn from a half");
 }
 
+// m of two elements, where it is a function of their word
 template <Distribution D> FOGZO_HD Pair noise_of_word(uint32_t low, uint32_t high) {
-  if (D == Distribution::gaussian) { // Box-Muller
+  if constexpr (D == Distribution::gaussian) { // Box-Muller
     const float radius = std::sqrt(-2.0f * log_of((float(low) + 0.5f) / 65536.0f));
     float cosine, sine;
     cos_sin_pi(float(2 * int32_t(int16_t(high)) + 1) / 65536.0f, cosine, sine);
     return {radius * cosine, radius * sine};
+  } else {
+    static_assert(unknown<D>, "noise_of_word() must know each distribution that is drawn from a word");
   }
-  return {noise_of_half<D>(low), noise_of_half<D>(high)};
 }
 
 // A grid without its step.
@@ -71,53 +75,85 @@ FOGZO_HD float value_of(float code, const Scale &scale, const GridRange &grid) {
 // fma(A, g, inv acc)
 FOGZO_HD float estimate_of(float A, float g, float inv, float acc) { return std::fma(A, g, inv * acc); }
 
-enum class Rule { adamw, sgd, momentum, nesterov };
-
 // An optimizer's scalars, as the contract names them; of SGD, `decay` is keep.
 struct Update {
   Rule rule;
   float size, decay, root, first_weight, second_weight, second_decay, eps, weight_decay, momentum;
 };
 
+// Those that stay from step to step.
+inline Update update_of(Rule rule, const Hyperparameters &h) {
+  Update u{rule, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  switch (rule) {
+  case Rule::adamw:
+    u.first_weight = float(1.0 - h.beta1);
+    u.second_weight = float(1.0 - h.beta2);
+    u.second_decay = float(h.beta2);
+    u.eps = float(h.eps);
+    return u;
+  case Rule::sgd:
+  case Rule::momentum:
+  case Rule::nesterov:
+    u.weight_decay = float(h.weight_decay);
+    u.momentum = float(h.momentum);
+    return u;
+  }
+  throw std::logic_error("update_of() must know each rule");
+}
+
+// Those of the optimizer's step number `count`; without branches, as a GPU has them.
+static_assert(kCount<Rule> == 4, "these must know each rule: AdamW's, or else one of SGD's");
+
+FOGZO_HD float step_size(Rule rule, const Hyperparameters &h, double lr, double count) {
+  return float(rule == Rule::adamw ? lr / (1.0 - std::pow(h.beta1, count)) : lr);
+}
+
+FOGZO_HD float step_decay(Rule rule, const Hyperparameters &h, double lr, double count) {
+  return float(rule == Rule::adamw ? 1.0 - lr * h.weight_decay : count == 1.0 ? 1.0 : 1.0 - h.dampening);
+}
+
+FOGZO_HD float step_root(Rule rule, const Hyperparameters &h, double count) {
+  return rule == Rule::adamw ? float(1.0 / std::sqrt(1.0 - std::pow(h.beta2, count))) : 0.0f;
+}
+
 // theta after the step (docs/contract.md, section 4, the fused tail); state is updated in place
 template <Rule R> FOGZO_HD float updated(const Update &u, float theta, float G, float &first, float &second) {
-  if (R == Rule::adamw) {
+  if constexpr (R == Rule::adamw) {
     first = std::fma(u.first_weight, G - first, first);
     second = std::fma(u.second_weight * G, G, u.second_decay * second);
     const float ratio = first / std::fma(std::sqrt(second), u.root, u.eps);
     return std::fma(-u.size, ratio, u.decay * theta);
+  } else {
+    float d = std::fma(u.weight_decay, theta, G);
+    if constexpr (R == Rule::momentum || R == Rule::nesterov) {
+      first = std::fma(u.decay, d, u.momentum * first);
+      d = R == Rule::nesterov ? std::fma(u.momentum, first, d) : first;
+    } else {
+      static_assert(R == Rule::sgd || unknown<R>, "updated() must know each rule");
+    }
+    return std::fma(-u.size, d, theta);
   }
-  float d = std::fma(u.weight_decay, theta, G);
-  if (R != Rule::sgd) {
-    first = std::fma(u.decay, d, u.momentum * first);
-    d = R == Rule::nesterov ? std::fma(u.momentum, first, d) : first;
-  }
-  return std::fma(-u.size, d, theta);
 }
 
-enum class StraightThrough { identity_clipped, identity, hardtanh, tanh, approxsign };
-
 // h'(theta) (docs/contract.md, section 1); x = theta / alpha = r theta / delta
-FOGZO_HD float derivative_of(StraightThrough kind, float theta, const Scale &scale, const GridRange &grid,
-                             float r) {
+template <StraightThrough S>
+FOGZO_HD float derivative_of(float theta, const Scale &scale, const GridRange &grid, float r) {
   const float x = theta * scale.inv * r;
-  switch (kind) {
-  case StraightThrough::identity_clipped: {
+  if constexpr (S == StraightThrough::identity_clipped) {
     const float z = position_of(theta, scale, grid);
     return grid.qmin < z && z < grid.qmax ? 1.0f : 0.0f;
-  }
-  case StraightThrough::identity:
+  } else if constexpr (S == StraightThrough::identity) {
     return 1.0f;
-  case StraightThrough::hardtanh:
+  } else if constexpr (S == StraightThrough::hardtanh) {
     return std::fabs(x) < 1.0f ? 1.0f : 0.0f;
-  case StraightThrough::tanh: { // 1 - tanh(x)^2, without its cancellation
+  } else if constexpr (S == StraightThrough::tanh) { // 1 - tanh(x)^2, without its cancellation
     const float e = std::exp(-2.0f * std::fabs(x));
     return 4.0f * e / ((1.0f + e) * (1.0f + e));
-  }
-  default: { // approxsign
+  } else if constexpr (S == StraightThrough::approxsign) {
     const float slope = 2.0f - 2.0f * std::fabs(x);
     return slope > 0.0f ? slope : 0.0f;
-  }
+  } else {
+    static_assert(unknown<S>, "derivative_of() must know each form of the derivative");
   }
 }
 

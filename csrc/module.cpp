@@ -50,6 +50,29 @@ std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4> &counter,
   return {w.x[0], w.x[1], w.x[2], w.x[3]};
 }
 
+template <class E> std::vector<std::string> names_of() {
+  return {std::begin(fogzo::Listed<E>::names), std::end(fogzo::Listed<E>::names)};
+}
+
+// Every enumeration and constant of names.h, under the names that Python gives them.
+py::dict names() {
+  using namespace fogzo;
+  py::dict found, constants, rules;
+#define FOGZO_ENTRY(name, of_python, value) constants[#of_python] = value;
+  FOGZO_CONSTANTS(FOGZO_ENTRY)
+#undef FOGZO_ENTRY
+#define FOGZO_ENTRY(name, states) rules[#name] = states;
+  FOGZO_RULES(FOGZO_ENTRY)
+#undef FOGZO_ENTRY
+  found["distributions"] = names_of<Distribution>();
+  found["straight_throughs"] = names_of<StraightThrough>();
+  found["rules"] = rules;
+  found["hyperparameters"] = names_of<Hyperparameter>();
+  found["dtypes"] = names_of<Dtype>();
+  found["constants"] = constants;
+  return found;
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -57,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this module was built.");
   m.def("cpu_isas", &cpu_isas, "Instruction sets that have kernels and that this processor can run.");
   m.def("cpu_isa", [] { return fogzo::cpu::kernels().isa; }, "The one in use.");
+  m.def("names", &names, "Enumerations, the states of each rule, and the noise's constants, as C++ has them.");
   m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"),
         "The four 32-bit words of one Philox4x32 call with 10 rounds.");
 }

@@ -1,8 +1,8 @@
-// Philox4x32-10 (Salmon et al., SC 2011; Random123) and the names of noise (docs/contract.md,
-// section 2). Host and device; no torch.
+// Philox4x32-10 (Salmon et al., SC 2011; Random123) and what a stream of noise is a function of
+// (docs/contract.md, section 2). Host and device; no torch.
 #pragma once
 
-#include <cstdint>
+#include "names.h"
 
 #if defined(__CUDACC__)
 #define FOGZO_HD __host__ __device__ __forceinline__
@@ -11,11 +11,6 @@
 #endif
 
 namespace fogzo {
-
-constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
-constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
-constexpr int kPhiloxRounds = 10;
-constexpr uint32_t kSignTensorId = 0xFFFFFFFFu; // reserved: names the sign of a direction
 
 struct Words {
   uint32_t x[4];

@@ -8,15 +8,14 @@ CODES = ("plus", "minus", "quantized")  # int8 is one of their dtypes
 NAN, BIG = math.nan, 2**63 - 1
 #: What no number may be, by argument.
 NUMBERS = {
-    "step": (-1, 2**32, BIG), "direction": (-1, 2**16, BIG), "tensor_id": (-1, 2**32 - 1, BIG),
-    "qmin": (-129, 128, BIG, -BIG), "qmax": (-129, 128, BIG, 2**32), "offset": (NAN, 0.25, math.inf),
-    "r": (0, 3, -1, BIG), "count": (0, -1, -BIG),
+    "step": (-1, 2**32, BIG), "direction": (-1, 2**16, BIG), "qmin": (-129, 128, BIG, -BIG),
+    "qmax": (-129, 128, BIG, 2**32), "offset": (NAN, 0.25, math.inf), "r": (0, 3, -1, BIG),
+    "optimizer_step": (0, -1, -BIG), "one_minus_beta": (NAN, math.inf, -1.0, 1.5, 1e308),
+    "lr": (NAN, math.inf, -math.inf, -1.0),
 }  # fmt: skip
 #: What floats may be without a crash; nothing is said about the result.
-ODD = dict.fromkeys(
-    ("one_minus_beta", "epsilon", "noise_scale", "scale", "lr"), (NAN, math.inf, -math.inf, -1.0, 0.0, 1e308)
-)
-STRINGS = ("distribution", "kind", "rule")
+ODD = dict.fromkeys(("epsilon", "noise_scale"), (NAN, math.inf, -math.inf, -1.0, 0.0, 1e308))
+STRINGS = ("distribution", "straight_through", "rule")
 LAYOUTS = ((-1, 1, 1), (0, 0, 1), (0, 1, 0), (2**51, 1, 1), (BIG, BIG, BIG), (0, -BIG, 1))
 
 
@@ -54,25 +53,27 @@ ITEMS = {
     "freed": lambda t: freed(t.clone()), "cut": lambda t: cut(t.clone()), "misaligned": misaligned,
     "onednn": lambda t: t.float().to_mkldnn(),
 }  # fmt: skip
+#: Of them, for a tensor of one element.
+SCALAR_ITEMS = ["float64", "int64", "meta", "freed", "misaligned", "longer"]
 
 
 def applicable(op, name, arguments):
     """How that argument can be spoiled, so that the call is bad for sure (or odd)."""
     value = arguments[name]
     if name in NUMBERS:
-        return ["number"]
+        return ["number", *SCALAR_ITEMS] if isinstance(value, torch.Tensor) else ["number"]
     if name in ODD:
         return ["odd"]
     if name in STRINGS:
         return ["unknown"]
-    if name in ("layouts", "layout"):
+    if name == "layouts":
         return ["double", "drop", "layout"] if value else []
-    if name in ("tensor_ids", "hyperparameters"):
+    if name in ("tensor_ids", "names", "values"):
         return ["double", "drop"] if value else []
     if isinstance(value, torch.Tensor):
-        if value.numel() < 2:  # norm and one loss
-            found = ["float64", "int64", "meta"] + (["freed", "misaligned"] if value.numel() else [])
-            return found if op == "noise" else [*found, "longer"]
+        if value.numel() < 2:  # a number or one loss
+            found = SCALAR_ITEMS if value.numel() else ["float64", "int64", "meta", "longer"]
+            return [how for how in found if how != "longer" or (op, name) != ("noise", "out")]
         found = [how for how in ITEMS if how not in ("longer", "shorter", "empty")]
         return found if op == "noise" else [*found, "longer", "shorter", "empty"]
     if not isinstance(value, list) or not value:
@@ -98,7 +99,8 @@ def spoil(name, value, how, number):
     """The bad value of that argument."""
     if how in ("number", "odd"):
         values = NUMBERS.get(name) or ODD[name]
-        return values[number % len(values)]
+        bad = values[number % len(values)]
+        return torch.tensor(bad, dtype=value.dtype) if isinstance(value, torch.Tensor) else bad
     if how in ITEMS:
         change = ITEMS[how]
         if isinstance(value, torch.Tensor):

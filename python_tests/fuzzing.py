@@ -25,6 +25,7 @@ from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 import fogzo_kernels as fk
 from fogzo_kernels import _C
 from fogzo_kernels.backends import reference
+from fogzo_kernels.spec.call import Draw, Losses, Mix, Update
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.update import UpdateRule
 
@@ -70,14 +71,25 @@ def draw_tensor(random, large):
     }  # fmt: skip
 
 
+def apart(tensors):
+    """The same tensors, none of which draws another's noise: no two have one id and one offset."""
+    seen = set()
+    for t in tensors:
+        while (t["id"], t["layout"][0]) in seen:
+            t["id"] = (t["id"] + 1) % (2**32 - 1)
+        seen.add((t["id"], t["layout"][0]))
+    return tensors
+
+
 def draw_case(random, op, bad):
     """A call that is valid but for what ``spoil`` says: (name of an argument, how, a number), or nothing."""
     large = not bad and random.random() < 0.05
     count = 1 if op == "noise" or large else random.choice((0, 1, 2, 3, 4, 5, 6, random.randint(0, 60)))
     case = {
         "op": op, "seed": random.randrange(2**31), "noise_seed": random.randrange(-(2**63), 2**63),
-        "tensors": [draw_tensor(random, large) for _ in range(count)], "latent": random.choice(list(FLOATS)),
-        "grad": random.choice(list(FLOATS)), "out": random.choice(list(DTYPES)),
+        "tensors": apart([draw_tensor(random, large) for _ in range(count)]),
+        "latent": random.choice(list(FLOATS)), "grad": random.choice(list(FLOATS)),
+        "out": random.choice(list(DTYPES)),
         "shift": random.choice((0, 0, 1, 2, 3, 8)), "guard": random.choice((0, 64)),
         "special": random.random() < 0.3, "norm": random.randrange(len(NORMS)), "grid": random.choice(GRIDS),
         "step": random.choice((0, 1, 2**32 - 1)), "direction": random.choice((0, 1, 2**16 - 1)),
@@ -188,6 +200,10 @@ def build(case, buffers):
             found.fill_(1.0).add_(torch.rand(found.shape, generator=buffers.generator))
         return found
 
+    def scalar(value):
+        dtype = torch.float64 if isinstance(value, float) else torch.int64
+        return buffers.tensor((), dtype, torch.tensor(value, dtype=dtype))
+
     known = {
         "latents": lambda: [buffers.random(s, latent, 1.0, updates) for s in shapes],
         "grads": lambda: [
@@ -208,18 +224,17 @@ def build(case, buffers):
         ),
         "losses_plus": lambda: lose(losses(), case["lost"]), "losses_minus": losses,
         "norm": lambda: buffers.tensor((), F32, torch.tensor(NORMS[case["norm"]])),
-        "seed": lambda: case["noise_seed"], "step": lambda: case["step"],
-        "direction": lambda: case["direction"], "one_minus_beta": lambda: case["one_minus_beta"],
+        "seed": lambda: scalar(case["noise_seed"]), "step": lambda: scalar(case["step"]),
+        "direction": lambda: case["direction"], "one_minus_beta": lambda: scalar(case["one_minus_beta"]),
         "tensor_ids": lambda: [t["id"] for t in quantizing],
         "layouts": lambda: [x for t in quantizing for x in t["layout"]],
-        "tensor_id": lambda: case["tensors"][0]["id"], "layout": lambda: list(case["tensors"][0]["layout"]),
         "qmin": lambda: case["grid"][0], "qmax": lambda: case["grid"][1], "offset": lambda: case["grid"][2],
         "r": lambda: case["grid"][3], "distribution": lambda: case["distribution"], "epsilon": lambda: 0.75,
         "noise_scale": lambda: DISTRIBUTIONS[case["distribution"]],
-        "scale": lambda: DISTRIBUTIONS[case["distribution"]],
-        "kind": lambda: case["kind"][0], "clip": lambda: case["kind"][1], "rule": lambda: case["rule"],
-        "hyperparameters": lambda: hyperparameters(case["rule"]), "lr": lambda: 0.03,
-        "count": lambda: case["count"],
+        "straight_through": lambda: fk.StraightThrough(*case["kind"]).variant, "rule": lambda: case["rule"],
+        "names": lambda: list(rule_of(case).hyperparameters), "lr": lambda: scalar(0.03),
+        "values": lambda: list(rule_of(case).hyperparameters.values()),
+        "optimizer_step": lambda: scalar(case["count"]),
         "out": lambda: {
             "noise": lambda: buffers.tensor(shapes[0], F32, None, True),
             "guide_sumsq": lambda: buffers.tensor((), torch.float64, None, True),
@@ -235,29 +250,35 @@ def lose(losses, count):
     return losses
 
 
-def hyperparameters(rule):
-    r = UpdateRule(**RULES[rule])
-    return [r.weight_decay, r.beta1, r.beta2, r.eps, r.momentum, r.dampening]
+def rule_of(case):
+    return UpdateRule(**RULES[case["rule"]])
 
 
 # ---- what a call should have given
 
 
+def draw_of(case):
+    ids, layouts = ([t[k] for t in case["tensors"]] for k in ("id", "layout"))
+    seed, step = torch.tensor(case["noise_seed"]), torch.tensor(case["step"])
+    return Draw(case["distribution"], seed, step, ids, [tuple(x) for x in layouts])
+
+
+def mix_of(a):
+    return Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
+
+
+def losses_of(a):
+    return Losses(a["losses_plus"], a["losses_minus"], a["counters"][0] if a["counters"] else None)
+
+
 def expected(case, args):
     """What the arguments of a valid call become, by the reference; and by how much they may differ."""
     op, a = case["op"], {k: copied(v) for k, v in args.items()}
-    grid = fk.Grid(*case["grid"])
-    names = {"seed": torch.tensor(a.get("seed", 0)), "step": torch.tensor(a.get("step", 0))}
-    wheres = [tuple(t["layout"]) for t in case["tensors"]]
-    omb = torch.tensor(a.get("one_minus_beta", 0.0), dtype=torch.float64)
-    d = case["distribution"]
-    m_off = M_TOLERANCE["cpu"][d] + M_TOLERANCE["reference"][d]
+    grid, draw = fk.Grid(*case["grid"]), draw_of(case)
+    m_off = M_TOLERANCE["cpu"][draw.distribution] + M_TOLERANCE["reference"][draw.distribution]
     if op == "noise":
-        u = reference.noise(
-            a["out"].numel(), d, **names, direction=a["direction"], tensor_id=a["tensor_id"],
-            layout=wheres[0], device=torch.device("cpu"),
-        )  # fmt: skip
-        return {"out": [u]}, {"out": [torch.full_like(u, DISTRIBUTIONS[d] * m_off)]}
+        u = reference.noise(a["out"].numel(), draw, a["direction"], torch.device("cpu"))
+        return {"out": [u]}, {"out": [torch.full_like(u, DISTRIBUTIONS[draw.distribution] * m_off)]}
     if not case["tensors"]:
         return {"out": [torch.zeros((), dtype=torch.float64)]} if op == "guide_sumsq" else {}, {}
     if op == "guide_sumsq":
@@ -265,10 +286,10 @@ def expected(case, args):
         return {"out": [total]}, {"out": [2e-6 * total]}
     if op == "perturb_quantize":
         reference.perturb_quantize_(
-            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], a["norm"], *names.values(), omb,
-            a["direction"], a["tensor_ids"], wheres, grid, d, a["epsilon"],
-        )  # fmt: skip
-        off = [one_code(*pair, grid, d) for pair in zip(a["alphas"], a["plus"] or a["minus"], strict=True)]
+            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], draw, mix_of(a), a["direction"], grid
+        )
+        outs = zip(a["alphas"], a["plus"] or a["minus"], strict=True)
+        off = [one_code(*pair, grid, draw.distribution) for pair in outs]
         return {k: a[k] for k in ("plus", "minus") if a[k]}, {"plus": off, "minus": off}
     if op == "quantize":
         reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
@@ -280,34 +301,30 @@ def expected(case, args):
         )
         tanh = case["kind"][0] == "tanh"
         return {"out": a["out"]}, {"out": list(map(slope_error, a["out"], a["grads"]))} if tanh else {}
-    mixed = a["losses_plus"], a["losses_minus"], a["grads"], a["alphas"], a["norm"], *names.values(), omb
     if op == "estimate_gradient":
-        off = estimate_errors(case, a, mixed, names, wheres, grid, m_off)
-        reference.estimate_gradient_(
-            a["grads"], a["counters"], *mixed[:2], a["alphas"], a["norm"], *names.values(), omb,
-            a["tensor_ids"], wheres, grid.r, d, a["epsilon"],
-        )  # fmt: skip
+        off = estimate_errors(a, draw, grid, m_off)
+        reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix_of(a), losses_of(a), grid.r)
         return {"grads": a["grads"], "counters": a["counters"]}, {"grads": off}
-    return updated(case, a, mixed, names, wheres, grid), {}
+    return updated(case, a, draw, grid), {}
 
 
-def updated(case, a, mixed, names, wheres, grid):
+def updated(case, a, draw, grid):
     """The fused tail: to the bit what the reference makes of the G that the native estimate gives."""
     G, lists = [g.float() for g in a["grads"]], ("latents", "masters", "first", "second")
-    quantizing, none = len(a["alphas"]), torch.zeros(0)
+    quantizing, mix = len(a["alphas"]), mix_of(a)
     skip = case["n"] and not math.isfinite(a["norm"])
     if case["n"]:
-        native.estimate_gradient(
-            G[:quantizing], [], *mixed[:2], a["alphas"], a["norm"], a["seed"], a["step"], a["one_minus_beta"],
-            a["tensor_ids"], a["layouts"], grid.r, a["distribution"], a["noise_scale"], a["epsilon"],
-        )  # fmt: skip
-        reference.coefficients(a["counters"], *mixed, a["distribution"], a["epsilon"])
+        drawn = [a[k] for k in ("distribution", "noise_scale", "seed", "step", "tensor_ids", "layouts")]
+        mixed = a["norm"], a["one_minus_beta"], a["epsilon"]
+        losses = a["losses_plus"], a["losses_minus"]
+        native.estimate_gradient(G[:quantizing], [], a["alphas"], *drawn, *mixed, *losses, grid.r)
+        reference.coefficients(a["grads"], a["alphas"], draw, mix, losses_of(a))
     if not skip:
-        reference.estimate_update_(
-            *[a[k] for k in lists], [], [], G, none, none, a["alphas"], a["norm"], *names.values(), mixed[-1],
-            a["tensor_ids"], wheres, grid, a["distribution"], a["epsilon"], UpdateRule(**RULES[case["rule"]]),
-            torch.tensor(a["lr"], dtype=torch.float64), torch.tensor(a["count"]),
-        )  # fmt: skip
+        rule = rule_of(case)
+        states = [a["first"], a["second"]][: rule.states]
+        update = Update(rule, a["lr"], a["optimizer_step"], a["masters"], states)
+        none = Losses(torch.zeros(0), torch.zeros(0), None)
+        reference.estimate_update_(a["latents"], [], G, a["alphas"], draw, mix, none, grid, update)
     if a["quantized"]:
         reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid)
     return {k: a[k] for k in (*lists, "quantized", "counters")}
@@ -328,16 +345,17 @@ def slope_error(out, g):
     return size * 2.1e-6 + 2 * HALF_ULP[out.dtype] * size + SMALLEST[out.dtype]
 
 
-def estimate_errors(case, a, mixed, names, wheres, grid, m_off):
+def estimate_errors(a, draw, grid, m_off):
     """Twice what tolerances.estimate_error allows one backend: two of them are compared."""
-    A, B, _ = reference.coefficients([], *mixed, case["distribution"], a["epsilon"])
+    losses = losses_of(a)._replace(counters=None)
+    A, B, _ = reference.coefficients(a["grads"], a["alphas"], draw, mix_of(a), losses)
     errors = []
     for i, g in enumerate(a["grads"]):
-        e = reference.elements(g.numel(), wheres[i], g.device)
+        e = reference.elements(g.numel(), draw.layouts[i], g.device)
         added, noise = (A.abs() * g.flatten().float().abs()).double(), 0.0
         inv = 1 / reference.delta_of(a["alphas"][i], grid.r, g).double()
         for direction, b in enumerate(B):
-            m = reference.noise_m(e, case["distribution"], *names.values(), direction, a["tensor_ids"][i])
+            m = reference.noise_m(e, draw, direction, draw.tensor_ids[i])
             added += inv * b.abs() * m.abs()
             noise += inv * b.abs()
         rounding = 0.0 if g.dtype == torch.float32 else 2 * HALF_ULP[g.dtype] * added + 2 * SMALLEST[g.dtype]

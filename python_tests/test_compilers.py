@@ -1,5 +1,7 @@
-"""The CPU kernels with other compilers and for other processors: they compile, and give the same bits."""
+"""The kernels with other compilers and for other processors: they compile, and give the same bits; and what
+no compiler may take."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,14 +28,14 @@ int main() {
   static float u[count], alpha = 0.25f;
   static uint16_t q[count];
   const Kernels &run = kernels();
-  for (int d = 0; d < 5; ++d) {
+  for (int d = 0; d < fogzo::kCount<fogzo::Distribution>; ++d) {
     const Noise what{fogzo::Distribution(d), {uint64_t(3) << 40 | 11, 7, 5, 9}};
     run.noise(what, {13, 100, 140}, 1.0f, u, 0, count);
     Item item;
     item.numel = item.scale_length = count;
     item.alpha = &alpha;
-    item.latent = {u, Dtype::float32};
-    item.plus = {q, Dtype::float16};
+    item.latent = {u, fogzo::Dtype::float32};
+    item.plus = {q, fogzo::Dtype::float16};
     run.quantize(item, {-128, 127, 0.5f}, 1.0f, 0, count);
     for (int64_t i = 0; i < count; ++i)
       std::printf("%a %d\n", u[i], int(q[i]));
@@ -72,3 +74,49 @@ def test_same_bits(compiler, tmp_path):
         fk.quantize_(q, u, torch.tensor(0.25), grid=fk.Grid.half_offset(8), backend="cpu")
         bits = torch.tensor([int(x) for _, x in found], dtype=torch.int32).to(torch.int16)
         assert torch.equal(q.view(torch.int16), bits), distribution
+
+
+#: A list of names.h, a name more in it, a file that must not compile with it, and what the compiler says there.
+UNKNOWN = [
+    ("DISTRIBUTIONS", "X(cauchy, half)", "cpu/portable.cpp", "noise_of_half() must know each distribution"),
+    ("DISTRIBUTIONS", "X(cauchy, word)", "cpu/portable.cpp", "noise_of_word() must know each distribution"),
+    ("DISTRIBUTIONS", "X(cauchy, half)", "cpu/avx2.cpp", "Drawn<fogzo::Distribution::cauchy>"),
+    ("DISTRIBUTIONS", "X(cauchy, half)", "cuda/noise.cu", "Scaled<fogzo::Distribution::cauchy>"),
+    ("STRAIGHT_THROUGHS", "X(silu)", "cpu/portable.cpp", "derivative_of() must know each form"),
+    ("STRAIGHT_THROUGHS", "X(silu)", "cuda/quantize.cu", "derivative_of() must know each form"),
+    ("RULES", "X(lion, 1)", "cpu/portable.cpp", "updated() must know each rule"),
+    ("RULES", "X(lion, 1)", "cpu/portable.cpp", "these must know each rule"),
+    ("RULES", "X(lion, 1)", "cuda/tail.cu", "stepped() must know each rule"),
+    ("RULES", "X(lion, 1)", "cuda/tail.cu", "[-Werror=switch]"),
+]
+
+
+def compiled(source, root):
+    """What g++ says of one file, of the kernels for the CPU or of those of CUDA on the host."""
+    on_host = ["-x", "c++", "-std=c++20", "-DFOGZO_ON_HOST", f"-I{ROOT / 'python_tests/cuda_on_host'}"]
+    flags = [*on_host] if source.startswith("cuda") else ["-std=c++17", f"-I{INCLUDE}"]
+    command = ["g++", "-O0", "-Werror=switch", *flags, "-c", root / source, "-o", root / "object.o"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
+@pytest.mark.parametrize(("enumeration", "name", "source", "message"), UNKNOWN)
+def test_a_name_that_nothing_computes_does_not_compile(enumeration, name, source, message, tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path, dirs_exist_ok=True)
+    names = tmp_path / "names.h"
+    text, count = re.subn(
+        rf"(#define FOGZO_{enumeration}\(X\)(?:.*\\\n)*.*)", rf"\1 {name}", names.read_text(), count=1
+    )
+    assert count == 1
+    names.write_text(text)
+    done = compiled(source, tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
+@pytest.mark.parametrize("source", ["cpu/portable.cpp", "cuda/noise.cu"])
+def test_the_sources_as_they_are_compile(source, tmp_path):
+    """Else the cases above could fail for another reason."""
+    shutil.copytree(ROOT / "csrc", tmp_path, dirs_exist_ok=True)
+    assert compiled(source, tmp_path).returncode == 0

@@ -1,6 +1,7 @@
 """The cuda backend beside the suite that every backend runs: its module, its build, what it runs on."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
+import cuda_units
 import fogzo_kernels as fk
 from fogzo_kernels.backends import plans
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.update import UpdateRule
 
 ROOT = Path(__file__).parents[1]
 cuda = pytest.importorskip("fogzo_kernels.backends.cuda")
 native = cuda._cuda
-WHERE, PLAN = (0, 0), (0, 0, 0, True, False)
-STEP = ((0, 1), (0, 2), (0, 0.5))
+WHERE, PLAN, DTYPES, GRID = (0, 0), (0, 0, 0, True, False), ("float32",) * 3, (0, 1, 0, 1)
+DRAW = ("uniform", 1.0, ((0, 1), (0, 2), (0, 0.5)))
+LOSSES = (0, 0, 0, 0, 0, 1.0)
+HYPERPARAMETERS = UpdateRule("sgd").hyperparameters
+
+
+def update(rule, hyperparameters):
+    native.estimate_update(
+        WHERE, PLAN, DTYPES, False, False, DRAW, LOSSES, GRID, (rule, hyperparameters, (0, 0.1), (0, 1)), 0
+    )
 
 
 def test_columns_and_span_are_those_of_the_plans():
@@ -31,25 +42,29 @@ def test_build_info_names_compiler_and_architectures():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: native.quantize(WHERE, (0, 0, -1, True, False), ("float32",) * 3, (0, 1, 0, 1)),
+        (lambda: native.quantize(WHERE, (0, 0, -1, True, False), DTYPES, GRID),
          "plan's blocks must be in 0..2147483647, got -1"),
-        (lambda: native.quantize(WHERE, PLAN, ("int8", "float32", "int8"), (0, 1, 0, 1)),
+        (lambda: native.quantize(WHERE, PLAN, ("int8", "float32", "int8"), GRID),
          "latent's dtype must be float32, bfloat16 or float16, got int8"),
-        (lambda: native.quantize(WHERE, PLAN, ("float32", "float32", "float64"), (0, 1, 0, 1)),
-         "output's dtype must be one of bfloat16, float16, float32, int8, got float64"),
-        (lambda: native.noise(WHERE, PLAN, ("poisson", 1.0), STEP, 0),
-         "distribution must be one of gaussian, logistic, rademacher, triangular, uniform, got poisson"),
-        (lambda: native.noise(WHERE, PLAN, ("uniform", 1.0), STEP, 65536),
-         "direction must be in 0..65535, got 65536"),
-        (lambda: native.straight_through_backward(WHERE, PLAN, ("float32",) * 3, (0, 1, 0, 1), "sine"),
-         "kind must be one of .*, got sine"),
-        (lambda: native.estimate_gradient(WHERE, PLAN, "float32", ("uniform", 1.0), STEP,
-                                          (0, 0, -1, 0, 0, 1.0), 1, 0),
+        (lambda: native.quantize(WHERE, PLAN, ("float32", "float32", "float64"), GRID),
+         "output's dtype must be one of float32, bfloat16, float16, int8, got float64"),
+        (lambda: native.noise(WHERE, PLAN, ("poisson", *DRAW[1:]), 0),
+         "distribution must be one of uniform, rademacher, triangular, logistic, gaussian, got poisson"),
+        (lambda: native.noise(WHERE, PLAN, DRAW, 65536), "direction must be in 0..65535, got 65536"),
+        (lambda: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "sine"),
+         "straight_through must be one of identity_clipped, identity, hardtanh, tanh, approxsign, got sine"),
+        (lambda: native.estimate_gradient(WHERE, PLAN, "float32", DRAW, (0, 0, -1, *LOSSES[3:]), 1, 0),
          "number of losses must be in 0..65536, got -1"),
+        (lambda: update("lion", HYPERPARAMETERS),
+         "rule must be one of adamw, sgd, momentum, nesterov, got lion"),
+        (lambda: update("sgd", {**HYPERPARAMETERS, "decay": 0.1}),
+         "hyperparameters must be one of weight_decay, beta1, beta2, eps, momentum, dampening, got decay"),
+        (lambda: update("sgd", {k: v for k, v in HYPERPARAMETERS.items() if k != "momentum"}),
+         "hyperparameters must name momentum, got none of that name"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_a_native_op_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
 
 
@@ -152,6 +167,14 @@ def test_setup_says_what_is_left_out_and_why():
     assert "FOGZO_BUILD_CUDA must be auto, 0 or 1, got 'yes'" in found.stderr
     if torch.version.cuda is None:
         assert setup().stdout.startswith(("this PyTorch has no CUDA", "nvcc was not found"))
+
+
+def test_every_distribution_has_its_perturbation():
+    found = {unit.name: unit for unit in cuda_units.units()}
+    assert {f"perturb_{d}" for d in DISTRIBUTIONS} < set(found)
+    assert {unit.source for unit in found.values()} == set((ROOT / "csrc/cuda").glob("*.cu"))
+    assert found["perturb_gaussian"].defines == ("-DFOGZO_DISTRIBUTION=gaussian",)
+    assert found["tail"].defines == ()
 
 
 def test_setup_takes_architectures():

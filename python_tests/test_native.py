@@ -1,113 +1,453 @@
-"""Bad input to the native CPU ops, past the checks in Python: an error with the argument's name, no write."""
+"""The native CPU ops by themselves, past the checks in Python: they write what the reference does, and refuse
+all that fogzo_kernels/ops refuses, by an error that begins with the argument's name, before anything
+is written."""
 
 import math
-import re
+from functools import partial
 
 import pytest
 import torch
 from fuzz_spoil import cut, freed, misaligned
+from torch import Tensor
 
-from fogzo_kernels import _C  # noqa: F401  registers the ops
-from fogzo_kernels.spec.noise import DISTRIBUTIONS
+import fogzo_kernels as fk
+from fogzo_kernels import _C
+from fogzo_kernels.backends import cpu, reference
+from fogzo_kernels.spec import noise, straight_through, update
+from fogzo_kernels.spec.call import Draw, Losses, Mix, Update
 
 native = torch.ops.fogzo_cpu
 BIG = 2**63 - 1
-N = 4000
+NAN, INF = math.nan, math.inf
+SHAPES = ((3,), (4, 8))
+N, G, P, E, U, Q, S = (
+    "noise", "guide_sumsq", "perturb_quantize", "estimate_gradient", "estimate_update", "quantize",
+    "straight_through_backward",
+)  # fmt: skip
+OPS = (N, G, P, E, U, Q, S)
+WRITTEN = {
+    N: {"out"}, G: {"out"}, P: {"plus", "minus"}, E: {"grads", "counters"},
+    U: {"latents", "first", "second", "quantized", "counters"}, Q: {"out"}, S: {"out"},
+}  # fmt: skip
+RULE = fk.spec.update.UpdateRule("adamw", weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6)
+
+
+f64, i64 = (partial(torch.tensor, dtype=d) for d in (torch.float64, torch.int64))
+
+
+def names_of(op):
+    return [a.name for a in getattr(native, op).default._schema.arguments]
 
 
 def arguments(op):
-    """A valid call by the schema's names; outputs hold 99."""
+    """A valid call by the schema's names; what it writes without reading holds 99."""
+    generator = torch.Generator().manual_seed(3)
+    latents, grads, first = ([torch.randn(s, generator=generator) for s in SHAPES] for _ in "abc")
+    poison = {name: [torch.full(s, 99.0) for s in SHAPES] for name in ("plus", "minus", "quantized", "out")}
     known = {
-        **{name: [torch.full((N,), 99.0)] for name in ("plus", "minus", "quantized")},
-        **{name: [torch.ones(N)] for name in ("latents", "grads", "first", "second")},
-        "masters": [], "counters": [torch.zeros(3, dtype=torch.int64)], "alphas": [torch.full((4,), 0.5)],
-        "losses_plus": torch.ones(2), "losses_minus": torch.zeros(2), "norm": torch.tensor(2.0),
-        "seed": 1, "step": 2, "one_minus_beta": 0.1, "direction": 0, "tensor_ids": [0],
-        "layouts": [0, N, N], "layout": [0, N, N], "tensor_id": 0, "qmin": -2, "qmax": 1, "offset": 0.0,
-        "r": 1, "distribution": "uniform", "noise_scale": DISTRIBUTIONS["uniform"], "scale": 1.0,
-        "epsilon": 0.5, "rule": "adamw", "hyperparameters": [0.1, 0.9, 0.99, 1e-8, 0.0, 0.0], "lr": 0.1,
-        "count": 1, "kind": "tanh", "clip": False,
-        "out": {"noise": torch.full((N,), 99.0), "guide_sumsq": torch.tensor(99.0).double()}.get(
-            op, [torch.full((N,), 99.0)]
-        ),
+        **poison, "latents": latents, "grads": grads, "first": first, "second": [t.square() for t in first],
+        "masters": [], "counters": [torch.tensor([5, 6, 7])],
+        "alphas": [torch.tensor(0.5), torch.full((4, 1), 0.25)], "losses_plus": torch.tensor([2.0, 1.0, INF]),
+        "losses_minus": torch.tensor([0.5, 3.0, 1.0]), "norm": torch.tensor(2.0), "seed": i64(1),
+        "step": i64(2), "one_minus_beta": f64(0.25), "direction": 3, "tensor_ids": [4, 5],
+        "layouts": [0, 3, 3, 8, 8, 16], "qmin": -2, "qmax": 1, "offset": 0.0, "r": 1, "distribution": "uniform",
+        "noise_scale": noise.DISTRIBUTIONS["uniform"], "epsilon": 0.5, "rule": RULE.variant,
+        "names": list(RULE.hyperparameters), "values": list(RULE.hyperparameters.values()),
+        "lr": f64(0.1), "optimizer_step": i64(2), "straight_through": "identity_clipped",
     }  # fmt: skip
-    return {a.name: known[a.name] for a in getattr(native, op).default._schema.arguments}
+    if op == N:
+        known |= {"out": torch.full((32,), 99.0), "tensor_ids": [5], "layouts": [8, 8, 16]}
+    if op == G:
+        known["out"] = torch.tensor(99.0).double()
+    return {name: known[name] for name in names_of(op)}
+
+
+def listed(value):
+    return value if isinstance(value, list) else [value]
 
 
 def tensors(args):
-    found = [x for v in args.values() for x in (v if isinstance(v, list) else [v])]
-    return [x for x in found if isinstance(x, torch.Tensor) and x.device.type == "cpu" and not x.is_mkldnn]
+    """Those that hold all their elements."""
+    found = [x for value in args.values() for x in listed(value) if isinstance(x, Tensor)]
+    return [t for t in found if t.layout == torch.strided and not t.is_meta and not short(t)]
 
 
-Q, P, E, U = "quantize", "perturb_quantize", "estimate_gradient", "estimate_update"
-ONES = torch.ones(N)
-ROWS = [
-    (Q, "latents", lambda: [freed(torch.ones(N))],
-     "latents[0] must have a storage of at least 16000 bytes, got 0"),
-    (Q, "out", lambda: [freed(torch.ones(N))], "out[0] must have a storage of at least 16000 bytes, got 0"),
-    (E, "alphas", lambda: [cut(torch.ones(4))], "alphas[0] must have a storage of at least 16 bytes, got 8"),
-    (Q, "latents", lambda: [misaligned(ONES)], "latents[0] must be aligned to its elements of 4 bytes"),
-    (Q, "latents", lambda: [ONES.to_mkldnn()], "latents[0] must have the strided layout"),
-    (Q, "latents", lambda: [ONES.to("meta")], "latents[0] must be a tensor on the CPU"),
-    (Q, "latents", lambda: [ONES.view(2, -1).t()], "latents[0] must be contiguous"),
-    (Q, "latents", lambda: [ONES.double()],
-     "latents[0] must be float32, bfloat16, float16, or int8 for codes, got Double"),
-    (Q, "latents", lambda: [ONES.to(torch.int8)], "latents[0] must be float32, bfloat16 or float16, got int8"),
-    (Q, "alphas", lambda: [torch.ones(3)], "alphas[0] must have a number of elements that divides 4000, got 3"),
-    (Q, "alphas", lambda: [torch.ones(4).half()], "alphas[0] must be Float, got Half"),
-    (Q, "alphas", list, "alphas must have 1 tensors, got 0"),
-    (Q, "qmax", lambda: 2**40, "qmax must be in -2..127, got 1099511627776"),
-    (Q, "qmin", lambda: -129, "qmin must be in -128..127, got -129"),
-    (Q, "offset", lambda: math.nan, "offset must be 0 or 0.5, got nan"),
-    (Q, "r", lambda: 3, "r must be in 1..2, got 3"),
-    (P, "minus", lambda: [torch.full((N,), 99, dtype=torch.int8)], "minus[0] must be Float, got Char"),
-    (P, "direction", lambda: 2**16, "direction must be in 0..65535, got 65536"),
-    (P, "step", lambda: 2**32, "step must be in 0..4294967295, got 4294967296"),
-    (P, "step", lambda: -1, "step must be in 0..4294967295, got -1"),
-    (P, "tensor_ids", lambda: [2**32 - 1], "tensor_ids[0] must be in 0..4294967294, got 4294967295"),
-    (P, "layouts", lambda: [0, 1, 2**51 - 1], "layouts[0] must keep element indices below 2^51, got (0, 1, "),
-    (P, "layouts", lambda: [0, 2, BIG], "layouts[0] must keep element indices below 2^51"),
-    (P, "layouts", lambda: [BIG, BIG, BIG], "layouts[0] must keep element indices below 2^51"),
-    (P, "layouts", lambda: [0, 2, 1],
-     "layouts[0] must be (offset >= 0, inner >= 1, stride >= inner), got (0, 2, 1)"),
-    (P, "distribution", lambda: "Uniform", "distribution must be a known one, got Uniform"),
-    ("noise", "layout", lambda: [2**51 - 1, N, N], "layouts[0] must keep element indices below 2^51"),
-    ("guide_sumsq", "out", lambda: torch.zeros(2).double(), "out must have 1 element, got 2"),
-    ("straight_through_backward", "kind", lambda: "relu", "straight_through must be a known one, got relu"),
-    (E, "losses_plus", lambda: torch.ones(3), "losses_minus must have 3 elements, got 2"),
-    (E, "losses_plus", lambda: torch.ones(0), "the number of losses_plus must be in 1..65536, got 0"),
-    (E, "norm", lambda: torch.ones(1).double(), "norm must be Float, got Double"),
-    (U, "norm", lambda: torch.ones(2), "norm must have 1 element, got 2"),
-    (E, "counters", lambda: [torch.zeros(2, dtype=torch.int64)], "counters must have 3 elements, got 2"),
-    (E, "counters", lambda: [torch.zeros(3, dtype=torch.int64)] * 2,
-     "counters must have at most 1 tensor, got 2"),
-    (U, "count", lambda: 0, "count must be >= 1, got 0"),
-    (U, "hyperparameters", lambda: [0.1], "hyperparameters must be 6 numbers, got 1"),
-    (U, "rule", lambda: "lion", "rule must be a known one, got lion"),
-    (U, "second", list, "second must have 1 tensors for adamw, got 0"),
-    (U, "masters", lambda: [ONES.half()], "masters[0] must be Float, got Half"),
-    (U, "alphas", lambda: [torch.ones(1)] * 2, "alphas must have at most 1 tensors, got 2"),
-]  # fmt: skip
+def short(t):
+    return t.untyped_storage().nbytes() < (t.storage_offset() + t.numel()) * t.element_size()
 
 
-@pytest.mark.parametrize(("op", "name", "bad", "message"), ROWS)
-def test_bad_input_is_named_and_nothing_is_written(op, name, bad, message):
-    args = {**arguments(op), name: bad()}
-    before = [t.clone() if t.untyped_storage().nbytes() >= t.nbytes else None for t in tensors(args)]
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        getattr(native, op)(*args.values())
-    for t, old in zip(tensors(args), before, strict=True):
-        assert old is None or torch.equal(t, old)
+# ---- what they write
 
 
-@pytest.mark.parametrize("op", [Q, P, E, U, "noise", "guide_sumsq", "straight_through_backward"])
-def test_the_call_that_is_spoiled_is_valid(op):
+def by_the_reference(op, a):
+    """What the arguments of that call become."""
+    grid = fk.Grid(a.get("qmin", -2), a.get("qmax", 1), a.get("offset", 0.0), a["r"]) if "r" in a else None
+    if "seed" in a:
+        triples = [tuple(a["layouts"][i : i + 3]) for i in range(0, len(a["layouts"]), 3)]
+        draw = Draw(a["distribution"], a["seed"], a["step"], a["tensor_ids"], triples)
+    if "norm" in a:
+        mix = Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
+    if "losses_plus" in a:
+        losses = Losses(a["losses_plus"], a["losses_minus"], a["counters"][0])
+    match op:
+        case "noise":
+            a["out"] = reference.noise(32, draw, a["direction"], torch.device("cpu"))
+        case "guide_sumsq":
+            a["out"] = reference.guide_sumsq(a["grads"], a["alphas"], a["r"], False)
+        case "perturb_quantize":
+            lists = [a[k] for k in ("plus", "minus", "latents", "grads", "alphas")]
+            reference.perturb_quantize_(*lists, draw, mix, a["direction"], grid)
+        case "estimate_gradient":
+            reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix, losses, a["r"])
+        case "estimate_update":
+            rule = Update(RULE, a["lr"], a["optimizer_step"], [], [a["first"], a["second"]])
+            lists = [a[k] for k in ("latents", "quantized", "grads", "alphas")]
+            reference.estimate_update_(*lists, draw, mix, losses, grid, rule)
+        case "quantize":
+            reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
+        case "straight_through_backward":
+            lists = [a[k] for k in ("out", "grads", "latents", "alphas")]
+            reference.straight_through_backward_(*lists, grid, fk.StraightThrough())
+    return a
+
+
+def copied(args):
+    def copy(value):
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return {k: [copy(x) for x in v] if isinstance(v, list) else copy(v) for k, v in args.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_valid_call_writes_what_the_reference_does_and_nothing_else(op):
     args = arguments(op)
+    before = copied(args)
     getattr(native, op)(*args.values())
-    out = next(iter(args.values()))
-    assert not torch.equal(out[0] if isinstance(out, list) else out, torch.full((N,), 99.0))
+    wanted = by_the_reference(op, copied(before))
+    for name, value in args.items():
+        for found, old, new in zip(listed(value), listed(before[name]), listed(wanted[name]), strict=True):
+            if name in WRITTEN[op]:
+                assert not torch.equal(found, old), name
+                torch.testing.assert_close(found, new, rtol=2e-6, atol=2e-6, msg=name)
+            elif isinstance(found, Tensor):
+                assert torch.equal(found, old), name
 
 
 def test_the_last_element_index_is_taken():
-    for layout in ([2**51 - N, N, N], [2**51 - N, BIG, 1], [0, 1, (2**51 - 1) // (N - 1)]):
-        native.noise(*{**arguments("noise"), "layout": layout}.values())
+    for layout in ([2**51 - 32, 32, 32], [2**51 - 32, BIG, 1], [0, 1, (2**51 - 1) // 31]):
+        args = {**arguments(N), "layouts": layout}
+        wanted = by_the_reference(N, copied(args))["out"]
+        native.noise(*args.values())
+        assert torch.equal(args["out"], wanted), layout
+
+
+# ---- what they refuse
+
+
+def put(**values):
+    return lambda args: values
+
+
+def one(name, change):
+    return lambda args: {name: change(args[name])}
+
+
+def item(name, i, change):
+    return lambda args: {name: [change(t) if j == i else t for j, t in enumerate(args[name])]}
+
+
+def both(*changes):
+    def change(args):
+        for one_change in changes:
+            args = args | one_change(args)
+        return args
+
+    return change
+
+
+def halves(*names):
+    """As bfloat16, which masters go with."""
+    return lambda args: {name: [t.bfloat16() for t in args[name]] for name in names}
+
+
+MASTERED = both(
+    halves("latents"), lambda args: {"masters": [torch.ones(s) for s in SHAPES]}
+)  # a valid call that has masters
+
+
+def transposed_memory(t):
+    return t.t().contiguous().t()
+
+
+def joined(a, b):
+    """Two arguments whose second tensors lie in one piece of memory, overlapping by one row."""
+
+    def change(args):
+        memory = torch.ones(7, 8)
+        if a == b:  # within one list: the second tensor begins where the first still goes on
+            return {a: [memory.flatten()[:3], memory.flatten()[2:34].view(4, 8)]}
+        return {a: [args[a][0], memory[:4]], b: [args[b][0], memory[3:]]}
+
+    return change
+
+
+def inside(name, shape, of):
+    """Argument ``name`` becomes a view of the second tensor of list ``of``, which holds ones."""
+
+    def change(args):
+        own = [args[of][0], torch.ones(SHAPES[1])]
+        view = own[1].flatten()[: math.prod(shape)].view(shape)
+        return {of: own, name: [args[name][0], view] if isinstance(args[name], list) else view}
+
+    return change
+
+
+FLOATS = "float32 or bfloat16 or float16"
+OUTPUTS = f"{FLOATS} or int8"
+
+
+def of_list(name, ops, types=FLOATS, first=False, before=lambda args: {}):
+    """What is wrong with a list, whatever it holds; ``first``: others go with it."""
+    alone = types == "float32"
+    half = types if alone else f"the dtype of {name}[0], float32"
+    rows = [
+        (ops, both(before, item(name, 0, Tensor.double)), f"{name}[0] must be {types}, got float64"),
+        (ops, both(before, item(name, 1, Tensor.half)),
+         f"{name}[1] must {'be' if alone else 'have'} {half}, got float16"),
+        (ops, both(before, item(name, 1, transposed_memory)), f"{name}[1] must be contiguous"),
+        (ops, both(before, item(name, 1, lambda t: t.to("meta"))), f"{name}[1] must be a tensor on the CPU"),
+        (ops, both(before, item(name, 1, Tensor.to_sparse)), f"{name}[1] must have the strided layout"),
+        (ops, both(before, item(name, 1, Tensor.to_mkldnn)), f"{name}[1] must have the strided layout"),
+        (ops, both(before, item(name, 1, lambda t: freed(t.clone()))),
+         f"{name}[1] must have a storage of at least 128 bytes, got 0"),
+        (ops, both(before, item(name, 1, lambda t: cut(t.clone()))),
+         f"{name}[1] must have a storage of at least 128 bytes, got 64"),
+        (ops, both(before, item(name, 1, misaligned)), f"{name}[1] must be aligned to its elements of 4 bytes"),
+    ]  # fmt: skip
+    if not first:
+        rows += [
+            (ops, both(before, one(name, lambda v: v[:1])), f"{name} must have 2 tensors"),
+            (ops, both(before, one(name, lambda v: [*v, v[-1]])), f"{name} must have 2 tensors"),
+            (ops, both(before, item(name, 1, lambda t: t.t().contiguous())),
+             f"{name}[1] must have shape (4, 8), got (8, 4)"),
+            (ops, both(before, item(name, 0, lambda t: t[:2].clone())),
+             f"{name}[0] must have shape (3,), got (2,)"),
+        ]  # fmt: skip
+    return rows
+
+
+LISTS, MIXED, DRAWN, GRIDS = (G, P, E, U, Q, S), (P, E, U), (N, P, E, U), (P, U, Q, S)
+SHAPE_OF_ALPHA = (
+    "alphas[1] must have one element, one per row or one per group of the last dimension of shape (4, 8), got"
+    " shape "
+)
+LAYOUT = "layouts[0] must be (offset >= 0, inner >= 1, stride >= inner), got "
+SCALARS = (
+    (DRAWN, "seed"), (DRAWN, "step"), (MIXED, "one_minus_beta"), ((U,), "lr"), ((U,), "optimizer_step"),
+)  # fmt: skip
+TYPES = ("int64", "int64", "float64", "float64", "int64")
+NAMES, VALUES = list(RULE.hyperparameters), list(RULE.hyperparameters.values())
+ROWS = [
+    *of_list("latents", (P, U, Q, S), first=True), *of_list("grads", (G, E), first=True),
+    *of_list("grads", (P, U, S)), *of_list("plus", (P,), OUTPUTS), *of_list("quantized", (U,), OUTPUTS),
+    *of_list("out", (Q,), OUTPUTS), *of_list("out", (S,)), *of_list("minus", (P,), "float32"),
+    *of_list("minus", (P,), OUTPUTS, before=put(plus=[])), *of_list("first", (U,), "float32"),
+    *of_list("second", (U,), "float32"), *of_list("masters", (U,), "float32", before=MASTERED),
+    ((P, Q, S), put(latents=[torch.ones(3, dtype=torch.int8), torch.ones(4, 8)]),
+     f"latents[0] must be {FLOATS}, got int8"),
+    ((P,), put(plus=[], minus=[]), "plus and minus must not both be empty"),
+    ((U,), put(masters=[torch.ones(s) for s in SHAPES]),
+     "latents must be bfloat16 or float16 where masters are given, got float32"),
+    ((U,), put(rule="sgd"), "first must have 0 tensors for sgd, got 2"),
+    ((U,), put(rule="momentum"), "second must have 0 tensors for momentum, got 2"),
+    ((U,), put(second=[]), "second must have 2 tensors for adamw, got 0"),
+    # alphas
+    (LISTS, item("alphas", 0, Tensor.half), "alphas[0] must be float32, got float16"),
+    ((G, P, E, Q, S), one("alphas", lambda v: v[:1]), "alphas must have 2 tensors, got 1"),
+    ((U,), one("alphas", lambda v: [*v, v[0]]), "alphas must have at most 2 tensors, got 3"),
+    (LISTS, item("alphas", 1, lambda t: torch.full((4, 2), 0.5)[:, :1]), "alphas[1] must be contiguous"),
+    (LISTS, item("alphas", 1, lambda t: t.to("meta")), "alphas[1] must be a tensor on the CPU"),
+    (LISTS, item("alphas", 1, lambda t: cut(t.clone())),
+     "alphas[1] must have a storage of at least 16 bytes, got 8"),
+    *((LISTS, item("alphas", 1, lambda t, s=s: torch.full(s, 0.5)), f"{SHAPE_OF_ALPHA}{s}")
+      for s in ((0,), (3,), (5, 1), (64,))),
+    *((LISTS, item("alphas", 1, lambda t, x=x: torch.tensor([0.5, 0.5, x, 0.5])),
+       "alphas[1] must be finite, > 0 and in 7.88861e-31..1.26765e+30, got ")
+      for x in (-0.5, 0.0, NAN, INF, 2.0**-101, 2.0**101)),
+    (LISTS, both(put(r=2), item("alphas", 0, lambda t: torch.tensor(2.0**100))),
+     "alphas[0] must be finite, > 0 and in 3.9443e-31..6.33825e+29, got "),
+    # names of noise
+    *((DRAWN, put(step=i64(x)), f"step must be in 0..4294967295, got {x}") for x in (-1, 2**32, BIG)),
+    *(((N, P), put(direction=x), f"direction must be in 0..65535, got {x}") for x in (-1, 2**16)),
+    *((DRAWN, one("tensor_ids", lambda v, x=x: [x, *v[1:]]),
+       f"tensor_ids[0] must be in 0..4294967294, got {x}") for x in (-1, 2**32 - 1)),
+    ((P, E, U), one("tensor_ids", lambda v: v[:1]), "tensor_ids must have 2 entries, got 1"),
+    ((N,), one("tensor_ids", lambda v: v * 2), "tensor_ids must have 1 entries, got 2"),
+    ((P, E, U), one("layouts", lambda v: v[:-1]), "layouts must have 6 entries, got 5"),
+    *((DRAWN, one("layouts", lambda v, w=w: [*w, *v[3:]]), f"{LAYOUT}({', '.join(map(str, w))})")
+      for w in ((-1, 3, 3), (0, 0, 3), (0, 1, 0), (0, 2, 1), (0, -BIG, 1))),
+    *((DRAWN, one("layouts", lambda v, w=w: [*w, *v[3:]]),
+       "layouts[0] must keep element indices below 2^51, got (")
+      for w in ((2**51 - 2, 3, 3), (0, 1, 2**51 - 1), (0, 2, BIG), (BIG, BIG, BIG))),
+    *((MIXED, put(tensor_ids=[4, 4], layouts=[8, 3, 3, 8, 8, stride]),
+       "tensor_ids[1] must differ from tensor_ids[0] unless the two are shards at different offsets, got 4 at"
+       " offset 8 for both") for stride in (8, 16)),
+    (DRAWN, put(distribution="Uniform"),
+     "distribution must be one of uniform, rademacher, triangular, logistic, gaussian, got Uniform"),
+    # norm, 1 - beta, losses, counters
+    *((MIXED, one("norm", change), f"norm must be a 0-dim float32 tensor, got {got}")
+      for change, got in ((Tensor.double, "float64 ()"), (lambda t: t.view(1), "float32 (1,)"))),
+    *((ops, one(name, lambda t: t.to("meta")), f"{name} must be a tensor on the CPU")
+      for ops, name in ((MIXED, "norm"), *SCALARS)),
+    *((ops, one(name, lambda t: t.view(1)), f"{name} must be a 0-dim {types} tensor, got {types} (1,)")
+      for types, (ops, name) in zip(TYPES, SCALARS, strict=True)),
+    *((ops, one(name, Tensor.float), f"{name} must be a 0-dim {types} tensor, got float32 ()")
+      for types, (ops, name) in zip(TYPES, SCALARS, strict=True)),
+    ((G,), put(out=torch.zeros(2).double()), "out must be a 0-dim float64 tensor, got float64 (2,)"),
+    *((MIXED, put(one_minus_beta=f64(x)), f"one_minus_beta must be in 0..1, got {x:g}")
+      for x in (-0.5, 1.5, NAN, INF)),
+    *(((E, U), one(name, change), f"{name} must be a contiguous float32 tensor of shape (n,), got {got}")
+      for name in ("losses_plus", "losses_minus")
+      for change, got in ((Tensor.double, "float64 (3,)"), (lambda t: t.view(1, 3), "float32 (1, 3)"),
+                          (torch.sum, "float32 ()"), (lambda t: t.repeat(2)[::2], "float32 (3,)"))),
+    ((E,), put(losses_plus=torch.ones(0)), "losses_plus must have 1..65536 entries, got 0"),
+    ((E, U), put(losses_plus=torch.ones(2**16 + 1)), "losses_plus must have "),
+    ((E, U), one("losses_minus", lambda t: t[:1]), "losses_minus must have shape (3,), got (1,)"),
+    *(((E, U), item("counters", 0, change), f"counters must be an int64 tensor of shape (3,), got {got}")
+      for change, got in ((Tensor.float, "float32 (3,)"), (lambda t: t[:2], "int64 (2,)"),
+                          (lambda t: t.view(3, 1), "int64 (3, 1)"))),
+    ((E, U), one("counters", lambda v: v * 2), "counters must have at most 1 tensor, got 2"),
+    # numbers
+    *((GRIDS, put(qmin=x), f"qmin must be in -128..127, got {x}") for x in (-129, 128, BIG)),
+    *((GRIDS, put(qmax=x), f"qmax must be in -2..127, got {x}") for x in (-3, 128, 2**40)),
+    *((GRIDS, put(offset=x), f"offset must be 0 or 0.5, got {x}") for x in (NAN, 0.25)),
+    *((LISTS, put(r=x), f"r must be in 1..2, got {x}") for x in (0, 3)),
+    ((S,), put(straight_through="relu"),
+     "straight_through must be one of identity_clipped, identity, hardtanh, tanh, approxsign, got relu"),
+    ((U,), put(rule="lion"), "rule must be one of adamw, sgd, momentum, nesterov, got lion"),
+    ((U,), put(names=NAMES[:-1], values=VALUES[:-1]),
+     "hyperparameters must name dampening, got none of that name"),
+    ((U,), put(names=["weight_decay", *NAMES[:-1]]),
+     "hyperparameters must name weight_decay once, got it twice"),
+    ((U,), put(names=["decay", *NAMES[1:]]),
+     "hyperparameters must be one of weight_decay, beta1, beta2, eps, momentum, dampening, got decay"),
+    ((U,), put(values=VALUES[:-1]), "values must have 6 numbers, one for each of names, got 5"),
+    *(((U,), put(lr=f64(x)), f"lr must be finite and >= 0, got {x:g}") for x in (-0.1, NAN, INF)),
+    *(((U,), put(optimizer_step=i64(x)), f"optimizer_step must be >= 1, got {x}") for x in (0, -1)),
+    # memory
+    ((P,), lambda args: {"plus": args["latents"]}, "plus["),
+    ((P,), joined("plus", "minus"), "minus[1] must not share memory with plus[1]"),
+    *(((op,), joined(a, b), f"{a}[1] must not share memory with {b}[{0 if a == b else 1}]")
+      for op, a, b in ((P, "minus", "grads"), (P, "plus", "plus"), (E, "grads", "grads"), (Q, "out", "latents"),
+                       (Q, "out", "out"), (S, "out", "latents"), (S, "out", "grads"), (U, "latents", "grads"))),
+    *(((U,), joined(a, b), f"{b}[1] must not share memory with {a}[1]")
+      for a, b in (("first", "latents"), ("second", "first"), ("quantized", "second"))),
+    *((ops, inside("alphas", (4, 1), of), f"{of}[1] must not share memory with alphas[1]")
+      for ops, of in (((P,), "plus"), ((E,), "grads"), ((U,), "latents"), ((Q, S), "out"))),
+    *((ops, inside(name, shape, of), f"{of}[1] must not share memory with {name}[0]")
+      for ops, of in (((E,), "grads"), ((U,), "first"))
+      for name, shape in (("norm", ()), ("losses_plus", (3,)), ("losses_minus", (3,)))),
+]  # fmt: skip
+
+
+def expanded(rows):
+    return [
+        pytest.param(op, change, message, id=f"{op}-{message[:60]}-{i}")
+        for i, (ops, change, message) in enumerate(rows)
+        for op in ops
+    ]
+
+
+def refused(op, args):
+    """The message of the error; nothing was written."""
+    kept = tensors(args)
+    before = [t.clone() for t in kept]
+    with pytest.raises(RuntimeError) as error:
+        getattr(native, op)(*args.values())
+    for t, old in zip(kept, before, strict=True):
+        torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("op", "change", "message"), expanded(ROWS))
+def test_bad_input_is_named_and_nothing_is_written(op, change, message):
+    args = arguments(op)
+    changed = args | change(args)
+    assert refused(op, {name: changed[name] for name in args}).startswith(message)
+
+
+def many(count):
+    """Latents, outputs and alphas of a list that is sorted by its digits, in no order in memory."""
+    memory = torch.zeros(count, 3, 2)
+    memory[:, 2] = 1.0
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
+    latents, out = ([memory[i, k] for i in order] for k in (0, 1))
+    return {**arguments(Q), "latents": latents, "out": out, "alphas": [memory[i, 2, :1] for i in order]}
+
+
+def test_long_lists_are_told_apart():
+    args = many(1000)
+    args["latents"][700].fill_(0.9)
+    native.quantize(*args.values())
+    assert [i for i, t in enumerate(args["out"]) if t.any()] == [700]
+
+
+@pytest.mark.parametrize("place", [0, 1, 500, 999])
+def test_one_overlap_in_a_long_list_is_seen(place):
+    args = many(1000)
+    args["latents"][(place + 300) % 1000] = args["out"][place]
+    message = f"out[{place}] must not share memory with latents[{(place + 300) % 1000}]"
+    assert refused(Q, args) == message
+
+
+def test_an_output_in_a_long_input_behind_a_short_one():
+    """Inputs may overlap, so the neighbour below an output is not the one that reaches furthest."""
+    memory = torch.ones(31)
+    args = {
+        **arguments(Q), "latents": [memory[:30], memory[2:7], torch.ones(3)], "alphas": [torch.tensor(0.5)] * 3,
+        "out": [torch.full((30,), NAN), torch.full((5,), NAN), memory[28:]],
+    }  # fmt: skip
+    assert refused(Q, args) == "out[2] must not share memory with latents[0]"
+
+
+def test_names_differ_behind_an_empty_tensor():
+    """An empty tensor draws nothing, and must not hide two others of one name."""
+    args = {
+        **arguments(E), "grads": [torch.ones(3), torch.zeros(0), torch.ones(3)], "tensor_ids": [4, 4, 4],
+        "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3,
+    }  # fmt: skip
+    assert refused(E, args).startswith("tensor_ids[2] must differ from tensor_ids[0]")
+    args["grads"][2] = torch.zeros(0)
+    native.estimate_gradient(*args.values())
+    args["grads"], args["layouts"] = [torch.ones(3) for _ in "abc"], [0, 3, 3, 3, 3, 3, 6, 3, 3]
+    native.estimate_gradient(*args.values())  # shards of one parameter
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1), (4, 4), (4, 2), (32,), (16,)])
+def test_alphas_that_divide(shape):
+    args = arguments(Q)
+    args["alphas"][1] = torch.full(shape, 0.5)
+    native.quantize(*args.values())
+    wanted = by_the_reference(Q, copied(args))["out"]
+    assert all(map(torch.equal, args["out"], wanted))
+
+
+# ---- names
+
+
+def test_enumerations_and_constants_are_those_of_python():
+    found = _C.names()
+    assert found["distributions"] == list(noise.DISTRIBUTIONS)
+    assert found["straight_throughs"] == list(straight_through.VARIANTS)
+    assert found["rules"] == update.VARIANTS
+    assert list(found["rules"]) == list(update.VARIANTS)
+    assert found["hyperparameters"] == list(RULE.hyperparameters)
+    assert found["dtypes"] == ["float32", "bfloat16", "float16", "int8"]
+    constants = found["constants"]
+    limits = {name for name in vars(noise) if name.startswith(("PHILOX_", "MAX_"))} - {"MAX_SEED"}
+    assert set(constants) == {*limits, "SIGN_TENSOR_ID"}  # every 64-bit number is a seed
+    assert constants == {name: getattr(noise, name) for name in constants}
+
+
+def test_the_backend_says_that_it_checks_lists():
+    assert cpu.CHECKS_LISTS is True

@@ -255,7 +255,7 @@ def test_ptxas_reports_no_spill(arch):
     assert not {name: n for name, n in found.items() if n}
     ptx = [path.read_text() for path in folder.glob("*.ptx")]
     assert all(f".target sm_{arch}" in text for text in ptx)
-    assert len(ptx) == len(list(cuda.SOURCES.glob("*.cu")))
+    assert len(ptx) == len(cuda.units())
 
 
 def test_every_dtype_and_distribution_has_its_cuda_kernels():

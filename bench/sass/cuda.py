@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cuda_units import Unit, units
 from fogzo_kernels.spec import noise, straight_through
 from fogzo_kernels.spec.dtypes import OUTPUTS
 
@@ -54,27 +55,29 @@ def compile_all(arch: int) -> Path:
     """A folder with a cubin, its PTX and ptxas's report, a .log, for each source."""
     folder = ROOT / "build/cubins" / digest() / str(arch)
     folder.mkdir(parents=True, exist_ok=True)
-    for source in sorted(SOURCES.glob("*.cu")):
-        with (folder / f"{source.stem}.lock").open("w") as lock:
+    for unit in units():
+        with (folder / f"{unit.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / f"{source.stem}.log").exists():
-                compile_one(source, arch, folder)
+            if not (folder / f"{unit.name}.log").exists():
+                compile_one(unit, arch, folder)
     return folder
 
 
-def compile_one(source: Path, arch: int, folder: Path) -> None:
-    keep = folder / f"{source.stem}.steps"
+def compile_one(unit: Unit, arch: int, folder: Path) -> None:
+    keep = folder / f"{unit.name}.steps"
     keep.mkdir(exist_ok=True)
-    cubin = folder / f"{source.stem}.cubin"
+    cubin = folder / f"{unit.name}.cubin"
     command = ["nvcc", *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas=-v", "--keep"]
     result = subprocess.run(
-        [*command, f"--keep-dir={keep}", str(source), "-o", str(cubin)], capture_output=True, text=True
+        [*command, f"--keep-dir={keep}", *unit.defines, str(unit.source), "-o", str(cubin)],
+        capture_output=True,
+        text=True,
     )
     if result.returncode:
-        raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{result.stderr[-4000:]}")
-    shutil.copy(next(keep.glob("*.ptx")), folder / f"{source.stem}.ptx")
+        raise RuntimeError(f"nvcc failed on {unit.name} for sm_{arch}:\n{result.stderr[-4000:]}")
+    shutil.copy(next(keep.glob("*.ptx")), folder / f"{unit.name}.ptx")
     shutil.rmtree(keep)
-    (folder / f"{source.stem}.log").write_text(result.stdout + result.stderr)  # last: now all is there
+    (folder / f"{unit.name}.log").write_text(result.stdout + result.stderr)  # last: now all is there
 
 
 def spills(folder: Path) -> dict[str, int]:

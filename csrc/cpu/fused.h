@@ -169,7 +169,7 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
   F a, b, eps, qmin, qmax, grid_offset;
 
   Perturb(const Perturbation &p, float epsilon)
-      : a(broadcast(p.a)), b(broadcast(p.b / kFactor<D>)), eps(broadcast(epsilon)),
+      : a(broadcast(p.a)), b(broadcast(p.b / Drawn<D>::factor)), eps(broadcast(epsilon)),
         qmin(broadcast(p.grid.qmin)), qmax(broadcast(p.grid.qmax)), grid_offset(broadcast(p.grid.offset)) {}
 
   Scales scales(F delta, F inv) const { return {inv, a * delta, delta, delta * grid_offset, F{}}; }
@@ -186,7 +186,7 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
   void two(H h, const void *latent, const void *grad, const Outputs &out, int64_t i, const Scales &s0,
            const Scales &s1) const {
     F m0, m1, g0, g1, t0, t1;
-    noise_of<D, PAIRS>(h, m0, m1);
+    Drawn<D>::template noise<PAIRS>(h, m0, m1);
     load_two<G, PAIRS>(grad, i, g0, g1);
     load_two<L, PAIRS>(latent, i, t0, t1);
     const F v0 = fused(s0.gam, g0, b * m0), v1 = fused(s1.gam, g1, b * m1);
@@ -289,17 +289,13 @@ PerturbKernels perturb_for(Dtype latent, Dtype grad, Dtype out, bool table) {
 template <bool BOTH>
 PerturbKernels perturb_for(Distribution d, Dtype latent, Dtype grad, Dtype out, bool table) {
   switch (d) {
-  case Distribution::uniform:
-    return perturb_for<Distribution::uniform, BOTH>(latent, grad, out, table);
-  case Distribution::rademacher:
-    return perturb_for<Distribution::rademacher, BOTH>(latent, grad, out, table);
-  case Distribution::triangular:
-    return perturb_for<Distribution::triangular, BOTH>(latent, grad, out, table);
-  case Distribution::logistic:
-    return perturb_for<Distribution::logistic, BOTH>(latent, grad, out, table);
-  default:
-    return perturb_for<Distribution::gaussian, BOTH>(latent, grad, out, table);
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Distribution::name:                                                                                     \
+    return perturb_for<Distribution::name, BOTH>(latent, grad, out, table);
+    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
+#undef FOGZO_CASE
   }
+  __builtin_trap(); // no value of the enumeration
 }
 
 void perturb_fused(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
@@ -326,11 +322,11 @@ inline void accumulate(const Estimate &e, Keys &keys, const Chunks &chunks, F *a
     H halves[kHalves];
     set_direction(keys, uint32_t(direction));
     philox_block<PAIRS>(keys, chunks, halves);
-    const F B = broadcast(e.B[direction] / kFactor<D>);
+    const F B = broadcast(e.B[direction] / Drawn<D>::factor);
 #pragma GCC unroll 1
     for (int h = 0; h < kHalves; ++h) {
       F low, high;
-      noise_of<D, PAIRS>(halves[h], low, high);
+      Drawn<D>::template noise<PAIRS>(halves[h], low, high);
       acc[2 * h] = direction ? fused(B, low, acc[2 * h]) : B * low;
       acc[2 * h + 1] = direction ? fused(B, high, acc[2 * h + 1]) : B * high;
     }
@@ -403,17 +399,13 @@ template <Distribution D> EstimateKernels estimate_for(Dtype grad, bool widen) {
 
 EstimateKernels estimate_for(Distribution d, Dtype grad, bool widen) {
   switch (d) {
-  case Distribution::uniform:
-    return estimate_for<Distribution::uniform>(grad, widen);
-  case Distribution::rademacher:
-    return estimate_for<Distribution::rademacher>(grad, widen);
-  case Distribution::triangular:
-    return estimate_for<Distribution::triangular>(grad, widen);
-  case Distribution::logistic:
-    return estimate_for<Distribution::logistic>(grad, widen);
-  default:
-    return estimate_for<Distribution::gaussian>(grad, widen);
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Distribution::name:                                                                                     \
+    return estimate_for<Distribution::name>(grad, widen);
+    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
+#undef FOGZO_CASE
   }
+  __builtin_trap(); // no value of the enumeration
 }
 
 // widen: to float32, else to the dtype of the gradient

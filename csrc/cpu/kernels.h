@@ -9,8 +9,6 @@
 
 namespace fogzo::cpu {
 
-enum class Dtype { float32, bfloat16, float16, int8 };
-
 // Where a shard lies in its parameter: e(j) = offset + (j / inner) * stride + j % inner.
 struct Layout {
   int64_t offset, inner, stride;

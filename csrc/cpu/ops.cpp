@@ -1,111 +1,33 @@
-// CPU ops over lists of tensors: check, cut into blocks, spread over threads, call the kernels.
-// Registered through the LibTorch stable ABI, so that one build serves several torch releases.
-#include "../checks.h"
-#include "kernels.h"
+// CPU ops over lists of tensors: read the arguments, check them all, cut into blocks, spread over threads, call
+// the kernels. Registered through the LibTorch stable ABI, so that one build serves several torch releases.
+#include "nouns.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <cmath>
-#include <limits>
 
 namespace fogzo::cpu {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
 constexpr int64_t kBlock = 32768; // elements per task; fixed, so that sums do not depend on threads
 
-Dtype dtype_of(const Tensor &t, const Name &name) {
-  switch (t.scalar_type()) {
-  case ScalarType::Float:
-    return Dtype::float32;
-  case ScalarType::BFloat16:
-    return Dtype::bfloat16;
-  case ScalarType::Half:
-    return Dtype::float16;
-  case ScalarType::Char:
-    return Dtype::int8;
-  default:
-    STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16, or int8 for codes, got ",
-                    torch::headeronly::toString(t.scalar_type()));
-  }
+// ---- from lists to blocks
+
+Span span_of(const Tensor &t) { return {t.data, t.dtype()}; }
+
+void set_spans(std::vector<Item> &items, Span Item::*member, const Tensors &list) {
+  for (size_t i = 0; i < list.size(); ++i)
+    items[i].*member = span_of(list[i]);
 }
 
-Span span_of(const Tensor &t, const Name &name, bool codes = false) {
-  const Dtype dtype = dtype_of(t, name);
-  STD_TORCH_CHECK(codes || dtype != Dtype::int8, name, " must be float32, bfloat16 or float16, got int8");
-  return {t.data_ptr(), dtype};
-}
-
-Distribution distribution_of(const std::string &name) {
-  if (name == "uniform")
-    return Distribution::uniform;
-  if (name == "rademacher")
-    return Distribution::rademacher;
-  if (name == "triangular")
-    return Distribution::triangular;
-  if (name == "logistic")
-    return Distribution::logistic;
-  STD_TORCH_CHECK(name == "gaussian", "distribution must be a known one, got ", name);
-  return Distribution::gaussian;
-}
-
-StraightThrough straight_through_of(const std::string &kind, bool clip) {
-  if (kind == "identity")
-    return clip ? StraightThrough::identity_clipped : StraightThrough::identity;
-  if (kind == "hardtanh")
-    return StraightThrough::hardtanh;
-  if (kind == "tanh")
-    return StraightThrough::tanh;
-  STD_TORCH_CHECK(kind == "approxsign", "straight_through must be a known one, got ", kind);
-  return StraightThrough::approxsign;
-}
-
-// Codes fit in int8, so that their conversion from float32 is defined.
-GridRange grid_of(int64_t qmin, int64_t qmax, double offset) {
-  check_range(qmin, -128, 127, "qmin");
-  check_range(qmax, qmin, 127, "qmax");
-  STD_TORCH_CHECK(offset == 0.0 || offset == 0.5, "offset must be 0 or 0.5, got ", offset);
-  return {float(qmin), float(qmax), float(offset)};
-}
-
-float ratio_of(int64_t r) {
-  check_range(r, 1, 2, "r");
-  return float(r);
-}
-
-// In the ranges of the contract: a number cut to its lower bits would name other noise.
-Names names_of(int64_t seed, int64_t step, int64_t direction, int64_t tensor_id) {
-  check_range(step, 0, (int64_t(1) << 32) - 1, "step");
-  check_range(direction, 0, (int64_t(1) << 16) - 1, "direction");
-  return {uint64_t(seed), uint32_t(step), uint32_t(direction), uint32_t(tensor_id)};
-}
-
-std::vector<Item> make_items(const TensorList &like, const TensorList &alphas) {
-  check_alphas(alphas, like);
+// One for each of `like`; those behind the last of `alphas` have none.
+std::vector<Item> make_items(const Tensors &like, const Tensors &alphas) {
   std::vector<Item> items(like.size());
-  for (size_t i = 0; i < items.size(); ++i) {
-    items[i].numel = like[i].numel();
-    items[i].scale_length = std::max<int64_t>(1, items[i].numel / std::max<int64_t>(1, alphas[i].numel()));
-    items[i].alpha = static_cast<const float *>(alphas[i].data_ptr());
+  for (size_t i = 0; i < items.size(); ++i)
+    items[i].numel = like[i].numel;
+  for (size_t i = 0; i < alphas.size(); ++i) {
+    items[i].scale_length = std::max<int64_t>(1, items[i].numel / std::max<int64_t>(1, alphas[i].numel));
+    items[i].alpha = alphas[i].at<const float>();
   }
   return items;
-}
-
-void set_spans(std::vector<Item> &items, Span Item::*member, const TensorList &list, const char *name,
-               bool codes = false) {
-  for (size_t i = 0; i < list.size(); ++i)
-    items[i].*member = span_of(list[i], {name, i}, codes);
-}
-
-void set_names(std::vector<Item> &items, const Ints &tensor_ids, const Ints &layouts, const TensorList &like) {
-  check_names(tensor_ids, layouts, like);
-  for (size_t i = 0; i < items.size(); ++i) {
-    items[i].layout = {layouts[3 * i], layouts[3 * i + 1], layouts[3 * i + 2]};
-    items[i].tensor_id = uint32_t(tensor_ids[i]);
-  }
 }
 
 struct Block {
@@ -115,6 +37,7 @@ struct Block {
 
 std::vector<Block> make_blocks(const std::vector<Item> &items) {
   std::vector<Block> blocks;
+  blocks.reserve(items.size());
   for (const Item &item : items)
     for (int64_t begin = 0; begin < item.numel; begin += kBlock)
       blocks.push_back({&item, begin, std::min(item.numel, begin + kBlock)});
@@ -129,324 +52,346 @@ template <class Body> void for_each_block(const std::vector<Block> &blocks, Body
   });
 }
 
-// a / N of the contract: 0 unless N is finite and > 0
-double over_norm(double numerator, double norm) {
-  return std::isfinite(norm) && norm > 0 ? numerator / norm : 0.0;
+// ---- noise and guide norm
+
+// An argument that is one tensor, as a list.
+Tensors alone(Arguments &a) {
+  Tensors list;
+  list.push_back(a.tensor());
+  return list;
 }
 
-float norm_of(const Tensor &norm) {
-  check_scalar(norm, ScalarType::Float, "norm");
-  return *static_cast<const float *>(norm.data_ptr());
-}
-
-void noise(const Tensor &out, const std::string &distribution, double scale, int64_t seed, int64_t step,
-           int64_t direction, int64_t tensor_id, const Ints &layout) {
+void noise(Arguments a) {
+  const Tensors out = alone(a);
+  Draw draw(a);
+  const int64_t direction = a.integer();
+  check_tensor(out[0], "out", bit(Type::float32));
+  draw.check(out, 1);
+  check_range(direction, 0, kMaxDirection - 1, "direction");
   const Kernels &run = kernels();
-  check_cpu_contiguous(out, "out");
-  check_dtype(out, ScalarType::Float, "out");
-  std::vector<Item> items(1);
-  items[0].numel = out.numel();
-  set_names(items, {tensor_id}, layout, {out});
-  const Noise what{distribution_of(distribution), names_of(seed, step, direction, tensor_id)};
-  float *data = static_cast<float *>(out.data_ptr());
+  std::vector<Item> items = make_items(out, {});
+  draw.name_items(items);
+  Noise what = draw.noise(direction);
+  what.names.tensor_id = items[0].tensor_id;
+  float *const data = out[0].at<float>();
   for_each_block(make_blocks(items), [&](int64_t, const Block &block) {
-    run.noise(what, items[0].layout, float(scale), data, block.begin, block.end);
+    run.noise(what, items[0].layout, float(draw.C), data, block.begin, block.end);
   });
 }
 
-void guide_sumsq(const Tensor &out, const TensorList &grads, const TensorList &alphas, int64_t r) {
+void guide_sumsq(Arguments a) {
+  const Tensors out = alone(a), grads = a.tensors(), alphas = a.tensors();
+  const int64_t r = a.integer();
+  check_scalar(out[0], "out", Type::float64);
+  check_list(grads, "grads", kFloats);
+  check_range(r, 1, 2, "r");
+  check_length(alphas, grads.size(), "alphas");
+  check_alphas(alphas, grads, r);
   const Kernels &run = kernels();
-  check_scalar(out, ScalarType::Double, "out");
-  check_list(grads, grads, "grads", false);
   std::vector<Item> items = make_items(grads, alphas);
-  set_spans(items, &Item::grad, grads, "grads");
+  set_spans(items, &Item::grad, grads);
   const std::vector<Block> blocks = make_blocks(items);
   std::vector<double> partial(blocks.size());
-  const float ratio = ratio_of(r);
   for_each_block(blocks, [&](int64_t i, const Block &block) {
-    partial[i] = run.sumsq(*block.item, ratio, block.begin, block.end);
+    partial[i] = run.sumsq(*block.item, float(r), block.begin, block.end);
   });
   double sum = 0;
   for (double x : partial)
     sum += x;
-  *static_cast<double *>(out.data_ptr()) = sum;
+  *out[0].at<double>() = sum;
 }
 
-void perturb_quantize(const TensorList &plus, const TensorList &minus, const TensorList &latents,
-                      const TensorList &grads, const TensorList &alphas, const Tensor &norm, int64_t seed,
-                      int64_t step, double one_minus_beta, int64_t direction, const Ints &tensor_ids,
-                      const Ints &layouts, int64_t qmin, int64_t qmax, double offset, int64_t r,
-                      const std::string &distribution, double noise_scale, double epsilon) {
+// ---- perturb and quantize
+
+void perturb_quantize(Arguments a) {
+  const Tensors plus = a.tensors(), minus = a.tensors(), latents = a.tensors(), grads = a.tensors(),
+                alphas = a.tensors();
+  Draw draw(a);
+  Mix mix(a);
+  const int64_t direction = a.integer();
+  const Grid grid(a);
+  const size_t count = latents.size();
+  check_list(latents, "latents", kFloats);
+  check_list_like(grads, "grads", kFloats, latents, count);
+  FOGZO_CHECK(!count || !plus.empty() || !minus.empty(), "plus and minus must not both be empty");
+  if (!plus.empty())
+    check_list_like(plus, "plus", kOutputs, latents, count);
+  if (!minus.empty())
+    check_list_like(minus, "minus", plus.empty() ? kOutputs : bit(plus[0].type), latents, count);
+  grid.check();
+  check_length(alphas, count, "alphas");
+  check_alphas(alphas, latents, grid.r);
+  mix.check();
+  draw.check(latents, count);
+  check_range(direction, 0, kMaxDirection - 1, "direction");
+  Memory memory;
+  memory.writes(plus, "plus");
+  memory.writes(minus, "minus");
+  memory.reads(latents, "latents");
+  memory.reads(grads, "grads");
+  memory.reads(alphas, "alphas");
+  memory.reads(mix.norm_tensor, "norm");
+  memory.check();
+
   const Kernels &run = kernels();
-  check_list(latents, latents, "latents", false);
-  check_list(grads, latents, "grads", false);
-  check_list(plus, latents, "plus", true);
-  check_list(minus, latents, "minus", true);
   std::vector<Item> items = make_items(latents, alphas);
-  set_names(items, tensor_ids, layouts, latents);
-  set_spans(items, &Item::latent, latents, "latents");
-  set_spans(items, &Item::grad, grads, "grads");
-  set_spans(items, &Item::plus, plus, "plus", true);
-  set_spans(items, &Item::minus, minus, "minus", true);
-  for (size_t i = 0; i < std::min(plus.size(), minus.size()); ++i) // the kernels store both alike
-    check_dtype(minus[i], plus[i].scalar_type(), {"minus", i});
-  const Names names = names_of(seed, step, direction, 0);
-  const float sign = direction_sign(names.seed, names.step, names.direction);
-  const Perturbation p{{distribution_of(distribution), names},
-                       grid_of(qmin, qmax, offset),
-                       ratio_of(r),
-                       float(over_norm(float(std::sqrt(1.0 - one_minus_beta)) * sign, norm_of(norm))),
-                       float(std::sqrt(one_minus_beta) * noise_scale),
-                       float(epsilon)};
+  draw.name_items(items);
+  set_spans(items, &Item::latent, latents);
+  set_spans(items, &Item::grad, grads);
+  set_spans(items, &Item::plus, plus);
+  set_spans(items, &Item::minus, minus);
+  const Noise what = draw.noise(direction);
+  const float sign = direction_sign(what.names.seed, what.names.step, what.names.direction);
+  const Perturbation p{what,
+                       grid.range(),
+                       float(grid.r),
+                       float(mix.over_norm(float(std::sqrt(1.0 - mix.one_minus_beta)) * sign)),
+                       float(std::sqrt(mix.one_minus_beta) * draw.C),
+                       float(mix.epsilon)};
   for_each_block(make_blocks(items), [&](int64_t, const Block &b) { run.perturb(*b.item, p, b.begin, b.end); });
 }
 
-// A and B of the contract, from the losses; false if the step is lost and g keeps the STE gradient.
-// counters: lost directions, lost norms.
-bool estimate_coefficients(const Tensor &losses_plus, const Tensor &losses_minus, float norm,
-                           double one_minus_beta, double epsilon, double noise_scale, const Names &names,
-                           int64_t *counters, float &A, std::vector<float> &B) {
-  const int64_t n = losses_plus.numel();
-  const float *plus = static_cast<const float *>(losses_plus.data_ptr());
-  const float *minus = static_cast<const float *>(losses_minus.data_ptr());
+// ---- estimate
+
+// A and B of the contract, from the losses. Not usable: the step is lost and g keeps the STE gradient.
+struct Coefficients {
+  float A = 0.0f;
+  std::vector<float> B;
+  bool usable = false;
+};
+
+// Counts what is lost.
+Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &losses) {
+  Coefficients found;
+  const int64_t n = losses.n();
+  const float *plus = losses.plus.at<const float>(), *minus = losses.minus.at<const float>();
   double sum = 0;
   int64_t lost = 0;
   for (int64_t i = 0; i < n; ++i) {
-    double c = (double(plus[i]) - double(minus[i])) / (2.0 * double(float(epsilon)));
+    double c = (double(plus[i]) - double(minus[i])) / (2.0 * double(float(mix.epsilon)));
     if (!std::isfinite(float(c))) {
       c = 0;
       ++lost;
     }
-    sum += c * direction_sign(names.seed, names.step, uint32_t(i));
-    B.push_back(float(c * std::sqrt(one_minus_beta) * noise_scale / double(n)));
+    sum += c * direction_sign(uint64_t(draw.seed), uint32_t(draw.step), uint32_t(i));
+    found.B.push_back(float(c * std::sqrt(mix.one_minus_beta) * draw.C / double(n)));
   }
-  A = float(over_norm(sum * std::sqrt(1.0 - one_minus_beta) / double(n), norm));
-  const bool norm_lost = !std::isfinite(norm);
-  if (counters) {
-    counters[0] += lost;
-    counters[1] += norm_lost;
-  }
-  return lost < n && !norm_lost;
+  found.A = float(mix.over_norm(sum * std::sqrt(1.0 - mix.one_minus_beta) / double(n)));
+  const bool norm_lost = !std::isfinite(mix.norm);
+  losses.count(lost, norm_lost); // the third counter, of bad alphas, stays: they are refused
+  found.usable = lost < n && !norm_lost;
+  return found;
 }
 
-int64_t count_bad_alphas(const TensorList &alphas) {
-  int64_t bad = 0;
-  for (const Tensor &alpha : alphas) {
-    const float *data = static_cast<const float *>(alpha.data_ptr());
-    for (int64_t i = 0; i < alpha.numel(); ++i)
-      bad += !(data[i] > 0 && std::isfinite(data[i]));
-  }
-  return bad;
-}
+void estimate_gradient(Arguments a) {
+  const Tensors grads = a.tensors(), counters = a.tensors(), alphas = a.tensors();
+  Draw draw(a);
+  Mix mix(a);
+  const Losses losses(a, counters);
+  const int64_t r = a.integer();
+  check_list(grads, "grads", kFloats);
+  check_range(r, 1, 2, "r");
+  check_length(alphas, grads.size(), "alphas");
+  check_alphas(alphas, grads, r);
+  mix.check();
+  draw.check(grads, grads.size());
+  losses.check(1);
+  Memory memory;
+  memory.writes(grads, "grads");
+  losses.touch(memory);
+  memory.reads(alphas, "alphas");
+  memory.reads(mix.norm_tensor, "norm");
+  memory.check();
 
-void check_losses(const Tensor &plus, const Tensor &minus, int64_t least) {
-  check_cpu_contiguous(plus, "losses_plus");
-  check_cpu_contiguous(minus, "losses_minus");
-  check_dtype(plus, ScalarType::Float, "losses_plus");
-  check_dtype(minus, ScalarType::Float, "losses_minus");
-  check_range(plus.numel(), least, int64_t(1) << 16, "the number of losses_plus");
-  STD_TORCH_CHECK(minus.numel() == plus.numel(), "losses_minus must have ", plus.numel(), " elements, got ",
-                  minus.numel());
-}
-
-int64_t *counters_of(const TensorList &counters) {
-  if (counters.empty())
-    return nullptr;
-  STD_TORCH_CHECK(counters.size() == 1, "counters must have at most 1 tensor, got ", counters.size());
-  check_cpu_contiguous(counters[0], "counters");
-  check_dtype(counters[0], ScalarType::Long, "counters");
-  STD_TORCH_CHECK(counters[0].numel() == 3, "counters must have 3 elements, got ", counters[0].numel());
-  return static_cast<int64_t *>(counters[0].data_ptr());
-}
-
-void estimate_gradient(const TensorList &grads, const TensorList &counters, const Tensor &losses_plus,
-                       const Tensor &losses_minus, const TensorList &alphas, const Tensor &norm, int64_t seed,
-                       int64_t step, double one_minus_beta, const Ints &tensor_ids, const Ints &layouts,
-                       int64_t r, const std::string &distribution, double noise_scale, double epsilon) {
   const Kernels &run = kernels();
-  check_list(grads, grads, "grads", false);
-  check_losses(losses_plus, losses_minus, 1);
   std::vector<Item> items = make_items(grads, alphas);
-  set_names(items, tensor_ids, layouts, grads);
-  set_spans(items, &Item::grad, grads, "grads");
-  int64_t *counts = counters_of(counters);
-  Estimate e{{distribution_of(distribution), names_of(seed, step, 0, 0)}, ratio_of(r), 0.0f, nullptr, 0};
-  const float N = norm_of(norm); // the last check: what follows writes
-  if (counts)
-    counts[2] += count_bad_alphas(alphas);
-  std::vector<float> B;
-  if (!estimate_coefficients(losses_plus, losses_minus, N, one_minus_beta, epsilon, noise_scale, e.noise.names,
-                             counts, e.A, B))
+  draw.name_items(items);
+  set_spans(items, &Item::grad, grads);
+  const Coefficients c = coefficients_of(draw, mix, losses);
+  if (!c.usable)
     return;
-  e.B = B.data();
-  e.directions = int64_t(B.size());
+  const Estimate e{draw.noise(0), float(r), c.A, c.B.data(), int64_t(c.B.size())};
   for_each_block(make_blocks(items),
                  [&](int64_t, const Block &b) { run.estimate(*b.item, e, b.begin, b.end); });
 }
 
-Update update_of(const std::string &rule, const std::vector<double> &h, double lr, int64_t count) {
-  // h: weight decay, beta1, beta2, eps, momentum, dampening
-  STD_TORCH_CHECK(h.size() == 6, "hyperparameters must be 6 numbers, got ", h.size());
-  STD_TORCH_CHECK(count >= 1, "count must be >= 1, got ", count);
-  if (rule == "adamw")
-    return {Rule::adamw,
-            float(lr / (1.0 - std::pow(h[1], double(count)))),
-            float(1.0 - lr * h[0]),
-            float(1.0 / std::sqrt(1.0 - std::pow(h[2], double(count)))),
-            float(1.0 - h[1]),
-            float(1.0 - h[2]),
-            float(h[2]),
-            float(h[3]),
-            0.0f,
-            0.0f};
-  Update u{Rule::sgd, float(lr), float(count == 1 ? 1.0 : 1.0 - h[5]), 0, 0, 0, 0, 0, float(h[0]), float(h[4])};
-  if (rule == "momentum")
-    u.rule = Rule::momentum;
-  else if (rule == "nesterov")
-    u.rule = Rule::nesterov;
-  else
-    STD_TORCH_CHECK(rule == "sgd", "rule must be a known one, got ", rule);
-  return u;
-}
+// ---- the fused tail
 
-// Items of the fused tail: the first alphas.size() are quantized, the others have no alpha.
-std::vector<Item> update_items(const TensorList &latents, const TensorList &masters, const TensorList &first,
-                               const TensorList &second, const TensorList &quantized, const TensorList &grads,
-                               const TensorList &alphas, const Ints &tensor_ids, const Ints &layouts) {
-  check_list(latents, latents, "latents", false);
-  check_list(grads, latents, "grads", false);
-  STD_TORCH_CHECK(alphas.size() <= latents.size(), "alphas must have at most ", latents.size(),
-                  " tensors, got ", alphas.size());
-  const TensorList quantizing(latents.begin(), latents.begin() + alphas.size());
-  check_list(quantized, quantizing, "quantized", true);
-  std::vector<Item> items = make_items(quantizing, alphas);
-  set_names(items, tensor_ids, layouts, quantizing);
-  for (size_t i = items.size(); i < latents.size(); ++i) {
-    items.emplace_back();
-    items.back().numel = latents[i].numel();
-  }
-  set_spans(items, &Item::latent, latents, "latents");
-  set_spans(items, &Item::grad, grads, "grads");
-  set_spans(items, &Item::plus, quantized, "quantized", true);
-  const struct {
-    const char *name;
-    const TensorList &list;
-    Span Item::*member;
-  } states[] = {
-      {"masters", masters, &Item::master}, {"first", first, &Item::first}, {"second", second, &Item::second}};
-  for (const auto &[name, list, member] : states) {
-    check_list(list, latents, name, true);
-    for (size_t i = 0; i < list.size(); ++i)
-      check_dtype(list[i], ScalarType::Float, {name, i});
-    set_spans(items, member, list, name);
-  }
-  return items;
-}
+// Its lists. The first alphas.size() of the latents are quantized, the others have no alpha.
+struct TailLists {
+  Tensors latents, masters, first, second, quantized, counters, grads, alphas;
 
-void estimate_update(const TensorList &latents, const TensorList &masters, const TensorList &first,
-                     const TensorList &second, const TensorList &quantized, const TensorList &counters,
-                     const TensorList &grads, const Tensor &losses_plus, const Tensor &losses_minus,
-                     const TensorList &alphas, const Tensor &norm, int64_t seed, int64_t step,
-                     double one_minus_beta, const Ints &tensor_ids, const Ints &layouts, int64_t qmin,
-                     int64_t qmax, double offset, int64_t r, const std::string &distribution,
-                     double noise_scale, double epsilon, const std::string &rule,
-                     const std::vector<double> &hyperparameters, double lr, int64_t count) {
-  const Kernels &run = kernels();
-  check_losses(losses_plus, losses_minus, 0);
-  const std::vector<Item> items =
-      update_items(latents, masters, first, second, quantized, grads, alphas, tensor_ids, layouts);
-  int64_t *counts = counters_of(counters);
-  Tail tail{{{distribution_of(distribution), names_of(seed, step, 0, 0)}, ratio_of(r), 1.0f, nullptr, 0},
-            update_of(rule, hyperparameters, lr, count),
-            grid_of(qmin, qmax, offset),
-            false};
-  STD_TORCH_CHECK(tail.update.rule == Rule::sgd || first.size() == latents.size(), "first must have ",
-                  latents.size(), " tensors for ", rule, ", got ", first.size());
-  STD_TORCH_CHECK(tail.update.rule != Rule::adamw || second.size() == latents.size(), "second must have ",
-                  latents.size(), " tensors for ", rule, ", got ", second.size());
-  const float N = norm_of(norm); // the last check: what follows writes
-  std::vector<float> B;
-  if (losses_plus.numel()) {
-    if (counts)
-      counts[2] += count_bad_alphas(alphas);
-    tail.skip = !std::isfinite(N);
-    if (estimate_coefficients(losses_plus, losses_minus, N, one_minus_beta, epsilon, noise_scale,
-                              tail.estimate.noise.names, counts, tail.estimate.A, B)) {
-      tail.estimate.B = B.data();
-      tail.estimate.directions = int64_t(B.size());
+  explicit TailLists(Arguments &a)
+      : latents(a.tensors()), masters(a.tensors()), first(a.tensors()), second(a.tensors()),
+        quantized(a.tensors()), counters(a.tensors()), grads(a.tensors()), alphas(a.tensors()) {}
+
+  void check(Rule rule, int64_t r) const {
+    const size_t count = latents.size();
+    check_list(latents, "latents", kFloats);
+    check_list_like(grads, "grads", kFloats, latents, count);
+    if (!masters.empty()) {
+      check_list_like(masters, "masters", bit(Type::float32), latents, count);
+      FOGZO_CHECK(latents[0].type != Type::float32,
+                  "latents must be bfloat16 or float16 where masters are given, got float32");
     }
+    check_state(first, "first", rule, 0);
+    check_state(second, "second", rule, 1);
+    FOGZO_CHECK(alphas.size() <= count, "alphas must have at most ", count, " tensors, got ", alphas.size());
+    if (!quantized.empty())
+      check_list_like(quantized, "quantized", kOutputs, latents, alphas.size());
+    check_alphas(alphas, latents, r);
+  }
+
+  void touch(Memory &memory) const {
+    memory.writes(latents, "latents");
+    memory.writes(masters, "masters");
+    memory.writes(first, "first");
+    memory.writes(second, "second");
+    memory.writes(quantized, "quantized");
+    memory.reads(grads, "grads");
+    memory.reads(alphas, "alphas");
+  }
+
+  std::vector<Item> items() const {
+    std::vector<Item> found = make_items(latents, alphas);
+    set_spans(found, &Item::latent, latents);
+    set_spans(found, &Item::grad, grads);
+    set_spans(found, &Item::plus, quantized);
+    set_spans(found, &Item::master, masters);
+    set_spans(found, &Item::first, first);
+    set_spans(found, &Item::second, second);
+    return found;
+  }
+
+private:
+  void check_state(const Tensors &list, const char *name, Rule rule, int place) const {
+    const size_t count = place < states_of(rule) ? latents.size() : 0;
+    FOGZO_CHECK(list.size() == count, name, " must have ", count, " tensors for ", name_of(rule), ", got ",
+                list.size());
+    check_list_like(list, name, bit(Type::float32), latents, count);
+  }
+};
+
+void estimate_update(Arguments a) {
+  const TailLists lists(a);
+  Draw draw(a);
+  Mix mix(a);
+  const Losses losses(a, lists.counters);
+  const Grid grid(a);
+  Optimizer optimizer(a);
+  optimizer.check();
+  grid.check();
+  lists.check(optimizer.update.rule, grid.r);
+  mix.check();
+  draw.check(lists.latents, lists.alphas.size());
+  losses.check(0);
+  Memory memory;
+  lists.touch(memory);
+  losses.touch(memory);
+  memory.reads(mix.norm_tensor, "norm");
+  memory.check();
+
+  const Kernels &run = kernels();
+  std::vector<Item> items = lists.items();
+  draw.name_items(items);
+  Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, optimizer.update, grid.range(), false};
+  Coefficients c;
+  if (losses.n()) {
+    tail.skip = !std::isfinite(mix.norm);
+    c = coefficients_of(draw, mix, losses);
+  }
+  if (c.usable) {
+    tail.estimate.A = c.A;
+    tail.estimate.B = c.B.data();
+    tail.estimate.directions = int64_t(c.B.size());
   }
   for_each_block(make_blocks(items),
                  [&](int64_t, const Block &b) { run.update(*b.item, tail, b.begin, b.end); });
 }
 
-void quantize(const TensorList &out, const TensorList &latents, const TensorList &alphas, int64_t qmin,
-              int64_t qmax, double offset, int64_t r) {
-  const Kernels &run = kernels();
-  check_list(latents, latents, "latents", false);
-  check_list(out, latents, "out", false);
-  std::vector<Item> items = make_items(latents, alphas);
-  set_spans(items, &Item::latent, latents, "latents");
-  set_spans(items, &Item::plus, out, "out", true);
-  const GridRange grid = grid_of(qmin, qmax, offset);
-  const float ratio = ratio_of(r);
-  for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { run.quantize(*b.item, grid, ratio, b.begin, b.end); });
-}
+// ---- quantize and its straight-through derivative
 
-void straight_through_backward(const TensorList &out, const TensorList &grads, const TensorList &latents,
-                               const TensorList &alphas, int64_t qmin, int64_t qmax, double offset, int64_t r,
-                               const std::string &kind, bool clip) {
+void quantize(Arguments a) {
+  const Tensors out = a.tensors(), latents = a.tensors(), alphas = a.tensors();
+  const Grid grid(a);
+  check_list(latents, "latents", kFloats);
+  check_list_like(out, "out", kOutputs, latents, latents.size());
+  grid.check();
+  check_length(alphas, latents.size(), "alphas");
+  check_alphas(alphas, latents, grid.r);
+  Memory memory;
+  memory.writes(out, "out");
+  memory.reads(latents, "latents");
+  memory.reads(alphas, "alphas");
+  memory.check();
+
   const Kernels &run = kernels();
-  check_list(latents, latents, "latents", false);
-  check_list(grads, latents, "grads", false);
-  check_list(out, latents, "out", false);
   std::vector<Item> items = make_items(latents, alphas);
-  set_spans(items, &Item::latent, latents, "latents");
-  set_spans(items, &Item::grad, grads, "grads");
-  set_spans(items, &Item::plus, out, "out");
-  const GridRange grid = grid_of(qmin, qmax, offset);
-  const float ratio = ratio_of(r);
-  const StraightThrough what = straight_through_of(kind, clip);
+  set_spans(items, &Item::latent, latents);
+  set_spans(items, &Item::plus, out);
   for_each_block(make_blocks(items), [&](int64_t, const Block &b) {
-    run.straight_through(*b.item, what, grid, ratio, b.begin, b.end);
+    run.quantize(*b.item, grid.range(), float(grid.r), b.begin, b.end);
   });
 }
+
+void straight_through_backward(Arguments a) {
+  const Tensors out = a.tensors(), grads = a.tensors(), latents = a.tensors(), alphas = a.tensors();
+  const Grid grid(a);
+  const std::string name = a.text();
+  check_list(latents, "latents", kFloats);
+  check_list_like(grads, "grads", kFloats, latents, latents.size());
+  check_list_like(out, "out", kFloats, latents, latents.size());
+  grid.check();
+  check_length(alphas, latents.size(), "alphas");
+  check_alphas(alphas, latents, grid.r);
+  const auto what = value_of<StraightThrough, Refusal>(name, "straight_through");
+  Memory memory;
+  memory.writes(out, "out");
+  memory.reads_in_place(grads, "grads", out);
+  memory.reads(latents, "latents");
+  memory.reads(alphas, "alphas");
+  memory.check();
+
+  const Kernels &run = kernels();
+  std::vector<Item> items = make_items(latents, alphas);
+  set_spans(items, &Item::latent, latents);
+  set_spans(items, &Item::grad, grads);
+  set_spans(items, &Item::plus, out);
+  for_each_block(make_blocks(items), [&](int64_t, const Block &b) {
+    run.straight_through(*b.item, what, grid.range(), float(grid.r), b.begin, b.end);
+  });
+}
+
+// ---- schemas
+
+// The dispatcher's form of an op without results.
+template <void (*op)(Arguments)> void boxed(StableIValue *stack, uint64_t, uint64_t) { op(Arguments(stack)); }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
-  m.def(
-      "noise(Tensor(a!) out, str distribution, float scale, int seed, int step, int direction, int tensor_id, "
-      "int[] layout) -> ()");
+  m.def("noise(Tensor(a!) out, " FOGZO_DRAW ", int direction) -> ()");
   m.def("guide_sumsq(Tensor(a!) out, Tensor[] grads, Tensor[] alphas, int r) -> ()");
   m.def("perturb_quantize(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads, "
-        "Tensor[] alphas, Tensor norm, int seed, int step, float one_minus_beta, int direction, "
-        "int[] tensor_ids, int[] layouts, int qmin, int qmax, float offset, int r, str distribution, "
-        "float noise_scale, float epsilon) -> ()");
-  m.def("estimate_gradient(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus, "
-        "Tensor[] alphas, Tensor norm, int seed, int step, float one_minus_beta, int[] tensor_ids, "
-        "int[] layouts, int r, str distribution, float noise_scale, float epsilon) -> ()");
+        "Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", int direction, " FOGZO_GRID ") -> ()");
+  m.def("estimate_gradient(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor[] alphas, " FOGZO_DRAW
+        ", " FOGZO_MIX ", " FOGZO_LOSSES ", int r) -> ()");
   m.def("estimate_update(Tensor(a!)[] latents, Tensor(b!)[] masters, Tensor(c!)[] first, Tensor(d!)[] second, "
-        "Tensor(e!)[] quantized, Tensor(f!)[] counters, Tensor[] grads, Tensor losses_plus, "
-        "Tensor losses_minus, Tensor[] alphas, Tensor norm, int seed, int step, float one_minus_beta, "
-        "int[] tensor_ids, int[] layouts, int qmin, int qmax, float offset, int r, str distribution, "
-        "float noise_scale, float epsilon, str rule, float[] hyperparameters, float lr, int count) -> ()");
-  m.def(
-      "quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, int qmin, int qmax, float offset, int r) "
-      "-> ()");
-  m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] alphas, "
-        "int qmin, int qmax, float offset, int r, str kind, bool clip) -> ()");
+        "Tensor(e!)[] quantized, Tensor(f!)[] counters, Tensor[] grads, Tensor[] alphas, " FOGZO_DRAW
+        ", " FOGZO_MIX ", " FOGZO_LOSSES ", " FOGZO_GRID ", " FOGZO_UPDATE ") -> ()");
+  m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ") -> ()");
+  m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] "
+        "alphas, " FOGZO_GRID ", str straight_through) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
-  m.impl("noise", TORCH_BOX(&noise));
-  m.impl("guide_sumsq", TORCH_BOX(&guide_sumsq));
-  m.impl("perturb_quantize", TORCH_BOX(&perturb_quantize));
-  m.impl("estimate_gradient", TORCH_BOX(&estimate_gradient));
-  m.impl("estimate_update", TORCH_BOX(&estimate_update));
-  m.impl("quantize", TORCH_BOX(&quantize));
-  m.impl("straight_through_backward", TORCH_BOX(&straight_through_backward));
+  m.impl("noise", boxed<noise>);
+  m.impl("guide_sumsq", boxed<guide_sumsq>);
+  m.impl("perturb_quantize", boxed<perturb_quantize>);
+  m.impl("estimate_gradient", boxed<estimate_gradient>);
+  m.impl("estimate_update", boxed<estimate_update>);
+  m.impl("quantize", boxed<quantize>);
+  m.impl("straight_through_backward", boxed<straight_through_backward>);
 }
 
 } // namespace fogzo::cpu

@@ -79,34 +79,29 @@ template <Distribution D> void noise_run(const Names &names, uint64_t e, int64_t
   uint16_t halves[kTile + 8 * kGroup + 8];
   const int64_t shift = int64_t(e & 7);
   philox_halves(names, e >> 3, (shift + count + 7) / 8, halves);
-  if (D != Distribution::gaussian) {
+  if constexpr (drawn_from<D>() == DrawnFrom::half) {
     FOGZO_LOOP(int64_t i = 0; i < count; ++i) m[i] = noise_of_half<D>(halves[shift + i]);
-    return;
+  } else {
+    float pairs[kTile + 8 * kGroup + 8]; // a word's pair may straddle the end of the run
+    float *out = shift == 0 && count % 2 == 0 ? m : pairs;
+    const int64_t words = (shift + count + 1) / 2;
+    FOGZO_LOOP(int64_t w = 0; w < words; ++w) {
+      const Pair pair = noise_of_word<D>(halves[2 * w], halves[2 * w + 1]);
+      out[2 * w] = pair.even;
+      out[2 * w + 1] = pair.odd;
+    }
+    if (out != m)
+      std::memcpy(m, pairs + shift, count * sizeof(float));
   }
-  float pairs[kTile + 8 * kGroup + 8]; // a word's pair may straddle the end of the run
-  float *out = shift == 0 && count % 2 == 0 ? m : pairs;
-  const int64_t words = (shift + count + 1) / 2;
-  FOGZO_LOOP(int64_t w = 0; w < words; ++w) {
-    const Pair pair = noise_of_word<D>(halves[2 * w], halves[2 * w + 1]);
-    out[2 * w] = pair.even;
-    out[2 * w + 1] = pair.odd;
-  }
-  if (out != m)
-    std::memcpy(m, pairs + shift, count * sizeof(float));
 }
 
 void noise_run(const Noise &noise, uint64_t e, int64_t count, float *m) {
   switch (noise.distribution) {
-  case Distribution::uniform:
-    return noise_run<Distribution::uniform>(noise.names, e, count, m);
-  case Distribution::rademacher:
-    return noise_run<Distribution::rademacher>(noise.names, e, count, m);
-  case Distribution::triangular:
-    return noise_run<Distribution::triangular>(noise.names, e, count, m);
-  case Distribution::logistic:
-    return noise_run<Distribution::logistic>(noise.names, e, count, m);
-  case Distribution::gaussian:
-    return noise_run<Distribution::gaussian>(noise.names, e, count, m);
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Distribution::name:                                                                                     \
+    return noise_run<Distribution::name>(noise.names, e, count, m);
+    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
+#undef FOGZO_CASE
   }
 }
 
@@ -251,16 +246,16 @@ void step_tile(const Item &item, Update update, const float *G, int64_t start, i
   const Span &weight = item.master.data ? item.master : item.latent;
   const float *theta = load(weight, start, count, buffer);
   float *to = target(weight, start, out);
-  float *first = R == Rule::sgd ? none : static_cast<float *>(item.first.data) + start;
-  float *second = R == Rule::adamw ? static_cast<float *>(item.second.data) + start : none;
-  if (R == Rule::adamw) {
+  float *first = states_of(R) > 0 ? static_cast<float *>(item.first.data) + start : none;
+  float *second = states_of(R) > 1 ? static_cast<float *>(item.second.data) + start : none;
+  float unused = 0;
+  if constexpr (states_of(R) == 2) {
     FOGZO_LOOP(int64_t i = 0; i < count; ++i) to[i] = updated<R>(update, theta[i], G[i], first[i], second[i]);
+  } else if constexpr (states_of(R) == 1) {
+    FOGZO_LOOP(int64_t i = 0; i < count; ++i) to[i] = updated<R>(update, theta[i], G[i], first[i], unused);
   } else {
-    float unused = 0;
-    if (R == Rule::sgd)
-      FOGZO_LOOP(int64_t i = 0; i < count; ++i) to[i] = updated<R>(update, theta[i], G[i], unused, unused);
-    else
-      FOGZO_LOOP(int64_t i = 0; i < count; ++i) to[i] = updated<R>(update, theta[i], G[i], first[i], unused);
+    static_assert(states_of(R) == 0, "a rule has at most two states");
+    FOGZO_LOOP(int64_t i = 0; i < count; ++i) to[i] = updated<R>(update, theta[i], G[i], unused, unused);
   }
   store(to, weight, start, count);
   if (item.master.data)
@@ -269,14 +264,11 @@ void step_tile(const Item &item, Update update, const float *G, int64_t start, i
 
 void step_tile(const Item &item, Update update, const float *G, int64_t start, int64_t count) {
   switch (update.rule) {
-  case Rule::adamw:
-    return step_tile<Rule::adamw>(item, update, G, start, count);
-  case Rule::sgd:
-    return step_tile<Rule::sgd>(item, update, G, start, count);
-  case Rule::momentum:
-    return step_tile<Rule::momentum>(item, update, G, start, count);
-  case Rule::nesterov:
-    return step_tile<Rule::nesterov>(item, update, G, start, count);
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Rule::name:                                                                                             \
+    return step_tile<Rule::name>(item, update, G, start, count);
+    FOGZO_RULES(FOGZO_CASE)
+#undef FOGZO_CASE
   }
 }
 
@@ -329,7 +321,7 @@ void straight_through_range(const Item &item, GridRange grid, float r, int64_t b
     const float *t = load(item.latent, start, count, latent), *g = load(item.grad, start, count, grad);
     float *to = target(item.plus, start, out);
     for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
-      FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = g[i] * derivative_of(S, t[i], scale, grid, r);
+      FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = g[i] * derivative_of<S>(t[i], scale, grid, r);
     });
     store(to, item.plus, start, count);
   });
@@ -338,16 +330,11 @@ void straight_through_range(const Item &item, GridRange grid, float r, int64_t b
 void straight_through_range(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
                             int64_t end) {
   switch (kind) {
-  case StraightThrough::identity_clipped:
-    return straight_through_range<StraightThrough::identity_clipped>(item, grid, r, begin, end);
-  case StraightThrough::identity:
-    return straight_through_range<StraightThrough::identity>(item, grid, r, begin, end);
-  case StraightThrough::hardtanh:
-    return straight_through_range<StraightThrough::hardtanh>(item, grid, r, begin, end);
-  case StraightThrough::tanh:
-    return straight_through_range<StraightThrough::tanh>(item, grid, r, begin, end);
-  case StraightThrough::approxsign:
-    return straight_through_range<StraightThrough::approxsign>(item, grid, r, begin, end);
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case StraightThrough::name:                                                                                  \
+    return straight_through_range<StraightThrough::name>(item, grid, r, begin, end);
+    FOGZO_STRAIGHT_THROUGHS(FOGZO_CASE)
+#undef FOGZO_CASE
   }
 }
 

@@ -78,12 +78,6 @@ void philox_halves(const Names &names, uint64_t chunk, int64_t chunks, uint16_t 
 
 // ---- noise and operands
 
-// noise_of() gives m times this power of two, which the caller takes out of the coefficient of m: exact.
-template <Distribution D>
-constexpr float kFactor = D == Distribution::uniform      ? 32768.0f
-                          : D == Distribution::triangular ? 65536.0f
-                                                          : 1.0f;
-
 // k of the elements of h, as words
 template <bool PAIRS> inline void numbers_of(H h, U &first, U &last) {
   if (!PAIRS)
@@ -101,10 +95,54 @@ template <bool PAIRS> inline void raised(H h, uint16_t below, U &first, U &last)
   last = masked_or(words, 0xFFFF0000u, below);
 }
 
-// m kFactor of the elements of h
-template <Distribution D, bool PAIRS> inline void noise_of(H h, F &first, F &last) {
-  U low, high;
-  if (D == Distribution::gaussian) { // Box-Muller on words: the pair of an even and an odd element
+// noise(): m times the factor, of the elements of h. The factor is a power of two, which the caller takes out
+// of the coefficient of m: exact.
+template <Distribution D> struct Drawn;
+
+template <> struct Drawn<Distribution::uniform> {
+  static constexpr float factor = 32768.0f;
+  template <bool PAIRS> static inline void noise(H h, F &first, F &last) {
+    U low, high;
+    raised<PAIRS>(h, 0x8000, low, high);
+    first = float_from(low);
+    last = float_from(high);
+  }
+};
+
+template <> struct Drawn<Distribution::rademacher> {
+  static constexpr float factor = 1.0f;
+  template <bool PAIRS> static inline void noise(H h, F &first, F &last) {
+    U low, high;
+    raised<PAIRS>(h, 0, low, high);
+    first = float_of(masked_or(low, 0x80000000u, 0x3F800000u));
+    last = float_of(masked_or(high, 0x80000000u, 0x3F800000u));
+  }
+};
+
+template <> struct Drawn<Distribution::triangular> {
+  static constexpr float factor = 65536.0f;
+  template <bool PAIRS> static inline void noise(H h, F &first, F &last) {
+    U low, high;
+    raised<PAIRS>(byte_sums(h), 0, low, high);
+    first = float_from(low);
+    last = float_from(high);
+  }
+};
+
+template <> struct Drawn<Distribution::logistic> {
+  static constexpr float factor = 1.0f;
+  template <bool PAIRS> static inline void noise(H h, F &first, F &last) {
+    U low, high;
+    numbers_of<PAIRS>(h, low, high);
+    const F a = float_from(low), b = float_from(high);
+    first = log_of((a + 0.5f) / (65535.5f - a));
+    last = log_of((b + 0.5f) / (65535.5f - b));
+  }
+};
+
+template <> struct Drawn<Distribution::gaussian> { // Box-Muller on words: an even and an odd element
+  static constexpr float factor = 1.0f;
+  template <bool PAIRS> static inline void noise(H h, F &first, F &last) {
     const U words = words_of(h);
     const F radius = root(log_of((float_from(words & 0xFFFFu) + 0.5f) * (1.0f / 65536)) * -2.0f);
     F cosine, sine; // the angle is (2 ks + 1) / 65536 = (65536 ks + 32768) / 2^31
@@ -113,25 +151,8 @@ template <Distribution D, bool PAIRS> inline void noise_of(H h, F &first, F &las
     last = radius * sine;
     if (!PAIRS)
       interleave(first, last, first, last);
-    return;
   }
-  if (D == Distribution::logistic) {
-    numbers_of<PAIRS>(h, low, high);
-    const F a = float_from(low), b = float_from(high);
-    first = log_of((a + 0.5f) / (65535.5f - a));
-    last = log_of((b + 0.5f) / (65535.5f - b));
-    return;
-  }
-  raised<PAIRS>(D == Distribution::triangular ? byte_sums(h) : h, D == Distribution::uniform ? 0x8000 : 0, low,
-                high);
-  if (D == Distribution::rademacher) {
-    first = float_of(masked_or(low, 0x80000000u, 0x3F800000u));
-    last = float_of(masked_or(high, 0x80000000u, 0x3F800000u));
-  } else {
-    first = float_from(low);
-    last = float_from(high);
-  }
-}
+};
 
 template <Dtype T, bool PAIRS> inline void load_two(const void *data, int64_t i, F &first, F &last) {
   if (PAIRS) {

@@ -117,13 +117,13 @@ template <Distribution D> EstimateKernel estimate_for(Dtype grad, bool plain) {
   return plain ? estimate_kernel<D, f16, true> : estimate_kernel<D, f16, false>;
 }
 
-void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, Distribution distribution, double C,
-                       const Step &step, const Losses &losses, float r, float *coefficients) {
+void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
+                       float r, float *coefficients) {
   launch("coefficients_kernel", coefficients_kernel, where, 1, 1,
-         EstimateCoefficients{losses_of(step, losses, C, distribution), coefficients});
-  const bool plain = plan.per_tensor && !plan.shard && step.on_host();
-  const Estimate p{tables_of(plan), source_of(step), coefficients, int(losses.n), r, losses.counters};
-  with_distribution(distribution, [&](auto D) {
+         EstimateCoefficients{losses_of(draw, losses), coefficients});
+  const bool plain = plan.per_tensor && !plan.shard && draw.step.on_host();
+  const Estimate p{tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, losses.counters};
+  with_value(draw.distribution, [&](auto D) {
     launch("estimate_kernel", estimate_for<decltype(D)::value>(grad, plain), where, plan.blocks, kThreads, p);
   });
 }

@@ -13,8 +13,8 @@ struct LossesSource {
   double scale; // C over the noise's factor
 };
 
-inline LossesSource losses_of(const Step &step, const Losses &losses, double C, Distribution distribution) {
-  return {source_of(step), losses, step.one_minus_beta, C / noise_factor(distribution)};
+inline LossesSource losses_of(const Draw &draw, const Losses &losses) {
+  return {source_of(draw.step), losses, draw.step.one_minus_beta, draw.C / noise_factor(draw.distribution)};
 }
 
 struct Coefficients {

@@ -20,41 +20,15 @@ namespace {
 // Arguments as Python gives them; addresses are integers, 0 for none.
 using WhereArgument = std::tuple<int, uintptr_t>;                            // device, stream
 using PlanArgument = std::tuple<uintptr_t, uintptr_t, int64_t, bool, bool>;  // table .. shard
-using NoiseArgument = std::tuple<std::string, double>;                       // distribution, C
 using LongArgument = std::tuple<uintptr_t, int64_t>;                         // address, or 0 and value
 using DoubleArgument = std::tuple<uintptr_t, double>;                        // the same
 using StepArgument = std::tuple<LongArgument, LongArgument, DoubleArgument>; // seed, step, 1 - beta
+using DrawArgument = std::tuple<std::string, double, StepArgument>;          // distribution, C, step
 using LossesArgument = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, double>;
 using GridArgument = std::tuple<double, double, double, double>;          // qmin, qmax, offset, r
 using DtypesArgument = std::tuple<std::string, std::string, std::string>; // latents, gradients, outputs
-using RuleArgument = std::tuple<std::string, std::vector<double>>;        // name, hyperparameters
-
-const std::map<std::string, Distribution> kDistributions = {{"uniform", Distribution::uniform},
-                                                            {"rademacher", Distribution::rademacher},
-                                                            {"triangular", Distribution::triangular},
-                                                            {"logistic", Distribution::logistic},
-                                                            {"gaussian", Distribution::gaussian}};
-const std::map<std::string, Dtype> kDtypes = {{"float32", Dtype::float32},
-                                              {"bfloat16", Dtype::bfloat16},
-                                              {"float16", Dtype::float16},
-                                              {"int8", Dtype::int8}};
-const std::map<std::string, Rule> kRules = {
-    {"adamw", Rule::adamw}, {"sgd", Rule::sgd}, {"momentum", Rule::momentum}, {"nesterov", Rule::nesterov}};
-const std::map<std::string, StraightThrough> kKinds = {{"identity_clipped", StraightThrough::identity_clipped},
-                                                       {"identity", StraightThrough::identity},
-                                                       {"hardtanh", StraightThrough::hardtanh},
-                                                       {"tanh", StraightThrough::tanh},
-                                                       {"approxsign", StraightThrough::approxsign}};
-
-template <class T> T known(const std::map<std::string, T> &all, const std::string &name, const char *argument) {
-  const auto found = all.find(name);
-  if (found != all.end())
-    return found->second;
-  std::string names;
-  for (const auto &[one, value] : all)
-    names += (names.empty() ? "" : ", ") + one;
-  throw std::invalid_argument(std::string(argument) + " must be one of " + names + ", got " + name);
-}
+// name of the rule, hyperparameters by name, lr, count
+using OptimizerArgument = std::tuple<std::string, std::map<std::string, double>, DoubleArgument, LongArgument>;
 
 int64_t in_range(int64_t value, int64_t limit, const char *argument) {
   if (value < 0 || value >= limit)
@@ -81,22 +55,33 @@ Step step_of(const StepArgument &a) {
   return {scalar_of(std::get<0>(a)), scalar_of(std::get<1>(a)), scalar_of(std::get<2>(a))};
 }
 
-Distribution distribution_of(const NoiseArgument &a) {
-  return known(kDistributions, std::get<0>(a), "distribution");
+Draw draw_of(const DrawArgument &a) {
+  const auto &[distribution, C, step] = a;
+  return {value_of<Distribution>(distribution, "distribution"), C, step_of(step)};
 }
+
+uint32_t direction_of(int64_t direction) { return uint32_t(in_range(direction, kMaxDirection, "direction")); }
 
 Losses losses_of(const LossesArgument &a) {
   const auto [plus, minus, n, norm, counters, epsilon] = a;
-  return {pointer<const float>(plus), pointer<const float>(minus), in_range(n, 65537, "number of losses"),
-          pointer<const float>(norm), pointer<int64_t>(counters),  double(float(epsilon))};
+  return {pointer<const float>(plus),
+          pointer<const float>(minus),
+          in_range(n, kMaxDirection + 1, "number of losses"),
+          pointer<const float>(norm),
+          pointer<int64_t>(counters),
+          double(float(epsilon))};
 }
 
 Grid grid_of(const GridArgument &a) {
   return {float(std::get<0>(a)), float(std::get<1>(a)), float(std::get<2>(a)), float(std::get<3>(a))};
 }
 
+Dtype dtype_of_name(const std::string &name, const char *argument) {
+  return Dtype(value_of<fogzo::Dtype>(name, argument));
+}
+
 Dtype float_of_name(const std::string &name, const char *argument) {
-  const Dtype found = known(kDtypes, name, argument);
+  const Dtype found = dtype_of_name(name, argument);
   if (found == Dtype::int8)
     throw std::invalid_argument(std::string(argument) + " must be float32, bfloat16 or float16, got int8");
   return found;
@@ -105,13 +90,12 @@ Dtype float_of_name(const std::string &name, const char *argument) {
 Dtypes dtypes_of(const DtypesArgument &a) {
   const auto &[latent, grad, out] = a;
   return {float_of_name(latent, "latent's dtype"), float_of_name(grad, "gradient's dtype"),
-          known(kDtypes, out, "output's dtype")};
+          dtype_of_name(out, "output's dtype")};
 }
 
-Hyperparameters hyperparameters_of(const std::vector<double> &h) {
-  if (h.size() != 6)
-    throw std::invalid_argument("hyperparameters must be 6 numbers, got " + std::to_string(h.size()));
-  return {h[0], h[1], h[2], h[3], h[4], h[5]};
+Optimizer optimizer_of(const OptimizerArgument &a) {
+  const auto &[rule, hyperparameters, lr, count] = a;
+  return {value_of<Rule>(rule, "rule"), hyperparameters_of(hyperparameters), scalar_of(lr), scalar_of(count)};
 }
 
 #define FOGZO_TEXT2(...) #__VA_ARGS__
@@ -131,51 +115,43 @@ std::map<std::string, std::string> build_info() {
 }
 
 void define_ops(py::module_ &m) {
-  m.def("noise", [](const WhereArgument &where, const PlanArgument &plan, const NoiseArgument &noise_,
-                    const StepArgument &step, int64_t direction) {
-    noise(where_of(where), plan_of(plan), distribution_of(noise_), std::get<1>(noise_), step_of(step),
-          uint32_t(in_range(direction, 65536, "direction")));
-  });
+  m.def("noise",
+        [](const WhereArgument &where, const PlanArgument &plan, const DrawArgument &draw, int64_t direction) {
+          noise(where_of(where), plan_of(plan), draw_of(draw), direction_of(direction));
+        });
   m.def("guide_sumsq", [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
                           double r, uintptr_t partial, uintptr_t out, bool root) {
     guide_sumsq(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"), float(r),
                 pointer<double>(partial), pointer<void>(out), root);
   });
   m.def("perturb_quantize", [](const WhereArgument &where, const PlanArgument &plan,
-                               const DtypesArgument &dtypes, bool plus, bool minus, const NoiseArgument &noise_,
-                               const StepArgument &step, int64_t direction, uintptr_t norm,
-                               const GridArgument &grid, double epsilon) {
-    perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, distribution_of(noise_),
-                     std::get<1>(noise_), step_of(step), uint32_t(in_range(direction, 65536, "direction")),
-                     pointer<const float>(norm), grid_of(grid), epsilon);
+                               const DtypesArgument &dtypes, bool plus, bool minus, const DrawArgument &draw,
+                               int64_t direction, uintptr_t norm, const GridArgument &grid, double epsilon) {
+    perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, draw_of(draw),
+                     direction_of(direction), pointer<const float>(norm), grid_of(grid), epsilon);
   });
-  m.def("estimate_gradient", [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
-                                const NoiseArgument &noise_, const StepArgument &step,
-                                const LossesArgument &losses, double r, uintptr_t coefficients) {
-    estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"),
-                      distribution_of(noise_), std::get<1>(noise_), step_of(step), losses_of(losses), float(r),
-                      pointer<float>(coefficients));
-  });
-  m.def("estimate_update",
-        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, bool master,
-           bool quantized, const NoiseArgument &noise_, const StepArgument &step, const LossesArgument &losses,
-           const GridArgument &grid, const RuleArgument &rule, const DoubleArgument &lr,
-           const LongArgument &count, uintptr_t coefficients) {
-          estimate_update(where_of(where), plan_of(plan), dtypes_of(dtypes), master, quantized,
-                          distribution_of(noise_), std::get<1>(noise_), step_of(step), losses_of(losses),
-                          grid_of(grid), known(kRules, std::get<0>(rule), "rule"),
-                          hyperparameters_of(std::get<1>(rule)), scalar_of(lr), scalar_of(count),
-                          pointer<float>(coefficients));
+  m.def("estimate_gradient",
+        [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
+           const DrawArgument &draw, const LossesArgument &losses, double r, uintptr_t coefficients) {
+          estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"),
+                            draw_of(draw), losses_of(losses), float(r), pointer<float>(coefficients));
         });
+  m.def("estimate_update", [](const WhereArgument &where, const PlanArgument &plan,
+                              const DtypesArgument &dtypes, bool master, bool quantized,
+                              const DrawArgument &draw, const LossesArgument &losses, const GridArgument &grid,
+                              const OptimizerArgument &optimizer, uintptr_t coefficients) {
+    estimate_update(where_of(where), plan_of(plan), dtypes_of(dtypes), master, quantized, draw_of(draw),
+                    losses_of(losses), grid_of(grid), optimizer_of(optimizer), pointer<float>(coefficients));
+  });
   m.def("quantize", [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
                        const GridArgument &grid) {
     quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid));
   });
   m.def("straight_through_backward",
         [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-           const GridArgument &grid, const std::string &kind) {
+           const GridArgument &grid, const std::string &straight_through) {
           straight_through_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
-                                    known(kKinds, kind, "kind"));
+                                    value_of<StraightThrough>(straight_through, "straight_through"));
         });
 }
 

@@ -37,15 +37,13 @@ template <Distribution D> FOGZO_KERNEL(kThreads, 8) noise_kernel(FOGZO_PARAMETER
 }
 
 double noise_factor(Distribution distribution) {
-  double factor = 1.0;
-  with_distribution(distribution, [&](auto D) { factor = factor_of<decltype(D)::value>(); });
-  return factor;
+  return with_value(distribution, [](auto D) { return Scaled<decltype(D)::value>::factor; });
 }
 
-void noise(const Where &where, const Plan &plan, Distribution distribution, double C, const Step &step,
-           uint32_t direction) {
-  const NoiseOp p{tables_of(plan), source_of(step), direction, float(C / noise_factor(distribution))};
-  with_distribution(distribution, [&](auto D) {
+void noise(const Where &where, const Plan &plan, const Draw &draw, uint32_t direction) {
+  const float scale = float(draw.C / noise_factor(draw.distribution));
+  const NoiseOp p{tables_of(plan), source_of(draw.step), direction, scale};
+  with_value(draw.distribution, [&](auto D) {
     launch("noise_kernel", noise_kernel<decltype(D)::value>, where, plan.blocks, kThreads, p);
   });
 }

@@ -59,11 +59,6 @@ FOGZO_DEVICE Words words_of(int64_t chunk, uint32_t direction, uint32_t step, ui
   return {{c0, c1, c2, c3}};
 }
 
-// What scaled_pair() returns is m times this; the coefficient of the noise is divided by it.
-template <Distribution D> constexpr double factor_of() {
-  return D == Distribution::uniform ? 32768.0 : D == Distribution::logistic ? 1.4426950408889634 : 1.0;
-}
-
 // 2^15 (2 ks + 1) of the word's upper half: one signed conversion
 FOGZO_DEVICE float high_uniform(uint32_t word) { return float(int32_t(permute(word, 0x8000u, 0x3254))); }
 
@@ -75,29 +70,55 @@ FOGZO_DEVICE float logistic_log2(float k) {
   return fast_log2(numerator * fast_rcp(65536.0f - numerator));
 }
 
-// m times factor_of() of the even and the odd element of a word.
-template <Distribution D> FOGZO_DEVICE Pair scaled_pair(uint32_t word) {
-  if (D == Distribution::uniform)
+// pair(): m times the factor, of the even and the odd element of a word; the coefficient of the noise is
+// divided by the factor.
+template <Distribution D> struct Scaled;
+
+template <> struct Scaled<Distribution::uniform> {
+  static constexpr double factor = 32768.0;
+  static FOGZO_DEVICE Pair pair(uint32_t word) {
     return {float(int32_t((word << 16) + 0x8000u)), high_uniform(word)};
-  if (D == Distribution::rademacher)
+  }
+};
+
+template <> struct Scaled<Distribution::rademacher> {
+  static constexpr double factor = 1.0;
+  static FOGZO_DEVICE Pair pair(uint32_t word) {
     return {float_of(((word << 16) & 0x80000000u) | 0x3F800000u), float_of((word & 0x80000000u) | 0x3F800000u)};
-  if (D == Distribution::triangular)
+  }
+};
+
+template <> struct Scaled<Distribution::triangular> {
+  static constexpr double factor = 1.0;
+  static FOGZO_DEVICE Pair pair(uint32_t word) {
     return {float(weigh_bytes(word, 0x00000101u, -255)), float(weigh_bytes(word, 0x01010000u, -255))};
-  if (D == Distribution::logistic)
+  }
+};
+
+template <> struct Scaled<Distribution::logistic> {
+  static constexpr double factor = 1.4426950408889634; // 1 / ln 2
+  static FOGZO_DEVICE Pair pair(uint32_t word) {
     return {logistic_log2(exponent_set(word & 0xFFFFu)), logistic_log2(exponent_set(word >> 16))};
+  }
+};
+
+template <> struct Scaled<Distribution::gaussian> {
+  static constexpr double factor = 1.0;
   // Box-Muller: -2 ln x = -2 ln 2 log2 x; the angle is pi 2^-31 times 2^15 (2 ks + 1)
-  const float x = (exponent_set(word & 0xFFFFu) - 8388607.5f) * (1.0f / 65536.0f);
-  const float radius = fast_sqrt(fast_log2(x) * -1.3862943611198906f);
-  float cosine, sine;
-  fast_cos_sin(high_uniform(word) * 1.4629180792671596e-09f, cosine, sine);
-  return {radius * cosine, radius * sine};
-}
+  static FOGZO_DEVICE Pair pair(uint32_t word) {
+    const float x = (exponent_set(word & 0xFFFFu) - 8388607.5f) * (1.0f / 65536.0f);
+    const float radius = fast_sqrt(fast_log2(x) * -1.3862943611198906f);
+    float cosine, sine;
+    fast_cos_sin(high_uniform(word) * 1.4629180792671596e-09f, cosine, sine);
+    return {radius * cosine, radius * sine};
+  }
+};
 
 // Of the chunk's 8 elements, in order.
 template <Distribution D> FOGZO_DEVICE void scaled_noise(const Words &words, float (&m)[kChunk]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Pair pair = scaled_pair<D>(words.x[i]);
+    const Pair pair = Scaled<D>::pair(words.x[i]);
     m[2 * i] = pair.even;
     m[2 * i + 1] = pair.odd;
   }
@@ -109,7 +130,7 @@ FOGZO_DEVICE float scaled_element(int64_t e, uint32_t direction, uint32_t step, 
                                   const Keys &keys) {
   const Words words = words_of(e >> 3, direction, step, tensor_id, keys);
   const uint32_t low = e & 2 ? words.x[1] : words.x[0], high = e & 2 ? words.x[3] : words.x[2];
-  const Pair pair = scaled_pair<D>(e & 4 ? high : low);
+  const Pair pair = Scaled<D>::pair(e & 4 ? high : low);
   return e & 1 ? pair.odd : pair.even;
 }
 
@@ -146,22 +167,6 @@ template <bool Plain> FOGZO_DEVICE Mixing read_mixing(const MixingSource &source
 // numerator / N, or 0 unless N is finite and > 0
 FOGZO_DEVICE float over_norm(float numerator, float norm) {
   return norm > 0.0f && norm < INFINITY ? numerator / norm : 0.0f;
-}
-
-// f(std::integral_constant<Distribution, D>) for the distribution that is only known when it runs.
-template <class F> void with_distribution(Distribution distribution, F f) {
-  switch (distribution) {
-  case Distribution::uniform:
-    return f(std::integral_constant<Distribution, Distribution::uniform>());
-  case Distribution::rademacher:
-    return f(std::integral_constant<Distribution, Distribution::rademacher>());
-  case Distribution::triangular:
-    return f(std::integral_constant<Distribution, Distribution::triangular>());
-  case Distribution::logistic:
-    return f(std::integral_constant<Distribution, Distribution::logistic>());
-  case Distribution::gaussian:
-    return f(std::integral_constant<Distribution, Distribution::gaussian>());
-  }
 }
 
 } // namespace fogzo::cuda

@@ -9,7 +9,7 @@
 
 namespace fogzo::cuda {
 
-enum class Dtype { float32, bfloat16, float16, int8, any }; // any: known when it runs
+enum class Dtype { FOGZO_DTYPES(FOGZO_ENUMERATOR) any }; // any: known when it runs
 
 // Columns of a row of the table (fogzo_kernels/plans.py), in order.
 #define FOGZO_COLUMNS                                                                                          \
@@ -63,25 +63,34 @@ struct Dtypes {
   Dtype latent, grad, out;
 };
 
-struct Hyperparameters {
-  double weight_decay, beta1, beta2, eps, momentum, dampening;
+// Which noise, but for the direction.
+struct Draw {
+  Distribution distribution;
+  double C;
+  Step step;
+};
+
+// The optimizer's part of the fused tail.
+struct Optimizer {
+  Rule rule;
+  Hyperparameters hyperparameters;
+  Scalar<double> lr;
+  Scalar<int64_t> count;
 };
 
 constexpr int kEstimateCoefficients = 2, kUpdateCoefficients = 6; // before the B_i
 
-void noise(const Where &where, const Plan &plan, Distribution distribution, double C, const Step &step,
-           uint32_t direction);
+void noise(const Where &where, const Plan &plan, const Draw &draw, uint32_t direction);
 void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out,
                  bool root);
 void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
-                      Distribution distribution, double C, const Step &step, uint32_t direction,
-                      const float *norm, const Grid &grid, double epsilon);
-void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, Distribution distribution, double C,
-                       const Step &step, const Losses &losses, float r, float *coefficients);
+                      const Draw &draw, uint32_t direction, const float *norm, const Grid &grid,
+                      double epsilon);
+void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
+                       float r, float *coefficients);
 void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes, bool master, bool quantized,
-                     Distribution distribution, double C, const Step &step, const Losses &losses,
-                     const Grid &grid, Rule rule, const Hyperparameters &hyperparameters,
-                     const Scalar<double> &lr, const Scalar<int64_t> &count, float *coefficients);
+                     const Draw &draw, const Losses &losses, const Grid &grid, const Optimizer &optimizer,
+                     float *coefficients);
 void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid);
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind);

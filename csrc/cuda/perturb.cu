@@ -1,16 +1,17 @@
-// The perturbation: its launch. The kernels are compiled by perturb_<distribution>.cu.
+// The perturbation's launch. perturb_kernels.cu has its kernels.
 #include "perturb.cuh"
 
 namespace fogzo::cuda {
 
 void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
-                      Distribution distribution, double C, const Step &step, uint32_t direction,
-                      const float *norm, const Grid &grid, double epsilon) {
+                      const Draw &draw, uint32_t direction, const float *norm, const Grid &grid,
+                      double epsilon) {
+  const Step &step = draw.step;
   const bool both = plus && minus, plain = plan.per_tensor && !plan.shard && step.on_host();
   const float eps = float(epsilon);
   const Perturb p{tables_of(plan),
                   source_of(step),
-                  mixing_of(step, C, noise_factor(distribution)),
+                  mixing_of(step, draw.C, noise_factor(draw.distribution)),
                   norm,
                   direction,
                   direction_sign(uint64_t(step.seed.value), uint32_t(step.step.value), direction),
@@ -18,7 +19,7 @@ void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes
                   grid,
                   plus ? PLUS : MINUS,
                   dtypes};
-  with_distribution(distribution, [&](auto D) {
+  with_value(draw.distribution, [&](auto D) {
     launch("perturb_kernel", perturb_for<decltype(D)::value>(dtypes, both, plain), where, plan.blocks, kThreads,
            p);
   });

@@ -1,4 +1,4 @@
-// Q(w + eps v) and Q(w - eps v) in one pass, for the distributions that perturb_*.cu compile.
+// Q(w + eps v) and Q(w - eps v) in one pass, for the distributions that perturb_kernels.cu compiles.
 #pragma once
 
 #include "launch.cuh"
@@ -160,10 +160,9 @@ template <Distribution D> PerturbKernel perturb_for(const Dtypes &t, bool both, 
   return both ? perturb_kernel<D, any, any, any, true, false> : perturb_kernel<D, any, any, any, false, false>;
 }
 
-extern template PerturbKernel perturb_for<Distribution::uniform>(const Dtypes &, bool, bool);
-extern template PerturbKernel perturb_for<Distribution::rademacher>(const Dtypes &, bool, bool);
-extern template PerturbKernel perturb_for<Distribution::triangular>(const Dtypes &, bool, bool);
-extern template PerturbKernel perturb_for<Distribution::logistic>(const Dtypes &, bool, bool);
-extern template PerturbKernel perturb_for<Distribution::gaussian>(const Dtypes &, bool, bool);
+#define FOGZO_ELSEWHERE(name, ...)                                                                             \
+  extern template PerturbKernel perturb_for<Distribution::name>(const Dtypes &, bool, bool);
+FOGZO_DISTRIBUTIONS(FOGZO_ELSEWHERE)
+#undef FOGZO_ELSEWHERE
 
 } // namespace fogzo::cuda

@@ -54,7 +54,7 @@ template <Dtype L, Dtype O> FOGZO_KERNEL(kThreads, 8) quantize_kernel(FOGZO_PARA
 
 template <StraightThrough Kind>
 FOGZO_DEVICE float derived(float g, float theta, const Scale &scale, const Grid &grid) {
-  return g * derivative_of(Kind, theta, scale, {grid.qmin, grid.qmax, grid.offset}, grid.r);
+  return g * derivative_of<Kind>(theta, scale, {grid.qmin, grid.qmax, grid.offset}, grid.r);
 }
 
 template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kernel(FOGZO_PARAMETER Quantize p) {
@@ -110,14 +110,10 @@ template <StraightThrough Kind> void (*backward_for(const Dtypes &t))(Quantize) 
 
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind) {
-  const auto kernel = kind == StraightThrough::identity_clipped
-                          ? backward_for<StraightThrough::identity_clipped>
-                      : kind == StraightThrough::identity ? backward_for<StraightThrough::identity>
-                      : kind == StraightThrough::hardtanh ? backward_for<StraightThrough::hardtanh>
-                      : kind == StraightThrough::tanh     ? backward_for<StraightThrough::tanh>
-                                                          : backward_for<StraightThrough::approxsign>;
-  launch("backward_kernel", kernel(dtypes), where, plan.blocks, kThreads,
-         Quantize{tables_of(plan), grid, dtypes});
+  with_value(kind, [&](auto S) {
+    launch("backward_kernel", backward_for<decltype(S)::value>(dtypes), where, plan.blocks, kThreads,
+           Quantize{tables_of(plan), grid, dtypes});
+  });
 }
 
 } // namespace fogzo::cuda

@@ -10,8 +10,6 @@
 
 namespace fogzo::cuda {
 
-constexpr int kChunks = 2; // of a thread in one turn of its loop
-
 struct Tables {
   const int64_t *table;
   const int32_t *owner;

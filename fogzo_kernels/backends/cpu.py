@@ -11,11 +11,14 @@ from torch import Tensor
 from .. import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.fogzo_cpu; an ImportError is the reason shown
 from ..spec.call import Draw, Losses, Mix, Update
 from ..spec.grid import Grid
-from ..spec.noise import DISTRIBUTIONS, Layout
+from ..spec.noise import DISTRIBUTIONS
 from ..spec.straight_through import StraightThrough
 
 Tensors = Sequence[Tensor]
 native = torch.ops.fogzo_cpu
+#: The native ops refuse by themselves, by a RuntimeError and before anything is written, all that
+#: fogzo_kernels/ops refuses of lists on the CPU.
+CHECKS_LISTS = True
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -26,10 +29,7 @@ def unavailable(device: torch.device) -> str | None:
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, device=device)
-    native.noise(
-        out, draw.distribution, DISTRIBUTIONS[draw.distribution], int(draw.seed), int(draw.step), direction,
-        draw.tensor_ids[0], draw.layouts[0],
-    )  # fmt: skip
+    native.noise(out, *drawn(draw), direction)
     return out
 
 
@@ -46,19 +46,15 @@ def perturb_quantize_(
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v) in one pass."""
     native.perturb_quantize(
-        plus, minus, latents, grads, alphas, mix.norm, int(draw.seed), int(draw.step),
-        float(mix.one_minus_beta), direction, draw.tensor_ids, flat(draw.layouts), grid.qmin, grid.qmax,
-        grid.offset, grid.r, draw.distribution, DISTRIBUTIONS[draw.distribution], mix.epsilon,
-    )  # fmt: skip
+        plus, minus, latents, grads, alphas, *drawn(draw), *mixed(mix), direction, *grid_of(grid)
+    )
 
 
 def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
     """Replace g by G in one pass over all directions."""
     native.estimate_gradient(
-        grads, counters_of(losses), losses.plus, losses.minus, alphas, mix.norm, int(draw.seed),
-        int(draw.step), float(mix.one_minus_beta), draw.tensor_ids, flat(draw.layouts), r,
-        draw.distribution, DISTRIBUTIONS[draw.distribution], mix.epsilon,
-    )  # fmt: skip
+        grads, counters_of(losses), alphas, *drawn(draw), *mixed(mix), losses.plus, losses.minus, r
+    )
 
 
 def estimate_update_(
@@ -66,21 +62,16 @@ def estimate_update_(
     losses: Losses, grid: Grid, update: Update,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta) in one pass."""
-    rule = update.rule
-    hyperparameters = [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]
     first, second = (*update.states, [], [])[:2]
     native.estimate_update(
-        latents, update.masters, first, second, quantized, counters_of(losses), grads, losses.plus,
-        losses.minus, alphas, mix.norm, int(draw.seed), int(draw.step), float(mix.one_minus_beta),
-        draw.tensor_ids, flat(draw.layouts), grid.qmin, grid.qmax, grid.offset, grid.r, draw.distribution,
-        DISTRIBUTIONS[draw.distribution], mix.epsilon, rule.variant, hyperparameters, float(update.lr),
-        int(update.optimizer_step),
+        latents, update.masters, first, second, quantized, counters_of(losses), grads, alphas, *drawn(draw),
+        *mixed(mix), losses.plus, losses.minus, *grid_of(grid), *update_of(update),
     )  # fmt: skip
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None:
     """Write Q(theta)."""
-    native.quantize(out, latents, alphas, grid.qmin, grid.qmax, grid.offset, grid.r)
+    native.quantize(out, latents, alphas, *grid_of(grid))
 
 
 def straight_through_backward_(
@@ -88,15 +79,34 @@ def straight_through_backward_(
     straight_through: StraightThrough,
 ) -> None:  # fmt: skip
     """Write g * h'(theta)."""
-    native.straight_through_backward(
-        out, grads, latents, alphas, grid.qmin, grid.qmax, grid.offset, grid.r,
-        straight_through.kind, straight_through.clip,
-    )  # fmt: skip
+    native.straight_through_backward(out, grads, latents, alphas, *grid_of(grid), straight_through.variant)
+
+
+# ---- arguments of the native ops (csrc/cpu/nouns.h)
+
+
+def drawn(draw: Draw) -> tuple[str, float, Tensor, Tensor, Sequence[int], list[int]]:
+    """Distribution and its C, seed, step, tensor ids, and layouts in a row."""
+    C = DISTRIBUTIONS.get(draw.distribution, 0.0)  # the op names the known ones
+    return draw.distribution, C, draw.seed, draw.step, draw.tensor_ids, [*chain.from_iterable(draw.layouts)]
+
+
+def mixed(mix: Mix) -> tuple[Tensor, Tensor, float]:
+    """N, 1 - beta and eps."""
+    return mix.norm, mix.one_minus_beta, mix.epsilon
+
+
+def grid_of(grid: Grid) -> tuple[int, int, float, int]:
+    """qmin, qmax, offset and r."""
+    return grid.qmin, grid.qmax, grid.offset, grid.r
+
+
+def update_of(update: Update) -> tuple[str, list[str], list[float], Tensor, Tensor]:
+    """The rule's variant, its hyperparameters' names and values, lr, and the optimizer's step."""
+    h = update.rule.hyperparameters
+    return update.rule.variant, list(h), list(h.values()), update.lr, update.optimizer_step
 
 
 def counters_of(losses: Losses) -> Tensors:
+    """As a list of one or none."""
     return [] if losses.counters is None else [losses.counters]
-
-
-def flat(layouts: Sequence[Layout]) -> list[int]:
-    return list(chain.from_iterable(layouts))

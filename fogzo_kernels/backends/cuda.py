@@ -84,19 +84,18 @@ def integer(t: Tensor) -> tuple[int, int]:
 
 
 def number(t: Tensor) -> tuple[int, float]:
-    """Likewise for a float64."""
+    """A device tensor, float64, as its address; a CPU one as its value."""
     return (0, float(t)) if t.device.type == "cpu" else (t.data_ptr(), 0.0)
 
 
-Scalars = tuple[tuple[int, int], tuple[int, int], tuple[int, float]]
+Drawn = tuple[str, float, tuple[tuple[int, int], tuple[int, int], tuple[int, float]]]
 
 
-def scalars(draw: Draw, mix: Mix) -> Scalars:
-    return integer(draw.seed), integer(draw.step), number(mix.one_minus_beta)
-
-
-def named(draw: Draw) -> tuple[str, float]:
-    return draw.distribution, DISTRIBUTIONS[draw.distribution]
+def drawn(draw: Draw, mix: Mix | None) -> Drawn:
+    """Distribution, its C, and what changes from step to step; noise alone is not mixed."""
+    one_minus_beta = (0, 0.0) if mix is None else number(mix.one_minus_beta)
+    scalars = integer(draw.seed), integer(draw.step), one_minus_beta
+    return draw.distribution, DISTRIBUTIONS[draw.distribution], scalars
 
 
 def losses_of(losses: Losses, mix: Mix) -> tuple[int, int, int, int, int, float]:
@@ -123,9 +122,8 @@ def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tenso
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, device=device)
     p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
-    step = integer(draw.seed), integer(draw.step), (0, 0.0)
     with on(out.device):
-        _cuda.noise(where(out.device), planned(p), named(draw), step, direction)
+        _cuda.noise(where(out.device), planned(p), drawn(draw, None), direction)
     return out
 
 
@@ -156,8 +154,8 @@ def perturb_quantize_(
     device, dtypes = mix.norm.device, (name_of(latents), name_of(grads), name_of(plus or minus))
     with on(device):
         _cuda.perturb_quantize(
-            where(device), planned(p), dtypes, bool(plus), bool(minus), named(draw), scalars(draw, mix),
-            direction, mix.norm.data_ptr(), grid_of(grid), mix.epsilon,
+            where(device), planned(p), dtypes, bool(plus), bool(minus), drawn(draw, mix), direction,
+            mix.norm.data_ptr(), grid_of(grid), mix.epsilon,
         )  # fmt: skip
 
 
@@ -168,8 +166,8 @@ def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, lo
     coefficients = torch.empty(_cuda.ESTIMATE_COEFFICIENTS + losses.plus.numel(), device=device)
     with on(device):
         _cuda.estimate_gradient(
-            where(device), planned(p), name_of(grads), named(draw), scalars(draw, mix),
-            losses_of(losses, mix), r, coefficients.data_ptr(),
+            where(device), planned(p), name_of(grads), drawn(draw, mix), losses_of(losses, mix), r,
+            coefficients.data_ptr(),
         )  # fmt: skip
 
 
@@ -184,13 +182,12 @@ def estimate_update_(
         states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
     coefficients = torch.empty(_cuda.UPDATE_COEFFICIENTS + losses.plus.numel(), device=device)
-    hyperparameters = [rule.weight_decay, rule.beta1, rule.beta2, rule.eps, rule.momentum, rule.dampening]
+    optimizer = rule.variant, rule.hyperparameters, number(update.lr), integer(update.optimizer_step)
     with on(device):
         _cuda.estimate_update(
             where(device), planned(p), (name_of(latents), name_of(grads), name_of(quantized)),
-            bool(update.masters), bool(quantized), named(draw), scalars(draw, mix), losses_of(losses, mix),
-            grid_of(grid), (rule.variant, hyperparameters), number(update.lr), integer(update.optimizer_step),
-            coefficients.data_ptr(),
+            bool(update.masters), bool(quantized), drawn(draw, mix), losses_of(losses, mix), grid_of(grid),
+            optimizer, coefficients.data_ptr(),
         )  # fmt: skip
 
 
@@ -207,9 +204,9 @@ def straight_through_backward_(
     straight_through: StraightThrough,
 ) -> None:  # fmt: skip
     """Write g * h'(theta): one launch."""
-    clipped = straight_through.kind == "identity" and straight_through.clip
-    kind = "identity_clipped" if clipped else straight_through.kind
     device, p = latents[0].device, plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
     dtypes = name_of(latents), name_of(grads), name_of(out)
     with on(device):
-        _cuda.straight_through_backward(where(device), planned(p), dtypes, grid_of(grid), kind)
+        _cuda.straight_through_backward(
+            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant
+        )

@@ -17,15 +17,20 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cuda_units import Unit
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAME = "fogzo_kernels._cuda"
 
 
-def sources() -> list[Path]:
-    kernels = (ROOT / "csrc/cuda").glob("*.cu")
-    return sorted([*kernels, ROOT / "csrc/cuda/module.cpp"])
+def sources() -> list[Unit]:
+    from cuda_units import Unit, units  # lies beside csrc, which an installed package has not
+
+    return [*units(), Unit("module", ROOT / "csrc/cuda/module.cpp", ())]
 
 
 def flags() -> list[str]:
@@ -33,7 +38,7 @@ def flags() -> list[str]:
 
     sanitize = os.environ.get("FOGZO_SANITIZE")
     return [
-        "-std=c++20", "-O1", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden",
+        "-std=c++20", "-O1", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden", "-Werror=switch",
         "-DFOGZO_ON_HOST", '-DFOGZO_NVCC="none: on the host"', '-DFOGZO_CUDA_ARCHITECTURES="host"',
         f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}",
         *([f"-fsanitize={sanitize}", "-g"] if sanitize else []),
@@ -43,7 +48,9 @@ def flags() -> list[str]:
 def digest() -> str:
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"), *HERE.glob("*.h")]
     found = hashlib.sha256(f"{sys.version} {flags()}".encode())
-    for path in [*sources(), *sorted(headers)]:
+    for unit in sources():
+        found.update(f"{unit.name} {unit.defines}".encode() + unit.source.read_bytes())
+    for path in sorted(headers):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -69,9 +76,9 @@ def compile_all(compiler: str, folder: Path, module: Path) -> None:
         if result.returncode:
             raise RuntimeError(f"{compiler} {' '.join(arguments)} failed:\n{result.stderr[-4000:]}")
 
-    def compile_one(path: Path) -> str:
-        out = folder / f"{path.stem}.o"
-        run("-x", "c++", "-c", str(path), "-o", str(out))
+    def compile_one(unit: Unit) -> str:
+        out = folder / f"{unit.name}.o"
+        run(*unit.defines, "-x", "c++", "-c", str(unit.source), "-o", str(out))
         return str(out)
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:

@@ -13,10 +13,7 @@ static_assert(ROOT_AT + 1 == kUpdateCoefficients);
 
 struct UpdateCoefficients {
   LossesSource losses;
-  Rule rule;
-  Hyperparameters h;
-  Scalar<double> lr;
-  Scalar<int64_t> count;
+  Optimizer optimizer;
   float *out;
 };
 
@@ -27,11 +24,11 @@ FOGZO_KERNEL(1, 1) update_coefficients_kernel(FOGZO_PARAMETER UpdateCoefficients
   p.out[A_AT] = found.A;
   p.out[NOISE_AT] = found.usable ? 1.0f : 0.0f;
   p.out[SKIP_AT] = found.norm_lost ? 1.0f : 0.0f;
-  const double lr = read(p.lr), t = double(read(p.count));
-  const bool adamw = p.rule == Rule::adamw;
-  p.out[SIZE_AT] = float(adamw ? lr / (1.0 - std::pow(p.h.beta1, t)) : lr);
-  p.out[DECAY_AT] = float(adamw ? 1.0 - lr * p.h.weight_decay : t == 1.0 ? 1.0 : 1.0 - p.h.dampening);
-  p.out[ROOT_AT] = adamw ? float(1.0 / std::sqrt(1.0 - std::pow(p.h.beta2, t))) : 0.0f;
+  const Optimizer &o = p.optimizer;
+  const double lr = read(o.lr), count = double(read(o.count));
+  p.out[SIZE_AT] = step_size(o.rule, o.hyperparameters, lr, count);
+  p.out[DECAY_AT] = step_decay(o.rule, o.hyperparameters, lr, count);
+  p.out[ROOT_AT] = step_root(o.rule, o.hyperparameters, count);
 }
 
 struct Tail {
@@ -81,6 +78,7 @@ FOGZO_DEVICE TailNames tail_names(const Tail &p, const Part &part) {
 // theta and its state after the step; Adamw: else one of SGD's rules, which the run knows.
 template <bool Adamw>
 FOGZO_DEVICE float stepped(const Update &u, float theta, float G, float &first, float &second) {
+  static_assert(kCount<Rule> == 4, "stepped() must know each rule"); // a switch would cost instructions
   if (Adamw)
     return updated<Rule::adamw>(u, theta, G, first, second);
   if (u.rule == Rule::sgd)
@@ -229,33 +227,24 @@ template <Distribution D, bool Adamw> TailKernel update_for(const Dtypes &t, boo
   return update_kernel<D, Adamw, true, any, any, any>;
 }
 
-// The host's part of the optimizer's scalars.
-Update update_of(Rule rule, const Hyperparameters &h) {
-  const bool adamw = rule == Rule::adamw;
-  return {rule,
-          0.0f,
-          0.0f,
-          0.0f,
-          adamw ? float(1.0 - h.beta1) : 0.0f,
-          adamw ? float(1.0 - h.beta2) : 0.0f,
-          adamw ? float(h.beta2) : 0.0f,
-          adamw ? float(h.eps) : 0.0f,
-          adamw ? 0.0f : float(h.weight_decay),
-          adamw ? 0.0f : float(h.momentum)};
-}
-
 void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes, bool master, bool quantized,
-                     Distribution distribution, double C, const Step &step, const Losses &losses,
-                     const Grid &grid, Rule rule, const Hyperparameters &hyperparameters,
-                     const Scalar<double> &lr, const Scalar<int64_t> &count, float *coefficients) {
+                     const Draw &draw, const Losses &losses, const Grid &grid, const Optimizer &optimizer,
+                     float *coefficients) {
   launch("update_coefficients_kernel", update_coefficients_kernel, where, 1, 1,
-         UpdateCoefficients{losses_of(step, losses, C, distribution), rule, hyperparameters, lr, count,
-                            coefficients});
-  const bool plain = plan.per_tensor && !plan.shard && step.on_host(), adamw = rule == Rule::adamw;
-  const Tail p{
-      tables_of(plan), source_of(step), coefficients, int(losses.n),  grid, update_of(rule, hyperparameters),
-      master,          quantized,       dtypes,       losses.counters};
-  with_distribution(distribution, [&](auto which) {
+         UpdateCoefficients{losses_of(draw, losses), optimizer, coefficients});
+  const bool plain = plan.per_tensor && !plan.shard && draw.step.on_host();
+  const Tail p{tables_of(plan),
+               source_of(draw.step),
+               coefficients,
+               int(losses.n),
+               grid,
+               update_of(optimizer.rule, optimizer.hyperparameters),
+               master,
+               quantized,
+               dtypes,
+               losses.counters};
+  const bool adamw = optimizer.rule == Rule::adamw;
+  with_value(draw.distribution, [&](auto which) {
     constexpr Distribution D = decltype(which)::value;
     const TailKernel kernel = adamw ? update_for<D, true>(dtypes, plain) : update_for<D, false>(dtypes, plain);
     launch("update_kernel", kernel, where, plan.blocks, kThreads, p);

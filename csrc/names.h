@@ -1,0 +1,139 @@
+// Every enumeration, and every constant of the noise, once for all of C++. Python has them in
+// fogzo_kernels/spec; a test compares the two (_C.names()). Host and device; no torch.
+//
+// A list is a macro that applies another to each name. From it come the enumeration, its names as text, the
+// value of a name (value_of) and the switch that makes of a value a constant of the compiler (with_value). The
+// CPU kernels switch by themselves: a function from here could not become a part of theirs, which are
+// compiled for an instruction set.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+// Of noise, and what m is a function of: a 16-bit half, or a word of two elements.
+#define FOGZO_DISTRIBUTIONS(X)                                                                                 \
+  X(uniform, half) X(rademacher, half) X(triangular, half) X(logistic, half) X(gaussian, word)
+
+// Forms of the straight-through derivative.
+#define FOGZO_STRAIGHT_THROUGHS(X) X(identity_clipped) X(identity) X(hardtanh) X(tanh) X(approxsign)
+
+// Of updates, and how many states each has.
+#define FOGZO_RULES(X) X(adamw, 2) X(sgd, 0) X(momentum, 1) X(nesterov, 1)
+
+#define FOGZO_HYPERPARAMETERS(X) X(weight_decay) X(beta1) X(beta2) X(eps) X(momentum) X(dampening)
+
+// Of tensors: floats, and int8 for codes.
+#define FOGZO_DTYPES(X) X(float32) X(bfloat16) X(float16) X(int8)
+
+// The noise's constants, with the names that Python gives them; limits are exclusive.
+#define FOGZO_CONSTANTS(X)                                                                                     \
+  X(kPhiloxM0, PHILOX_M0, 0xD2511F53u)                                                                         \
+  X(kPhiloxM1, PHILOX_M1, 0xCD9E8D57u)                                                                         \
+  X(kPhiloxW0, PHILOX_W0, 0x9E3779B9u)                                                                         \
+  X(kPhiloxW1, PHILOX_W1, 0xBB67AE85u)                                                                         \
+  X(kPhiloxRounds, PHILOX_ROUNDS, 10)                                                                          \
+  X(kMaxStep, MAX_STEP, int64_t(1) << 32)                                                                      \
+  X(kMaxDirection, MAX_DIRECTION, int64_t(1) << 16)                                                            \
+  X(kMaxTensorId, MAX_TENSOR_ID, (int64_t(1) << 32) - 1)                                                       \
+  X(kMaxElement, MAX_ELEMENT, int64_t(1) << 51)                                                                \
+  X(kSignTensorId, SIGN_TENSOR_ID, 0xFFFFFFFFu) // reserved: names the sign of a direction
+
+namespace fogzo {
+
+#define FOGZO_CONSTANT(name, of_python, value) constexpr auto name = value;
+FOGZO_CONSTANTS(FOGZO_CONSTANT)
+#undef FOGZO_CONSTANT
+
+// The names of an enumeration, in the order of its values.
+template <class E> struct Listed;
+
+// What a template that knows each value says of one that it does not: static_assert(unknown<value>).
+template <auto> constexpr bool unknown = false;
+
+#define FOGZO_ENUMERATOR(name, ...) name,
+#define FOGZO_TEXT_OF(name, ...) #name,
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Enumeration::name:                                                                                      \
+    return f(std::integral_constant<Enumeration, Enumeration::name>());
+
+// E, Listed<E> and with_value(): f(std::integral_constant<E, value>) for a value known when it runs.
+#define FOGZO_ENUMERATION(E, LIST)                                                                             \
+  enum class E { LIST(FOGZO_ENUMERATOR) };                                                                     \
+  template <> struct Listed<E> {                                                                               \
+    static constexpr const char *names[] = {LIST(FOGZO_TEXT_OF)};                                              \
+  };                                                                                                           \
+  template <class F> decltype(auto) with_value(E value, F f) {                                                 \
+    using Enumeration = E;                                                                                     \
+    switch (value) { LIST(FOGZO_CASE) }                                                                        \
+    throw std::logic_error("an enumeration holds no value of its own");                                        \
+  }
+
+FOGZO_ENUMERATION(Distribution, FOGZO_DISTRIBUTIONS)
+FOGZO_ENUMERATION(StraightThrough, FOGZO_STRAIGHT_THROUGHS)
+FOGZO_ENUMERATION(Rule, FOGZO_RULES)
+FOGZO_ENUMERATION(Hyperparameter, FOGZO_HYPERPARAMETERS)
+FOGZO_ENUMERATION(Dtype, FOGZO_DTYPES)
+#undef FOGZO_ENUMERATION
+#undef FOGZO_CASE
+
+template <class E> constexpr int kCount = int(std::extent<decltype(Listed<E>::names)>::value);
+
+template <class E> const char *name_of(E value) { return Listed<E>::names[int(value)]; }
+
+// The value of that name; an error of type Error lists those that there are.
+template <class E, class Error = std::invalid_argument>
+E value_of(const std::string &name, const char *argument) {
+  std::string known;
+  for (int i = 0; i < kCount<E>; ++i) {
+    if (name == Listed<E>::names[i])
+      return E(i);
+    known += (i ? ", " : "") + std::string(Listed<E>::names[i]);
+  }
+  throw Error(std::string(argument) + " must be one of " + known + ", got " + name);
+}
+
+// What m is a function of.
+enum class DrawnFrom { half, word };
+
+#define FOGZO_SECOND(name, second) second,
+#define FOGZO_DRAWN_FROM(name, from) DrawnFrom::from,
+constexpr DrawnFrom kDrawnFrom[] = {FOGZO_DISTRIBUTIONS(FOGZO_DRAWN_FROM)};
+constexpr int kStates[] = {FOGZO_RULES(FOGZO_SECOND)};
+#undef FOGZO_DRAWN_FROM
+#undef FOGZO_SECOND
+
+template <Distribution D> constexpr DrawnFrom drawn_from() { return kDrawnFrom[int(D)]; }
+constexpr int states_of(Rule rule) { return kStates[int(rule)]; }
+
+// One number for each hyperparameter.
+struct Hyperparameters {
+#define FOGZO_MEMBER(name) double name;
+  FOGZO_HYPERPARAMETERS(FOGZO_MEMBER)
+#undef FOGZO_MEMBER
+};
+
+// From pairs of a name and a number, each name once.
+template <class Error = std::invalid_argument, class Pairs>
+Hyperparameters hyperparameters_of(const Pairs &pairs) {
+#define FOGZO_MEMBER(name) &Hyperparameters::name,
+  constexpr double Hyperparameters::*members[] = {FOGZO_HYPERPARAMETERS(FOGZO_MEMBER)};
+#undef FOGZO_MEMBER
+  Hyperparameters found{};
+  bool given[kCount<Hyperparameter>] = {};
+  for (const auto &[name, value] : pairs) {
+    const int i = int(value_of<Hyperparameter, Error>(name, "hyperparameters"));
+    if (given[i])
+      throw Error("hyperparameters must name " + std::string(name) + " once, got it twice");
+    found.*members[i] = value;
+    given[i] = true;
+  }
+  for (int i = 0; i < kCount<Hyperparameter>; ++i)
+    if (!given[i])
+      throw Error("hyperparameters must name " + std::string(Listed<Hyperparameter>::names[i]) +
+                  ", got none of that name");
+  return found;
+}
+
+} // namespace fogzo
