@@ -85,12 +85,12 @@ template <class E> const char *name_of(E value) { return Listed<E>::names[int(va
 // The value of that name; an error of type Error lists those that there are.
 template <class E, class Error = std::invalid_argument>
 E value_of(const std::string &name, const char *argument) {
-  std::string known;
-  for (int i = 0; i < kCount<E>; ++i) {
+  for (int i = 0; i < kCount<E>; ++i)
     if (name == Listed<E>::names[i])
       return E(i);
-    known += (i ? ", " : "") + std::string(Listed<E>::names[i]);
-  }
+  std::string known;
+  for (const char *one : Listed<E>::names)
+    known += (known.empty() ? "" : ", ") + std::string(one);
   throw Error(std::string(argument) + " must be one of " + known + ", got " + name);
 }
 

@@ -170,9 +170,7 @@ def halves(*names):
     return lambda args: {name: [t.bfloat16() for t in args[name]] for name in names}
 
 
-MASTERED = both(
-    halves("latents"), lambda args: {"masters": [torch.ones(s) for s in SHAPES]}
-)  # a valid call that has masters
+MASTERED = both(halves("latents"), put(masters=[torch.ones(s) for s in SHAPES]))  # valid
 
 
 def transposed_memory(t):
@@ -430,9 +428,6 @@ def test_alphas_that_divide(shape):
     native.quantize(*args.values())
     wanted = by_the_reference(Q, copied(args))["out"]
     assert all(map(torch.equal, args["out"], wanted))
-
-
-# ---- names
 
 
 def test_enumerations_and_constants_are_those_of_python():
