@@ -314,6 +314,7 @@ ROWS = [
     *(((E, U), item("counters", 0, change), f"counters must be an int64 tensor of shape (3,), got {got}")
       for change, got in ((Tensor.float, "float32 (3,)"), (lambda t: t[:2], "int64 (2,)"),
                           (lambda t: t.view(3, 1), "int64 (3, 1)"))),
+    ((E, U), item("counters", 0, lambda t: t.to("meta")), "counters must be a tensor on the CPU"),
     ((E, U), one("counters", lambda v: v * 2), "counters must have at most 1 tensor, got 2"),
     # numbers
     *((GRIDS, put(qmin=x), f"qmin must be in -128..127, got {x}") for x in (-129, 128, BIG)),

@@ -73,12 +73,16 @@ inline Fault Tensor::read() {
     return Fault::device;
   type = type_of(code);
   size = type == Type::other ? int64_t(aoti_torch_dtype_element_size(code)) : sizes_of_types[int(type)];
-  if (aoti_torch_get_dim(t, &dim) || aoti_torch_get_sizes(t, &lengths) || device != cpu)
+  int64_t dimensions = 0;
+  if (aoti_torch_get_dim(t, &dimensions) || aoti_torch_get_sizes(t, &lengths))
     return Fault::device;
+  dim = dimensions; // with its sizes, or an error's text would read what is not there
   sizes = lengths;
   numel = 1;
   for (int64_t i = 0; i < dim; ++i)
     numel *= sizes[i];
+  if (device != cpu)
+    return Fault::device;
   if (aoti_torch_get_layout(t, &layout) || layout != strided)
     return Fault::layout;
   if (aoti_torch_is_contiguous(t, &contiguous) || !contiguous)
