@@ -1,11 +1,11 @@
 """Random and bad calls of the native CPU ops, past the checks in Python: right, or a clean exception.
 
 A case is a dictionary of plain values, drawn evenly (hypothesis varies few choices at a time, and leaves
-whole ops out of hundreds of examples), from which :func:`run` builds every tensor.
-Bytes around each buffer must stay; where a case has none, an address sanitizer sees what is read past
-the end. A call that is valid must agree with the reference backend, a spoiled one must raise and write
-nothing. The case lies in a file before it is called, so that a crash leaves it behind; repeat one by
-``python python_tests/fuzzing.py --case '{...}'``. ``test_fuzz.py`` runs this program.
+whole ops out of hundreds of examples), from which :func:`run` builds every tensor. Bytes around each buffer
+must stay; where a case has none, an address sanitizer sees what is read past the end. A call that is valid
+must agree with the reference backend, a spoiled one must raise and write nothing. The case lies in a file
+before it is called, so that a crash leaves it behind; ``python python_tests/fuzzing.py --case '{...}'``
+repeats one. ``test_fuzz.py`` runs this program.
 """
 
 import argparse
@@ -25,13 +25,14 @@ from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 import fogzo_kernels as fk
 from fogzo_kernels import _C
 from fogzo_kernels.backends import reference
+from fogzo_kernels.spec import dtypes, straight_through
 from fogzo_kernels.spec.call import Draw, Losses, Mix, Update
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.update import UpdateRule
 
 native = torch.ops.fogzo_cpu
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES = {**FLOATS, "int8": torch.int8}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes.OUTPUTS}
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype in dtypes.FLOATS}
 GUARD = 0xA5
 NORMS = (0.5, 3.0, 100.0, 0.0, math.inf, math.nan)
 GRIDS = (
@@ -42,7 +43,7 @@ GRIDS = (
     (-8, 7, 0.5, 1),
     (3, 3, 0.0, 2),
 )
-KINDS = (("identity", False), ("identity", True), ("hardtanh", False), ("tanh", False), ("approxsign", False))
+KINDS = (("identity", True), *((kind, False) for kind in straight_through.KINDS))
 RULES = {
     "adamw": {"kind": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
     "sgd": {"kind": "sgd", "weight_decay": 0.05},

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
+from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 VARIABLE = "FOGZO_CPU_ISA"
 KNOWN = ("avx512", "avx2", "portable")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: Lengths around a vector, a block of Philox calls, a tile and a task of a thread.
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 100, 1023, 1024, 1031, 32768, 32771)
 

@@ -10,6 +10,7 @@ from torch import nn
 from training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 
 import fogzo_kernels as fk
+from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.train.weights import QuantizedWeight
 
 # ---- what probes see and leave
@@ -43,7 +44,7 @@ def test_probes_differ_with_eps(backend):
     assert len(losses.unique()) == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_zero_learning_rate_moves_nothing(dtype):
     """100 steps at lr = 0: every latent and buffer bit for bit (in-place +eps, -2 eps, +eps drifts)."""
     model, fogzo = make(dtype)
@@ -75,7 +76,7 @@ def test_zero_learning_rate_in_training_mode():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), latents, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("failing", [1, 2])
 def test_exception_in_a_probe_leaves_everything(dtype, failing):
     model, fogzo = make(dtype, schedule="constant")

@@ -6,7 +6,7 @@ The estimate, an optimizer's step with it and the next Q(theta), in one pass ove
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from ..spec.update import KINDS, UpdateRule
 from . import arguments, checks, memory
 from .arguments import TensorOrList
 from .listop import GRID, NAMES, STATE, counters_of, list_op, run_checked, triples
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class NoiseOptions(TypedDict):

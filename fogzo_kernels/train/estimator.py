@@ -97,8 +97,9 @@ class Fogzo:
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in asdict(self._settings).items())
+        taken = f"{self._steps} steps taken" if self._device_state is None else "steps counted on the device"
         return (
-            f"Fogzo({settings}): {self.steps} steps taken, {len(self.weights)} quantized weights of"
+            f"Fogzo({settings}): {taken}, {len(self.weights)} quantized weights of"
             f" {self.total_weights} elements on {self.device}"
         )
 
