@@ -36,13 +36,8 @@ FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype in dtypes.FLOAT
 GUARD = 0xA5
 NORMS = (0.5, 3.0, 100.0, 0.0, math.inf, math.nan)
 GRIDS = (
-    (-2, 1, 0.0, 1),
-    (-128, 127, 0.0, 1),
-    (-1, 0, 0.5, 2),
-    (-1, 1, 0.0, 1),
-    (-8, 7, 0.5, 1),
-    (3, 3, 0.0, 2),
-)
+    (-2, 1, 0.0, 1), (-128, 127, 0.0, 1), (-1, 0, 0.5, 2), (-1, 1, 0.0, 1), (-8, 7, 0.5, 1), (3, 3, 0.0, 2),
+)  # fmt: skip
 KINDS = (("identity", True), *((kind, False) for kind in straight_through.KINDS))
 RULES = {
     "adamw": {"kind": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
@@ -448,4 +443,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -331,7 +331,7 @@ def expanded(cases):
 @pytest.mark.parametrize("chosen", ["cpu", "reference"])
 @pytest.mark.parametrize(("op", "change", "exception", "message"), expanded(CASES))
 def test_bad_argument(op, change, exception, message, chosen):
-    """On a backend that checks its lists, where Python only words what was refused, and on one that does not."""
+    """On a backend that checks its lists, and Python words what it refused; on one that does not."""
     args = arguments(op, "cpu") | ({"backend": chosen} if op in ON_BACKENDS else {})
     raises_and_writes_nothing(op, args | change(args), exception, re.escape(message))
 
