@@ -4,26 +4,14 @@ Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Infor
 2025, arXiv 2510.23926.
 """
 
+from . import functional
 from .backends import available_backends
-from .functional import (
-    dequantize,
-    estimate_adamw_,
-    estimate_gradient_,
-    estimate_sgd_,
-    guide_norm,
-    guide_sumsq,
-    noise,
-    perturb_quantize_,
-    quantize,
-    quantize_,
-    straight_through_backward_,
-)
+from .functional import *  # noqa: F403  the public ops: functional.__all__
 from .nn.convert import quantize_model
 from .nn.linear import QuantLinear
 from .optim.adamw import AdamW
 from .optim.sgd import SGD
 from .spec.grid import Grid
-from .spec.noise import direction_sign
 from .spec.quantizer import Quantizer
 from .spec.scale import Scale
 from .spec.straight_through import StraightThrough
@@ -40,17 +28,6 @@ __all__ = [
     "Scale",
     "StraightThrough",
     "available_backends",
-    "dequantize",
-    "direction_sign",
-    "estimate_adamw_",
-    "estimate_gradient_",
-    "estimate_sgd_",
-    "guide_norm",
-    "guide_sumsq",
-    "noise",
-    "perturb_quantize_",
-    "quantize",
-    "quantize_",
     "quantize_model",
-    "straight_through_backward_",
 ]
+__all__ += functional.__all__

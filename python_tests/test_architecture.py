@@ -326,6 +326,9 @@ def test_public_name_has_a_docstring(name):
 
 
 def test_all_names_what_is_public():
-    imported = imports_of(file_of("__init__"))
-    names = {name.rsplit(".", 1)[1] for name in imported if name.startswith("fogzo_kernels.")}
-    assert names == set(fk.__all__)
+    for name, module in (("functional", fk.functional), ("__init__", fk)):
+        imported = {n.rsplit(".", 1)[1] for n in imports_of(file_of(name)) if n.startswith("fogzo_kernels.")}
+        if name == "__init__":
+            imported = imported - {"functional", "*"} | set(fk.functional.__all__)
+        assert imported == set(module.__all__)
+        assert len(module.__all__) == len(set(module.__all__))

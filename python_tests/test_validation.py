@@ -280,7 +280,7 @@ CASES = [
     (ESTIMATE, one("counters", lambda t: t.to("meta")), ValueError, "counters must be on "),
     # the grid and its straight-through estimator
     (SMOOTHED, put(grid=fk.Grid.sign()), ValueError,
-     "straight_through must be 'identity' for rounding grids and 'hardtanh', 'tanh' or 'approxsign'"
+     "straight_through must be 'identity' for rounding grids and one of hardtanh, tanh, approxsign"
      " for the sign grid, got 'identity' with Grid(qmin=-1,"),
     (SMOOTHED, put(straight_through=fk.StraightThrough("tanh")), ValueError,
      "straight_through must be 'identity' for rounding grids"),

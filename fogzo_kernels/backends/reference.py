@@ -27,7 +27,6 @@ from ..spec.noise import (
 )
 from ..spec.straight_through import VARIANTS as DERIVATIVES
 from ..spec.straight_through import StraightThrough
-from ..spec.update import KINDS as RULES
 from ..spec.update import VARIANTS, UpdateRule
 
 Tensors = Sequence[Tensor]
@@ -222,14 +221,14 @@ def estimate_update_(
     if n:
         skip = ~torch.isfinite(mix.norm)
         A, B, keep = coefficients(grads, alphas, draw, mix, losses)
-    scalars = update_scalars(rule, update.lr.to(device), update.optimizer_step.to(device))
+    lr, count = update.lr.to(device), update.optimizer_step.to(device)
     for i, (latent, grad) in enumerate(zip(latents, grads, strict=True)):
         G = grad.flatten().float()
         if n and i < len(alphas):
             G = torch.where(keep, G, estimate(grad, alphas[i], A, B, draw, i, grid.r))
         theta = update.masters[i] if update.masters else latent
         state = [s[i] for s in update.states]
-        new = updated(rule, scalars, theta.flatten().float(), G, [s.flatten() for s in state])
+        new = updated(rule, lr, count, theta.flatten().float(), G, [s.flatten() for s in state])
         for old, value in zip((theta, *state), new, strict=True):
             old.copy_(torch.where(skip, old, value.view(old.shape).to(old.dtype)))
         if update.masters:
@@ -238,46 +237,32 @@ def estimate_update_(
         quantize_(quantized, latents[: len(alphas)], alphas, grid)
 
 
-def update_scalars(rule: UpdateRule, lr: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """The update's scalars, float64 rounded once to float32."""
-    t = count.double()
-    match rule.kind:
-        case "adamw":
-            found = {
-                "decay": 1 - lr * rule.weight_decay,
-                "size": lr / (1 - rule.beta1**t),
-                "root": (1 - rule.beta2**t).rsqrt(),
-            }
-        case "sgd":
-            found = {"size": lr, "keep": torch.where(t == 1, 1.0, 1 - rule.dampening)}
-        case unknown:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {unknown!r}")
-    return {name: value.float() for name, value in found.items()}
-
-
 def updated(
-    rule: UpdateRule, scalars: dict[str, Tensor], theta: Tensor, G: Tensor, state: list[Tensor]
+    rule: UpdateRule, lr: Tensor, count: Tensor, theta: Tensor, G: Tensor, state: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """theta and its state after the step, float32."""
+    """theta and its state after the step, float32; scalars are formed in float64 and rounded once."""
+    t = count.double()
 
-    def rounded(x: float) -> Tensor:
-        return torch.tensor(x, dtype=torch.float32, device=theta.device)
+    def rounded(x: float | Tensor) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float32, device=theta.device)
 
     match rule.variant:
         case "adamw":
+            decay, size = rounded(1 - lr * rule.weight_decay), rounded(lr / (1 - rule.beta1**t))
+            root = rounded((1 - rule.beta2**t).rsqrt())
             m, v = state
             m = fma(rounded(1 - rule.beta1), G - m, m)
             v = fma(rounded(1 - rule.beta2) * G, G, rounded(rule.beta2) * v)
-            root = v.double().sqrt().float()  # PyTorch's float32 root on a CPU is not correctly rounded
-            denominator = fma(root, scalars["root"], rounded(rule.eps))
-            return fma(-scalars["size"], m / denominator, scalars["decay"] * theta), m, v
+            v_root = v.double().sqrt().float()  # PyTorch's float32 root on a CPU is not correctly rounded
+            return fma(-size, m / fma(v_root, root, rounded(rule.eps)), decay * theta), m, v
         case "sgd":
-            return (fma(-scalars["size"], fma(rounded(rule.weight_decay), theta, G), theta),)
+            return (fma(-rounded(lr), fma(rounded(rule.weight_decay), theta, G), theta),)
         case "momentum" | "nesterov":
+            keep = rounded(torch.where(t == 1, 1.0, 1 - rule.dampening))
             d = fma(rounded(rule.weight_decay), theta, G)
-            b = fma(scalars["keep"], d, rounded(rule.momentum) * state[0])
+            b = fma(keep, d, rounded(rule.momentum) * state[0])
             d = fma(rounded(rule.momentum), b, d) if rule.variant == "nesterov" else b
-            return fma(-scalars["size"], d, theta), b
+            return fma(-rounded(lr), d, theta), b
         case unknown:
             raise ValueError(f"rule must be one of {', '.join(VARIANTS)}, got {unknown!r}")
 

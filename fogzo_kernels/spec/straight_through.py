@@ -75,6 +75,7 @@ class StraightThrough:
             raise TypeError(f"grid must be a Grid, got {type(grid).__name__}")
         if grid.is_sign == (self.kind == "identity"):
             raise ValueError(
-                "straight_through must be 'identity' for rounding grids and 'hardtanh', 'tanh' or"
-                f" 'approxsign' for the sign grid, got {self.kind!r} with {grid}"
+                f"straight_through must be 'identity' for rounding grids and one of"
+                f" {', '.join(kind for kind in KINDS if kind != 'identity')} for the sign grid,"
+                f" got {self.kind!r} with {grid}"
             )

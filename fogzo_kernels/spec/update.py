@@ -9,10 +9,15 @@ from typing import Any
 
 from .noise import check_number
 
-#: kind -> names of its lists of state, as the public ops take them
-KINDS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avgs", "exp_avg_sqs"), "sgd": ("momentum_buffers",)}
-#: What selects the code -> how many of those lists it uses
-VARIANTS: dict[str, int] = {"adamw": 2, "sgd": 0, "momentum": 1, "nesterov": 1}
+#: kind -> its variants, which select the code -> the lists of state of each, as the public ops name them
+RULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "adamw": {"adamw": ("exp_avgs", "exp_avg_sqs")},
+    "sgd": {"sgd": (), "momentum": ("momentum_buffers",), "nesterov": ("momentum_buffers",)},
+}
+#: kind -> all its lists of state
+KINDS = {kind: max(variants.values(), key=len) for kind, variants in RULES.items()}
+#: variant -> how many of those lists it uses
+VARIANTS = {name: len(states) for variants in RULES.values() for name, states in variants.items()}
 
 
 @dataclass(frozen=True)
