@@ -5,6 +5,7 @@ The estimate, an optimizer's step with it and the next Q(theta), in one pass ove
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack
 
@@ -20,7 +21,7 @@ from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
 from . import arguments, checks, memory
 from .arguments import TensorOrList
-from .listop import GRID, NAMES, STATE, counters_of, list_op, run_checked, triples
+from .listop import GRID, KEPT, NAMES, STATE, counters_of, list_op, run_checked, triples
 
 
 class NoiseOptions(TypedDict):
@@ -186,6 +187,7 @@ def _tail(
     latents, alphas = arguments.tensors("latents", latents), arguments.tensors("alphas", alphas)
     ids, where = arguments.names(common.get("tensor_ids"), common.get("layouts"), latents[: len(alphas)])
     given = [arguments.optional(name, tensors) for name, tensors in states.items()]
+    hyperparameters = rule.hyperparameters
     op(
         latents, arguments.optional("masters", common.get("masters")),
         arguments.optional("quantized", common.get("quantized")),
@@ -196,12 +198,13 @@ def _tail(
         arguments.one_minus_beta(common["one_minus_beta"]), ids, where,
         grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.distribution,
         arguments.epsilon(straight_through, grid, common.get("epsilon_scale", 1.0)),
-        arguments.lr(numbers[0]), arguments.optimizer_step(numbers[1]), rule.kind, list(rule.hyperparameters),
-        list(rule.hyperparameters.values()), rule.nesterov, common.get("backend"),
+        arguments.lr(numbers[0]), arguments.optimizer_step(numbers[1]), rule.kind, list(hyperparameters),
+        list(hyperparameters.values()), rule.nesterov, common.get("backend"),
     )  # fmt: skip
 
 
-def rule_of(kind: str, names: Sequence[str], values: Sequence[float], nesterov: bool) -> UpdateRule:
+@functools.lru_cache(KEPT)  # a training loop gives the same one at every step
+def rule_of(kind: str, names: tuple[str, ...], values: tuple[float, ...], nesterov: bool) -> UpdateRule:
     """The rule that a schema writes as flat arguments."""
     return UpdateRule(kind, **dict(zip(names, values, strict=True)), nesterov=nesterov)
 
@@ -266,7 +269,7 @@ def op(
     draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
     mix = Mix(norm, one_minus_beta, epsilon)
     losses = Losses(losses_plus, losses_minus, counters_of(counters))
-    rule = rule_of(kind, hyperparameters, values, nesterov)
+    rule = rule_of(kind, tuple(hyperparameters), tuple(values), nesterov)
     update = Update(rule, lr, optimizer_step, masters, states_of(rule, (first, second)))
 
     def check() -> None:
@@ -300,7 +303,7 @@ def _(latents: Sequence[Tensor], masters: Sequence[Tensor], quantized: Sequence[
       r: int, distribution: str, epsilon: float, lr: Tensor, optimizer_step: Tensor, kind: str,
       hyperparameters: Sequence[str], values: Sequence[float], nesterov: bool,
       backend: str | None) -> None:  # fmt: skip
-    rule = rule_of(kind, hyperparameters, values, nesterov)
+    rule = rule_of(kind, tuple(hyperparameters), tuple(values), nesterov)
     update = Update(rule, lr, optimizer_step, masters, states_of(rule, (first, second)))
     draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
     losses = Losses(losses_plus, losses_minus, counters_of(counters))

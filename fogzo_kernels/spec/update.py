@@ -89,4 +89,7 @@ class UpdateRule:
     @property
     def hyperparameters(self) -> dict[str, float]:
         """What the arithmetic reads besides the variant, by name."""
-        return {f.name: float(getattr(self, f.name)) for f in fields(self) if f.type == "float"}
+        return {name: float(getattr(self, name)) for name in HYPERPARAMETERS}
+
+
+HYPERPARAMETERS = tuple(f.name for f in fields(UpdateRule) if f.type == "float")
