@@ -96,7 +96,7 @@ def test_unavailable_says_why(monkeypatch):
 
 
 def test_a_gpu_takes_triton_and_then_cuda():
-    names = fk.backends.NAMES
+    names = fk.backends.names()
     assert names.index("triton") < names.index("cuda") < names.index("reference")
 
 
