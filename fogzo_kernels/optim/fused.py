@@ -107,7 +107,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             estimate = passes.collect()
             loss = estimate.loss
         first = True
-        for call in self._calls():
+        for call in list(self._calls()):  # all are prepared before the first one writes
             self._run(call, passes, estimate, first)
             first = first and not call.weights
         if passes is not None:
@@ -160,13 +160,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             p.grad = grad.contiguous()
         state = self.state[p]
         capturable = group["capturable"]
+        names = self._state_names()[: self._rule(group).states]
         if not state:
             device = p.device if capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.int64, device=device)
-            for name in self._state_names()[: self._rule(group).states]:
-                state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
             if group["master_weights"] and p.dtype != torch.float32:
                 state["master"] = p.detach().float()
+        elif any(name not in state for name in names) and group.get("dampening"):
+            raise ValueError(
+                "momentum must not be raised from 0 where dampening is not 0: a buffer starts undampened"
+            )
+        for name in names:  # also of a momentum that was 0 until now
+            if name not in state:
+                state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         if capturable:
             state["step"] += 1
             return 0
