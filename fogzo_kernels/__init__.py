@@ -7,8 +7,11 @@ Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Infor
 from . import functional
 from .backends import available_backends
 from .functional import *  # noqa: F403  the public ops: functional.__all__
-from .nn.convert import quantize_model
+from .nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
+from .nn.convert import calibrate_, dequantize_model, quantize_model
+from .nn.embedding import QuantEmbedding
 from .nn.linear import QuantLinear
+from .nn.report import Report
 from .optim.adamw import AdamW
 from .optim.sgd import SGD
 from .spec.grid import Grid
@@ -23,11 +26,18 @@ __all__ = [
     "AdamW",
     "Fogzo",
     "Grid",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantEmbedding",
     "QuantLinear",
     "Quantizer",
+    "Report",
     "Scale",
     "StraightThrough",
     "available_backends",
+    "calibrate_",
+    "dequantize_model",
     "quantize_model",
 ]
 __all__ += functional.__all__

@@ -23,9 +23,10 @@ FLOORS = {
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments noise norm perturb estimate tail"
             " straight_through quantize"),
     "functional": (("spec", "ops"), ""),
-    "nn": (("spec", "ops.checks", "ops.memory", "functional"), "__init__ quantized linear convert"),
-    "train": (("spec", "ops.checks", "functional", "nn"), "__init__ replay weights step settings device"
-              " estimator"),
+    "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized linear"
+           " conv embedding transposed twins rules sharing fast_path pretrained report convert"),
+    "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads step"
+              " settings device estimator"),
     "optim": (("spec", "functional", "train"), "__init__ fused adamw sgd"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),

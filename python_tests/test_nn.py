@@ -59,13 +59,15 @@ def test_gradient_is_straight_through(backend):
 def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     plain, model = mlp(), mlp()
     fk.quantize_model(model, quantizer(0.3))
-    assert model.load_state_dict(plain.state_dict()).missing_keys == []
+    with pytest.warns(UserWarning, match="alpha is fixed and stays as it was"):
+        assert model.load_state_dict(plain.state_dict()).missing_keys == []
     assert model[0].alpha == torch.tensor(0.3)
     other = mlp()
     fk.quantize_model(other, quantizer(0.7))
     other.load_state_dict(model.state_dict())
     assert other[0].alpha == torch.tensor(0.3)
-    assert set(model.state_dict()) == {*plain.state_dict(), "0.alpha", "2.alpha"}
+    added = {f"{i}.{name}" for i in (0, 2) for name in ("alpha", "_extra_state")}
+    assert set(model.state_dict()) == {*plain.state_dict(), *added}
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "0.weight"})
 
@@ -173,20 +175,6 @@ def taken():
     return model
 
 
-def normed():
-    model = mlp()
-    with pytest.warns(FutureWarning, match="weight_norm"):
-        nn.utils.weight_norm(model[2])
-    return model
-
-
-def half_quantized():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    fk.quantize_model(model, quantizer(0.3), skip="1")
-    return model
-
-
 PARAMETER = nn.Parameter(torch.tensor(0.3))
 
 
@@ -196,7 +184,7 @@ PARAMETER = nn.Parameter(torch.tensor(0.3))
         (mlp, lambda: (GRID,), TypeError, "quantizer must be a Quantizer, got Grid"),
         (lambda: "model", lambda: (quantizer(0.3),), TypeError, "model must be a Module, got str"),
         (mlp, lambda: (quantizer(torch.ones(6)),), ValueError,
-         "alpha must have one element, one per row or one per group of the last dimension of 2.weight"),
+         "alpha must have one element, one per row, shape (4, 1), or one per group of a row"),
         (mlp, lambda: (quantizer(PARAMETER),), ValueError,
          "alpha must not require grad, as no gradient reaches it, got a Parameter that does"),
         (mlp, lambda: (quantizer(lambda w: PARAMETER),), ValueError, "alpha must not require grad"),
@@ -204,15 +192,12 @@ PARAMETER = nn.Parameter(torch.tensor(0.3))
          "alpha must be a function of a weight that returns a number or a tensor, got str"),
         (mlp, lambda: (quantizer(True),), TypeError, "alpha must be a number, a tensor or a function"),
         (taken, lambda: (quantizer(0.3),), ValueError, "2 must not have an attribute 'probe' of its own"),
-        (normed, lambda: (quantizer(0.3),), TypeError, "2.weight must be a Parameter, got Tensor"),
-        (half_quantized, lambda: (quantizer(0.3),), ValueError,
-         "1.weight must be quantized in one call with the modules that share it"),
         (mlp, lambda: (fk.Quantizer("sign", fk.Scale.fixed(1), STE),), TypeError,
-         "grid must be a Grid, got str"),
+         "grid must be a Grid, Grid.uniform(2) say, got the str 'sign'"),
         (mlp, lambda: (fk.Quantizer(GRID, 0.5, STE),), TypeError,
-         "scale must be a Scale (Scale.fixed(alpha), say), got float"),
+         "scale must be a Scale, Scale.fixed(alpha) say, got float"),
         (mlp, lambda: (fk.Quantizer(GRID, fk.Scale.fixed(1), "identity"),), TypeError,
-         "straight_through must be a StraightThrough, got str"),
+         'straight_through must be a StraightThrough, StraightThrough("identity") say, got the str'),
         (mlp, lambda: (fk.Quantizer(GRID, fk.Scale.fixed(1), fk.StraightThrough("tanh")),), ValueError,
          "straight_through must be 'identity' for rounding grids"),
     ],
@@ -228,9 +213,13 @@ def test_errors_leave_the_model_alone(make, call, exception, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skip": 2}, "skip must be a name or a list of names, got int"),
-        ({"skip": ["0", 2]}, "skip[1] must be a str, got int"),
-        ({"backend": 2}, "backend must be a str, got int"),
+        ({"skip": 2}, "skip must be a name, a type or a function, or a list of them, got int"),
+        ({"skip": ["0", 2]}, "skip[1] must be a name, a type or a function, got int"),
+        ({"rules": "0"}, "rules must be a list of pairs, got str"),
+        ({"rules": ["0"]}, "rules[0] must be a pair (which modules, quantizer), got '0'"),
+        ({"rules": [("0", GRID)]}, "rules[0][1] must be a Quantizer or None, got Grid"),
+        ({"rules": [(0, None)]}, "rules[0] must be a name, a type or a function, got int"),
+        ({"backend": 2}, "backend must be a string or None, got int"),
     ],
 )
 def test_wrong_types_are_named(options, message):

@@ -127,9 +127,16 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
 
 
 def check_name(name: str | None) -> None:
-    """Raise unless it is a name or None; whether it is a known one is for :func:`select`."""
+    """Raise unless it is a name or None; whether it is a known one is for :func:`check_known`."""
     if not isinstance(name, str | None):
         raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
+
+
+def check_known(name: str | None, source: str = "backend") -> None:
+    """Raise unless it is the name of a backend, or None; whether that runs here is for :func:`select`."""
+    check_name(name)
+    if name is not None and name not in names():
+        raise ValueError(f"{source} must be one of {', '.join(names())}, got {name!r}")
 
 
 def select(name: str | None, device: torch.device) -> Backend:
@@ -144,10 +151,9 @@ def select(name: str | None, device: torch.device) -> Backend:
     check_name(name)
     if name is None and os.environ.get(VARIABLE):
         name, source = os.environ[VARIABLE], VARIABLE
+    check_known(name, source)
     if name is None:
         name = next(n for n in names() if reason_unavailable(n, device) is None)
-    elif name not in names():
-        raise ValueError(f"{source} must be one of {', '.join(names())}, got {name!r}")
     reason = reason_unavailable(name, device)
     if reason is not None:
         raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")

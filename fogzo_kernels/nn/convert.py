@@ -1,113 +1,209 @@
-"""quantize_model: turns the modules of a model into quantized ones, in place."""
+"""quantize_model, calibrate_, dequantize_model: a model's modules to quantized ones and back, in place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
+from ..backends import check_known
 from ..ops import checks, memory
-from ..spec.dtypes import FLOATS
 from ..spec.quantizer import Quantizer
-from .linear import QuantLinear
+from ..spec.scale import Scale
+from . import fast_path, pretrained
 from .quantized import QuantizedModule
-
-#: Which class a plain module becomes; subclasses of it stay as they are.
-QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {nn.Linear: QuantLinear}
-PLAIN = " or ".join(f"nn.{kind.__name__}" for kind in QUANTIZED)
+from .report import Report, Row
+from .rules import Choice, Rule, Which, choose
+from .scales import alpha_of
+from .sharing import check_shared
+from .twins import check_weight, twin_of, weights_of
 
 
 def quantize_model(
-    model: nn.Module, quantizer: Quantizer, *, skip: str | Sequence[str] = (), backend: str | None = None
-) -> nn.Module:
-    """Quantize the weights of every ``nn.Linear`` of ``model``, in place.
+    model: nn.Module,
+    quantizer: Quantizer | None,
+    *,
+    rules: Sequence[Rule] = (),
+    skip: Which | Sequence[Which] = (),
+    backend: str | None = None,
+) -> Report:
+    """Quantize the weights of a model, in place, and report what was quantized and what was not.
 
-    Parameters, hooks and names stay; subclasses of ``nn.Linear`` are left alone. Tied weights are
-    quantized once, and share their alpha and noise. Call it again, with other arguments, for the modules
-    that an earlier call skipped.
+    Linear layers, convolutions and embeddings become modules that run with Q(weight): ``nn.Linear``,
+    ``nn.Conv1d``, ``Conv2d``, ``Conv3d``, ``nn.Embedding``, and ``Conv1D`` of ``transformers``. Parameters,
+    hooks and names stay, so optimizers keep their parameters and checkpoints of the plain model load.
+    Subclasses of these types and all other modules stay as they are; the report names them. Tied weights are
+    quantized once, and share their alpha and noise. Call it again for modules that an earlier call left alone.
 
     Args:
-        model: a module that is or holds at least one ``nn.Linear``; its weights are float32, bfloat16 or
-            float16.
-        quantizer: grid, scale and straight-through estimator of the weights.
-        skip: names of modules to leave alone, as ``model.named_modules()`` gives them, or one such name;
-            ``*`` and ``?`` stand for anything. A name that matches nothing is an error.
+        model: a module that is or holds such layers, with weights of float32, bfloat16 or float16. On the
+            meta device the alphas get their values when a checkpoint is loaded, or by :func:`calibrate_`.
+        quantizer: grid, scale and straight-through estimator of all weights that no rule names; None
+            leaves those alone.
+        rules: pairs (which, quantizer or None); the first whose ``which`` matches a module decides, and None
+            leaves it alone. ``which`` is a name as ``model.named_modules()`` gives it, where ``*`` and ``?``
+            stand for anything, or a type; both also match all that lies in a matching module. Or it is a
+            function of name and module that says whether it matches.
+        skip: what to leave alone: one such ``which`` or a list of them, as rules that come first.
         backend: of the modules' ops; None takes the best available at each call.
 
     Returns:
-        ``model``.
+        What was done; print it.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or does not fit a weight; the model is then as it was.
+        TypeError, ValueError: an argument is wrong, does not fit a weight, matches nothing or asks for what
+            cannot be quantized, or one of several modules that share a weight would use it unquantized. The
+            model is then as it was.
     """
     checks.instance("model", model, nn.Module)
-    checks.instance("quantizer", quantizer, Quantizer)
-    if backend is not None:
-        checks.instance("backend", backend, str)
-    plain = _plain_modules(model, skip)
-    present = [m for m in model.modules() if isinstance(m, QuantizedModule)]
-    owned = {m.weight for m in present}
-    weights = {name: _weight_of(name, m, owned) for name, m in plain.items()}
-    alphas: dict[Tensor, Tensor] = {}  # everything is checked before the first module changes
-    for name, weight in weights.items():
-        if weight not in alphas:
-            alphas[weight] = _alpha_of(name, weight, quantizer)
-    first = max((m.tensor_id for m in present), default=-1) + 1
-    ids = {weight: first + i for i, weight in enumerate(alphas)}
-    for name, m in plain.items():
-        weight = weights[name]
-        QUANTIZED[type(m)].from_plain(
-            m, quantizer, alpha=alphas[weight], tensor_id=ids[weight], backend=backend
-        )
-    return model
-
-
-def _plain_modules(model: nn.Module, skip: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The modules to quantize, by name."""
-    found = {name: m for name, m in model.named_modules() if type(m) in QUANTIZED}
-    patterns = [skip] if isinstance(skip, str) else skip
-    if not isinstance(patterns, Sequence):
-        raise TypeError(f"skip must be a name or a list of names, got {type(skip).__name__}")
-    chosen = dict(found)
-    for i, pattern in enumerate(patterns):
-        checks.instance(f"skip[{i}]", pattern, str)
-        matched = [name for name in found if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ValueError(f"skip must name {PLAIN} modules of model, got {pattern!r}")
-        for name in matched:
-            chosen.pop(name, None)
+    if quantizer is not None:
+        checks.instance("quantizer", quantizer, Quantizer)
+    check_known(backend)
+    choices = choose(model, quantizer, rules, skip)
+    chosen = [c for c in choices if c.quantizer is not None]
     if not chosen:
-        raise ValueError(f"model must have an {PLAIN} to quantize, got none outside skip")
-    return chosen
+        raise ValueError(_nothing_to_do(choices))
+    for c in chosen:
+        check_weight(c.unit.names[0], c.unit.module)
+    check_shared(model, {c.unit.module: c.quantizer for c in chosen if c.quantizer is not None})
+    pretrained.check(model)
+    plan = _planned(model, chosen)
+    kinds = {c.unit.module: type(c.unit.module).__name__ for c in chosen}
+    for c, (alpha, tensor_id) in zip(chosen, plan, strict=True):
+        twin = twin_of(c.unit.module)
+        assert twin is not None
+        assert c.quantizer is not None
+        twin.from_plain(c.unit.module, c.quantizer, alpha=alpha, tensor_id=tensor_id, backend=backend)
+    fast_path.close(model)
+    pretrained.record(model)
+    return _report(choices, kinds)
 
 
-def _weight_of(name: str, module: nn.Module, owned: set[Tensor]) -> Tensor:
-    """The weight of a module that can be quantized; ``owned`` are quantized already."""
-    weight = module.weight
-    taken = [x for x in QuantizedModule.ADDED if hasattr(module, x)]
-    if taken:
-        raise ValueError(f"{name} must not have an attribute {taken[0]!r} of its own")
-    if not isinstance(weight, nn.Parameter):  # weight_norm's, say: it is made anew in each forward
-        raise TypeError(f"{name}.weight must be a Parameter, got {type(weight).__name__}")
-    if weight.dtype not in FLOATS:
-        wanted = checks.named(FLOATS)
-        raise TypeError(f"{name}.weight must be {wanted}, got {checks.named([weight.dtype])}")
-    if weight in owned:  # it would draw two noises, and have two alphas
-        raise ValueError(f"{name}.weight must be quantized in one call with the modules that share it")
-    return weight
-
-
-def _alpha_of(name: str, weight: Tensor, quantizer: Quantizer) -> Tensor:
-    alpha = quantizer.scale.of(weight)
-    if not checks.divides(alpha, weight):
-        raise ValueError(
-            f"alpha must have one element, one per row or one per group of the last dimension of"
-            f" {name}.weight, shape {tuple(weight.shape)}, got shape {tuple(alpha.shape)}"
+def _nothing_to_do(choices: list[Choice]) -> str:
+    before = [c for c in choices if isinstance(c.unit.module, QuantizedModule)]
+    if before:
+        return (
+            f"model must have modules that are not quantized yet, got {len(before)} that are and no other to"
+            " quantize; dequantize_model(model) turns them back"
         )
-    low, high = memory.alpha_range(quantizer.grid.r)
-    if not memory.in_range(alpha, low, high):
-        raise ValueError(
-            f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {alpha.min()}..{alpha.max()} for {name}"
-        )
-    return alpha
+    reasons = "; ".join(f"{c.unit.names[0] or 'model'}: {c.reason}" for c in choices[:5])
+    return f"model must have a module to quantize, got none ({reasons or 'it holds no weights'})"
+
+
+def _planned(model: nn.Module, chosen: list[Choice]) -> list[tuple[Tensor, int]]:
+    """Alpha and tensor id of each; a weight of several modules has the same for all of them."""
+    present = [m.tensor_id for m in model.modules() if isinstance(m, QuantizedModule)]
+    ids: dict[Tensor, int] = {}
+    alphas: dict[Tensor, Tensor] = {}
+    plan = []
+    for c in chosen:
+        weight, twin = c.unit.module.get_parameter("weight"), twin_of(c.unit.module)
+        assert twin is not None
+        assert c.quantizer is not None
+        if weight not in ids:
+            ids[weight] = max(present, default=-1) + 1 + len(ids)
+            name = f"{c.unit.names[0]}.weight" if c.unit.names[0] else "weight"
+            rows = weight.detach().movedim(twin.OUTPUTS, 0).flatten(1)
+            alphas[weight] = alpha_of(name, rows, c.quantizer)
+        plan.append((alphas[weight].clone(), ids[weight]))
+    return plan
+
+
+def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
+    """What stands in the model now."""
+    quantized, left = [], []
+    vectors: dict[Tensor, None] = {}
+    seen: dict[Tensor, str] = {}
+    for c in choices:
+        name, module = c.unit.names[0], c.unit.module
+        own = weights_of(module)
+        vectors |= dict.fromkeys(own.vectors.values())
+        shapes = ", ".join(str(tuple(p.shape)) for p in own.matrices.values())
+        new = [p for p in own.matrices.values() if p not in seen]
+        numel = sum(p.numel() for p in new)
+        if isinstance(module, QuantizedModule):
+            weight, q, scales = module.weight, module.quantizer, module.alpha.numel()
+            tied = seen.get(weight, "")
+            size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
+            kind = kinds.get(module, module.PLAIN.__name__)
+            quantized.append(Row(name, kind, shapes, numel, size, q, scales, tied=tied))
+        elif own.matrices:
+            size = float(sum(p.numel() * p.element_size() for p in new))
+            left.append(Row(name, type(module).__name__, shapes, numel, size, reason=c.reason or ""))
+        seen |= dict.fromkeys(own.matrices.values(), name)
+    return Report(
+        quantized, left, len(vectors), sum(p.numel() for p in vectors),
+        sum(p.numel() * p.element_size() for p in vectors),
+    )  # fmt: skip
+
+
+def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
+    checks.instance("model", model, nn.Module)
+    found = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    if not found:
+        raise ValueError(f"model must have quantized modules to {what}, got none")
+    if any(m.held is not None for m in found):
+        raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
+    return found
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
+    """Make the alphas of a quantized model anew, each by its scale from the weight as it is now.
+
+    Args:
+        model: as :func:`quantize_model` made it.
+        scale: from now on the scale of all its quantizers; None keeps each module's own.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is wrong, or a scale does not fit a weight; nothing has
+            changed then.
+    """
+    modules = _quantized(model, "calibrate")
+    if scale is not None:
+        checks.instance("scale", scale, Scale)
+    plan = []
+    for m in modules:
+        q = m.quantizer if scale is None else Quantizer(m.quantizer.grid, scale, m.quantizer.straight_through)
+        plan.append((q, alpha_of("weight", m.weight.movedim(m.OUTPUTS, 0).flatten(1), q)))
+    for m, (q, alpha) in zip(modules, plan, strict=True):
+        m.quantizer = q
+        if alpha.shape == m.alpha.shape and not m.alpha.is_meta:
+            m.alpha.copy_(alpha)
+        else:
+            m.alpha = alpha
+        m.lay_out()
+    pretrained.record(model)
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
+    """Turn a quantized model back into plain modules, in place, which hold Q(weight).
+
+    The way to what knows plain modules only: ``torch.jit``, ONNX, torchao, strict loading. The latents are
+    overwritten: ``copy.deepcopy`` the model before to go on training it. ``state_dict()`` is then that of the
+    plain model, and an estimator or optimizer made for the quantized one is of no more use.
+
+    Args:
+        model: as :func:`quantize_model` made it.
+        latents: keep the latents as weights instead, to quantize them in another way.
+
+    Returns:
+        ``model``, or where it is a quantized module itself, that module, now a plain one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is wrong, or an alpha out of range; nothing has changed
+            then.
+    """
+    modules = _quantized(model, "dequantize")
+    if not latents:
+        for m in modules:
+            memory.alphas([m.alpha], m.quantizer.grid.r)
+        for weight, m in {m.weight: m for m in modules}.items():
+            weight.copy_(m.effective_weight())
+    for m in modules:
+        m.to_plain()
+    fast_path.open_(model)
+    pretrained.record(model)
+    return model

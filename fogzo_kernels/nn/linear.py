@@ -12,8 +12,10 @@ class QuantLinear(QuantizedModule, nn.Linear):
     """``nn.Linear`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
 
     ``weight``, of shape (out_features, in_features), is the latent and keeps its name, so a checkpoint
-    of the plain model loads. ``alpha`` is a float32 buffer that keeps its dtype under ``.to(dtype)``.
+    of the plain model loads.
     """
+
+    PLAIN = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.effective_weight(), self.bias)

@@ -15,6 +15,8 @@ from ..train.estimator import Fogzo
 from ..train.step import Estimate, Step, alphas_of
 from ..train.weights import Key, QuantizedWeight
 
+#: How an op takes a parameter, and what has its shape: a view.
+View = Callable[[Tensor], Tensor]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 #: For parameters that are not quantized, where nothing is drawn and nothing quantized.
@@ -117,6 +119,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_owned(self, passes: Step) -> None:
         """A weight of another optimizer would keep its straight-through gradient, unnoticed."""
         own = {p for group in self.param_groups for p in group["params"]}
+        still = [w.name for w in passes.weights if w.parameter.grad is not None and w.still_row is not None]
+        if passes.pairs and still:
+            raise RuntimeError(
+                f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"
+                " its padding row would not keep still; call fogzo.estimate_() first"
+            )
         others = sum(w.parameter.grad is not None and w.parameter not in own for w in passes.weights)
         if others:
             raise RuntimeError(
@@ -131,33 +139,37 @@ class FusedOptimizer(torch.optim.Optimizer):
         weights = {w.parameter: w for w in self.fogzo.weights} if self.fogzo is not None else {}
         for group in self.param_groups:
             found: dict[tuple[Any, ...], _Call] = {}
-            plain: list[tuple[Tensor, int]] = []
+            plain: list[tuple[Tensor, int, View]] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                count = self._prepare(p, group)
+                view = weights[p].rows if p in weights else in_memory(p)
+                count = self._prepare(p, group, view)
                 if p in weights:
                     key = weights[p].key(p.grad, self.backend)
                     where: tuple[Any, ...] = (p.device, p.dtype, p.grad.dtype, count, key)
-                    found.setdefault(where, _Call(group, count, key)).add(p, weights[p])
+                    found.setdefault(where, _Call(group, count, key)).add(p, view, weights[p])
                 else:
-                    plain.append((p, count))
-            for p, count in plain:  # with the quantized ones of their kind, if any, in one call
+                    plain.append((p, count, view))
+            for p, count, view in plain:  # with the quantized ones of their kind, if any, in one call
                 where = (p.device, p.dtype, p.grad.dtype if p.grad is not None else None, count)
                 there = next((c for k, c in found.items() if k[:4] == where), None)
                 if there is None:
                     there = found.setdefault((*where, None), _Call(group, count, None))
-                there.add(p, None)
+                there.add(p, view, None)
             yield from found.values()
 
-    def _prepare(self, p: Tensor, group: dict[str, Any]) -> int:
-        """Make the state, and return the number of the coming step; 0 if only the device knows it."""
+    def _prepare(self, p: Tensor, group: dict[str, Any], view: View) -> int:
+        """Make the state, and return the number of the coming step; 0 if only the device knows it.
+
+        Gradient and state come to lie in memory as the parameter does, so that ``view`` sees them alike.
+        """
         grad = p.grad
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"params must have dense gradients, got a sparse one of shape {tuple(p.shape)}")
-        if not grad.is_contiguous():
-            p.grad = grad.contiguous()
+        if not view(grad).is_contiguous():
+            p.grad = torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad)
         state = self.state[p]
         capturable = group["capturable"]
         names = self._state_names()[: self._rule(group).states]
@@ -173,6 +185,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in names:  # also of a momentum that was 0 until now
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+        for name in ("master", *names):
+            if name in state and not view(state[name]).is_contiguous():  # from a checkpoint of another layout
+                state[name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
         if capturable:
             state["step"] += 1
             return 0
@@ -183,21 +198,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run(self, call: _Call, passes: Step | None, estimate: Estimate | None, first: bool) -> None:
         group, device = call.group, call.params[0].device
         own = [self.state[p] for p in call.params]
+
+        def viewed(name: str) -> list[Tensor]:
+            return [view(s[name]) for view, s in zip(call.views, own, strict=True)]
+
         plus = minus = self._nothing(device)
         norm = torch.zeros((), device=device) if estimate is None or estimate.norm is None else estimate.norm
         lr = group["lr"]
         options: dict[str, Any] = {
             "lr": lr.double() if isinstance(lr, Tensor) else lr,
             "optimizer_step": call.count or own[0]["step"],
-            "masters": [s["master"] for s in own] if "master" in own[0] else None,
+            "masters": viewed("master") if "master" in own[0] else None,
             "quantized": [w.memory() for w in call.weights] or None,
             **self._hyperparameters(group),
         }
         used = self._rule(group).states
-        states = [[s[n] for s in own] if i < used else None for i, n in enumerate(self._state_names())]
+        states = [viewed(n) if i < used else None for i, n in enumerate(self._state_names())]
 
         def update(plus: Tensor, minus: Tensor, **noise: Any) -> None:
-            tensors = call.params, call.grads, *states, plus, minus, alphas_of(call.weights), norm
+            tensors = call.latents, call.grads, *states, plus, minus, alphas_of(call.weights), norm
             type(self).OP(*tensors, **options, **noise)
 
         if passes is None or estimate is None or estimate.norm is None or not call.weights:
@@ -274,13 +293,37 @@ class _Call:
     def __init__(self, group: dict[str, Any], count: int, key: Key | None) -> None:
         self.group, self.count, self.key = group, count, key
         self.params: list[Tensor] = []
+        self.views: list[View] = []
         self.weights: list[QuantizedWeight] = []
 
-    def add(self, p: Tensor, weight: QuantizedWeight | None) -> None:
+    def add(self, p: Tensor, view: View, weight: QuantizedWeight | None) -> None:
         self.params.append(p)
+        self.views.append(view)
         if weight is not None:
             self.weights.append(weight)
 
     @property
+    def latents(self) -> list[Tensor]:
+        return [view(p) for view, p in zip(self.views, self.params, strict=True)]
+
+    @property
     def grads(self) -> list[Tensor]:
-        return [p.grad for p in self.params if p.grad is not None]
+        pairs = zip(self.views, self.params, strict=True)
+        return [view(p.grad) for view, p in pairs if p.grad is not None]
+
+
+def in_memory(p: Tensor) -> View:
+    """How to see tensors that lie in memory as this one does, in the order of memory: elementwise all the same.
+
+    Raises:
+        ValueError: it does not fill its memory.
+    """
+    if p.is_contiguous():
+        return lambda t: t
+    strides = p.stride()
+    order = sorted(range(p.ndim), key=lambda d: -strides[d])
+    if not p.permute(order).is_contiguous():
+        raise ValueError(
+            f"params must be dense in memory, got one of shape {tuple(p.shape)} with strides {strides}"
+        )
+    return lambda t: t.permute(order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -35,6 +36,11 @@ class Grid:
     def levels(self) -> int:
         """Number of values of the grid."""
         return self.qmax - self.qmin + 1
+
+    @property
+    def bits(self) -> float:
+        """Bits that a code carries, log2 of ``levels``: 2.0 for 4 levels, 1.58 for 3."""
+        return math.log2(self.levels)
 
     @property
     def is_sign(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from .grid import Grid
 from .scale import Scale
@@ -29,14 +30,45 @@ class Quantizer:
     straight_through: StraightThrough
 
     def __post_init__(self) -> None:
-        for name, kind in (("grid", Grid), ("scale", Scale), ("straight_through", StraightThrough)):
+        for name, kind, example in PARTS:
             value = getattr(self, name)
             if not isinstance(value, kind):
-                hint = " (Scale.fixed(alpha), say)" if kind is Scale else ""
-                raise TypeError(f"{name} must be a {kind.__name__}{hint}, got {type(value).__name__}")
+                got = f"the str {value!r}" if isinstance(value, str) else type(value).__name__
+                raise TypeError(f"{name} must be a {kind.__name__}, {example} say, got {got}")
         self.straight_through.check_grid(self.grid)
 
     @property
     def epsilon(self) -> float:
         """The eps that the straight-through estimator fixes, in units of delta (contract section 3)."""
         return self.straight_through.epsilon(self.grid)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Itself in dicts, strings and numbers, for JSON; of a scale that is no number, only its kind."""
+        parts = {"grid": asdict(self.grid), "straight_through": asdict(self.straight_through)}
+        return {"version": VERSION, **parts, "scale": self.scale.to_dict()}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Quantizer:
+        """The quantizer that :meth:`to_dict` gave; a scale that it could not hold raises when it is used.
+
+        Raises:
+            ValueError: it is not such a dict, or of another version.
+        """
+        if not isinstance(found, dict) or found.get("version") != VERSION:
+            version = found.get("version") if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"the quantizer must be of version {VERSION}, got {version}")
+        try:
+            grid, straight_through = Grid(**found["grid"]), StraightThrough(**found["straight_through"])
+            return cls(grid, Scale.from_dict(found["scale"]), straight_through)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the quantizer must be as to_dict gives it, got {found}") from error
+
+
+#: Of the form of :meth:`Quantizer.to_dict`.
+VERSION = 1
+
+PARTS = (
+    ("grid", Grid, "Grid.uniform(2)"),
+    ("scale", Scale, "Scale.fixed(alpha)"),
+    ("straight_through", StraightThrough, 'StraightThrough("identity")'),
+)

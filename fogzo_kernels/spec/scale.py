@@ -33,10 +33,17 @@ class Scale:
 
         Args:
             alpha: finite and > 0: a number or a tensor for every weight, or a function that takes a weight
-                (detached) and returns one. One element, one per row, or one per group of the last
-                dimension.
+                (detached) and returns one. The weight is a matrix, with a row for each output of the
+                module: what stands behind the first dimension of a convolution's weight is flattened.
+                Alpha has one element, one per row, of shape (rows, 1) or (rows,), or one per group of a
+                row, of shape (rows, groups).
         """
         return cls(alpha)
+
+    @property
+    def from_weight(self) -> bool:
+        """Whether alpha is made from the weight, by a function."""
+        return callable(self.alpha)
 
     @torch.no_grad()
     def of(self, weight: Tensor) -> Tensor:
@@ -55,7 +62,20 @@ class Scale:
     def __repr__(self) -> str:
         alpha = self.alpha
         shown = f"tensor of shape {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else repr(alpha)
+        if callable(alpha):  # without its address
+            shown = getattr(alpha, "__name__", type(alpha).__name__)
         return f"Scale.fixed({shown})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Itself in strings and numbers; a tensor or a function is not kept, only that it was one."""
+        kept = self.alpha if isinstance(self.alpha, int | float) else None
+        kind = "number" if kept is not None else "tensor" if isinstance(self.alpha, Tensor) else "function"
+        return {"fixed": kind, "alpha": kept}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Scale:
+        """The scale that :meth:`to_dict` gave; one that was not kept raises when it is used."""
+        return cls(found["alpha"] if found["fixed"] == "number" else not_saved)
 
     def _identity(self) -> tuple[str, float]:
         if isinstance(self.alpha, int | float):

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..backends import select
 from ..spec.noise import MAX_STEP, check_range
 from .device import DeviceState
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
 from .step import Pass, Step, Versions
-from .weights import quantized_weights
+from .weights import check_unchanged, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
 
@@ -87,6 +88,7 @@ class Fogzo:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         self.process_group, self.loss_reduction = process_group, loss_reduction
+        select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
         self._steps = 0  # taken so far; the step number of the noise
@@ -94,6 +96,7 @@ class Fogzo:
         self._replay = ReplayState(model)
         self._step: Step | None = None  # from its first pass to its end
         self._used: Versions = []  # gradients that the last step has used up
+        self._watched = False  # whether a step has looked for reads of the weights beside their modules
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in asdict(self._settings).items())
@@ -245,11 +248,12 @@ class Fogzo:
             self._step.end()
 
     def _new_step(self) -> Step:
+        check_unchanged(self._replay.model, self.weights)
         noise = self._noise()
         return Step(
             self.weights, pairs=0 if noise["one_minus_beta"] is None else self.directions, noise=noise,
-            counters=self._counters, replay=self._replay, used=self._used, backend=self.backend,
-            reduce=self._reduce, over=self._over,
+            counters=self._counters, replay=self._replay, used=self._used, watched=not self._watched,
+            backend=self.backend, reduce=self._reduce, over=self._over,
         )  # fmt: skip
 
     def _noise(self) -> dict[str, Any]:
@@ -272,7 +276,7 @@ class Fogzo:
         if self._step is step:
             self._step = None
         if used is not None:
-            self._used = used
+            self._used, self._watched = used, True
             if self._device_state is not None:
                 self._device_state.advance()
             self._steps += 1

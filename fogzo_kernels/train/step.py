@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
 from .weights import Key, QuantizedWeight
 
@@ -49,6 +50,8 @@ class Pass:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss must be a tensor of one element, got {what}")
         if self.sign == 0:
+            if self._step.watched:
+                check_reads(loss, self._step.weights)
             loss.backward()
         value = loss.detach().reshape(())
         if self.loss is None:
@@ -84,6 +87,7 @@ class Step:
         counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
         replay: of the model.
         used: gradients that an earlier step has used up; emptied when the gradient pass begins.
+        watched: whether to look for reads of the weights beside their modules.
         backend: of the ops.
         reduce: reduces the losses over devices, in place.
         over: called once with this step when it has ended, and with the gradients that it used, or with
@@ -92,12 +96,13 @@ class Step:
 
     def __init__(
         self, weights: list[QuantizedWeight], *, pairs: int, noise: dict[str, Any], counters: Tensor,
-        replay: ReplayState, used: Versions, backend: str | None, reduce: Callable[[Tensor], None],
-        over: Callable[[Step, Versions | None], None],
+        replay: ReplayState, used: Versions, watched: bool, backend: str | None,
+        reduce: Callable[[Tensor], None], over: Callable[[Step, Versions | None], None],
     ) -> None:  # fmt: skip
         signs = [(i, sign) for i in range(pairs) for sign in (1, -1)]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
         self.pairs = pairs
+        self.watched = watched
         self.active = False  # whether a pass is entered
         self.groups: dict[Key, list[QuantizedWeight]] = {}  # the weights that take part
         self._losses = torch.empty(1 + 2 * pairs, device=counters.device)
@@ -195,11 +200,9 @@ class Step:
     def _read_guide(self) -> None:
         """Group the weights that have a gradient, and take the norm over all of them."""
         for w in self.weights:
-            grad = w.parameter.grad
+            grad = w.guide()
             if grad is None:  # took no part in the forward: no guide, no noise, no estimate
                 continue
-            if not grad.is_contiguous():
-                w.parameter.grad = grad = grad.contiguous()
             self.groups.setdefault(w.key(grad, self._backend), []).append(w)
         if not self.groups:
             raise RuntimeError("the gradient pass must leave a gradient for a quantized weight")
@@ -220,7 +223,7 @@ class Step:
             out = [w.memory() for w in weights]
             perturb_quantize_(
                 out if one.sign > 0 else None, None if one.sign > 0 else out,
-                [w.parameter for w in weights], grads_of(weights), alphas_of(weights), self._norm,
+                [w.latent for w in weights], grads_of(weights), alphas_of(weights), self._norm,
                 direction=one.direction, **self.options(key, weights),
             )  # fmt: skip
 
@@ -267,6 +270,9 @@ class Step:
                     grads_of(weights), estimate.losses_plus, estimate.losses_minus, alphas_of(weights),
                     estimate.norm, counters=counters, **self.options(key, weights),
                 )  # fmt: skip
+            for w, grad in zip(weights, grads_of(weights), strict=True):
+                if w.still_row is not None:
+                    grad[w.still_row] = 0
 
     def finish(self) -> None:
         """The step is done; the gradients that it used must not become part of the next guide."""
@@ -278,7 +284,8 @@ def alphas_of(weights: list[QuantizedWeight]) -> list[Tensor]:
 
 
 def grads_of(weights: list[QuantizedWeight]) -> list[Tensor]:
-    grads = [w.parameter.grad for w in weights]
+    """Rows of the gradients."""
+    grads = [w.guide() for w in weights]
     if any(g is None for g in grads):
         raise RuntimeError(".grad must not be cleared between the passes of a step")
     return [g for g in grads if g is not None]

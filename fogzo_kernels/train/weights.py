@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.quantized import QuantizedModule
+from ..nn.quantized import Held, QuantizedModule
+from ..nn.sharing import check_raw_uses, owners_of
 from ..ops import checks
 from ..spec.grid import Grid
 from ..spec.quantizer import Quantizer
@@ -30,14 +31,42 @@ class Key(NamedTuple):
 class QuantizedWeight:
     """A quantized parameter, the modules that share it, and the memory of its quantized values.
 
-    ``buffer`` holds what a probe runs with and, after a fused optimizer's step, Q(parameter).
+    Ops take it, its gradient and what belongs to its elements as rows, views of the memory that is there.
+    ``buffer`` holds rows of what a probe runs with and, after a fused optimizer's step, of Q(parameter).
     """
 
-    def __init__(self, module: QuantizedModule) -> None:
+    def __init__(self, name: str, module: QuantizedModule) -> None:
+        self.name = name  # of the first module that has it
         self.parameter, self.tensor_id = module.weight, module.tensor_id
         self.modules = [module]
         self.buffer: Tensor | None = None
         self._written: tuple[int, ...] | None = None  # what Q(parameter) in the buffer was made from
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
+        return self.modules[0].rows(tensor)
+
+    @property
+    def latent(self) -> Tensor:
+        """The parameter's rows."""
+        rows = self.rows(self.parameter)
+        return rows if rows is self.parameter else rows.detach()
+
+    @property
+    def still_row(self) -> int | None:
+        """A row that no gradient ever reaches, as of an embedding's padding: it gets no estimate either."""
+        found = {m.still_row for m in self.modules}
+        return found.pop() if len(found) == 1 else None
+
+    def guide(self) -> Tensor | None:
+        """The rows of ``.grad``, or None; what is written to them is written to ``.grad``."""
+        grad = self.parameter.grad
+        if grad is None:
+            return None
+        module = self.modules[0]
+        if not module.in_rows(grad):
+            self.parameter.grad = grad = module.shaped(module.rows(grad).contiguous())
+        return module.rows(grad)
 
     @property
     def alpha(self) -> Tensor:
@@ -56,28 +85,28 @@ class QuantizedWeight:
 
     def memory(self) -> Tensor:
         """The buffer, made anew where the parameter has changed its shape, dtype or device."""
-        p, b = self.parameter, self.buffer
+        p, b = self.latent, self.buffer
         if b is None or (b.shape, b.dtype, b.device) != (p.shape, p.dtype, p.device):
-            self.buffer = b = torch.empty_like(p, requires_grad=False)
+            self.buffer = b = torch.empty_like(p)
         return b
 
     # ---- what its modules run with
 
-    def use(self, tensor: Tensor) -> None:
-        """Its modules run with ``tensor``, of its shape and without a gradient, until :meth:`release`."""
+    def use(self, rows: Tensor) -> None:
+        """Its modules run with these rows, without a gradient, until :meth:`release`."""
         for module in self.modules:
-            module.probe = tensor
+            module.held = Held(self.parameter, rows, probe=True)
 
     def recall(self) -> None:
         """Its modules take Q(parameter) from the buffer where it is there, until :meth:`release`."""
         quantized = self.quantized()
         for module in self.modules:
-            module.quantized = quantized
+            module.held = None if quantized is None else Held(self.parameter, quantized, probe=False)
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""
         for module in self.modules:
-            module.probe = module.quantized = None
+            module.held = None
 
     # ---- Q(parameter), kept
 
@@ -99,23 +128,24 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is none; or tensor ids are not distinct, or weights lie on several devices, or
-            their eps in units of delta differ.
+        ValueError: there is none; a place of the model uses one as it is; modules that share one differ; tensor
+            ids are not distinct; weights lie on several devices, or their eps in units of delta differ.
     """
     checks.instance("model", model, nn.Module)
-    found: dict[Tensor, QuantizedWeight] = {}
-    for m in model.modules():
-        if isinstance(m, QuantizedModule) and m.weight.requires_grad:
-            if m.weight in found:
-                found[m.weight].modules.append(m)
-            else:
-                found[m.weight] = QuantizedWeight(m)
-    weights = list(found.values())
+    weights = collected(model)
     if not weights:
-        raise ValueError("model must have trainable quantized weights: call quantize_model first")
-    ids = [w.tensor_id for w in weights]
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"model must have a tensor_id of its own for each weight, got {ids}")
+        raise ValueError(_none_of(model))
+    for places in owners_of(model).values():
+        check_raw_uses(places)
+    ids: dict[int, QuantizedWeight] = {}
+    for w in weights:
+        _check_alike(w)
+        other = ids.setdefault(w.tensor_id, w)
+        if other is not w:
+            raise ValueError(
+                f"model must have a tensor_id of its own for each weight, got {w.tensor_id} for {other.name}"
+                f" and {w.name}: weights that were tied when they were quantized must stay so"
+            )
     devices = {w.parameter.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"model must have its quantized weights on one device, got {devices}")
@@ -126,3 +156,75 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             f" difference serves them all, got {sorted(epsilons)}"
         )
     return weights
+
+
+def collected(model: nn.Module) -> list[QuantizedWeight]:
+    """The trainable weights of quantized modules as they are now.
+
+    Raises:
+        ValueError: a module's weight is no parameter, or does not lie in memory as rows.
+    """
+    found: dict[Tensor, QuantizedWeight] = {}
+    for path, m in model.named_modules():
+        if not isinstance(m, QuantizedModule):
+            continue
+        name = f"{path}.weight" if path else "weight"
+        weight = m._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"{name} must be a Parameter of its quantized module, got one that is made anew in each forward"
+                " (a parametrization, weight_norm, spectral_norm, prune, say): no probe would perturb it"
+            )
+        if not weight.requires_grad:
+            continue
+        if not m.in_rows(weight):
+            raise ValueError(
+                f"{name} must lie in memory row by row, got strides {weight.stride()}: set the memory format"
+                " before quantize_model"
+            )
+        if weight in found:
+            found[weight].modules.append(m)
+        else:
+            found[weight] = QuantizedWeight(name, m)
+    return list(found.values())
+
+
+def _none_of(model: nn.Module) -> str:
+    frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+    if not frozen:
+        return "model must have trainable quantized weights, got none: call quantize_model first"
+    return (
+        f"model must have trainable quantized weights, got {len(frozen)} quantized modules ({frozen[0]!r}"
+        " first) whose weights are all frozen: call requires_grad_() on those to train"
+    )
+
+
+def _check_alike(w: QuantizedWeight) -> None:
+    """Modules that share a weight run with one probe, and must have one Q(weight) too."""
+    first = w.modules[0]
+    for m in w.modules[1:]:
+        same = m.quantizer == first.quantizer and m.tensor_id == first.tensor_id
+        if not (same and torch.equal(m.alpha, first.alpha)):
+            raise ValueError(
+                f"{w.name} must have one quantizer, alpha and tensor_id in all modules that share it, got"
+                f" {first} and {m}: tie weights before quantize_model, and calibrate_ the whole model"
+            )
+
+
+def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
+    """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
+
+    What is new among them would be trained straight-through, unnoticed.
+    """
+    now = {w.parameter: w for w in collected(model)}
+    known = {w.parameter: w for w in weights}
+    changed = [w.name for p, w in known.items() if p not in now] + [
+        w.name for p, w in now.items() if p not in known or w.modules != known[p].modules
+    ]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise RuntimeError(
+            f"model must have the quantized weights that Fogzo was made with, got a change in"
+            f" {changed[0]}{more}: a weight was replaced, frozen or unfrozen, tied or untied, or another module"
+            " quantized. Make a new Fogzo for the model as it is, and load the old one's state_dict"
+        )

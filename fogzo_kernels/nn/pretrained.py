@@ -1,0 +1,61 @@
+"""The configuration of ``transformers`` models: what ``save_pretrained`` writes, ``from_pretrained`` reads.
+
+Nothing of ``transformers`` is imported here; :mod:`fogzo_kernels.integrations.transformers` reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .quantized import QuantizedModule
+
+METHOD = "fogzo"
+
+
+def models_of(model: nn.Module) -> list[nn.Module]:
+    """The outermost pretrained models in a model, by what makes them one."""
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for m in model.modules():
+        if id(m) in inside:
+            continue
+        if hasattr(m, "save_pretrained") and hasattr(getattr(m, "config", None), "to_diff_dict"):
+            found.append(m)
+            inside |= {id(x) for x in m.modules()}
+    return found
+
+
+def check(model: nn.Module) -> None:
+    """Raise if a pretrained model is quantized by something else."""
+    for m in models_of(model):
+        config: Any = getattr(m.config, "quantization_config", None)
+        method = (
+            config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        )
+        if config is not None and method != METHOD:
+            raise ValueError(f"model must not be quantized by another library, got quant_method {method!r}")
+
+
+def record(model: nn.Module) -> None:
+    """Write into each pretrained model's configuration how its modules are quantized, or that they are not."""
+    for m in models_of(model):
+        found = {name: x for name, x in m.named_modules() if isinstance(x, QuantizedModule)}
+        config: Any = m.config
+        if found:
+            config.quantization_config = described(found)
+        elif getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+
+
+def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
+    """Quantizers, and for each module the place of its own, its alpha's shape, tensor id and backend."""
+    quantizers: list[dict[str, Any]] = []
+    rows = {}
+    for name, m in modules.items():
+        quantizer = m.quantizer.to_dict()
+        if quantizer not in quantizers:
+            quantizers.append(quantizer)
+        rows[name] = [quantizers.index(quantizer), list(m.alpha.shape), m.tensor_id, m.backend]
+    return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}

@@ -1,0 +1,37 @@
+"""Alpha of a weight's rows: made by the quantizer's scale, and checked."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..ops import memory
+from ..spec.quantizer import Quantizer
+
+
+def alpha_of(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
+    """Alpha that the quantizer's scale gives a weight: a new float32 tensor on its device.
+
+    Args:
+        name: of the weight, for messages.
+        rows: of the weight, as :meth:`QuantizedModule.rows` has them; without values (meta) the alpha has none.
+
+    Raises:
+        TypeError, ValueError: it does not fit; the message names the weight.
+    """
+    alpha = quantizer.scale.of(rows)
+    count, length = rows.shape
+    shape = tuple(alpha.shape)
+    groups = alpha.ndim == 2 and shape[0] == count and length % max(shape[1], 1) == 0
+    fits = alpha.numel() == 1 or shape in ((count,), (count, 1)) or (groups and 1 <= shape[1] < length)
+    if not fits:
+        raise ValueError(
+            f"alpha must have one element, one per row, shape ({count}, 1), or one per group of a row, shape"
+            f" ({count}, groups) with {length} / groups elements each, for {name} with {count} rows of"
+            f" {length}, got shape {shape}"
+        )
+    low, high = memory.alpha_range(quantizer.grid.r)
+    if not alpha.is_meta and not memory.in_range(alpha, low, high):
+        raise ValueError(
+            f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {alpha.min()}..{alpha.max()} for {name}"
+        )
+    return alpha

@@ -1,0 +1,76 @@
+"""Who holds a weight: one that is used both quantized and as it is would be trained on half of its uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..spec.quantizer import Quantizer
+from .quantized import QuantizedModule
+
+#: A module and the name of one of its parameters.
+Owner = tuple[nn.Module, str]
+
+
+def owners_of(model: nn.Module) -> dict[Tensor, dict[str, Owner]]:
+    """Every parameter of a model with all places that hold it, by their names."""
+    found: dict[Tensor, dict[str, Owner]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                where = f"{path}.{name}" if path else name
+                found.setdefault(parameter, {})[where] = (module, name)
+    return found
+
+
+def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> None:
+    """Raise unless all that shares a weight of ``chosen`` will run with the same Q(weight).
+
+    Raises:
+        ValueError: a place uses it as it is, or with another quantizer, or holds its memory under another
+            Parameter.
+    """
+    memory: dict[tuple[object, int], str] = {}
+    for weight, places in owners_of(model).items():
+        mine = {where: chosen[m] for where, (m, name) in places.items() if m in chosen and name == "weight"}
+        if not mine:
+            continue
+        first, quantizer = next(iter(mine.items()))
+        for where, (module, _) in places.items():
+            if isinstance(module, QuantizedModule):
+                raise ValueError(
+                    f"{first} must be quantized in one call with the modules that share it, got {where}"
+                    " quantized before: dequantize_model(model, latents=True), then quantize both"
+                )
+            if where not in mine:
+                raise ValueError(_both(first, where))
+            if mine[where] != quantizer:
+                raise ValueError(f"{first} and {where} are one parameter: rules must give both one quantizer")
+        if weight.numel() and not weight.is_meta:
+            key = (weight.device, weight.data_ptr())
+            if key in memory:
+                raise ValueError(
+                    f"{memory[key]} and {first} must not be two parameters with one memory: to tie them, let"
+                    " both modules have the same Parameter"
+                )
+            memory[key] = first
+
+
+def check_raw_uses(places: Mapping[str, Owner]) -> None:
+    """Raise if one of the places that hold a quantized weight uses it as it is."""
+    quantized = [
+        where for where, (m, name) in places.items() if isinstance(m, QuantizedModule) and name == "weight"
+    ]
+    raw = [where for where in places if where not in quantized]
+    if quantized and raw:
+        raise ValueError(_both(quantized[0], raw[0]))
+
+
+def _both(quantized: str, raw: str) -> str:
+    rules = [(where.rpartition(".")[0], None) for where in (quantized, raw)]
+    return (
+        f"{quantized} and {raw} are one parameter, and only {quantized} would be quantized: probes would not"
+        f" perturb {raw}, and its gradient would be lost. Quantize both, leave both alone (rules={rules}), or"
+        " untie them"
+    )

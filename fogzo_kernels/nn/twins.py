@@ -1,0 +1,94 @@
+"""Which modules have a quantized form, and why others have none."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from ..ops import checks
+from ..spec.dtypes import FLOATS
+from .conv import QuantConv1d, QuantConv2d, QuantConv3d
+from .embedding import QuantEmbedding
+from .linear import QuantLinear
+from .quantized import QuantizedModule
+
+#: Which class a plain module becomes; subclasses of it stay as they are.
+QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {
+    twin.PLAIN: twin for twin in (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding)
+}
+
+
+def twin_of(module: nn.Module) -> type[QuantizedModule] | None:
+    """The class that a module of this type becomes; None if there is none."""
+    kind = type(module)
+    hub = sys.modules.get("transformers.pytorch_utils")  # only where the caller has it already
+    if hub is not None and kind is hub.Conv1D:
+        from .transposed import QuantConv1D
+
+        return QuantConv1D
+    return QUANTIZED.get(kind)
+
+
+class Weights(NamedTuple):
+    """The tensors that a module holds itself, by their names."""
+
+    matrices: dict[str, Tensor]  # of two dimensions or more
+    vectors: dict[str, Tensor]  # biases, norms
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """A module's own parameters; of attention also those of its output projection, which it reads itself."""
+    own: dict[str, Tensor] = {name: p for name, p in module._parameters.items() if p is not None}
+    for child in read_by(module):
+        own |= {f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters()}
+    if parametrize.is_parametrized(module):
+        own |= {name: p for name, p in module.named_parameters() if name.startswith("parametrizations.")}
+    matrices = {k: p for k, p in own.items() if isinstance(p, UninitializedParameter) or p.ndim > 1}
+    return Weights(matrices, {k: p for k, p in own.items() if k not in matrices})
+
+
+def read_by(module: nn.Module) -> list[str]:
+    """The children whose weights a module reads without running them: they are a part of it."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ["out_proj"]
+    return ["parametrizations"] if parametrize.is_parametrized(module) else []
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """Why a module that holds weights cannot be quantized; None if it can."""
+    if isinstance(module, QuantizedModule):
+        return "it is quantized already"
+    twin = twin_of(module)
+    if twin is None:
+        return made_anew(module) or f"{type(module).__name__} has no quantized form"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return made_anew(module) or "its weight is no Parameter"
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
+    return twin.reason_against(module)
+
+
+def made_anew(module: nn.Module) -> str | None:
+    """How a module's weight is made in each forward from others, or None."""
+    if parametrize.is_parametrized(module, "weight"):
+        return "its weight is parametrized: made anew in each forward"
+    hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+    if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor) and hooks:
+        return f"its weight is made anew in each forward, by {hooks[0]}"
+    return None
+
+
+def check_weight(name: str, module: nn.Module) -> None:
+    """Raise unless the weight of a module that has a quantized form can be a latent."""
+    what = f"{name}.weight" if name else "weight"
+    taken = [x for x in QuantizedModule.ADDED if hasattr(module, x)]
+    if taken:
+        raise ValueError(f"{name or 'model'} must not have an attribute {taken[0]!r} of its own")
+    dtype = module.get_parameter("weight").dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"{what} must be {checks.named(FLOATS)}, got {checks.named([dtype])}")
