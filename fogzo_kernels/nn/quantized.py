@@ -93,9 +93,9 @@ class QuantizedModule(nn.Module):
         self._non_persistent_buffers_set.discard("alpha")
         for name in self.ADDED:
             self.__dict__.pop(name, None)
-        self.__class__ = self.PLAIN  # type: ignore[assignment]
         if self.OUTPUTS:
             self.weight.data = self.weight.data.contiguous()
+        self.__class__ = self.PLAIN  # type: ignore[assignment]
         return self
 
     # ---- the weight as rows
@@ -189,7 +189,7 @@ class QuantizedModule(nn.Module):
     @torch.no_grad()
     def calibrate_(self) -> None:
         """Let the quantizer's scale make alpha anew, from the weight as it is now."""
-        self.alpha = alpha_of("weight", self.rows(self.weight), self.quantizer)
+        self.alpha = alpha_of("weight", self.weight, self.OUTPUTS, self.quantizer)
 
     def extra_repr(self) -> str:
         levels, alpha = self.quantizer.grid.levels, tuple(self.alpha.shape)
