@@ -28,6 +28,7 @@ FLOORS = {
     "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads step"
               " settings device estimator"),
     "optim": (("spec", "functional", "train"), "__init__ fused adamw sgd"),
+    "integrations": (("spec", "nn"), "__init__ transformers"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip
@@ -248,6 +249,7 @@ def loaded(statement):
 def test_import_loads_no_backend_and_use_loads_one():
     found = loaded("import fogzo_kernels")
     assert "fogzo_kernels.ops.perturb" in found
+    assert "transformers" not in found
     assert not {f"fogzo_kernels.{name}" for name in COMPILED} & found
     assert not {f"fogzo_kernels.backends.{name}" for name in backends.OWN} & found
     if "triton" not in loaded("import torch"):  # a release of PyTorch may import it itself

@@ -5,13 +5,25 @@ Nothing of ``transformers`` is imported here; :mod:`fogzo_kernels.integrations.t
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..backends import check_known
+from ..spec.quantizer import Quantizer
 from .quantized import QuantizedModule
 
 METHOD = "fogzo"
+
+
+class Entry(NamedTuple):
+    """How a module is quantized."""
+
+    quantizer: Quantizer
+    alpha: tuple[int, ...]  # its shape
+    tensor_id: int
+    backend: str | None
 
 
 def models_of(model: nn.Module) -> list[nn.Module]:
@@ -28,7 +40,7 @@ def models_of(model: nn.Module) -> list[nn.Module]:
 
 
 def check(model: nn.Module) -> None:
-    """Raise if a pretrained model is quantized by something else."""
+    """Raise if a pretrained model is quantized by something else; warn if it should be quantized already."""
     for m in models_of(model):
         config: Any = getattr(m.config, "quantization_config", None)
         method = (
@@ -36,6 +48,12 @@ def check(model: nn.Module) -> None:
         )
         if config is not None and method != METHOD:
             raise ValueError(f"model must not be quantized by another library, got quant_method {method!r}")
+        if config is not None and not any(isinstance(x, QuantizedModule) for x in m.modules()):
+            warnings.warn(
+                "model's config says that it was saved quantized, but it was loaded without its alphas, which"
+                " are made anew: import fogzo_kernels.integrations.transformers before from_pretrained",
+                stacklevel=3,
+            )
 
 
 def record(model: nn.Module) -> None:
@@ -59,3 +77,25 @@ def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
             quantizers.append(quantizer)
         rows[name] = [quantizers.index(quantizer), list(m.alpha.shape), m.tensor_id, m.backend]
     return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}
+
+
+def entries(found: dict[str, Any]) -> dict[str, Entry]:
+    """What :func:`described` wrote, by the modules' names.
+
+    Raises:
+        ValueError: it is not what that writes, or names a backend that is not there.
+    """
+    try:
+        quantizers = [Quantizer.from_dict(q) for q in found["quantizers"]]
+        rows = found["modules"].items()
+        read = {
+            name: Entry(quantizers[int(q)], tuple(map(int, alpha)), int(tensor_id), backend)
+            for name, (q, alpha, tensor_id, backend) in rows
+        }
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"quantization_config must be as quantize_model writes it, got {found} ({error})"
+        ) from error
+    for entry in read.values():
+        check_known(entry.backend)
+    return read

@@ -1,0 +1,163 @@
+"""``transformers``: what ``save_pretrained`` wrote of a quantized model, ``from_pretrained`` loads as quantized.
+
+Import it before loading: ``import fogzo_kernels.integrations.transformers``. Without it ``transformers`` warns
+that it does not know the type "fogzo", and loads the latents into a plain model. Saving needs no import.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..nn import fast_path, pretrained
+from ..nn.convert import dequantize_model
+from ..nn.pretrained import METHOD, Entry
+from ..nn.quantized import EXTRA_STATE, QuantizedModule
+from ..nn.scales import alpha_of
+from ..nn.sharing import check_raw_uses, owners_of
+from ..nn.twins import check_weight, reason_against, twin_of
+from ..spec.quantizer import Quantizer
+from ..spec.scale import Scale
+
+
+@register_quantization_config(METHOD)
+class FogzoConfig(QuantizationConfigMixin):
+    """What a checkpoint says of its quantized modules; ``quantize_model`` writes it into the model's config.
+
+    Raises:
+        ValueError: it is not as ``quantize_model`` writes it.
+    """
+
+    quant_method: Any
+
+    def __init__(self, quantizers: Any = None, modules: Any = None, quant_method: str = METHOD) -> None:
+        self.quant_method = quant_method
+        self.quantizers, self.modules = quantizers, modules
+        self.entries()
+
+    def entries(self) -> dict[str, Entry]:
+        """What each module is to become, by its name in the model that was saved."""
+        return pretrained.entries({"quantizers": self.quantizers, "modules": self.modules})
+
+
+@register_quantizer(METHOD)
+class FogzoQuantizer(HfQuantizer):
+    """Makes the modules of a checkpoint quantized ones before its tensors are loaded into them."""
+
+    quantization_config: FogzoConfig
+
+    def __init__(self, quantization_config: FogzoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "quantization_config must not be given for a checkpoint that is not quantized: load it without,"
+                " then call fogzo_kernels.quantize_model(model, quantizer)"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        found = located(model, self.quantization_config.entries())
+        plan = [(module, entry, empty_alpha(name, module, entry)) for name, (module, entry) in found.items()]
+        for module, entry, alpha in plan:
+            twin = twin_of(module)
+            assert twin is not None
+            twin.from_plain(
+                module, entry.quantizer, alpha=alpha, tensor_id=entry.tensor_id, backend=entry.backend
+            )
+        fast_path.close(model)
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to load a tensor in; an alpha must have its own, as a cast one would move all values."""
+        targets = getattr(converter, "target_patterns", [])
+        if any(target.rpartition(".")[2] == "alpha" for target in targets):
+            got = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+            if got not in ("F32", torch.float32):
+                raise ValueError(f"{targets[0]} must be float32, got {got}: was the checkpoint cast?")
+        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return found
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+        missing = [f"{name}.{key}" for name, m in modules.items() for key in not_loaded(m)]
+        if missing:
+            raise ValueError(
+                f"the checkpoint must hold {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} of the"
+                " modules that its config calls quantized, got none"
+            )
+        for places in owners_of(model).values():
+            check_raw_uses(places)
+        for m in modules.values():
+            m.lay_out()
+        pretrained.record(model)  # by the names of this model
+        vars(model).pop("is_quantized", None)  # or it has no half(), no float(): latents are ordinary tensors
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> nn.Module:
+        return dequantize_model(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def located(model: PreTrainedModel, entries: dict[str, Entry]) -> dict[str, tuple[nn.Module, Entry]]:
+    """The entries' modules in a model, which may be the saved one's base model, or have another head.
+
+    Raises:
+        ValueError: the model lacks one that it should have, or one that cannot be quantized.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    base = f"{model.base_model_prefix}."
+    saved_as = model.config.architectures or []
+    found, absent = {}, []
+    for name, entry in entries.items():  # as transformers looks for the place of a tensor
+        where = next((x for x in (name.removeprefix(base), base + name, name) if x in modules), None)
+        if where is not None:
+            found[where] = (modules[where], entry)
+        elif type(model).__name__ in saved_as or name.startswith(base):
+            raise ValueError(f"{type(model).__name__} must have the quantized module {name}, got none")
+        else:
+            absent.append(name)
+    kind = type(model).__name__
+    if not found:
+        raise ValueError(f"{kind} must have one of the quantized modules {', '.join(absent)}, got none")
+    if absent:
+        warnings.warn(f"{', '.join(absent)} of {saved_as} is no module of {kind}: left out", stacklevel=2)
+    return found
+
+
+def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
+    """The alpha of a module to load into, without values; raise if the module cannot be quantized so."""
+    reason = reason_against(module)
+    if reason is not None:
+        raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
+    check_weight(name, module)
+    twin, weight = twin_of(module), module.get_parameter("weight")
+    assert twin is not None
+    q = entry.quantizer
+    alpha = torch.empty(entry.alpha, dtype=torch.float32, device="meta")
+    like = Quantizer(q.grid, Scale.fixed(alpha), q.straight_through)
+    meta = torch.empty_like(weight, device="meta")
+    return alpha_of(f"{name}.weight", meta, twin.OUTPUTS, like)
+
+
+def not_loaded(module: QuantizedModule) -> list[str]:
+    """What a module should have got from the checkpoint, but did not; transformers marks what it loads."""
+    missing = [] if getattr(module.alpha, "_is_hf_initialized", False) else ["alpha"]
+    if vars(module).pop(EXTRA_STATE, None) is not None:  # what transformers puts there where it found none
+        missing.append(EXTRA_STATE)
+    return missing
