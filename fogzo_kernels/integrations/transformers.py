@@ -1,4 +1,4 @@
-"""``transformers``: what ``save_pretrained`` wrote of a quantized model, ``from_pretrained`` loads as quantized.
+"""``transformers``: a quantized model that ``save_pretrained`` wrote comes back from ``from_pretrained`` so.
 
 Import it before loading: ``import fogzo_kernels.integrations.transformers``. Without it ``transformers`` warns
 that it does not know the type "fogzo", and loads the latents into a plain model. Saving needs no import.
