@@ -169,6 +169,10 @@ def test_tied_weights_stay_tied(tmp_path):
     assert head.alpha is not embedding.alpha
     assert head.tensor_id == embedding.tensor_id
     assert head.quantizer == embedding.quantizer
+    fk.calibrate_(loaded, fk.Scale.fixed(row_mean))
+    state = {k: 2 * v for k, v in plain("llama tied").state_dict().items() if k != "lm_head.weight"}
+    loaded.load_state_dict(state, strict=False)
+    assert torch.equal(head.alpha, row_mean(head.weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -21,7 +21,7 @@ from ..nn.convert import dequantize_model
 from ..nn.pretrained import METHOD, Entry
 from ..nn.quantized import EXTRA_STATE, QuantizedModule
 from ..nn.scales import alpha_of
-from ..nn.sharing import check_raw_uses, owners_of
+from ..nn.sharing import check_raw_uses, owners_of, watch
 from ..nn.twins import check_weight, reason_against, twin_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import Scale
@@ -95,6 +95,7 @@ class FogzoQuantizer(HfQuantizer):
             check_raw_uses(places)
         for m in modules.values():
             m.lay_out()
+        watch(model)
         pretrained.record(model)  # by the names of this model
         vars(model).pop("is_quantized", None)  # or it has no half(), no float(): latents are ordinary tensors
         return model

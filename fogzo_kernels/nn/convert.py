@@ -16,7 +16,7 @@ from .quantized import QuantizedModule
 from .report import Report, Row
 from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
-from .sharing import check_shared
+from .sharing import check_shared, unwatch, watch
 from .twins import check_weight, twin_of, weights_of
 
 
@@ -76,6 +76,7 @@ def quantize_model(
         assert c.quantizer is not None
         twin.from_plain(c.unit.module, c.quantizer, alpha=alpha, tensor_id=tensor_id, backend=backend)
     fast_path.close(model)
+    watch(model)
     pretrained.record(model)
     return _report(choices, kinds)
 
@@ -204,5 +205,6 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
     for m in modules:
         m.to_plain()
     fast_path.open_(model)
+    unwatch(model)
     pretrained.record(model)
     return model

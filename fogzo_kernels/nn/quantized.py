@@ -237,16 +237,14 @@ class QuantizedModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        alpha, extra = prefix + "alpha", prefix + EXTRA_STATE
+        alpha, extra, name = prefix + "alpha", prefix + EXTRA_STATE, prefix.removesuffix(".") or "model"
         try:
-            found = state_dict.get(alpha)
-            if found is not None and found.dtype != torch.float32:
-                wrong = checks.named([found.dtype])
-                raise ValueError(f"alpha must be float32, got {wrong}: was the state dict cast?")
+            if alpha in state_dict:
+                self._check_alpha(state_dict[alpha])
             if extra in state_dict:
                 self._accepted(state_dict[extra])
         except ValueError as error:  # with those of other modules, in one exception at the end
-            error_msgs.append(f"{prefix.removesuffix('.') or 'model'}: {error}")
+            error_msgs.append(f"{name}: {error}")
             return
         plain = alpha not in state_dict and extra not in state_dict
         missing: list[str] = []
@@ -257,7 +255,19 @@ class QuantizedModule(nn.Module):
         missing_keys += [key for key in missing if not (plain and key in (alpha, extra))]
         self.lay_out()
         if plain and prefix + "weight" in state_dict and len(error_msgs) == failed:
-            self._loaded_plain()
+            try:
+                self._loaded_plain()
+            except (TypeError, ValueError, RuntimeError) as error:
+                error_msgs.append(f"{name}: {error}")
+
+    def _check_alpha(self, found: object) -> None:
+        if not isinstance(found, Tensor):
+            raise ValueError(f"alpha must be a tensor, got {type(found).__name__}")
+        if found.dtype != torch.float32:
+            wrong = checks.named([found.dtype])
+            raise ValueError(f"alpha must be float32, got {wrong}: was the state dict cast?")
+        if found.shape != self.alpha.shape:
+            raise ValueError(f"alpha must have shape {tuple(self.alpha.shape)}, got {tuple(found.shape)}")
 
     def _loaded_plain(self) -> None:
         """The weight came from a checkpoint of the plain model, which has no alpha."""
@@ -283,7 +293,8 @@ def saved_quantizer(state: object) -> Quantizer:
     if not isinstance(state, Tensor) or state.dtype != torch.uint8:
         what = checks.named([state.dtype]) if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(f"the quantizer's state must be a uint8 tensor, got {what}")
+    text = bytes(state.flatten().tolist())
     try:
-        return Quantizer.from_dict(json.loads(bytes(state.cpu().tolist())))
+        return Quantizer.from_dict(json.loads(text))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the quantizer's state must be JSON, got {bytes(state.cpu().tolist())!r}") from error
+        raise ValueError(f"the quantizer's state must be JSON, got {text!r}") from error

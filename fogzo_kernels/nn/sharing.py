@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,12 +60,45 @@ def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> Non
 
 def check_raw_uses(places: Mapping[str, Owner]) -> None:
     """Raise if one of the places that hold a quantized weight uses it as it is."""
-    quantized = [
-        where for where, (m, name) in places.items() if isinstance(m, QuantizedModule) and name == "weight"
-    ]
+    quantized = list(_quantized(places))
     raw = [where for where in places if where not in quantized]
     if quantized and raw:
         raise ValueError(_both(quantized[0], raw[0]))
+
+
+def watch(model: nn.Module) -> None:
+    """Keep the alphas of tied weights equal when a state dict is loaded that has such a weight once."""
+    unwatch(model)
+    if any(len(_quantized(places)) > 1 for places in owners_of(model).values()):
+        model.register_load_state_dict_post_hook(follow)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for module in model.modules():
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is follow]:
+            del hooks[key]
+
+
+def follow(model: nn.Module, incompatible: Any) -> None:
+    """A module whose weight came under the name of another one takes the alpha of that one."""
+    missing = tuple(
+        f".{key}" for key in incompatible.missing_keys
+    )  # of a whole that the model may be a part of
+    for places in owners_of(model).values():
+        tied = _quantized(places)
+        absent = [where for where in tied if any(key.endswith(f".{where}") for key in missing)]
+        present = [where for where in tied if where not in absent]
+        for where in absent if present else []:
+            tied[where].alpha = tied[present[0]].alpha.clone()
+
+
+def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:
+    """Of the places of a weight, those that are quantized."""
+    return {
+        where: m for where, (m, name) in places.items() if isinstance(m, QuantizedModule) and name == "weight"
+    }
 
 
 def _both(quantized: str, raw: str) -> str:
