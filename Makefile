@@ -10,10 +10,11 @@ CXX_SOURCES := $(filter-out setup.py build_cuda.py cuda_units.py,$(NATIVE)) $(wi
 # What a target needs beside torch and the build tools; pyproject.toml has the same as extras
 demo_PACKAGES := scikit-learn tqdm matplotlib
 triton_PACKAGES := triton
-test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors transformers
+transformers_PACKAGES := transformers
+test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors
 lint_PACKAGES := ruff mypy clang-format check-jsonschema
 package_PACKAGES := build twine
-TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-demo
+TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transformers $(VENV)/has-demo
 
 .PHONY: demo test lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:

@@ -22,6 +22,9 @@ class QuantConv1D(QuantizedModule, Conv1D):
     PLAIN = Conv1D
     OUTPUTS = 1
 
+    bias: Tensor
+    nf: int
+
     __repr__ = nn.Module.__repr__  # Conv1D's own knows nothing of a quantizer
 
     def extra_repr(self) -> str:
