@@ -402,6 +402,18 @@ def test_no_module_of_the_checkpoint_in_the_model(tmp_path):
         transformers.LlamaModel.from_pretrained(tmp_path)
 
 
+def test_a_part_that_the_config_does_not_name_is_refused(tmp_path):
+    model = plain("llama")
+    fk.quantize_model(model.model, ROWS)
+    model.save_pretrained(tmp_path / "1")
+    assert set(parts(type(model).from_pretrained(tmp_path / "1"))) == set(parts(model))
+    fk.quantize_model(model.lm_head, ROWS)  # which knows of no config
+    model.save_pretrained(tmp_path / "2")
+    with pytest.raises(ValueError, match="quantization_config must name lm_head, whose quantizer the"):
+        type(model).from_pretrained(tmp_path / "2")
+    assert set(parts(transformers.LlamaModel.from_pretrained(tmp_path / "2"))) == set(parts(model.model))
+
+
 def test_quantizing_while_loading_is_refused(tmp_path):
     model = quantized("llama")
     config = model.config.quantization_config

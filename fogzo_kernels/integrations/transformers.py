@@ -7,9 +7,11 @@ that it does not know the type "fogzo", and loads the latents into a plain model
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Container, Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -63,6 +65,7 @@ class FogzoQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         found = located(model, self.quantization_config.entries())
+        check_all_named(model, found, kwargs.get("checkpoint_files") or [])
         plan = [(module, entry, empty_alpha(name, module, entry)) for name, (module, entry) in found.items()]
         for module, entry, alpha in plan:
             twin = twin_of(module)
@@ -119,26 +122,47 @@ def located(model: PreTrainedModel, entries: dict[str, Entry]) -> dict[str, tupl
     """The entries' modules in a model, which may be the saved one's base model, or have another head.
 
     Raises:
-        ValueError: the model lacks one that it should have, or one that cannot be quantized.
+        ValueError: the model lacks one that it should have, or has none of them.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    base = f"{model.base_model_prefix}."
-    saved_as = model.config.architectures or []
+    kind, saved_as = type(model).__name__, model.config.architectures or []
     found, absent = {}, []
-    for name, entry in entries.items():  # as transformers looks for the place of a tensor
-        where = next((x for x in (name.removeprefix(base), base + name, name) if x in modules), None)
+    for name, entry in entries.items():
+        where = place(model, name, modules)
         if where is not None:
             found[where] = (modules[where], entry)
-        elif type(model).__name__ in saved_as or name.startswith(base):
-            raise ValueError(f"{type(model).__name__} must have the quantized module {name}, got none")
+        elif kind in saved_as or name.startswith(f"{model.base_model_prefix}."):
+            raise ValueError(f"{kind} must have the quantized module {name}, got none")
         else:
             absent.append(name)
-    kind = type(model).__name__
     if not found:
         raise ValueError(f"{kind} must have one of the quantized modules {', '.join(absent)}, got none")
     if absent:
         warnings.warn(f"{', '.join(absent)} of {saved_as} is no module of {kind}: left out", stacklevel=2)
     return found
+
+
+def place(model: PreTrainedModel, name: str, modules: Container[str]) -> str | None:
+    """The name in this model of a module of the checkpoint, as transformers finds the place of a tensor."""
+    base = f"{model.base_model_prefix}."
+    return next((x for x in (name.removeprefix(base), base + name, name) if x in modules), None)
+
+
+def check_all_named(model: PreTrainedModel, named: Collection[str], files: Sequence[str]) -> None:
+    """Raise if a file holds the quantizer of a module that the config does not name: it would be left plain."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            keys = list(tensors.keys())
+        owners = [key.removesuffix(f".{EXTRA_STATE}") for key in keys if key.endswith(EXTRA_STATE)]
+        found = [where for name in owners if (where := place(model, name, modules)) not in (None, *named)]
+        if found:
+            raise ValueError(
+                f"quantization_config must name {found[0]}, whose quantizer the checkpoint holds, got none:"
+                " quantize_model was called for a part of the model that was saved, not for all of it"
+            )
 
 
 def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
