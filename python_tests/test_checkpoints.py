@@ -233,6 +233,7 @@ def test_plain_weights_get_new_alphas(layer, assign, alpha):
     expected = quantized(copy.deepcopy(plain), bits=4, alpha=alpha)
     assert_equal(model.state_dict(), expected.state_dict())
     assert torch.equal(model(x), expected(x))
+    assert model[0].in_rows(model[0].weight)
     with torch.no_grad():
         error = (q - w).norm() / w.norm()
         model[0].alpha = stale
@@ -257,9 +258,12 @@ def test_fixed_alphas_stay_and_one_warning_says_so():
 
 
 def test_missing_and_unexpected_keys_of_plain_states():
+    """Alphas stay where no weight came."""
     model, state = quantized(mlp()), mlp(seed=1).state_dict()
     before = model[2].alpha.clone()
-    del state["2.weight"]
+    with torch.no_grad():
+        model[2].weight *= 2  # from which alpha would be another one
+    weight = state.pop("2.weight")
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "2.weight"\. $'):
         model.load_state_dict(state)
     state["other"] = torch.ones(1)
@@ -267,6 +271,9 @@ def test_missing_and_unexpected_keys_of_plain_states():
     assert (found.missing_keys, found.unexpected_keys) == (["2.weight"], ["other"])
     assert torch.equal(model[2].alpha, before)
     assert torch.equal(model[0].alpha, row_mean(model[0].weight))
+    with pytest.raises(RuntimeError, match=r"size mismatch for 2\.weight"):
+        model.load_state_dict({"2.weight": weight[:2]}, strict=False)
+    assert torch.equal(model[2].alpha, before)
 
 
 def test_a_scale_that_cannot_make_alphas_anew():
