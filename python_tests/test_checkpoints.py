@@ -286,6 +286,20 @@ def test_a_scale_that_cannot_make_alphas_anew():
         quantized(mlp()).load_state_dict(zeros)
 
 
+def test_a_scale_that_was_a_tensor():
+    """As a model has it whose quantizers came from a config: the alphas are there, the scale is not."""
+    model, plain = quantized(mlp(), alpha=torch.tensor([0.3])), mlp(seed=1)
+    for m in (model[0], model[2]):
+        saved_as = m.quantizer.to_dict()
+        m.quantizer = fk.Quantizer.from_dict(json.loads(json.dumps(saved_as)))
+        assert m.quantizer.to_dict() == saved_as
+    with pytest.warns(UserWarning, match="alpha is fixed and stays as it was"):
+        model.load_state_dict(plain.state_dict())
+    assert model[0].alpha == torch.tensor(0.3)
+    with pytest.raises(RuntimeError, match="alpha must be given anew: it was a tensor"):
+        fk.calibrate_(model)
+
+
 @pytest.mark.parametrize("left_out", ["head.weight", "embedding.weight"])
 @pytest.mark.parametrize(
     "change", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
@@ -297,6 +311,7 @@ def test_plain_tied_weights_of_which_one_is_saved(left_out, change):
     del state[left_out]
     assert model.load_state_dict(state, strict=False).missing_keys == [left_out]
     assert_equal(model.state_dict(), quantized(Tied(seed=1)).state_dict())
+    assert model.head.alpha is not model.embedding.alpha
     whole = nn.ModuleDict({"part": quantized(Tied()), "other": mlp()})  # which tells the model other names
     whole.load_state_dict({f"part.{key}": value for key, value in state.items()}, strict=False)
     assert_equal(whole["part"].state_dict(), model.state_dict())

@@ -43,7 +43,7 @@ class Scale:
     @property
     def from_weight(self) -> bool:
         """Whether alpha is made from the weight, by a function."""
-        return callable(self.alpha)
+        return callable(self.alpha) and self.alpha is not tensor_not_saved
 
     @torch.no_grad()
     def of(self, weight: Tensor) -> Tensor:
@@ -69,13 +69,15 @@ class Scale:
     def to_dict(self) -> dict[str, Any]:
         """Itself in strings and numbers; a tensor or a function is not kept, only that it was one."""
         kept = self.alpha if isinstance(self.alpha, int | float) else None
-        kind = "number" if kept is not None else "tensor" if isinstance(self.alpha, Tensor) else "function"
-        return {"fixed": kind, "alpha": kept}
+        tensor = isinstance(self.alpha, Tensor) or self.alpha is tensor_not_saved
+        return {"fixed": "number" if kept is not None else "tensor" if tensor else "function", "alpha": kept}
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Scale:
         """The scale that :meth:`to_dict` gave; one that was not kept raises when it is used."""
-        return cls(found["alpha"] if found["fixed"] == "number" else not_saved)
+        return cls(
+            {"number": found["alpha"], "tensor": tensor_not_saved, "function": not_saved}[found["fixed"]]
+        )
 
     def _identity(self) -> tuple[str, float]:
         if isinstance(self.alpha, int | float):
@@ -114,3 +116,8 @@ def check_alpha(alpha: object, expected: str) -> None:
 def not_saved(weight: Tensor) -> Tensor:
     """Stands in a loaded scale for a function that could not be saved, a lambda say."""
     raise RuntimeError("alpha must be given anew: it was a function that could not be saved with its model")
+
+
+def tensor_not_saved(weight: Tensor) -> Tensor:
+    """Stands in a loaded scale for a tensor."""
+    raise RuntimeError("alpha must be given anew: it was a tensor that was not saved with its model's config")
