@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import (
+from savable import (
     IDENTITY,
     LAYERS,
     Tied,

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from models import (
+from savable import (
     IDENTITY,
     LAYERS,
     Tied,
