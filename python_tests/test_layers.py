@@ -163,6 +163,7 @@ def on_meta(name):
             assert model(x.to("meta")).shape == y.shape
             if not assign:
                 model.to_empty(device="cpu")
+                assert model.alpha.isnan().all()  # not what memory held before
                 with pytest.raises(ValueError, match=re.escape("alphas[0] must be finite, > 0")):
                     model(x)
             model.load_state_dict(state, assign=assign)
