@@ -216,6 +216,15 @@ def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
 
     What is new among them would be trained straight-through, unnoticed.
     """
+    trainable = 0
+    for m in model.modules():
+        if isinstance(m, QuantizedModule):
+            weight = m._parameters.get("weight")
+            trainable += weight is None or weight.requires_grad
+    same = (m._parameters.get("weight") is w.parameter for w in weights for m in w.modules)
+    rows = (w.parameter.requires_grad and w.modules[0].in_rows(w.parameter) for w in weights)
+    if all(same) and all(rows) and trainable == sum(len(w.modules) for w in weights):
+        return
     now = {w.parameter: w for w in collected(model)}
     known = {w.parameter: w for w in weights}
     changed = [w.name for p, w in known.items() if p not in now] + [
