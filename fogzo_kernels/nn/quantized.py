@@ -93,9 +93,9 @@ class QuantizedModule(nn.Module):
         self._non_persistent_buffers_set.discard("alpha")
         for name in self.ADDED:
             self.__dict__.pop(name, None)
-        self.__class__ = self.PLAIN  # type: ignore[assignment]
         if self.OUTPUTS:
             self.weight.data = self.weight.data.contiguous()
+        self.__class__ = self.PLAIN  # type: ignore[assignment]
         return self
 
     # ---- the weight as rows
