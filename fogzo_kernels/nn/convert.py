@@ -104,8 +104,7 @@ def _planned(model: nn.Module, chosen: list[Choice]) -> list[tuple[Tensor, int]]
         if weight not in ids:
             ids[weight] = max(present, default=-1) + 1 + len(ids)
             name = f"{c.unit.names[0]}.weight" if c.unit.names[0] else "weight"
-            rows = weight.detach().movedim(twin.OUTPUTS, 0).flatten(1)
-            alphas[weight] = alpha_of(name, rows, c.quantizer)
+            alphas[weight] = alpha_of(name, weight, twin.OUTPUTS, c.quantizer)
         plan.append((alphas[weight].clone(), ids[weight]))
     return plan
 
@@ -166,7 +165,7 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
     plan = []
     for m in modules:
         q = m.quantizer if scale is None else Quantizer(m.quantizer.grid, scale, m.quantizer.straight_through)
-        plan.append((q, alpha_of("weight", m.weight.movedim(m.OUTPUTS, 0).flatten(1), q)))
+        plan.append((q, alpha_of("weight", m.weight, m.OUTPUTS, q)))
     for m, (q, alpha) in zip(modules, plan, strict=True):
         m.quantizer = q
         if alpha.shape == m.alpha.shape and not m.alpha.is_meta:

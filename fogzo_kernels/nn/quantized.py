@@ -189,7 +189,7 @@ class QuantizedModule(nn.Module):
     @torch.no_grad()
     def calibrate_(self) -> None:
         """Let the quantizer's scale make alpha anew, from the weight as it is now."""
-        self.alpha = alpha_of("weight", self.rows(self.weight), self.quantizer)
+        self.alpha = alpha_of("weight", self.weight, self.OUTPUTS, self.quantizer)
 
     def extra_repr(self) -> str:
         levels, alpha = self.quantizer.grid.levels, tuple(self.alpha.shape)

@@ -8,16 +8,20 @@ from ..ops import memory
 from ..spec.quantizer import Quantizer
 
 
-def alpha_of(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
+def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> Tensor:
     """Alpha that the quantizer's scale gives a weight: a new float32 tensor on its device.
+
+    The scale is given rows in their plain order, whatever the memory format, so that it gives the same bits.
 
     Args:
         name: of the weight, for messages.
-        rows: of the weight, as :meth:`QuantizedModule.rows` has them; without values (meta) the alpha has none.
+        weight: of a module; without values (meta) the alpha has none.
+        outputs: the dimension that counts the outputs.
 
     Raises:
         TypeError, ValueError: it does not fit; the message names the weight.
     """
+    rows = weight.detach().movedim(outputs, 0).flatten(1).contiguous()
     alpha = quantizer.scale.of(rows)
     count, length = rows.shape
     shape = tuple(alpha.shape)
