@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from ..spec.quantizer import Quantizer
 
-
 #: Between the weights of one module.
 WEIGHTS = "; "
 
@@ -173,7 +172,7 @@ def grouped(rows: Sequence[Row], cells: Callable[[Row], list[str]]) -> list[list
 
 
 def merged(names: list[str]) -> list[str]:
-    """``layers.{0..3}.q (4)`` for ``layers.0.q`` to ``layers.3.q``: what the braces give is there, and no more."""
+    """``layers.{0..3}.q (4)`` for ``layers.0.q`` to ``layers.3.q``, and none that is not there."""
     texts = re.split(r"\d+", names[0])
     blocks = [tuple((x,) for x in re.findall(r"\d+", name)) for name in names]
     for i in reversed(range(len(texts) - 1)):  # join the blocks that differ only in their i-th numbers
