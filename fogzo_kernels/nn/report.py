@@ -148,12 +148,17 @@ def _described(q: Quantizer) -> str:
 
 # ---- text
 
+#: Names that differ only in their numbers: the numbers at each place, of which all combinations are there.
+Block = tuple[tuple[str, ...], ...]
+
 
 def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
 def of_memory(size: float) -> str:
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
@@ -174,9 +179,9 @@ def grouped(rows: Sequence[Row], cells: Callable[[Row], list[str]]) -> list[list
 def merged(names: list[str]) -> list[str]:
     """``layers.{0..3}.q (4)`` for ``layers.0.q`` to ``layers.3.q``, and none that is not there."""
     texts = re.split(r"\d+", names[0])
-    blocks = [tuple((x,) for x in re.findall(r"\d+", name)) for name in names]
+    blocks: list[Block] = [tuple((x,) for x in re.findall(r"\d+", name)) for name in names]
     for i in reversed(range(len(texts) - 1)):  # join the blocks that differ only in their i-th numbers
-        joined: dict[tuple[tuple[str, ...], ...], tuple[str, ...]] = {}
+        joined: dict[Block, tuple[str, ...]] = {}
         for block in blocks:
             others = block[:i] + block[i + 1 :]
             joined[others] = joined.get(others, ()) + block[i]
@@ -184,7 +189,7 @@ def merged(names: list[str]) -> list[str]:
     return [_spelled(texts, block) for block in blocks]
 
 
-def _spelled(texts: list[str], block: tuple[tuple[str, ...], ...]) -> str:
+def _spelled(texts: list[str], block: Block) -> str:
     out = texts[0] + "".join(_numbers(n) + text for n, text in zip(block, texts[1:], strict=True))
     count = math.prod(len(numbers) for numbers in block)
     return f"{out} ({count})" if count > 1 else out
