@@ -76,7 +76,7 @@ def quantize_model(
         assert twin is not None
         assert c.quantizer is not None
         twin.from_plain(c.unit.module, c.quantizer, alpha=alpha, tensor_id=tensor_id, backend=backend)
-    fast_path.close(model)
+    fast_path.update(model)
     pretrained.record(model)
     return _report(choices, kinds)
 
@@ -213,6 +213,6 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             weight.copy_(m.effective_weight())
     for m in modules:
         m.to_plain()
-    fast_path.open_(model)
+    fast_path.update(model)
     pretrained.record(model)
     return model
