@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from ..backends import check_known
 from ..ops import checks, memory
@@ -119,7 +118,7 @@ def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
         name, module = c.unit.names[0], c.unit.module
         own = weights_of(module)
         vectors |= dict.fromkeys(own.vectors.values())
-        new = [p for p in own.matrices.values() if p not in seen and not isinstance(p, UninitializedParameter)]
+        new = [p for p in own.matrices.values() if p not in seen]
         numel = sum(p.numel() for p in new)
         if isinstance(module, QuantizedModule):
             weight, q, scales = module.weight, module.quantizer, module.alpha.numel()
@@ -140,11 +139,9 @@ def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
 
 def _shapes(matrices: dict[str, Tensor]) -> str:
     """With names, but for one that is called weight."""
-    found = []
-    for name, p in matrices.items():
-        shape = "(not made yet)" if isinstance(p, UninitializedParameter) else str(tuple(p.shape))
-        found.append(shape if list(matrices) == ["weight"] else f"{name} {shape}")
-    return WEIGHTS.join(found)
+    if list(matrices) == ["weight"]:
+        return str(tuple(matrices["weight"].shape))
+    return WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in matrices.items())
 
 
 def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
