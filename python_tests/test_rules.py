@@ -114,14 +114,24 @@ def test_report_reads_well():
     report = fk.quantize_model(Model(), QUANTIZER, rules=[("blocks", FOUR), ("lstm", None)])
     text = str(report)
     lines = {line.split("  ")[0]: " ".join(line.split()) for line in text.splitlines() if line}
-    assert lines["blocks.{0..1}.proj (2)"].endswith(
-        "Linear (4, 4) 4 1 16 levels -8..7, Scale.fixed(0.1), identity"
-    )
-    assert lines["embed"].endswith("Embedding (8, 4) 2 8 4 levels -1.5..1.5, Scale.fixed(row_mean), identity")
-    assert lines["attention"].endswith("MultiheadAttention has no quantized form")
-    assert lines["lstm"].endswith("rules[1], 'lstm'")
-    assert f"{report.quantized_numel} of {report.total} parameters are quantized" in text
-    assert max(map(len, text.splitlines())) < 120
+    assert lines["embed"].endswith("Embedding (8, 4) 2 8 A")
+    assert lines["blocks.{0..1}.proj (2)"].endswith("Linear (4, 4) 4 1 B")
+    assert lines["head"].endswith("Linear (8, 4) 2 8 A")
+    assert "A: 4 levels -1.5..1.5 times alpha, Scale.fixed(row_mean), identity" in text.splitlines()
+    assert "B: 16 levels -8..7 times alpha, Scale.fixed(0.1), identity" in text.splitlines()
+    assert lines["attention"].endswith("MultiheadAttention in_proj_weight (12, 4) has no quantized form")
+    assert " out_proj.weight (4, 4)" in text  # each weight has a line
+    assert lines["lstm"].endswith("LSTM weight_ih_l0 (16, 4) rules[1], 'lstm'")
+    assert text.splitlines()[-2].startswith(f"{report.total} parameters: {report.quantized_numel} (")
+    assert max(map(len, text.splitlines())) < 110
+
+
+def test_what_the_braces_of_a_name_give_is_there():
+    """Four layers without the one at 1, 1 are no block of two by two."""
+    model = nn.ModuleList(nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in range(2))
+    model[1][1] = nn.Linear(4, 8)
+    names = [line.split("  ")[0] for line in str(fk.quantize_model(model, QUANTIZER)).splitlines()]
+    assert names[1:4] == ["0.{0..1} (2)", "1.0", "1.1"]
 
 
 def test_a_second_call_reports_the_whole_model():
