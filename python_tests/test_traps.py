@@ -1,4 +1,4 @@
-"""Settings that look right and would silently train or evaluate something else: an error, or the right number."""
+"""Settings that look right and would silently train or evaluate something else: errors, or right numbers."""
 
 import copy
 import pickle

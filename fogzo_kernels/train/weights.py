@@ -211,6 +211,12 @@ def _check_alike(w: QuantizedWeight) -> None:
             )
 
 
+def _is_as_it_was(module: nn.Module, w: QuantizedWeight) -> bool:
+    weight = w.parameter
+    is_there = isinstance(module, QuantizedModule) and module._parameters.get("weight") is weight
+    return is_there and weight.requires_grad and module.in_rows(weight)  # type: ignore[operator]
+
+
 def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
     """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
 
@@ -221,9 +227,8 @@ def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
         if isinstance(m, QuantizedModule):
             weight = m._parameters.get("weight")
             trainable += weight is None or weight.requires_grad
-    same = (m._parameters.get("weight") is w.parameter for w in weights for m in w.modules)
-    rows = (w.parameter.requires_grad and w.modules[0].in_rows(w.parameter) for w in weights)
-    if all(same) and all(rows) and trainable == sum(len(w.modules) for w in weights):
+    same = (_is_as_it_was(m, w) for w in weights for m in w.modules)
+    if all(same) and trainable == sum(len(w.modules) for w in weights):
         return
     now = {w.parameter: w for w in collected(model)}
     known = {w.parameter: w for w in weights}
