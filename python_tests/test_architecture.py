@@ -23,8 +23,8 @@ FLOORS = {
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments noise norm perturb estimate tail"
             " straight_through quantize"),
     "functional": (("spec", "ops"), ""),
-    "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized linear"
-           " conv embedding transposed twins rules sharing fast_path pretrained report convert"),
+    "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized permuted"
+           " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads step"
               " settings device estimator"),
     "optim": (("spec", "functional", "train"), "__init__ fused adamw sgd"),

@@ -73,7 +73,7 @@ class FogzoQuantizer(HfQuantizer):
             twin.from_plain(
                 module, entry.quantizer, alpha=alpha, tensor_id=entry.tensor_id, backend=entry.backend
             )
-        fast_path.close(model)
+        fast_path.update(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .quantized import QuantizedModule
+from .permuted import PermutedModule
 
 
-class _QuantConv(QuantizedModule):
+class _QuantConv(PermutedModule):
     """What the three share. A row of the weight is what one output channel is made of."""
 
     def order(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from ..spec.quantizer import Quantizer
 from ..spec.scale import Scale
 from . import fast_path, pretrained
 from .quantized import QuantizedModule
-from .report import Report, Row
+from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
 from .sharing import check_shared, unwatch, watch
@@ -75,7 +75,7 @@ def quantize_model(
         assert twin is not None
         assert c.quantizer is not None
         twin.from_plain(c.unit.module, c.quantizer, alpha=alpha, tensor_id=tensor_id, backend=backend)
-    fast_path.close(model)
+    fast_path.update(model)
     watch(model)
     pretrained.record(model)
     return _report(choices, kinds)
@@ -119,7 +119,6 @@ def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
         name, module = c.unit.names[0], c.unit.module
         own = weights_of(module)
         vectors |= dict.fromkeys(own.vectors.values())
-        shapes = ", ".join(str(tuple(p.shape)) for p in own.matrices.values())
         new = [p for p in own.matrices.values() if p not in seen]
         numel = sum(p.numel() for p in new)
         if isinstance(module, QuantizedModule):
@@ -127,15 +126,23 @@ def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
             tied = seen.get(weight, "")
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
             kind = kinds.get(module, module.PLAIN.__name__)
-            quantized.append(Row(name, kind, shapes, numel, size, q, scales, tied=tied))
+            quantized.append(Row(name, kind, _shapes(own.matrices), numel, size, q, scales, tied=tied))
         elif own.matrices:
             size = float(sum(p.numel() * p.element_size() for p in new))
-            left.append(Row(name, type(module).__name__, shapes, numel, size, reason=c.reason or ""))
+            kind = type(module).__name__
+            left.append(Row(name, kind, _shapes(own.matrices), numel, size, reason=c.reason or ""))
         seen |= dict.fromkeys(own.matrices.values(), name)
     return Report(
         quantized, left, len(vectors), sum(p.numel() for p in vectors),
         sum(p.numel() * p.element_size() for p in vectors),
     )  # fmt: skip
+
+
+def _shapes(matrices: dict[str, Tensor]) -> str:
+    """With names, but for one that is called weight."""
+    if list(matrices) == ["weight"]:
+        return str(tuple(matrices["weight"].shape))
+    return WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in matrices.items())
 
 
 def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
@@ -204,7 +211,7 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             weight.copy_(m.effective_weight())
     for m in modules:
         m.to_plain()
-    fast_path.open_(model)
+    fast_path.update(model)
     unwatch(model)
     pretrained.record(model)
     return model

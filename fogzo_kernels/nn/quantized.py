@@ -98,31 +98,19 @@ class QuantizedModule(nn.Module):
         self.__class__ = self.PLAIN  # type: ignore[assignment]
         return self
 
-    # ---- the weight as rows
-
-    def order(self) -> tuple[int, ...]:
-        """The weight's dimensions as its rows lie in memory, that of the outputs first."""
-        others = (d for d in range(self.weight.ndim) if d != self.OUTPUTS)
-        return (self.OUTPUTS, *others)
+    # ---- the weight as rows: here those of a matrix; see permuted.py for others
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as the matrix that is quantized; a view where memory allows it."""
-        order = self.order()
-        if order == (0, 1):
-            return tensor
-        return tensor.permute(order).flatten(1)
+        return tensor
 
     def shaped(self, rows: Tensor) -> Tensor:
         """The inverse of :meth:`rows`, a view."""
-        order = self.order()
-        if order == (0, 1):
-            return rows
-        back = [order.index(d) for d in range(len(order))]
-        return rows.view([self.weight.shape[d] for d in order]).permute(back)
+        return rows
 
     def in_rows(self, tensor: Tensor) -> bool:
         """Whether a tensor of the weight's shape lies in memory as rows, one behind the other."""
-        return tensor.permute(self.order()).is_contiguous()
+        return tensor.is_contiguous()
 
     @torch.no_grad()
     def lay_out(self) -> None:

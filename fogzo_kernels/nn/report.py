@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..spec.quantizer import Quantizer
+
+#: Between the weights of one module.
+WEIGHTS = "; "
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class Row:
     Attributes:
         name: of the module.
         kind: its type before.
-        shape: of its weight; of a module left alone, the shapes of all its parameters.
+        shape: of its weight; of a module left alone, of all its weights, with their names where they
+            are several, joined by ``WEIGHTS``.
         numel: elements; 0 where ``tied`` says that another row counts them.
         quantizer: how it is quantized, or None.
         scales: elements of alpha.
@@ -86,47 +91,65 @@ class Report:
         return 8 * self.size / self.total
 
     def __str__(self) -> str:
-        head = ["module", "type", "weight", "bits", "scales", "quantizer"]
-        lines = table([head, *grouped(self.quantized, _of_quantized)])
+        letters: dict[Quantizer, str] = {}
+        for row in self.quantized:
+            if row.quantizer is not None:
+                letters.setdefault(row.quantizer, _letter(len(letters)))
+        head = ["module", "type", "weight", "bits", "scales", "by"]
+        lines = table([head, *grouped(self.quantized, lambda row: _of_quantized(row, letters))])
+        lines += ["", *(f"{letter}: {_described(q)}" for q, letter in letters.items())]
         if self.left:
-            lines += ["", *table([["left alone", "type", "weights", "why"], *grouped(self.left, _of_left)])]
+            lines += ["", *table(_left_table(self.left))]
+        counts = [(self.quantized_numel, "quantized")]
+        if self.left:
+            counts.append((sum(row.numel for row in self.left), "left alone"))
         if self.vectors:
-            share = percent(self.vector_numel, self.total)
-            lines += ["", f"{self.vectors} biases and norms with {self.vector_numel:,} elements ({share}) stay"]
-        left = self.total - self.quantized_numel - self.vector_numel
-        done, rest = (percent(x, self.total) for x in (self.quantized_numel, left))
+            counts.append((self.vector_numel, f"in {self.vectors} biases and norms"))
+        parts = ", ".join(f"{numel:,} ({percent(numel, self.total)}) {what}" for numel, what in counts)
         lines += [
             "",
-            f"{self.quantized_numel:,} of {self.total:,} parameters are quantized ({done}), {left:,} were left"
-            f" alone ({rest}); {self.bits:.2f} bits each on average, {of_memory(self.size)} in all",
+            f"{self.total:,} parameters: {parts}",
+            f"{of_memory(self.size)} in all, {self.bits:.2f} bits for each parameter, scales included",
         ]
         return "\n".join(lines)
 
 
-def _of_quantized(row: Row) -> list[str]:
+def _letter(i: int) -> str:
+    """A to Z, then A1 and so on."""
+    return chr(ord("A") + i % 26) + (str(i // 26) if i >= 26 else "")
+
+
+def _of_quantized(row: Row, letters: Mapping[Quantizer, str]) -> list[str]:
     assert row.quantizer is not None
-    q = row.quantizer
-    how = f"tied to {row.tied}" if row.tied else f"{_grid(q)}, {q.scale}, {_straight_through(q)}"
-    return [row.name, row.kind, row.shape, f"{row.bits:.3g}", str(row.scales), how]
+    by = letters[row.quantizer] + (f", tied to {row.tied}" if row.tied else "")
+    return [row.name or "(the model)", row.kind, row.shape, f"{row.bits:.3g}", str(row.scales), by]
+
+
+def _left_table(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each weight, the first of a module with the module."""
+    lines = [["left alone", "type", "weights", "why"]]
+    for name, kind, weights, reason in grouped(rows, _of_left):
+        first, *others = weights.split(WEIGHTS)
+        lines += [[name, kind, first, reason], *(["", "", other, ""] for other in others)]
+    return lines
 
 
 def _of_left(row: Row) -> list[str]:
-    return [row.name or "(the model)", row.kind, row.shape, row.reason]
+    return [row.name or "(the model)", row.kind, row.shape, row.reason.removeprefix(f"{row.kind} ")]
 
 
-def _grid(q: Quantizer) -> str:
-    g = q.grid
+def _described(q: Quantizer) -> str:
+    g, s = q.grid, q.straight_through
     low, high = (g.r * (code + g.offset) for code in (g.qmin, g.qmax))
-    return f"{g.levels} levels {low:g}..{high:g}"
-
-
-def _straight_through(q: Quantizer) -> str:
-    s = q.straight_through
     unclipped = ", clip=False" if s.kind == "identity" and s.clip is False else ""
-    return f"{s.kind}{unclipped}{f', {s.noise} noise' if s.noise else ''}"
+    noise = f", {s.noise} noise" if s.noise else ""
+    return f"{g.levels} levels {low:g}..{high:g} times alpha, {q.scale}, {s.kind}{unclipped}{noise}"
 
 
 # ---- text
+
+#: Names that differ only in their numbers: the numbers at each place, of which all combinations are there.
+Block = tuple[tuple[str, ...], ...]
 
 
 def percent(part: float, whole: float) -> str:
@@ -134,32 +157,50 @@ def percent(part: float, whole: float) -> str:
 
 
 def of_memory(size: float) -> str:
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def grouped(rows: Sequence[Row], cells: Callable[[Row], list[str]]) -> list[list[str]]:
-    """Rows that differ only in the numbers of their names as one, with the numbers' range."""
+    """Rows that differ only in the numbers of their names as few, each with the numbers that it stands for."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        name, tied = (re.sub(r"\d+", "#", x) for x in (row.name, row.tied))
-        key = (name, tied, row.kind, row.shape, row.quantizer, row.scales, row.reason)
+        name = re.sub(r"\d+", "#", row.name)
+        key = (name, row.tied, row.kind, row.shape, row.quantizer, row.scales, row.reason)
         found.setdefault(key, []).append(row)
-    return [[merged([row.name for row in alike]), *cells(alike[0])[1:]] for alike in found.values()]
+    return [
+        [name, *cells(alike[0])[1:]]
+        for alike in found.values()
+        for name in merged([cells(row)[0] for row in alike])
+    ]
 
 
-def merged(names: list[str]) -> str:
-    """``layers.{0..3}.q`` for ``layers.0.q`` to ``layers.3.q``."""
-    if len(names) == 1:
-        return names[0]
-    numbers = [re.findall(r"\d+", name) for name in names]
+def merged(names: list[str]) -> list[str]:
+    """``layers.{0..3}.q (4)`` for ``layers.0.q`` to ``layers.3.q``, and none that is not there."""
     texts = re.split(r"\d+", names[0])
-    out = texts[0]
-    for text, column in zip(texts[1:], zip(*numbers, strict=True), strict=True):
-        values = sorted({int(x) for x in column})
-        whole = values == list(range(values[0], values[-1] + 1))
-        shown = f"{values[0]}..{values[-1]}" if whole else ",".join(map(str, values))
-        out += (f"{{{shown}}}" if len(values) > 1 else str(values[0])) + text
-    return f"{out} ({len(names)})"
+    blocks: list[Block] = [tuple((x,) for x in re.findall(r"\d+", name)) for name in names]
+    for i in reversed(range(len(texts) - 1)):  # join the blocks that differ only in their i-th numbers
+        joined: dict[Block, tuple[str, ...]] = {}
+        for block in blocks:
+            others = block[:i] + block[i + 1 :]
+            joined[others] = joined.get(others, ()) + block[i]
+        blocks = [(*others[:i], numbers, *others[i:]) for others, numbers in joined.items()]
+    return [_spelled(texts, block) for block in blocks]
+
+
+def _spelled(texts: list[str], block: Block) -> str:
+    out = texts[0] + "".join(_numbers(n) + text for n, text in zip(block, texts[1:], strict=True))
+    count = math.prod(len(numbers) for numbers in block)
+    return f"{out} ({count})" if count > 1 else out
+
+
+def _numbers(numbers: tuple[str, ...]) -> str:
+    if len(numbers) == 1:
+        return numbers[0]
+    first, last = int(numbers[0]), int(numbers[-1])
+    whole = list(numbers) == [str(x) for x in range(first, last + 1)]
+    return f"{{{first}..{last}}}" if whole else f"{{{','.join(numbers)}}}"
 
 
 def table(rows: list[list[str]]) -> list[str]:

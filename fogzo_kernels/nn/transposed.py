@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .quantized import QuantizedModule
+from .permuted import PermutedModule
 
 
-class QuantConv1D(QuantizedModule, Conv1D):
+class QuantConv1D(PermutedModule, Conv1D):
     """``transformers.pytorch_utils.Conv1D`` that runs with Q(weight); made by ``quantize_model``.
 
     ``weight`` keeps its shape (inputs, outputs), and its memory is that of the transposed matrix, so that a

@@ -41,13 +41,20 @@ class Weights(NamedTuple):
 
 
 def weights_of(module: nn.Module) -> Weights:
-    """A module's own parameters; of attention also those of its output projection, which it reads itself."""
+    """A module's own parameters; of attention also those of its output projection, which it reads itself.
+
+    Raises:
+        ValueError: one is not initialized yet.
+    """
     own: dict[str, Tensor] = {name: p for name, p in module._parameters.items() if p is not None}
     for child in read_by(module):
         own |= {f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters()}
     if parametrize.is_parametrized(module):
         own |= {name: p for name, p in module.named_parameters() if name.startswith("parametrizations.")}
-    matrices = {k: p for k, p in own.items() if isinstance(p, UninitializedParameter) or p.ndim > 1}
+    for name, p in own.items():
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(f"{type(module).__name__}.{name} must be initialized: run the model once before")
+    matrices = {k: p for k, p in own.items() if p.ndim > 1}
     return Weights(matrices, {k: p for k, p in own.items() if k not in matrices})
 
 

@@ -211,11 +211,25 @@ def _check_alike(w: QuantizedWeight) -> None:
             )
 
 
+def _is_as_it_was(module: nn.Module, w: QuantizedWeight) -> bool:
+    weight = w.parameter
+    is_there = isinstance(module, QuantizedModule) and module._parameters.get("weight") is weight
+    return is_there and weight.requires_grad and module.in_rows(weight)  # type: ignore[operator]
+
+
 def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
     """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
 
     What is new among them would be trained straight-through, unnoticed.
     """
+    trainable = 0
+    for m in model.modules():
+        if isinstance(m, QuantizedModule):
+            weight = m._parameters.get("weight")
+            trainable += weight is None or weight.requires_grad
+    same = (_is_as_it_was(m, w) for w in weights for m in w.modules)
+    if all(same) and trainable == sum(len(w.modules) for w in weights):
+        return
     now = {w.parameter: w for w in collected(model)}
     known = {w.parameter: w for w in weights}
     changed = [w.name for p, w in known.items() if p not in now] + [
