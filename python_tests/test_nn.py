@@ -196,7 +196,8 @@ PARAMETER = nn.Parameter(torch.tensor(0.3))
         (mlp, lambda: (GRID,), TypeError, "quantizer must be a Quantizer, got Grid"),
         (lambda: "model", lambda: (quantizer(0.3),), TypeError, "model must be a Module, got str"),
         (mlp, lambda: (quantizer(torch.ones(6)),), ValueError,
-         "alpha must have one element, one per row or one per group of the last dimension of 2.weight"),
+         "alpha must have one element, one per row, shape (4, 1), or one per group of the last dimension, shape"
+         " (4, groups), for 2.weight of shape (4, 6), got shape (6,)"),
         (mlp, lambda: (quantizer(PARAMETER),), ValueError,
          "alpha must not require grad, as no gradient reaches it, got a Parameter that does"),
         (mlp, lambda: (quantizer(lambda w: PARAMETER),), ValueError, "alpha must not require grad"),

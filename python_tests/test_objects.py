@@ -61,9 +61,11 @@ def second_is_wrong(weight):
         (nn.ReLU, {}, ValueError, "model must have an nn.Linear to quantize, got none"),
         (lambda: network().double(), {}, TypeError, f"0.weight must be {FLOATS}, got float64"),
         (network, {"alpha": torch.ones(3)}, ValueError,
-         "last dimension of 0.weight, shape (4, 8), got shape (3,)"),
+         "shape (4, groups), for 0.weight of shape (4, 8), got shape (3,)"),
+        (network, {"alpha": torch.ones(1, 8)}, ValueError, "for 0.weight of shape (4, 8), got shape (1, 8)"),
+        (network, {"alpha": torch.ones(16)}, ValueError, "for 0.weight of shape (4, 8), got shape (16,)"),
         (network, {"alpha": second_is_wrong}, ValueError,
-         "last dimension of 2.weight, shape (4, 4), got shape (3,)"),
+         "shape (4, groups), for 2.weight of shape (4, 4), got shape (3,)"),
         *((network, {"alpha": x}, ValueError, "alpha must be finite")
           for x in (0.0, -1.0, NAN, INF, 2.0**101)),
         (network, {"alpha": "half"}, TypeError, "alpha must be"),

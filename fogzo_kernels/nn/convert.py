@@ -100,10 +100,10 @@ def _weight_of(name: str, module: nn.Module, owned: set[Tensor]) -> Tensor:
 
 def _alpha_of(name: str, weight: Tensor, quantizer: Quantizer) -> Tensor:
     alpha = quantizer.scale.of(weight)
-    if not checks.divides(alpha, weight):
+    if not checks.fits(alpha.shape, weight.shape):
         raise ValueError(
-            f"alpha must have one element, one per row or one per group of the last dimension of"
-            f" {name}.weight, shape {tuple(weight.shape)}, got shape {tuple(alpha.shape)}"
+            f"alpha must have {checks.fitting(weight.shape)} {name}.weight of shape {checks.shape(weight)},"
+            f" got shape {checks.shape(alpha)}"
         )
     low, high = memory.alpha_range(quantizer.grid.r)
     if not memory.in_range(alpha, low, high):
