@@ -69,6 +69,13 @@ def second_is_wrong(weight):
         *((network, {"alpha": x}, ValueError, "alpha must be finite")
           for x in (0.0, -1.0, NAN, INF, 2.0**101)),
         (network, {"alpha": "half"}, TypeError, "alpha must be"),
+        *((network, {"alpha": alpha}, TypeError, f"alpha must be {expected}, got a tensor of {dtype}")
+          for dtype in ("bool", "uint8", "int64", "complex64")
+          for alpha, expected in (
+              (torch.ones((), dtype=getattr(torch, dtype)),
+               "a number, a floating tensor or a function of a weight that returns one"),
+              (lambda weight, dtype=dtype: torch.ones((), dtype=getattr(torch, dtype)),
+               "a function of a weight that returns a number or a floating tensor"))),
         (network, {"grid": "sign"}, TypeError, "grid must be"),
         (network, {"straight_through": fk.StraightThrough("tanh")}, ValueError,
          "straight_through must be 'identity' for rounding grids"),
