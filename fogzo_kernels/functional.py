@@ -3,7 +3,8 @@
 Every op takes lists of tensors, a whole model in one call; a list of one tensor may be given bare.
 Tensors are contiguous; latents, grads and outputs are float32, bfloat16 or float16, one dtype per
 list, and outputs may be int8 to hold codes. An alpha is float32 with one element (per tensor), one
-per row, or one per group of the last dimension. ``seed`` (unsigned 64 bits), ``step`` and
+per row, or one per group of the last dimension: for a tensor of shape (32, 1024), of shape (1,), (32, 1)
+or (32, groups), say (docs/contract.md, section 4). ``seed`` (unsigned 64 bits), ``step`` and
 ``one_minus_beta`` are numbers, or 0-dim tensors (int64, int64, float64) on the CPU or on the
 device; so are ``lr`` (float64) and ``optimizer_step`` (int64). ``backend=None`` means the variable
 ``FOGZO_BACKEND``, else the best one available. Bad input raises TypeError or ValueError, a backend

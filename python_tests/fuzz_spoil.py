@@ -46,15 +46,37 @@ ITEMS = {
     "int64": lambda t: t.long() if t.dtype != torch.int64 else t.int(),
     "bool": lambda t: t.bool(), "complex": lambda t: t.to(torch.complex64),
     "int8": lambda t: torch.zeros(t.shape, dtype=torch.int8),
-    "longer": lambda t: torch.zeros(t.numel() * 2 + 1, dtype=t.dtype),
-    "shorter": lambda t: torch.zeros(t.numel() - 1, dtype=t.dtype),
+    "longer": lambda t: torch.ones(t.numel() * 2 + 1, dtype=t.dtype),
+    "shorter": lambda t: torch.ones(t.numel() - 1, dtype=t.dtype),
     "empty": lambda t: torch.zeros(0, dtype=t.dtype),
     "meta": lambda t: t.to("meta"), "sparse": lambda t: t.to_sparse(), "spread": spread,
     "freed": lambda t: freed(t.clone()), "cut": lambda t: cut(t.clone()), "misaligned": misaligned,
     "onednn": lambda t: t.float().to_mkldnn(),
 }  # fmt: skip
-#: Of them, for a tensor of one element.
+#: What an empty tensor takes in the place of an alpha; "shorter" may fit others too.
+SHAPES = ("longer", "shorter", "empty", "misshaped")
+#: Of ITEMS, for a tensor of one element.
 SCALAR_ITEMS = ["float64", "int64", "meta", "freed", "misaligned", "longer"]
+
+
+def misshaped(alpha, like, number):
+    """The same scales in a shape that does not fit ``like``, which has rows and columns."""
+    scales, rows = alpha.numel(), like.shape[0]
+    shapes = [(1, 1, 1, scales)] + [(scales,)] * (scales != rows) + [(1, scales)] * (rows != 1)
+    return alpha.view(shapes[number % len(shapes)])
+
+
+def places(name, arguments, how):
+    """Which tensors of that list can be spoiled so."""
+    found = [i for i, t in enumerate(arguments[name]) if t.numel() >= 2]
+    if name == "alphas" and how in SHAPES:
+        found = [i for i in found if like_of(arguments)[i].numel()]
+    return found
+
+
+def like_of(arguments):
+    """The tensors that alphas belong to."""
+    return arguments["latents"] if "latents" in arguments else arguments["grads"]
 
 
 def applicable(op, name, arguments):
@@ -89,26 +111,28 @@ def applicable(op, name, arguments):
         found.remove("int8")
     if value[0].dtype == torch.int8:
         found.remove("misaligned")
-    alone = name == "grads" and op in ("guide_sumsq", "estimate_gradient")
-    if name == "alphas" or alone:  # another number of elements may be right
-        found = [how for how in found if how not in ("longer", "shorter", "empty")]
+    if name == "grads" and op in ("guide_sumsq", "estimate_gradient"):  # alphas may fit another shape, too
+        found = [how for how in found if how not in SHAPES]
+    if name == "alphas":
+        found.remove("shorter")
+        found = [how for how in (*found, "misshaped") if how not in SHAPES or places(name, arguments, how)]
     return found
 
 
-def spoil(name, value, how, number):
+def spoil(name, arguments, how, number):
     """The bad value of that argument."""
+    value = arguments[name]
     if how in ("number", "odd"):
         values = NUMBERS.get(name) or ODD[name]
         bad = values[number % len(values)]
         return torch.tensor(bad, dtype=value.dtype) if isinstance(value, torch.Tensor) else bad
-    if how in ITEMS:
-        change = ITEMS[how]
-        if isinstance(value, torch.Tensor):
-            return change(value)
-        sizes = [t.numel() for t in value]
-        places = [i for i, size in enumerate(sizes) if size >= 2]
-        i = places[number % len(places)]
-        return [*value[:i], change(value[i]), *value[i + 1 :]]
+    if how in ITEMS and isinstance(value, torch.Tensor):
+        return ITEMS[how](value)
+    if how in ITEMS or how == "misshaped":
+        where = places(name, arguments, how)
+        i, number = where[number % len(where)], number // len(where)
+        bad = ITEMS[how](value[i]) if how in ITEMS else misshaped(value[i], like_of(arguments)[i], number)
+        return [*value[:i], bad, *value[i + 1 :]]
     if how == "drop":
         return value[:-1]
     if how == "double":

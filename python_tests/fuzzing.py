@@ -53,15 +53,16 @@ OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward")
 
 
 def draw_tensor(random, large):
-    """Shape, granularity of alpha and place in the parameter of one tensor."""
+    """Shape, shape of alpha and place in the parameter of one tensor."""
     if large:  # more than one block of a thread
         rows, columns = random.choice([(1, 32769), (2, 20000), (70001, 1), (3, 32768)])
     else:
         rows, columns = random.choice((0, 1, 1, 2, 6)), random.choice((0, 1, 8, 64, random.randint(0, 300)))
     groups = random.choice([g for g in (1, 2, 3, 5, 8) if columns % g == 0])
     offset = random.choice((0, 3, 8, 2**32 - 9, 2**34 + 5, 2**50, random.randint(0, 2**50)))
+    scales = random.choice([(), (1,), (rows,), (rows, 1), (rows, groups), (rows, columns)])
     return {
-        "shape": (rows, columns), "scales": random.choice([1, max(rows, 1), max(rows, 1) * groups]),
+        "shape": (rows, columns), "scales": scales,
         "layout": (offset, max(columns, 1), max(columns, 1) + random.choice((0, 1, 7, 64))),
         "id": random.choice((0, 2**32 - 2, random.randint(0, 2**32 - 2))),
     }  # fmt: skip
@@ -206,7 +207,9 @@ def build(case, buffers):
             buffers.random(s, FLOATS[case["grad"]], 1e-2, op == "estimate_gradient") for s in shapes
         ],
         "alphas": lambda: [
-            buffers.tensor((t["scales"],), F32, 0.05 + torch.rand(t["scales"], generator=buffers.generator))
+            buffers.tensor(
+                tuple(t["scales"]), F32, 0.05 + torch.rand(t["scales"], generator=buffers.generator)
+            )
             for t in quantizing
         ],
         "plus": lambda: outputs(case["sides"] != "minus", out),
@@ -330,7 +333,7 @@ def one_code(alpha, out, grid, distribution):
     """A code of inexact noise may move by one where y lies at a tie; two values are rounded."""
     if distribution in EXACT:
         return torch.zeros(out.shape)
-    delta = (alpha * grid.r).max().item()
+    delta = (alpha * grid.r).max().item() if alpha.numel() else 0.0
     size = 1.0 if out.dtype == torch.int8 else 1.01 * delta + 2 * HALF_ULP[out.dtype] * 129 * delta
     return torch.full(out.shape, size)
 
@@ -382,7 +385,7 @@ def run(case):
     spoilt = case.get("spoil")
     if spoilt:
         name, how, number = spoilt
-        args[name] = spoil(name, args[name], how, number)
+        args[name] = spoil(name, args, how, number)
     wanted, off = ({}, {}) if spoilt else expected(case, args)
     before, raised = buffers.snapshot(), None
     try:

@@ -236,8 +236,8 @@ def of_list(name, ops, types=FLOATS, first=False, before=lambda args: {}):
 
 LISTS, MIXED, DRAWN, GRIDS = (G, P, E, U, Q, S), (P, E, U), (N, P, E, U), (P, U, Q, S)
 SHAPE_OF_ALPHA = (
-    "alphas[1] must have one element, one per row or one per group of the last dimension of shape (4, 8), got"
-    " shape "
+    "alphas[1] must have one element, one per row, shape (4, 1), or one per group of the last dimension, shape"
+    " (4, groups), for a tensor of shape (4, 8), got shape "
 )
 LAYOUT = "layouts[0] must be (offset >= 0, inner >= 1, stride >= inner), got "
 SCALARS = (
@@ -268,7 +268,7 @@ ROWS = [
     (LISTS, item("alphas", 1, lambda t: cut(t.clone())),
      "alphas[1] must have a storage of at least 16 bytes, got 8"),
     *((LISTS, item("alphas", 1, lambda t, s=s: torch.full(s, 0.5)), f"{SHAPE_OF_ALPHA}{s}")
-      for s in ((0,), (3,), (5, 1), (64,))),
+      for s in ((0,), (3,), (5, 1), (64,), (1, 8), (8,), (16,), (32,), (8, 1), (4, 3), (4, 1, 2))),
     *((LISTS, item("alphas", 1, lambda t, x=x: torch.tensor([0.5, 0.5, x, 0.5])),
        "alphas[1] must be finite, > 0 and in 7.88861e-31..1.26765e+30, got ")
       for x in (-0.5, 0.0, NAN, INF, 2.0**-101, 2.0**101)),
@@ -422,10 +422,10 @@ def test_names_differ_behind_an_empty_tensor():
     native.estimate_gradient(*args.values())  # shards of one parameter
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1), (4, 4), (4, 2), (32,), (16,)])
-def test_alphas_that_divide(shape):
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (4,), (4, 1), (4, 1, 1), (4, 4), (4, 2), (4, 8)])
+def test_alphas_that_fit(shape, generator):
     args = arguments(Q)
-    args["alphas"][1] = torch.full(shape, 0.5)
+    args["alphas"][1] = 0.1 + torch.rand(shape, generator=generator)
     native.quantize(*args.values())
     wanted = by_the_reference(Q, copied(args))["out"]
     assert all(map(torch.equal, args["out"], wanted))

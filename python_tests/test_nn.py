@@ -72,6 +72,14 @@ def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
         model.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "0.weight"})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_floating_alphas_become_float32(dtype):
+    for alpha in (torch.tensor(0.3, dtype=dtype), lambda w: torch.tensor(0.3, dtype=dtype)):
+        model = mlp()
+        fk.quantize_model(model, quantizer(alpha))
+        assert torch.equal(model[0].alpha, torch.tensor(0.3, dtype=dtype).float())
+
+
 def test_alpha_stays_float32():
     model = mlp()
     fk.quantize_model(model, quantizer(row_mean))
@@ -189,8 +197,8 @@ PARAMETER = nn.Parameter(torch.tensor(0.3))
          "alpha must not require grad, as no gradient reaches it, got a Parameter that does"),
         (mlp, lambda: (quantizer(lambda w: PARAMETER),), ValueError, "alpha must not require grad"),
         (mlp, lambda: (quantizer(lambda w: "1"),), TypeError,
-         "alpha must be a function of a weight that returns a number or a tensor, got str"),
-        (mlp, lambda: (quantizer(True),), TypeError, "alpha must be a number, a tensor or a function"),
+         "alpha must be a function of a weight that returns a number or a floating tensor, got str"),
+        (mlp, lambda: (quantizer(True),), TypeError, "alpha must be a number, a floating tensor or a function"),
         (taken, lambda: (quantizer(0.3),), ValueError, "2 must not have an attribute 'probe' of its own"),
         (mlp, lambda: (fk.Quantizer("sign", fk.Scale.fixed(1), STE),), TypeError,
          "grid must be a Grid, Grid.uniform(2) say, got the str 'sign'"),

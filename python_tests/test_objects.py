@@ -67,11 +67,20 @@ def second_is_wrong(weight):
         (lambda: network().double(), {}, TypeError, f"0.weight must be {FLOATS}, got float64"),
         (network, {"alpha": torch.ones(3)}, ValueError,
          "for 0.weight with 4 rows of 8, got shape (3,)"),
+        (network, {"alpha": torch.ones(1, 8)}, ValueError, "with 4 rows of 8, got shape (1, 8)"),
+        (network, {"alpha": torch.ones(16)}, ValueError, "with 4 rows of 8, got shape (16,)"),
         (network, {"alpha": second_is_wrong}, ValueError,
          "for 2.weight with 4 rows of 4, got shape (3,)"),
         *((network, {"alpha": x}, ValueError, "alpha must be finite")
           for x in (0.0, -1.0, NAN, INF, 2.0**101)),
         (network, {"alpha": "half"}, TypeError, "alpha must be"),
+        *((network, {"alpha": alpha}, TypeError, f"alpha must be {expected}, got a tensor of {dtype}")
+          for dtype in ("bool", "uint8", "int64", "complex64")
+          for alpha, expected in (
+              (torch.ones((), dtype=getattr(torch, dtype)),
+               "a number, a floating tensor or a function of a weight that returns one"),
+              (lambda weight, dtype=dtype: torch.ones((), dtype=getattr(torch, dtype)),
+               "a function of a weight that returns a number or a floating tensor"))),
         (network, {"grid": "sign"}, TypeError, "grid must be"),
         (network, {"straight_through": fk.StraightThrough("tanh")}, ValueError,
          "straight_through must be 'identity' for rounding grids"),

@@ -174,7 +174,7 @@ def view_of_grads(name, shape):
     return change
 
 
-SHAPE_OF_ALPHA = "or one per group of the last dimension of shape (4, 8), got shape "
+SHAPE_OF_ALPHA = "shape (4, groups), for a tensor of shape (4, 8), got shape "
 LAYOUT = "be (offset >= 0, inner >= 1, stride >= inner), got "
 LOSSES = "must be a contiguous float32 tensor of shape (n,), got "
 COUNTERS = "counters must be an int64 tensor of shape (3,), got "
@@ -208,7 +208,8 @@ CASES = [
     (LISTS, item("alphas", 1, Tensor.bfloat16), TypeError, "alphas[1] must be float32, got b"),
     (LISTS, item("alphas", 1, lambda t: t.to("meta")), ValueError, "alphas[1] must be on "),
     (LISTS, item("alphas", 1, lambda t: t[:3]), ValueError,
-     f"alphas[1] must have one element, one per row {SHAPE_OF_ALPHA}(3, 1)"),
+     "alphas[1] must have one element, one per row, shape (4, 1), or one per group of the last dimension,"
+     f" {SHAPE_OF_ALPHA}(3, 1)"),
     (LISTS, item("alphas", 1, lambda t: t[:2]), ValueError, SHAPE_OF_ALPHA + "(2, 1)"),
     (LISTS, item("alphas", 1, lambda t: t[:0]), ValueError, SHAPE_OF_ALPHA + "(0, 1)"),
     (LISTS, item("alphas", 1, lambda t: t.repeat(1, 16)), ValueError, SHAPE_OF_ALPHA + "(4, 16)"),

@@ -33,13 +33,32 @@ inline std::ostream &operator<<(std::ostream &out, Types types) {
 
 struct Shape {
   const Tensor &of;
+  const char *last = nullptr; // stands for the last size
 };
 
 inline std::ostream &operator<<(std::ostream &out, const Shape &shape) {
   out << "(";
-  for (int64_t i = 0; i < shape.of.dim; ++i)
+  const int64_t named = shape.last ? shape.of.dim - 1 : shape.of.dim;
+  for (int64_t i = 0; i < named; ++i)
     out << (i ? ", " : "") << shape.of.sizes[i];
+  if (shape.last)
+    out << (named ? ", " : "") << shape.last;
   return out << (shape.of.dim == 1 ? ",)" : ")");
+}
+
+// What alphas fit a tensor.
+struct Fitting {
+  const Tensor &to;
+};
+
+inline std::ostream &operator<<(std::ostream &out, const Fitting &fitting) {
+  const Tensor &t = fitting.to;
+  out << "one element";
+  if (t.dim > 1)
+    out << ", one per row, shape " << Shape{t, "1"} << ",";
+  if (t.dim > 0)
+    out << " or one per group of the last dimension, shape " << Shape{t, "groups"} << ",";
+  return out << " for a tensor of shape " << Shape{t};
 }
 
 // ---- one tensor
@@ -112,20 +131,24 @@ inline void check_list_like(const Tensors &list, const char *name, unsigned type
                 Shape{list[i]});
 }
 
-// One scale for the tensor, for each row (any leading dimensions) or group of the last dimension.
-inline bool divides(const Tensor &alpha, const Tensor &t) {
-  const int64_t scales = alpha.numel;
-  if (scales == 1 || t.numel == 0)
+// One scale for the tensor, for each row (any leading dimensions, and ones behind them) or for each group of
+// the last dimension. By shape: (1, 1024), meant for the columns of (32, 1024), has as many elements as 32
+// groups in each row.
+inline bool fits(const Tensor &alpha, const Tensor &t) {
+  if (alpha.numel == 1 || t.numel == 0)
     return true;
-  if (scales == 0 || t.numel % scales)
+  if (alpha.numel == 0)
     return false;
-  const int64_t length = t.numel / scales;
-  if (t.sizes[t.dim - 1] % length == 0)
+  const auto begins_alike = [&](int64_t dimensions) {
+    return dimensions <= t.dim && std::equal(alpha.sizes, alpha.sizes + dimensions, t.sizes);
+  };
+  const int64_t last = alpha.dim - 1;
+  if (alpha.dim == t.dim && begins_alike(last) && t.sizes[last] % alpha.sizes[last] == 0)
     return true;
-  int64_t row = 1;
-  for (int64_t k = t.dim - 1; k >= 0 && row < length; --k)
-    row *= t.sizes[k];
-  return row == length;
+  int64_t rows = alpha.dim;
+  while (alpha.sizes[rows - 1] == 1) // ends, as there is more than one element
+    --rows;
+  return begins_alike(rows);
 }
 
 // Lists of alphas of delta = r alpha in 2^-100..2^100, for the first of `like`.
@@ -133,9 +156,8 @@ inline void check_alphas(const Tensors &alphas, const Tensors &like, int64_t r) 
   check_list(alphas, "alphas", bit(Type::float32));
   const float low = 0x1p-100f / float(r), high = 0x1p100f / float(r);
   for (size_t i = 0; i < alphas.size(); ++i) {
-    FOGZO_CHECK(divides(alphas[i], like[i]), Name("alphas", i),
-                " must have one element, one per row or one per group of the last dimension of shape ",
-                Shape{like[i]}, ", got shape ", Shape{alphas[i]});
+    FOGZO_CHECK(fits(alphas[i], like[i]), Name("alphas", i), " must have ", Fitting{like[i]}, ", got shape ",
+                Shape{alphas[i]});
     const float *values = alphas[i].at<float>();
     unsigned outside = 0;
     for (int64_t j = 0; j < alphas[i].numel; ++j)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ops import memory
+from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
 
 
@@ -25,9 +25,8 @@ def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> T
     alpha = quantizer.scale.of(rows)
     count, length = rows.shape
     shape = tuple(alpha.shape)
-    groups = alpha.ndim == 2 and shape[0] == count and length % max(shape[1], 1) == 0
-    fits = alpha.numel() == 1 or shape in ((count,), (count, 1)) or (groups and 1 <= shape[1] < length)
-    if not fits:
+    own = alpha.numel() == rows.numel() and length > 1  # one for each weight: nothing would be left to train
+    if own or not checks.fits(shape, rows.shape):
         raise ValueError(
             f"alpha must have one element, one per row, shape ({count}, 1), or one per group of a row, shape"
             f" ({count}, groups) with {length} / groups elements each, for {name} with {count} rows of"

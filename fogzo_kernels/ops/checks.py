@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..spec.dtypes import FLOATS
 from ..spec.noise import MAX_DIRECTION, check_number
 
 Tensors = Sequence[Tensor]
-DTYPE, DEVICE, IS_CPU = map(operator.attrgetter, ("dtype", "device", "is_cpu"))
+DTYPE, DEVICE, IS_CPU, SHAPE = map(operator.attrgetter, ("dtype", "device", "is_cpu", "shape"))
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ def alpha_list(alphas: Tensors, like: Tensors) -> None:
     if len(alphas) != len(like):
         raise ValueError(f"alphas must have {len(like)} tensors, got {len(alphas)}")
     alike = like and uniform(alphas, (torch.float32,), like[0].device, None)
-    if alike and (all(n == 1 for n in map(Tensor.numel, alphas)) or all(map(divides, alphas, like))):
+    if alike and (all(n == 1 for n in map(Tensor.numel, alphas)) or all_fit(alphas, like)):
         return
     for i, (alpha, t) in enumerate(zip(alphas, like, strict=True)):
         if alpha.dtype != torch.float32:
@@ -92,21 +93,47 @@ def alpha_list(alphas: Tensors, like: Tensors) -> None:
             raise ValueError(f"alphas[{i}] must be on {t.device}, got {alpha.device}")
         if not alpha.is_contiguous():
             raise ValueError(f"alphas[{i}] must be contiguous, got strides {alpha.stride()}")
-        if not divides(alpha, t):
+        if not fits(alpha.shape, t.shape):
             raise ValueError(
-                f"alphas[{i}] must have one element, one per row or one per group of the last"
-                f" dimension of shape {shape(t)}, got shape {shape(alpha)}"
+                f"alphas[{i}] must have {fitting(t.shape)} a tensor of shape {shape(t)},"
+                f" got shape {shape(alpha)}"
             )
 
 
-def divides(alpha: Tensor, t: Tensor) -> bool:
-    scales = alpha.numel()
-    if scales == 1 or t.numel() == 0:
-        return True
-    if scales == 0 or t.numel() % scales:
-        return False
-    length = t.numel() // scales
-    return t.shape[-1] % length == 0 or length in [math.prod(t.shape[k:]) for k in range(t.ndim)]
+def all_fit(alphas: Tensors, like: Tensors) -> bool:
+    """Whether each alpha fits its tensor; cheap, for lists of thousands, which have few shapes."""
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]]
+    pairs = list(zip(map(SHAPE, alphas), map(SHAPE, like), strict=True))
+    with suppress(TypeError):  # symbolic sizes have no hash
+        pairs = set(pairs)
+    return all(fits(*pair) for pair in pairs)
+
+
+def fits(alpha: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether an alpha of that shape has one element, one per row or one per group of a tensor of ``sizes``.
+
+    Its number of elements does not tell: (1, 1024), meant for the columns of (32, 1024), has as many as 32
+    groups in each row.
+    """
+    scales, sizes = tuple(alpha), tuple(sizes)
+    if scales and len(scales) == len(sizes) and scales[:-1] == sizes[:-1]:
+        groups = scales[-1]
+        if groups > 0 and sizes[-1] % groups == 0:
+            return True
+    while scales[-1:] == (1,):
+        scales = scales[:-1]
+    return scales == sizes[: len(scales)] or 0 in sizes  # of one element, none is left
+
+
+def fitting(sizes: Sequence[int]) -> str:
+    """What :func:`fits` takes for a tensor of ``sizes``, as messages name it."""
+
+    def ending(last: object) -> str:
+        return f"({', '.join(map(str, (*sizes[:-1], last)))}{',' if len(sizes) == 1 else ''})"
+
+    row = f", one per row, shape {ending(1)}," if len(sizes) > 1 else ""
+    group = f" or one per group of the last dimension, shape {ending('groups')}," if len(sizes) else ""
+    return f"one element{row}{group} for"
 
 
 def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:

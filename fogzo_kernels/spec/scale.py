@@ -25,18 +25,22 @@ class Scale:
 
     def __post_init__(self) -> None:
         if not callable(self.alpha):
-            check_alpha(self.alpha, "a number, a tensor or a function of a weight that returns one")
+            check_alpha(self.alpha, "a number, a floating tensor or a function of a weight that returns one")
 
     @classmethod
     def fixed(cls, alpha: Alpha) -> Scale:
         """A scale that training leaves as it is.
 
         Args:
-            alpha: finite and > 0: a number or a tensor for every weight, or a function that takes a weight
-                (detached) and returns one. The weight is a matrix, with a row for each output of the
+            alpha: finite and > 0: a number or a floating tensor for every weight, or a function that takes a
+                weight (detached) and returns one. The weight is a matrix, with a row for each output of the
                 module: what stands behind the first dimension of a convolution's weight is flattened.
                 Alpha has one element, one per row, of shape (rows, 1) or (rows,), or one per group of a
                 row, of shape (rows, groups).
+
+        Raises:
+            TypeError: ``alpha`` is neither of them.
+            ValueError: it is a tensor that requires grad.
         """
         return cls(alpha)
 
@@ -50,13 +54,13 @@ class Scale:
         """Alpha of a weight: a new float32 tensor on its device, in the shape that was given.
 
         Raises:
-            TypeError: the function returned neither a number nor a tensor.
+            TypeError: the function returned neither a number nor a floating tensor.
             ValueError: it returned a tensor that requires grad.
         """
         value: Any = self.alpha
         if callable(value):
             value = value(weight.detach())
-            check_alpha(value, "a function of a weight that returns a number or a tensor")
+            check_alpha(value, "a function of a weight that returns a number or a floating tensor")
         return torch.as_tensor(value, dtype=torch.float32, device=weight.device).clone().contiguous()
 
     def __repr__(self) -> str:
@@ -104,9 +108,11 @@ class Scale:
 
 
 def check_alpha(alpha: object, expected: str) -> None:
-    """Raise unless ``alpha`` is a number or a tensor that does not require grad."""
+    """Raise unless ``alpha`` is a number or a floating tensor that does not require grad."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float | Tensor):
         raise TypeError(f"alpha must be {expected}, got {type(alpha).__name__}")
+    if isinstance(alpha, Tensor) and not alpha.is_floating_point():
+        raise TypeError(f"alpha must be {expected}, got a tensor of {str(alpha.dtype).removeprefix('torch.')}")
     if isinstance(alpha, Tensor) and alpha.requires_grad:
         raise ValueError(
             f"alpha must not require grad, as no gradient reaches it, got a {type(alpha).__name__} that does"
