@@ -246,7 +246,8 @@ def test_a_fused_step_is_the_estimate_and_a_plain_one(name, fused):
         b.step()
         torch.testing.assert_close(one.weight, two.weight, rtol=1e-5, atol=1e-7)
         with torch.no_grad():  # or a rounding might move a code of the next step
-            two.weight.copy_(one.weight)
+            for p, q in zip(two.parameters(), one.parameters(), strict=True):
+                p.copy_(q)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PyTorch on tensors whose layouts differ
             state = a.state_dict()

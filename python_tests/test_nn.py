@@ -68,7 +68,7 @@ def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     assert other[0].alpha == torch.tensor(0.3)
     added = {f"{i}.{name}" for i in (0, 2) for name in ("alpha", "_extra_state")}
     assert set(model.state_dict()) == {*plain.state_dict(), *added}
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match="Missing key"), pytest.warns(UserWarning, match="alpha is fixed"):
         model.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "0.weight"})
 
 
