@@ -13,7 +13,9 @@ from .nn.embedding import QuantEmbedding
 from .nn.linear import QuantLinear
 from .nn.report import Report
 from .optim.adamw import AdamW
+from .optim.groups import parameter_groups
 from .optim.sgd import SGD
+from .spec import presets
 from .spec.grid import Grid
 from .spec.quantizer import Quantizer
 from .spec.scale import Scale
@@ -38,6 +40,8 @@ __all__ = [
     "available_backends",
     "calibrate_",
     "dequantize_model",
+    "parameter_groups",
+    "presets",
     "quantize_model",
 ]
 __all__ += functional.__all__

@@ -70,3 +70,10 @@ def made(name, quantizer=QUANTIZER, **options):
     model = copy.deepcopy(plain)
     fk.quantize_model(model, quantizer, **options)
     return plain, model, layer.input()
+
+
+def cells(rows, granularity):
+    """(rows, groups, elements), or (1, 1, all)."""
+    if granularity == "tensor":
+        return rows.reshape(1, 1, -1)
+    return rows.reshape(len(rows), 1, -1) if granularity == "row" else rows.reshape(len(rows), -1, granularity)

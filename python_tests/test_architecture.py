@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fogzo_kernels"
 # Floors, bottom first: what each may import of the floors below it, and its own modules, bottom first: a module
 # imports of its floor what stands before it. A new module is given its place here.
 FLOORS = {
-    "spec": ((), "dtypes noise grid straight_through scale quantizer update schedule call"),
+    "spec": ((), "dtypes noise grid straight_through scale quantizer presets update schedule call"),
     "backends": (("spec",), "__init__ plans reference cpu cuda triton"),
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments noise norm perturb estimate tail"
             " straight_through quantize"),
@@ -27,7 +27,7 @@ FLOORS = {
            " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads step"
               " settings device estimator"),
-    "optim": (("spec", "functional", "train"), "__init__ fused adamw sgd"),
+    "optim": (("spec", "ops.checks", "functional", "nn", "train"), "__init__ groups fused adamw sgd"),
     "integrations": (("spec", "nn"), "__init__ transformers"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),

@@ -23,7 +23,7 @@ from ..nn.convert import dequantize_model
 from ..nn.pretrained import METHOD, Entry
 from ..nn.quantized import EXTRA_STATE, QuantizedModule
 from ..nn.scales import alpha_of
-from ..nn.sharing import check_raw_uses, owners_of, watch
+from ..nn.sharing import check_raw_uses, owners_of, share_alphas, watch
 from ..nn.twins import check_weight, reason_against, twin_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import Scale
@@ -71,7 +71,12 @@ class FogzoQuantizer(HfQuantizer):
             twin = twin_of(module)
             assert twin is not None
             twin.from_plain(
-                module, entry.quantizer, alpha=alpha, tensor_id=entry.tensor_id, backend=entry.backend
+                module,
+                entry.quantizer,
+                alpha=alpha,
+                tensor_id=entry.tensor_id,
+                activation=entry.activation,
+                backend=entry.backend,
             )
         fast_path.update(model)
         return model
@@ -98,6 +103,7 @@ class FogzoQuantizer(HfQuantizer):
             check_raw_uses(places)
         for m in modules.values():
             m.lay_out()
+        share_alphas(model)
         watch(model)
         pretrained.record(model)  # by the names of this model
         vars(model).pop("is_quantized", None)  # or it has no half(), no float(): latents are ordinary tensors
@@ -182,7 +188,8 @@ def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
 
 def not_loaded(module: QuantizedModule) -> list[str]:
     """What a module should have got from the checkpoint, but did not; transformers marks what it loads."""
-    missing = [] if getattr(module.alpha, "_is_hf_initialized", False) else ["alpha"]
+    own = module.own_tensors()
+    missing = [x for x in own if not getattr(getattr(module, x), "_is_hf_initialized", False)]
     if vars(module).pop(EXTRA_STATE, None) is not None:  # what transformers puts there where it found none
         missing.append(EXTRA_STATE)
     return missing

@@ -21,8 +21,12 @@ class _QuantConv(PermutedModule):
         grouped = self.alpha.numel() > w.shape[0]
         return last if not (grouped or w.is_contiguous()) and w.permute(last).is_contiguous() else plain
 
+    def input_rows(self, input: Tensor) -> Tensor:
+        """An input as a matrix: a row is a sample."""
+        return (input if input.ndim == self.weight.ndim else input.unsqueeze(0)).flatten(1)
+
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.bias)  # type: ignore[operator, no-any-return]
+        return self._conv_forward(self.effective_input(input), self.effective_weight(), self.bias)  # type: ignore[operator, no-any-return]
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):

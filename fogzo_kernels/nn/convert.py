@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ..backends import check_known
 from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
-from ..spec.scale import Scale
+from ..spec.scale import LearnedScale, Scale
 from . import fast_path, pretrained
 from .quantized import QuantizedModule
 from .report import WEIGHTS, Report, Row
-from .rules import Choice, Rule, Which, choose
+from .rules import Choice, Rule, Which, check_activation, choose
 from .scales import alpha_of
-from .sharing import check_shared, unwatch, watch
+from .sharing import check_shared, share_alphas, unwatch, watch
 from .twins import check_weight, twin_of, weights_of
 
 
@@ -24,6 +24,7 @@ def quantize_model(
     model: nn.Module,
     quantizer: Quantizer | None,
     *,
+    activation: Quantizer | None = None,
     rules: Sequence[Rule] = (),
     skip: Which | Sequence[Which] = (),
     backend: str | None = None,
@@ -41,10 +42,14 @@ def quantize_model(
             meta device the alphas get their values when a checkpoint is loaded, or by :func:`calibrate_`.
         quantizer: grid, scale and straight-through estimator of all weights that no rule names; None
             leaves those alone.
+        activation: how the inputs of quantized linear layers and convolutions are quantized in each forward,
+            by a fixed or measured scale. A row is a token, what the last dimension holds; of convolutions, a
+            sample. FOGZO perturbs weights only.
         rules: pairs (which, quantizer or None); the first whose ``which`` matches a module decides, and None
-            leaves it alone. ``which`` is a name as ``model.named_modules()`` gives it, where ``*`` and ``?``
-            stand for anything, or a type; both also match all that lies in a matching module. Or it is a
-            function of name and module that says whether it matches.
+            leaves it alone. A third entry is these modules' own ``activation``. ``which`` is a name as
+            ``model.named_modules()`` gives it, where ``*`` and ``?`` stand for anything, or a type; both also
+            match all that lies in a matching module. Or it is a function of name and module that says whether
+            it matches.
         skip: what to leave alone: one such ``which`` or a list of them, as rules that come first.
         backend: of the modules' ops; None takes the best available at each call.
 
@@ -59,8 +64,11 @@ def quantize_model(
     checks.instance("model", model, nn.Module)
     if quantizer is not None:
         checks.instance("quantizer", quantizer, Quantizer)
+    if activation is not None:
+        checks.instance("activation", activation, Quantizer)
+        check_activation("activation", activation)
     check_known(backend)
-    choices = choose(model, quantizer, rules, skip)
+    choices = choose(model, quantizer, activation, rules, skip)
     chosen = [c for c in choices if c.quantizer is not None]
     if not chosen:
         raise ValueError(_nothing_to_do(choices))
@@ -74,7 +82,15 @@ def quantize_model(
         twin = twin_of(c.unit.module)
         assert twin is not None
         assert c.quantizer is not None
-        twin.from_plain(c.unit.module, c.quantizer, alpha=alpha, tensor_id=tensor_id, backend=backend)
+        twin.from_plain(
+            c.unit.module,
+            c.quantizer,
+            alpha=alpha,
+            tensor_id=tensor_id,
+            activation=c.activation,
+            backend=backend,
+        )
+    share_alphas(model)
     fast_path.update(model)
     watch(model)
     pretrained.record(model)
@@ -126,7 +142,8 @@ def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
             tied = seen.get(weight, "")
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
             kind = kinds.get(module, module.PLAIN.__name__)
-            quantized.append(Row(name, kind, _shapes(own.matrices), numel, size, q, scales, tied=tied))
+            shapes, inputs = _shapes(own.matrices), module.activation
+            quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
         elif own.matrices:
             size = float(sum(p.numel() * p.element_size() for p in new))
             kind = type(module).__name__
@@ -170,16 +187,15 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
     modules = _quantized(model, "calibrate")
     if scale is not None:
         checks.instance("scale", scale, Scale)
+        if any(LearnedScale in (type(scale), type(m.quantizer.scale)) for m in modules):
+            raise ValueError(f"scale must not turn a learned alpha into another or back, got {scale}")
     plan = []
     for m in modules:
         q = m.quantizer if scale is None else Quantizer(m.quantizer.grid, scale, m.quantizer.straight_through)
         plan.append((q, alpha_of("weight", m.weight, m.OUTPUTS, q)))
     for m, (q, alpha) in zip(modules, plan, strict=True):
         m.quantizer = q
-        if alpha.shape == m.alpha.shape and not m.alpha.is_meta:
-            m.alpha.copy_(alpha)
-        else:
-            m.alpha = alpha
+        m.set_alpha(alpha)
         m.lay_out()
     pretrained.record(model)
 

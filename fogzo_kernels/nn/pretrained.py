@@ -24,6 +24,7 @@ class Entry(NamedTuple):
     alpha: tuple[int, ...]  # its shape
     tensor_id: int
     backend: str | None
+    activation: Quantizer | None
 
 
 def models_of(model: nn.Module) -> list[nn.Module]:
@@ -68,14 +69,18 @@ def record(model: nn.Module) -> None:
 
 
 def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
-    """Quantizers, and for each module the place of its own, its alpha's shape, tensor id and backend."""
+    """Quantizers, and for each module the place of its own, its alpha's shape, tensor id and backend, and the
+    place of its input's quantizer or None.
+    """
     quantizers: list[dict[str, Any]] = []
     rows = {}
     for name, m in modules.items():
-        quantizer = m.quantizer.to_dict()
-        if quantizer not in quantizers:
-            quantizers.append(quantizer)
-        rows[name] = [quantizers.index(quantizer), list(m.alpha.shape), m.tensor_id, m.backend]
+        places: list[int | None] = []
+        for q in (m.quantizer, m.activation):
+            if q is not None and q.to_dict() not in quantizers:
+                quantizers.append(q.to_dict())
+            places.append(None if q is None else quantizers.index(q.to_dict()))
+        rows[name] = [places[0], list(m.alpha.shape), m.tensor_id, m.backend, places[1]]
     return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}
 
 
@@ -89,8 +94,14 @@ def entries(found: dict[str, Any]) -> dict[str, Entry]:
         quantizers = [Quantizer.from_dict(q) for q in found["quantizers"]]
         rows = found["modules"].items()
         read = {
-            name: Entry(quantizers[int(q)], tuple(map(int, alpha)), int(tensor_id), backend)
-            for name, (q, alpha, tensor_id, backend) in rows
+            name: Entry(
+                quantizers[int(q)],
+                tuple(map(int, alpha)),
+                int(tensor_id),
+                backend,
+                None if inputs is None else quantizers[int(inputs)],
+            )
+            for name, (q, alpha, tensor_id, backend, inputs) in rows
         }
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

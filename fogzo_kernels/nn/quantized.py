@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import quantize, quantize_
-from ..ops import checks
+from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
-from .scales import alpha_of
+from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
+from .scales import alpha_of, measure_
 
 if TYPE_CHECKING:
     from typing import Self
@@ -24,7 +25,7 @@ class Held(NamedTuple):
     """What a module runs with during a pass, instead of quantizing its weight itself."""
 
     weight: Tensor  # the parameter that the values belong to
-    values: Tensor  # rows, as :meth:`QuantizedModule.rows` has them
+    values: Tensor | None  # rows, as :meth:`QuantizedModule.rows` has them; None: quantize, alpha is measured
     probe: bool  # whether they are a probe, without a gradient, or Q(weight)
 
 
@@ -38,16 +39,30 @@ class QuantizedModule(nn.Module):
 
     Attributes:
         alpha: scale of the grid, a float32 buffer that keeps its dtype under ``.to(dtype)``: one element,
-            one per row, or one per group of a row.
+            one per row, or one per group of a row. One that the quantizer measures is written by each forward;
+            one that is learned is a parameter, and modules that share a weight share it too.
         quantizer: how the weight is quantized. It travels in the state dict, and one with another grid does
             not load.
         tensor_id: which noise the weight draws (docs/contract.md, section 2).
         backend: of the ops; None takes the best available.
+        activation: how the module's input is quantized, or None. FOGZO does not perturb it.
         held: None, or what to run with during a pass of :class:`fogzo_kernels.Fogzo`.
+        alpha_least: of a learned alpha, a float32 buffer: where one that left its range is held.
     """
 
     #: The names that from_plain takes in a module.
-    ADDED = ("alpha", "quantizer", "tensor_id", "backend", "held", "probe")
+    ADDED = (
+        "alpha",
+        "alpha_least",
+        "quantizer",
+        "tensor_id",
+        "backend",
+        "held",
+        "probe",
+        "warned",
+        "shares",
+        "activation",
+    )
     #: The dimension of the weight that counts the outputs.
     OUTPUTS: ClassVar[int] = 0
     #: The class of the module that it was.
@@ -55,7 +70,11 @@ class QuantizedModule(nn.Module):
 
     weight: Tensor
     alpha: Tensor
+    alpha_least: Tensor
+    warned: bool  # of an alpha that is held
+    shares: bool  # whether its learned alpha is the parameter of another module, too, that had it first
     quantizer: Quantizer
+    activation: Quantizer | None
     tensor_id: int
     backend: str | None
     held: Held | None
@@ -75,22 +94,29 @@ class QuantizedModule(nn.Module):
         *,
         alpha: Tensor,
         tensor_id: int,
+        activation: Quantizer | None = None,
         backend: str | None = None,
     ) -> Self:
         """Turn a plain module into a quantized one, in place: parameters, hooks and names stay."""
         module.__class__ = cls
         assert isinstance(module, cls)
-        module.register_buffer("alpha", alpha)
+        if isinstance(quantizer.scale, LearnedScale):
+            module.register_parameter("alpha", nn.Parameter(alpha))
+            module.register_buffer("alpha_least", alpha.detach() * HELD)
+        else:
+            module.register_buffer("alpha", alpha)
         module.quantizer, module.tensor_id, module.backend = quantizer, tensor_id, backend
-        module.held = None
+        module.held, module.warned, module.shares = None, False, False
+        module.activation = activation
         module.lay_out()
         return module
 
     @torch.no_grad()
     def to_plain(self) -> nn.Module:
         """Turn it back, in place; its weight stays as it is."""
-        del self._buffers["alpha"]
-        self._non_persistent_buffers_set.discard("alpha")
+        for name in ("alpha", "alpha_least"):
+            self._buffers.pop(name, None)
+            self._parameters.pop(name, None)
         for name in self.ADDED:
             self.__dict__.pop(name, None)
         if self.OUTPUTS:
@@ -149,18 +175,56 @@ class QuantizedModule(nn.Module):
                     " functional_call with other weights, say, would run with values that are not theirs"
                 )
             if held.probe:
+                assert held.values is not None
                 return self.shaped(held.values)
-        if self.alpha.requires_grad:
+        rows, factor = self.rows(self.weight).contiguous(), 1.0
+        scale = self.quantizer.scale
+        if isinstance(scale, LearnedScale):
+            factor = scale.gradient_factor(self.quantizer.grid, rows.numel() // max(self.alpha.numel(), 1))
+            if held is None:
+                hold_alphas([self])
+        elif self.alpha.requires_grad:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
+        elif held is None:
+            self._measure(rows)
         found = quantize(
-            self.rows(self.weight).contiguous(),
+            rows,
             self.alpha,
+            alpha_factor=factor,
             grid=self.quantizer.grid,
             straight_through=self.quantizer.straight_through,
             quantized=None if held is None else held.values,
             backend=self.backend,
         )
         return self.shaped(found)
+
+    def input_rows(self, input: Tensor) -> Tensor:
+        """An input as a matrix: a row is what its last dimension holds, a token."""
+        return input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
+
+    def effective_input(self, input: Tensor) -> Tensor:
+        """The input to run with: quantized, with a straight-through gradient, if ``activation`` says so."""
+        how = self.activation
+        if how is None:
+            return input
+        rows = self.input_rows(input).contiguous()
+        scale = how.scale
+        if isinstance(scale, MeasuredScale):
+            alpha = torch.empty(scale.shape_for(*rows.shape), device=rows.device)
+            measure_([alpha], [rows.detach()], scale, self.backend)
+        else:
+            assert isinstance(scale, FixedScale)
+            alpha = scale.of(rows)
+        found = quantize(
+            rows, alpha, grid=how.grid, straight_through=how.straight_through, backend=self.backend
+        )
+        return found.view(input.shape)
+
+    def _measure(self, rows: Tensor) -> None:
+        """Let alpha be that of the weight as it is, where the quantizer measures it."""
+        scale = self.quantizer.scale
+        if isinstance(scale, MeasuredScale):
+            measure_([self.alpha], [rows.detach()], scale, self.backend)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -170,6 +234,7 @@ class QuantizedModule(nn.Module):
         gives its values.
         """
         rows = self.rows(self.weight).contiguous()
+        self._measure(rows)
         out = torch.empty_like(rows, dtype=torch.int8)
         quantize_(out, rows, self.alpha, grid=self.quantizer.grid, backend=self.backend)
         return self.shaped(out).movedim(self.OUTPUTS, 0).flatten(1).contiguous()
@@ -177,27 +242,59 @@ class QuantizedModule(nn.Module):
     @torch.no_grad()
     def calibrate_(self) -> None:
         """Let the quantizer's scale make alpha anew, from the weight as it is now."""
-        self.alpha = alpha_of("weight", self.weight, self.OUTPUTS, self.quantizer)
+        self.set_alpha(alpha_of("weight", self.weight, self.OUTPUTS, self.quantizer))
+
+    @torch.no_grad()
+    def set_alpha(self, alpha: Tensor) -> None:
+        """Give alpha another value, of any shape that fits; in place where it can be."""
+        is_learned = isinstance(self.alpha, nn.Parameter)
+        if self.alpha.is_meta:
+            self.alpha = nn.Parameter(alpha) if is_learned else alpha
+        elif self.alpha.shape == alpha.shape:
+            self.alpha.copy_(alpha)
+        else:
+            self.alpha.data = alpha
+        if is_learned:
+            self.alpha_least = alpha * HELD
 
     def extra_repr(self) -> str:
         levels, alpha = self.quantizer.grid.levels, tuple(self.alpha.shape)
         added = f"levels={levels}, alpha={alpha}, {self.quantizer.straight_through}"
-        return ", ".join(filter(None, [super().extra_repr(), added]))
+        inputs = self.activation and f"input levels={self.activation.grid.levels}"
+        return ", ".join(filter(None, [super().extra_repr(), added, inputs]))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        alpha = self.alpha
+        names = self.own_tensors()
+        before = {name: getattr(self, name).detach() for name in names}
         super()._apply(fn, recurse)
-        if self.alpha.dtype != torch.float32:  # alpha moves with the module but stays float32
-            self.alpha = alpha.to(self.alpha.device)
-        if alpha.is_meta and not self.alpha.is_meta:  # it had no value: not to be taken for one
-            self.alpha.fill_(math.nan)
+        for name in names:  # alphas move with the module but stay float32
+            now = getattr(self, name)
+            if now.dtype != torch.float32:
+                now.data = before[name].to(now.device)
+            if before[name].is_meta and not now.is_meta:  # it had no value: not to be taken for one
+                now.detach().fill_(math.nan)
         return self
+
+    def own_tensors(self) -> list[str]:
+        """The tensors that the plain module does not have."""
+        return ["alpha", "alpha_least"] if isinstance(self.quantizer.scale, LearnedScale) else ["alpha"]
+
+    def share_alpha(self, first: QuantizedModule) -> None:
+        """Train the same alpha as another module that has the same weight."""
+        self.alpha, self.shares = first.alpha, True
 
     # ---- checkpoints
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A shared alpha has memory of its own there: formats that take each memory once hold it twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shares and not keep_vars:
+            destination[prefix + "alpha"] = destination[prefix + "alpha"].clone()
+
     def get_extra_state(self) -> Tensor:
-        """The quantizer, as JSON in a uint8 tensor, so that formats of tensors alone can hold it."""
-        text = json.dumps(self.quantizer.to_dict(), sort_keys=True)
+        """The quantizers, as JSON in a uint8 tensor, so that formats of tensors alone can hold it."""
+        activation = self.activation and self.activation.to_dict()
+        text = json.dumps(self.quantizer.to_dict() | {"activation": activation}, sort_keys=True)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -216,31 +313,38 @@ class QuantizedModule(nn.Module):
 
     def _accepted(self, state: object) -> Quantizer:
         """The quantizer in a state dict's entry; raise unless codes mean the same with it."""
-        saved = saved_quantizer(state)
-        if saved.grid != self.quantizer.grid:
-            raise ValueError(f"the quantizer must have {self.quantizer.grid}, got a state with {saved.grid}")
+        saved, activation = saved_quantizers(state)
+        own = self.quantizer
+        if saved.grid != own.grid:
+            raise ValueError(f"the quantizer must have {own.grid}, got a state with {saved.grid}")
+        if type(saved.scale) is not type(own.scale):  # a measured alpha may be older than the weight beside it
+            raise ValueError(f"the quantizer must have {own.scale}, got a state with {saved.scale}")
+        if (activation and activation.to_dict()) != (self.activation and self.activation.to_dict()):
+            raise ValueError(f"activation must be {self.activation}, got a state with {activation}")
         return saved
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        alpha, extra, name = prefix + "alpha", prefix + EXTRA_STATE, prefix.removesuffix(".") or "model"
+        own, extra, name = self.own_tensors(), prefix + EXTRA_STATE, prefix.removesuffix(".") or "model"
+        added = [*(prefix + x for x in own), extra]
         try:
-            if alpha in state_dict:
-                self._check_alpha(state_dict[alpha])
+            for x in own:
+                if prefix + x in state_dict:
+                    self._check_alpha(x, state_dict[prefix + x])
             if extra in state_dict:
                 self._accepted(state_dict[extra])
         except ValueError as error:  # with those of other modules, in one exception at the end
             error_msgs.append(f"{name}: {error}")
             return
-        plain = alpha not in state_dict and extra not in state_dict
+        plain = not any(key in state_dict for key in added)
         missing: list[str] = []
         failed = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        missing_keys += [key for key in missing if not (plain and key in (alpha, extra))]
+        missing_keys += [key for key in missing if not (plain and key in added)]
         self.lay_out()
         if plain and prefix + "weight" in state_dict and len(error_msgs) == failed:
             try:
@@ -248,14 +352,14 @@ class QuantizedModule(nn.Module):
             except (TypeError, ValueError, RuntimeError) as error:
                 error_msgs.append(f"{name}: {error}")
 
-    def _check_alpha(self, found: object) -> None:
+    def _check_alpha(self, name: str, found: object) -> None:
         if not isinstance(found, Tensor):
-            raise ValueError(f"alpha must be a tensor, got {type(found).__name__}")
+            raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
         if found.dtype != torch.float32:
             wrong = checks.named([found.dtype])
-            raise ValueError(f"alpha must be float32, got {wrong}: was the state dict cast?")
+            raise ValueError(f"{name} must be float32, got {wrong}: was the state dict cast?")
         if found.shape != self.alpha.shape:
-            raise ValueError(f"alpha must have shape {tuple(self.alpha.shape)}, got {tuple(found.shape)}")
+            raise ValueError(f"{name} must have shape {tuple(self.alpha.shape)}, got {tuple(found.shape)}")
 
     def _loaded_plain(self) -> None:
         """The weight came from a checkpoint of the plain model, which has no alpha."""
@@ -269,11 +373,41 @@ class QuantizedModule(nn.Module):
             )
 
 
+#: Of its first value: where a learned alpha is held that an update drove out of range.
+HELD = 2.0**-20
+
+
+@torch.no_grad()
+def hold_alphas(modules: Sequence[QuantizedModule]) -> Tensor:
+    """Hold learned alphas that an update drove out of range at 2^-20 of their first value, and warn once.
+
+    Returns:
+        How many, 0-dim int64 on their device; nothing waits for it there.
+    """
+    alphas = [m.alpha.detach() for m in modules]
+    now = torch.cat([alpha.flatten() for alpha in alphas])
+    least = torch.cat([m.alpha_least.flatten() for m in modules])
+    out = ~((now >= least) & (now <= memory.alpha_range(2)[1]))  # NaN too
+    parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
+    torch._foreach_copy_(alphas, [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
+    count = out.sum()
+    if now.device.type == "cpu" and not torch.compiler.is_compiling() and int(count):
+        if not any(m.warned for m in modules):
+            warnings.warn(
+                "a learned alpha was driven out of range and is held at 2^-20 of its first value: is its"
+                " learning rate too high?",
+                stacklevel=3,
+            )
+        for m in modules:
+            m.warned = True
+    return count
+
+
 EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
-def saved_quantizer(state: object) -> Quantizer:
-    """The quantizer in an entry of a state dict.
+def saved_quantizers(state: object) -> tuple[Quantizer, Quantizer | None]:
+    """The quantizers of weight and activation in an entry of a state dict.
 
     Raises:
         ValueError: it cannot be read.
@@ -283,6 +417,9 @@ def saved_quantizer(state: object) -> Quantizer:
         raise ValueError(f"the quantizer's state must be a uint8 tensor, got {what}")
     text = bytes(state.flatten().tolist())
     try:
-        return Quantizer.from_dict(json.loads(text))
+        found = json.loads(text)
+        saved = Quantizer.from_dict(found)
+        activation = found.get("activation")
+        return saved, None if activation is None else Quantizer.from_dict(activation)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"the quantizer's state must be JSON, got {text!r}") from error

@@ -25,6 +25,7 @@ class Row:
         numel: elements; 0 where ``tied`` says that another row counts them.
         quantizer: how it is quantized, or None.
         scales: elements of alpha.
+        activation: how its input is quantized, or None.
         size: bytes, of codes at ``bits`` each and scales, or of the parameters as they are.
         reason: why it was left alone.
         tied: the module whose weight this is, too.
@@ -37,6 +38,7 @@ class Row:
     size: float
     quantizer: Quantizer | None = None
     scales: int = 0
+    activation: Quantizer | None = None
     reason: str = ""
     tied: str = ""
 
@@ -93,8 +95,9 @@ class Report:
     def __str__(self) -> str:
         letters: dict[Quantizer, str] = {}
         for row in self.quantized:
-            if row.quantizer is not None:
-                letters.setdefault(row.quantizer, _letter(len(letters)))
+            for q in (row.quantizer, row.activation):
+                if q is not None:
+                    letters.setdefault(q, _letter(len(letters)))
         head = ["module", "type", "weight", "bits", "scales", "by"]
         lines = table([head, *grouped(self.quantized, lambda row: _of_quantized(row, letters))])
         lines += ["", *(f"{letter}: {_described(q)}" for q, letter in letters.items())]
@@ -122,6 +125,8 @@ def _letter(i: int) -> str:
 def _of_quantized(row: Row, letters: Mapping[Quantizer, str]) -> list[str]:
     assert row.quantizer is not None
     by = letters[row.quantizer] + (f", tied to {row.tied}" if row.tied else "")
+    if row.activation is not None:
+        by += f", inputs {letters[row.activation]}"
     return [row.name or "(the model)", row.kind, row.shape, f"{row.bits:.3g}", str(row.scales), by]
 
 
@@ -167,7 +172,7 @@ def grouped(rows: Sequence[Row], cells: Callable[[Row], list[str]]) -> list[list
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         name = re.sub(r"\d+", "#", row.name)
-        key = (name, row.tied, row.kind, row.shape, row.quantizer, row.scales, row.reason)
+        key = (name, row.tied, row.kind, row.shape, row.quantizer, row.activation, row.scales, row.reason)
         found.setdefault(key, []).append(row)
     return [
         [name, *cells(alike[0])[1:]]

@@ -9,12 +9,15 @@ from typing import NamedTuple
 from torch import nn
 
 from ..spec.quantizer import Quantizer
+from ..spec.scale import LearnedScale, MeasuredScale
 from .quantized import QuantizedModule
 from .twins import read_by, reason_against, twin_of, weights_of
 
 #: A name or pattern of names, a type, or a function of name and module.
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-Rule = tuple[Which, Quantizer | None]
+Rule = tuple[Which, Quantizer | None] | tuple[Which, Quantizer | None, Quantizer | None]
+#: A rule as it is decided: which modules, their weights' quantizer, their inputs'.
+Full = tuple[Which, Quantizer | None, Quantizer | None]
 
 
 class Unit(NamedTuple):
@@ -30,11 +33,16 @@ class Choice(NamedTuple):
 
     unit: Unit
     quantizer: Quantizer | None
+    activation: Quantizer | None
     reason: str | None  # why it is left alone
 
 
 def choose(
-    model: nn.Module, quantizer: Quantizer | None, rules: Sequence[Rule], skip: Which | Sequence[Which]
+    model: nn.Module,
+    quantizer: Quantizer | None,
+    activation: Quantizer | None,
+    rules: Sequence[Rule],
+    skip: Which | Sequence[Which],
 ) -> list[Choice]:
     """What becomes of each module of ``model`` that holds weights; the first rule that matches decides.
 
@@ -49,14 +57,14 @@ def choose(
         )
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise TypeError(f"rules must be a list of pairs, got {type(rules).__name__}")
-    named: list[tuple[str, Rule]] = [(f"skip[{i}]", (which, None)) for i, which in enumerate(given)]
-    named += [(f"rules[{i}]", _checked(i, rule)) for i, rule in enumerate(rules)]
-    for name, (which, _) in named:
+    named: list[tuple[str, Full]] = [(f"skip[{i}]", (which, None, None)) for i, which in enumerate(given)]
+    named += [(f"rules[{i}]", _checked(i, rule, activation)) for i, rule in enumerate(rules)]
+    for name, (which, _, _) in named:
         if not (isinstance(which, str) or callable(which)):
             raise TypeError(f"{name} must be a name, a type or a function, got {type(which).__name__}")
     units = units_of(model)
     first: dict[int, int] = {}  # unit to rule, by their places
-    for r, (name, (which, _)) in enumerate(named):
+    for r, (name, (which, _, _)) in enumerate(named):
         matched = [u for u, unit in enumerate(units) if _matches(which, unit)]
         if not matched:
             raise ValueError(f"{name} must match a module of model that holds weights, got {shown(which)}")
@@ -64,7 +72,8 @@ def choose(
             first.setdefault(u, r)
     for r, (name, rule) in enumerate(named):
         _check_asked(name, rule, [units[u] for u, found in first.items() if found == r])
-    return [_choice(unit, quantizer, named[first[u]] if u in first else None) for u, unit in enumerate(units)]
+    default = quantizer, activation
+    return [_choice(unit, default, named[first[u]] if u in first else None) for u, unit in enumerate(units)]
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -88,13 +97,18 @@ def _path(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
-def _checked(i: int, rule: object) -> Rule:
-    if not isinstance(rule, tuple | list) or len(rule) != 2:
-        raise TypeError(f"rules[{i}] must be a pair (which modules, quantizer), got {rule!r}")
-    which, quantizer = rule
-    if quantizer is not None and not isinstance(quantizer, Quantizer):
-        raise TypeError(f"rules[{i}][1] must be a Quantizer or None, got {type(quantizer).__name__}")
-    return which, quantizer
+def _checked(i: int, rule: object, activation: Quantizer | None) -> Full:
+    if not isinstance(rule, tuple | list) or len(rule) not in (2, 3):
+        raise TypeError(
+            f"rules[{i}] must be (which modules, quantizer) or that and an activation, got {rule!r}"
+        )
+    which, quantizer, of_input = (*rule, activation)[:3]
+    for k, value in ((1, quantizer), (2, of_input)):
+        if value is not None and not isinstance(value, Quantizer):
+            raise TypeError(f"rules[{i}][{k}] must be a Quantizer or None, got {type(value).__name__}")
+    if of_input is not None:
+        check_activation(f"rules[{i}][2]", of_input)
+    return which, quantizer, of_input
 
 
 def _matches(which: Which, unit: Unit) -> bool:
@@ -111,9 +125,9 @@ def shown(which: Which) -> str:
     return repr(which) if isinstance(which, str) else getattr(which, "__name__", repr(which))
 
 
-def _check_asked(name: str, rule: Rule, matched: list[Unit]) -> None:
+def _check_asked(name: str, rule: Full, matched: list[Unit]) -> None:
     """Raise if a rule asks for what cannot be quantized; ``matched`` is what it decides on."""
-    which, quantizer = rule
+    which, quantizer, _ = rule
     if quantizer is None or not matched:
         return
     against = {unit.names[0]: reason_against(unit.module) for unit in matched if _is_weight(unit)}
@@ -136,14 +150,28 @@ def _is_weight(unit: Unit) -> bool:
     return any("weight" in name for name in weights_of(module).matrices)
 
 
-def _choice(unit: Unit, quantizer: Quantizer | None, first: tuple[str, Rule] | None) -> Choice:
+def _choice(
+    unit: Unit, default: tuple[Quantizer | None, Quantizer | None], first: tuple[str, Full] | None
+) -> Choice:
+    quantizer, activation = default
     if isinstance(unit.module, QuantizedModule):
-        return Choice(unit, None, "quantized before")
+        return Choice(unit, None, None, "quantized before")
     if first is not None:
-        name, (which, quantizer) = first
+        name, (which, quantizer, activation) = first
         if quantizer is None:
-            return Choice(unit, None, f"{name}, {shown(which)}")
+            return Choice(unit, None, None, f"{name}, {shown(which)}")
     elif quantizer is None:
-        return Choice(unit, None, "no rule names it")
+        return Choice(unit, None, None, "no rule names it")
     reason = reason_against(unit.module)
-    return Choice(unit, None if reason else quantizer, reason)
+    if isinstance(unit.module, nn.Embedding):  # whose input is indices
+        activation = None
+    return Choice(unit, None if reason else quantizer, activation, reason)
+
+
+def check_activation(name: str, activation: Quantizer) -> None:
+    """Raise unless it is a quantizer that inputs can have: none learned, and one that no input makes 0."""
+    scale = activation.scale
+    if isinstance(scale, LearnedScale):
+        raise ValueError(f"{name} must have a fixed or measured scale, got {scale}")
+    if isinstance(scale, MeasuredScale) and not (scale.least or scale.add):
+        raise ValueError(f"{name} must have a scale with least > 0, for inputs that are all 0, got {scale}")

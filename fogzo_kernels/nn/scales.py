@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from ..functional import measure_alphas_
 from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
+from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
 
 
+@torch.no_grad()
 def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> Tensor:
     """Alpha that the quantizer's scale gives a weight: a new float32 tensor on its device.
 
@@ -22,7 +28,7 @@ def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> T
         TypeError, ValueError: it does not fit; the message names the weight.
     """
     rows = weight.detach().movedim(outputs, 0).flatten(1).contiguous()
-    alpha = quantizer.scale.of(rows)
+    alpha = _made(name, rows, quantizer)
     count, length = rows.shape
     shape = tuple(alpha.shape)
     own = alpha.numel() == rows.numel() and length > 1  # one for each weight: nothing would be left to train
@@ -38,3 +44,31 @@ def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> T
             f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {alpha.min()}..{alpha.max()} for {name}"
         )
     return alpha
+
+
+def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
+    scale = quantizer.scale
+    if isinstance(scale, LearnedScale):
+        scale = scale.first(quantizer.grid)
+    if isinstance(scale, FixedScale):
+        return scale.of(rows)
+    assert isinstance(scale, MeasuredScale)
+    try:
+        shape = scale.shape_for(*rows.shape)
+    except ValueError as error:
+        raise ValueError(f"{error} for {name}") from None
+    alpha = torch.empty(shape, device=rows.device)
+    if not rows.is_meta:
+        measure_([alpha], [rows], scale)
+    return alpha
+
+
+@torch.no_grad()
+def measure_(
+    alphas: Sequence[Tensor], rows: Sequence[Tensor], scale: MeasuredScale, backend: str | None = None
+) -> None:
+    """Write the alphas that the scale measures from these rows: one launch for all."""
+    measure_alphas_(
+        alphas, rows, statistic=scale.statistic, factor=scale.factor, add=scale.add, least=scale.least,
+        backend=backend,
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..spec.quantizer import Quantizer
+from ..spec.scale import LearnedScale
 from .quantized import QuantizedModule
 
 #: A module and the name of one of its parameters.
@@ -66,6 +67,14 @@ def check_raw_uses(places: Mapping[str, Owner]) -> None:
         raise ValueError(_both(quantized[0], raw[0]))
 
 
+def share_alphas(model: nn.Module) -> None:
+    """Let modules that share a weight share a learned alpha too."""
+    for places in owners_of(model).values():
+        tied = [m for m in _quantized(places).values() if isinstance(m.quantizer.scale, LearnedScale)]
+        for module in tied[1:]:
+            module.share_alpha(tied[0])
+
+
 def watch(model: nn.Module) -> None:
     """Keep the alphas of tied weights equal when a state dict is loaded that has such a weight once."""
     unwatch(model)
@@ -91,7 +100,8 @@ def follow(model: nn.Module, incompatible: Any) -> None:
         absent = [where for where in tied if any(key.endswith(f".{where}") for key in missing)]
         present = [where for where in tied if where not in absent]
         for where in absent if present else []:
-            tied[where].alpha = tied[present[0]].alpha.clone()
+            if not isinstance(tied[where].alpha, nn.Parameter):  # a learned one is the same in all
+                tied[where].alpha = tied[present[0]].alpha.clone()
 
 
 def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:

@@ -46,7 +46,10 @@ def weights_of(module: nn.Module) -> Weights:
     Raises:
         ValueError: one is not initialized yet.
     """
-    own: dict[str, Tensor] = {name: p for name, p in module._parameters.items() if p is not None}
+    added = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
+    own: dict[str, Tensor] = {
+        name: p for name, p in module._parameters.items() if p is not None and name not in added
+    }
     for child in read_by(module):
         own |= {f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters()}
     if parametrize.is_parametrized(module):

@@ -135,8 +135,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- which tensors go into one call
 
     def _calls(self) -> Iterator[_Call]:
-        """Tensors of one param group, dtype, device, grid and step number, quantized ones first."""
-        weights = {w.parameter: w for w in self.fogzo.weights} if self.fogzo is not None else {}
+        """Tensors of one param group, dtype, device, grid and step number, quantized ones first.
+
+        Learned alphas come last of all: the estimates of their weights are made with them as they were.
+        """
+        known = self.fogzo.weights if self.fogzo is not None else []
+        weights = {w.parameter: w for w in known}
+        alphas = {id(m.alpha) for w in known for m in w.modules}
+        last: list[_Call] = []
         for group in self.param_groups:
             found: dict[tuple[Any, ...], _Call] = {}
             plain: list[tuple[Tensor, int, View]] = []
@@ -151,6 +157,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     found.setdefault(where, _Call(group, count, key)).add(p, view, weights[p])
                 else:
                     plain.append((p, count, view))
+            moved = [entry for entry in plain if id(entry[0]) in alphas]
+            plain = [entry for entry in plain if id(entry[0]) not in alphas]
             for p, count, view in plain:  # with the quantized ones of their kind, if any, in one call
                 where = (p.device, p.dtype, p.grad.dtype if p.grad is not None else None, count)
                 there = next((c for k, c in found.items() if k[:4] == where), None)
@@ -158,6 +166,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                     there = found.setdefault((*where, None), _Call(group, count, None))
                 there.add(p, view, None)
             yield from found.values()
+            later: dict[tuple[Any, ...], _Call] = {}
+            for p, count, view in moved:
+                assert p.grad is not None
+                where = (p.device, p.grad.dtype, count)
+                later.setdefault(where, _Call(group, count, None)).add(p, view, None)
+            last += later.values()
+        yield from last
 
     def _prepare(self, p: Tensor, group: dict[str, Any], view: View) -> int:
         """Make the state, and return the number of the coming step; 0 if only the device knows it.

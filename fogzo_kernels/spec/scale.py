@@ -2,55 +2,127 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .grid import Grid
+
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
+#: How many weights share an alpha: all, those of a row, or that many neighbours in a row.
+Granularity = str | int
+#: What alpha is measured by.
+STATISTICS = ("absmax", "absmean", "rms")
 
 
-@dataclass(frozen=True, eq=False)
 class Scale:
-    """The scale of a weight, ``alpha``: the unit of its grid. Use the constructor :meth:`fixed`.
+    """The scale of a weight, ``alpha``: the unit of its grid. Use its constructors.
 
-    A value: two scales are equal if their numbers are equal, or if they hold the very same tensor or
-    function.
+    Weights are seen as matrices with a row for each output of their module: what stands behind the first
+    dimension of a convolution's weight is flattened.
     """
 
-    alpha: Alpha
-
-    def __post_init__(self) -> None:
-        if not callable(self.alpha):
-            check_alpha(self.alpha, "a number, a floating tensor or a function of a weight that returns one")
-
-    @classmethod
-    def fixed(cls, alpha: Alpha) -> Scale:
+    @staticmethod
+    def fixed(alpha: Alpha) -> FixedScale:
         """A scale that training leaves as it is.
 
         Args:
             alpha: finite and > 0: a number or a floating tensor for every weight, or a function that takes a
-                weight (detached) and returns one. The weight is a matrix, with a row for each output of the
-                module: what stands behind the first dimension of a convolution's weight is flattened.
-                Alpha has one element, one per row, of shape (rows, 1) or (rows,), or one per group of a
-                row, of shape (rows, groups).
+                weight's rows (detached) and returns one. It has one element, one per row, of shape (rows, 1)
+                or (rows,), or one per group of a row, of shape (rows, groups).
 
         Raises:
             TypeError: ``alpha`` is neither of them.
             ValueError: it is a tensor that requires grad.
         """
-        return cls(alpha)
+        return FixedScale(alpha)
+
+    @staticmethod
+    def absmax(
+        granularity: Granularity = "tensor", *, factor: float = 1.0, add: float = 0.0, least: float = 0.0
+    ) -> MeasuredScale:
+        """Alpha = max(factor (max abs(w) + add), least), measured in each step; see :class:`MeasuredScale`."""
+        return MeasuredScale("absmax", granularity, factor, add, least)
+
+    @staticmethod
+    def absmean(
+        granularity: Granularity = "tensor", *, factor: float = 1.0, add: float = 0.0, least: float = 0.0
+    ) -> MeasuredScale:
+        """Alpha = max(factor (mean abs(w) + add), least), measured in each step; see :class:`MeasuredScale`."""
+        return MeasuredScale("absmean", granularity, factor, add, least)
+
+    @staticmethod
+    def rms(
+        granularity: Granularity = "tensor", *, factor: float = 1.0, add: float = 0.0, least: float = 0.0
+    ) -> MeasuredScale:
+        """Alpha = max(factor (sqrt(mean w^2) + add), least), measured in each step; see
+        :class:`MeasuredScale`."""
+        return MeasuredScale("rms", granularity, factor, add, least)
+
+    @staticmethod
+    def learned(
+        granularity: Granularity = "tensor", *, init: FixedScale | MeasuredScale | None = None
+    ) -> LearnedScale:
+        """A scale that is trained: alpha is a parameter of its module, with LSQ's gradient.
+
+        Args:
+            granularity: ``"tensor"``, ``"row"``, or the size of a group of a row; with ``init`` that of it.
+            init: what alpha begins with; None: 2 mean abs(w) / sqrt(qmax), as LSQ does.
+        """
+        return LearnedScale(granularity if init is None else None, init)
+
+    @property
+    def moves(self) -> bool:
+        """Whether alpha changes in training."""
+        raise NotImplementedError
 
     @property
     def from_weight(self) -> bool:
-        """Whether alpha is made from the weight, by a function."""
+        """Whether alpha is made from the weight, so that another weight has another."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Itself in strings and numbers, for JSON."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_dict(found: dict[str, Any]) -> Scale:
+        """The scale that :meth:`to_dict` gave; one that was not kept raises when it is used."""
+        if "measured" in found:
+            return MeasuredScale(**found["measured"])
+        if "learned" in found:
+            init = Scale.from_dict(found["init"]) if found["init"] else None
+            return LearnedScale(found["learned"], init)  # type: ignore[arg-type]
+        kept = {"number": found["alpha"], "tensor": tensor_not_saved, "function": not_saved}
+        return FixedScale(kept[found["fixed"]])
+
+
+@dataclass(frozen=True, eq=False)
+class FixedScale(Scale):
+    """A scale that training leaves as it is; made by :meth:`Scale.fixed`.
+
+    A value: two are equal if their numbers are equal, or if they hold the very same tensor or function.
+    """
+
+    alpha: Alpha
+
+    moves = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.alpha):
+            check_alpha(self.alpha, "a number, a floating tensor or a function of a weight that returns one")
+
+    @property
+    def from_weight(self) -> bool:
         return callable(self.alpha) and self.alpha is not tensor_not_saved
 
     @torch.no_grad()
-    def of(self, weight: Tensor) -> Tensor:
+    def of(self, rows: Tensor) -> Tensor:
         """Alpha of a weight: a new float32 tensor on its device, in the shape that was given.
 
         Raises:
@@ -59,9 +131,9 @@ class Scale:
         """
         value: Any = self.alpha
         if callable(value):
-            value = value(weight.detach())
+            value = value(rows.detach())
             check_alpha(value, "a function of a weight that returns a number or a floating tensor")
-        return torch.as_tensor(value, dtype=torch.float32, device=weight.device).clone().contiguous()
+        return torch.as_tensor(value, dtype=torch.float32, device=rows.device).clone().contiguous()
 
     def __repr__(self) -> str:
         alpha = self.alpha
@@ -71,17 +143,10 @@ class Scale:
         return f"Scale.fixed({shown})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Itself in strings and numbers; a tensor or a function is not kept, only that it was one."""
+        """A tensor or a function is not kept, only that it was one."""
         kept = self.alpha if isinstance(self.alpha, int | float) else None
         tensor = isinstance(self.alpha, Tensor) or self.alpha is tensor_not_saved
         return {"fixed": "number" if kept is not None else "tensor" if tensor else "function", "alpha": kept}
-
-    @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Scale:
-        """The scale that :meth:`to_dict` gave; one that was not kept raises when it is used."""
-        return cls(
-            {"number": found["alpha"], "tensor": tensor_not_saved, "function": not_saved}[found["fixed"]]
-        )
 
     def _identity(self) -> tuple[str, float]:
         if isinstance(self.alpha, int | float):
@@ -89,12 +154,12 @@ class Scale:
         return "object", id(self.alpha)  # tensors compare element by element; a function may have no hash
 
     def __eq__(self, other: object) -> bool:
-        return self._identity() == other._identity() if isinstance(other, Scale) else NotImplemented
+        return self._identity() == other._identity() if isinstance(other, FixedScale) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._identity())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Scale:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FixedScale:
         return self  # or the scales of a copied model would not equal those it was made with
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,8 +168,132 @@ class Scale:
             try:
                 pickle.dumps(self.alpha)
             except (pickle.PicklingError, AttributeError, TypeError):
-                return Scale, (not_saved,)
-        return Scale, (self.alpha,)
+                return FixedScale, (not_saved,)
+        return FixedScale, (self.alpha,)
+
+
+@dataclass(frozen=True)
+class MeasuredScale(Scale):
+    """A scale measured from the weight as it is in each step, the same for all passes of the step.
+
+    alpha = max(factor (statistic + add), least), a constant for autograd.
+
+    Args:
+        statistic: ``"absmax"``, ``"absmean"`` or ``"rms"``.
+        granularity: ``"tensor"``, ``"row"``, or the number of neighbouring weights of a row that share one
+            alpha, which must divide the row.
+        factor: > 0.
+        add: >= 0.
+        least: >= 0; some such bound keeps alpha > 0 where weights are all 0.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    statistic: str
+    granularity: Granularity
+    factor: float
+    add: float
+    least: float
+
+    moves = True
+    from_weight = True
+
+    def __post_init__(self) -> None:
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
+        check_granularity(self.granularity)
+        for name in ("factor", "add", "least"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            low = "> 0" if name == "factor" else ">= 0"
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and name != "factor"))):
+                raise ValueError(f"{name} must be finite and {low}, got {value}")
+            object.__setattr__(self, name, float(value))
+
+    def shape_for(self, rows: int, length: int) -> tuple[int, ...]:
+        """The shape of alpha for a weight of ``rows`` rows of ``length`` elements.
+
+        Raises:
+            ValueError: the group does not divide a row.
+        """
+        if self.granularity == "tensor":
+            return ()
+        if self.granularity == "row":
+            return (rows, 1)
+        assert isinstance(self.granularity, int)
+        if length % self.granularity:
+            raise ValueError(
+                f"granularity must divide the rows of the weight, of {length} elements, got {self.granularity}"
+            )
+        return (rows, length // self.granularity)
+
+    def __repr__(self) -> str:
+        shown = [] if self.granularity == "tensor" else [repr(self.granularity)]
+        if self.factor != 1:
+            shown.append(f"factor={self.factor:.6g}")
+        shown += [f"{name}={getattr(self, name):g}" for name in ("add", "least") if getattr(self, name)]
+        return f"Scale.{self.statistic}({', '.join(shown)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"measured": asdict(self)}
+
+
+@dataclass(frozen=True)
+class LearnedScale(Scale):
+    """A scale that is trained, with LSQ's gradient (Esser et al. 2020, arXiv 1902.08153); made by
+    :meth:`Scale.learned`.
+
+    Args:
+        granularity: of the default initial value; None where ``init`` is given.
+        init: what alpha begins with, or None.
+    """
+
+    granularity: Granularity | None
+    init: FixedScale | MeasuredScale | None
+
+    moves = True
+    from_weight = True
+
+    def __post_init__(self) -> None:
+        if self.init is None:
+            check_granularity(self.granularity)
+        elif not isinstance(self.init, FixedScale | MeasuredScale):
+            raise TypeError(f"init must be a fixed or measured Scale, got {type(self.init).__name__}")
+
+    def first(self, grid: Grid) -> FixedScale | MeasuredScale:
+        """The scale that gives alpha its first value."""
+        if self.init is not None:
+            return self.init
+        assert self.granularity is not None
+        return MeasuredScale("absmean", self.granularity, 2 / math.sqrt(levels_above(grid)), 0.0, 0.0)
+
+    def gradient_factor(self, grid: Grid, shared: int) -> float:
+        """What LSQ multiplies alpha's gradient by: 1 / sqrt(weights that share it times qmax)."""
+        return 1 / math.sqrt(max(shared, 1) * levels_above(grid))
+
+    def __repr__(self) -> str:
+        shown = repr(self.granularity) if self.init is None else f"init={self.init!r}"
+        return "Scale.learned()" if shown == "'tensor'" else f"Scale.learned({shown})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"learned": self.granularity, "init": self.init and self.init.to_dict()}
+
+
+def levels_above(grid: Grid) -> int:
+    """LSQ's qmax, at least 1: grids of one bit have none above 0."""
+    return max(grid.qmax, 1)
+
+
+def check_granularity(granularity: object) -> None:
+    """Raise unless it is "tensor", "row" or a group of 2 or more."""
+    if isinstance(granularity, str) and granularity in ("tensor", "row"):
+        return
+    if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 2:
+        raise ValueError(
+            f"granularity must be 'tensor', 'row' or an int >= 2, the size of a group, got {granularity!r}"
+        )
 
 
 def check_alpha(alpha: object, expected: str) -> None:

@@ -139,7 +139,10 @@ class Fogzo:
         return self._completed() is not None
 
     def diagnostics(self) -> dict[str, int]:
-        """Directions and norms lost to values that were not finite, and bad alphas; waits for the device."""
+        """Directions and norms lost to values that were not finite, and bad alphas; waits for the device.
+
+        Learned alphas that were held in range count as bad, once for each step.
+        """
         return dict(zip(COUNTERS, self._counters.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:

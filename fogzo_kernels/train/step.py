@@ -13,7 +13,7 @@ from torch import Tensor
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
 from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
-from .weights import Key, QuantizedWeight
+from .weights import Key, QuantizedWeight, set_alphas
 
 #: Gradients, each with the version of its data.
 Versions = list[tuple[Tensor, int]]
@@ -141,9 +141,12 @@ class Step:
             if one.sign == 0:
                 self._check_fresh()
                 self._before = self._replay.save()
-                if not capturing():  # a graph's replay could not see that a weight was set in between
-                    for w in self.weights:
-                        w.recall()
+                held = set_alphas(self.weights, self._backend)
+                if held is not None:
+                    self._counters[2] += held
+                for w in self.weights:
+                    # a graph's replay could not see that a weight was set in between
+                    w.recall(kept=not capturing())
             else:
                 assert self._before is not None
                 self._write_probes(one)

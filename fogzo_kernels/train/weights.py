@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.quantized import Held, QuantizedModule
+from ..nn.quantized import Held, QuantizedModule, hold_alphas
+from ..nn.scales import measure_
 from ..nn.sharing import check_raw_uses, owners_of
 from ..ops import checks
 from ..spec.grid import Grid
 from ..spec.quantizer import Quantizer
+from ..spec.scale import LearnedScale, MeasuredScale
 from ..spec.straight_through import StraightThrough
 
 
@@ -70,8 +72,8 @@ class QuantizedWeight:
 
     @property
     def alpha(self) -> Tensor:
-        """The scale of its grid, float32."""
-        return self.modules[0].alpha
+        """The scale of its grid, float32, as it is in this step."""
+        return self.modules[0].alpha.detach()
 
     @property
     def quantizer(self) -> Quantizer:
@@ -97,11 +99,18 @@ class QuantizedWeight:
         for module in self.modules:
             module.held = Held(self.parameter, rows, probe=True)
 
-    def recall(self) -> None:
-        """Its modules take Q(parameter) from the buffer where it is there, until :meth:`release`."""
-        quantized = self.quantized()
+    def recall(self, kept: bool) -> None:
+        """Its modules take Q(parameter) from the buffer where it is there, until :meth:`release`.
+
+        A measured alpha is that of the step; modules do not measure it again.
+
+        Args:
+            kept: whether the buffer may be used.
+        """
+        quantized = self.quantized() if kept else None
+        held = Held(self.parameter, quantized, probe=False)
         for module in self.modules:
-            module.held = None if quantized is None else Held(self.parameter, quantized, probe=False)
+            module.held = held if quantized is not None or self.quantizer.scale.moves else None
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""
@@ -115,12 +124,31 @@ class QuantizedWeight:
         return tuple(x for t in tensors for x in (t.data_ptr(), t._version))
 
     def wrote_quantized(self) -> None:
-        """Note that the buffer holds Q(parameter)."""
-        self._written = self._state()
+        """Note that the buffer holds Q(parameter), if its alpha is still that of the parameter."""
+        self._written = None if self.quantizer.scale.moves else self._state()
 
     def quantized(self) -> Tensor | None:
         """Q(parameter) where the buffer holds it and nothing has changed since."""
         return self.buffer if self._written is not None and self._written == self._state() else None
+
+
+def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | None:
+    """Make alphas that move those of the step: measure them, those of one scale in one call; hold learned ones.
+
+    Returns:
+        How many learned ones were out of range, 0-dim int64, or None if there are none.
+    """
+    calls: dict[tuple[MeasuredScale, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for w in weights:
+        scale = w.quantizer.scale
+        if isinstance(scale, MeasuredScale):
+            alphas, rows = calls.setdefault((scale, w.parameter.dtype), ([], []))
+            alphas += [m.alpha for m in w.modules]
+            rows += [w.latent] * len(w.modules)
+    for (scale, _), (alphas, rows) in calls.items():
+        measure_(alphas, rows, scale, backend)
+    learned = [w.modules[0] for w in weights if isinstance(w.quantizer.scale, LearnedScale)]
+    return hold_alphas(learned) if learned else None
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
@@ -204,7 +232,12 @@ def _check_alike(w: QuantizedWeight) -> None:
     first = w.modules[0]
     for m in w.modules[1:]:
         same = m.quantizer == first.quantizer and m.tensor_id == first.tensor_id
-        if not (same and torch.equal(m.alpha, first.alpha)):
+        if isinstance(m.quantizer.scale, LearnedScale):
+            alike = m.alpha is first.alpha  # or they would be trained apart
+        else:
+            measured = isinstance(m.quantizer.scale, MeasuredScale)  # anew in each step
+            alike = measured or torch.equal(m.alpha, first.alpha)
+        if not (same and alike):
             raise ValueError(
                 f"{w.name} must have one quantizer, alpha and tensor_id in all modules that share it, got"
                 f" {first} and {m}: tie weights before quantize_model, and calibrate_ the whole model"

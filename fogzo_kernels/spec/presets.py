@@ -1,0 +1,86 @@
+"""Quantizers of the field by name: a grid, a scale and a straight-through estimator each."""
+
+from __future__ import annotations
+
+from .grid import Grid
+from .quantizer import Quantizer
+from .scale import Alpha, Granularity, Scale
+from .straight_through import StraightThrough
+
+
+def fixed(bits: int, alpha: Alpha) -> Quantizer:
+    """``Grid.uniform(bits)`` with a scale that stays, and the clipped identity.
+
+    Args:
+        bits: 2 to 8.
+        alpha: as for :meth:`Scale.fixed`.
+    """
+    return Quantizer(Grid.uniform(bits), Scale.fixed(alpha), StraightThrough("identity"))
+
+
+def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
+    """``Grid.uniform(bits)``, for 1 bit ``Grid.sign()``, with a learned scale.
+
+    LSQ (Esser et al. 2020, arXiv 1902.08153): alpha begins at 2 mean abs(w) / sqrt(qmax), and its gradient is
+    divided by sqrt(n qmax), for n weights that share it. With 1 bit it begins at mean abs(w), and gradients
+    pass a hardtanh.
+
+    Args:
+        bits: 1 to 8.
+        granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if isinstance(bits, bool) or bits not in range(1, 9):
+        raise ValueError(f"bits must be an int in 1..8, got {bits!r}")
+    if bits == 1:
+        scale = Scale.learned(init=Scale.absmean(granularity))
+        return Quantizer(Grid.sign(), scale, StraightThrough("hardtanh"))
+    return Quantizer(Grid.uniform(bits), Scale.learned(granularity), StraightThrough("identity"))
+
+
+def seq(bits: float, granularity: Granularity = "row") -> Quantizer:
+    """Values -3/4, -1/4, 1/4, 3/4 of a learned range for 2 bits; -2/3, 0, 2/3 for 1.58.
+
+    SEQ (ParetoQ, Liu et al. 2025, arXiv 2502.02631, equation 3): a grid of equal steps across the range
+    max abs(w), which is where it begins. Alpha is the distance of neighbouring values: half of the range, or
+    two thirds of it.
+
+    Args:
+        bits: 2, or 1.58 for three values.
+        granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row.
+
+    Raises:
+        ValueError: ``bits`` is another number.
+    """
+    if bits == 2:
+        grid, share = Grid.half_offset(2), 1 / 2
+    elif bits == 1.58:
+        grid, share = Grid.ternary(), 2 / 3
+    else:
+        raise ValueError(f"bits must be 2 or 1.58, got {bits!r}")
+    scale = Scale.learned(init=Scale.absmax(granularity, factor=share))
+    return Quantizer(grid, scale, StraightThrough("identity"))
+
+
+def dynamic(bits: int, granularity: Granularity = "row") -> Quantizer:
+    """For activations: ``Grid.uniform(bits)`` across the largest value of each token, measured in each forward.
+
+    What BitNet b1.58 (arXiv 2402.17764) takes, with 8 bits.
+
+    Args:
+        bits: 2 to 8.
+        granularity: ``"row"``, a token, or ``"tensor"``, or the size of a group of a token.
+    """
+    grid = Grid.uniform(bits)
+    scale = Scale.absmax(granularity, factor=1 / grid.qmax, least=1e-5 / grid.qmax)
+    return Quantizer(grid, scale, StraightThrough("identity", clip=False))
+
+
+def bitnet() -> Quantizer:
+    """Three values, -alpha, 0 and alpha, with alpha the mean of abs(w) over the tensor, at least 1e-5.
+
+    BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764, equations 1 to 3).
+    """
+    return Quantizer(Grid.ternary(), Scale.absmean(least=1e-5), StraightThrough("identity", clip=False))
