@@ -12,6 +12,9 @@ from torch import Tensor
 
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
 
+#: What an alpha can be made of: the largest abs(x) of its elements, their mean, the root of the mean of x^2.
+STATISTICS = ("absmax", "absmean", "rms")
+
 
 @dataclass(frozen=True, eq=False)
 class Scale:
