@@ -157,4 +157,35 @@ FOGZO_HD float derivative_of(float theta, const Scale &scale, const GridRange &g
   }
 }
 
+// How a statistic of a cell, the elements that share an alpha, becomes the alpha.
+struct Measure {
+  Statistic statistic;
+  float factor, add, least;
+};
+
+// What a cell comes to is a float64: a sum, or of absmax the largest bits of abs(x) as a number. Those of NaN
+// are larger than infinity's, so that no NaN is lost.
+template <Statistic S> FOGZO_HD double joined(double a, double b) {
+  return S == Statistic::absmax ? (a > b ? a : b) : a + b;
+}
+
+// `count` may be 0
+template <Statistic S> FOGZO_HD float statistic_of(double total, int64_t count) {
+  const double mean = total / double(count ? count : 1);
+  if constexpr (S == Statistic::absmax)
+    return float_of(uint32_t(total));
+  else if constexpr (S == Statistic::absmean)
+    return float(mean);
+  else if constexpr (S == Statistic::rms)
+    return float(std::sqrt(mean));
+  else
+    static_assert(unknown<S>, "statistic_of() must know each statistic");
+}
+
+// max(factor (statistic + add), least); NaN stays
+FOGZO_HD float alpha_of(float statistic, const Measure &measure) {
+  const float scaled = measure.factor * (statistic + measure.add);
+  return scaled < measure.least ? measure.least : scaled;
+}
+
 } // namespace fogzo

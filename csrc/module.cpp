@@ -66,6 +66,7 @@ py::dict names() {
 #undef FOGZO_ENTRY
   found["distributions"] = names_of<Distribution>();
   found["straight_throughs"] = names_of<StraightThrough>();
+  found["statistics"] = names_of<Statistic>();
   found["rules"] = rules;
   found["hyperparameters"] = names_of<Hyperparameter>();
   found["dtypes"] = names_of<Dtype>();

@@ -19,6 +19,9 @@
 // Forms of the straight-through derivative.
 #define FOGZO_STRAIGHT_THROUGHS(X) X(identity_clipped) X(identity) X(hardtanh) X(tanh) X(approxsign)
 
+// What an alpha is made of.
+#define FOGZO_STATISTICS(X) X(absmax) X(absmean) X(rms)
+
 // Of updates, and how many states each has.
 #define FOGZO_RULES(X) X(adamw, 2) X(sgd, 0) X(momentum, 1) X(nesterov, 1)
 
@@ -72,6 +75,7 @@ template <auto> constexpr bool unknown = false;
 
 FOGZO_ENUMERATION(Distribution, FOGZO_DISTRIBUTIONS)
 FOGZO_ENUMERATION(StraightThrough, FOGZO_STRAIGHT_THROUGHS)
+FOGZO_ENUMERATION(Statistic, FOGZO_STATISTICS)
 FOGZO_ENUMERATION(Rule, FOGZO_RULES)
 FOGZO_ENUMERATION(Hyperparameter, FOGZO_HYPERPARAMETERS)
 FOGZO_ENUMERATION(Dtype, FOGZO_DTYPES)

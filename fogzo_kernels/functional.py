@@ -13,6 +13,7 @@ that is unavailable RuntimeError, before anything is written.
 
 from __future__ import annotations
 
+from .ops.alphas import measure_alphas_
 from .ops.estimate import estimate_gradient_
 from .ops.noise import noise
 from .ops.norm import guide_norm, guide_sumsq
@@ -30,6 +31,7 @@ __all__ = [
     "estimate_sgd_",
     "guide_norm",
     "guide_sumsq",
+    "measure_alphas_",
     "noise",
     "perturb_quantize_",
     "quantize",

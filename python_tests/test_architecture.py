@@ -19,9 +19,9 @@ PACKAGE = ROOT / "fogzo_kernels"
 # imports of its floor what stands before it. A new module is given its place here.
 FLOORS = {
     "spec": ((), "dtypes noise grid straight_through scale quantizer presets update schedule call"),
-    "backends": (("spec",), "__init__ plans reference cpu cuda triton"),
-    "ops": (("spec", "backends"), "__init__ checks listop memory arguments noise norm perturb estimate tail"
-            " straight_through quantize"),
+    "backends": (("spec",), "__init__ plans cells reference cpu cuda triton"),
+    "ops": (("spec", "backends"), "__init__ checks listop memory arguments alphas noise norm perturb estimate"
+            " tail straight_through quantize"),
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized permuted"
            " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
@@ -33,10 +33,10 @@ FLOORS = {
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip
 #: Of the Triton backend, bottom first.
-ORDER_OF_TRITON = "elements tables launch losses noise norm perturb estimate tail quantize __init__"
+ORDER_OF_TRITON = "elements tables launch losses noise norm measure perturb estimate tail quantize __init__"
 TRITON = ORDER_OF_TRITON.split()
 #: What a backend may import of the package.
-BACKENDS_MAY_IMPORT = ("spec", "backends.plans")
+BACKENDS_MAY_IMPORT = ("spec", "backends.plans", "backends.cells")
 # The language or compiled module of each backend, beside torch and the standard library.
 OWN = {
     "reference": set(), "cpu": {"fogzo_kernels._C"}, "triton": {"triton"}, "cuda": {"fogzo_kernels._cuda"},
@@ -225,7 +225,7 @@ def test_backend_imports_torch_its_language_and_the_constants(name):
 
 
 def test_every_backend_is_known():
-    assert set(FLOORS["backends"][1].split()) - {"__init__", "plans"} == set(backends.OWN) == set(OWN)
+    assert set(FLOORS["backends"][1].split()) - {"__init__", "plans", "cells"} == set(backends.OWN) == set(OWN)
 
 
 def test_nobody_imports_the_reference():
@@ -281,7 +281,7 @@ def test_headers_of_the_contract_include_no_torch():
 
 def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
     """Or the linker may take a shared inline function that not every processor can run."""
-    own = ["../elementary_body.h", "vectors.h", "tiles.h", "fused.h"]
+    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "fused.h"]
     for name in ("avx2", "avx512"):
         text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
         before, after = text.split("#pragma GCC target", 1)

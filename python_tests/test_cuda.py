@@ -11,7 +11,7 @@ import torch
 
 import cuda_units
 import fogzo_kernels as fk
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends import cells, plans
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.update import UpdateRule
 
@@ -22,6 +22,7 @@ WHERE, PLAN, DTYPES, GRID = (0, 0), (0, 0, 0, True, False), ("float32",) * 3, (0
 DRAW = ("uniform", 1.0, ((0, 1), (0, 2), (0, 0.5)))
 LOSSES = (0, 0, 0, 0, 0, 1.0)
 HYPERPARAMETERS = UpdateRule("sgd").hyperparameters
+CELLS, MEASURE = (0, 0, 0, 0, 0), ("rms", 1, 0, 0)
 
 
 def update(rule, hyperparameters):
@@ -33,6 +34,8 @@ def update(rule, hyperparameters):
 def test_columns_and_span_are_those_of_the_plans():
     assert tuple(native.COLUMNS) == plans.COLUMNS
     assert native.SPAN == plans.SPAN
+    assert tuple(native.CELL_COLUMNS) == cells.COLUMNS
+    assert native.THREADS == cells.THREADS
 
 
 def test_build_info_names_compiler_and_architectures():
@@ -55,6 +58,14 @@ def test_build_info_names_compiler_and_architectures():
          "straight_through must be one of identity_clipped, identity, hardtanh, tanh, approxsign, got sine"),
         (lambda: native.estimate_gradient(WHERE, PLAN, "float32", DRAW, (0, 0, -1, *LOSSES[3:]), 1, 0),
          "number of losses must be in 0..65536, got -1"),
+        (lambda: native.measure_alphas(WHERE, CELLS, "float32", ("median", 1, 0, 0), 0),
+         "statistic must be one of absmax, absmean, rms, got median"),
+        (lambda: native.measure_alphas(WHERE, CELLS, "int8", MEASURE, 0),
+         "data's dtype must be float32, bfloat16 or float16, got int8"),
+        (lambda: native.measure_alphas(WHERE, (*CELLS[:3], -1, 0), "float32", MEASURE, 0),
+         "plan's blocks must be in 0..2147483647, got -1"),
+        (lambda: native.measure_alphas(WHERE, (*CELLS[:3], 0, 2**31), "float32", MEASURE, 0),
+         "plan's second blocks must be in 0..2147483647, got 2147483648"),
         (lambda: update("lion", HYPERPARAMETERS),
          "rule must be one of adamw, sgd, momentum, nesterov, got lion"),
         (lambda: update("sgd", {**HYPERPARAMETERS, "decay": 0.1}),

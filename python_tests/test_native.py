@@ -13,7 +13,7 @@ from torch import Tensor
 import fogzo_kernels as fk
 from fogzo_kernels import _C
 from fogzo_kernels.backends import cpu, reference
-from fogzo_kernels.spec import noise, straight_through, update
+from fogzo_kernels.spec import noise, scale, straight_through, update
 from fogzo_kernels.spec.call import Draw, Losses, Mix, Update
 
 native = torch.ops.fogzo_cpu
@@ -435,6 +435,7 @@ def test_enumerations_and_constants_are_those_of_python():
     found = _C.names()
     assert found["distributions"] == list(noise.DISTRIBUTIONS)
     assert found["straight_throughs"] == list(straight_through.VARIANTS)
+    assert found["statistics"] == list(scale.STATISTICS)
     assert found["rules"] == update.VARIANTS
     assert list(found["rules"]) == list(update.VARIANTS)
     assert found["hyperparameters"] == list(RULE.hyperparameters)

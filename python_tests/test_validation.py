@@ -15,6 +15,7 @@ GUIDE = ("guide_sumsq", "guide_norm")
 MIX = ("perturb_quantize_", "estimate_gradient_")
 PERTURB, ESTIMATE = MIX[:1], MIX[1:]
 BACKWARD = ("straight_through_backward_",)
+MEASURE = ("measure_alphas_",)
 LISTS = (*GUIDE, *MIX, "quantize_", *BACKWARD)
 NAMED = (*MIX, "noise", "direction_sign")
 DIRECTED = ("perturb_quantize_", "noise", "direction_sign")
@@ -31,6 +32,7 @@ OPS = {
     "quantize_": "out latents alphas grid",
     "dequantize": "codes alpha grid dtype",
     "straight_through_backward_": "grads latents alphas grid straight_through",
+    "measure_alphas_": "alphas tensors statistic factor add least",
 }
 ON_BACKENDS = tuple(op for op in OPS if op not in ("direction_sign", "dequantize"))
 NAN, INF = math.nan, math.inf
@@ -55,7 +57,8 @@ def arguments(op, device):
         "grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough(), "seed": 1, "step": 2,
         "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
         "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
-        "layout": (0, 4, 4), "device": device,
+        "layout": (0, 4, 4), "device": device, "tensors": latents, "statistic": "rms", "factor": 1.5,
+        "add": 1e-8, "least": 1e-5,
     }  # fmt: skip
     return {name: known[name] for name in OPS[op].split()}
 
@@ -184,6 +187,7 @@ CASES = [
     *of_list("grads", (*GUIDE, "estimate_gradient_"), like=False),
     *of_list("grads", ("perturb_quantize_", *BACKWARD)),
     *of_list("latents", ("perturb_quantize_", "quantize_", *BACKWARD), like=False),
+    *of_list("tensors", MEASURE, like=False),
     *of_list("plus", PERTURB, f"{FLOATS} or int8"),
     *of_list("minus", PERTURB, f"{FLOATS} or int8"),
     *of_list("out", ("quantize_",), f"{FLOATS} or int8"),
@@ -202,18 +206,18 @@ CASES = [
     (("dequantize",), put(codes=3), TypeError, "codes must be"),
     (("dequantize",), put(dtype=torch.int8), TypeError, f"dtype must be {FLOATS}, got int8"),
     # alphas
-    (LISTS, shorter("alphas"), ValueError, "alphas must have 2 tensors, got 1"),
-    (LISTS, put(alphas=0.5), TypeError, "alphas must be"),
-    (LISTS, put(alphas=[0.5, 0.5]), TypeError, "alphas[0] must be a tensor, got float"),
-    (LISTS, item("alphas", 1, Tensor.bfloat16), TypeError, "alphas[1] must be float32, got b"),
-    (LISTS, item("alphas", 1, lambda t: t.to("meta")), ValueError, "alphas[1] must be on "),
-    (LISTS, item("alphas", 1, lambda t: t[:3]), ValueError,
+    ((*LISTS, *MEASURE), shorter("alphas"), ValueError, "alphas must have 2 tensors, got 1"),
+    ((*LISTS, *MEASURE), put(alphas=0.5), TypeError, "alphas must be"),
+    ((*LISTS, *MEASURE), put(alphas=[0.5, 0.5]), TypeError, "alphas[0] must be a tensor, got float"),
+    ((*LISTS, *MEASURE), item("alphas", 1, Tensor.bfloat16), TypeError, "alphas[1] must be float32, got b"),
+    ((*LISTS, *MEASURE), item("alphas", 1, lambda t: t.to("meta")), ValueError, "alphas[1] must be on "),
+    ((*LISTS, *MEASURE), item("alphas", 1, lambda t: t[:3]), ValueError,
      "alphas[1] must have one element, one per row, shape (4, 1), or one per group of the last dimension,"
      f" {SHAPE_OF_ALPHA}(3, 1)"),
-    (LISTS, item("alphas", 1, lambda t: t[:2]), ValueError, SHAPE_OF_ALPHA + "(2, 1)"),
-    (LISTS, item("alphas", 1, lambda t: t[:0]), ValueError, SHAPE_OF_ALPHA + "(0, 1)"),
-    (LISTS, item("alphas", 1, lambda t: t.repeat(1, 16)), ValueError, SHAPE_OF_ALPHA + "(4, 16)"),
-    (LISTS, item("alphas", 1, lambda t: t[:1].expand(4, 1)), ValueError,
+    ((*LISTS, *MEASURE), item("alphas", 1, lambda t: t[:2]), ValueError, SHAPE_OF_ALPHA + "(2, 1)"),
+    ((*LISTS, *MEASURE), item("alphas", 1, lambda t: t[:0]), ValueError, SHAPE_OF_ALPHA + "(0, 1)"),
+    ((*LISTS, *MEASURE), item("alphas", 1, lambda t: t.repeat(1, 16)), ValueError, SHAPE_OF_ALPHA + "(4, 16)"),
+    ((*LISTS, *MEASURE), item("alphas", 1, lambda t: t[:1].expand(4, 1)), ValueError,
      "alphas[1] must be contiguous, got strides "),
     # the names of noise
     *of_int("seed", NAMED, 2**64), *of_int_tensor("seed"), *of_python_int("seed", NAMED),
@@ -287,7 +291,21 @@ CASES = [
      "straight_through must be 'identity' for rounding grids"),
     (SMOOTHED, put(straight_through="identity"), TypeError, "straight_through must be"),
     ((*LISTS, "quantize", "dequantize"), put(grid="sign"), TypeError, "grid must be"),
+    # alphas from data
+    (MEASURE, put(statistic="median"), ValueError,
+     "statistic must be one of absmax, absmean, rms, got 'median'"),
+    (MEASURE, put(statistic=None), TypeError, "statistic must be a str, got NoneType"),
+    *((MEASURE, put(factor=x), ValueError, f"factor must be in 1.17549e-38..3.40282e+38, got {x}")
+      for x in (0.0, -1.0, 1e-39, 1e39, NAN, INF)),
+    *((MEASURE, put(**{name: x}), ValueError, f"{name} must be in 0..3.40282e+38, got {x}")
+      for name in ("add", "least") for x in (-1e-9, 1e39, NAN, INF)),
+    *((MEASURE, put(**{name: x}), TypeError, f"{name} must be a number, got ")
+      for name in ("factor", "add", "least") for x in ("1", True, torch.tensor(1.0))),
     # memory
+    (MEASURE, joined("alphas", "tensors"), ValueError,
+     "alphas[1] must not share memory with tensors[1]"),
+    (MEASURE, joined("alphas", "alphas"), ValueError,
+     "alphas[1] must not share memory with alphas[0]"),
     (PERTURB, lambda args: {"plus": args["latents"]}, ValueError,
      "] must not share memory with latents["),
     (PERTURB, lambda args: {"minus": args["grads"]}, ValueError,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cuda_units import Unit, units
-from fogzo_kernels.spec import noise, straight_through
+from fogzo_kernels.spec import noise, scale, straight_through
 from fogzo_kernels.spec.dtypes import OUTPUTS
 
 from ..cases import short
@@ -29,6 +29,7 @@ FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
 DTYPES = (*map(short, OUTPUTS), "any")
 KINDS = straight_through.VARIANTS
+STATISTICS = scale.STATISTICS
 THREADS = 128  # of a block
 #: Elements of a thread in one turn of its loop.
 TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32}
@@ -124,6 +125,10 @@ def variant_of(name: str) -> Variant | None:
     if kernel == "backward_kernel":
         dtype = DTYPES[int(arguments[1])]
         return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
+    if kernel == "measure_kernel":
+        return Variant(kernel, grad=DTYPES[int(arguments[1])], kind=STATISTICS[int(arguments[0])])
+    if kernel == "join_kernel":
+        return Variant(kernel, kind=STATISTICS[int(arguments[0])])
     return Variant(kernel)
 
 

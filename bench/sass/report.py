@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     scale: str | None = None
     shard: bool = False
     host: bool = True  # the step's scalars are kernel arguments, not in device memory
-    kind: str | None = None  # of straight-through derivative, or of optimizer
+    kind: str | None = None  # of straight-through derivative, or of optimizer; or the statistic
     directions: int | None = None  # of an estimate; in the fused tail None is 1
     master: bool = False
 

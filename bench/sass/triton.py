@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 from fogzo_kernels.backends.triton import launch, perturb, tail
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
+from fogzo_kernels.backends.triton.measure import join_kernel, measure_kernel
 from fogzo_kernels.backends.triton.noise import noise_kernel
 from fogzo_kernels.backends.triton.norm import sum_kernel, sumsq_kernel
 from fogzo_kernels.backends.triton.perturb import perturb_kernel
@@ -18,6 +19,7 @@ from fogzo_kernels.backends.triton.quantize import quantize_kernel
 from fogzo_kernels.backends.triton.tail import update_coefficients_kernel, update_kernel
 from fogzo_kernels.spec.dtypes import FLOATS, OUTPUTS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.scale import STATISTICS
 from fogzo_kernels.spec.straight_through import VARIANTS as KINDS
 from fogzo_kernels.spec.update import VARIANTS as RULES
 
@@ -31,7 +33,7 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         noise_kernel, sumsq_kernel, sum_kernel, perturb_kernel, coefficients_kernel, estimate_kernel,
-        update_coefficients_kernel, update_kernel, quantize_kernel,
+        update_coefficients_kernel, update_kernel, quantize_kernel, measure_kernel, join_kernel,
     )
 }  # fmt: skip
 #: Types of a kernel's arguments where they are not fp32.
@@ -55,6 +57,10 @@ def variants() -> Iterator[Variant]:
         for scale in ("tensor", "row"):
             yield Variant("sumsq_kernel", grad=grad, scale=scale)
     yield Variant("sum_kernel")
+    for statistic in STATISTICS:
+        for data in map(short, FLOATS):
+            yield Variant("measure_kernel", grad=data, kind=statistic)
+        yield Variant("join_kernel", kind=statistic)
     yield from streaming_variants()
     for host in (True, False):
         yield Variant("coefficients_kernel", host=host)
@@ -108,7 +114,7 @@ def constants_of(variant: Variant) -> dict[str, object]:
         "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
         "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
         "BLOCK": 1024, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad,
-        "OUT_T": out,
+        "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind,
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent

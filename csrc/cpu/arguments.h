@@ -145,4 +145,7 @@ private:
   StableIValue *next_;
 };
 
+// The dispatcher's form of an op without results.
+template <void (*op)(Arguments)> void boxed(StableIValue *stack, uint64_t, uint64_t) { op(Arguments(stack)); }
+
 } // namespace fogzo::cpu

@@ -214,6 +214,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "vectors.h"
 // after the noise that they draw
 #include "tiles.h"
+// after its loops over tiles
+#include "cells.h"
 // after what it falls back to
 #include "fused.h"
 

@@ -66,6 +66,10 @@ struct Kernels {
   // reads grad, writes plus (which may be the same memory)
   void (*straight_through)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
                            int64_t end);
+  // alphas, into plus, of whole cells
+  void (*measure)(const Item &item, const Measure &measure, int64_t begin, int64_t end);
+  // what a piece of a cell comes to
+  double (*total)(const Item &item, Statistic statistic, int64_t begin, int64_t end);
 };
 
 // Null where the compiler's target has no such instructions.

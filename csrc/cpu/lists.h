@@ -151,13 +151,19 @@ inline bool fits(const Tensor &alpha, const Tensor &t) {
   return begins_alike(rows);
 }
 
-// Lists of alphas of delta = r alpha in 2^-100..2^100, for the first of `like`.
-inline void check_alphas(const Tensors &alphas, const Tensors &like, int64_t r) {
+// Lists of alphas of the right shapes, for the first of `like`, whatever they hold.
+inline void check_shapes_of_alphas(const Tensors &alphas, const Tensors &like) {
   check_list(alphas, "alphas", bit(Type::float32));
-  const float low = 0x1p-100f / float(r), high = 0x1p100f / float(r);
-  for (size_t i = 0; i < alphas.size(); ++i) {
+  for (size_t i = 0; i < alphas.size(); ++i)
     FOGZO_CHECK(fits(alphas[i], like[i]), Name("alphas", i), " must have ", Fitting{like[i]}, ", got shape ",
                 Shape{alphas[i]});
+}
+
+// The same, of delta = r alpha in 2^-100..2^100.
+inline void check_alphas(const Tensors &alphas, const Tensors &like, int64_t r) {
+  check_shapes_of_alphas(alphas, like);
+  const float low = 0x1p-100f / float(r), high = 0x1p100f / float(r);
+  for (size_t i = 0; i < alphas.size(); ++i) {
     const float *values = alphas[i].at<float>();
     unsigned outside = 0;
     for (int64_t j = 0; j < alphas[i].numel; ++j)

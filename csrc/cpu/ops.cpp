@@ -1,56 +1,10 @@
 // CPU ops over lists of tensors: read the arguments, check them all, cut into blocks, spread over threads, call
 // the kernels. Registered through the LibTorch stable ABI, so that one build serves several torch releases.
+#include "blocks.h"
 #include "nouns.h"
-
-#include <torch/csrc/stable/ops.h>
 
 namespace fogzo::cpu {
 namespace {
-
-constexpr int64_t kBlock = 32768; // elements per task; fixed, so that sums do not depend on threads
-
-// ---- from lists to blocks
-
-Span span_of(const Tensor &t) { return {t.data, t.dtype()}; }
-
-void set_spans(std::vector<Item> &items, Span Item::*member, const Tensors &list) {
-  for (size_t i = 0; i < list.size(); ++i)
-    items[i].*member = span_of(list[i]);
-}
-
-// One for each of `like`; those behind the last of `alphas` have none.
-std::vector<Item> make_items(const Tensors &like, const Tensors &alphas) {
-  std::vector<Item> items(like.size());
-  for (size_t i = 0; i < items.size(); ++i)
-    items[i].numel = like[i].numel;
-  for (size_t i = 0; i < alphas.size(); ++i) {
-    items[i].scale_length = std::max<int64_t>(1, items[i].numel / std::max<int64_t>(1, alphas[i].numel));
-    items[i].alpha = alphas[i].at<const float>();
-  }
-  return items;
-}
-
-struct Block {
-  const Item *item;
-  int64_t begin, end;
-};
-
-std::vector<Block> make_blocks(const std::vector<Item> &items) {
-  std::vector<Block> blocks;
-  blocks.reserve(items.size());
-  for (const Item &item : items)
-    for (int64_t begin = 0; begin < item.numel; begin += kBlock)
-      blocks.push_back({&item, begin, std::min(item.numel, begin + kBlock)});
-  return blocks;
-}
-
-// body(index, block) over all blocks, in parallel
-template <class Body> void for_each_block(const std::vector<Block> &blocks, Body body) {
-  torch::stable::parallel_for(0, int64_t(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      body(i, blocks[i]);
-  });
-}
 
 // ---- noise and guide norm
 
@@ -362,12 +316,9 @@ void straight_through_backward(Arguments a) {
   });
 }
 
-// ---- schemas
-
-// The dispatcher's form of an op without results.
-template <void (*op)(Arguments)> void boxed(StableIValue *stack, uint64_t, uint64_t) { op(Arguments(stack)); }
-
 } // namespace
+
+// ---- schemas
 
 STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("noise(Tensor(a!) out, " FOGZO_DRAW ", int direction) -> ()");

@@ -29,6 +29,9 @@ using GridArgument = std::tuple<double, double, double, double>;          // qmi
 using DtypesArgument = std::tuple<std::string, std::string, std::string>; // latents, gradients, outputs
 // name of the rule, hyperparameters by name, lr, count
 using OptimizerArgument = std::tuple<std::string, std::map<std::string, double>, DoubleArgument, LongArgument>;
+// table, owner, second owner, blocks, second blocks
+using CellPlanArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+using MeasureArgument = std::tuple<std::string, double, double, double>; // statistic, factor, add, least
 
 int64_t in_range(int64_t value, int64_t limit, const char *argument) {
   if (value < 0 || value >= limit)
@@ -45,6 +48,13 @@ Plan plan_of(const PlanArgument &a) {
   const auto [table, owner, blocks, per_tensor, shard] = a;
   return {pointer<const int64_t>(table), pointer<const int32_t>(owner),
           in_range(blocks, int64_t(1) << 31, "plan's blocks"), per_tensor, shard};
+}
+
+CellPlan cell_plan_of(const CellPlanArgument &a) {
+  const auto [table, owner, second_owner, blocks, second_blocks] = a;
+  constexpr int64_t limit = int64_t(1) << 31;
+  return {pointer<const int64_t>(table), pointer<const int32_t>(owner), pointer<const int32_t>(second_owner),
+          in_range(blocks, limit, "plan's blocks"), in_range(second_blocks, limit, "plan's second blocks")};
 }
 
 template <class T> Scalar<T> scalar_of(const std::tuple<uintptr_t, T> &a) {
@@ -98,12 +108,17 @@ Optimizer optimizer_of(const OptimizerArgument &a) {
   return {value_of<Rule>(rule, "rule"), hyperparameters_of(hyperparameters), scalar_of(lr), scalar_of(count)};
 }
 
+Measure measure_of(const MeasureArgument &a) {
+  const auto &[statistic, factor, add, least] = a;
+  return {value_of<Statistic>(statistic, "statistic"), float(factor), float(add), float(least)};
+}
+
 #define FOGZO_TEXT2(...) #__VA_ARGS__
 #define FOGZO_TEXT(...) FOGZO_TEXT2(__VA_ARGS__)
 
-// The names of the enumerators, from the one list of them.
-std::vector<std::string> column_names() {
-  std::istringstream text(FOGZO_TEXT(FOGZO_COLUMNS));
+// The names of enumerators, from the one list of them as text.
+std::vector<std::string> column_names(const char *list) {
+  std::istringstream text(list);
   std::vector<std::string> names;
   for (std::string name; std::getline(text >> std::ws, name, ',');)
     names.push_back(name);
@@ -153,6 +168,11 @@ void define_ops(py::module_ &m) {
           straight_through_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
                                     value_of<StraightThrough>(straight_through, "straight_through"));
         });
+  m.def("measure_alphas", [](const WhereArgument &where, const CellPlanArgument &plan, const std::string &data,
+                             const MeasureArgument &measure, uintptr_t partial) {
+    measure_alphas(where_of(where), cell_plan_of(plan), float_of_name(data, "data's dtype"),
+                   measure_of(measure), pointer<double>(partial));
+  });
 }
 
 } // namespace
@@ -162,7 +182,9 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace fogzo::cuda;
   m.doc() = "CUDA kernels of fogzo_kernels: ops on the addresses of a plan (fogzo_kernels/plans.py).";
   m.def("build_info", &build_info, "The compiler and the architectures that the kernels were built for.");
-  m.attr("COLUMNS") = column_names();
+  m.attr("COLUMNS") = column_names(FOGZO_TEXT(FOGZO_COLUMNS));
+  m.attr("CELL_COLUMNS") = column_names(FOGZO_TEXT(FOGZO_CELL_COLUMNS));
+  m.attr("THREADS") = kThreads;
   m.attr("SPAN") = kSpan;
   m.attr("ESTIMATE_COEFFICIENTS") = kEstimateCoefficients;
   m.attr("UPDATE_COEFFICIENTS") = kUpdateCoefficients;

@@ -18,6 +18,13 @@ enum class Dtype { FOGZO_DTYPES(FOGZO_ENUMERATOR) any }; // any: known when it r
 
 enum Column { FOGZO_COLUMNS, COLUMNS };
 
+// Of a row of a reduction over cells (fogzo_kernels/backends/cells.py).
+#define FOGZO_CELL_COLUMNS DATA, ALPHA, LENGTH, CELLS, ALIGNED, FIRST, PACK, PIECES, SECOND, THREADS, WIDTH
+
+namespace cells {
+enum Column { FOGZO_CELL_COLUMNS, COLUMNS };
+} // namespace cells
+
 constexpr int kSpan = 16384;  // elements of a block
 constexpr int kThreads = 128; // of a block
 constexpr int kChunk = 8;     // elements of a Philox call
@@ -33,6 +40,13 @@ struct Plan {
   const int32_t *owner;
   int64_t blocks;
   bool per_tensor, shard;
+};
+
+// The same of a reduction over cells; the second launch joins what pieces of long cells come to.
+struct CellPlan {
+  const int64_t *table;
+  const int32_t *owner, *second_owner;
+  int64_t blocks, second_blocks;
 };
 
 // A scalar on the host, or in device memory where `at` is not null.
@@ -94,6 +108,10 @@ void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes,
 void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid);
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind);
+
+// partial: one for each block, null where there is no second launch
+void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const Measure &measure,
+                    double *partial);
 
 // The factor that the kernels' noise has over m, and that its coefficient has under C.
 double noise_factor(Distribution distribution);

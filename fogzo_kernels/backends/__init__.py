@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 
@@ -65,6 +65,8 @@ class Backend(Protocol):
         self, out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
         straight_through: StraightThrough,
     ) -> None: ...  # fmt: skip
+
+    def measure_alphas_(self, alphas: Tensors, tensors: Tensors, measure: Measure) -> None: ...
 
 
 #: What a backend must have.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.fogzo_cpu; an ImportError is the reason shown
-from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
 from ..spec.straight_through import StraightThrough
@@ -80,6 +80,11 @@ def straight_through_backward_(
 ) -> None:  # fmt: skip
     """Write g * h'(theta)."""
     native.straight_through_backward(out, grads, latents, alphas, *grid_of(grid), straight_through.variant)
+
+
+def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:
+    """Write max(factor * (statistic + add), least) of each cell."""
+    native.measure_alphas(alphas, tensors, *measure)
 
 
 # ---- arguments of the native ops (csrc/cpu/nouns.h)

@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
 from ..spec.straight_through import StraightThrough
+from . import cells
 from .plans import Plan, plan
 
 try:
@@ -210,3 +211,13 @@ def straight_through_backward_(
         _cuda.straight_through_backward(
             where(device), planned(p), dtypes, grid_of(grid), straight_through.variant
         )
+
+
+def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:
+    """Write max(factor * (statistic + add), least) of each cell: one launch, and one for cells in pieces."""
+    device, p = tensors[0].device, cells.plan(tensors, alphas)
+    partial = torch.empty(p.programs if p.seconds else 0, dtype=torch.float64, device=device)
+    second = p.owner.data_ptr() + p.place * p.owner.element_size()
+    planned = p.table.data_ptr(), p.owner.data_ptr(), second, p.programs, p.seconds
+    with on(device):
+        _cuda.measure_alphas(where(device), planned, name_of(tensors), tuple(measure), partial.data_ptr())

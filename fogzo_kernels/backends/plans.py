@@ -17,8 +17,8 @@ each tensor and 4 bytes for each program.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,8 +55,9 @@ class Plan(NamedTuple):
     shard: bool  # some layout skips elements
 
 
-_plans: OrderedDict[Key, Plan] = OrderedDict()
-_captured: dict[Key, Plan] = {}  # read by CUDA graphs, which may be replayed at any later time
+P = TypeVar("P")
+_plans: OrderedDict[Any, Any] = OrderedDict()  # by key, those of plans of other tables among them
+_captured: dict[Any, Any] = {}  # read by CUDA graphs, which may be replayed at any later time
 
 
 def plan(
@@ -81,20 +82,25 @@ def plan(
     numels = tuple(t.numel() for t in like)
     scales = tuple(t.numel() for t in alphas)
     key = (like[0].device if like else None, addresses, numels, scales, tuple(tensor_ids), tuple(layouts))
-    found = _plans.get(key)
+    return kept(key, like, lambda captured: build_plan(key, captured))
+
+
+def kept(key: Any, like: Tensors, build: Callable[[bool], P]) -> P:
+    """The plan of a key; ``build`` makes it, for a graph that is being captured or not."""
+    found: P | None = _plans.get(key)
     if found is not None:
         _plans.move_to_end(key)
     else:
         found = _captured.get(key)
     if capturing(like):
         if found is None:
-            return build_plan(key, captured=True)
+            return build(True)
         _captured[key] = found
         return found
     if like and like[0].is_cuda:
         replenish(pinned=True)
     if found is None:
-        found = _plans[key] = build_plan(key)
+        found = _plans[key] = build(False)
         if len(_plans) > PLANS_KEPT:
             _plans.popitem(last=False)
     return found
@@ -122,7 +128,7 @@ def build_plan(key: Key, captured: bool = False) -> Plan:
     for i, numel in enumerate(numels):
         rows.append(row_of(key, i, len(owner)))
         owner += [i] * -(-numel // SPAN)
-    table, owners = upload(key, [row[name] for row in rows for name in COLUMNS], owner, captured)
+    table, owners = upload(key, key[0], [row[name] for row in rows for name in COLUMNS], owner, captured)
     return Plan(table, owners, len(owner), all(s == 1 for s in scales), any(row["SKIP"] for row in rows))
 
 
@@ -163,12 +169,14 @@ def row_of(key: Key, i: int, first: int) -> dict[str, int]:
 
 ARENA_WORDS = 1 << 18  # 2 MiB: about 14,000 tensors
 _arena: list[Tensor] = []  # what is left of the pinned host memory for uploads by graphs
-_uploads: dict[Key, Tensor] = {}  # what graphs read again at every replay
+_uploads: dict[Any, Tensor] = {}  # what graphs read again at every replay
 
 
-def upload(key: Key, entries: list[int], owner: list[int], captured: bool) -> tuple[Tensor, Tensor]:
+def upload(
+    key: Any, device: torch.device | None, entries: list[int], owner: list[int], captured: bool
+) -> tuple[Tensor, Tensor]:
     """Table and owners on the device, by one copy that the host does not wait for."""
-    device, words = key[0], len(entries) + (len(owner) + 1) // 2
+    words = len(entries) + (len(owner) + 1) // 2
     on_gpu = device is not None and device.type == "cuda"
     if captured:
         host = _uploads[key] if key in _uploads else filled(from_arena(words), entries, owner)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..spec.call import Draw, Losses, Mix, Update
+from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import (
     DISTRIBUTIONS,
@@ -25,6 +25,7 @@ from ..spec.noise import (
     SIGN_TENSOR_ID,
     Layout,
 )
+from ..spec.scale import STATISTICS
 from ..spec.straight_through import VARIANTS as DERIVATIVES
 from ..spec.straight_through import StraightThrough
 from ..spec.update import VARIANTS, UpdateRule
@@ -305,3 +306,38 @@ def straight_through_backward_(
     for q, g, theta, alpha in zip(out, grads, latents, alphas, strict=True):
         slope = derivative(theta.flatten().float(), delta_of(alpha, grid.r, theta), grid, straight_through)
         q.copy_((g.flatten().float() * slope).view(q.shape))
+
+
+# ---- section 4: alphas from data
+
+
+def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:
+    """Write max(factor * (statistic + add), least) of each cell."""
+    for alpha, t in zip(alphas, tensors, strict=True):
+        if alpha.numel():
+            cells = t.reshape(alpha.numel(), t.numel() // alpha.numel())
+            factor, add, least = alpha.new_tensor(measure[1:]).unbind()
+            scaled = factor * (statistic_of(cells.double().abs(), measure.statistic).float() + add)
+            alpha.copy_(torch.where(scaled < least, least, scaled).view(alpha.shape))  # NaN stays
+
+
+def statistic_of(cells: Tensor, statistic: str) -> Tensor:
+    """Of each row of absolute values, float64; 0 of no elements."""
+    count = max(cells.shape[1], 1)
+    match statistic:
+        case "absmax":
+            return cells.amax(1) if cells.shape[1] else cells.sum(1)
+        case "absmean":
+            return sum_of(cells) / count
+        case "rms":
+            return (sum_of(cells.square()) / count).sqrt()
+        case unknown:
+            raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {unknown!r}")
+
+
+def sum_of(rows: Tensor, block: int = 4096) -> Tensor:
+    """In blocks of a fixed size: PyTorch cuts a long sum by its number of threads."""
+    while rows.shape[1] > block:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block))
+        rows = rows.view(rows.shape[0], -1, block).sum(2)
+    return rows.sum(1)

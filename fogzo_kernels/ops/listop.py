@@ -71,10 +71,12 @@ PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 def plain(args: Sequence[Any]) -> bool:
-    """No tensor is of a subclass, which may have its own idea of an op."""
+    """No tensor is of a subclass, which may have its own idea of an op; lists hold data, on no meta device."""
     kinds: set[type] = set()
     for argument in args:
         if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+            if argument[0].is_meta:
+                return False
             kinds.update(map(type, argument))
         else:
             kinds.add(type(argument))

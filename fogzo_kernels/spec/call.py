@@ -49,3 +49,12 @@ class Update(NamedTuple):
     optimizer_step: Tensor  # int64: 1 at the optimizer's first step
     masters: Sequence[Tensor]  # float32 copies of the latents, or none
     states: Sequence[Sequence[Tensor]]  # float32, one list for each name in the rule's states
+
+
+class Measure(NamedTuple):
+    """How the elements of a cell become its alpha: max(factor * (statistic + add), least), float32."""
+
+    statistic: str
+    factor: float
+    add: float
+    least: float

@@ -16,7 +16,7 @@ from .grid import Grid
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
 #: How many weights share an alpha: all, those of a row, or that many neighbours in a row.
 Granularity = str | int
-#: What alpha is measured by.
+#: What an alpha can be made of: the largest abs(x) of its elements, their mean, the root of the mean of x^2.
 STATISTICS = ("absmax", "absmean", "rms")
 
 

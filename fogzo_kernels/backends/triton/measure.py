@@ -1,0 +1,204 @@
+"""Alphas from data: a statistic of each cell, the elements that share an alpha (docs/contract.md, 4)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ...spec.call import Measure
+from .. import cells
+from ..plans import SPAN
+from .launch import DTYPES, TILE, Tensors, launch, rounded
+
+COLUMNS = tl.constexpr(len(cells.COLUMNS))
+PLACES = tl.constexpr({name: place for place, name in enumerate(cells.COLUMNS)})
+WIDE, MIDDLE, NARROW = map(tl.constexpr, cells.WIDTHS)
+
+
+class Rule(NamedTuple):
+    """How a statistic becomes an alpha, float32."""
+
+    factor: Any
+    add: Any
+    least: Any
+
+
+@triton.constexpr_function
+def place_of(name):
+    return PLACES.value[name]
+
+
+@triton.jit
+def entry(row, COLUMN: tl.constexpr):
+    return tl.load(row + place_of(COLUMN))
+
+
+# ---- what elements come to: a sum, or the largest bits of abs(x), as float64
+
+
+@triton.jit
+def parts(x, STATISTIC: tl.constexpr):
+    """Of the last dimension; float64 throughout, so that no square of a float32 overflows or underflows."""
+    x = x.to(tl.float32)
+    if STATISTIC == "absmax":
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of abs(x), and NaN above all
+        return tl.max(bits, axis=len(x.shape) - 1).to(tl.float64)
+    elif STATISTIC == "absmean":
+        return tl.sum(tl.abs(x.to(tl.float64)), axis=len(x.shape) - 1)
+    else:
+        tl.static_assert(STATISTIC == "rms", "no code for statistic " + STATISTIC)
+        wide = x.to(tl.float64)
+        return tl.sum(wide * wide, axis=len(x.shape) - 1)
+
+
+@triton.jit
+def joined(a, b, STATISTIC: tl.constexpr):
+    if STATISTIC == "absmax":
+        return tl.maximum(a, b)
+    else:
+        return a + b
+
+
+@triton.jit
+def joined_along(x, STATISTIC: tl.constexpr):
+    """The last dimension."""
+    if STATISTIC == "absmax":
+        return tl.max(x, axis=len(x.shape) - 1)
+    else:
+        return tl.sum(x, axis=len(x.shape) - 1)
+
+
+@triton.jit
+def write_alphas(alpha, mask, total, length, rule, STATISTIC: tl.constexpr):
+    """max(factor * (statistic + add), least); NaN stays."""
+    mean = total / tl.maximum(length, 1).to(tl.float64)
+    if STATISTIC == "absmax":
+        statistic = total.to(tl.int32).to(tl.float32, bitcast=True)
+    elif STATISTIC == "absmean":
+        statistic = mean.to(tl.float32)
+    else:
+        tl.static_assert(STATISTIC == "rms", "no code for statistic " + STATISTIC)
+        statistic = tl.sqrt(mean).to(tl.float32)
+    scaled = rule.factor * (statistic + rule.add)
+    tl.store(alpha, tl.where(scaled < rule.least, rule.least, scaled), mask=mask)
+
+
+# ---- tiles
+
+
+@triton.jit
+def tile_totals(
+    data, first, valid, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    STATISTIC: tl.constexpr,
+):  # fmt: skip
+    """What ``count`` elements from each of ``first`` on come to, [ROWS]; by tiles of [ROWS, WIDTH]."""
+    acc = tl.zeros([ROWS, WIDTH // 8], tl.float64)
+    fast = count & -8 if ALIGNED else count
+    at = data + first
+    if ALIGNED:
+        at = tl.multiple_of(at, 16)
+    for start in tl.range(0, fast, WIDTH):
+        left = fast - start
+        if ALIGNED:
+            start, left = tl.multiple_of(start, 8), tl.multiple_of(left, 8)
+        offs = tl.arange(0, WIDTH)
+        mask = valid[:, None] & (offs < left)[None, :]
+        x = tl.load(at[:, None] + (start + offs)[None, :], mask=mask, other=0.0)
+        acc = joined(acc, parts(x.reshape([ROWS, WIDTH // 8, 8]), STATISTIC), STATISTIC)
+    total = joined_along(acc, STATISTIC)
+    if fast < count:
+        j = fast + tl.arange(0, 8)
+        rest = tl.load(at[:, None] + j[None, :], mask=valid[:, None] & (j < count)[None, :], other=0.0)
+        total = joined(total, parts(rest, STATISTIC), STATISTIC)
+    return total
+
+
+@triton.jit
+def totals(
+    data, first, valid, count, aligned, ROWS: tl.constexpr, WIDTH: tl.constexpr, STATISTIC: tl.constexpr
+):  # fmt: skip
+    if aligned:
+        found = tile_totals(data, first, valid, count, ROWS, WIDTH, True, STATISTIC)
+    else:
+        found = tile_totals(data, first, valid, count, ROWS, WIDTH, False, STATISTIC)
+    return found
+
+
+@triton.jit
+def measure_cells(
+    row, number, data, aligned, rule, TILE: tl.constexpr, WIDTH: tl.constexpr, STATISTIC: tl.constexpr
+):  # fmt: skip
+    """Alphas of the cells of a program, TILE / WIDTH at a time."""
+    ROWS: tl.constexpr = TILE // WIDTH
+    alpha = tl.cast(entry(row, "ALPHA"), tl.pointer_type(tl.float32))
+    length, pack = entry(row, "LENGTH"), entry(row, "PACK")
+    last = tl.minimum((number + 1) * pack, entry(row, "CELLS"))
+    for begin in tl.range(number * pack, last, ROWS):
+        cell = begin + tl.arange(0, ROWS)
+        valid = cell < last
+        total = totals(data, cell * length, valid, length.to(tl.int32), aligned, ROWS, WIDTH, STATISTIC)
+        write_alphas(alpha + cell, valid, total, length, rule, STATISTIC)
+
+
+# ---- kernels
+
+
+@triton.jit
+def measure_kernel(
+    table, owner, partial, factor, add, least, SPAN: tl.constexpr, TILE: tl.constexpr, DATA_T: tl.constexpr,
+    STATISTIC: tl.constexpr,
+):  # fmt: skip
+    """max(factor * (statistic + add), least) of whole cells; what a piece of a long one comes to."""
+    pid = tl.program_id(0)
+    row = table + tl.load(owner + pid).to(tl.int64) * COLUMNS
+    number, pieces, aligned = pid - entry(row, "FIRST"), entry(row, "PIECES"), entry(row, "ALIGNED") != 0
+    data = tl.cast(entry(row, "DATA"), tl.pointer_type(DATA_T))
+    rule, width = Rule(factor, add, least), entry(row, "WIDTH")
+    if pieces > 1:
+        length, cell = entry(row, "LENGTH"), number // pieces
+        begin = (number - cell * pieces) * SPAN
+        one = tl.arange(0, 1)
+        count = tl.minimum(length - begin, SPAN).to(tl.int32)
+        total = totals(data, cell * length + begin + one, one == 0, count, aligned, 1, WIDE, STATISTIC)
+        tl.store(partial + pid + one, total)
+    elif width == WIDE:
+        measure_cells(row, number, data, aligned, rule, TILE, WIDE, STATISTIC)
+    elif width == MIDDLE:
+        measure_cells(row, number, data, aligned, rule, TILE, MIDDLE, STATISTIC)
+    else:
+        measure_cells(row, number, data, aligned, rule, TILE, NARROW, STATISTIC)
+
+
+@triton.jit
+def join_kernel(table, owner, partial, factor, add, least, BLOCK: tl.constexpr, STATISTIC: tl.constexpr):
+    """The alpha of a cell in pieces, joined in a fixed order."""
+    pid = tl.program_id(0)
+    row = table + tl.load(owner + pid).to(tl.int64) * COLUMNS
+    pieces, cell = entry(row, "PIECES"), pid - entry(row, "SECOND")
+    acc = tl.zeros([BLOCK], tl.float64)
+    for start in tl.range(0, pieces, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        at = partial + entry(row, "FIRST") + cell * pieces + offs
+        acc = joined(acc, tl.load(at, mask=offs < pieces, other=0.0), STATISTIC)
+    alpha = tl.cast(entry(row, "ALPHA"), tl.pointer_type(tl.float32)) + cell
+    total, rule = joined_along(acc, STATISTIC), Rule(factor, add, least)
+    write_alphas(alpha, True, total, entry(row, "LENGTH"), rule, STATISTIC)
+
+
+def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:
+    """Write max(factor * (statistic + add), least) of each cell: one launch, and one for cells in pieces."""
+    device, p = tensors[0].device, cells.plan(tensors, alphas)
+    partial = torch.empty(max(p.programs if p.seconds else 0, 1), dtype=torch.float64, device=device)
+    statistic, *numbers = measure
+    rule = [rounded(x) for x in numbers]
+    launch(
+        measure_kernel, p.programs, device, p.table, p.owner, partial, *rule, SPAN=SPAN, TILE=TILE,
+        DATA_T=DTYPES[tensors[0].dtype], STATISTIC=statistic,
+    )  # fmt: skip
+    launch(
+        join_kernel, p.seconds, device, p.table, p.owner[p.place :], partial, *rule, BLOCK=1024,
+        STATISTIC=statistic,
+    )  # fmt: skip
