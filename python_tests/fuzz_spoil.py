@@ -11,11 +11,12 @@ NUMBERS = {
     "step": (-1, 2**32, BIG), "direction": (-1, 2**16, BIG), "qmin": (-129, 128, BIG, -BIG),
     "qmax": (-129, 128, BIG, 2**32), "offset": (NAN, 0.25, math.inf), "r": (0, 3, -1, BIG),
     "optimizer_step": (0, -1, -BIG), "one_minus_beta": (NAN, math.inf, -1.0, 1.5, 1e308),
-    "lr": (NAN, math.inf, -math.inf, -1.0),
+    "lr": (NAN, math.inf, -math.inf, -1.0), "factor": (NAN, math.inf, -1.0, 0.0, 1e-39, 1e39),
+    "add": (NAN, math.inf, -1e-9, 1e39), "least": (NAN, math.inf, -1e-9, 1e39),
 }  # fmt: skip
 #: What floats may be without a crash; nothing is said about the result.
 ODD = dict.fromkeys(("epsilon", "noise_scale"), (NAN, math.inf, -math.inf, -1.0, 0.0, 1e308))
-STRINGS = ("distribution", "straight_through", "rule")
+STRINGS = ("distribution", "straight_through", "rule", "statistic")
 LAYOUTS = ((-1, 1, 1), (0, 0, 1), (0, 1, 0), (2**51, 1, 1), (BIG, BIG, BIG), (0, -BIG, 1))
 
 
@@ -53,6 +54,8 @@ ITEMS = {
     "freed": lambda t: freed(t.clone()), "cut": lambda t: cut(t.clone()), "misaligned": misaligned,
     "onednn": lambda t: t.float().to_mkldnn(),
 }  # fmt: skip
+#: Lists that no other gives a shape.
+FIRST = (("guide_sumsq", "grads"), ("estimate_gradient", "grads"), ("measure_alphas", "tensors"))
 #: What an empty tensor takes in the place of an alpha; "shorter" may fit others too.
 SHAPES = ("longer", "shorter", "empty", "misshaped")
 #: Of ITEMS, for a tensor of one element.
@@ -76,7 +79,7 @@ def places(name, arguments, how):
 
 def like_of(arguments):
     """The tensors that alphas belong to."""
-    return arguments["latents"] if "latents" in arguments else arguments["grads"]
+    return next(arguments[name] for name in ("latents", "tensors", "grads") if name in arguments)
 
 
 def applicable(op, name, arguments):
@@ -111,7 +114,7 @@ def applicable(op, name, arguments):
         found.remove("int8")
     if value[0].dtype == torch.int8:
         found.remove("misaligned")
-    if name == "grads" and op in ("guide_sumsq", "estimate_gradient"):  # alphas may fit another shape, too
+    if (op, name) in FIRST:  # alphas may fit another shape, too
         found = [how for how in found if how not in SHAPES]
     if name == "alphas":
         found.remove("shorter")

@@ -19,16 +19,15 @@ from pathlib import Path
 from random import Random
 
 import torch
+from fuzz_expected import RULES, expected, rule_of
 from fuzz_spoil import applicable, spoil
-from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.backends import reference
 from fogzo_kernels.spec import dtypes, straight_through
-from fogzo_kernels.spec.call import Draw, Losses, Mix, Update
+from fogzo_kernels.spec.call import Measure
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
-from fogzo_kernels.spec.update import UpdateRule
+from fogzo_kernels.spec.scale import STATISTICS
 
 native = torch.ops.fogzo_cpu
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes.OUTPUTS}
@@ -39,14 +38,8 @@ GRIDS = (
     (-2, 1, 0.0, 1), (-128, 127, 0.0, 1), (-1, 0, 0.5, 2), (-1, 1, 0.0, 1), (-8, 7, 0.5, 1), (3, 3, 0.0, 2),
 )  # fmt: skip
 KINDS = (("identity", True), *((kind, False) for kind in straight_through.KINDS))
-RULES = {
-    "adamw": {"kind": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
-    "sgd": {"kind": "sgd", "weight_decay": 0.05},
-    "momentum": {"kind": "sgd", "momentum": 0.9, "dampening": 0.25},
-    "nesterov": {"kind": "sgd", "momentum": 0.9, "nesterov": True},
-}
 NOISY = ("noise", "perturb_quantize", "estimate_gradient", "estimate_update")
-OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward")
+OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward", "measure_alphas")
 
 
 # ---- cases
@@ -96,7 +89,9 @@ def draw_case(random, op, bad):
         "sides": random.choice(("plus", "minus", "both")), "counters": random.random() < 0.5,
         "masters": random.random() < 0.5, "quantized": random.random() < 0.7,
         "plain": random.choice((0, 0, random.randint(0, count))), "count": random.choice((1, 2, 1000)),
-        "one_minus_beta": random.choice((0.0, 1e-3, 0.3, 1.0)), "threads": random.choice((1, 3)), "spoil": (),
+        "one_minus_beta": random.choice((0.0, 1e-3, 0.3, 1.0)),
+        "measure": (random.choice(STATISTICS), *random.choice(((1.0, 0.0, 0.0), (0.3, 1e-8, 0.2)))),
+        "threads": random.choice((1, 3)), "spoil": (),
     }  # fmt: skip
     if bad:
         arguments = build(case, Buffers(case))
@@ -110,6 +105,7 @@ SIMPLE = {
     "latent": "float32", "grad": "float32", "out": "float32", "shift": 0, "special": False, "norm": 0, "n": 1,
     "grid": GRIDS[0], "step": 0, "direction": 0, "lost": 0, "distribution": "uniform", "rule": "sgd",
     "sides": "plus", "counters": False, "masters": False, "plain": 0, "count": 1, "threads": 1,
+    "measure": (STATISTICS[0], 1.0, 0.0, 0.0),
 }  # fmt: skip
 
 
@@ -208,10 +204,13 @@ def build(case, buffers):
         ],
         "alphas": lambda: [
             buffers.tensor(
-                tuple(t["scales"]), F32, 0.05 + torch.rand(t["scales"], generator=buffers.generator)
+                tuple(t["scales"]), F32, 0.05 + torch.rand(t["scales"], generator=buffers.generator),
+                op == "measure_alphas",
             )
             for t in quantizing
         ],
+        "tensors": lambda: [buffers.random(s, latent) for s in shapes],
+        **{k: lambda i=i: case["measure"][i] for i, k in enumerate(Measure._fields)},
         "plus": lambda: outputs(case["sides"] != "minus", out),
         "minus": lambda: outputs(case["sides"] != "plus", out),
         "quantized": lambda: outputs(case["quantized"], out),
@@ -249,132 +248,13 @@ def lose(losses, count):
     return losses
 
 
-def rule_of(case):
-    return UpdateRule(**RULES[case["rule"]])
-
-
-# ---- what a call should have given
-
-
-def draw_of(case):
-    ids, layouts = ([t[k] for t in case["tensors"]] for k in ("id", "layout"))
-    seed, step = torch.tensor(case["noise_seed"]), torch.tensor(case["step"])
-    return Draw(case["distribution"], seed, step, ids, [tuple(x) for x in layouts])
-
-
-def mix_of(a):
-    return Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
-
-
-def losses_of(a):
-    return Losses(a["losses_plus"], a["losses_minus"], a["counters"][0] if a["counters"] else None)
-
-
-def expected(case, args):
-    """What the arguments of a valid call become, by the reference; and by how much they may differ."""
-    op, a = case["op"], {k: copied(v) for k, v in args.items()}
-    grid, draw = fk.Grid(*case["grid"]), draw_of(case)
-    m_off = M_TOLERANCE["cpu"][draw.distribution] + M_TOLERANCE["reference"][draw.distribution]
-    if op == "noise":
-        u = reference.noise(a["out"].numel(), draw, a["direction"], torch.device("cpu"))
-        return {"out": [u]}, {"out": [torch.full_like(u, DISTRIBUTIONS[draw.distribution] * m_off)]}
-    if not case["tensors"]:
-        return {"out": [torch.zeros((), dtype=torch.float64)]} if op == "guide_sumsq" else {}, {}
-    if op == "guide_sumsq":
-        total = reference.guide_sumsq(a["grads"], a["alphas"], grid.r, False)
-        return {"out": [total]}, {"out": [2e-6 * total]}
-    if op == "perturb_quantize":
-        reference.perturb_quantize_(
-            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], draw, mix_of(a), a["direction"], grid
-        )
-        outs = zip(a["alphas"], a["plus"] or a["minus"], strict=True)
-        off = [one_code(*pair, grid, draw.distribution) for pair in outs]
-        return {k: a[k] for k in ("plus", "minus") if a[k]}, {"plus": off, "minus": off}
-    if op == "quantize":
-        reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
-        return {"out": a["out"]}, {}
-    if op == "straight_through_backward":
-        straight_through = fk.StraightThrough(*case["kind"])
-        reference.straight_through_backward_(
-            a["out"], a["grads"], a["latents"], a["alphas"], grid, straight_through
-        )
-        tanh = case["kind"][0] == "tanh"
-        return {"out": a["out"]}, {"out": list(map(slope_error, a["out"], a["grads"]))} if tanh else {}
-    if op == "estimate_gradient":
-        off = estimate_errors(a, draw, grid, m_off)
-        reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix_of(a), losses_of(a), grid.r)
-        return {"grads": a["grads"], "counters": a["counters"]}, {"grads": off}
-    return updated(case, a, draw, grid), {}
-
-
-def updated(case, a, draw, grid):
-    """The fused tail: to the bit what the reference makes of the G that the native estimate gives."""
-    G, lists = [g.float() for g in a["grads"]], ("latents", "masters", "first", "second")
-    quantizing, mix = len(a["alphas"]), mix_of(a)
-    skip = case["n"] and not math.isfinite(a["norm"])
-    if case["n"]:
-        drawn = [a[k] for k in ("distribution", "noise_scale", "seed", "step", "tensor_ids", "layouts")]
-        mixed = a["norm"], a["one_minus_beta"], a["epsilon"]
-        losses = a["losses_plus"], a["losses_minus"]
-        native.estimate_gradient(G[:quantizing], [], a["alphas"], *drawn, *mixed, *losses, grid.r)
-        reference.coefficients(a["grads"], a["alphas"], draw, mix, losses_of(a))
-    if not skip:
-        rule = rule_of(case)
-        states = [a["first"], a["second"]][: rule.states]
-        update = Update(rule, a["lr"], a["optimizer_step"], a["masters"], states)
-        none = Losses(torch.zeros(0), torch.zeros(0), None)
-        reference.estimate_update_(a["latents"], [], G, a["alphas"], draw, mix, none, grid, update)
-    if a["quantized"]:
-        reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid)
-    return {k: a[k] for k in (*lists, "quantized", "counters")}
-
-
-def one_code(alpha, out, grid, distribution):
-    """A code of inexact noise may move by one where y lies at a tie; two values are rounded."""
-    if distribution in EXACT:
-        return torch.zeros(out.shape)
-    delta = (alpha * grid.r).max().item() if alpha.numel() else 0.0
-    size = 1.0 if out.dtype == torch.int8 else 1.01 * delta + 2 * HALF_ULP[out.dtype] * 129 * delta
-    return torch.full(out.shape, size)
-
-
-def slope_error(out, g):
-    """2e-6 of the derivative, and one rounding to the dtype of the output."""
-    size = g.float().abs()
-    return size * 2.1e-6 + 2 * HALF_ULP[out.dtype] * size + SMALLEST[out.dtype]
-
-
-def estimate_errors(a, draw, grid, m_off):
-    """Twice what tolerances.estimate_error allows one backend: two of them are compared."""
-    losses = losses_of(a)._replace(counters=None)
-    A, B, _ = reference.coefficients(a["grads"], a["alphas"], draw, mix_of(a), losses)
-    errors = []
-    for i, g in enumerate(a["grads"]):
-        e = reference.elements(g.numel(), draw.layouts[i], g.device)
-        added, noise = (A.abs() * g.flatten().float().abs()).double(), 0.0
-        inv = 1 / reference.delta_of(a["alphas"][i], grid.r, g).double()
-        for direction, b in enumerate(B):
-            m = reference.noise_m(e, draw, direction, draw.tensor_ids[i])
-            added += inv * b.abs() * m.abs()
-            noise += inv * b.abs()
-        rounding = 0.0 if g.dtype == torch.float32 else 2 * HALF_ULP[g.dtype] * added + 2 * SMALLEST[g.dtype]
-        errors.append(8 * 2.0**-23 * added + noise * m_off + rounding)
-    return errors
-
-
-def copied(value):
-    if isinstance(value, list):
-        return [copied(x) for x in value]
-    return value.clone() if isinstance(value, torch.Tensor) else value
+# ---- a case
 
 
 def agree(found, wanted, off, what):
     same = (found == wanted) | (found.isnan() & wanted.isnan())
     near = (found.double() - wanted.double()).abs() <= off.double() if off is not None else same
     assert (same | near).all(), f"{what}: {found[~(same | near)][:3]} instead of {wanted[~(same | near)][:3]}"
-
-
-# ---- a case
 
 
 def run(case):

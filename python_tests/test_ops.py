@@ -63,9 +63,7 @@ def samples(device, dtype, backend):
         ),
         "quantize_": (out[0], latents, alphas, *grid, backend),
         "straight_through_backward_": (grads, latents, alphas, *smooth),
-        "measure_alphas_": (
-            [t.clone() for t in alphas], latents, "rms", 1.5, 1e-8, 1e-5, backend,
-        ),
+        "measure_alphas_": ([t.clone() for t in alphas], latents, "rms", 1.5, 1e-8, 1e-5, backend),
         "quantize": (latents[1].clone().requires_grad_(), alphas[1], *smooth),
         "straight_through_backward": (grads[1], latents[1], alphas[1], *smooth),
     }  # fmt: skip

@@ -1,8 +1,7 @@
-// From lists of tensors to the blocks that threads work on.
+// From lists to blocks, which are spread over threads, and what blocks share.
 #pragma once
 
-#include "kernels.h"
-#include "lists.h"
+#include "nouns.h"
 
 #include <torch/csrc/stable/ops.h>
 

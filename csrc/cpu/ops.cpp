@@ -1,7 +1,6 @@
 // CPU ops over lists of tensors: read the arguments, check them all, cut into blocks, spread over threads, call
 // the kernels. Registered through the LibTorch stable ABI, so that one build serves several torch releases.
 #include "blocks.h"
-#include "nouns.h"
 
 namespace fogzo::cpu {
 namespace {

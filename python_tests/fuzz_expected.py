@@ -1,0 +1,139 @@
+"""What a valid call of a native op must give: by the reference, and by how much it may differ."""
+
+import math
+
+import torch
+from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
+
+import fogzo_kernels as fk
+from fogzo_kernels.backends import reference
+from fogzo_kernels.spec.call import Draw, Losses, Measure, Mix, Update
+from fogzo_kernels.spec.noise import DISTRIBUTIONS
+from fogzo_kernels.spec.update import UpdateRule
+
+native = torch.ops.fogzo_cpu
+RULES = {
+    "adamw": {"kind": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
+    "sgd": {"kind": "sgd", "weight_decay": 0.05},
+    "momentum": {"kind": "sgd", "momentum": 0.9, "dampening": 0.25},
+    "nesterov": {"kind": "sgd", "momentum": 0.9, "nesterov": True},
+}
+
+
+def rule_of(case):
+    return UpdateRule(**RULES[case["rule"]])
+
+
+def draw_of(case):
+    ids, layouts = ([t[k] for t in case["tensors"]] for k in ("id", "layout"))
+    seed, step = torch.tensor(case["noise_seed"]), torch.tensor(case["step"])
+    return Draw(case["distribution"], seed, step, ids, [tuple(x) for x in layouts])
+
+
+def mix_of(a):
+    return Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
+
+
+def losses_of(a):
+    return Losses(a["losses_plus"], a["losses_minus"], a["counters"][0] if a["counters"] else None)
+
+
+def expected(case, args):
+    """What the arguments of a valid call become, by the reference; and by how much they may differ."""
+    op, a = case["op"], {k: copied(v) for k, v in args.items()}
+    grid, draw = fk.Grid(*case["grid"]), draw_of(case)
+    m_off = M_TOLERANCE["cpu"][draw.distribution] + M_TOLERANCE["reference"][draw.distribution]
+    if op == "noise":
+        u = reference.noise(a["out"].numel(), draw, a["direction"], torch.device("cpu"))
+        return {"out": [u]}, {"out": [torch.full_like(u, DISTRIBUTIONS[draw.distribution] * m_off)]}
+    if not case["tensors"]:
+        return {"out": [torch.zeros((), dtype=torch.float64)]} if op == "guide_sumsq" else {}, {}
+    if op == "guide_sumsq":
+        total = reference.guide_sumsq(a["grads"], a["alphas"], grid.r, False)
+        return {"out": [total]}, {"out": [2e-6 * total]}
+    if op == "perturb_quantize":
+        reference.perturb_quantize_(
+            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], draw, mix_of(a), a["direction"], grid
+        )
+        outs = zip(a["alphas"], a["plus"] or a["minus"], strict=True)
+        off = [one_code(*pair, grid, draw.distribution) for pair in outs]
+        return {k: a[k] for k in ("plus", "minus") if a[k]}, {"plus": off, "minus": off}
+    if op == "measure_alphas":
+        reference.measure_alphas_(a["alphas"], a["tensors"], Measure(*case["measure"]))
+        return {"alphas": a["alphas"]}, {"alphas": [2e-6 * alpha.nan_to_num(0, 0) for alpha in a["alphas"]]}
+    if op == "quantize":
+        reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
+        return {"out": a["out"]}, {}
+    if op == "straight_through_backward":
+        straight_through = fk.StraightThrough(*case["kind"])
+        reference.straight_through_backward_(
+            a["out"], a["grads"], a["latents"], a["alphas"], grid, straight_through
+        )
+        tanh = case["kind"][0] == "tanh"
+        return {"out": a["out"]}, {"out": list(map(slope_error, a["out"], a["grads"]))} if tanh else {}
+    if op == "estimate_gradient":
+        off = estimate_errors(a, draw, grid, m_off)
+        reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix_of(a), losses_of(a), grid.r)
+        return {"grads": a["grads"], "counters": a["counters"]}, {"grads": off}
+    return updated(case, a, draw, grid), {}
+
+
+def updated(case, a, draw, grid):
+    """The fused tail: to the bit what the reference makes of the G that the native estimate gives."""
+    G, lists = [g.float() for g in a["grads"]], ("latents", "masters", "first", "second")
+    quantizing, mix = len(a["alphas"]), mix_of(a)
+    skip = case["n"] and not math.isfinite(a["norm"])
+    if case["n"]:
+        drawn = [a[k] for k in ("distribution", "noise_scale", "seed", "step", "tensor_ids", "layouts")]
+        mixed = a["norm"], a["one_minus_beta"], a["epsilon"]
+        losses = a["losses_plus"], a["losses_minus"]
+        native.estimate_gradient(G[:quantizing], [], a["alphas"], *drawn, *mixed, *losses, grid.r)
+        reference.coefficients(a["grads"], a["alphas"], draw, mix, losses_of(a))
+    if not skip:
+        rule = rule_of(case)
+        states = [a["first"], a["second"]][: rule.states]
+        update = Update(rule, a["lr"], a["optimizer_step"], a["masters"], states)
+        none = Losses(torch.zeros(0), torch.zeros(0), None)
+        reference.estimate_update_(a["latents"], [], G, a["alphas"], draw, mix, none, grid, update)
+    if a["quantized"]:
+        reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid)
+    return {k: a[k] for k in (*lists, "quantized", "counters")}
+
+
+def one_code(alpha, out, grid, distribution):
+    """A code of inexact noise may move by one where y lies at a tie; two values are rounded."""
+    if distribution in EXACT:
+        return torch.zeros(out.shape)
+    delta = (alpha * grid.r).max().item() if alpha.numel() else 0.0
+    size = 1.0 if out.dtype == torch.int8 else 1.01 * delta + 2 * HALF_ULP[out.dtype] * 129 * delta
+    return torch.full(out.shape, size)
+
+
+def slope_error(out, g):
+    """2e-6 of the derivative, and one rounding to the dtype of the output."""
+    size = g.float().abs()
+    return size * 2.1e-6 + 2 * HALF_ULP[out.dtype] * size + SMALLEST[out.dtype]
+
+
+def estimate_errors(a, draw, grid, m_off):
+    """Twice what tolerances.estimate_error allows one backend: two of them are compared."""
+    losses = losses_of(a)._replace(counters=None)
+    A, B, _ = reference.coefficients(a["grads"], a["alphas"], draw, mix_of(a), losses)
+    errors = []
+    for i, g in enumerate(a["grads"]):
+        e = reference.elements(g.numel(), draw.layouts[i], g.device)
+        added, noise = (A.abs() * g.flatten().float().abs()).double(), 0.0
+        inv = 1 / reference.delta_of(a["alphas"][i], grid.r, g).double()
+        for direction, b in enumerate(B):
+            m = reference.noise_m(e, draw, direction, draw.tensor_ids[i])
+            added += inv * b.abs() * m.abs()
+            noise += inv * b.abs()
+        rounding = 0.0 if g.dtype == torch.float32 else 2 * HALF_ULP[g.dtype] * added + 2 * SMALLEST[g.dtype]
+        errors.append(8 * 2.0**-23 * added + noise * m_off + rounding)
+    return errors
+
+
+def copied(value):
+    if isinstance(value, list):
+        return [copied(x) for x in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
