@@ -17,7 +17,8 @@
   X(uniform, half) X(rademacher, half) X(triangular, half) X(logistic, half) X(gaussian, word)
 
 // Forms of the straight-through derivative.
-#define FOGZO_STRAIGHT_THROUGHS(X) X(identity_clipped) X(identity) X(hardtanh) X(tanh) X(approxsign)
+#define FOGZO_STRAIGHT_THROUGHS(X)                                                                             \
+  X(identity_clipped) X(identity_trust) X(identity) X(hardtanh) X(tanh) X(approxsign)
 
 // Of updates, and how many states each has.
 #define FOGZO_RULES(X) X(adamw, 2) X(sgd, 0) X(momentum, 1) X(nesterov, 1)

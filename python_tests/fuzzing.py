@@ -38,7 +38,7 @@ NORMS = (0.5, 3.0, 100.0, 0.0, math.inf, math.nan)
 GRIDS = (
     (-2, 1, 0.0, 1), (-128, 127, 0.0, 1), (-1, 0, 0.5, 2), (-1, 1, 0.0, 1), (-8, 7, 0.5, 1), (3, 3, 0.0, 2),
 )  # fmt: skip
-KINDS = (("identity", True), *((kind, False) for kind in straight_through.KINDS))
+KINDS = (("identity", True), ("identity", "trust"), *((kind, False) for kind in straight_through.KINDS))
 RULES = {
     "adamw": {"kind": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
     "sgd": {"kind": "sgd", "weight_decay": 0.05},

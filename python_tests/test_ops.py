@@ -45,7 +45,7 @@ def samples(device, dtype, backend):
     names = (args["norm"], i64(1), i64(2), f64(0.25))
     where = ([4, 5], [0, 3, 3, 8, 8, 16])
     grid, drawn = (-2, 1, 0.0, 1), ("uniform", 0.29)
-    smooth = (*grid, "identity", True, backend)
+    smooth = (*grid, "identity_clipped", backend)
     return {
         "noise": (5, "uniform", i64(1), i64(2), 3, 4, [0, 5, 5], device, backend),
         "guide_sumsq": (grads, alphas, 1, False, backend),
@@ -129,9 +129,12 @@ def test_a_whole_step_in_one_graph(backend, device):
     assert counter.frame_count == 1
 
 
-def test_compiled_quantize_backward(backend, device):
+@pytest.mark.parametrize("clip", [True, "trust"])
+def test_compiled_quantize_backward(clip, backend, device):
+    options = {"grid": GRID, "straight_through": fk.StraightThrough(clip=clip), "backend": backend}
+
     def loss(latent, alpha, weight):
-        return (fk.quantize(latent, alpha, **ON_GRID, backend=backend) * weight).sum()
+        return (fk.quantize(latent, alpha, **options) * weight).sum()
 
     graph, counter = compiled(loss)
     results = []
