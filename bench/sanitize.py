@@ -16,17 +16,15 @@ from torch import Tensor
 
 import fogzo_kernels as fk
 from fogzo_kernels import StraightThrough
-from fogzo_kernels.spec.straight_through import KINDS
+from fogzo_kernels.spec.straight_through import VARIANTS
 
 from . import cases as c
 
 SIZES = [1, 7, 8, 4099, 0, 2048, 16384 + 8, 2 * 16384 + 5]
 #: Every derivative, each on a grid that it belongs to.
 DERIVATIVES = [
-    (StraightThrough(kind, clip=clip), c.GRID if kind == "identity" else fk.Grid.sign())
-    for kind in KINDS
-    for clip in (True, False)
-    if clip or kind == "identity"
+    (one, c.GRID if one.kind == "identity" else fk.Grid.sign())
+    for one in map(StraightThrough.of_variant, VARIANTS)
 ]
 NAMES = {"one_minus_beta": c.ONE_MINUS_BETA, "seed": c.SEED, "step": c.STEP}
 

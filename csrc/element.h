@@ -142,6 +142,9 @@ FOGZO_HD float derivative_of(float theta, const Scale &scale, const GridRange &g
   if constexpr (S == StraightThrough::identity_clipped) {
     const float z = position_of(theta, scale, grid);
     return grid.qmin < z && z < grid.qmax ? 1.0f : 0.0f;
+  } else if constexpr (S == StraightThrough::identity_trust) { // where a code is at most half a delta away
+    const float z = position_of(theta, scale, grid);
+    return grid.qmin - 0.5f <= z && z <= grid.qmax + 0.5f ? 1.0f : 0.0f;
   } else if constexpr (S == StraightThrough::identity) {
     return 1.0f;
   } else if constexpr (S == StraightThrough::hardtanh) {

@@ -17,7 +17,8 @@
   X(uniform, half) X(rademacher, half) X(triangular, half) X(logistic, half) X(gaussian, word)
 
 // Forms of the straight-through derivative.
-#define FOGZO_STRAIGHT_THROUGHS(X) X(identity_clipped) X(identity) X(hardtanh) X(tanh) X(approxsign)
+#define FOGZO_STRAIGHT_THROUGHS(X)                                                                             \
+  X(identity_clipped) X(identity_trust) X(identity) X(hardtanh) X(tanh) X(approxsign)
 
 // What an alpha is made of.
 #define FOGZO_STATISTICS(X) X(absmax) X(absmean) X(rms)

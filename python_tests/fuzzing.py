@@ -37,7 +37,7 @@ NORMS = (0.5, 3.0, 100.0, 0.0, math.inf, math.nan)
 GRIDS = (
     (-2, 1, 0.0, 1), (-128, 127, 0.0, 1), (-1, 0, 0.5, 2), (-1, 1, 0.0, 1), (-8, 7, 0.5, 1), (3, 3, 0.0, 2),
 )  # fmt: skip
-KINDS = (("identity", True), *((kind, False) for kind in straight_through.KINDS))
+KINDS = (("identity", True), ("identity", "trust"), *((kind, False) for kind in straight_through.KINDS))
 NOISY = ("noise", "perturb_quantize", "estimate_gradient", "estimate_update")
 OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward", "measure_alphas")
 

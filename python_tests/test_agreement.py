@@ -36,6 +36,8 @@ CASES = [
     (fk.Grid.sign(), fk.StraightThrough("approxsign")),
 ]
 IDS = [f"{s.kind}-{s.distribution}-{g.levels}" for g, s in CASES]
+TRUST = fk.StraightThrough("identity", clip="trust")
+DERIVATIVES = [*CASES, (fk.Grid.half_offset(2), TRUST), (fk.Grid.uniform(3), TRUST)]
 
 
 def poisoned(like, dtype):
@@ -306,7 +308,7 @@ def test_estimate(backend, device, grid, straight_through, dtype, kind, n, gener
 # ---- quantizer and straight-through derivative
 
 
-@pytest.mark.parametrize(("grid", "straight_through"), CASES, ids=IDS)
+@pytest.mark.parametrize(("grid", "straight_through"), DERIVATIVES, ids=[*IDS, "trust-4", "trust-8"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
 def test_quantize_and_straight_through(backend, device, grid, straight_through, dtype, kind, generator):
@@ -320,11 +322,13 @@ def test_quantize_and_straight_through(backend, device, grid, straight_through, 
         expected.append((code, (delta * (code.flatten() + grid.offset)).view(t.shape).to(dtype)))
         x = (t.flatten().float() * inv * grid.r).view(t.shape).double()
         slopes.append({
-            "identity": (w > grid.qmin) & (w < grid.qmax) if straight_through.clip else x == x,
+            "identity_clipped": (w > grid.qmin) & (w < grid.qmax),
+            "identity_trust": (code - w).abs() <= 0.5,
+            "identity": x == x,
             "hardtanh": x.abs() < 1,
             "tanh": 1 - torch.tanh(x) ** 2,
             "approxsign": (2 - 2 * x.abs()).clamp(min=0),
-        }[straight_through.kind].double())  # fmt: skip
+        }[straight_through.variant].double())  # fmt: skip
     lists = to(device, latents, alphas)
     for out_dtype in (torch.int8, dtype):
         out = [poisoned(t, out_dtype) for t in lists[0]]

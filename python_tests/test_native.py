@@ -322,7 +322,7 @@ ROWS = [
     *((GRIDS, put(offset=x), f"offset must be 0 or 0.5, got {x}") for x in (NAN, 0.25)),
     *((LISTS, put(r=x), f"r must be in 1..2, got {x}") for x in (0, 3)),
     ((S,), put(straight_through="relu"),
-     "straight_through must be one of identity_clipped, identity, hardtanh, tanh, approxsign, got relu"),
+     f"straight_through must be one of {', '.join(straight_through.VARIANTS)}, got relu"),
     ((U,), put(rule="lion"), "rule must be one of adamw, sgd, momentum, nesterov, got lion"),
     ((U,), put(names=NAMES[:-1], values=VALUES[:-1]),
      "hyperparameters must name dampening, got none of that name"),

@@ -25,7 +25,23 @@ FLOATS = "float32 or bfloat16 or float16"
         (lambda: fk.Grid(-1, 1, 0.25, 1), ValueError, "offset must be 0 or 0.5, got 0.25"),
         (lambda: fk.Grid(-1, 1, 0.0, 3), ValueError, "r must be 1 or 2, got 3"),
         (lambda: fk.StraightThrough("relu"), ValueError, "kind must be one of identity, hardtanh,"),
-        (lambda: fk.StraightThrough(clip=1), TypeError, "clip must be a bool, got int"),
+        (lambda: fk.StraightThrough(clip=1), TypeError, "clip must be a bool or 'trust', got int"),
+        (lambda: fk.StraightThrough(clip=None), TypeError, "clip must be a bool or 'trust', got NoneType"),
+        (
+            lambda: fk.StraightThrough(clip="quest"),
+            ValueError,
+            "clip must be True, False or 'trust', got 'quest'",
+        ),
+        (
+            lambda: fk.StraightThrough("tanh", clip="trust"),
+            ValueError,
+            "clip must be True or False for 'tanh', got 'trust'",
+        ),
+        (
+            lambda: fk.StraightThrough.of_variant("trust"),
+            ValueError,
+            "straight_through must be one of identity_clipped, identity_trust, identity, hardtanh, tanh,",
+        ),
         (
             lambda: fk.StraightThrough(noise="x"),
             ValueError,

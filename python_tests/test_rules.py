@@ -1,6 +1,8 @@
 """Which modules quantize_model takes, what its report says, and what it refuses before it changes anything."""
 
 import copy
+import json
+import pickle
 import re
 
 import pytest
@@ -119,6 +121,10 @@ def test_report_reads_well():
     assert lines["head"].endswith("Linear (8, 4) 2 8 A")
     assert "A: 4 levels -1.5..1.5 times alpha, Scale.fixed(row_mean), identity" in text.splitlines()
     assert "B: 16 levels -8..7 times alpha, Scale.fixed(0.1), identity" in text.splitlines()
+    for clip, told in ((False, "identity, clip=False"), ("trust", "identity, clip='trust'")):
+        quantizer = fk.Quantizer(FOUR.grid, FOUR.scale, fk.StraightThrough("identity", clip=clip))
+        report_of_one = fk.quantize_model(nn.Linear(4, 4), quantizer)
+        assert f"A: 16 levels -8..7 times alpha, Scale.fixed(0.1), {told}" in str(report_of_one).splitlines()
     assert lines["attention"].endswith("MultiheadAttention in_proj_weight (12, 4) has no quantized form")
     assert " out_proj.weight (4, 4)" in text  # each weight has a line
     assert lines["lstm"].endswith("LSTM weight_ih_l0 (16, 4) rules[1], 'lstm'")
@@ -347,6 +353,10 @@ def test_quantizers_as_dicts():
         if not isinstance(scale, float):
             with pytest.raises(RuntimeError, match="alpha must be given anew"):
                 fk.quantize_model(nn.Linear(4, 4), found)
+    for clip in (True, False, "trust"):
+        q = fk.Quantizer(fk.Grid.uniform(2), fk.Scale.fixed(0.5), fk.StraightThrough(clip=clip))
+        assert fk.Quantizer.from_dict(json.loads(json.dumps(q.to_dict()))) == q
+        assert pickle.loads(pickle.dumps(q)) == q
     for wrong in ({}, {"version": 2}, "2", q.to_dict() | {"grid": {"bits": 2}}):
         with pytest.raises(ValueError, match="the quantizer must be"):
             fk.Quantizer.from_dict(wrong)

@@ -31,6 +31,27 @@ def test_latents_that_are_not_finite_clamp(backend):
         assert codes == [1, -2, -2, 0]
 
 
+@pytest.mark.parametrize("grid", [fk.Grid.half_offset(2), fk.Grid.uniform(8), fk.Grid.ternary()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_where_the_identity_is_clipped(backend, device, grid, dtype):
+    """Up to the outermost codes, or half a delta beyond; the bounds themselves, their neighbours, NaN, inf."""
+    bounds = {True: (grid.qmin, grid.qmax), "trust": (grid.qmin - 0.5, grid.qmax + 0.5)}
+    edges = torch.tensor([x + grid.offset for pair in bounds.values() for x in pair], dtype=dtype)
+    around = [torch.nextafter(edges, edges + way) for way in (-1, 1)]
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)
+    theta = 0.5 * torch.cat([edges, *around, special, *[special[-1:]] * 15])  # a chunk of 8, and some alone
+    z = (theta.double() / 0.5 - grid.offset).float()  # rounded as it is pinned
+    expected = {True: (z > grid.qmin) & (z < grid.qmax), False: torch.ones_like(z)}
+    expected["trust"] = (z >= grid.qmin - 0.5) & (z <= grid.qmax + 0.5)
+    for clip, slope in expected.items():
+        g = torch.full(theta.shape, -3.0, dtype=dtype, device=device)
+        fk.straight_through_backward_(
+            g, theta.to(device), torch.tensor(0.5, device=device), grid=grid,
+            straight_through=fk.StraightThrough("identity", clip=clip), backend=backend,
+        )  # fmt: skip
+        assert torch.equal(g.cpu(), -3.0 * slope.to(dtype)), clip
+
+
 @pytest.mark.parametrize("norm", [0.0, float("inf"), float("nan"), -1.0])
 def test_unusable_norm_leaves_the_guide_out(backend, norm):
     """1 - beta = 0 and no guide: the weights are Q(theta)."""

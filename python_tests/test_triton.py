@@ -74,6 +74,7 @@ def test_a_distribution_without_code_is_an_error(monkeypatch, operands):
 
 def test_a_straight_through_kind_without_code_is_an_error(monkeypatch, operands):
     monkeypatch.setitem(straight_through.KINDS, "cubic", (0.5, "uniform"))
+    monkeypatch.setitem(straight_through.FORMS, "cubic", ("cubic", True))
     latent, grad, alpha, _ = operands
     with no_code_for("straight-through kind cubic"):
         fk.straight_through_backward_(

@@ -286,6 +286,9 @@ def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: Strai
         case "identity_clipped":
             z = fma(theta, inv, -grid.offset)
             return ((z > grid.qmin) & (z < grid.qmax)).float()
+        case "identity_trust":
+            z = fma(theta, inv, -grid.offset)
+            return ((z >= grid.qmin - 0.5) & (z <= grid.qmax + 0.5)).float()
         case "identity":
             return torch.ones_like(theta)
         case "hardtanh":

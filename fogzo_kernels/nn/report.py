@@ -146,9 +146,9 @@ def _of_left(row: Row) -> list[str]:
 def _described(q: Quantizer) -> str:
     g, s = q.grid, q.straight_through
     low, high = (g.r * (code + g.offset) for code in (g.qmin, g.qmax))
-    unclipped = ", clip=False" if s.kind == "identity" and s.clip is False else ""
+    clip = f", clip={s.clip!r}" if s.kind == "identity" and s.clip is not True else ""
     noise = f", {s.noise} noise" if s.noise else ""
-    return f"{g.levels} levels {low:g}..{high:g} times alpha, {q.scale}, {s.kind}{unclipped}{noise}"
+    return f"{g.levels} levels {low:g}..{high:g} times alpha, {q.scale}, {s.kind}{clip}{noise}"
 
 
 # ---- text

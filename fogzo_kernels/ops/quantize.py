@@ -113,9 +113,7 @@ def quantize(
     check_name(backend)
     if alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError("alpha must not require a gradient: it would get none and silently not train")
-    options = (
-        grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind, straight_through.clip, backend
-    )  # fmt: skip
+    options = (grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.variant, backend)
     if quantized is None:
         found: Tensor = op(latent, alpha, *options)
         return found
@@ -128,10 +126,10 @@ def quantize(
 @torch.library.custom_op(
     "fogzo::quantize",
     mutates_args=(),
-    schema=f"(Tensor latent, Tensor alpha, {GRID}, str kind, bool clip, str? backend) -> Tensor",
+    schema=f"(Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend) -> Tensor",
 )
 def op(
-    latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, kind: str, clip: bool,
+    latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, straight_through: str,
     backend: str | None,
 ) -> Tensor:  # fmt: skip
     checks.latents_and_alphas([latent], [alpha])

@@ -42,8 +42,8 @@ def straight_through_backward_(
     arguments.quantizer(grid, straight_through)
     op(
         arguments.tensors("grads", grads), arguments.tensors("latents", latents),
-        arguments.tensors("alphas", alphas), grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.kind,
-        straight_through.clip, backend,
+        arguments.tensors("alphas", alphas), grid.qmin, grid.qmax, grid.offset, grid.r,
+        straight_through.variant, backend,
     )  # fmt: skip
 
 
@@ -55,12 +55,12 @@ def check_lists(grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequ
 @list_op(
     "fogzo::straight_through_backward_",
     mutates_args=("grads",),
-    schema=f"(Tensor(a!)[] grads, Tensor[] latents, Tensor[] alphas, {GRID}, str kind, bool clip,"
+    schema=f"(Tensor(a!)[] grads, Tensor[] latents, Tensor[] alphas, {GRID}, str straight_through,"
     " str? backend) -> ()",
 )
 def op(
     grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
-    offset: float, r: int, kind: str, clip: bool, backend: str | None,
+    offset: float, r: int, straight_through: str, backend: str | None,
 ) -> None:  # fmt: skip
     def check() -> None:
         check_lists(grads, latents, alphas)
@@ -71,7 +71,7 @@ def op(
         return check()
     run_checked(
         select(backend, latents[0].device), check, "straight_through_backward_", grads, grads, latents, alphas,
-        Grid(qmin, qmax, offset, r), StraightThrough(kind, clip),
+        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through),
     )  # fmt: skip
 
 
@@ -86,11 +86,11 @@ def _(grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tenso
 @torch.library.custom_op(
     "fogzo::straight_through_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str kind, bool clip, str? backend) -> Tensor",
+    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend) -> Tensor",
 )
 def backward(
-    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, kind: str,
-    clip: bool, backend: str | None,
+    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
+    straight_through: str, backend: str | None,
 ) -> Tensor:  # fmt: skip
     grad, out = grad.contiguous(), torch.empty_like(latent)
 
@@ -100,7 +100,7 @@ def backward(
 
     run_checked(
         select(backend, latent.device), check, "straight_through_backward_", [out], [grad], [latent], [alpha],
-        Grid(qmin, qmax, offset, r), StraightThrough(kind, clip),
+        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through),
     )  # fmt: skip
     return out
 

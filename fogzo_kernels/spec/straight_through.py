@@ -21,8 +21,14 @@ KINDS: dict[str, tuple[float, str]] = {
     "approxsign": (1.0 / math.sqrt(6.0), "triangular"),
 }
 
-#: Each form of derivative by one name: the kinds, and identity's clipped form.
-VARIANTS = ("identity_clipped", *KINDS)
+#: Each form of derivative by one name -> kind and clip. Only identity has several.
+FORMS: dict[str, tuple[str, bool | str]] = {
+    "identity_clipped": ("identity", True),
+    "identity_trust": ("identity", "trust"),
+    "identity": ("identity", False),
+    **{kind: (kind, True) for kind in KINDS if kind != "identity"},
+}
+VARIANTS = tuple(FORMS)
 
 
 @dataclass(frozen=True)
@@ -32,28 +38,42 @@ class StraightThrough:
     Args:
         kind: ``"identity"`` for rounding grids; ``"hardtanh"``, ``"tanh"`` or ``"approxsign"``
             for :meth:`Grid.sign`.
-        clip: for ``"identity"``, whether the derivative is 0 outside the grid's range (the
-            smoothed clamp). ``False`` lets a saturated weight come back.
+        clip: for ``"identity"``, where the derivative is 0: outside the grid's range (``True``, the
+            smoothed clamp); where no code is within half a delta (``"trust"``, QuEST's mask: Panferov
+            et al., 2025, arXiv 2502.05003); or nowhere (``False``), so that a saturated weight can come back.
         noise: a distribution that replaces the matching one, such as ``"gaussian"`` or
             ``"rademacher"`` (SPSA, MeZO).
     """
 
     kind: str = "identity"
-    clip: bool = True
+    clip: bool | str = True
     noise: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not isinstance(self.clip, bool):
-            raise TypeError(f"clip must be a bool, got {type(self.clip).__name__}")
+        if not isinstance(self.clip, bool | str):
+            raise TypeError(f"clip must be a bool or 'trust', got {type(self.clip).__name__}")
+        if isinstance(self.clip, str) and self.clip != "trust":
+            raise ValueError(f"clip must be True, False or 'trust', got {self.clip!r}")
+        if self.clip == "trust" and self.kind != "identity":
+            raise ValueError(f"clip must be True or False for {self.kind!r}, got 'trust'")
         if self.noise is not None and self.noise not in DISTRIBUTIONS:
             raise ValueError(f"noise must be None or one of {', '.join(DISTRIBUTIONS)}, got {self.noise!r}")
 
     @property
     def variant(self) -> str:
-        """The kind, or ``"identity_clipped"``: what selects the derivative's code."""
-        return "identity_clipped" if self.kind == "identity" and self.clip else self.kind
+        """The kind, for ``"identity"`` with its clip: what selects the derivative's code."""
+        if self.kind != "identity" or self.clip is False:
+            return self.kind
+        return "identity_trust" if self.clip == "trust" else "identity_clipped"
+
+    @classmethod
+    def of_variant(cls, name: str) -> StraightThrough:
+        """The one of this :attr:`variant`, with the noise that belongs to it."""
+        if name not in FORMS:
+            raise ValueError(f"straight_through must be one of {', '.join(FORMS)}, got {name!r}")
+        return cls(*FORMS[name])
 
     @property
     def distribution(self) -> str:

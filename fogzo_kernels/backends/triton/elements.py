@@ -349,6 +349,9 @@ def derivative_of(theta, scale, grid, KIND: tl.constexpr):
     if KIND == "identity_clipped":
         z = position(theta, scale, grid)
         return ((z > grid.qmin) & (z < grid.qmax)).to(tl.float32)
+    elif KIND == "identity_trust":  # where a code is at most half a delta away
+        z = position(theta, scale, grid)
+        return ((z >= grid.qmin - 0.5) & (z <= grid.qmax + 0.5)).to(tl.float32)
     elif KIND == "identity":
         return tl.zeros_like(theta) + 1.0
     elif KIND == "hardtanh":
