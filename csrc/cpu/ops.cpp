@@ -1,56 +1,9 @@
 // CPU ops over lists of tensors: read the arguments, check them all, cut into blocks, spread over threads, call
 // the kernels. Registered through the LibTorch stable ABI, so that one build serves several torch releases.
-#include "nouns.h"
-
-#include <torch/csrc/stable/ops.h>
+#include "blocks.h"
 
 namespace fogzo::cpu {
 namespace {
-
-constexpr int64_t kBlock = 32768; // elements per task; fixed, so that sums do not depend on threads
-
-// ---- from lists to blocks
-
-Span span_of(const Tensor &t) { return {t.data, t.dtype()}; }
-
-void set_spans(std::vector<Item> &items, Span Item::*member, const Tensors &list) {
-  for (size_t i = 0; i < list.size(); ++i)
-    items[i].*member = span_of(list[i]);
-}
-
-// One for each of `like`; those behind the last of `alphas` have none.
-std::vector<Item> make_items(const Tensors &like, const Tensors &alphas) {
-  std::vector<Item> items(like.size());
-  for (size_t i = 0; i < items.size(); ++i)
-    items[i].numel = like[i].numel;
-  for (size_t i = 0; i < alphas.size(); ++i) {
-    items[i].scale_length = std::max<int64_t>(1, items[i].numel / std::max<int64_t>(1, alphas[i].numel));
-    items[i].alpha = alphas[i].at<const float>();
-  }
-  return items;
-}
-
-struct Block {
-  const Item *item;
-  int64_t begin, end;
-};
-
-std::vector<Block> make_blocks(const std::vector<Item> &items) {
-  std::vector<Block> blocks;
-  blocks.reserve(items.size());
-  for (const Item &item : items)
-    for (int64_t begin = 0; begin < item.numel; begin += kBlock)
-      blocks.push_back({&item, begin, std::min(item.numel, begin + kBlock)});
-  return blocks;
-}
-
-// body(index, block) over all blocks, in parallel
-template <class Body> void for_each_block(const std::vector<Block> &blocks, Body body) {
-  torch::stable::parallel_for(0, int64_t(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      body(i, blocks[i]);
-  });
-}
 
 // ---- noise and guide norm
 
@@ -362,6 +315,51 @@ void straight_through_backward(Arguments a) {
   });
 }
 
+void learned_backward(Arguments a) {
+  const Tensors out = a.tensors(), alpha_grads = a.tensors(), grads = a.tensors(), latents = a.tensors(),
+                alphas = a.tensors();
+  const Grid grid(a);
+  const std::string name = a.text();
+  const std::vector<double> factors = a.numbers();
+  check_list(latents, "latents", kFloats);
+  check_list_like(grads, "grads", kFloats, latents, latents.size());
+  check_list_like(out, "out", kFloats, latents, latents.size());
+  grid.check();
+  check_length(alphas, latents.size(), "alphas");
+  check_alphas(alphas, latents, grid.r);
+  check_list_like(alpha_grads, "alpha_grads", bit(Type::float32), alphas, alphas.size());
+  const auto what = value_of<StraightThrough, Refusal>(name, "straight_through");
+  FOGZO_CHECK(factors.size() == latents.size(), "factors must have ", latents.size(), " entries, got ",
+              factors.size());
+  for (size_t i = 0; i < factors.size(); ++i)
+    FOGZO_CHECK(std::isfinite(factors[i]), Name("factors", i), " must be finite, got ", factors[i]);
+  Memory memory;
+  memory.writes(out, "out");
+  memory.writes(alpha_grads, "alpha_grads");
+  memory.reads_in_place(grads, "grads", out);
+  memory.reads(latents, "latents");
+  memory.reads(alphas, "alphas");
+  memory.check();
+
+  const Kernels &run = kernels();
+  std::vector<Item> items = make_items(latents, alphas);
+  set_spans(items, &Item::latent, latents);
+  set_spans(items, &Item::grad, grads);
+  set_spans(items, &Item::plus, out);
+  for (size_t i = 0; i < items.size(); ++i) {
+    items[i].alpha_grad = alpha_grads[i].at<float>();
+    items[i].factor = factors[i];
+    if (!items[i].numel)
+      std::fill_n(items[i].alpha_grad, alpha_grads[i].numel, 0.0f);
+  }
+  const std::vector<Block> blocks = make_blocks(items);
+  std::vector<Cut> cuts(blocks.size());
+  for_each_block(blocks, [&](int64_t i, const Block &b) {
+    cuts[i] = run.learned(*b.item, what, grid.range(), float(grid.r), b.begin, b.end);
+  });
+  add_cuts(blocks, cuts);
+}
+
 // ---- schemas
 
 // The dispatcher's form of an op without results.
@@ -382,6 +380,8 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ") -> ()");
   m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] "
         "alphas, " FOGZO_GRID ", str straight_through) -> ()");
+  m.def("learned_backward(Tensor(a!)[] out, Tensor(b!)[] alpha_grads, Tensor[] grads, Tensor[] latents, "
+        "Tensor[] alphas, " FOGZO_GRID ", str straight_through, float[] factors) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
@@ -392,6 +392,7 @@ STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
   m.impl("estimate_update", boxed<estimate_update>);
   m.impl("quantize", boxed<quantize>);
   m.impl("straight_through_backward", boxed<straight_through_backward>);
+  m.impl("learned_backward", boxed<learned_backward>);
 }
 
 } // namespace fogzo::cpu

@@ -66,6 +66,11 @@ class Backend(Protocol):
         straight_through: StraightThrough,
     ) -> None: ...  # fmt: skip
 
+    def learned_backward_(
+        self, out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors,
+        grid: Grid, straight_through: StraightThrough, factors: Sequence[float],
+    ) -> None: ...  # fmt: skip
+
 
 #: What a backend must have.
 FUNCTIONS = tuple(name for name in vars(Backend) if not name.startswith("_"))

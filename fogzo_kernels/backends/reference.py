@@ -305,3 +305,36 @@ def straight_through_backward_(
     for q, g, theta, alpha in zip(out, grads, latents, alphas, strict=True):
         slope = derivative(theta.flatten().float(), delta_of(alpha, grid.r, theta), grid, straight_through)
         q.copy_((g.flatten().float() * slope).view(q.shape))
+
+
+# ---- section 4: learned scales
+
+PIECE = 4096  # elements that PyTorch adds in one go: fewer than it spreads over threads
+
+
+def learned_backward_(
+    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough, factors: Sequence[float],
+) -> None:  # fmt: skip
+    """Write g * h'(theta), and the gradients of the alphas."""
+    for i, (total, g, theta, alpha) in enumerate(zip(alpha_grads, grads, latents, alphas, strict=True)):
+        slope = alpha_slope(theta.flatten().float(), delta_of(alpha, grid.r, theta), grid)
+        terms = g.flatten().float() * slope
+        total.copy_((factors[i] * cell_sums(terms, alpha.numel())).view(total.shape))
+    straight_through_backward_(out, grads, latents, alphas, grid, straight_through)
+
+
+def alpha_slope(theta: Tensor, delta: Tensor, grid: Grid) -> Tensor:
+    """dQ/dalpha."""
+    z = fma(theta, 1 / delta, -grid.offset)
+    code = code_of(z, grid)
+    between = (z >= grid.qmin) & (z <= grid.qmax) & (not grid.is_sign)
+    return torch.where(between, code - z, grid.r * (code + grid.offset))
+
+
+def cell_sums(terms: Tensor, cells: int) -> Tensor:
+    """Sum of each cell, float64, in an order that no number of threads changes."""
+    sums = terms.double().view(cells, terms.numel() // max(cells, 1))
+    while sums.shape[1] > PIECE:
+        sums = torch.nn.functional.pad(sums, (0, -sums.shape[1] % PIECE)).view(cells, -1, PIECE).sum(2)
+    return sums.sum(1)

@@ -6,6 +6,7 @@ One file an op, with its kernels and below them what launches these: once for al
 
 from .estimate import estimate_gradient_
 from .launch import unavailable
+from .learned import learned_backward_
 from .noise import noise
 from .norm import guide_sumsq
 from .perturb import perturb_quantize_
@@ -16,6 +17,7 @@ __all__ = [
     "estimate_gradient_",
     "estimate_update_",
     "guide_sumsq",
+    "learned_backward_",
     "noise",
     "perturb_quantize_",
     "quantize_",
