@@ -191,4 +191,10 @@ FOGZO_HD float alpha_of(float statistic, const Measure &measure) {
   return scaled < measure.least ? measure.least : scaled;
 }
 
+// dQ/dalpha (docs/contract.md, section 4, learned scales); r is 2 on the sign grid alone
+FOGZO_HD float alpha_slope_of(float theta, const Scale &scale, const GridRange &grid, float r) {
+  const float z = position_of(theta, scale, grid), code = code_of(z, grid);
+  return r == 1.0f && grid.qmin <= z && z <= grid.qmax ? code - z : r * (code + grid.offset);
+}
+
 } // namespace fogzo

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from .ops.alphas import measure_alphas_
 from .ops.estimate import estimate_gradient_
+from .ops.learned import learned_backward_
 from .ops.noise import noise
 from .ops.norm import guide_norm, guide_sumsq
 from .ops.perturb import perturb_quantize_
@@ -32,6 +33,7 @@ __all__ = [
     "guide_norm",
     "guide_sumsq",
     "measure_alphas_",
+    "learned_backward_",
     "noise",
     "perturb_quantize_",
     "quantize",

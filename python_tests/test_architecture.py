@@ -21,7 +21,7 @@ FLOORS = {
     "spec": ((), "dtypes noise grid straight_through scale quantizer presets update schedule call"),
     "backends": (("spec",), "__init__ plans cells reference cpu cuda triton"),
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments alphas noise norm perturb estimate"
-            " tail straight_through quantize"),
+            " tail straight_through learned quantize"),
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized permuted"
            " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
@@ -33,7 +33,9 @@ FLOORS = {
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip
 #: Of the Triton backend, bottom first.
-ORDER_OF_TRITON = "elements tables launch losses noise norm measure perturb estimate tail quantize __init__"
+ORDER_OF_TRITON = (
+    "elements tables launch losses noise norm measure perturb estimate tail quantize learned __init__"
+)
 TRITON = ORDER_OF_TRITON.split()
 #: What a backend may import of the package.
 BACKENDS_MAY_IMPORT = ("spec", "backends.plans", "backends.cells")

@@ -50,4 +50,20 @@ template <class Body> void for_each_block(const std::vector<Block> &blocks, Body
   });
 }
 
+// The gradients of alphas that several blocks share, added in the order of the blocks.
+inline void add_cuts(const std::vector<Block> &blocks, const std::vector<Cut> &cuts) {
+  double sum = 0;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const auto [item, begin, end] = blocks[i];
+    const int64_t length = item->scale_length, first = begin / length, last = (end - 1) / length;
+    if (begin % length) { // the alpha of its first element began before
+      sum += cuts[i].before;
+      if ((first + 1) * length <= end)
+        item->alpha_grad[first] = float(item->factor * sum);
+    }
+    if (last * length >= begin && end % length)
+      sum = cuts[i].behind;
+  }
+}
+
 } // namespace fogzo::cpu

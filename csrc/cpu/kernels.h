@@ -23,6 +23,8 @@ struct Span {
 struct Item {
   int64_t numel = 0, scale_length = 1; // elements that share one alpha
   const float *alpha = nullptr;        // null in the fused tail: not quantized
+  float *alpha_grad = nullptr;         // of learned scales, as many
+  double factor = 1.0;                 // of alpha_grad
   Span latent, grad, plus, minus;      // quantize writes plus; estimate and straight-through write grad
   Span master, first, second;          // of the fused tail, float32; plus receives Q
   Layout layout{0, 1, 1};
@@ -54,6 +56,12 @@ struct Tail {
   bool skip; // write only Q
 };
 
+// Sums of the two alphas that the ends of a range may cut: the one that began before it, and the one that begins
+// in it and ends behind it. A range within an alpha that began before has only the first.
+struct Cut {
+  double before = 0, behind = 0;
+};
+
 // The kernels, compiled for one instruction set. All sets give the same bits.
 struct Kernels {
   const char *isa;
@@ -70,6 +78,8 @@ struct Kernels {
   void (*measure)(const Item &item, const Measure &measure, int64_t begin, int64_t end);
   // what a piece of a cell comes to
   double (*total)(const Item &item, Statistic statistic, int64_t begin, int64_t end);
+  // the same, and alpha_grad of the alphas whose elements all lie in the range
+  Cut (*learned)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin, int64_t end);
 };
 
 // Null where the compiler's target has no such instructions.

@@ -315,6 +315,51 @@ void straight_through_backward(Arguments a) {
   });
 }
 
+void learned_backward(Arguments a) {
+  const Tensors out = a.tensors(), alpha_grads = a.tensors(), grads = a.tensors(), latents = a.tensors(),
+                alphas = a.tensors();
+  const Grid grid(a);
+  const std::string name = a.text();
+  const std::vector<double> factors = a.numbers();
+  check_list(latents, "latents", kFloats);
+  check_list_like(grads, "grads", kFloats, latents, latents.size());
+  check_list_like(out, "out", kFloats, latents, latents.size());
+  grid.check();
+  check_length(alphas, latents.size(), "alphas");
+  check_alphas(alphas, latents, grid.r);
+  check_list_like(alpha_grads, "alpha_grads", bit(Type::float32), alphas, alphas.size());
+  const auto what = value_of<StraightThrough, Refusal>(name, "straight_through");
+  FOGZO_CHECK(factors.size() == latents.size(), "factors must have ", latents.size(), " entries, got ",
+              factors.size());
+  for (size_t i = 0; i < factors.size(); ++i)
+    FOGZO_CHECK(std::isfinite(factors[i]), Name("factors", i), " must be finite, got ", factors[i]);
+  Memory memory;
+  memory.writes(out, "out");
+  memory.writes(alpha_grads, "alpha_grads");
+  memory.reads_in_place(grads, "grads", out);
+  memory.reads(latents, "latents");
+  memory.reads(alphas, "alphas");
+  memory.check();
+
+  const Kernels &run = kernels();
+  std::vector<Item> items = make_items(latents, alphas);
+  set_spans(items, &Item::latent, latents);
+  set_spans(items, &Item::grad, grads);
+  set_spans(items, &Item::plus, out);
+  for (size_t i = 0; i < items.size(); ++i) {
+    items[i].alpha_grad = alpha_grads[i].at<float>();
+    items[i].factor = factors[i];
+    if (!items[i].numel)
+      std::fill_n(items[i].alpha_grad, alpha_grads[i].numel, 0.0f);
+  }
+  const std::vector<Block> blocks = make_blocks(items);
+  std::vector<Cut> cuts(blocks.size());
+  for_each_block(blocks, [&](int64_t i, const Block &b) {
+    cuts[i] = run.learned(*b.item, what, grid.range(), float(grid.r), b.begin, b.end);
+  });
+  add_cuts(blocks, cuts);
+}
+
 } // namespace
 
 // ---- schemas
@@ -332,6 +377,8 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ") -> ()");
   m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] "
         "alphas, " FOGZO_GRID ", str straight_through) -> ()");
+  m.def("learned_backward(Tensor(a!)[] out, Tensor(b!)[] alpha_grads, Tensor[] grads, Tensor[] latents, "
+        "Tensor[] alphas, " FOGZO_GRID ", str straight_through, float[] factors) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
@@ -342,6 +389,7 @@ STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
   m.impl("estimate_update", boxed<estimate_update>);
   m.impl("quantize", boxed<quantize>);
   m.impl("straight_through_backward", boxed<straight_through_backward>);
+  m.impl("learned_backward", boxed<learned_backward>);
 }
 
 } // namespace fogzo::cpu

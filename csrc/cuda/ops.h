@@ -14,7 +14,7 @@ enum class Dtype { FOGZO_DTYPES(FOGZO_ENUMERATOR) any }; // any: known when it r
 // Columns of a row of the table (fogzo_kernels/plans.py), in order.
 #define FOGZO_COLUMNS                                                                                          \
   LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, FIRST, OFFSET, INNER, SKIP, SCALES, SCALE_LENGTH,  \
-      INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2
+      INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2, ALPHA_GRAD, FACTOR
 
 enum Column { FOGZO_COLUMNS, COLUMNS };
 
@@ -108,6 +108,9 @@ void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes,
 void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid);
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind);
+// partial: two for each block
+void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
+                      StraightThrough kind, double *partial);
 
 // partial: one for each block, null where there is no second launch
 void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const Measure &measure,

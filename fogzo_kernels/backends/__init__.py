@@ -67,6 +67,10 @@ class Backend(Protocol):
     ) -> None: ...  # fmt: skip
 
     def measure_alphas_(self, alphas: Tensors, tensors: Tensors, measure: Measure) -> None: ...
+    def learned_backward_(
+        self, out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors,
+        grid: Grid, straight_through: StraightThrough, factors: Sequence[float],
+    ) -> None: ...  # fmt: skip
 
 
 #: What a backend must have.

@@ -87,6 +87,16 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
     native.measure_alphas(alphas, tensors, *measure)
 
 
+def learned_backward_(
+    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough, factors: Sequence[float],
+) -> None:  # fmt: skip
+    """Write g * h'(theta), and the gradients of the alphas; whatever the number of threads."""
+    native.learned_backward(
+        out, alpha_grads, grads, latents, alphas, *grid_of(grid), straight_through.variant, factors
+    )
+
+
 # ---- arguments of the native ops (csrc/cpu/nouns.h)
 
 

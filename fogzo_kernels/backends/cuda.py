@@ -18,7 +18,7 @@ from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
 from ..spec.straight_through import StraightThrough
 from . import cells
-from .plans import Plan, plan
+from .plans import Plan, learned_plan, plan
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]
@@ -221,3 +221,17 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
     planned = p.table.data_ptr(), p.owner.data_ptr(), second, p.programs, p.seconds
     with on(device):
         _cuda.measure_alphas(where(device), planned, name_of(tensors), tuple(measure), partial.data_ptr())
+
+
+def learned_backward_(
+    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough, factors: Sequence[float],
+) -> None:  # fmt: skip
+    """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
+    p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
+    device, dtypes = latents[0].device, (name_of(latents), name_of(grads), name_of(out))
+    partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
+    with on(device):
+        _cuda.learned_backward(
+            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, partial.data_ptr()
+        )

@@ -10,12 +10,13 @@ A plan is a pure function of its key, so it never goes stale. How long one lives
 - Built while a graph is captured, it lies in memory of that graph, which uploads it again at every replay,
   and is not kept here. What the upload reads, pinned memory of the host, stays for good, once for each key.
 
-So graphs that are captured again of the same tensors cost nothing more; of others, a row of 144 bytes for
+So graphs that are captured again of the same tensors cost nothing more; of others, a row of 160 bytes for
 each tensor and 4 bytes for each program.
 """
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -34,16 +35,20 @@ COLUMNS = (
     "SCALES", "SCALE_LENGTH",  # alphas, and elements that share one
     "INNER_DIVISOR", "SCALE_DIVISOR",  # in chunks, packed by divisor()
     "STATE_1", "STATE_2",  # addresses of the optimizer's state
+    "ALPHA_GRAD",  # address of the gradient of a learned alpha
+    "FACTOR",  # of it: the bits of a float64
 )  # fmt: skip
-ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "ALPHA", "STATE_1", "STATE_2")  # in the order of a key
+#: In the order of a key.
+ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "ALPHA", "STATE_1", "STATE_2", "ALPHA_GRAD")
+BY_ELEMENT = ("ALPHA", "ALPHA_GRAD")  # need not be aligned to chunks
 SPAN = 16384  # elements per program
 PLANS_KEPT = 256
 
 Tensors = Sequence[Tensor]
-#: Device, addresses of each list of tensors, elements, alphas, tensor ids, layouts
+#: Device, addresses of each list of tensors, elements, alphas, tensor ids, layouts, factors
 Key = tuple[
     torch.device | None, tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...], tuple[int, ...],
-    tuple[Layout, ...],
+    tuple[Layout, ...], tuple[float, ...],
 ]  # fmt: skip
 
 
@@ -69,19 +74,22 @@ def plan(
     minus: Tensors = (),
     alphas: Tensors = (),
     states: Sequence[Tensors] = (),
+    alpha_grads: Tensors = (),
     tensor_ids: Sequence[int] = (),
     layouts: Sequence[Layout] = (),
+    factors: Sequence[float] = (),
 ) -> Plan:
     """The plan for these lists, each of one tensor for each of ``like``, or empty.
 
     ``like`` gives the numbers of elements and the device. ``alphas``, and with them ``plus``, ``tensor_ids``
     and ``layouts``, may end sooner; ``states`` are at most two lists.
     """
-    lists = latents, grads, plus, minus, alphas, *states, *((),) * (2 - len(states))
+    lists = latents, grads, plus, minus, alphas, *states, *((),) * (2 - len(states)), alpha_grads
     addresses = tuple(tuple(t.data_ptr() for t in ts) for ts in lists)
     numels = tuple(t.numel() for t in like)
     scales = tuple(t.numel() for t in alphas)
-    key = (like[0].device if like else None, addresses, numels, scales, tuple(tensor_ids), tuple(layouts))
+    device, names = like[0].device if like else None, (tuple(tensor_ids), tuple(layouts))
+    key = device, addresses, numels, scales, *names, tuple(factors)
     return kept(key, like, lambda captured: build_plan(key, captured))
 
 
@@ -104,6 +112,19 @@ def kept(key: Any, like: Tensors, build: Callable[[bool], P]) -> P:
         if len(_plans) > PLANS_KEPT:
             _plans.popitem(last=False)
     return found
+
+
+def learned_plan(
+    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors,
+    factors: Sequence[float],
+) -> Plan:  # fmt: skip
+    """The plan for learned scales. Alphas of tensors without elements have no program: their gradient is 0."""
+    for latent, alpha_grad in zip(latents, alpha_grads, strict=True):
+        if not latent.numel():
+            alpha_grad.zero_()
+    return plan(
+        latents, latents=latents, grads=grads, plus=out, alphas=alphas, alpha_grads=alpha_grads, factors=factors
+    )
 
 
 def capturing(tensors: Tensors) -> bool:
@@ -134,7 +155,7 @@ def build_plan(key: Key, captured: bool = False) -> Plan:
 
 def row_of(key: Key, i: int, first: int) -> dict[str, int]:
     """Row of tensor i, whose first program is ``first``, by column."""
-    _, addresses, numels, scales, tensor_ids, layouts = key
+    _, addresses, numels, scales, tensor_ids, layouts, factors = key
     pointers = {name: ts[i] if i < len(ts) else 0 for name, ts in zip(ADDRESSES, addresses, strict=True)}
     numel = numels[i]
     count = scales[i] if i < len(scales) else 1
@@ -144,7 +165,7 @@ def row_of(key: Key, i: int, first: int) -> dict[str, int]:
         stride = inner
     length = max(numel // max(count, 1), 1)
     aligned = (
-        all(address % 16 == 0 for name, address in pointers.items() if name != "ALPHA")
+        all(address % 16 == 0 for name, address in pointers.items() if name not in BY_ELEMENT)
         and offset % 8 == 0
         and (inner == numel or (inner % 8 == 0 and stride % 8 == 0))
         and (count == 1 or length % 8 == 0)
@@ -162,7 +183,14 @@ def row_of(key: Key, i: int, first: int) -> dict[str, int]:
         "SCALE_LENGTH": length,
         "INNER_DIVISOR": divisor(max(inner // 8, 1)),
         "SCALE_DIVISOR": divisor(max(length // 8, 1)),
+        "FACTOR": bits(factors[i]) if i < len(factors) else 0,
     }
+
+
+def bits(x: float) -> int:
+    """The bits of a float64, as a signed integer."""
+    found: int = struct.unpack("<q", struct.pack("<d", x))[0]
+    return found
 
 
 # ---- uploading a plan without waiting for the device

@@ -344,3 +344,28 @@ def sum_of(rows: Tensor, block: int = 4096) -> Tensor:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block))
         rows = rows.view(rows.shape[0], -1, block).sum(2)
     return rows.sum(1)
+
+
+# ---- section 4: learned scales
+
+
+def learned_backward_(
+    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough, factors: Sequence[float],
+) -> None:  # fmt: skip
+    """Write g * h'(theta), and the gradients of the alphas."""
+    for i, (total, g, theta, alpha) in enumerate(zip(alpha_grads, grads, latents, alphas, strict=True)):
+        slope = alpha_slope(theta.flatten().float(), delta_of(alpha, grid.r, theta), grid)
+        terms, cells = g.flatten().float() * slope, alpha.numel()
+        total.copy_(
+            (factors[i] * sum_of(terms.double().view(cells, terms.numel() // max(cells, 1)))).view(total.shape)
+        )
+    straight_through_backward_(out, grads, latents, alphas, grid, straight_through)
+
+
+def alpha_slope(theta: Tensor, delta: Tensor, grid: Grid) -> Tensor:
+    """dQ/dalpha."""
+    z = fma(theta, 1 / delta, -grid.offset)
+    code = code_of(z, grid)
+    between = (z >= grid.qmin) & (z <= grid.qmax) & (not grid.is_sign)
+    return torch.where(between, code - z, grid.r * (code + grid.offset))

@@ -260,7 +260,7 @@ class QuantizedModule(nn.Module):
     def extra_repr(self) -> str:
         levels, alpha = self.quantizer.grid.levels, tuple(self.alpha.shape)
         added = f"levels={levels}, alpha={alpha}, {self.quantizer.straight_through}"
-        inputs = self.activation and f"input levels={self.activation.grid.levels}"
+        inputs = "" if self.activation is None else f"input levels={self.activation.grid.levels}"
         return ", ".join(filter(None, [super().extra_repr(), added, inputs]))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:

@@ -29,6 +29,16 @@ def tensors(name: str, given: TensorOrList) -> list[Tensor]:
     return found
 
 
+def numbers(name: str, given: float | Sequence[float]) -> list[float]:
+    """A list of finite numbers; a bare number is a list of one."""
+    if isinstance(given, str) or not isinstance(given, int | float | Sequence):
+        raise TypeError(f"{name} must be a number or a list of numbers, got {type(given).__name__}")
+    found = list(given) if isinstance(given, Sequence) else [given]
+    for i, value in enumerate(found):
+        checks.real(f"{name}[{i}]", value)
+    return list(map(float, found))
+
+
 def tensor(name: str, given: Tensor) -> Tensor:
     checks.instance(name, given, Tensor)
     return given

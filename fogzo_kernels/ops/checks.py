@@ -159,6 +159,13 @@ def finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
+def real(name: str, value: float) -> None:
+    """A finite number."""
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 # ---- what travels together
 
 

@@ -103,7 +103,7 @@ def layout(value: Layout, numel: int, name: str = "layout") -> None:
 # ---- where they lie
 
 #: Lists whose sizes are not those of the first tensors.
-OTHERS = {"alphas", "counters", "norm", "losses_plus", "losses_minus"}
+OTHERS = {"alphas", "alpha_grads", "counters", "norm", "losses_plus", "losses_minus"}
 
 
 def overlaps(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors], numels: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from ..backends import check_name, select
 from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
-from . import arguments, checks, memory, straight_through
+from . import arguments, checks, learned, memory, straight_through
 from .arguments import TensorOrList
 from .listop import GRID, list_op, run_checked
 
@@ -89,18 +89,22 @@ def quantize(
     grid: Grid,
     straight_through: StraightThrough,
     quantized: Tensor | None = None,
+    alpha_factor: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Q(latent), of the latent's shape and dtype; differentiable in ``latent``.
+    """Q(latent), of the latent's shape and dtype; differentiable in ``latent`` and ``alpha``.
 
-    The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1).
+    The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1). An alpha that requires
+    a gradient gets LSQ's (Esser et al., ICLR 2020, arXiv 1902.08153), by :func:`learned_backward_`, in the same
+    pass.
 
     Args:
         latent: contiguous, float32, bfloat16 or float16.
-        alpha: float32: one element, one per row, or one per group of the last dimension. It has no gradient
-            here, so it must not require one.
+        alpha: float32, contiguous: one element, one per row, or one per group of the last dimension.
         quantized: Q(latent), where it is known already (from :func:`estimate_adamw_`, say). It is
             returned as it is; only the gradient is computed.
+        alpha_factor: finite; what alpha's gradient is multiplied by, LSQ's
+            1 / sqrt(elements that share an alpha * qmax), say.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
@@ -111,9 +115,10 @@ def quantize(
     checks.instance("latent", latent, Tensor)
     checks.instance("alpha", alpha, Tensor)
     check_name(backend)
-    if alpha.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alpha must not require a gradient: it would get none and silently not train")
-    options = (grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.variant, backend)
+    checks.real("alpha_factor", alpha_factor)
+    options = (
+        grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.variant, backend, alpha_factor,
+    )  # fmt: skip
     if quantized is None:
         found: Tensor = op(latent, alpha, *options)
         return found
@@ -126,11 +131,12 @@ def quantize(
 @torch.library.custom_op(
     "fogzo::quantize",
     mutates_args=(),
-    schema=f"(Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend) -> Tensor",
+    schema=f"(Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend,"
+    " float alpha_factor=1.0) -> Tensor",
 )
 def op(
     latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, straight_through: str,
-    backend: str | None,
+    backend: str | None, alpha_factor: float = 1.0,
 ) -> Tensor:  # fmt: skip
     checks.latents_and_alphas([latent], [alpha])
     memory.alphas([alpha], r)
@@ -151,9 +157,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *gradients(ctx, grad), *[None] * len(ctx.options)
+
+
+def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Those of latent and alpha, in one pass."""
     latent, alpha = ctx.saved_tensors
-    g = straight_through.backward(grad, latent, alpha, *ctx.options)
-    return (g, *[None] * (1 + len(ctx.options)))
+    *quantizer, backend, alpha_factor = ctx.options
+    if ctx.needs_input_grad[1]:
+        found: tuple[Tensor, Tensor] = learned.backward(grad, latent, alpha, *quantizer, alpha_factor, backend)
+        return found
+    return straight_through.backward(grad, latent, alpha, *quantizer, backend), None
 
 
 op.register_autograd(_backward, setup_context=_setup)
@@ -170,9 +184,7 @@ class Quantized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        latent, alpha = ctx.saved_tensors
-        g = straight_through.backward(grads[0], latent, alpha, *ctx.options)
-        return (g, *[None] * (2 + len(ctx.options)))
+        return *gradients(ctx, grads[0]), *[None] * (1 + len(ctx.options))
 
 
 # ---- back

@@ -7,6 +7,7 @@ One file an op, with its kernels and below them what launches these: once for al
 from .estimate import estimate_gradient_
 from .launch import unavailable
 from .measure import measure_alphas_
+from .learned import learned_backward_
 from .noise import noise
 from .norm import guide_sumsq
 from .perturb import perturb_quantize_
@@ -18,6 +19,7 @@ __all__ = [
     "estimate_update_",
     "guide_sumsq",
     "measure_alphas_",
+    "learned_backward_",
     "noise",
     "perturb_quantize_",
     "quantize_",

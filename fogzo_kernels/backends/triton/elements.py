@@ -343,6 +343,15 @@ def output_of(y, scale, grid, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def alpha_slope_of(theta, scale, grid):
+    """dQ/dalpha (contract section 4, learned scales); r is 2 on the sign grid alone."""
+    z = position(theta, scale, grid)
+    code = code_of(z, grid)
+    between = (z >= grid.qmin) & (z <= grid.qmax) & (grid.r == 1.0)
+    return tl.where(between, code - z, grid.r * (code + grid.offset))
+
+
+@triton.jit
 def derivative_of(theta, scale, grid, KIND: tl.constexpr):
     """h'(theta) (contract section 1); x = theta / alpha = r theta / delta."""
     x = tl.abs(theta * scale.inv * grid.r)

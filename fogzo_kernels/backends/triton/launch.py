@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -48,12 +47,6 @@ def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None
 def rounded(x: float) -> float:
     """The nearest float32."""
     return torch.tensor(x, dtype=torch.float32).item()
-
-
-def bits(x: float) -> int:
-    """The bits of a float64, as a signed integer."""
-    found: int = struct.unpack("<q", struct.pack("<d", x))[0]
-    return found
 
 
 def host_or_device(t: Tensor) -> Scalar:

@@ -16,7 +16,7 @@ import triton.language as tl
 from ...spec import grid as spec
 from ...spec.call import Draw, Losses, Mix, Update
 from ...spec.update import VARIANTS, UpdateRule
-from ..plans import SPAN, plan
+from ..plans import SPAN, bits, plan
 from .elements import (
     Grid,
     convert,
@@ -33,7 +33,6 @@ from .elements import (
 from .launch import (
     DTYPES,
     Tensors,
-    bits,
     bits_or_device,
     grid_of,
     host_or_device,

@@ -1,0 +1,186 @@
+"""Learned scales: g h'(theta), and the gradients of alphas (docs/contract.md, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ...spec import grid as spec
+from ...spec.straight_through import StraightThrough
+from ..plans import SPAN, learned_plan
+from .elements import (
+    Grid,
+    alpha_slope_of,
+    convert,
+    derivative_of,
+    load_tile,
+    scale_of,
+    scale_per_pair,
+    store_tile,
+)
+from .launch import DTYPES, TILE, Tensors, grid_of, launch
+from .tables import (
+    chunk_delta,
+    chunks_from,
+    divide,
+    element_delta,
+    entry,
+    left_in_tile,
+    pointer,
+    program_row,
+    tile_at,
+    tiled_part,
+)
+
+
+@triton.jit
+def backward_of(g, theta, scale, grid, KIND: tl.constexpr):
+    """g h'(theta), and the term of the alpha's gradient."""
+    return g * derivative_of(theta, scale, grid, KIND), g * alpha_slope_of(theta, scale, grid)
+
+
+@triton.jit
+def add_within(first_a, sum_a, first_b, sum_b):
+    """Sums that begin anew where an alpha does."""
+    return first_a | first_b, tl.where(first_b != 0, sum_b, sum_a + sum_b)
+
+
+@triton.jit
+def write_alpha_grad(row, index, total, mask):
+    factor = entry(row, "FACTOR").to(tl.float64, bitcast=True)
+    tl.store(pointer(row, "ALPHA_GRAD", tl.float32) + index, (total * factor).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def partial_sums(partial):
+    """Where the program leaves its two."""
+    return partial + 2 * tl.program_id(0).to(tl.int64)
+
+
+@triton.jit
+def write_sums(row, partial, begin, terms, carry, place, some, index, inside, length):
+    """Adds up the terms of each alpha, writes the sums of those that end here, returns that of the one at hand.
+
+    terms: float64, of the chunks or elements that exist (``some``), place 0, 1, 2, ...; each is the ``inside``-th
+    of ``length`` of alpha number ``index``. carry: the sum of the alpha at hand, so far.
+    """
+    terms = tl.where((place == 0) & (inside != 0), terms + carry, terms)
+    _, sums = tl.associative_scan(((inside == 0).to(tl.int32), terms), 0, add_within)
+    per_alpha = entry(row, "SCALE_LENGTH")
+    ends, before = some & (inside == length - 1), index * per_alpha < begin
+    write_alpha_grad(row, index, sums, ends & (~before))
+    tl.store(partial_sums(partial) + place * 0, sums, mask=ends & before)
+    last = place == tl.sum(some.to(tl.int32), 0) - 1
+    return tl.sum(tl.where(last & (~ends), sums, 0.0), 0)
+
+
+@triton.jit
+def write_rest(row, partial, begin, end, total, WRITTEN: tl.constexpr):
+    """The sum of the alpha at hand when the program ends. WRITTEN: those that ended are."""
+    length = entry(row, "SCALE_LENGTH")
+    index = (end - 1) // length
+    before, goes_on = index * length < begin, (index + 1) * length > end
+    pending = goes_on if WRITTEN else True
+    tl.store(partial_sums(partial), total, mask=before & pending)
+    tl.store(partial_sums(partial) + 1, total, mask=(~before) & goes_on)
+    if not WRITTEN:
+        write_alpha_grad(row, index, total, (~before) & (~goes_on))
+
+
+@triton.jit
+def learned_kernel(
+    table, owner, partial, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
+    LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """g h'(theta) into PLUS, which may be GRAD; the gradients of alphas into ALPHA_GRAD.
+
+    An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: that of the
+    alpha which began in an earlier program, and that of the one which begins in this one and goes on behind it.
+    """
+    row, begin, end, fast = program_row(table, owner, SPAN)
+    grid = Grid(offset, qmin, qmax, r)
+    latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
+    out, alpha = pointer(row, "PLUS", OUT_T), pointer(row, "ALPHA", tl.float32)
+    length, divisor = entry(row, "SCALE_LENGTH"), entry(row, "SCALE_DIVISOR")
+    if PER_TENSOR:
+        scale = scale_of(tl.load(alpha) * r, grid)
+    SUB: tl.constexpr = TILE // 8
+    place = tl.arange(0, SUB)
+    acc = tl.zeros([SUB], tl.float64)
+    carry = tl.sum(acc, 0)
+    tiled = tiled_part(begin, end, fast)
+    for start in tl.range(0, tiled, TILE):
+        left, chunks = left_in_tile(start, tiled, TILE), chunks_from(begin, start, TILE)
+        t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
+        g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
+        if not PER_TENSOR:
+            delta = chunk_delta(alpha, chunks, divisor, r, (fast >> 3).to(tl.uint32))
+            scale = scale_per_pair(scale_of(delta, grid), TILE)
+        q0, term0 = backward_of(g0, t0, scale, grid, KIND)
+        q1, term1 = backward_of(g1, t1, scale, grid, KIND)
+        store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
+        some = place < (left >> 3)
+        terms = tl.where(some, tl.sum((term0 + term1).reshape([SUB, 4]), 1), 0.0).to(tl.float64)
+        if PER_TENSOR:
+            acc += terms
+        else:
+            index = divide(chunks, divisor).to(tl.int64)
+            inside = chunks.to(tl.int64) - index * (length >> 3)
+            # a rest of elements follows the chunks of an only alpha: none of them is the last
+            count = tl.where(length % 8 == 0, length >> 3, 0)
+            carry = write_sums(row, partial, begin, terms, carry, place, some, index, inside, count)
+    for start in tl.range(tl.maximum(begin, fast), end, SUB):
+        j = start + place
+        some = j < end
+        one = scale_of(element_delta(alpha, j, row, r, some), grid)
+        theta = tl.load(latent + j, mask=some, other=0.0).to(tl.float32)
+        g = tl.load(grad + j, mask=some, other=0.0).to(tl.float32)
+        q, term = backward_of(g, theta, one, grid, KIND)
+        tl.store(out + j, convert(q, OUT_T), mask=some)
+        terms = tl.where(some, term, 0.0).to(tl.float64)
+        if PER_TENSOR:
+            acc += terms
+        else:
+            index = j // length
+            carry = write_sums(
+                row, partial, begin, terms, carry, place, some, index, j - index * length, length
+            )
+    if PER_TENSOR:
+        carry = tl.sum(acc, 0)
+    write_rest(row, partial, begin, end, carry, not PER_TENSOR)
+
+
+@triton.jit
+def learned_sum_kernel(table, owner, partial, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """The program in which an alpha begins that goes on behind it adds the sums of all that hold it."""
+    row, begin, end, _fast = program_row(table, owner, SPAN)
+    length = entry(row, "SCALE_LENGTH")
+    index = (end - 1) // length
+    if (index * length >= begin) & ((index + 1) * length > end):
+        here = tl.program_id(0).to(tl.int64)
+        stop = entry(row, "FIRST") + ((index + 1) * length - 1) // SPAN + 1
+        acc = tl.zeros([BLOCK], tl.float64)
+        for start in tl.range(here + 1, stop, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            acc += tl.load(partial + 2 * i, mask=i < stop, other=0.0)
+        write_alpha_grad(row, index, tl.load(partial + 2 * here + 1) + tl.sum(acc, 0), True)
+
+
+def learned_backward_(
+    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid,
+    straight_through: StraightThrough, factors: Sequence[float],
+) -> None:  # fmt: skip
+    """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
+    p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
+    device = latents[0].device
+    partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
+    launch(
+        learned_kernel, p.programs, device, p.table, p.owner, partial, **grid_of(grid), SPAN=SPAN, TILE=TILE,
+        LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[out[0].dtype],
+        KIND=straight_through.variant, PER_TENSOR=p.per_tensor,
+    )  # fmt: skip
+    launch(learned_sum_kernel, p.programs, device, p.table, p.owner, partial, SPAN=SPAN, BLOCK=512)
