@@ -20,9 +20,11 @@ from torch import Tensor
 import fogzo_kernels as fk
 
 from .cases import (
+    ADD,
     BETAS,
     DTYPES,
     EPS,
+    FACTOR,
     GRID,
     LR,
     MOMENTUM,
@@ -145,6 +147,13 @@ def eager_quantize(case: Case, o: Operands) -> list[Tensor]:
     ]
 
 
+def eager_measure(case: Case, o: Operands) -> list[Tensor]:
+    return [
+        FACTOR * (torch.linalg.vector_norm(x, dtype=torch.float32) / math.sqrt(x.numel()) + ADD)
+        for x in o.latents
+    ]
+
+
 def fused_optimizer(case: Case, latents: list[Tensor]) -> torch.optim.Optimizer:
     if case.op == "sgd":
         return torch.optim.SGD(latents, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
@@ -240,16 +249,23 @@ def loop_quantize(case: Case, o: Operands, buffer: Tensor) -> None:
         rounded_(q, z, delta)
 
 
+def loop_measure(case: Case, o: Operands, buffer: Tensor) -> None:
+    for x, alpha in zip(o.latents, o.alphas, strict=True):
+        squares = torch.mul(x, x, out=buffer[: x.numel()])
+        alpha.copy_(squares.mean(dtype=torch.float32).sqrt_().add_(ADD).mul_(FACTOR))
+
+
 # ---- by name
 
 EAGER = {
     "norm": eager_norm, "perturb": eager_perturb, "perturb_both": eager_perturb,
     "estimate": eager_estimate, "estimate_n4": eager_estimate, "quantize": eager_quantize,
+    "measure": eager_measure,
 }  # fmt: skip
 LOOP = {
     "norm": loop_norm, "perturb": loop_perturb, "perturb_both": loop_perturb,
     "estimate": loop_estimate, "estimate_n4": loop_estimate, "adamw": loop_tail, "sgd": loop_tail,
-    "quantize": loop_quantize,
+    "quantize": loop_quantize, "measure": loop_measure,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ SEED, STEP = 1234, 7
 ALPHA = 0.5
 LR, BETAS, EPS, WEIGHT_DECAY, MOMENTUM = 1e-3, (0.9, 0.999), 1e-8, 1e-2, 0.9
 OPTIMIZER_STEP = 1
+FACTOR, ADD = 1.2, 1e-8  # of alphas from the root mean square
 ALIGNMENT = 256  # bytes, as an allocator's
 
 DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
@@ -62,6 +63,7 @@ OPS = {
     "adamw": Op(latent=2, grad=1, out=1, state=4),
     "sgd": Op(latent=2, grad=1, out=1, state=2),
     "quantize": Op(latent=1, out=1, directions=0, noise=False),
+    "measure": Op(latent=1, directions=0, noise=False),
 }
 
 
@@ -228,4 +230,7 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
         )
     if case.op == "quantize":
         return lambda: fk.quantize_(o.plus, o.latents, o.alphas, grid=GRID, backend=backend)
+    if case.op == "measure":
+        rms = {"statistic": "rms", "factor": FACTOR, "add": ADD}
+        return lambda: fk.measure_alphas_(o.alphas, o.latents, **rms, backend=backend)
     raise ValueError(f"op must be one of {', '.join(OPS)}, got {case.op!r}")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import fogzo_kernels as fk
 from fogzo_kernels import StraightThrough
+from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.scale import STATISTICS
 from fogzo_kernels.spec.straight_through import VARIANTS
 
 from . import cases as c
@@ -93,13 +95,24 @@ def backward(device: torch.device, backend: str) -> Iterator[str]:
             yield f"quantize {dtype}"
 
 
+def cells(device: torch.device, backend: str) -> Iterator[str]:
+    """Alphas of short, long and odd rows, aligned and not."""
+    shapes = [(300, 5), (40, 16), (7, 301), (3, 2056), (3, 40_003), (2, 32_776)]
+    for statistic in STATISTICS:
+        for dtype in FLOATS:
+            tensors = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+            alphas = [torch.empty(rows, 1, device=device) for rows, _ in shapes]
+            fk.measure_alphas_(alphas, tensors, statistic=statistic, backend=backend)
+            yield f"{statistic} {dtype}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device, count = torch.device(args.device), 0
-    for part in (lists, shards, backward):
+    for part in (lists, shards, backward, cells):
         for name in part(device, args.backend):
             if device.type == "cuda":
                 torch.cuda.synchronize()  # an error shows at its op

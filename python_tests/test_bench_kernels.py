@@ -38,6 +38,7 @@ def case(op, dtypes="fp32", distribution="uniform", tensors=1, elements=2**12):
         ("adamw", [24, 28, 32, 23, 24, 29]),
         ("sgd", [16, 20, 24, 15, 16, 21]),
         ("quantize", [4, 6, 8, 3, 4, 5]),
+        ("measure", [2, 4, 4, 2, 2, 4]),
     ],
 )
 def test_bytes_per_element(op, expected):
@@ -133,6 +134,7 @@ def test_cases_leave_out_what_is_the_same():
     assert count["estimate"] == 3 * 5
     assert count["perturb"] == 6 * 5
     assert count["quantize"] == 6
+    assert count["measure"] == 3  # dtypes of latents
 
 
 @pytest.mark.parametrize("bytes_moved", [100, 10**5, 10**7, 10**9])
@@ -185,6 +187,10 @@ def test_baselines_equal_the_op(monkeypatch, kind, op):
         result = baselines.baseline(kind, one, [o])[0]()
     if op == "norm":
         torch.testing.assert_close(result, ours)
+        return
+    if op == "measure":
+        for found, right in zip(o.alphas if loop else result, expected.alphas, strict=True):
+            torch.testing.assert_close(found.view(1), right)
         return
     if op.startswith("estimate"):
         for found, right in zip(o.grads if loop else result, expected.grads, strict=True):
@@ -243,8 +249,8 @@ def test_run_writes_sane_rows(tmp_path, capsys):
     assert found["left_out"] == []
     assert picture.stat().st_size > 10_000
     assert {"device", "torch", "triton", "python"} <= set(found["machine"])
-    # norm, then 2 distributions for both, for gradients, for both, then quantize
-    assert len(found["rows"]) == 1 + 2 * (2 * 2) + 2 * 2 + 2 * (2 * 2) + 2
+    # norm, then 2 distributions for both, for gradients, for both, then quantize and measure
+    assert len(found["rows"]) == 1 + 2 * (2 * 2) + 2 * 2 + 2 * (2 * 2) + 2 + 1
     for row in found["rows"]:
         assert row["elements"] == 512
         assert row["backend"] == "reference"

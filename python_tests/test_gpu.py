@@ -304,6 +304,48 @@ def test_norm_has_the_same_bits_every_time(backend):
     assert len(found) == 1
 
 
+# ---- alphas from data
+
+
+def test_alphas_take_two_launches_that_wait_for_nothing_and_can_be_captured(backend):
+    tensors = [torch.randn(s, device=DEVICE) for s in ((3, 100_000), (5000, 7), (64, 128))]
+    alphas = [torch.empty(t.shape[0], 1, device=DEVICE) for t in tensors]
+
+    def measure():
+        fk.measure_alphas_(alphas, tensors, statistic="rms", backend=backend)
+
+    measure()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        measure()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert launched(measure) == {"measure_kernel": 1, "join_kernel": 1}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        measure()
+    for factor in (2.0, 0.25):
+        for t, alpha in zip(tensors, alphas, strict=True):
+            t.mul_(factor)
+            alpha.fill_(float("nan"))
+        graph.replay()
+        for t, alpha in zip(tensors, alphas, strict=True):
+            wanted = t.double().square().mean(1, keepdim=True).sqrt()
+            torch.testing.assert_close(alpha.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_alphas_of_more_elements_than_32_bits_count(backend):
+    n = 2**31 + 2**20 + 11
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB of free GPU memory")
+    x, alpha = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE), torch.empty((), device=DEVICE)
+    x[-1], x[2**31 + 3] = 5.0, -3.0
+    for statistic, wanted in (("absmax", 5.0), ("absmean", 8 / n)):
+        fk.measure_alphas_(alpha, x, statistic=statistic, backend=backend)
+        assert alpha.item() == pytest.approx(wanted, rel=1e-6)
+
+
 # ---- the backends give the same
 
 

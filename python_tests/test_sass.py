@@ -102,10 +102,11 @@ def test_streaming_kernels_stay_in_registers_and_in_budget(arch, names):
 
 def test_reductions_compile_without_spills():
     names = ["sumsq_kernel bf16 tensor", "sumsq_kernel fp32 row", "sum_kernel", "coefficients_kernel",
-             "coefficients_kernel device", "update_coefficients_kernel adamw device"]  # fmt: skip
+             "coefficients_kernel device", "update_coefficients_kernel adamw device", "measure_kernel bf16 rms",
+             "measure_kernel fp32 absmax", "measure_kernel fp16 absmean", "join_kernel rms"]  # fmt: skip
     for name, row in json.loads(run_code(PROGRAM.format(arch=90, names=names))):
         assert row["spill_bytes"] == 0, name
-        if name.startswith("sumsq"):
+        if name.startswith(("sumsq", "measure")):
             assert row["load_bits"] == 128
 
 
@@ -228,8 +229,8 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
     for name, row in rows.items():
         assert set(row) >= KEYS
         assert row["spill_bytes"] == 0, name
-        if name.startswith(("sumsq", "sum_")):
-            assert row["load_bits"] == (128 if name.startswith("sumsq") else 64), name
+        if name.startswith(("sumsq", "sum_", "measure", "join")):
+            assert row["load_bits"] == (128 if name.startswith(("sumsq", "measure")) else 64), name
             continue
         assert (row["shared_bytes"] % 1024, row["barriers"]) == (0, 0), name  # 1 KiB is the system's, on some
         if name.endswith("coefficients_kernel") or "any" in name:
