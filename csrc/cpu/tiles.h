@@ -397,6 +397,7 @@ Cut learned_range(const Item &item, StraightThrough kind, GridRange grid, float 
 
 constexpr Kernels table_of(const char *isa, decltype(Kernels::perturb) perturb,
                            decltype(Kernels::estimate) estimate, decltype(Kernels::update) update) {
-  return {isa, noise_range, sumsq_range, perturb, estimate, update, quantize_range, straight_through_range,
+  return {isa,          noise_range, sumsq_range,    perturb,
+          estimate,     update,      quantize_range, straight_through_range,
           learned_range};
 }

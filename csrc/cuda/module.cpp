@@ -153,13 +153,12 @@ void define_ops(py::module_ &m) {
           straight_through_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
                                     value_of<StraightThrough>(straight_through, "straight_through"));
         });
-  m.def("learned_backward",
-        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-           const GridArgument &grid, const std::string &straight_through, uintptr_t partial) {
-          learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
-                           value_of<StraightThrough>(straight_through, "straight_through"),
-                           pointer<double>(partial));
-        });
+  m.def("learned_backward", [](const WhereArgument &where, const PlanArgument &plan,
+                               const DtypesArgument &dtypes, const GridArgument &grid,
+                               const std::string &straight_through, uintptr_t partial) {
+    learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
+                     value_of<StraightThrough>(straight_through, "straight_through"), pointer<double>(partial));
+  });
 }
 
 } // namespace
