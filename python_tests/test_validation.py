@@ -14,7 +14,7 @@ SHAPES = ((3,), (4, 8))
 GUIDE = ("guide_sumsq", "guide_norm")
 MIX = ("perturb_quantize_", "estimate_gradient_")
 PERTURB, ESTIMATE = MIX[:1], MIX[1:]
-BACKWARD = ("straight_through_backward_",)
+BACKWARD = ("straight_through_backward_", "learned_backward_")
 LISTS = (*GUIDE, *MIX, "quantize_", *BACKWARD)
 NAMED = (*MIX, "noise", "direction_sign")
 DIRECTED = ("perturb_quantize_", "noise", "direction_sign")
@@ -31,6 +31,7 @@ OPS = {
     "quantize_": "out latents alphas grid",
     "dequantize": "codes alpha grid dtype",
     "straight_through_backward_": "grads latents alphas grid straight_through",
+    "learned_backward_": "grads alpha_grads latents alphas grid straight_through factors",
 }
 ON_BACKENDS = tuple(op for op in OPS if op not in ("direction_sign", "dequantize"))
 NAN, INF = math.nan, math.inf
@@ -55,7 +56,8 @@ def arguments(op, device):
         "grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough(), "seed": 1, "step": 2,
         "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
         "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
-        "layout": (0, 4, 4), "device": device,
+        "layout": (0, 4, 4), "device": device, "factors": [0.5, 2.0],
+        "alpha_grads": [torch.full((), NAN, device=device), torch.full((4, 1), NAN, device=device)],
     }  # fmt: skip
     return {name: known[name] for name in OPS[op].split()}
 
