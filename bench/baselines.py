@@ -35,6 +35,7 @@ from .cases import (
     WEIGHT_DECAY,
     Case,
     Operands,
+    lsq_factor,
     straight_through,
 )
 
@@ -154,6 +155,23 @@ def eager_measure(case: Case, o: Operands) -> list[Tensor]:
     ]
 
 
+def lsq_slopes(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of Q, the straight-through one and that by alpha, of a tensor in units of delta."""
+    codes = torch.clamp(torch.round(z), GRID.qmin, GRID.qmax)
+    inside = (z >= GRID.qmin) & (z <= GRID.qmax)
+    return (z > GRID.qmin) & (z < GRID.qmax), torch.where(inside, codes - z, codes + GRID.offset)
+
+
+def eager_learned(case: Case, o: Operands) -> list[Tensor]:
+    """LSQ's backward: g of each tensor, then the gradient of each alpha."""
+    found, sums = [], []
+    for theta, g, alpha, delta in zip(o.latents, o.grads, o.alphas, scales(o), strict=True):
+        passes, slope = lsq_slopes(theta / delta - GRID.offset)
+        found.append(g * passes)
+        sums.append((g * slope).sum(dtype=torch.float32) * lsq_factor(theta, alpha))
+    return [*found, *sums]
+
+
 def fused_optimizer(case: Case, latents: list[Tensor]) -> torch.optim.Optimizer:
     if case.op == "sgd":
         return torch.optim.SGD(latents, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
@@ -255,17 +273,28 @@ def loop_measure(case: Case, o: Operands, buffer: Tensor) -> None:
         alpha.copy_(squares.mean(dtype=torch.float32).sqrt_().add_(ADD).mul_(FACTOR))
 
 
+def loop_learned(case: Case, o: Operands, buffer: Tensor) -> list[Tensor]:
+    sums = []
+    for theta, g, alpha, delta in zip(o.latents, o.grads, o.alphas, scales(o), strict=True):
+        z = buffer[: theta.numel()].copy_(theta).div_(delta).sub_(GRID.offset)
+        passes, slope = lsq_slopes(z)
+        sums.append(slope.mul_(g).sum(dtype=torch.float32) * lsq_factor(theta, alpha))
+        g.mul_(passes)
+    return sums
+
+
 # ---- by name
 
 EAGER = {
     "norm": eager_norm, "perturb": eager_perturb, "perturb_both": eager_perturb,
     "estimate": eager_estimate, "estimate_n4": eager_estimate, "quantize": eager_quantize,
     "measure": eager_measure,
+    "learned": eager_learned,
 }  # fmt: skip
 LOOP = {
     "norm": loop_norm, "perturb": loop_perturb, "perturb_both": loop_perturb,
     "estimate": loop_estimate, "estimate_n4": loop_estimate, "adamw": loop_tail, "sgd": loop_tail,
-    "quantize": loop_quantize, "measure": loop_measure,
+    "quantize": loop_quantize, "measure": loop_measure, "learned": loop_learned,
 }  # fmt: skip
 
 

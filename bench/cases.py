@@ -64,6 +64,7 @@ OPS = {
     "sgd": Op(latent=2, grad=1, out=1, state=2),
     "quantize": Op(latent=1, out=1, directions=0, noise=False),
     "measure": Op(latent=1, directions=0, noise=False),
+    "learned": Op(latent=1, grad=2, directions=0, noise=False),
 }
 
 
@@ -206,6 +207,11 @@ def straight_through(case: Case) -> fk.StraightThrough:
     return fk.StraightThrough("identity", noise=noise)
 
 
+def lsq_factor(latent: Tensor, alpha: Tensor) -> float:
+    """Of alpha's gradient: LSQ, section 2.2."""
+    return 1 / math.sqrt(max(latent.numel(), 1) / alpha.numel() * GRID.qmax)
+
+
 def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
     """The op of this package, ready to be called again and again."""
     names = {"one_minus_beta": ONE_MINUS_BETA, "seed": SEED, "step": STEP}
@@ -233,4 +239,14 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
     if case.op == "measure":
         rms = {"statistic": "rms", "factor": FACTOR, "add": ADD}
         return lambda: fk.measure_alphas_(o.alphas, o.latents, **rms, backend=backend)
+    if case.op == "learned":
+        alpha_grads = [torch.empty_like(alpha) for alpha in o.alphas]
+        factors = [lsq_factor(t, alpha) for t, alpha in zip(o.latents, o.alphas, strict=True)]
+        shared = {"grid": GRID, "straight_through": straight_through(case), "backend": backend}
+
+        def backward() -> list[Tensor]:
+            fk.learned_backward_(o.grads, alpha_grads, o.latents, o.alphas, factors=factors, **shared)
+            return alpha_grads
+
+        return backward
     raise ValueError(f"op must be one of {', '.join(OPS)}, got {case.op!r}")

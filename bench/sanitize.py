@@ -91,6 +91,14 @@ def backward(device: torch.device, backend: str) -> Iterator[str]:
                 grads, latents, alphas, grid=grid, straight_through=straight_through, backend=backend
             )
             yield f"backward {straight_through.variant} {dtype}"
+            each = [torch.full((n,), c.ALPHA, device=device) for n in SIZES]
+            for scales in (alphas, each):
+                alpha_grads = [torch.empty_like(alpha) for alpha in scales]
+                fk.learned_backward_(
+                    grads, alpha_grads, latents, scales, grid=grid, straight_through=straight_through,
+                    factors=[1.0] * len(SIZES), backend=backend,
+                )  # fmt: skip
+            yield f"learned {straight_through.variant} {dtype}"
             fk.quantize(latents[3], alphas[3], grid=grid, straight_through=straight_through, backend=backend)
             yield f"quantize {dtype}"
 

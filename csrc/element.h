@@ -193,8 +193,9 @@ FOGZO_HD float alpha_of(float statistic, const Measure &measure) {
 
 // dQ/dalpha (docs/contract.md, section 4, learned scales); r is 2 on the sign grid alone
 FOGZO_HD float alpha_slope_of(float theta, const Scale &scale, const GridRange &grid, float r) {
-  const float z = position_of(theta, scale, grid), code = code_of(z, grid);
-  return r == 1.0f && grid.qmin <= z && z <= grid.qmax ? code - z : r * (code + grid.offset);
+  const float z = position_of(theta, scale, grid);
+  const bool between = (grid.qmin <= z) & (z <= grid.qmax) & (r == 1.0f);
+  return std::fma(r, code_of(z, grid), between ? -z : r * grid.offset); // exact, both ways
 }
 
 } // namespace fogzo

@@ -3,7 +3,8 @@
 import math
 
 import torch
-from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
+from fuzz_errors import alpha_errors, estimate_errors, one_code, slope_error
+from tolerances import M_TOLERANCE
 
 import fogzo_kernels as fk
 from fogzo_kernels.backends import reference
@@ -64,15 +65,18 @@ def expected(case, args):
     if op == "quantize":
         reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
         return {"out": a["out"]}, {}
-    if op == "straight_through_backward":
-        straight_through = fk.StraightThrough(*case["kind"])
-        reference.straight_through_backward_(
-            a["out"], a["grads"], a["latents"], a["alphas"], grid, straight_through
-        )
-        tanh = case["kind"][0] == "tanh"
-        return {"out": a["out"]}, {"out": list(map(slope_error, a["out"], a["grads"]))} if tanh else {}
+    if op in ("straight_through_backward", "learned_backward"):
+        straight_through, lists = fk.StraightThrough(*case["kind"]), (a["grads"], a["latents"], a["alphas"])
+        reference.straight_through_backward_(a["out"], *lists, grid, straight_through)
+        tanh, found = case["kind"][0] == "tanh", {"out": a["out"]}
+        off = {"out": list(map(slope_error, a["out"], a["grads"]))} if tanh else {}
+        if op == "learned_backward":
+            found["alpha_grads"], factors = a["alpha_grads"], a["factors"]
+            reference.learned_backward_(*found.values(), *lists, grid, straight_through, factors)
+            off["alpha_grads"] = alpha_errors(*lists, factors, grid)
+        return found, off
     if op == "estimate_gradient":
-        off = estimate_errors(a, draw, grid, m_off)
+        off = estimate_errors(a, mix_of(a), losses_of(a), draw, grid, m_off)
         reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix_of(a), losses_of(a), grid.r)
         return {"grads": a["grads"], "counters": a["counters"]}, {"grads": off}
     return updated(case, a, draw, grid), {}
@@ -98,39 +102,6 @@ def updated(case, a, draw, grid):
     if a["quantized"]:
         reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid)
     return {k: a[k] for k in (*lists, "quantized", "counters")}
-
-
-def one_code(alpha, out, grid, distribution):
-    """A code of inexact noise may move by one where y lies at a tie; two values are rounded."""
-    if distribution in EXACT:
-        return torch.zeros(out.shape)
-    delta = (alpha * grid.r).max().item() if alpha.numel() else 0.0
-    size = 1.0 if out.dtype == torch.int8 else 1.01 * delta + 2 * HALF_ULP[out.dtype] * 129 * delta
-    return torch.full(out.shape, size)
-
-
-def slope_error(out, g):
-    """2e-6 of the derivative, and one rounding to the dtype of the output."""
-    size = g.float().abs()
-    return size * 2.1e-6 + 2 * HALF_ULP[out.dtype] * size + SMALLEST[out.dtype]
-
-
-def estimate_errors(a, draw, grid, m_off):
-    """Twice what tolerances.estimate_error allows one backend: two of them are compared."""
-    losses = losses_of(a)._replace(counters=None)
-    A, B, _ = reference.coefficients(a["grads"], a["alphas"], draw, mix_of(a), losses)
-    errors = []
-    for i, g in enumerate(a["grads"]):
-        e = reference.elements(g.numel(), draw.layouts[i], g.device)
-        added, noise = (A.abs() * g.flatten().float().abs()).double(), 0.0
-        inv = 1 / reference.delta_of(a["alphas"][i], grid.r, g).double()
-        for direction, b in enumerate(B):
-            m = reference.noise_m(e, draw, direction, draw.tensor_ids[i])
-            added += inv * b.abs() * m.abs()
-            noise += inv * b.abs()
-        rounding = 0.0 if g.dtype == torch.float32 else 2 * HALF_ULP[g.dtype] * added + 2 * SMALLEST[g.dtype]
-        errors.append(8 * 2.0**-23 * added + noise * m_off + rounding)
-    return errors
 
 
 def copied(value):

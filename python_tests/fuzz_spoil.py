@@ -93,7 +93,7 @@ def applicable(op, name, arguments):
         return ["unknown"]
     if name == "layouts":
         return ["double", "drop", "layout"] if value else []
-    if name in ("tensor_ids", "names", "values"):
+    if name in ("tensor_ids", "names", "values", "factors"):
         return ["double", "drop"] if value else []
     if isinstance(value, torch.Tensor):
         if value.numel() < 2:  # a number or one loss

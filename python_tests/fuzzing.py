@@ -39,7 +39,7 @@ GRIDS = (
 )  # fmt: skip
 KINDS = (("identity", True), ("identity", "trust"), *((kind, False) for kind in straight_through.KINDS))
 NOISY = ("noise", "perturb_quantize", "estimate_gradient", "estimate_update")
-OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward", "measure_alphas")
+OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward", "measure_alphas", "learned_backward")
 
 
 # ---- cases
@@ -211,6 +211,8 @@ def build(case, buffers):
         ],
         "tensors": lambda: [buffers.random(s, latent) for s in shapes],
         **{k: lambda i=i: case["measure"][i] for i, k in enumerate(Measure._fields)},
+        "alpha_grads": lambda: [buffers.tensor(tuple(t["scales"]), F32, None, True) for t in quantizing],
+        "factors": lambda: [(-0.5, 1.0, 3.0)[i % 3] for i in range(len(quantizing))],
         "plus": lambda: outputs(case["sides"] != "minus", out),
         "minus": lambda: outputs(case["sides"] != "plus", out),
         "quantized": lambda: outputs(case["quantized"], out),
@@ -238,6 +240,7 @@ def build(case, buffers):
             "guide_sumsq": lambda: buffers.tensor((), torch.float64, None, True),
             "quantize": lambda: outputs(True, out),
             "straight_through_backward": lambda: outputs(True, latent),
+            "learned_backward": lambda: outputs(True, latent),
         }[op](),
     }  # fmt: skip
     return {a.name: known[a.name]() for a in getattr(native, op).default._schema.arguments}

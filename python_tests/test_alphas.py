@@ -127,6 +127,10 @@ def results(backend, latents, grads, alphas):
     fk.straight_through_backward_(
         found["slopes"], latents, alphas, grid=GRID, straight_through=STE, backend=backend
     )
+    learned = [g.clone() for g in grads], [torch.full_like(a, math.nan) for a in alphas]
+    given = {"grid": GRID, "straight_through": STE, "factors": [1.0] * len(grads), "backend": backend}
+    fk.learned_backward_(*learned, latents, alphas, **given)
+    found["learned"] = learned[0]
     fk.estimate_gradient_(found["estimates"], *losses, alphas, norm, **options)
     fk.estimate_sgd_(
         found["stepped"], like(0.0), None, *losses, alphas, norm, lr=0.5, optimizer_step=1,
@@ -195,6 +199,7 @@ def refusing_calls(sizes, alpha, backend, device):
         lambda: fk.estimate_sgd_(latents, grads, None, *losses, alphas, norm, **last),
         lambda: fk.quantize_(out, latents, alphas, **grid),
         lambda: fk.straight_through_backward_(grads, latents, alphas, **ste),
+        lambda: fk.learned_backward_(grads, alphas, latents, alphas, factors=[1.0, 1.0], **ste),
         lambda: fk.quantize(latents[1], alpha, **ste),
         lambda: fk.quantize(latents[1], alpha, quantized=out[1], **ste),
         lambda: fk.dequantize(codes, alpha, grid=GRID, dtype=torch.float32),

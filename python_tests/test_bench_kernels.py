@@ -39,6 +39,7 @@ def case(op, dtypes="fp32", distribution="uniform", tensors=1, elements=2**12):
         ("sgd", [16, 20, 24, 15, 16, 21]),
         ("quantize", [4, 6, 8, 3, 4, 5]),
         ("measure", [2, 4, 4, 2, 2, 4]),
+        ("learned", [6, 8, 12, 6, 6, 12]),
     ],
 )
 def test_bytes_per_element(op, expected):
@@ -59,7 +60,7 @@ def test_bytes_are_those_of_the_operands(op, dtypes):
     }
     reads = size["latents"] + size["grads"] + size["first"] + size["second"]
     writes = size["plus"] + size["minus"] + size["first"] + size["second"]
-    writes += size["grads"] if op.startswith("estimate") else 0
+    writes += size["grads"] if op.startswith(("estimate", "learned")) else 0
     writes += size["latents"] if op in ("adamw", "sgd") else 0
     assert one.bytes == reads + writes
 
@@ -195,6 +196,11 @@ def test_baselines_equal_the_op(monkeypatch, kind, op):
     if op.startswith("estimate"):
         for found, right in zip(o.grads if loop else result, expected.grads, strict=True):
             torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
+        return
+    if op == "learned":
+        sums = [alpha_grad.view(()) for alpha_grad in ours]
+        torch.testing.assert_close(result[-3:], sums, rtol=1e-4, atol=1e-6)
+        assert all(map(torch.equal, o.grads if loop else result, expected.grads))
         return
     names = ["latents"] if kind == "eager" else ["latents", "first", "second"]  # PyTorch keeps its own state
     for name in names:

@@ -52,10 +52,15 @@ def results(isa, monkeypatch, seed, shape, dtypes, scales, distribution, layout,
     fk.straight_through_backward_(
         back, theta, alpha, grid=grid, straight_through=common["straight_through"], backend="cpu"
     )
+    alpha_grad = torch.full_like(alpha, 99)
+    fk.learned_backward_(
+        back.clone(), alpha_grad, theta, alpha, grid=grid, straight_through=common["straight_through"],
+        factors=0.5, backend="cpu",
+    )  # fmt: skip
     noise = fk.noise(
         theta.numel(), distribution, seed=3, layout=layout, device=torch.device("cpu"), backend="cpu"
     )
-    return [*found, theta, *states, back, noise]
+    return [*found, theta, *states, back, alpha_grad, noise]
 
 
 def assert_same(one, other):

@@ -57,6 +57,8 @@ def test_build_info_names_compiler_and_architectures():
         (lambda: native.noise(WHERE, PLAN, DRAW, 65536), "direction must be in 0..65535, got 65536"),
         (lambda: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "sine"),
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
+        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "sine", 0),
+         f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
         (lambda: native.estimate_gradient(WHERE, PLAN, "float32", DRAW, (0, 0, -1, *LOSSES[3:]), 1, 0),
          "number of losses must be in 0..65536, got -1"),
         (lambda: native.measure_alphas(WHERE, CELLS, "float32", ("median", 1, 0, 0), 0),

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.dtypes import FLOATS
@@ -25,9 +24,9 @@ CASES = [
 IDS = [f"{s.variant}-{g.levels}-{g.offset}" for g, s in CASES]
 #: Programs of a GPU take 16384 elements, tasks of the CPU 32768: alphas within one, cut by one, over many.
 SHAPES = [
-    ((5, 24), (5, 1)), ((4, 64), (4, 8)), ((3, 7), (3, 1)), ((6, 6), (6, 3)), ((9,), ()), ((8,), (1,)), ((1,), ()),
-    ((), ()), ((4, 5, 8), (4,)), ((4, 5, 8), (4, 5)), ((3, 8), (3, 8)), ((2, 3), (2, 3)), ((0, 4), (3, 5)),
-    ((5, 0), (5, 1)), ((17, 8), ()),
+    ((5, 24), (5, 1)), ((4, 64), (4, 8)), ((3, 7), (3, 1)), ((6, 6), (6, 3)), ((9,), ()), ((8,), (1,)),
+    ((1,), ()), ((), ()), ((4, 5, 8), (4,)), ((4, 5, 8), (4, 5)), ((3, 8), (3, 8)), ((2, 3), (2, 3)),
+    ((0, 4), (3, 5)), ((5, 0), (5, 1)), ((17, 8), ()),
 ]  # fmt: skip
 LONG = [
     ((2, 16384), (2, 1)), ((3, 20000), (3, 1)), ((3, 11001), (3, 1)), ((70001,), ()), ((65536,), ()),
@@ -119,7 +118,8 @@ def test_alphas_over_many_programs(backend, device, shape, dtypes, generator):
 
 
 def test_one_list_of_all(backend, device, generator):
-    given = model(generator, SHAPES + LONG[2:5], (torch.float32, torch.bfloat16))
+    shapes = [*SHAPES, ((3, 6001), (3, 1)), ((2, 20000), (2, 1))]
+    given = model(generator, shapes, (torch.float32, torch.bfloat16))
     _, found = run(backend, device, *given, fk.Grid.uniform(3), IDENTITY)
     agree(found, *given[:3], fk.Grid.uniform(3), given[3])
 
@@ -127,12 +127,10 @@ def test_one_list_of_all(backend, device, generator):
 @st.composite
 def tensor_with_alpha(draw):
     sizes = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
-    groups = (
-        st.sampled_from([g for g in range(1, sizes[-1] + 1) if sizes[-1] % g == 0] or [1]) if sizes else None
-    )
     scales = [(), (1,) * (len(sizes) + 1), *(sizes[:i] for i in range(1, len(sizes) + 1))]
     if sizes and draw(st.booleans()):
-        return sizes, (*sizes[:-1], draw(groups))
+        groups = [g for g in range(1, sizes[-1] + 1) if sizes[-1] % g == 0] or [1]
+        return sizes, (*sizes[:-1], draw(st.sampled_from(groups)))
     return sizes, draw(st.sampled_from(scales))
 
 
@@ -179,14 +177,14 @@ def one_alpha(backend, device, theta, grad, alpha, grid, straight_through=CLIPPE
 @pytest.mark.parametrize(
     ("theta", "slope"),
     [
-        (0.5, -0.5), (1.5, 0.5), (-0.5, 0.5), (-1.5, -0.5), (0.0, 0.0), (-0.0, 0.0), (2.5, -0.5),  # ties: to even
-        (3.0, 0.0), (-4.0, 0.0), (3.25, 3.0), (-4.25, -4.0), (2.75, 0.25), (-3.75, -0.25),  # at the ends, beyond
+        (0.5, -0.5), (1.5, 0.5), (-0.5, 0.5), (-1.5, -0.5), (0.0, 0.0), (-0.0, 0.0), (2.5, -0.5),
+        (3.0, 0.0), (-4.0, 0.0), (3.25, 3.0), (-4.25, -4.0), (2.75, 0.25), (-3.75, -0.25),
         (3.0000002, 3.0), (-4.0000005, -4.0), (1e30, 3.0), (-1e30, -4.0), (INF, 3.0), (-INF, -4.0), (NAN, -4.0),
         (1e-40, -1e-40),
     ],
 )  # fmt: skip
 def test_slope_of_one_weight(backend, device, theta, slope):
-    """As the paper has it: round(w) - w within the grid, its ends included; the end's value beyond."""
+    """As the paper has it: round(w) - w within the grid and at its ends, ties to even; the end beyond."""
     assert one_alpha(backend, device, [theta], [1.0], 1.0, fk.Grid.uniform(3)) == pytest.approx(slope)
 
 
@@ -242,7 +240,8 @@ def test_what_is_not_finite_reaches_its_own_alpha_alone(backend, device, shape, 
 
 
 def test_same_bits_in_every_run(backend, device, generator):
-    given = model(generator, SHAPES + LONG, (torch.float32, torch.float32))
+    shapes = [*SHAPES, *(LONG[:2] if backend == "triton" else LONG)]  # its interpreter is slow
+    given = model(generator, shapes, (torch.float32, torch.float32))
     first, second = (run(backend, device, *given, fk.Grid.uniform(2), CLIPPED)[1] for _ in "ab")
     assert all(map(torch.equal, first, second))
 
@@ -258,10 +257,11 @@ def test_same_bits_for_any_number_of_threads(name, generator):
 
 
 def test_same_bits_alone_and_in_a_list(backend, device, generator):
-    latents, grads, alphas, factors = model(generator, [*SHAPES, *LONG[:4]], (torch.float32, torch.float32))
+    shapes = [*SHAPES, *LONG[:2]]
+    if backend == "triton":  # it has another kernel for lists whose alphas all have one element
+        shapes = [(sizes, scales) for sizes, scales in shapes if math.prod(scales) > 1]
+    latents, grads, alphas, factors = model(generator, shapes, (torch.float32, torch.float32))
     _, together = run(backend, device, latents, grads, alphas, factors, fk.Grid.uniform(2), CLIPPED)
-    if backend == "triton":
-        pytest.skip("a list whose alphas are all of one element has a kernel of its own")
     for i, one in enumerate(together):
         each = [x[i : i + 1] for x in (latents, grads, alphas, factors)]
         assert torch.equal(run(backend, device, *each, fk.Grid.uniform(2), CLIPPED)[1][0], one)
@@ -289,7 +289,7 @@ def quantized(theta, grid, alpha):
 
 @pytest.mark.parametrize("grid", [*ROUNDING, fk.Grid.sign()], ids=str)
 def test_between_thresholds_it_is_the_difference_of_q(grid, generator):
-    """Where no code changes. LSQ takes d rint(w)/dw for 1, which adds dw/dalpha * alpha = -w within the grid."""
+    """Where no code changes. LSQ takes d rint(w)/dw for 1, which adds alpha dw/dalpha = -w within the grid."""
     theta, alpha, step = torch.randn(300, generator=generator), 0.5, 2.0**-12
     if not grid.is_sign:
         z = theta / alpha - grid.offset
@@ -314,207 +314,14 @@ def test_its_mean_under_noise_is_the_derivative_of_the_smoothed_q(grid):
         assert mean == pytest.approx(expected, abs=2e-3)
 
 
-# ---- autograd
-
-ON_GRIDS = [(fk.Grid.uniform(2), CLIPPED), (fk.Grid.half_offset(3), IDENTITY), (fk.Grid.sign(), SIGNS[0])]
-
-
-class Gate(torch.autograd.Function):
-    """The identity, whose gradient passes where told."""
-
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.save_for_backward(factor)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0], None
-
-
-def plain_lsq(latent, alpha, grid, straight_through, factor):
-    """As its users write LSQ in PyTorch: detach() around rint, clamp, and a scaled gradient of alpha."""
-    s = Gate.apply(alpha, torch.tensor(factor, dtype=alpha.dtype)).repeat_interleave(
-        latent.shape[1] // alpha.shape[1], 1
-    )
-    if grid.is_sign:
-        x = (latent / s).detach()
-        gated = Gate.apply(latent, (x.abs() < 1).to(latent.dtype))
-        sign = torch.where(x >= 0, 1.0, -1.0).to(latent.dtype)
-        return s * sign + gated - gated.detach()
-    z = latent / s - grid.offset
-    if straight_through.clip:
-        inside = ((z > grid.qmin) & (z < grid.qmax)).to(latent.dtype).detach()
-        return s * (quantized_ste(latent, s, grid) + grid.offset) + 0 * inside
-    return s * (quantized_ste(latent, s, grid) + grid.offset) + passing_outside(latent, z, grid)
-
-
-def quantized_ste(latent, s, grid):
-    """clamp, then rint with the identity's gradient."""
-    z = (latent / s - grid.offset).clamp(grid.qmin, grid.qmax)
-    return z + (torch.round(z) - z).detach()
-
-
-def passing_outside(latent, z, grid):
-    """Zero, with the gradient that clamp took from latents beyond the grid."""
-    outside = ((z < grid.qmin) | (z > grid.qmax)).to(latent.dtype).detach()
-    gated = Gate.apply(latent, outside)
-    return gated - gated.detach()
-
-
-@pytest.mark.parametrize("known", [False, True], ids=["quantize", "quantized"])
-@pytest.mark.parametrize(("grid", "straight_through"), ON_GRIDS, ids=str)
-@pytest.mark.parametrize("groups", [1, 4])
-def test_autograd_against_plain_pytorch(backend, device, grid, straight_through, groups, known, generator):
-    """Away from ties and ends, where float32 and float64 may disagree on a code."""
-    latent, weight = torch.randn(2, 6, 32, generator=generator)
-    alpha, factor = 0.2 + torch.rand(6, groups, generator=generator), 0.125
-    z = latent / alpha.repeat_interleave(32 // groups, 1) - grid.offset
-    near = ((z * 2) - torch.round(z * 2)).abs() < 1e-3
-    latent = torch.where(near, 0.1 * alpha.repeat_interleave(32 // groups, 1), latent)
-    own, other = ([t.clone().to(device) for t in (latent, alpha)] for _ in "ab")
-    other = [t.cpu().double() for t in other]
-    for t in (*own, *other):
-        t.requires_grad_()
-    options = {"grid": grid, "straight_through": straight_through, "alpha_factor": factor, "backend": backend}
-    if known:
-        with torch.no_grad():
-            options["quantized"] = fk.quantize(*own, **options)
-    q = fk.quantize(*own, **options)
-    plain = plain_lsq(*other, grid, straight_through, factor)
-    torch.testing.assert_close(q.detach().cpu().double(), plain.detach(), rtol=1e-6, atol=1e-6)
-    (q * weight.to(device)).sum().backward()
-    (plain * weight.double()).sum().backward()
-    for a, b in zip(own, other, strict=True):
-        torch.testing.assert_close(a.grad.cpu().double(), b.grad, rtol=1e-4, atol=1e-5)
-    assert own[1].grad.abs().min() > 0
-
-
-def test_plain_lsq_differs_from_the_derivative_by_the_identity_of_rint_alone(generator):
-    """The program beside which ours stands: with rint counted as constant its derivative is exact."""
-    grid = fk.Grid.uniform(3)
-    theta = torch.randn(40, generator=generator).double()
-
-    def held(s):
-        code = torch.round((theta / 0.5).clamp(grid.qmin, grid.qmax))
-        return (s * code).sum()
-
-    assert gradcheck(held, torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
-
-
-@pytest.mark.parametrize("wanted_by", ["latent", "alpha", "both"])
-def test_who_requires_a_gradient_gets_it(backend, device, wanted_by, generator, monkeypatch):
-    """Without one for alpha the other kernel runs, with the same g."""
-    latent, alpha = torch.randn(6, 32, generator=generator).to(device), torch.full((6, 1), 0.5, device=device)
-    latent.requires_grad_(wanted_by != "alpha")
-    alpha.requires_grad_(wanted_by != "latent")
-    grid, called = fk.Grid.uniform(2), []
-    chosen = fk.backends.load(backend)
-    for op in ("learned_backward_", "straight_through_backward_"):
-        monkeypatch.setattr(chosen, op, watched(getattr(chosen, op), op, called))
-    fk.quantize(latent, alpha, grid=grid, straight_through=CLIPPED, backend=backend).sum().backward()
-    assert (latent.grad is None, alpha.grad is None) == (wanted_by == "alpha", wanted_by == "latent")
-    assert called[:1] == ["straight_through_backward_" if wanted_by == "latent" else "learned_backward_"]
-    g = torch.ones_like(latent)
-    fk.straight_through_backward_(g, latent, alpha, grid=grid, straight_through=CLIPPED, backend=backend)
-    assert latent.grad is None or torch.equal(latent.grad, g)
-
-
-def watched(function, name, called):
-    def run(*args):
-        called.append(name)
-        return function(*args)
-
-    return run
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_gradient_of_another_layout(backend, device, dtype, generator):
-    """Transposed, and expanded from one element, as sums and products give it."""
-    latent = torch.randn(6, 32, generator=generator).to(device, dtype).requires_grad_()
-    alpha = torch.full((6, 1), 0.5, device=device, requires_grad=True)
-    q = fk.quantize(latent, alpha, grid=fk.Grid.uniform(2), straight_through=CLIPPED, backend=backend)
-    weight = torch.randn(32, 6, generator=generator).to(device, dtype)
-    for grad in (weight.t(), torch.tensor(0.5, dtype=dtype, device=device).expand(6, 32)):
-        found = torch.autograd.grad(q, (latent, alpha), grad, retain_graph=True)
-        same = torch.autograd.grad(q, (latent, alpha), grad.contiguous(), retain_graph=True)
-        assert all(map(torch.equal, found, same))
-        assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
-
-
-class Learned(torch.nn.Module):
-    """A layer with a learned scale."""
-
-    def __init__(self, backend):
-        super().__init__()
-        self.backend = backend
-        generator = torch.Generator().manual_seed(7)
-        self.weight = torch.nn.Parameter(torch.randn(6, 32, generator=generator))
-        self.alpha = torch.nn.Parameter(torch.full((6, 1), 0.5))
-
-    def forward(self, x):
-        q = fk.quantize(
-            self.weight, self.alpha, grid=fk.Grid.uniform(2), straight_through=CLIPPED, alpha_factor=0.25,
-            backend=self.backend,
-        )  # fmt: skip
-        return x @ q.t()
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
-def test_compiled_in_one_graph(backend, device, compiler):
-    torch._dynamo.reset()
-    model, x = Learned(backend).to(device), torch.eye(32, device=device)
-    results = []
-    for run_it in (model, torch.compile(model, fullgraph=True, backend=compiler)):
-        model.zero_grad()
-        run_it(x).square().sum().backward()
-        results.append((model.weight.grad, model.alpha.grad))
-    assert all(map(torch.equal, *results))
-    assert results[0][1].count_nonzero() == 6
-
-
-def test_compiled_with_a_known_quantized(backend, device):
-    torch._dynamo.reset()
-
-    def loss(latent, alpha, q):
-        options = {"grid": fk.Grid.uniform(2), "straight_through": CLIPPED, "backend": backend}
-        return fk.quantize(latent, alpha, quantized=q, alpha_factor=0.5, **options).square().sum()
-
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        latent, q = (torch.linspace(-2, 2, 48, device=device).view(6, 8) for _ in "ab")
-        latent.requires_grad_()
-        alpha = torch.full((6, 2), 0.5, device=device, requires_grad=True)
-        function(latent, alpha, q).backward()
-        results.append((latent.grad, alpha.grad))
-    assert all(map(torch.equal, *results))
-    assert results[0][1].count_nonzero() > 6
-
-
-def test_exported():
-    model, x = Learned(None), torch.eye(32)
-    program = torch.export.export(model, (x,))
-    assert torch.equal(program.module()(x), model(x))
-    assert any("fogzo.quantize" in str(node.target) for node in program.graph.nodes)
-
-
-@pytest.mark.parametrize("factor", [NAN, INF, -INF, "1", None, True])
-def test_alpha_factor_is_a_finite_number(factor):
-    error = ValueError if isinstance(factor, float) else TypeError
-    alpha = torch.tensor(0.5, requires_grad=True)
-    with pytest.raises(error, match="alpha_factor must be "):
-        fk.quantize(
-            torch.ones(4), alpha, grid=fk.Grid.uniform(2), straight_through=CLIPPED, alpha_factor=factor
-        )
-
-
 # ---- what is refused
 
 
 def call():
     """A valid call of two tensors."""
     return {
-        "grads": [torch.ones(3), torch.ones(4, 8)], "alpha_grads": [torch.full((), NAN), torch.full((4, 1), NAN)],
+        "grads": [torch.ones(3), torch.ones(4, 8)],
+        "alpha_grads": [torch.full((), NAN), torch.full((4, 1), NAN)],
         "latents": [torch.ones(3), torch.ones(4, 8)], "alphas": [torch.tensor(0.5), torch.full((4, 1), 0.25)],
         "factors": [1.0, 2.0],
     }  # fmt: skip
@@ -524,18 +331,9 @@ def second(change):
     return lambda value: [value[0], change(value[1])]
 
 
-def view_of(name):
-    def change(args):
-        memory = torch.ones(4, 8)
-        first, _ = args[name]
-        return {name: [first, memory], "alpha_grads": [args["alpha_grads"][0], memory.view(-1)[:4].view(4, 1)]}
-
-    return change
-
-
 REFUSED = [
-    ("alpha_grads", second(lambda t: t.double()), TypeError, "alpha_grads[1] must have the dtype of"),
-    ("alpha_grads", lambda ts: [t.bfloat16() for t in ts], TypeError, "alpha_grads[0] must be float32, got bfloat16"),
+    ("alpha_grads", second(lambda t: t.double()), TypeError, "alpha_grads[1] must be float32, got float64"),
+    ("alpha_grads", lambda ts: [t.half() for t in ts], TypeError, "alpha_grads[0] must be float32"),
     ("alpha_grads", second(lambda t: t.view(4)), ValueError, "alpha_grads[1] must have shape (4, 1), got (4,)"),
     ("alpha_grads", second(lambda t: t[:3]), ValueError, "alpha_grads[1] must have shape (4, 1), got (3, 1)"),
     ("alpha_grads", second(lambda t: t.repeat(1, 2)[:, :1]), ValueError, "alpha_grads[1] must be contiguous"),
@@ -555,9 +353,8 @@ REFUSED = [
 
 
 def refused(args, error, message, name):
-    tensors = [
-        t for key in ("grads", "alpha_grads", "latents") for t in args[key] if isinstance(args[key], list)
-    ]
+    lists = [args[key] for key in ("grads", "alpha_grads", "latents") if isinstance(args[key], list)]
+    tensors = [t for one in lists for t in one]
     before = [t.clone() for t in tensors]
     with pytest.raises(error, match=re.escape(message)):
         fk.learned_backward_(**args, grid=fk.Grid.uniform(2), straight_through=CLIPPED, backend=name)
@@ -570,13 +367,7 @@ def refused(args, error, message, name):
 @pytest.mark.parametrize(("argument", "change", "error", "message"), REFUSED)
 def test_bad_input_is_named_and_nothing_is_written(argument, change, error, message, name):
     args = call()
-    args[argument] = change(args[argument])
-    if argument == "alpha_grads" and not isinstance(args[argument], list):
-        args = {**args, argument: args[argument]}
-        with pytest.raises(error, match=re.escape(message)):
-            fk.learned_backward_(**args, grid=fk.Grid.uniform(2), straight_through=CLIPPED, backend=name)
-        return
-    refused(args, error, message, name)
+    refused({**args, argument: change(args[argument])}, error, message, name)
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

@@ -45,7 +45,7 @@ def samples(device, dtype, backend):
     names = (args["norm"], i64(1), i64(2), f64(0.25))
     where = ([4, 5], [0, 3, 3, 8, 8, 16])
     grid, drawn = (-2, 1, 0.0, 1), ("uniform", 0.29)
-    smooth = (*grid, "identity_clipped", backend)
+    smooth, learned = (*grid, "identity_clipped", backend), torch.full((4, 1), 0.25, device=device)
     return {
         "noise": (5, "uniform", i64(1), i64(2), 3, 4, [0, 5, 5], device, backend),
         "guide_sumsq": (grads, alphas, 1, False, backend),
@@ -62,8 +62,10 @@ def samples(device, dtype, backend):
         "quantize_": (out[0], latents, alphas, *grid, backend),
         "straight_through_backward_": (grads, latents, alphas, *smooth),
         "measure_alphas_": ([t.clone() for t in alphas], latents, "rms", 1.5, 1e-8, 1e-5, backend),
-        "quantize": (latents[1].clone().requires_grad_(), alphas[1], *smooth),
+        "learned_backward_": (grads, copy.deepcopy(alphas), latents, alphas, *smooth[:-1], [0.5, 2.0], backend),
+        "quantize": (latents[1].clone().requires_grad_(), learned.requires_grad_(), *smooth, 0.5),
         "straight_through_backward": (grads[1], latents[1], alphas[1], *smooth),
+        "learned_backward": (grads[1], latents[1], alphas[1], *smooth[:-1], 0.5, backend),
     }  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_a_capture_without_a_warm_up_says_so(monkeypatch, capture):
         plans.plan(given["latents"], **given)
     plans.replenish(pinned=False)
     with pytest.raises(
-        RuntimeError, match="must have at most 100 words until the next op outside a capture, got 111"
+        RuntimeError, match="must have at most 100 words until the next op outside a capture, got 123"
     ):
         plans.plan(many["latents"], **many)
     plans.plan(given["latents"], **given)

@@ -103,11 +103,34 @@ def test_streaming_kernels_stay_in_registers_and_in_budget(arch, names):
 def test_reductions_compile_without_spills():
     names = ["sumsq_kernel bf16 tensor", "sumsq_kernel fp32 row", "sum_kernel", "coefficients_kernel",
              "coefficients_kernel device", "update_coefficients_kernel adamw device", "measure_kernel bf16 rms",
-             "measure_kernel fp32 absmax", "measure_kernel fp16 absmean", "join_kernel rms"]  # fmt: skip
+             "measure_kernel fp32 absmax", "measure_kernel fp16 absmean", "join_kernel rms",
+             "learned_sum_kernel"]  # fmt: skip
     for name, row in json.loads(run_code(PROGRAM.format(arch=90, names=names))):
         assert row["spill_bytes"] == 0, name
         if name.startswith(("sumsq", "measure")):
             assert row["load_bits"] == 128
+
+
+#: Of learned scales on sm_90: instructions per element, and memory time over that of the busiest pipe. Rows
+#: cost a segmented sum over chunks more than tensors.
+LEARNED = {
+    "learned_kernel fp32 fp32 fp32 tensor identity_clipped": (26, 3.0),
+    "learned_kernel bf16 bf16 bf16 tensor identity": (28, 1.6),
+    "learned_kernel fp32 fp32 fp32 row identity_clipped": (50, 1.8),
+    "learned_kernel bf16 bf16 bf16 row identity_clipped": (52, 0.9),
+    "learned_kernel fp32 fp32 fp32 row tanh": (66, 1.4),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_learned_scales_stay_in_registers_and_in_budget(arch):
+    for name, row in json.loads(run_code(PROGRAM.format(arch=arch, names=[*LEARNED]))):
+        assert row["spill_bytes"] == 0, name
+        assert row["load_bits"] == 128, name
+        if arch == 90:
+            most, margin = LEARNED[name]
+            assert row["instructions_per_element"] <= most, name
+            assert row["margin"] >= margin, name
 
 
 def table():
@@ -229,8 +252,11 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
     for name, row in rows.items():
         assert set(row) >= KEYS
         assert row["spill_bytes"] == 0, name
-        if name.startswith(("sumsq", "sum_", "measure", "join")):
-            assert row["load_bits"] == (128 if name.startswith(("sumsq", "measure")) else 64), name
+        if name.startswith(("sumsq", "sum_", "measure", "join", "learned")):
+            wide = name.startswith(("sumsq", "measure")) or (
+                name.startswith("learned_kernel") and "any" not in name
+            )
+            assert row["load_bits"] == (128 if wide else 64) or "any" in name, name
             continue
         assert (row["shared_bytes"] % 1024, row["barriers"]) == (0, 0), name  # 1 KiB is the system's, on some
         if name.endswith("coefficients_kernel") or "any" in name:

@@ -111,7 +111,7 @@ def calls(device, **changed):
     mix = Mix(torch.tensor(1.0, device=device), f64(0.5), 0.3)
     losses = Losses(torch.ones(1, device=device), torch.zeros(1, device=device), None)
     latents, grads, out, first, second = ([torch.ones(8, device=device)] for _ in range(5))
-    alphas, grid = [torch.tensor(0.5, device=device)], fk.Grid.sign()
+    alphas, groups, grid = [torch.tensor(0.5, device=device)], torch.ones(4, device=device), fk.Grid.sign()
     rule, kind = changed.get("rule", UpdateRule("adamw")), changed.get("kind", fk.StraightThrough("tanh"))
     update = Update(rule, f64(0.1), i64(1), [], [first, second])
     return {
@@ -120,10 +120,11 @@ def calls(device, **changed):
         "estimate_gradient_": (grads, alphas, draw, mix, losses, 2),
         "estimate_update_": (latents, [], grads, alphas, draw, mix, losses, grid, update),
         "straight_through_backward_": (out, grads, latents, alphas, grid, kind),
+        "learned_backward_": (out, [torch.ones(4, device=device)], grads, latents, [groups], grid, kind, [1.0]),
     }
 
 
-TAIL, BACKWARD = ("estimate_update_",), ("straight_through_backward_",)
+TAIL, BACKWARD = ("estimate_update_",), ("straight_through_backward_", "learned_backward_")
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ def test_a_straight_through_kind_without_code_is_an_error(monkeypatch, operands)
             grad, latent, alpha, grid=fk.Grid.sign(), straight_through=fk.StraightThrough("cubic"),
             backend="triton",
         )  # fmt: skip
+        fk.learned_backward_(
+            grad, torch.ones_like(alpha), latent, alpha, grid=fk.Grid.sign(),
+            straight_through=fk.StraightThrough("cubic"), factors=1.0, backend="triton",
+        )  # fmt: skip
     assert grad.unique().tolist() == [1]
 
 

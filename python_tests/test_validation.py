@@ -14,7 +14,7 @@ SHAPES = ((3,), (4, 8))
 GUIDE = ("guide_sumsq", "guide_norm")
 MIX = ("perturb_quantize_", "estimate_gradient_")
 PERTURB, ESTIMATE = MIX[:1], MIX[1:]
-BACKWARD = ("straight_through_backward_",)
+BACKWARD = ("straight_through_backward_", "learned_backward_")
 MEASURE = ("measure_alphas_",)
 LISTS = (*GUIDE, *MIX, "quantize_", *BACKWARD)
 NAMED = (*MIX, "noise", "direction_sign")
@@ -33,6 +33,7 @@ OPS = {
     "dequantize": "codes alpha grid dtype",
     "straight_through_backward_": "grads latents alphas grid straight_through",
     "measure_alphas_": "alphas tensors statistic factor add least",
+    "learned_backward_": "grads alpha_grads latents alphas grid straight_through factors",
 }
 ON_BACKENDS = tuple(op for op in OPS if op not in ("direction_sign", "dequantize"))
 NAN, INF = math.nan, math.inf
@@ -58,7 +59,8 @@ def arguments(op, device):
         "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
         "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
         "layout": (0, 4, 4), "device": device, "tensors": latents, "statistic": "rms", "factor": 1.5,
-        "add": 1e-8, "least": 1e-5,
+        "add": 1e-8, "least": 1e-5, "factors": [0.5, 2.0],
+        "alpha_grads": [torch.full((), NAN, device=device), torch.full((4, 1), NAN, device=device)],
     }  # fmt: skip
     return {name: known[name] for name in OPS[op].split()}
 

@@ -122,7 +122,7 @@ def variant_of(name: str) -> Variant | None:
     if kernel == "quantize_kernel":
         latent, out = dtypes(*arguments)
         return Variant(kernel, latent, None, out, scale="row")
-    if kernel == "backward_kernel":
+    if kernel in ("backward_kernel", "learned_kernel"):
         dtype = DTYPES[int(arguments[1])]
         return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
     if kernel == "measure_kernel":

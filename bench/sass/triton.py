@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 from fogzo_kernels.backends.triton import launch, perturb, tail
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
+from fogzo_kernels.backends.triton.learned import learned_kernel, learned_sum_kernel
 from fogzo_kernels.backends.triton.measure import join_kernel, measure_kernel
 from fogzo_kernels.backends.triton.noise import noise_kernel
 from fogzo_kernels.backends.triton.norm import sum_kernel, sumsq_kernel
@@ -33,7 +34,8 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         noise_kernel, sumsq_kernel, sum_kernel, perturb_kernel, coefficients_kernel, estimate_kernel,
-        update_coefficients_kernel, update_kernel, quantize_kernel, measure_kernel, join_kernel,
+        update_coefficients_kernel, update_kernel, quantize_kernel, learned_kernel, learned_sum_kernel,
+        measure_kernel, join_kernel,
     )
 }  # fmt: skip
 #: Types of a kernel's arguments where they are not fp32.
@@ -72,6 +74,10 @@ def variants() -> Iterator[Variant]:
                 scale = "tensor" if kind is None else "row"
                 grad = latent if kind else None
                 yield Variant("quantize_kernel", latent, grad, out, scale=scale, kind=kind)
+            if kind and out != "int8":
+                for scale in ("tensor", "row"):
+                    yield Variant("learned_kernel", latent, latent, out, scale=scale, kind=kind)
+    yield Variant("learned_sum_kernel")
 
 
 def streaming_variants() -> Iterator[Variant]:

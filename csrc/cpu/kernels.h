@@ -56,8 +56,8 @@ struct Tail {
   bool skip; // write only Q
 };
 
-// Sums of the two alphas that the ends of a range may cut: the one that began before it, and the one that begins
-// in it and ends behind it. A range within an alpha that began before has only the first.
+// Sums of the two alphas that the ends of a range may cut: the one that began before it, and the one that
+// begins in it and ends behind it. A range within an alpha that began before has only the first.
 struct Cut {
   double before = 0, behind = 0;
 };

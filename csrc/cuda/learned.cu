@@ -1,8 +1,9 @@
 // Learned scales: g h'(theta) into PLUS, which may be GRAD, and the gradients of alphas into ALPHA_GRAD.
 //
-// A team of threads takes the elements that share an alpha. An alpha whose elements several blocks hold is left to
-// a second launch, as two sums a block: that of the alpha which began in an earlier block, and that of the one
-// which begins in this block and goes on behind it. No atomics, so that the sums have the same bits in every run.
+// A team of threads takes the elements that share an alpha. An alpha whose elements several blocks hold is left
+// to a second launch, as two sums a block: that of the alpha which began in an earlier block, and that of the
+// one which begins in this block and goes on behind it. No atomics, so that the sums have the same bits in
+// every run.
 #include "launch.cuh"
 #include "tiles.cuh"
 
@@ -64,12 +65,17 @@ FOGZO_DEVICE int team_of(const Part &part) {
   return threads;
 }
 
+// alpha_slope_of() of element.h, with the hardware's minimum and maximum
+FOGZO_DEVICE float alpha_slope(float z, const Grid &grid) {
+  const bool between = (grid.qmin <= z) & (z <= grid.qmax) & (grid.r == 1.0f);
+  return std::fma(grid.r, shifted_code(z, grid) - kRounding, between ? -z : grid.r * grid.offset);
+}
+
 // g h' in the place of g; returns the term of alpha's gradient.
 template <StraightThrough Kind>
 FOGZO_DEVICE float learned(float &g, float theta, const Scale &scale, const Grid &grid) {
-  const GridRange range{grid.qmin, grid.qmax, grid.offset};
-  const float term = g * alpha_slope_of(theta, scale, range, grid.r);
-  g *= derivative_of<Kind>(theta, scale, range, grid.r);
+  const float term = g * alpha_slope(position(theta, scale.inv, grid), grid);
+  g *= derivative_of<Kind>(theta, scale, {grid.qmin, grid.qmax, grid.offset}, grid.r);
   return term;
 }
 
@@ -105,7 +111,7 @@ FOGZO_DEVICE double cell_terms(const Learned &p, const Part &part, const Cell &c
   return sum;
 }
 
-template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) learned_kernel(FOGZO_PARAMETER Learned p) {
+template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 6) learned_kernel(FOGZO_PARAMETER Learned p) {
   const Dtypes types{actual<T>(p.dtypes.latent), actual<T>(p.dtypes.grad), actual<T>(p.dtypes.out)};
   const Part part = part_of(p.tables);
   const int threads = team_of(part), team = thread() / threads, mate = thread() & (threads - 1);
@@ -114,8 +120,7 @@ template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) learned_kerne
   for (int64_t turn = part.begin / length; turn <= last; turn += kThreads / threads) {
     const Cell cell = cell_of(part, turn + team);
     const bool some = cell.index <= last;
-    const double sum =
-        team_sum(some ? cell_terms<Kind>(p, part, cell, types, mate, threads) : 0.0, threads);
+    const double sum = team_sum(some ? cell_terms<Kind>(p, part, cell, types, mate, threads) : 0.0, threads);
     if (!some || mate)
       continue;
     if (cell.began_before())
@@ -159,8 +164,8 @@ template <StraightThrough Kind> void (*learned_for(const Dtypes &t))(Learned) {
 void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                       StraightThrough kind, double *partial) {
   with_value(kind, [&](auto S) {
-    launch_with_barriers("learned_kernel", learned_for<decltype(S)::value>(dtypes), where, plan.blocks, kThreads,
-                         Learned{tables_of(plan), grid, dtypes, partial});
+    launch_with_barriers("learned_kernel", learned_for<decltype(S)::value>(dtypes), where, plan.blocks,
+                         kThreads, Learned{tables_of(plan), grid, dtypes, partial});
   });
   launch_with_barriers("learned_sum_kernel", learned_sum_kernel, where, plan.blocks, kThreads,
                        LearnedSum{tables_of(plan), partial});

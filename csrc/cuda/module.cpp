@@ -173,13 +173,12 @@ void define_ops(py::module_ &m) {
     measure_alphas(where_of(where), cell_plan_of(plan), float_of_name(data, "data's dtype"),
                    measure_of(measure), pointer<double>(partial));
   });
-  m.def("learned_backward",
-        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-           const GridArgument &grid, const std::string &straight_through, uintptr_t partial) {
-          learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
-                           value_of<StraightThrough>(straight_through, "straight_through"),
-                           pointer<double>(partial));
-        });
+  m.def("learned_backward", [](const WhereArgument &where, const PlanArgument &plan,
+                               const DtypesArgument &dtypes, const GridArgument &grid,
+                               const std::string &straight_through, uintptr_t partial) {
+    learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
+                     value_of<StraightThrough>(straight_through, "straight_through"), pointer<double>(partial));
+  });
 }
 
 } // namespace

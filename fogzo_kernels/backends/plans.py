@@ -195,7 +195,7 @@ def bits(x: float) -> int:
 
 # ---- uploading a plan without waiting for the device
 
-ARENA_WORDS = 1 << 18  # 2 MiB: about 14,000 tensors
+ARENA_WORDS = 1 << 18  # 2 MiB: about 13,000 tensors
 _arena: list[Tensor] = []  # what is left of the pinned host memory for uploads by graphs
 _uploads: dict[Any, Tensor] = {}  # what graphs read again at every replay
 

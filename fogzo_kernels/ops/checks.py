@@ -66,6 +66,8 @@ def uniform(
     tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.device, like: Tensors | None
 ) -> bool:
     """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
+    if torch.compiler.is_dynamo_compiling():  # it does not follow what makes this cheap
+        return False
     on_cpu = device.type == "cpu"
     try:
         contiguous = all(map(Tensor.is_contiguous, tensors))

@@ -1,9 +1,8 @@
-"""learned_backward_: the straight-through gradient g and that of a learned alpha (docs/contract.md, section 4)."""
+"""learned_backward_: the straight-through gradient g, and that of a learned alpha (docs/contract.md, 4)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +36,8 @@ def learned_backward_(
         dQ/dalpha = code - z         where qmin <= z <= qmax, both ends included
         dQ/dalpha = code + offset    elsewhere
 
-    and on the sign grid dQ/dalpha = 2 (code + offset), -1 or +1 (contract section 4). One pass; the same bits in
-    every run, for any number of threads.
+    and on the sign grid dQ/dalpha = 2 (code + offset), -1 or +1 (contract section 4). One pass; the same bits
+    in every run, for any number of threads.
 
     Args:
         grads: dL/dQ, of the latents' shapes: contiguous, float32, bfloat16 or float16; they receive g.

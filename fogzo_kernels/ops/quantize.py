@@ -94,9 +94,9 @@ def quantize(
 ) -> Tensor:
     """Q(latent), of the latent's shape and dtype; differentiable in ``latent`` and ``alpha``.
 
-    The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1). An alpha that requires
-    a gradient gets LSQ's (Esser et al., ICLR 2020, arXiv 1902.08153), by :func:`learned_backward_`, in the same
-    pass.
+    The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1). An alpha that
+    requires one gets LSQ's (Esser et al., ICLR 2020, arXiv 1902.08153) in the same pass, as from
+    :func:`learned_backward_`.
 
     Args:
         latent: contiguous, float32, bfloat16 or float16.

@@ -6,8 +6,8 @@ One file an op, with its kernels and below them what launches these: once for al
 
 from .estimate import estimate_gradient_
 from .launch import unavailable
-from .measure import measure_alphas_
 from .learned import learned_backward_
+from .measure import measure_alphas_
 from .noise import noise
 from .norm import guide_sumsq
 from .perturb import perturb_quantize_
@@ -18,8 +18,8 @@ __all__ = [
     "estimate_gradient_",
     "estimate_update_",
     "guide_sumsq",
-    "measure_alphas_",
     "learned_backward_",
+    "measure_alphas_",
     "noise",
     "perturb_quantize_",
     "quantize_",

@@ -346,9 +346,8 @@ def output_of(y, scale, grid, DTYPE: tl.constexpr):
 def alpha_slope_of(theta, scale, grid):
     """dQ/dalpha (contract section 4, learned scales); r is 2 on the sign grid alone."""
     z = position(theta, scale, grid)
-    code = code_of(z, grid)
     between = (z >= grid.qmin) & (z <= grid.qmax) & (grid.r == 1.0)
-    return tl.where(between, code - z, grid.r * (code + grid.offset))
+    return fma(code_of(z, grid), grid.r, tl.where(between, -z, grid.r * grid.offset))  # exact, both ways
 
 
 @triton.jit

@@ -64,8 +64,8 @@ def partial_sums(partial):
 def write_sums(row, partial, begin, terms, carry, place, some, index, inside, length):
     """Adds up the terms of each alpha, writes the sums of those that end here, returns that of the one at hand.
 
-    terms: float64, of the chunks or elements that exist (``some``), place 0, 1, 2, ...; each is the ``inside``-th
-    of ``length`` of alpha number ``index``. carry: the sum of the alpha at hand, so far.
+    terms: float64, of the chunks or elements that exist (``some``), place 0, 1, 2, ...; each is number
+    ``inside`` of the ``length`` that share alpha ``index``. carry: the sum of the alpha at hand, so far.
     """
     terms = tl.where((place == 0) & (inside != 0), terms + carry, terms)
     _, sums = tl.associative_scan(((inside == 0).to(tl.int32), terms), 0, add_within)
@@ -98,8 +98,8 @@ def learned_kernel(
 ):  # fmt: skip
     """g h'(theta) into PLUS, which may be GRAD; the gradients of alphas into ALPHA_GRAD.
 
-    An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: that of the
-    alpha which began in an earlier program, and that of the one which begins in this one and goes on behind it.
+    An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: that of
+    the alpha which began in an earlier program, and that of the one which begins in this one and goes on.
     """
     row, begin, end, fast = program_row(table, owner, SPAN)
     grid = Grid(offset, qmin, qmax, r)
