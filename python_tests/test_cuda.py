@@ -120,7 +120,7 @@ def test_a_wide_access_that_is_not_aligned_is_an_error_on_the_host():
     latent, out = torch.zeros(17)[1:], torch.zeros(16, dtype=torch.int8)
     alpha = torch.ones(1)
     p = plans.build_plan((latent.device, ((latent.data_ptr(),), (), (out.data_ptr(),), (), (alpha.data_ptr(),),
-                                          (), ()), (16,), (1,), (), ()))  # fmt: skip
+                                          (), (), ()), (16,), (1,), (), (), ()))  # fmt: skip
     fast = plans.COLUMNS.index("FAST")
     assert p.table[fast] == 0
     p.table[fast] = 16

@@ -80,6 +80,30 @@ class Training:
 # ---- graphs
 
 
+@pytest.mark.parametrize("scales", [(), (300, 1), (300, 8)], ids=str)
+def test_learned_scales_in_a_graph_and_in_two_launches(backend, scales):
+    """A replay reads what the memory holds by then, and writes what an eager call does, to the bit."""
+    latent, g, fresh = (torch.randn(300, 512, device=DEVICE) for _ in range(3))
+    alpha = torch.full(scales, 0.25, device=DEVICE)
+    alpha_grad, expected = torch.empty_like(alpha), torch.empty_like(alpha)
+
+    def backward(grads, out):
+        fk.learned_backward_(grads, out, latent, alpha, factors=0.5, backend=backend, **OPTIONS)
+
+    backward(g.clone(), expected)  # compiles
+    assert launched(lambda: backward(g, alpha_grad)) == {"learned_kernel": 1, "learned_sum_kernel": 1}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backward(g, alpha_grad)
+    once = fresh.clone()
+    backward(once, expected)
+    g.copy_(fresh)
+    alpha_grad.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(g, once)
+    assert torch.equal(alpha_grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replays_of_a_captured_step_are_eager_steps(backend, dtype):
     eager, captured = Training(backend, dtype), Training(backend, dtype)

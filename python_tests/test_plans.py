@@ -1,5 +1,6 @@
 """Plans of a GPU backend: what a table holds, and how long one lives that a CUDA graph may read."""
 
+import struct
 from collections import OrderedDict
 
 import pytest
@@ -60,6 +61,23 @@ def test_one_list_of_states_or_none():
     assert [row["STATE_2"] for row in one + entries(plans.plan(given["latents"], **given))] == [0] * 4
     with pytest.raises(ValueError, match="zip"):
         plans.plan(given["latents"], **given, states=[state] * 3)
+
+
+def test_a_row_of_learned_scales():
+    """Gradients of alphas lie anywhere; that of a tensor without elements is 0, with no program."""
+    given, memory = lists(3), torch.full((9,), 7.0)
+    given = {name: [*tensors[:2], torch.zeros(0)] for name, tensors in given.items()}
+    alpha_grads, alphas = [memory[1:2], memory[2:7], memory[7:9]], [torch.ones(n) for n in (1, 5, 2)]
+    latents, grads = given["latents"], given["grads"]
+    found = plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, -2.0, 3.0])
+    rows = entries(found)
+    assert [row["ALPHA_GRAD"] for row in rows] == [t.data_ptr() for t in alpha_grads]
+    assert [struct.unpack("<d", struct.pack("<q", row["FACTOR"]))[0] for row in rows] == [0.5, -2.0, 3.0]
+    assert [row["FAST"] for row in rows] == [40, 40, 0]
+    assert found.owner.tolist() == [0, 1]
+    assert memory.tolist() == [7.0] * 7 + [0.0] * 2
+    assert plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, -2.0, 3.0]) is found
+    assert plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, 2.0, 3.0]) is not found
 
 
 def test_the_last_plans_are_kept(monkeypatch):
