@@ -145,6 +145,7 @@ def test_scales_are_values(scale):
 @pytest.mark.parametrize(
     ("make", "exception", "message"),
     [
+        (lambda: fk.Scale(), TypeError, "Can't instantiate abstract class Scale"),
         (lambda: fk.Scale.absmean("column"), ValueError, "granularity must be 'tensor', 'row' or an int >= 2"),
         (lambda: fk.Scale.absmean(1), ValueError, "the size of a group, got 1"),
         (lambda: fk.Scale.absmean(True), ValueError, "the size of a group, got True"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ Granularity = str | int
 STATISTICS = ("absmax", "absmean", "rms")
 
 
-class Scale:
+class Scale(ABC):
     """The scale of a weight, ``alpha``: the unit of its grid. Use its constructors.
 
     Weights are seen as matrices with a row for each output of their module: what stands behind the first
@@ -77,18 +78,18 @@ class Scale:
         return LearnedScale(granularity if init is None else None, init)
 
     @property
+    @abstractmethod
     def moves(self) -> bool:
         """Whether alpha changes in training."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def from_weight(self) -> bool:
         """Whether alpha is made from the weight, so that another weight has another."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Itself in strings and numbers, for JSON."""
-        raise NotImplementedError
 
     @staticmethod
     def from_dict(found: dict[str, Any]) -> Scale:
