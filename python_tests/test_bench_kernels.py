@@ -255,8 +255,8 @@ def test_run_writes_sane_rows(tmp_path, capsys):
     assert found["left_out"] == []
     assert picture.stat().st_size > 10_000
     assert {"device", "torch", "triton", "python"} <= set(found["machine"])
-    # norm, then 2 distributions for both, for gradients, for both, then quantize and measure
-    assert len(found["rows"]) == 1 + 2 * (2 * 2) + 2 * 2 + 2 * (2 * 2) + 2 + 1
+    # norm, then 2 distributions for both, for gradients, for both, then quantize, measure and learned
+    assert len(found["rows"]) == 1 + 2 * (2 * 2) + 2 * 2 + 2 * (2 * 2) + 2 + 1 + 1
     for row in found["rows"]:
         assert row["elements"] == 512
         assert row["backend"] == "reference"
