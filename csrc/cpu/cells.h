@@ -1,7 +1,7 @@
 // Statistics of cells, the elements that share an alpha. Like tiles.h, which comes before it.
 
 // Element i of a cell, or of a piece of one, goes to lane i % kSums, so that the order of additions is the same
-// everywhere.
+// everywhere. Those of a short cell, for which so many lanes are too many, go to one.
 template <Statistic S> struct Reduction {
   using Lane = std::conditional_t<S == Statistic::absmax, int32_t, double>;
   Lane lanes[kSums];
@@ -42,14 +42,38 @@ template <Statistic S> struct Reduction {
 
   double total() {
     for (int half = kSums / 2; half; half /= 2)
-      for (int l = 0; l < half; ++l)
-        lanes[l] = Lane(joined<S>(double(lanes[l]), double(lanes[l + half])));
+      for (int l = 0; l < half; ++l) {
+        const Lane a = lanes[l], b = lanes[l + half];
+        lanes[l] = S == Statistic::absmax ? (a > b ? a : b) : a + b;
+      }
     return double(lanes[0]);
   }
 };
 
+constexpr int64_t kShort = 2 * kSums; // elements of a cell
+
+template <Statistic S, class Done>
+void for_each_short_cell(const Item &item, int64_t begin, int64_t end, Done done) {
+  float buffer[kTile];
+  const int64_t length = item.scale_length, step = kTile / length * length;
+  int64_t index = 0;
+  for (int64_t start = begin; start < end; start += step) {
+    const int64_t count = least(step, end - start);
+    const float *x = load(item.latent, start, count, buffer);
+    prefetch_tile(item.latent, start + step);
+    for (int64_t first = 0; first < count; first += length) {
+      typename Reduction<S>::Lane lane = 0;
+      for (int64_t i = first; i < first + length; ++i)
+        Reduction<S>::add(lane, x[i]);
+      done(index++, double(lane));
+    }
+  }
+}
+
 // done(index, total) for each cell of the range: whole cells, or a piece of one.
 template <Statistic S, class Done> void for_each_cell(const Item &item, int64_t begin, int64_t end, Done done) {
+  if (item.scale_length < kShort)
+    return for_each_short_cell<S>(item, begin, end, done);
   float buffer[kTile];
   const int64_t length = least(item.scale_length, end - begin);
   int64_t index = 0, left = length;
