@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.backends import cells, plans
+from fogzo_kernels.backends import cells, plans, reference
 from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.spec.scale import STATISTICS
 
@@ -230,6 +230,18 @@ def test_the_same_bits_for_any_number_of_threads(name, statistic, generator):
         found.append(measured(name, shapes, tensors, statistic))
     torch.set_num_threads(1)
     assert all(same(*pair) for pair in pairwise(found))
+
+
+def test_sums_of_the_reference_do_not_depend_on_threads(generator):
+    """In float64: an alpha, rounded to float32, would hide nearly every difference."""
+    rows = torch.rand(1, 2_345_678, generator=generator, dtype=torch.float64)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(reference.sum_of(rows).item())
+    torch.set_num_threads(1)
+    assert len(set(found)) == 1
+    assert found[0] == pytest.approx(math.fsum(rows[0].tolist()), rel=1e-13)
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
