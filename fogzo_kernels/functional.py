@@ -14,6 +14,7 @@ that is unavailable RuntimeError, before anything is written.
 from __future__ import annotations
 
 from .ops.estimate import estimate_gradient_
+from .ops.hadamard import hadamard, hadamard_
 from .ops.noise import noise
 from .ops.norm import guide_norm, guide_sumsq
 from .ops.perturb import perturb_quantize_
@@ -30,6 +31,8 @@ __all__ = [
     "estimate_sgd_",
     "guide_norm",
     "guide_sumsq",
+    "hadamard",
+    "hadamard_",
     "noise",
     "perturb_quantize_",
     "quantize",

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "fogzo_kernels"
 # Floors, bottom first: what each may import of the floors below it, and its own modules, bottom first: a module
 # imports of its floor what stands before it. A new module is given its place here.
 FLOORS = {
-    "spec": ((), "dtypes noise grid straight_through scale quantizer update schedule call"),
+    "spec": ((), "dtypes noise grid straight_through scale quantizer update schedule hadamard call"),
     "backends": (("spec",), "__init__ plans reference cpu cuda triton"),
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments noise norm perturb estimate tail"
-            " straight_through quantize"),
+            " straight_through quantize hadamard"),
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized permuted"
            " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
@@ -33,7 +33,7 @@ FLOORS = {
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip
 #: Of the Triton backend, bottom first.
-ORDER_OF_TRITON = "elements tables launch losses noise norm perturb estimate tail quantize __init__"
+ORDER_OF_TRITON = "elements tables launch losses noise norm perturb estimate tail quantize hadamard __init__"
 TRITON = ORDER_OF_TRITON.split()
 #: What a backend may import of the package.
 BACKENDS_MAY_IMPORT = ("spec", "backends.plans")

@@ -45,6 +45,7 @@ def samples(device, dtype, backend):
     names = (args["norm"], i64(1), i64(2), f64(0.25))
     where = ([4, 5], [0, 3, 3, 8, 8, 16])
     grid, drawn = (-2, 1, 0.0, 1), ("uniform", 0.29)
+    blocks = [torch.randn(s, device=device).to(dtype) for s in ((2, 32), (16,))]
     smooth = (*grid, "identity_clipped", backend)
     return {
         "noise": (5, "uniform", i64(1), i64(2), 3, 4, [0, 5, 5], device, backend),
@@ -63,6 +64,8 @@ def samples(device, dtype, backend):
         "straight_through_backward_": (grads, latents, alphas, *smooth),
         "quantize": (latents[1].clone().requires_grad_(), alphas[1], *smooth),
         "straight_through_backward": (grads[1], latents[1], alphas[1], *smooth),
+        "hadamard_": ([torch.zeros_like(t) for t in blocks], blocks, 16, backend),
+        "hadamard": (blocks[0].clone().requires_grad_(), 16, backend),
     }  # fmt: skip
 
 

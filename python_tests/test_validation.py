@@ -31,6 +31,8 @@ OPS = {
     "quantize_": "out latents alphas grid",
     "dequantize": "codes alpha grid dtype",
     "straight_through_backward_": "grads latents alphas grid straight_through",
+    "hadamard": "x block",
+    "hadamard_": "out tensors block",
 }
 ON_BACKENDS = tuple(op for op in OPS if op not in ("direction_sign", "dequantize"))
 NAN, INF = math.nan, math.inf
@@ -55,8 +57,12 @@ def arguments(op, device):
         "grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough(), "seed": 1, "step": 2,
         "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
         "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
-        "layout": (0, 4, 4), "device": device,
+        "layout": (0, 4, 4), "device": device, "block": 16,
+        "tensors": [torch.randn(s, generator=generator).to(device) for s in ((16,), (3, 48))],
+        "x": torch.randn(2, 32, generator=generator).to(device),
     }  # fmt: skip
+    if op == "hadamard_":
+        known["out"] = [torch.full_like(t, NAN) for t in known["tensors"]]
     return {name: known[name] for name in OPS[op].split()}
 
 

@@ -31,7 +31,8 @@ DTYPES = (*map(short, OUTPUTS), "any")
 KINDS = straight_through.VARIANTS
 THREADS = 128  # of a block
 #: Elements of a thread in one turn of its loop.
-TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32}
+TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32,
+        "hadamard_kernel": 16}  # fmt: skip
 TURN_OF_OTHERS = 8
 
 
@@ -124,6 +125,9 @@ def variant_of(name: str) -> Variant | None:
     if kernel == "backward_kernel":
         dtype = DTYPES[int(arguments[1])]
         return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
+    if kernel == "hadamard_kernel":
+        latent, out = dtypes(*arguments[1:])
+        return Variant(kernel, latent, None, out, kind=arguments[0])
     return Variant(kernel)
 
 

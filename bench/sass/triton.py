@@ -10,6 +10,7 @@ from triton.compiler import ASTSource
 
 from fogzo_kernels.backends.triton import launch, perturb, tail
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
+from fogzo_kernels.backends.triton.hadamard import hadamard_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
 from fogzo_kernels.backends.triton.noise import noise_kernel
 from fogzo_kernels.backends.triton.norm import sum_kernel, sumsq_kernel
@@ -17,6 +18,7 @@ from fogzo_kernels.backends.triton.perturb import perturb_kernel
 from fogzo_kernels.backends.triton.quantize import quantize_kernel
 from fogzo_kernels.backends.triton.tail import update_coefficients_kernel, update_kernel
 from fogzo_kernels.spec.dtypes import FLOATS, OUTPUTS
+from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.straight_through import VARIANTS as KINDS
 from fogzo_kernels.spec.update import VARIANTS as RULES
@@ -31,7 +33,7 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         noise_kernel, sumsq_kernel, sum_kernel, perturb_kernel, coefficients_kernel, estimate_kernel,
-        update_coefficients_kernel, update_kernel, quantize_kernel,
+        update_coefficients_kernel, update_kernel, quantize_kernel, hadamard_kernel,
     )
 }  # fmt: skip
 #: Types of a kernel's arguments where they are not fp32.
@@ -66,6 +68,9 @@ def variants() -> Iterator[Variant]:
                 scale = "tensor" if kind is None else "row"
                 grad = latent if kind else None
                 yield Variant("quantize_kernel", latent, grad, out, scale=scale, kind=kind)
+    for block in BLOCKS:
+        for dtype in ("bf16", "fp32"):
+            yield Variant("hadamard_kernel", dtype, None, dtype, kind=str(block))
 
 
 def streaming_variants() -> Iterator[Variant]:
@@ -112,6 +117,8 @@ def constants_of(variant: Variant) -> dict[str, object]:
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
+    if variant.kernel == "hadamard_kernel":
+        found["BLOCK"] = int(variant.kind or 0)
     if variant.host:
         found["one_minus_beta"] = None
     return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}

@@ -66,6 +66,8 @@ struct Kernels {
   // reads grad, writes plus (which may be the same memory)
   void (*straight_through)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
                            int64_t end);
+  // reads latent, writes plus (which may be the same memory); begin and end are those of blocks
+  void (*hadamard)(const Item &item, int block, int64_t begin, int64_t end);
 };
 
 // Null where the compiler's target has no such instructions.

@@ -362,6 +362,31 @@ void straight_through_backward(Arguments a) {
   });
 }
 
+// ---- Hadamard transform
+
+void hadamard(Arguments a) {
+  const Tensors out = a.tensors(), tensors = a.tensors();
+  const int64_t given = a.integer();
+  check_list(tensors, "tensors", kFloats);
+  check_list_like(out, "out", kFloats, tensors, tensors.size());
+  const int block = block_of<Refusal>(given);
+  static_assert(kBlock % kBlocks[std::size(kBlocks) - 1] == 0, "a task has whole blocks of the transform");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    FOGZO_CHECK(tensors[i].dim && tensors[i].sizes[tensors[i].dim - 1] % block == 0, Name("tensors", i),
+                " must have a last dimension that block ", block, " divides, got shape ", Shape{tensors[i]});
+  Memory memory;
+  memory.writes(out, "out");
+  memory.reads_in_place(tensors, "tensors", out);
+  memory.check();
+
+  const Kernels &run = kernels();
+  std::vector<Item> items = make_items(tensors, {});
+  set_spans(items, &Item::latent, tensors);
+  set_spans(items, &Item::plus, out);
+  for_each_block(make_blocks(items),
+                 [&](int64_t, const Block &b) { run.hadamard(*b.item, block, b.begin, b.end); });
+}
+
 // ---- schemas
 
 // The dispatcher's form of an op without results.
@@ -382,6 +407,7 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ") -> ()");
   m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] "
         "alphas, " FOGZO_GRID ", str straight_through) -> ()");
+  m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
@@ -392,6 +418,7 @@ STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
   m.impl("estimate_update", boxed<estimate_update>);
   m.impl("quantize", boxed<quantize>);
   m.impl("straight_through_backward", boxed<straight_through_backward>);
+  m.impl("hadamard", boxed<hadamard>);
 }
 
 } // namespace fogzo::cpu

@@ -95,6 +95,9 @@ void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const 
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind);
 
+// H of the latents into the outputs.
+void hadamard(const Where &where, const Plan &plan, const Dtypes &dtypes, int block);
+
 // The factor that the kernels' noise has over m, and that its coefficient has under C.
 double noise_factor(Distribution distribution);
 

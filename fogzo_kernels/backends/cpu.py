@@ -82,6 +82,11 @@ def straight_through_backward_(
     native.straight_through_backward(out, grads, latents, alphas, *grid_of(grid), straight_through.variant)
 
 
+def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
+    """Write the Hadamard transform of each block."""
+    native.hadamard(out, tensors, block)
+
+
 # ---- arguments of the native ops (csrc/cpu/nouns.h)
 
 

@@ -5,6 +5,7 @@ One file an op, with its kernels and below them what launches these: once for al
 """
 
 from .estimate import estimate_gradient_
+from .hadamard import hadamard_
 from .launch import unavailable
 from .noise import noise
 from .norm import guide_sumsq
@@ -16,6 +17,7 @@ __all__ = [
     "estimate_gradient_",
     "estimate_update_",
     "guide_sumsq",
+    "hadamard_",
     "noise",
     "perturb_quantize_",
     "quantize_",
