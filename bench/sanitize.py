@@ -17,6 +17,7 @@ from torch import Tensor
 import fogzo_kernels as fk
 from fogzo_kernels import StraightThrough
 from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.scale import STATISTICS
 from fogzo_kernels.spec.straight_through import VARIANTS
 
@@ -114,13 +115,25 @@ def cells(device: torch.device, backend: str) -> Iterator[str]:
             yield f"{statistic} {dtype}"
 
 
+def transforms(device: torch.device, backend: str) -> Iterator[str]:
+    """Hadamard transforms of each block, aligned and not, into other memory and in place."""
+    for block in BLOCKS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            sizes = [block, 0, 16384 + block, 3 * block]
+            tensors = [torch.randn(n, device=device, dtype=dtype) for n in sizes]
+            tensors.append(torch.randn(block + 1, device=device, dtype=dtype)[1:])
+            fk.hadamard_(alone(tensors), tensors, block=block, backend=backend)
+            fk.hadamard_(tensors, tensors, block=block, backend=backend)
+            yield f"hadamard {block} {dtype}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device, count = torch.device(args.device), 0
-    for part in (lists, shards, backward, cells):
+    for part in (lists, shards, backward, cells, transforms):
         for name in part(device, args.backend):
             if device.type == "cuda":
                 torch.cuda.synchronize()  # an error shows at its op

@@ -75,6 +75,16 @@ FOGZO_HD float value_of(float code, const Scale &scale, const GridRange &grid) {
 // fma(A, g, inv acc)
 FOGZO_HD float estimate_of(float A, float g, float inv, float acc) { return std::fma(A, g, inv * acc); }
 
+// One of the Hadamard transform, in place.
+FOGZO_HD void butterfly(float &a, float &b) {
+  const float sum = a + b;
+  b = a - b;
+  a = sum;
+}
+
+// What makes the transform of a block orthonormal.
+inline float hadamard_factor(int block) { return float(std::sqrt(1.0 / block)); }
+
 // An optimizer's scalars, as the contract names them; of SGD, `decay` is keep.
 struct Update {
   Rule rule;

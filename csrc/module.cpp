@@ -70,6 +70,7 @@ py::dict names() {
   found["rules"] = rules;
   found["hyperparameters"] = names_of<Hyperparameter>();
   found["dtypes"] = names_of<Dtype>();
+  found["blocks"] = std::vector<int>(std::begin(kBlocks), std::end(kBlocks));
   found["constants"] = constants;
   return found;
 }

@@ -22,6 +22,8 @@
 
 // What an alpha is made of.
 #define FOGZO_STATISTICS(X) X(absmax) X(absmean) X(rms)
+// Elements of a block of the Hadamard transform.
+#define FOGZO_BLOCKS(X) X(16) X(32) X(64) X(128) X(256) X(512) X(1024)
 
 // Of updates, and how many states each has.
 #define FOGZO_RULES(X) X(adamw, 2) X(sgd, 0) X(momentum, 1) X(nesterov, 1)
@@ -97,6 +99,21 @@ E value_of(const std::string &name, const char *argument) {
   for (const char *one : Listed<E>::names)
     known += (known.empty() ? "" : ", ") + std::string(one);
   throw Error(std::string(argument) + " must be one of " + known + ", got " + name);
+}
+
+#define FOGZO_MEMBER(size) size,
+constexpr int kBlocks[] = {FOGZO_BLOCKS(FOGZO_MEMBER)};
+#undef FOGZO_MEMBER
+
+// The size of a block; an error of type Error lists those that there are.
+template <class Error = std::invalid_argument> int block_of(int64_t given) {
+  std::string known;
+  for (int one : kBlocks) {
+    if (one == given)
+      return one;
+    known += (known.empty() ? "" : ", ") + std::to_string(one);
+  }
+  throw Error("block must be one of " + known + ", got " + std::to_string(given));
 }
 
 // What m is a function of.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from .ops.alphas import measure_alphas_
 from .ops.estimate import estimate_gradient_
+from .ops.hadamard import hadamard, hadamard_
 from .ops.learned import learned_backward_
 from .ops.noise import noise
 from .ops.norm import guide_norm, guide_sumsq
@@ -32,6 +33,8 @@ __all__ = [
     "estimate_sgd_",
     "guide_norm",
     "guide_sumsq",
+    "hadamard",
+    "hadamard_",
     "learned_backward_",
     "measure_alphas_",
     "noise",

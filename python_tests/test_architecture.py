@@ -18,10 +18,10 @@ PACKAGE = ROOT / "fogzo_kernels"
 # Floors, bottom first: what each may import of the floors below it, and its own modules, bottom first: a module
 # imports of its floor what stands before it. A new module is given its place here.
 FLOORS = {
-    "spec": ((), "dtypes noise grid straight_through scale quantizer presets update schedule call"),
+    "spec": ((), "dtypes noise grid straight_through scale hadamard quantizer presets update schedule call"),
     "backends": (("spec",), "__init__ plans cells reference cpu cuda triton"),
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments alphas noise norm perturb estimate"
-            " tail straight_through learned quantize"),
+            " tail straight_through learned quantize hadamard"),
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized permuted"
            " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
@@ -34,7 +34,7 @@ FLOORS = {
 }  # fmt: skip
 #: Of the Triton backend, bottom first.
 ORDER_OF_TRITON = (
-    "elements tables launch losses noise norm measure perturb estimate tail quantize learned __init__"
+    "elements tables launch losses noise norm measure hadamard perturb estimate tail quantize learned __init__"
 )
 TRITON = ORDER_OF_TRITON.split()
 #: What a backend may import of the package.
@@ -283,7 +283,7 @@ def test_headers_of_the_contract_include_no_torch():
 
 def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
     """Or the linker may take a shared inline function that not every processor can run."""
-    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "fused.h"]
+    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "hadamard.h", "fused.h"]
     for name in ("avx2", "avx512"):
         text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
         before, after = text.split("#pragma GCC target", 1)

@@ -88,6 +88,8 @@ UNKNOWN = [
     ("RULES", "X(lion, 1)", "cpu/portable.cpp", "these must know each rule"),
     ("RULES", "X(lion, 1)", "cuda/tail.cu", "stepped() must know each rule"),
     ("RULES", "X(lion, 1)", "cuda/tail.cu", "[-Werror=switch]"),
+    ("BLOCKS", "X(2048)", "cpu/portable.cpp", "a tile holds whole blocks"),
+    ("BLOCKS", "X(2048)", "cuda/hadamard.cu", "a turn of the threads has whole blocks"),
 ]
 
 

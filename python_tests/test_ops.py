@@ -46,6 +46,7 @@ def samples(device, dtype, backend):
     where = ([4, 5], [0, 3, 3, 8, 8, 16])
     grid, drawn = (-2, 1, 0.0, 1), ("uniform", 0.29)
     smooth, learned = (*grid, "identity_clipped", backend), torch.full((4, 1), 0.25, device=device)
+    blocks = [torch.randn(s, device=device).to(dtype) for s in ((2, 32), (16,))]
     return {
         "noise": (5, "uniform", i64(1), i64(2), 3, 4, [0, 5, 5], device, backend),
         "guide_sumsq": (grads, alphas, 1, False, backend),
@@ -66,6 +67,8 @@ def samples(device, dtype, backend):
         "quantize": (latents[1].clone().requires_grad_(), learned.requires_grad_(), *smooth, 0.5),
         "straight_through_backward": (grads[1], latents[1], alphas[1], *smooth),
         "learned_backward": (grads[1], latents[1], alphas[1], *smooth[:-1], 0.5, backend),
+        "hadamard_": ([torch.zeros_like(t) for t in blocks], blocks, 16, backend),
+        "hadamard": (blocks[0].clone().requires_grad_(), 16, backend),
     }  # fmt: skip
 
 

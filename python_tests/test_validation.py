@@ -34,6 +34,8 @@ OPS = {
     "straight_through_backward_": "grads latents alphas grid straight_through",
     "measure_alphas_": "alphas tensors statistic factor add least",
     "learned_backward_": "grads alpha_grads latents alphas grid straight_through factors",
+    "hadamard": "x block",
+    "hadamard_": "out tensors block",
 }
 ON_BACKENDS = tuple(op for op in OPS if op not in ("direction_sign", "dequantize"))
 NAN, INF = math.nan, math.inf
@@ -59,9 +61,13 @@ def arguments(op, device):
         "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
         "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
         "layout": (0, 4, 4), "device": device, "tensors": latents, "statistic": "rms", "factor": 1.5,
-        "add": 1e-8, "least": 1e-5, "factors": [0.5, 2.0],
+        "add": 1e-8, "least": 1e-5, "factors": [0.5, 2.0], "block": 16,
+        "x": torch.randn(2, 32, generator=generator).to(device),
         "alpha_grads": [torch.full((), NAN, device=device), torch.full((4, 1), NAN, device=device)],
     }  # fmt: skip
+    if op == "hadamard_":
+        known["tensors"] = [torch.randn(s, generator=generator).to(device) for s in ((16,), (3, 48))]
+        known["out"] = [torch.full_like(t, NAN) for t in known["tensors"]]
     return {name: known[name] for name in OPS[op].split()}
 
 

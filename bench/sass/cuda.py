@@ -32,7 +32,8 @@ KINDS = straight_through.VARIANTS
 STATISTICS = scale.STATISTICS
 THREADS = 128  # of a block
 #: Elements of a thread in one turn of its loop.
-TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32}
+TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32,
+        "hadamard_kernel": 16}  # fmt: skip
 TURN_OF_OTHERS = 8
 
 
@@ -129,6 +130,9 @@ def variant_of(name: str) -> Variant | None:
         return Variant(kernel, grad=DTYPES[int(arguments[1])], kind=STATISTICS[int(arguments[0])])
     if kernel == "join_kernel":
         return Variant(kernel, kind=STATISTICS[int(arguments[0])])
+    if kernel == "hadamard_kernel":
+        latent, out = dtypes(*arguments[1:])
+        return Variant(kernel, latent, None, out, kind=arguments[0])
     return Variant(kernel)
 
 

@@ -26,6 +26,7 @@ PIPES = {
     "fma": (128, r"FFMA|FADD|FMUL|HFMA2|IMAD|IDP"),
     "xu": (16, r"MUFU|I2F(\.|$)|F2I|F2F(\.|$)|FRND|POPC"),
     "fp64": (64, r"DFMA|DADD|DMUL"),
+    "shuffle": (32, r"SHFL"),
 }
 
 
@@ -39,7 +40,7 @@ class Variant(NamedTuple):
     scale: str | None = None
     shard: bool = False
     host: bool = True  # the step's scalars are kernel arguments, not in device memory
-    kind: str | None = None  # of straight-through derivative, or of optimizer; or the statistic
+    kind: str | None = None  # of derivative or optimizer; the statistic; a block's elements
     directions: int | None = None  # of an estimate; in the fused tail None is 1
     master: bool = False
 

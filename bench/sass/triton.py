@@ -10,6 +10,7 @@ from triton.compiler import ASTSource
 
 from fogzo_kernels.backends.triton import launch, perturb, tail
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
+from fogzo_kernels.backends.triton.hadamard import hadamard_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
 from fogzo_kernels.backends.triton.learned import learned_kernel, learned_sum_kernel
 from fogzo_kernels.backends.triton.measure import join_kernel, measure_kernel
@@ -19,6 +20,7 @@ from fogzo_kernels.backends.triton.perturb import perturb_kernel
 from fogzo_kernels.backends.triton.quantize import quantize_kernel
 from fogzo_kernels.backends.triton.tail import update_coefficients_kernel, update_kernel
 from fogzo_kernels.spec.dtypes import FLOATS, OUTPUTS
+from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.scale import STATISTICS
 from fogzo_kernels.spec.straight_through import VARIANTS as KINDS
@@ -35,7 +37,7 @@ KERNELS = {
     for kernel in (
         noise_kernel, sumsq_kernel, sum_kernel, perturb_kernel, coefficients_kernel, estimate_kernel,
         update_coefficients_kernel, update_kernel, quantize_kernel, learned_kernel, learned_sum_kernel,
-        measure_kernel, join_kernel,
+        measure_kernel, join_kernel, hadamard_kernel,
     )
 }  # fmt: skip
 #: Types of a kernel's arguments where they are not fp32.
@@ -78,6 +80,9 @@ def variants() -> Iterator[Variant]:
                 for scale in ("tensor", "row"):
                     yield Variant("learned_kernel", latent, latent, out, scale=scale, kind=kind)
     yield Variant("learned_sum_kernel")
+    for block in BLOCKS:
+        for dtype in ("bf16", "fp32"):
+            yield Variant("hadamard_kernel", dtype, None, dtype, kind=str(block))
 
 
 def streaming_variants() -> Iterator[Variant]:
@@ -124,6 +129,8 @@ def constants_of(variant: Variant) -> dict[str, object]:
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
+    if variant.kernel == "hadamard_kernel":
+        found["BLOCK"] = int(variant.kind or 0)
     if variant.host:
         found["one_minus_beta"] = None
     return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}

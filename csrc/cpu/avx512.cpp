@@ -216,6 +216,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "tiles.h"
 // after its loops over tiles
 #include "cells.h"
+// after the same
+#include "hadamard.h"
 // after what it falls back to
 #include "fused.h"
 

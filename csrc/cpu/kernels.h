@@ -80,6 +80,8 @@ struct Kernels {
   double (*total)(const Item &item, Statistic statistic, int64_t begin, int64_t end);
   // the same, and alpha_grad of the alphas whose elements all lie in the range
   Cut (*learned)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin, int64_t end);
+  // reads latent, writes plus (which may be the same memory); begin and end are those of blocks
+  void (*hadamard)(const Item &item, int block, int64_t begin, int64_t end);
 };
 
 // Null where the compiler's target has no such instructions.

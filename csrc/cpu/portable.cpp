@@ -52,6 +52,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "tiles.h"
 // after its loops over tiles
 #include "cells.h"
+// after the same
+#include "hadamard.h"
 
 } // namespace
 

@@ -74,6 +74,13 @@ FOGZO_DEVICE float widen_float16(uint32_t half) {
 // The bytes of a and b that the digits of `which` name.
 FOGZO_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }
 
+// What the thread of the same warp holds whose number differs in `bit`; all threads of the warp ask.
+template <int N> FOGZO_DEVICE void from_warp(const float (&x)[N], int bit, float (&other)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    other[i] = __shfl_xor_sync(0xFFFFFFFFu, x[i], bit);
+}
+
 // Pointers come from a table, so the compiler must be told that they lead to global memory.
 template <class T> FOGZO_DEVICE T *global(T *at) {
   __builtin_assume(__isGlobal(at));

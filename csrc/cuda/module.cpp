@@ -179,6 +179,12 @@ void define_ops(py::module_ &m) {
     learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
                      value_of<StraightThrough>(straight_through, "straight_through"), pointer<double>(partial));
   });
+  m.def("hadamard",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, int64_t block) {
+          const auto types = dtypes_of(dtypes);
+          float_of_name(std::get<2>(dtypes), "output's dtype");
+          hadamard(where_of(where), plan_of(plan), types, block_of(block));
+        });
 }
 
 } // namespace

@@ -116,6 +116,9 @@ void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes
 void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const Measure &measure,
                     double *partial);
 
+// H of the latents into the outputs.
+void hadamard(const Where &where, const Plan &plan, const Dtypes &dtypes, int block);
+
 // The factor that the kernels' noise has over m, and that its coefficient has under C.
 double noise_factor(Distribution distribution);
 

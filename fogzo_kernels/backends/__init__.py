@@ -35,7 +35,8 @@ class Backend(Protocol):
     """What a backend computes: docs/contract.md. Arguments arrive checked.
 
     Lists hold one tensor for each latent, contiguous, of one dtype and device. An empty ``plus`` or ``minus``
-    is not written. ``root`` asks for the norm, float32, instead of the sum of squares. In the fused tail
+    is not written. ``root`` asks for the norm, float32, instead of the sum of squares. ``out`` of the Hadamard
+    transform may be ``tensors``, and so may single ones of them, each in its place. In the fused tail
     ``alphas``, the draw's tensor ids and layouts, and a non-empty ``quantized`` belong to the first latents.
     """
 
@@ -71,6 +72,8 @@ class Backend(Protocol):
         self, out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors,
         grid: Grid, straight_through: StraightThrough, factors: Sequence[float],
     ) -> None: ...  # fmt: skip
+
+    def hadamard_(self, out: Tensors, tensors: Tensors, block: int) -> None: ...
 
 
 #: What a backend must have.

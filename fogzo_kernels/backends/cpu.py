@@ -97,6 +97,11 @@ def learned_backward_(
     )
 
 
+def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
+    """Write the Hadamard transform of each block."""
+    native.hadamard(out, tensors, block)
+
+
 # ---- arguments of the native ops (csrc/cpu/nouns.h)
 
 

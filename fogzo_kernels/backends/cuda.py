@@ -235,3 +235,10 @@ def learned_backward_(
         _cuda.learned_backward(
             where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, partial.data_ptr()
         )
+
+
+def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
+    """Write the Hadamard transform of each block: one launch."""
+    device, p = tensors[0].device, plan(tensors, latents=tensors, plus=out)
+    with on(device):
+        _cuda.hadamard(where(device), planned(p), (name_of(tensors), name_of(tensors), name_of(out)), block)

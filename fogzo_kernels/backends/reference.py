@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
+from ..spec.hadamard import factor
 from ..spec.noise import (
     DISTRIBUTIONS,
     MASK32,
@@ -369,3 +370,17 @@ def alpha_slope(theta: Tensor, delta: Tensor, grid: Grid) -> Tensor:
     code = code_of(z, grid)
     between = (z >= grid.qmin) & (z <= grid.qmax) & (not grid.is_sign)
     return torch.where(between, code - z, grid.r * (code + grid.offset))
+
+
+# ---- section 4: the Hadamard transform
+
+
+def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
+    """Write the transform of each block of the last dimension: stages h = 1, 2, 4, .., then one product."""
+    for y, t in zip(out, tensors, strict=True):
+        x, h = t.float(), 1
+        while h < block:
+            a, b = x.reshape(-1, 2, h).unbind(1)
+            x = torch.stack((a + b, a - b), 1)
+            h *= 2
+        y.copy_((x * torch.tensor(factor(block), dtype=torch.float32)).view(y.shape))

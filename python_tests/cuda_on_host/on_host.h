@@ -87,6 +87,17 @@ inline float widen_float16(uint32_t half) {
 inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | to_bfloat16(high) << 16; }
 inline uint32_t pack_float16(float low, float high) { return to_float16(low) | to_float16(high) << 16; }
 
+// By memory, as the threads of a warp run one after the other here.
+template <int N> void from_warp(const float (&x)[N], int bit, float (&other)[N]) {
+  static float held[1024][N];
+  barrier(); // all have read what lay there
+  std::memcpy(held[thread()], x, sizeof x);
+  barrier();
+  if (bit >= 32)
+    throw std::logic_error("a warp has 32 threads");
+  std::memcpy(other, held[thread() ^ bit], sizeof x);
+}
+
 template <class T> T *global(T *at) {
   if (uintptr_t(at) % sizeof(T))
     throw std::logic_error("an access of " + std::to_string(sizeof(T)) + " bytes is not aligned");

@@ -5,6 +5,7 @@ One file an op, with its kernels and below them what launches these: once for al
 """
 
 from .estimate import estimate_gradient_
+from .hadamard import hadamard_
 from .launch import unavailable
 from .learned import learned_backward_
 from .measure import measure_alphas_
@@ -18,6 +19,7 @@ __all__ = [
     "estimate_gradient_",
     "estimate_update_",
     "guide_sumsq",
+    "hadamard_",
     "learned_backward_",
     "measure_alphas_",
     "noise",

@@ -1,0 +1,38 @@
+// The Hadamard transform over lists of tensors: as the ops of ops.cpp.
+#include "blocks.h"
+
+namespace fogzo::cpu {
+namespace {
+
+void hadamard(Arguments a) {
+  const Tensors out = a.tensors(), tensors = a.tensors();
+  const int64_t given = a.integer();
+  check_list(tensors, "tensors", kFloats);
+  check_list_like(out, "out", kFloats, tensors, tensors.size());
+  const int block = block_of<Refusal>(given);
+  static_assert(kBlock % kBlocks[std::size(kBlocks) - 1] == 0, "a task has whole blocks of the transform");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    FOGZO_CHECK(tensors[i].dim && tensors[i].sizes[tensors[i].dim - 1] % block == 0, Name("tensors", i),
+                " must have a last dimension that block ", block, " divides, got shape ", Shape{tensors[i]});
+  Memory memory;
+  memory.writes(out, "out");
+  memory.reads_in_place(tensors, "tensors", out);
+  memory.check();
+
+  const Kernels &run = kernels();
+  std::vector<Item> items = make_items(tensors, {});
+  set_spans(items, &Item::latent, tensors);
+  set_spans(items, &Item::plus, out);
+  for_each_block(make_blocks(items),
+                 [&](int64_t, const Block &b) { run.hadamard(*b.item, block, b.begin, b.end); });
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fogzo_cpu, m) {
+  m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) { m.impl("hadamard", boxed<hadamard>); }
+
+} // namespace fogzo::cpu

@@ -1,0 +1,143 @@
+// The Hadamard transform of consecutive blocks of LATENT into PLUS, which may be LATENT: butterflies in
+// float32, stage by stage, then one product.
+//
+// A thread holds chunks of 8 elements. Stages h = 1, 2, 4 are its own; up to h = 128 the other element lies in
+// the same warp, and beyond that in another one, and goes by shared memory.
+#include "launch.cuh"
+#include "tiles.cuh"
+
+namespace fogzo::cuda {
+
+constexpr int kWarp = 32; // threads
+
+struct Hadamard {
+  Tables tables;
+  Dtypes dtypes;
+  float factor;
+};
+
+// The stages within a chunk.
+FOGZO_DEVICE void own_stages(float (&x)[kChunk]) {
+#pragma unroll
+  for (int h = 1; h < kChunk; h *= 2)
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      if (!(i & h))
+        butterfly(x[i], x[i + h]);
+}
+
+// The chunk of the thread whose number differs in `bit`, which may be of another warp.
+FOGZO_DEVICE void from_block(const float (&x)[kChunk], int bit, float (&other)[kChunk]) {
+  FOGZO_SHARED float held[kChunk][kThreads];
+  barrier(); // all have read what lay there
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    held[i][thread()] = x[i];
+  barrier();
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    other[i] = held[i][thread() ^ bit];
+}
+
+// a + b for the thread of a, a - b for that of b: the product by 1 or -1 is exact, so it rounds once.
+template <bool Far> FOGZO_DEVICE void stage_between(float (&x)[kChunk], int bit) {
+  float other[kChunk];
+  if (Far)
+    from_block(x, bit, other);
+  else
+    from_warp(x, bit, other);
+  const float sign = thread() & bit ? -1.0f : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    x[i] = std::fma(sign, x[i], other[i]);
+}
+
+// Chunk c of the block. Where the tensors are not aligned, by elements.
+template <bool Aligned>
+FOGZO_DEVICE void load(const Part &part, const char *in, int c, Dtype dtype, float (&x)[kChunk]) {
+  if (Aligned)
+    return widen(load_chunk(in, c, dtype), dtype, x);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    x[i] = load_element(part.pointer<void>(LATENT), part.begin + c * kChunk + i, dtype);
+}
+
+template <bool Aligned>
+FOGZO_DEVICE void store(const Part &part, char *out, int c, Dtype dtype, const float (&x)[kChunk]) {
+  if (Aligned)
+    return store_chunk(out, c, x, dtype);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    store_element(part.pointer<void>(PLUS), part.begin + c * kChunk + i, x[i], dtype);
+}
+
+template <int Block> FOGZO_DEVICE void transform(float (&x)[kChunk], float factor) {
+  constexpr int kThreadsOfBlock = Block / kChunk;
+  static_assert(Block >= kChunk && kThreadsOfBlock <= kThreads, "a turn of the threads has whole blocks");
+  own_stages(x);
+#pragma unroll
+  for (int bit = 1; bit < kWarp && bit < kThreadsOfBlock; bit *= 2)
+    stage_between<false>(x, bit);
+#pragma unroll
+  for (int bit = kWarp; bit < kThreadsOfBlock; bit *= 2)
+    stage_between<true>(x, bit);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    x[i] *= factor;
+}
+
+// Of each chunk of the block's part, Count of them a thread and turn.
+template <int Block, int Count, bool Aligned>
+FOGZO_DEVICE void transform_all(const Part &part, Dtype latent_t, Dtype out_t, float factor) {
+  const char *in = part.address(LATENT, bytes_of(latent_t));
+  char *out = part.address(PLUS, bytes_of(out_t));
+  const int chunks = int((part.end() - part.begin) / kChunk);
+  // Threads wait for each other, so all take every turn, with or without chunks of their own.
+#pragma unroll 1
+  for (int turn = 0; turn < chunks; turn += Count * kThreads) {
+    float x[Count][kChunk] = {};
+    const int c = turn + thread();
+#pragma unroll
+    for (int k = 0; k < Count; ++k)
+      if (c + k * kThreads < chunks)
+        load<Aligned>(part, in, c + k * kThreads, latent_t, x[k]);
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+      transform<Block>(x[k], factor);
+      if (c + k * kThreads < chunks)
+        store<Aligned>(part, out, c + k * kThreads, out_t, x[k]);
+    }
+  }
+}
+
+template <int Block, Dtype L, Dtype O> FOGZO_KERNEL(kThreads, 8) hadamard_kernel(FOGZO_PARAMETER Hadamard p) {
+  const Dtype latent_t = actual<L>(p.dtypes.latent), out_t = actual<O>(p.dtypes.out);
+  const Part part = part_of(p.tables);
+  if (part[FAST])
+    transform_all<Block, 2, true>(part, latent_t, out_t, p.factor);
+  else
+    transform_all<Block, 1, false>(part, latent_t, out_t, p.factor);
+}
+
+template <int Block> void (*hadamard_for(const Dtypes &t))(Hadamard) {
+  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
+  if (t.latent == f32 && t.out == f32)
+    return hadamard_kernel<Block, f32, f32>;
+  if (t.latent == b16 && t.out == b16)
+    return hadamard_kernel<Block, b16, b16>;
+  return hadamard_kernel<Block, any, any>;
+}
+
+void hadamard(const Where &where, const Plan &plan, const Dtypes &dtypes, int block) {
+  const Hadamard p{tables_of(plan), dtypes, hadamard_factor(block)};
+  switch (block) {
+#define FOGZO_CASE(size)                                                                                       \
+  case size:                                                                                                   \
+    return launch_with_barriers("hadamard_kernel", hadamard_for<size>(dtypes), where, plan.blocks, kThreads, p);
+    FOGZO_BLOCKS(FOGZO_CASE)
+#undef FOGZO_CASE
+  }
+  throw std::logic_error("hadamard() must know each size of a block");
+}
+
+} // namespace fogzo::cuda
