@@ -17,6 +17,7 @@ from .optim.groups import parameter_groups
 from .optim.sgd import SGD
 from .spec import presets
 from .spec.grid import Grid
+from .spec.hadamard import Hadamard
 from .spec.quantizer import Quantizer
 from .spec.scale import Scale
 from .spec.straight_through import StraightThrough
@@ -28,6 +29,7 @@ __all__ = [
     "AdamW",
     "Fogzo",
     "Grid",
+    "Hadamard",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",

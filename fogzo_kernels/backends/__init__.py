@@ -36,8 +36,9 @@ class Backend(Protocol):
 
     Lists hold one tensor for each latent, contiguous, of one dtype and device. An empty ``plus`` or ``minus``
     is not written. ``root`` asks for the norm, float32, instead of the sum of squares. ``out`` of the Hadamard
-    transform may be ``tensors``, and so may single ones of them, each in its place. In the fused tail
-    ``alphas``, the draw's tensor ids and layouts, and a non-empty ``quantized`` belong to the first latents.
+    transform may be ``tensors``, and so may single ones of them, each in its place. ``block``: of the
+    quantizer's transform, or 0. In the fused tail ``alphas``, the draw's tensor ids and layouts, and a
+    non-empty ``quantized`` belong to the first latents.
     """
 
     def unavailable(self, device: torch.device) -> str | None: ...
@@ -48,29 +49,30 @@ class Backend(Protocol):
 
     def perturb_quantize_(
         self, plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw,
-        mix: Mix, direction: int, grid: Grid,
+        mix: Mix, direction: int, grid: Grid, block: int,
     ) -> None: ...  # fmt: skip
 
     def estimate_gradient_(
-        self, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int
+        self, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
     ) -> None: ...
 
     def estimate_update_(
         self, latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-        losses: Losses, grid: Grid, update: Update,
+        losses: Losses, grid: Grid, update: Update, block: int,
     ) -> None: ...  # fmt: skip
 
-    def quantize_(self, out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None: ...
+    def quantize_(self, out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None: ...
 
     def straight_through_backward_(
         self, out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-        straight_through: StraightThrough,
+        straight_through: StraightThrough, block: int,
     ) -> None: ...  # fmt: skip
 
     def measure_alphas_(self, alphas: Tensors, tensors: Tensors, measure: Measure) -> None: ...
+
     def learned_backward_(
         self, out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors,
-        grid: Grid, straight_through: StraightThrough, factors: Sequence[float],
+        grid: Grid, straight_through: StraightThrough, factors: Sequence[float], block: int,
     ) -> None: ...  # fmt: skip
 
     def hadamard_(self, out: Tensors, tensors: Tensors, block: int) -> None: ...

@@ -42,7 +42,7 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 def perturb_quantize_(
     plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    direction: int, grid: Grid,
+    direction: int, grid: Grid, block: int,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v) in one pass."""
     native.perturb_quantize(
@@ -50,7 +50,9 @@ def perturb_quantize_(
     )
 
 
-def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
+def estimate_gradient_(
+    grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
+) -> None:
     """Replace g by G in one pass over all directions."""
     native.estimate_gradient(
         grads, counters_of(losses), alphas, *drawn(draw), *mixed(mix), losses.plus, losses.minus, r
@@ -59,7 +61,7 @@ def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, lo
 
 def estimate_update_(
     latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    losses: Losses, grid: Grid, update: Update,
+    losses: Losses, grid: Grid, update: Update, block: int,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta) in one pass."""
     first, second = (*update.states, [], [])[:2]
@@ -69,14 +71,14 @@ def estimate_update_(
     )  # fmt: skip
 
 
-def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None:
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
     """Write Q(theta)."""
     native.quantize(out, latents, alphas, *grid_of(grid))
 
 
 def straight_through_backward_(
     out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough,
+    straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta)."""
     native.straight_through_backward(out, grads, latents, alphas, *grid_of(grid), straight_through.variant)
@@ -90,6 +92,7 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, factors: Sequence[float],
+    block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas; whatever the number of threads."""
     native.learned_backward(

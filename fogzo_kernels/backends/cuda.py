@@ -143,7 +143,7 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 def perturb_quantize_(
     plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    direction: int, grid: Grid,
+    direction: int, grid: Grid, block: int,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
     if not latents:
@@ -160,7 +160,9 @@ def perturb_quantize_(
         )  # fmt: skip
 
 
-def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
+def estimate_gradient_(
+    grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
+) -> None:
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
     device = mix.norm.device
     p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
@@ -174,7 +176,7 @@ def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, lo
 
 def estimate_update_(
     latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    losses: Losses, grid: Grid, update: Update,
+    losses: Losses, grid: Grid, update: Update, block: int,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
     device, rule = mix.norm.device, update.rule
@@ -192,7 +194,7 @@ def estimate_update_(
         )  # fmt: skip
 
 
-def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None:
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
     """Write Q(theta): one launch."""
     device, p = latents[0].device, plan(latents, latents=latents, plus=out, alphas=alphas)
     dtypes = name_of(latents), name_of(latents), name_of(out)
@@ -202,7 +204,7 @@ def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> No
 
 def straight_through_backward_(
     out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough,
+    straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta): one launch."""
     device, p = latents[0].device, plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
@@ -226,6 +228,7 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, factors: Sequence[float],
+    block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)

@@ -152,7 +152,7 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 def perturb_quantize_(
     plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    direction: int, grid: Grid,
+    direction: int, grid: Grid, block: int,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v)."""
     device, omb = mix.norm.device, mix.one_minus_beta.to(mix.norm.device)
@@ -163,18 +163,25 @@ def perturb_quantize_(
     for i, (theta, g, alpha) in enumerate(zip(latents, grads, alphas, strict=True)):
         m = noise_m(elements(theta.numel(), draw.layouts[i], device), draw, direction, draw.tensor_ids[i])
         delta = delta_of(alpha, grid.r, theta)
-        v = fma(a * delta, g.flatten(), b * m)
-        z = fma(theta.flatten(), 1 / delta, -grid.offset)
+        inv, gam, noise = 1 / delta, a * delta, b * m
         for out, signed_eps in ((plus, eps), (minus, -eps)):
-            if out:
-                write(out[i], code_of(fma(signed_eps, v, z), grid), delta, grid)
+            if not out:
+                continue
+            if block:  # the guide moves the weight as it is, the noise the rotated one
+                moved = fma(signed_eps * gam * delta, g.flatten(), theta.flatten())
+                v, z = noise, fma(rotated(moved, block), inv, -grid.offset)
+            else:
+                v, z = fma(gam, g.flatten(), noise), fma(theta.flatten(), inv, -grid.offset)
+            write(out[i], code_of(fma(signed_eps, v, z), grid), delta, grid)
 
 
-def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
+def estimate_gradient_(
+    grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
+) -> None:
     """Replace g by G = A g + (1 / delta) sum_i B_i m_i."""
     A, B, keep = coefficients(grads, alphas, draw, mix, losses)
     for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):
-        G = estimate(g, alpha, A, B, draw, i, r)
+        G = estimate(g, alpha, A, B, draw, i, r, block)
         g.copy_(torch.where(keep, g, G.to(g.dtype).view(g.shape)))
 
 
@@ -201,13 +208,13 @@ def coefficients(
     return A, B, ~finite.any() | norm_lost
 
 
-def estimate(g: Tensor, alpha: Tensor, A: Tensor, B: Tensor, draw: Draw, i: int, r: int) -> Tensor:
+def estimate(g: Tensor, alpha: Tensor, A: Tensor, B: Tensor, draw: Draw, i: int, r: int, block: int) -> Tensor:
     """G of tensor i, flat float32."""
     e = elements(g.numel(), draw.layouts[i], g.device)
     acc = torch.zeros(g.numel(), device=g.device)
     for direction in range(B.numel()):
         acc = fma(B[direction], noise_m(e, draw, direction, draw.tensor_ids[i]), acc)
-    return fma(A, g.flatten(), (1 / delta_of(alpha, r, g)) * acc)
+    return fma(A, g.flatten(), rotated((1 / delta_of(alpha, r, g)) * acc, block))
 
 
 # ---- section 4: the fused tail
@@ -215,7 +222,7 @@ def estimate(g: Tensor, alpha: Tensor, A: Tensor, B: Tensor, draw: Draw, i: int,
 
 def estimate_update_(
     latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    losses: Losses, grid: Grid, update: Update,
+    losses: Losses, grid: Grid, update: Update, block: int,
 ) -> None:  # fmt: skip
     """G, the optimizer's step with it, then Q(theta)."""
     n, device, rule = losses.plus.numel(), mix.norm.device, update.rule
@@ -227,7 +234,7 @@ def estimate_update_(
     for i, (latent, grad) in enumerate(zip(latents, grads, strict=True)):
         G = grad.flatten().float()
         if n and i < len(alphas):
-            G = torch.where(keep, G, estimate(grad, alphas[i], A, B, draw, i, grid.r))
+            G = torch.where(keep, G, estimate(grad, alphas[i], A, B, draw, i, grid.r, block))
         theta = update.masters[i] if update.masters else latent
         state = [s[i] for s in update.states]
         new = updated(rule, lr, count, theta.flatten().float(), G, [s.flatten() for s in state])
@@ -236,7 +243,7 @@ def estimate_update_(
         if update.masters:
             latent.copy_(torch.where(skip, latent, theta.to(latent.dtype)))
     if quantized:
-        quantize_(quantized, latents[: len(alphas)], alphas, grid)
+        quantize_(quantized, latents[: len(alphas)], alphas, grid, block)
 
 
 def updated(
@@ -272,11 +279,12 @@ def updated(
 # ---- sections 1 and 3: quantizer and straight-through derivative
 
 
-def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid) -> None:
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
     """Write Q(theta)."""
     for q, theta, alpha in zip(out, latents, alphas, strict=True):
         delta = delta_of(alpha, grid.r, theta)
-        write(q, code_of(fma(theta.flatten(), 1 / delta, -grid.offset), grid), delta, grid)
+        x = rotated(theta.flatten(), block)
+        write(q, code_of(fma(x, 1 / delta, -grid.offset), grid), delta, grid)
 
 
 def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: StraightThrough) -> Tensor:
@@ -304,12 +312,13 @@ def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: Strai
 
 def straight_through_backward_(
     out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough,
+    straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta)."""
     for q, g, theta, alpha in zip(out, grads, latents, alphas, strict=True):
-        slope = derivative(theta.flatten().float(), delta_of(alpha, grid.r, theta), grid, straight_through)
-        q.copy_((g.flatten().float() * slope).view(q.shape))
+        x = rotated(theta.flatten().float(), block)
+        slope = derivative(x, delta_of(alpha, grid.r, theta), grid, straight_through)
+        q.copy_(rotated(g.flatten().float() * slope, block).view(q.shape))
 
 
 # ---- section 4: alphas from data
@@ -353,15 +362,17 @@ def sum_of(rows: Tensor, block: int = 4096) -> Tensor:
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, factors: Sequence[float],
+    block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas."""
     for i, (total, g, theta, alpha) in enumerate(zip(alpha_grads, grads, latents, alphas, strict=True)):
-        slope = alpha_slope(theta.flatten().float(), delta_of(alpha, grid.r, theta), grid)
+        x = rotated(theta.flatten().float(), block)
+        slope = alpha_slope(x, delta_of(alpha, grid.r, theta), grid)
         terms, cells = g.flatten().float() * slope, alpha.numel()
         total.copy_(
             (factors[i] * sum_of(terms.double().view(cells, terms.numel() // max(cells, 1)))).view(total.shape)
         )
-    straight_through_backward_(out, grads, latents, alphas, grid, straight_through)
+    straight_through_backward_(out, grads, latents, alphas, grid, straight_through, block)
 
 
 def alpha_slope(theta: Tensor, delta: Tensor, grid: Grid) -> Tensor:
@@ -378,9 +389,17 @@ def alpha_slope(theta: Tensor, delta: Tensor, grid: Grid) -> Tensor:
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
     """Write the transform of each block of the last dimension: stages h = 1, 2, 4, .., then one product."""
     for y, t in zip(out, tensors, strict=True):
-        x, h = t.float(), 1
-        while h < block:
-            a, b = x.reshape(-1, 2, h).unbind(1)
-            x = torch.stack((a + b, a - b), 1)
-            h *= 2
-        y.copy_((x * torch.tensor(factor(block), dtype=torch.float32)).view(y.shape))
+        y.copy_(rotated(t.float(), block).view(y.shape))
+
+
+def rotated(x: Tensor, block: int) -> Tensor:
+    """H of each block of float32 values; x itself without a transform."""
+    shape, h = x.shape, 1
+    if not block:
+        return x
+    x = x.float()
+    while h < block:
+        a, b = x.reshape(-1, 2, h).unbind(1)
+        x = torch.stack((a + b, a - b), 1)
+        h *= 2
+    return (x * torch.tensor(factor(block), dtype=torch.float32)).view(shape)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..spec.call import Draw, Losses, Mix, Update
 from ..spec.dtypes import FLOATS
-from ..spec.noise import MAX_DIRECTION, check_number
+from ..spec.hadamard import check_block
+from ..spec.noise import MAX_DIRECTION, Layout, check_number
 
 Tensors = Sequence[Tensor]
 DTYPE, DEVICE, IS_CPU, SHAPE = map(operator.attrgetter, ("dtype", "device", "is_cpu", "shape"))
@@ -138,6 +139,37 @@ def fitting(sizes: Sequence[int]) -> str:
     return f"one element{row}{group} for"
 
 
+def whole_blocks(name: str, tensors: Tensors, block: int) -> None:
+    """Blocks of the Hadamard transform divide the last dimension of each tensor."""
+    check_block(block)
+    for i, t in enumerate(tensors):
+        if t.ndim == 0 or t.shape[-1] % block:
+            raise ValueError(
+                f"{name}[{i}] must have a last dimension that block {block} divides, got shape {shape(t)}"
+            )
+
+
+def transformed(
+    name: str, tensors: Tensors, alphas: Tensors, block: int, layouts: Sequence[Layout] = ()
+) -> None:
+    """Where there is a transform: whole blocks, each with one alpha; of a shard, those of the parameter."""
+    if not block:
+        return
+    whole_blocks(name, tensors, block)
+    for i, (alpha, t) in enumerate(zip(alphas, tensors, strict=True)):
+        length = t.numel() // max(alpha.numel(), 1)
+        if length % block:
+            raise ValueError(
+                f"alphas[{i}] must be one for whole blocks of {block}, the transform's, got one for each"
+                f" {length} elements"
+            )
+    for i, (layout, t) in enumerate(zip(layouts, tensors, strict=False)):
+        if t.numel() and any(x % block for x in layout):
+            raise ValueError(
+                f"layouts[{i}] must be multiples of block {block}, the transform's, got {tuple(layout)}"
+            )
+
+
 def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
     """A 0-dim tensor; ``device`` None allows the CPU as well as any device."""
     instance(name, t, Tensor)
@@ -229,7 +261,8 @@ def update(update: Update, device: torch.device) -> None:
         scalar_tensor(name, t, dtype, None if t.device.type == "cpu" else device)
 
 
-def latents_and_alphas(latents: Tensors, alphas: Tensors) -> None:
-    """What every op on weights takes."""
+def latents_and_alphas(latents: Tensors, alphas: Tensors, block: int) -> None:
+    """What every op on weights takes; block: of the transform, or 0."""
     tensor_list("latents", latents, FLOATS)
     alpha_list(alphas, latents)
+    transformed("latents", latents, alphas, block)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ..backends import select
 from ..spec.call import Draw, Losses, Mix
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
+from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import Layout
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, memory
@@ -34,6 +34,7 @@ def estimate_gradient_(
     layouts: Sequence[Layout] | None = None,
     epsilon_scale: float = 1.0,
     counters: Tensor | None = None,
+    transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
     """Replace each straight-through gradient by the FOGZO estimate G, in one pass, in place.
@@ -60,6 +61,8 @@ def estimate_gradient_(
         counters: int64, shape (3,), on the device; counts directions whose c_i was not finite (they
             count as 0), steps whose norm was not finite, and alphas that were not finite or not
             > 0. If every direction or the norm is lost, the gradients stay as they were.
+        transform: of the quantizer, as for :func:`perturb_quantize_`; the gradients are those of the weight as
+            it is, and receive its G.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
@@ -75,13 +78,16 @@ def estimate_gradient_(
         arguments.tensor("losses_minus", losses_minus), arguments.tensors("alphas", alphas),
         arguments.tensor("norm", norm), arguments.seed(seed), arguments.step(step),
         arguments.one_minus_beta(one_minus_beta), ids, where, grid.r, straight_through.distribution,
-        arguments.epsilon(straight_through, grid, epsilon_scale), backend,
+        arguments.epsilon(straight_through, grid, epsilon_scale), backend, block_of(transform),
     )  # fmt: skip
 
 
-def check_lists(grads: Sequence[Tensor], alphas: Sequence[Tensor]) -> None:
+def check_lists(
+    grads: Sequence[Tensor], alphas: Sequence[Tensor], block: int, layouts: Sequence[Layout]
+) -> None:
     checks.tensor_list("grads", grads, FLOATS)
     checks.alpha_list(alphas, grads)
+    checks.transformed("grads", grads, alphas, block, layouts)
 
 
 def check_numbers(draw: Draw, mix: Mix, losses: Losses, grads: Sequence[Tensor]) -> None:
@@ -95,20 +101,20 @@ def check_numbers(draw: Draw, mix: Mix, losses: Losses, grads: Sequence[Tensor])
     mutates_args=("grads", "counters"),
     schema="(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus,"
     f" Tensor[] alphas, {STATE}, {NAMES}, int r, str distribution, float epsilon,"
-    " str? backend) -> ()",
+    " str? backend, int block=0) -> ()",
 )
 def op(
     grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor,
     alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
     tensor_ids: Sequence[int], layouts: Sequence[int], r: int, distribution: str, epsilon: float,
-    backend: str | None,
+    backend: str | None, block: int = 0,
 ) -> None:  # fmt: skip
     draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
     mix = Mix(norm, one_minus_beta, epsilon)
     losses = Losses(losses_plus, losses_minus, counters_of(counters))
 
     def check() -> None:
-        check_lists(grads, alphas)
+        check_lists(grads, alphas, block, draw.layouts)
         memory.alphas(alphas, r)
         numels = memory.numels_of(grads)
         memory.shards(draw, numels)
@@ -120,14 +126,17 @@ def op(
 
     check_numbers(draw, mix, losses, grads)
     memory.numbers(draw, mix)
-    run_checked(select(backend, norm.device), check, "estimate_gradient_", grads, alphas, draw, mix, losses, r)
+    run_checked(
+        select(backend, norm.device), check, "estimate_gradient_", grads, alphas, draw, mix, losses, r, block
+    )
 
 
 @op.register_fake
 def _(grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor,
       alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-      tensor_ids: Sequence[int], layouts: Sequence[int], *_: Any) -> None:  # fmt: skip
-    draw = Draw("", seed, step, tensor_ids, triples(layouts))
+      tensor_ids: Sequence[int], layouts: Sequence[int], r: int, distribution: str, epsilon: float,
+      backend: str | None, block: int = 0) -> None:  # fmt: skip
+    draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
     losses = Losses(losses_plus, losses_minus, counters_of(counters))
-    check_numbers(draw, Mix(norm, one_minus_beta, 0.0), losses, grads)
-    check_lists(grads, alphas)
+    check_numbers(draw, Mix(norm, one_minus_beta, epsilon), losses, grads)
+    check_lists(grads, alphas, block, draw.layouts)

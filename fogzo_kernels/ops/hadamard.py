@@ -47,13 +47,7 @@ def hadamard_(
 def check_lists(out: Sequence[Tensor], tensors: Sequence[Tensor], block: int, name: str = "tensors") -> None:
     checks.tensor_list(name, tensors, FLOATS)
     checks.tensor_list("out", out, FLOATS, tensors)
-    check_block(block)
-    for i, t in enumerate(tensors):
-        if t.ndim == 0 or t.shape[-1] % block:
-            raise ValueError(
-                f"{name}[{i}] must have a last dimension that block {block} divides,"
-                f" got shape {checks.shape(t)}"
-            )
+    checks.whole_blocks(name, tensors, block)
 
 
 def elsewhere(out: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import select
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
+from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, memory
 from .arguments import TensorOrList
@@ -25,6 +26,7 @@ def learned_backward_(
     grid: Grid,
     straight_through: StraightThrough,
     factors: float | Sequence[float],
+    transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
     """Multiply gradients with respect to Q by h'(latent), in place, and write the gradients of the alphas.
@@ -45,6 +47,8 @@ def learned_backward_(
         latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
         alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
         factors: a finite number for each latent, LSQ's 1 / sqrt(elements that share an alpha * qmax), say.
+        transform: of the quantizer: dL/dQ is with respect to the rotated Q, h' is taken at the rotated latent,
+            and what ``grads`` receive, H of the product, is with respect to the latent.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
@@ -57,15 +61,15 @@ def learned_backward_(
         arguments.tensors("grads", grads), arguments.tensors("alpha_grads", alpha_grads),
         arguments.tensors("latents", latents), arguments.tensors("alphas", alphas),
         grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.variant,
-        arguments.numbers("factors", factors), backend,
+        arguments.numbers("factors", factors), backend, block_of(transform),
     )  # fmt: skip
 
 
 def check_lists(
     grads: Sequence[Tensor], alpha_grads: Sequence[Tensor], latents: Sequence[Tensor],
-    alphas: Sequence[Tensor], factors: Sequence[float],
+    alphas: Sequence[Tensor], factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
-    checks.latents_and_alphas(latents, alphas)
+    checks.latents_and_alphas(latents, alphas, block)
     checks.tensor_list("grads", grads, FLOATS, latents)
     checks.tensor_list("alpha_grads", alpha_grads, (torch.float32,), alphas)
     if len(factors) != len(latents):
@@ -78,15 +82,15 @@ def check_lists(
     "fogzo::learned_backward_",
     mutates_args=("grads", "alpha_grads"),
     schema="(Tensor(a!)[] grads, Tensor(b!)[] alpha_grads, Tensor[] latents, Tensor[] alphas,"
-    f" {GRID}, str straight_through, float[] factors, str? backend) -> ()",
+    f" {GRID}, str straight_through, float[] factors, str? backend, int block=0) -> ()",
 )
 def op(
     grads: Sequence[Tensor], alpha_grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor],
     qmin: int, qmax: int, offset: float, r: int, straight_through: str, factors: Sequence[float],
-    backend: str | None,
+    backend: str | None, block: int = 0,
 ) -> None:  # fmt: skip
     def check() -> None:
-        check_lists(grads, alpha_grads, latents, alphas, factors)
+        check_lists(grads, alpha_grads, latents, alphas, factors, block)
         memory.alphas(alphas, r)
         memory.overlaps(
             {"grads": grads, "alpha_grads": alpha_grads}, {"latents": latents, "alphas": alphas},
@@ -97,7 +101,7 @@ def op(
         return check()
     run_checked(
         select(backend, latents[0].device), check, "learned_backward_", grads, alpha_grads, grads, latents,
-        alphas, Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), factors,
+        alphas, Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), factors, block,
     )  # fmt: skip
 
 
@@ -105,9 +109,9 @@ def op(
 def _(
     grads: Sequence[Tensor], alpha_grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor],
     qmin: int, qmax: int, offset: float, r: int, straight_through: str, factors: Sequence[float],
-    backend: str | None,
+    backend: str | None, block: int = 0,
 ) -> None:  # fmt: skip
-    check_lists(grads, alpha_grads, latents, alphas, factors)
+    check_lists(grads, alpha_grads, latents, alphas, factors, block)
 
 
 # ---- one tensor, not in place: the backward of quantize where alpha learns
@@ -117,21 +121,22 @@ def _(
     "fogzo::learned_backward",
     mutates_args=(),
     schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, float factor,"
-    " str? backend) -> (Tensor, Tensor)",
+    " str? backend, int block=0) -> (Tensor, Tensor)",
 )
 def backward(
     grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
-    straight_through: str, factor: float, backend: str | None,
+    straight_through: str, factor: float, backend: str | None, block: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad, out, alpha_grad = grad.contiguous(), torch.empty_like(latent), torch.empty_like(alpha)
 
     def check() -> None:
-        check_lists([grad], [alpha_grad], [latent], [alpha], [factor])
+        check_lists([grad], [alpha_grad], [latent], [alpha], [factor], block)
         memory.alphas([alpha], r)
 
     run_checked(
         select(backend, latent.device), check, "learned_backward_", [out], [alpha_grad], [grad], [latent],
         [alpha], Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), [factor],
+        block,
     )  # fmt: skip
     return out, alpha_grad
 
@@ -139,8 +144,8 @@ def backward(
 @backward.register_fake
 def _(
     grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
-    straight_through: str, factor: float, backend: str | None,
+    straight_through: str, factor: float, backend: str | None, block: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, alpha_grad = torch.empty_like(latent), torch.empty_like(alpha)
-    check_lists([grad.contiguous()], [alpha_grad], [latent], [alpha], [factor])
+    check_lists([grad.contiguous()], [alpha_grad], [latent], [alpha], [factor], block)
     return out, alpha_grad

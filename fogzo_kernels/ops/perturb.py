@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ..backends import select
 from ..spec.call import Draw, Mix
 from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
+from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import MAX_DIRECTION, Layout, check_range
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, memory
@@ -35,6 +35,7 @@ def perturb_quantize_(
     tensor_ids: Sequence[int] | None = None,
     layouts: Sequence[Layout] | None = None,
     epsilon_scale: float = 1.0,
+    transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
     """Write Q(w + eps v) into ``plus`` and Q(w - eps v) into ``minus``; either may be None.
@@ -59,6 +60,9 @@ def perturb_quantize_(
         layouts: where each tensor lies in its parameter, ``(offset, inner, stride)``: local element j is
             element ``offset + (j // inner) * stride + j % inner``; by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes.
+        transform: of the quantizer: latents and grads are those of the weight as it is, and the outputs are of
+            the rotated one, in that basis, which is where the noise goes. Its blocks divide the last
+            dimension, and each has one alpha.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
@@ -76,13 +80,13 @@ def perturb_quantize_(
         arguments.tensor("norm", norm), arguments.seed(seed), arguments.step(step),
         arguments.one_minus_beta(one_minus_beta), direction, ids, where, grid.qmin,
         grid.qmax, grid.offset, grid.r, straight_through.distribution,
-        arguments.epsilon(straight_through, grid, epsilon_scale), backend,
+        arguments.epsilon(straight_through, grid, epsilon_scale), backend, block_of(transform),
     )  # fmt: skip
 
 
 def check_lists(
     plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor], grads: Sequence[Tensor],
-    alphas: Sequence[Tensor],
+    alphas: Sequence[Tensor], block: int, layouts: Sequence[Layout],
 ) -> None:  # fmt: skip
     checks.tensor_list("latents", latents, FLOATS)
     checks.tensor_list("grads", grads, FLOATS, latents)
@@ -97,6 +101,7 @@ def check_lists(
             f" got {checks.named([minus[0].dtype])}"
         )
     checks.alpha_list(alphas, latents)
+    checks.transformed("latents", latents, alphas, block, layouts)
 
 
 @list_op(
@@ -104,19 +109,19 @@ def check_lists(
     mutates_args=("plus", "minus"),
     schema="(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads,"
     f" Tensor[] alphas, {STATE}, SymInt direction, {NAMES}, {GRID}, str distribution,"
-    " float epsilon, str? backend) -> ()",
+    " float epsilon, str? backend, int block=0) -> ()",
 )
 def op(
     plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor], grads: Sequence[Tensor],
     alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
     tensor_ids: Sequence[int], layouts: Sequence[int], qmin: int, qmax: int, offset: float, r: int,
-    distribution: str, epsilon: float, backend: str | None,
+    distribution: str, epsilon: float, backend: str | None, block: int = 0,
 ) -> None:  # fmt: skip
     draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
     mix = Mix(norm, one_minus_beta, epsilon)
 
     def check() -> None:
-        check_lists(plus, minus, latents, grads, alphas)
+        check_lists(plus, minus, latents, grads, alphas, block, draw.layouts)
         memory.alphas(alphas, r)
         numels = memory.numels_of(latents)
         memory.shards(draw, numels)
@@ -132,14 +137,16 @@ def op(
     memory.numbers(draw, mix)
     run_checked(
         select(backend, norm.device), check, "perturb_quantize_", plus, minus, latents, grads, alphas, draw,
-        mix, direction, Grid(qmin, qmax, offset, r),
+        mix, direction, Grid(qmin, qmax, offset, r), block,
     )  # fmt: skip
 
 
 @op.register_fake
 def _(plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor], grads: Sequence[Tensor],
       alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-      direction: int, tensor_ids: Sequence[int], layouts: Sequence[int], *_: Any) -> None:  # fmt: skip
+      direction: int, tensor_ids: Sequence[int], layouts: Sequence[int], qmin: int, qmax: int, offset: float,
+      r: int, distribution: str, epsilon: float, backend: str | None, block: int = 0) -> None:  # fmt: skip
     checks.mix(Mix(norm, one_minus_beta, 0.0), latents)
-    checks.draw(Draw("", seed, step, tensor_ids, triples(layouts)), latents)
-    check_lists(plus, minus, latents, grads, alphas)
+    draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
+    checks.draw(draw, latents)
+    check_lists(plus, minus, latents, grads, alphas, block, draw.layouts)

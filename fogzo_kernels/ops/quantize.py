@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends import check_name, select
 from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
+from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, learned, memory, straight_through
 from .arguments import TensorOrList
@@ -25,6 +26,7 @@ def quantize_(
     alphas: TensorOrList,
     *,
     grid: Grid,
+    transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
     """Write Q(latent), or its codes where ``out`` is int8, for a list of tensors (contract section 3).
@@ -33,6 +35,8 @@ def quantize_(
         out: of the latents' shapes, of one dtype: float32, bfloat16, float16, or int8 for codes.
         latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
         alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
+        transform: H of each block, before it is quantized: what is written is of the rotated latent, in that
+            basis. Its blocks divide the last dimension, and each has one alpha.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
@@ -44,25 +48,26 @@ def quantize_(
     list_quantize(
         arguments.tensors("out", out), arguments.tensors("latents", latents),
         arguments.tensors("alphas", alphas), grid.qmin, grid.qmax, grid.offset, grid.r, backend,
+        block_of(transform),
     )  # fmt: skip
 
 
-def check_lists(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor]) -> None:
-    checks.latents_and_alphas(latents, alphas)
+def check_lists(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], block: int) -> None:
+    checks.latents_and_alphas(latents, alphas, block)
     checks.tensor_list("out", out, OUTPUTS, latents)
 
 
 @list_op(
     "fogzo::quantize_",
     mutates_args=("out",),
-    schema=f"(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, {GRID}, str? backend) -> ()",
+    schema=f"(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, {GRID}, str? backend, int block=0) -> ()",
 )
 def list_quantize(
     out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
-    offset: float, r: int, backend: str | None,
+    offset: float, r: int, backend: str | None, block: int = 0,
 ) -> None:  # fmt: skip
     def check() -> None:
-        check_lists(out, latents, alphas)
+        check_lists(out, latents, alphas, block)
         memory.alphas(alphas, r)
         memory.overlaps({"out": out}, {"latents": latents, "alphas": alphas}, memory.numels_of(latents))
 
@@ -70,13 +75,16 @@ def list_quantize(
         return check()
     run_checked(
         select(backend, latents[0].device), check, "quantize_", out, latents, alphas,
-        Grid(qmin, qmax, offset, r),
+        Grid(qmin, qmax, offset, r), block,
     )  # fmt: skip
 
 
 @list_quantize.register_fake
-def _(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], *_: Any) -> None:
-    check_lists(out, latents, alphas)
+def _(
+    out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
+    offset: float, r: int, backend: str | None, block: int = 0,
+) -> None:  # fmt: skip
+    check_lists(out, latents, alphas, block)
 
 
 # ---- one tensor, differentiable
@@ -90,6 +98,7 @@ def quantize(
     straight_through: StraightThrough,
     quantized: Tensor | None = None,
     alpha_factor: float = 1.0,
+    transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Q(latent), of the latent's shape and dtype; differentiable in ``latent`` and ``alpha``.
@@ -105,6 +114,9 @@ def quantize(
             returned as it is; only the gradient is computed.
         alpha_factor: finite; what alpha's gradient is multiplied by, LSQ's
             1 / sqrt(elements that share an alpha * qmax), say.
+        transform: H of each block, before it is quantized: the result is of the rotated latent, in that basis,
+            and the gradient comes back to the latent's, H(h' * dL/dQ). Blocks divide the last dimension, and
+            each has one alpha.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
@@ -118,11 +130,12 @@ def quantize(
     checks.real("alpha_factor", alpha_factor)
     options = (
         grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.variant, backend, alpha_factor,
+        block_of(transform),
     )  # fmt: skip
     if quantized is None:
         found: Tensor = op(latent, alpha, *options)
         return found
-    checks.latents_and_alphas([latent], [alpha])
+    checks.latents_and_alphas([latent], [alpha], options[-1])
     checks.tensor_list("quantized", [quantized], FLOATS, [latent])
     found = Quantized.apply(latent, alpha, quantized, *options)
     return found
@@ -132,22 +145,25 @@ def quantize(
     "fogzo::quantize",
     mutates_args=(),
     schema=f"(Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend,"
-    " float alpha_factor=1.0) -> Tensor",
+    " float alpha_factor=1.0, int block=0) -> Tensor",
 )
 def op(
     latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, straight_through: str,
-    backend: str | None, alpha_factor: float = 1.0,
+    backend: str | None, alpha_factor: float = 1.0, block: int = 0,
 ) -> Tensor:  # fmt: skip
-    checks.latents_and_alphas([latent], [alpha])
+    checks.latents_and_alphas([latent], [alpha], block)
     memory.alphas([alpha], r)
     out = torch.empty_like(latent)
-    select(backend, latent.device).quantize_([out], [latent], [alpha], Grid(qmin, qmax, offset, r))
+    select(backend, latent.device).quantize_([out], [latent], [alpha], Grid(qmin, qmax, offset, r), block)
     return out
 
 
 @op.register_fake
-def _(latent: Tensor, alpha: Tensor, *_: Any) -> Tensor:
-    checks.latents_and_alphas([latent], [alpha])
+def _(
+    latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, straight_through: str,
+    backend: str | None, alpha_factor: float = 1.0, block: int = 0,
+) -> Tensor:  # fmt: skip
+    checks.latents_and_alphas([latent], [alpha], block)
     return torch.empty_like(latent)
 
 
@@ -163,11 +179,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Those of latent and alpha, in one pass."""
     latent, alpha = ctx.saved_tensors
-    *quantizer, backend, alpha_factor = ctx.options
+    *quantizer, backend, alpha_factor, block = ctx.options
     if ctx.needs_input_grad[1]:
-        found: tuple[Tensor, Tensor] = learned.backward(grad, latent, alpha, *quantizer, alpha_factor, backend)
+        found: tuple[Tensor, Tensor] = learned.backward(
+            grad, latent, alpha, *quantizer, alpha_factor, backend, block
+        )
         return found
-    return straight_through.backward(grad, latent, alpha, *quantizer, backend), None
+    return straight_through.backward(grad, latent, alpha, *quantizer, backend, block), None
 
 
 op.register_autograd(_backward, setup_context=_setup)

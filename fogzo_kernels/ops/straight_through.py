@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..backends import select
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
+from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, memory
 from .arguments import TensorOrList
@@ -24,6 +24,7 @@ def straight_through_backward_(
     *,
     grid: Grid,
     straight_through: StraightThrough,
+    transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
     """Multiply gradients with respect to Q by h'(latent), in place (contract section 1).
@@ -32,6 +33,8 @@ def straight_through_backward_(
         grads: dL/dQ, of the latents' shapes: contiguous, float32, bfloat16 or float16; they receive g.
         latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
         alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
+        transform: of the quantizer: dL/dQ is with respect to the rotated Q, h' is taken at the rotated latent,
+            and the result, H of the product, is with respect to the latent.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
@@ -43,12 +46,14 @@ def straight_through_backward_(
     op(
         arguments.tensors("grads", grads), arguments.tensors("latents", latents),
         arguments.tensors("alphas", alphas), grid.qmin, grid.qmax, grid.offset, grid.r,
-        straight_through.variant, backend,
+        straight_through.variant, backend, block_of(transform),
     )  # fmt: skip
 
 
-def check_lists(grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor]) -> None:
-    checks.latents_and_alphas(latents, alphas)
+def check_lists(
+    grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], block: int
+) -> None:
+    checks.latents_and_alphas(latents, alphas, block)
     checks.tensor_list("grads", grads, FLOATS, latents)
 
 
@@ -56,14 +61,14 @@ def check_lists(grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequ
     "fogzo::straight_through_backward_",
     mutates_args=("grads",),
     schema=f"(Tensor(a!)[] grads, Tensor[] latents, Tensor[] alphas, {GRID}, str straight_through,"
-    " str? backend) -> ()",
+    " str? backend, int block=0) -> ()",
 )
 def op(
     grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
-    offset: float, r: int, straight_through: str, backend: str | None,
+    offset: float, r: int, straight_through: str, backend: str | None, block: int = 0,
 ) -> None:  # fmt: skip
     def check() -> None:
-        check_lists(grads, latents, alphas)
+        check_lists(grads, latents, alphas, block)
         memory.alphas(alphas, r)
         memory.overlaps({"grads": grads}, {"latents": latents, "alphas": alphas}, memory.numels_of(latents))
 
@@ -71,13 +76,16 @@ def op(
         return check()
     run_checked(
         select(backend, latents[0].device), check, "straight_through_backward_", grads, grads, latents, alphas,
-        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through),
+        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
     )  # fmt: skip
 
 
 @op.register_fake
-def _(grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], *_: Any) -> None:
-    check_lists(grads, latents, alphas)
+def _(
+    grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
+    offset: float, r: int, straight_through: str, backend: str | None, block: int = 0,
+) -> None:  # fmt: skip
+    check_lists(grads, latents, alphas, block)
 
 
 # ---- one tensor, not in place: the backward of quantize
@@ -86,26 +94,30 @@ def _(grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tenso
 @torch.library.custom_op(
     "fogzo::straight_through_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend) -> Tensor",
+    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend,"
+    " int block=0) -> Tensor",
 )
 def backward(
     grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
-    straight_through: str, backend: str | None,
+    straight_through: str, backend: str | None, block: int = 0,
 ) -> Tensor:  # fmt: skip
     grad, out = grad.contiguous(), torch.empty_like(latent)
 
     def check() -> None:
-        check_lists([grad], [latent], [alpha])
+        check_lists([grad], [latent], [alpha], block)
         memory.alphas([alpha], r)
 
     run_checked(
         select(backend, latent.device), check, "straight_through_backward_", [out], [grad], [latent], [alpha],
-        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through),
+        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
     )  # fmt: skip
     return out
 
 
 @backward.register_fake
-def _(grad: Tensor, latent: Tensor, alpha: Tensor, *_: Any) -> Tensor:
-    check_lists([grad.contiguous()], [latent], [alpha])
+def _(
+    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
+    straight_through: str, backend: str | None, block: int = 0,
+) -> Tensor:  # fmt: skip
+    check_lists([grad.contiguous()], [latent], [alpha], block)
     return torch.empty_like(latent)

@@ -16,6 +16,7 @@ from ..backends import select
 from ..spec.call import Draw, Losses, Mix, Update
 from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
+from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import Layout
 from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
@@ -41,6 +42,7 @@ class TailOptions(NoiseOptions, total=False):
     masters: TensorOrList | None
     quantized: TensorOrList | None
     counters: Tensor | None
+    transform: Hadamard | None
     backend: str | None
 
 
@@ -90,6 +92,8 @@ def estimate_adamw_(
         quantized: one output per alpha that receives the next Q(latent), or codes if int8.
         counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
             was not finite, and alphas that were not finite or not > 0.
+        transform: of the quantizer, for the tensors that have an alpha, as for :func:`perturb_quantize_`;
+            latents and grads are those of the weight as it is, ``quantized`` is in the rotated basis.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     If every direction is lost the gradients serve as they are; if the norm is not finite the step is
@@ -154,6 +158,8 @@ def estimate_sgd_(
         quantized: one output per alpha that receives the next Q(latent), or codes if int8.
         counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
             was not finite, and alphas that were not finite or not > 0.
+        transform: of the quantizer, for the tensors that have an alpha, as for :func:`perturb_quantize_`;
+            latents and grads are those of the weight as it is, ``quantized`` is in the rotated basis.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     If every direction is lost the gradients serve as they are; if the norm is not finite the step is
@@ -200,6 +206,7 @@ def _tail(
         arguments.epsilon(straight_through, grid, common.get("epsilon_scale", 1.0)),
         arguments.lr(numbers[0]), arguments.optimizer_step(numbers[1]), rule.kind, list(hyperparameters),
         list(hyperparameters.values()), rule.nesterov, common.get("backend"),
+        block_of(common.get("transform")),
     )  # fmt: skip
 
 
@@ -219,7 +226,7 @@ def states_of(rule: UpdateRule, given: Sequence[Sequence[Tensor]]) -> Sequence[S
 
 def check_lists(
     latents: Sequence[Tensor], grads: Sequence[Tensor], quantized: Sequence[Tensor], alphas: Sequence[Tensor],
-    update: Update,
+    update: Update, block: int, layouts: Sequence[Layout],
 ) -> None:  # fmt: skip
     checks.tensor_list("latents", latents, FLOATS)
     checks.tensor_list("grads", grads, FLOATS, latents)
@@ -235,6 +242,7 @@ def check_lists(
     if quantized:
         checks.tensor_list("quantized", quantized, OUTPUTS, latents[: len(alphas)])
     checks.alpha_list(alphas, latents[: len(alphas)])
+    checks.transformed("latents", latents[: len(alphas)], alphas, block, layouts)
 
 
 def check_numbers(
@@ -256,7 +264,7 @@ def check_numbers(
     " Tensor(e!)[] first, Tensor(f!)[] second, Tensor[] grads, Tensor losses_plus, Tensor losses_minus,"
     f" Tensor[] alphas, {STATE}, {NAMES}, {GRID}, str distribution, float epsilon, Tensor lr,"
     " Tensor optimizer_step, str kind, str[] hyperparameters, float[] values, bool nesterov,"
-    " str? backend) -> ()",
+    " str? backend, int block=0) -> ()",
 )
 def op(
     latents: Sequence[Tensor], masters: Sequence[Tensor], quantized: Sequence[Tensor],
@@ -265,6 +273,7 @@ def op(
     step: Tensor, one_minus_beta: Tensor, tensor_ids: Sequence[int], layouts: Sequence[int], qmin: int,
     qmax: int, offset: float, r: int, distribution: str, epsilon: float, lr: Tensor, optimizer_step: Tensor,
     kind: str, hyperparameters: Sequence[str], values: Sequence[float], nesterov: bool, backend: str | None,
+    block: int = 0,
 ) -> None:  # fmt: skip
     draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
     mix = Mix(norm, one_minus_beta, epsilon)
@@ -273,7 +282,7 @@ def op(
     update = Update(rule, lr, optimizer_step, masters, states_of(rule, (first, second)))
 
     def check() -> None:
-        check_lists(latents, grads, quantized, alphas, update)
+        check_lists(latents, grads, quantized, alphas, update, block, draw.layouts)
         memory.alphas(alphas, r)
         numels = memory.numels_of(latents)
         memory.shards(draw, numels[: len(alphas)])
@@ -290,7 +299,7 @@ def op(
     used = update._replace(states=update.states[: rule.states])
     run_checked(
         select(backend, norm.device), check, "estimate_update_", latents, quantized, grads, alphas, draw, mix,
-        losses, Grid(qmin, qmax, offset, r), used,
+        losses, Grid(qmin, qmax, offset, r), used, block,
     )  # fmt: skip
 
 
@@ -302,10 +311,10 @@ def _(latents: Sequence[Tensor], masters: Sequence[Tensor], quantized: Sequence[
       tensor_ids: Sequence[int], layouts: Sequence[int], qmin: int, qmax: int, offset: float,
       r: int, distribution: str, epsilon: float, lr: Tensor, optimizer_step: Tensor, kind: str,
       hyperparameters: Sequence[str], values: Sequence[float], nesterov: bool,
-      backend: str | None) -> None:  # fmt: skip
+      backend: str | None, block: int = 0) -> None:  # fmt: skip
     rule = rule_of(kind, tuple(hyperparameters), tuple(values), nesterov)
     update = Update(rule, lr, optimizer_step, masters, states_of(rule, (first, second)))
     draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
     losses = Losses(losses_plus, losses_minus, counters_of(counters))
     check_numbers(draw, Mix(norm, one_minus_beta, epsilon), losses, update, latents, len(alphas))
-    check_lists(latents, grads, quantized, alphas, update)
+    check_lists(latents, grads, quantized, alphas, update, block, draw.layouts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 #: How many elements a block may have.
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -19,3 +20,29 @@ def check_block(block: int) -> None:
         raise TypeError(f"block must be an int, got {type(block).__name__}")
     if block not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {block}")
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """The orthonormal Hadamard transform of each ``block`` of a row, before it is quantized.
+
+    It spreads a large value over its block, so that one scale fits all of it (QuEST: Panferov et al., 2025,
+    arXiv 2502.05003). Grid, scale and noise then belong to the rotated weight (contract section 4).
+
+    Args:
+        block: 16, 32, 64, 128, 256, 512 or 1024; it must divide the length of a row.
+    """
+
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+
+
+def block_of(transform: Hadamard | None) -> int:
+    """The elements of a block; 0 without a transform."""
+    if transform is None:
+        return 0
+    if not isinstance(transform, Hadamard):
+        raise TypeError(f"transform must be a Hadamard or None, got {type(transform).__name__}")
+    return transform.block

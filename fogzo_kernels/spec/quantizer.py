@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .grid import Grid
+from .hadamard import Hadamard, block_of
 from .scale import Scale
 from .straight_through import StraightThrough
 
@@ -19,15 +20,19 @@ class Quantizer:
         scale: where each weight's scale comes from.
         straight_through: the derivative that gradients see, and the noise that goes with it. It must
             belong to ``grid``: ``"identity"`` to rounding grids, the other kinds to the sign grid.
+        transform: what each row goes through before, ``Hadamard(128)``, say; grid and scale are then those of
+            the rotated row. None: nothing.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: ``straight_through`` does not belong to ``grid``.
+        ValueError: ``straight_through`` does not belong to ``grid``, or groups of the scale are not whole
+            blocks of ``transform``.
     """
 
     grid: Grid
     scale: Scale
     straight_through: StraightThrough
+    transform: Hadamard | None = None
 
     def __post_init__(self) -> None:
         for name, kind, example in PARTS:
@@ -36,6 +41,10 @@ class Quantizer:
                 got = f"the str {value!r}" if isinstance(value, str) else type(value).__name__
                 raise TypeError(f"{name} must be a {kind.__name__}, {example} say, got {got}")
         self.straight_through.check_grid(self.grid)
+        block = block_of(self.transform)
+        group = getattr(self.scale, "granularity", None)
+        if block and isinstance(group, int) and group % block:
+            raise ValueError(f"scale must have groups of whole blocks of {self.transform}, got {self.scale}")
 
     @property
     def epsilon(self) -> float:
@@ -45,7 +54,8 @@ class Quantizer:
     def to_dict(self) -> dict[str, Any]:
         """Itself in dicts, strings and numbers, for JSON; of a scale that is no number, only its kind."""
         parts = {"grid": asdict(self.grid), "straight_through": asdict(self.straight_through)}
-        return {"version": VERSION, **parts, "scale": self.scale.to_dict()}
+        block = {"transform": asdict(self.transform)} if self.transform else {}
+        return {"version": VERSION, **parts, **block, "scale": self.scale.to_dict()}
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Quantizer:
@@ -59,7 +69,8 @@ class Quantizer:
             raise ValueError(f"the quantizer must be of version {VERSION}, got {version}")
         try:
             grid, straight_through = Grid(**found["grid"]), StraightThrough(**found["straight_through"])
-            return cls(grid, Scale.from_dict(found["scale"]), straight_through)
+            transform = Hadamard(**found["transform"]) if found.get("transform") else None
+            return cls(grid, Scale.from_dict(found["scale"]), straight_through, transform)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the quantizer must be as to_dict gives it, got {found}") from error
 

@@ -100,7 +100,9 @@ def estimate_kernel(
         tl.store(grad + j, convert(fma(g, A, acc * inv_e), GRAD_T), mask=mask)
 
 
-def estimate_gradient_(grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int) -> None:
+def estimate_gradient_(
+    grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
+) -> None:
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
     device, n, counters = mix.norm.device, losses.plus.numel(), losses.counters
     names = named(draw)

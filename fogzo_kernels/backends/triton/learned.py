@@ -173,6 +173,7 @@ def learned_sum_kernel(table, owner, partial, SPAN: tl.constexpr, BLOCK: tl.cons
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid,
     straight_through: StraightThrough, factors: Sequence[float],
+    block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)

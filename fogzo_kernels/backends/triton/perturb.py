@@ -111,7 +111,7 @@ def perturb_kernel(
 
 def perturb_quantize_(
     plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    direction: int, grid: spec.Grid,
+    direction: int, grid: spec.Grid, block: int,
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
     if not latents:

@@ -78,14 +78,14 @@ def quantize_kernel(
         tl.store(out + j, convert(q, OUT_T), mask=mask)
 
 
-def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid) -> None:
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, block: int) -> None:
     """Write Q(theta): one launch."""
     _launch(out, (), latents, alphas, grid, None)
 
 
 def straight_through_backward_(
     out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid,
-    straight_through: StraightThrough,
+    straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta): one launch."""
     _launch(out, grads, latents, alphas, grid, straight_through.variant)

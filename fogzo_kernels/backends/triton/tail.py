@@ -360,7 +360,7 @@ def scalars_of(rule: UpdateRule) -> dict[str, float]:
 
 def estimate_update_(
     latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    losses: Losses, grid: spec.Grid, update: Update,
+    losses: Losses, grid: spec.Grid, update: Update, block: int,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
     device, n, rule = mix.norm.device, losses.plus.numel(), update.rule
