@@ -10,6 +10,7 @@ from .functional import *  # noqa: F403  the public ops: functional.__all__
 from .nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from .nn.convert import calibrate_, dequantize_model, quantize_model
 from .nn.embedding import QuantEmbedding
+from .nn.inputs import calibrate_inputs_
 from .nn.linear import QuantLinear
 from .nn.report import Report
 from .optim.adamw import AdamW
@@ -41,6 +42,7 @@ __all__ = [
     "StraightThrough",
     "available_backends",
     "calibrate_",
+    "calibrate_inputs_",
     "dequantize_model",
     "parameter_groups",
     "presets",

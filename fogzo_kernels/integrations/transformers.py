@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Container, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from ..nn.quantized import EXTRA_STATE, QuantizedModule
 from ..nn.scales import alpha_of
 from ..nn.sharing import check_raw_uses, owners_of, share_alphas, watch
 from ..nn.twins import check_weight, reason_against, twin_of
-from ..spec.quantizer import Quantizer
 from ..spec.scale import Scale
 
 
@@ -103,6 +103,8 @@ class FogzoQuantizer(HfQuantizer):
             check_raw_uses(places)
         for m in modules.values():
             m.lay_out()
+            if "input_alpha" in m.own_tensors():
+                m.note_input_alpha(m.input_alpha)
         share_alphas(model)
         watch(model)
         pretrained.record(model)  # by the names of this model
@@ -181,7 +183,7 @@ def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
     assert twin is not None
     q = entry.quantizer
     alpha = torch.empty(entry.alpha, dtype=torch.float32, device="meta")
-    like = Quantizer(q.grid, Scale.fixed(alpha), q.straight_through)
+    like = replace(q, scale=Scale.fixed(alpha))
     meta = torch.empty_like(weight, device="meta")
     return alpha_of(f"{name}.weight", meta, twin.OUTPUTS, like)
 

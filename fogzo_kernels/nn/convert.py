@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
 from . import fast_path, pretrained
+from .inputs import check_activation
 from .quantized import QuantizedModule
 from .report import WEIGHTS, Report, Row
-from .rules import Choice, Rule, Which, check_activation, choose
+from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
 from .sharing import check_shared, share_alphas, unwatch, watch
 from .twins import check_weight, twin_of, weights_of
@@ -191,7 +193,7 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
             raise ValueError(f"scale must not turn a learned alpha into another or back, got {scale}")
     plan = []
     for m in modules:
-        q = m.quantizer if scale is None else Quantizer(m.quantizer.grid, scale, m.quantizer.straight_through)
+        q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)
         plan.append((q, alpha_of("weight", m.weight, m.OUTPUTS, q)))
     for m, (q, alpha) in zip(modules, plan, strict=True):
         m.quantizer = q

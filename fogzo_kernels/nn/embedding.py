@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inputs import rotated
 from .quantized import QuantizedModule
 
 
@@ -31,6 +32,6 @@ class QuantEmbedding(QuantizedModule, nn.Embedding):
         return self.padding_idx
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(
-            input, self.effective_weight(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
-        )
+        rows = self.quantized_rows()
+        found = F.embedding(input, rows, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return rotated(found, self.block, self.backend)  # of the entries that were read, not of all

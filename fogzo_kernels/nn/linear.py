@@ -18,4 +18,4 @@ class QuantLinear(QuantizedModule, nn.Linear):
     PLAIN = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.effective_input(input), self.effective_weight(), self.bias)
+        return F.linear(self.effective_input(input, self.block), self.shaped(self.quantized_rows()), self.bias)

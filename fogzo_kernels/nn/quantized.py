@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import quantize, quantize_
-from ..ops import checks, memory
+from ..ops import checks
+from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
-from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
-from .scales import alpha_of, measure_
+from ..spec.scale import LearnedScale, MeasuredScale
+from .inputs import quantized_input, rotated
+from .scales import HELD, alpha_of, hold_alphas, measure_
 
 if TYPE_CHECKING:
     from typing import Self
@@ -45,7 +47,8 @@ class QuantizedModule(nn.Module):
             not load.
         tensor_id: which noise the weight draws (docs/contract.md, section 2).
         backend: of the ops; None takes the best available.
-        activation: how the module's input is quantized, or None. FOGZO does not perturb it.
+        activation: how the module's input is quantized, or None. FOGZO does not perturb it. A scale that is
+            learned is a parameter ``input_alpha``.
         held: None, or what to run with during a pass of :class:`fogzo_kernels.Fogzo`.
         alpha_least: of a learned alpha, a float32 buffer: where one that left its range is held.
     """
@@ -62,6 +65,10 @@ class QuantizedModule(nn.Module):
         "warned",
         "shares",
         "activation",
+        "input_alpha",
+        "input_alpha_least",
+        "input_is_calibrated",
+        "calibrating",
     )
     #: The dimension of the weight that counts the outputs.
     OUTPUTS: ClassVar[int] = 0
@@ -71,6 +78,10 @@ class QuantizedModule(nn.Module):
     weight: Tensor
     alpha: Tensor
     alpha_least: Tensor
+    input_alpha: Tensor
+    input_alpha_least: Tensor
+    input_is_calibrated: bool  # whether input_alpha has a value
+    calibrating: bool  # whether the next input gives it one
     warned: bool  # of an alpha that is held
     shares: bool  # whether its learned alpha is the parameter of another module, too, that had it first
     quantizer: Quantizer
@@ -108,13 +119,18 @@ class QuantizedModule(nn.Module):
         module.quantizer, module.tensor_id, module.backend = quantizer, tensor_id, backend
         module.held, module.warned, module.shares = None, False, False
         module.activation = activation
+        module.input_is_calibrated, module.calibrating = False, False
+        if activation is not None and isinstance(activation.scale, LearnedScale):
+            none = torch.full((), math.nan, device=alpha.device)
+            module.register_parameter("input_alpha", nn.Parameter(none))
+            module.register_buffer("input_alpha_least", none.clone())
         module.lay_out()
         return module
 
     @torch.no_grad()
     def to_plain(self) -> nn.Module:
         """Turn it back, in place; its weight stays as it is."""
-        for name in ("alpha", "alpha_least"):
+        for name in self.own_tensors():
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
         for name in self.ADDED:
@@ -160,8 +176,24 @@ class QuantizedModule(nn.Module):
     def probe(self, rows: Tensor | None) -> None:
         self.held = None if rows is None else Held(self.weight, rows, probe=True)
 
+    @property
+    def block(self) -> int:
+        """Of the weight's transform; 0 without one."""
+        return block_of(self.quantizer.transform)
+
     def effective_weight(self) -> Tensor:
         """The weight to run with: the probe where there is one, else Q(weight), with a gradient.
+
+        It is of the basis that the weight has; of a rotated one, H is applied to Q. A module that can rotate
+        its input instead takes :meth:`quantized_rows`.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`quantized_rows`.
+        """
+        return self.shaped(rotated(self.quantized_rows(), self.block, self.backend))
+
+    def quantized_rows(self) -> Tensor:
+        """Rows of the probe, or of Q(weight) with a gradient, in the basis in which they are quantized.
 
         Raises:
             RuntimeError: inside a pass, the module has another weight than the one that is perturbed.
@@ -176,67 +208,64 @@ class QuantizedModule(nn.Module):
                 )
             if held.probe:
                 assert held.values is not None
-                return self.shaped(held.values)
+                return held.values
         rows, factor = self.rows(self.weight).contiguous(), 1.0
         scale = self.quantizer.scale
         if isinstance(scale, LearnedScale):
             factor = scale.gradient_factor(self.quantizer.grid, rows.numel() // max(self.alpha.numel(), 1))
             if held is None:
-                hold_alphas([self])
+                hold_alphas([self], ("alpha",))
         elif self.alpha.requires_grad:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
         elif held is None:
             self._measure(rows)
-        found = quantize(
+        return quantize(
             rows,
             self.alpha,
             alpha_factor=factor,
             grid=self.quantizer.grid,
             straight_through=self.quantizer.straight_through,
             quantized=None if held is None else held.values,
+            transform=self.quantizer.transform,
             backend=self.backend,
         )
-        return self.shaped(found)
 
     def input_rows(self, input: Tensor) -> Tensor:
         """An input as a matrix: a row is what its last dimension holds, a token."""
         return input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
 
-    def effective_input(self, input: Tensor) -> Tensor:
-        """The input to run with: quantized, with a straight-through gradient, if ``activation`` says so."""
-        how = self.activation
-        if how is None:
-            return input
-        rows = self.input_rows(input).contiguous()
-        scale = how.scale
-        if isinstance(scale, MeasuredScale):
-            alpha = torch.empty(scale.shape_for(*rows.shape), device=rows.device)
-            measure_([alpha], [rows.detach()], scale, self.backend)
-        else:
-            assert isinstance(scale, FixedScale)
-            alpha = scale.of(rows)
-        found = quantize(
-            rows, alpha, grid=how.grid, straight_through=how.straight_through, backend=self.backend
-        )
-        return found.view(input.shape)
+    def effective_input(self, input: Tensor, block: int = 0) -> Tensor:
+        """The input to run with: quantized, with a straight-through gradient, if ``activation`` says so.
+
+        Args:
+            input: of the module.
+            block: of the weight's transform, where the module takes :meth:`quantized_rows`: the input is
+                brought to their basis.
+
+        Raises:
+            RuntimeError: a learned scale of the input has no value yet.
+            ValueError: the input does not fit ``activation``.
+        """
+        return quantized_input(self, input, block)
 
     def _measure(self, rows: Tensor) -> None:
         """Let alpha be that of the weight as it is, where the quantizer measures it."""
         scale = self.quantizer.scale
         if isinstance(scale, MeasuredScale):
-            measure_([self.alpha], [rows.detach()], scale, self.backend)
+            measure_([self.alpha], [rows.detach()], scale, self.quantizer.transform, self.backend)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """The int8 codes of Q(weight), for export: a matrix with a row for each output of the module.
 
         A row has the weight's other dimensions in their order. :func:`fogzo_kernels.dequantize` with ``alpha``
-        gives its values.
+        gives its values; with a transform, those of the rotated weight.
         """
         rows = self.rows(self.weight).contiguous()
         self._measure(rows)
         out = torch.empty_like(rows, dtype=torch.int8)
-        quantize_(out, rows, self.alpha, grid=self.quantizer.grid, backend=self.backend)
+        how = self.quantizer
+        quantize_(out, rows, self.alpha, grid=how.grid, transform=how.transform, backend=self.backend)
         return self.shaped(out).movedim(self.OUTPUTS, 0).flatten(1).contiguous()
 
     @torch.no_grad()
@@ -257,9 +286,21 @@ class QuantizedModule(nn.Module):
         if is_learned:
             self.alpha_least = alpha * HELD
 
+    def note_input_alpha(self, loaded: Tensor) -> None:
+        """Note whether what was loaded is a value, or that of a model whose inputs were not calibrated."""
+        self.input_is_calibrated = not bool(loaded.isnan())
+
+    @torch.no_grad()
+    def set_input_alpha(self, alpha: Tensor) -> None:
+        """Give the learned scale of the input its first value, 0-dim."""
+        self.input_alpha.copy_(alpha)
+        self.input_alpha_least = alpha * HELD
+        self.input_is_calibrated = True
+
     def extra_repr(self) -> str:
         levels, alpha = self.quantizer.grid.levels, tuple(self.alpha.shape)
         added = f"levels={levels}, alpha={alpha}, {self.quantizer.straight_through}"
+        added += f", {self.quantizer.transform}" if self.quantizer.transform else ""
         inputs = "" if self.activation is None else f"input levels={self.activation.grid.levels}"
         return ", ".join(filter(None, [super().extra_repr(), added, inputs]))
 
@@ -277,7 +318,16 @@ class QuantizedModule(nn.Module):
 
     def own_tensors(self) -> list[str]:
         """The tensors that the plain module does not have."""
-        return ["alpha", "alpha_least"] if isinstance(self.quantizer.scale, LearnedScale) else ["alpha"]
+        found = ["alpha", "alpha_least"] if isinstance(self.quantizer.scale, LearnedScale) else ["alpha"]
+        learned = self.activation is not None and isinstance(self.activation.scale, LearnedScale)
+        return found + ["input_alpha", "input_alpha_least"] * learned
+
+    def learned_alphas(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """Those of these names that are learned and have a value, each with where it is held."""
+        found = [(self.alpha, self.alpha_least)] if "alpha_least" in self._buffers and "alpha" in names else []
+        if "input_alpha" in names and self.input_is_calibrated:
+            found.append((self.input_alpha, self.input_alpha_least))
+        return found
 
     def share_alpha(self, first: QuantizedModule) -> None:
         """Train the same alpha as another module that has the same weight."""
@@ -315,8 +365,9 @@ class QuantizedModule(nn.Module):
         """The quantizer in a state dict's entry; raise unless codes mean the same with it."""
         saved, activation = saved_quantizers(state)
         own = self.quantizer
-        if saved.grid != own.grid:
-            raise ValueError(f"the quantizer must have {own.grid}, got a state with {saved.grid}")
+        for mine, found in ((own.grid, saved.grid), (own.transform, saved.transform)):
+            if found != mine:
+                raise ValueError(f"the quantizer must have {mine or 'no transform'}, got a state with {found}")
         if type(saved.scale) is not type(own.scale):  # a measured alpha may be older than the weight beside it
             raise ValueError(f"the quantizer must have {own.scale}, got a state with {saved.scale}")
         if (activation and activation.to_dict()) != (self.activation and self.activation.to_dict()):
@@ -339,6 +390,8 @@ class QuantizedModule(nn.Module):
             error_msgs.append(f"{name}: {error}")
             return
         plain = not any(key in state_dict for key in added)
+        if prefix + "input_alpha" in state_dict:
+            self.note_input_alpha(state_dict[prefix + "input_alpha"])
         missing: list[str] = []
         failed = len(error_msgs)
         super()._load_from_state_dict(
@@ -358,8 +411,9 @@ class QuantizedModule(nn.Module):
         if found.dtype != torch.float32:
             wrong = checks.named([found.dtype])
             raise ValueError(f"{name} must be float32, got {wrong}: was the state dict cast?")
-        if found.shape != self.alpha.shape:
-            raise ValueError(f"{name} must have shape {tuple(self.alpha.shape)}, got {tuple(found.shape)}")
+        shape = getattr(self, name).shape
+        if found.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(found.shape)}")
 
     def _loaded_plain(self) -> None:
         """The weight came from a checkpoint of the plain model, which has no alpha."""
@@ -371,36 +425,6 @@ class QuantizedModule(nn.Module):
                 " was not quantized: does it fit them? (A scale that is a function would be called again.)",
                 stacklevel=2,
             )
-
-
-#: Of its first value: where a learned alpha is held that an update drove out of range.
-HELD = 2.0**-20
-
-
-@torch.no_grad()
-def hold_alphas(modules: Sequence[QuantizedModule]) -> Tensor:
-    """Hold learned alphas that an update drove out of range at 2^-20 of their first value, and warn once.
-
-    Returns:
-        How many, 0-dim int64 on their device; nothing waits for it there.
-    """
-    alphas = [m.alpha.detach() for m in modules]
-    now = torch.cat([alpha.flatten() for alpha in alphas])
-    least = torch.cat([m.alpha_least.flatten() for m in modules])
-    out = ~((now >= least) & (now <= memory.alpha_range(2)[1]))  # NaN too
-    parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
-    torch._foreach_copy_(alphas, [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
-    count = out.sum()
-    if now.device.type == "cpu" and not torch.compiler.is_compiling() and int(count):
-        if not any(m.warned for m in modules):
-            warnings.warn(
-                "a learned alpha was driven out of range and is held at 2^-20 of its first value: is its"
-                " learning rate too high?",
-                stacklevel=3,
-            )
-        for m in modules:
-            m.warned = True
-    return count
 
 
 EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX

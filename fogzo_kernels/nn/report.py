@@ -148,7 +148,8 @@ def _described(q: Quantizer) -> str:
     low, high = (g.r * (code + g.offset) for code in (g.qmin, g.qmax))
     clip = f", clip={s.clip!r}" if s.kind == "identity" and s.clip is not True else ""
     noise = f", {s.noise} noise" if s.noise else ""
-    return f"{g.levels} levels {low:g}..{high:g} times alpha, {q.scale}, {s.kind}{clip}{noise}"
+    blocks = f", {q.transform}" if q.transform else ""
+    return f"{g.levels} levels {low:g}..{high:g} times alpha, {q.scale}, {s.kind}{clip}{noise}{blocks}"
 
 
 # ---- text

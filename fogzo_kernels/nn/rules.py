@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..spec.quantizer import Quantizer
-from ..spec.scale import LearnedScale, MeasuredScale
+from .inputs import check_activation
 from .quantized import QuantizedModule
 from .twins import read_by, reason_against, twin_of, weights_of
 
@@ -166,12 +166,3 @@ def _choice(
     if isinstance(unit.module, nn.Embedding):  # whose input is indices
         activation = None
     return Choice(unit, None if reason else quantizer, activation, reason)
-
-
-def check_activation(name: str, activation: Quantizer) -> None:
-    """Raise unless it is a quantizer that inputs can have: none learned, and one that no input makes 0."""
-    scale = activation.scale
-    if isinstance(scale, LearnedScale):
-        raise ValueError(f"{name} must have a fixed or measured scale, got {scale}")
-    if isinstance(scale, MeasuredScale) and not (scale.least or scale.add):
-        raise ValueError(f"{name} must have a scale with least > 0, for inputs that are all 0, got {scale}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..functional import measure_alphas_
+from ..functional import hadamard_, measure_alphas_
 from ..ops import checks, memory
+from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
 
@@ -28,6 +31,12 @@ def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> T
         TypeError, ValueError: it does not fit; the message names the weight.
     """
     rows = weight.detach().movedim(outputs, 0).flatten(1).contiguous()
+    transform = quantizer.transform
+    if transform and rows.shape[1] % transform.block:
+        raise ValueError(
+            f"transform must have a block that divides the rows of the weight, of {rows.shape[1]} elements, got"
+            f" {transform} for {name}"
+        )
     alpha = _made(name, rows, quantizer)
     count, length = rows.shape
     shape = tuple(alpha.shape)
@@ -37,6 +46,10 @@ def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> T
             f"alpha must have one element, one per row, shape ({count}, 1), or one per group of a row, shape"
             f" ({count}, groups) with {length} / groups elements each, for {name} with {count} rows of"
             f" {length}, got shape {shape}"
+        )
+    if transform and (shared := rows.numel() // max(alpha.numel(), 1)) % transform.block:
+        raise ValueError(
+            f"alpha must be one for whole blocks of {transform}, got one for each {shared} elements for {name}"
         )
     low, high = memory.alpha_range(quantizer.grid.r)
     if not alpha.is_meta and not memory.in_range(alpha, low, high):
@@ -50,8 +63,9 @@ def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
     scale = quantizer.scale
     if isinstance(scale, LearnedScale):
         scale = scale.first(quantizer.grid)
+    transform = None if rows.is_meta else quantizer.transform
     if isinstance(scale, FixedScale):
-        return scale.of(rows)
+        return scale.of(rotated_rows([rows], transform)[0] if scale.from_weight else rows)
     assert isinstance(scale, MeasuredScale)
     try:
         shape = scale.shape_for(*rows.shape)
@@ -59,16 +73,70 @@ def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
         raise ValueError(f"{error} for {name}") from None
     alpha = torch.empty(shape, device=rows.device)
     if not rows.is_meta:
-        measure_([alpha], [rows], scale)
+        measure_([alpha], [rows], scale, transform)
     return alpha
 
 
 @torch.no_grad()
 def measure_(
-    alphas: Sequence[Tensor], rows: Sequence[Tensor], scale: MeasuredScale, backend: str | None = None
-) -> None:
-    """Write the alphas that the scale measures from these rows: one launch for all."""
+    alphas: Sequence[Tensor], rows: Sequence[Tensor], scale: MeasuredScale, transform: Hadamard | None,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """Write the alphas that the scale measures from these rows, or from what a transform makes of them.
+
+    One launch for all. The rms of whole blocks is the same before and after.
+    """
+    if scale.statistic != "rms":
+        rows = rotated_rows(rows, transform, backend)
     measure_alphas_(
         alphas, rows, statistic=scale.statistic, factor=scale.factor, add=scale.add, least=scale.least,
         backend=backend,
     )  # fmt: skip
+
+
+def rotated_rows(
+    rows: Sequence[Tensor], transform: Hadamard | None, backend: str | None = None
+) -> Sequence[Tensor]:
+    """Rows in the basis in which they are quantized: float32 where there is a transform."""
+    if transform is None:
+        return rows
+    out = [torch.empty_like(t, dtype=torch.float32) for t in rows]
+    hadamard_(out, list(rows), block=transform.block, backend=backend)
+    return out
+
+
+#: Of its first value: where a learned alpha is held that an update drove out of range.
+HELD = 2.0**-20
+
+
+@torch.no_grad()
+def hold_alphas(modules: Sequence[Any], names: Sequence[str] = ("alpha", "input_alpha")) -> Tensor | None:
+    """Hold learned alphas that an update drove out of range at 2^-20 of their first value, and warn once.
+
+    Args:
+        modules: quantized ones.
+        names: which of their alphas, where they are learned.
+
+    Returns:
+        How many, 0-dim int64 on their device, where nothing waits for it; None if there are none.
+    """
+    pairs = {id(a): (a.detach(), least) for m in modules for a, least in m.learned_alphas(names)}
+    if not pairs:
+        return None
+    alphas = [alpha for alpha, _ in pairs.values()]
+    now = torch.cat([alpha.flatten() for alpha in alphas])
+    least = torch.cat([low.flatten() for _, low in pairs.values()])
+    out = ~((now >= least) & (now <= memory.alpha_range(2)[1]))  # NaN too
+    parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
+    torch._foreach_copy_(alphas, [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
+    count = out.sum()
+    if now.device.type == "cpu" and not torch.compiler.is_compiling() and int(count):
+        if not any(m.warned for m in modules):
+            warnings.warn(
+                "a learned alpha was driven out of range and is held at 2^-20 of its first value: is its"
+                " learning rate too high?",
+                stacklevel=3,
+            )
+        for m in modules:
+            m.warned = True
+    return count

@@ -31,6 +31,7 @@ class QuantConv1D(PermutedModule, Conv1D):
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.effective_input(x)
-        out = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.effective_weight())
+        x = self.effective_input(x, self.block)
+        weight = self.shaped(self.quantized_rows())
+        out = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
         return out.view(*x.size()[:-1], self.nf)

@@ -20,7 +20,7 @@ View = Callable[[Tensor], Tensor]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 #: For parameters that are not quantized, where nothing is drawn and nothing quantized.
-PLAIN = Grid.uniform(8), StraightThrough("identity")
+PLAIN = Grid.uniform(8), StraightThrough("identity"), None
 
 
 #: Options of PyTorch's optimizers that change the update and are not offered.
@@ -235,12 +235,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             type(self).OP(*tensors, **options, **noise)
 
         if passes is None or estimate is None or estimate.norm is None or not call.weights:
-            grid, straight_through = (call.key or PLAIN)[:2]
+            grid, straight_through, transform = (call.key or PLAIN)[:3]
             update(
                 plus,
                 minus,
                 grid=grid,
                 straight_through=straight_through,
+                transform=transform,
                 one_minus_beta=0.0,
                 seed=0,
                 backend=self.backend,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .grid import Grid
+from .hadamard import Hadamard
 from .quantizer import Quantizer
 from .scale import Alpha, Granularity, Scale
 from .straight_through import StraightThrough
@@ -62,6 +63,34 @@ def seq(bits: float, granularity: Granularity = "row") -> Quantizer:
         raise ValueError(f"bits must be 2 or 1.58, got {bits!r}")
     scale = Scale.learned(init=Scale.absmax(granularity, factor=share))
     return Quantizer(grid, scale, StraightThrough("identity"))
+
+
+#: Of QuEST: the range, in standard deviations, that is clipped least harmfully for normal values, by bits.
+CLIPS = (0.79788, 1.49353, 2.05107, 2.51393, 2.91609, 3.27660, 3.60105, 3.88494)
+
+
+def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quantizer:
+    """Half-offset levels over a range of c sigma, after a Hadamard transform; gradients pass trusted values.
+
+    QuEST (Panferov et al. 2025, arXiv 2502.05003, algorithm 1): each block of a row is rotated, which makes it
+    nearly normal; sigma is the root mean square of what is rotated, c the best for a normal distribution. The
+    gradient is that of the identity where a value is at most half a step away from its level. For weights and
+    for activations.
+
+    Args:
+        bits: 1 to 8.
+        block: of the transform: 16, 32, .. or 1024; it must divide the rows.
+        granularity: which values share an alpha: ``"row"``, ``"tensor"``, or the size of a group of a row, a
+            multiple of ``block``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range.
+    """
+    if isinstance(bits, bool) or bits not in range(1, 9):
+        raise ValueError(f"bits must be an int in 1..8, got {bits!r}")
+    scale = Scale.rms(granularity, factor=2 * CLIPS[bits - 1] / (2**bits - 1), add=1e-8)
+    trust = StraightThrough("identity", clip="trust")
+    return Quantizer(Grid.half_offset(bits), scale, trust, Hadamard(block))
 
 
 def dynamic(bits: int, granularity: Granularity = "row") -> Quantizer:

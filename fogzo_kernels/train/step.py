@@ -250,6 +250,7 @@ class Step:
         return {
             "grid": key.grid,
             "straight_through": key.straight_through,
+            "transform": key.transform,
             "backend": key.backend,
             "tensor_ids": [w.tensor_id for w in weights],
             **self._noise,

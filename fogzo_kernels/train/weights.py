@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.quantized import Held, QuantizedModule, hold_alphas
-from ..nn.scales import measure_
+from ..nn.quantized import Held, QuantizedModule
+from ..nn.scales import hold_alphas, measure_
 from ..nn.sharing import check_raw_uses, owners_of
 from ..ops import checks
 from ..spec.grid import Grid
+from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from ..spec.straight_through import StraightThrough
@@ -25,6 +26,7 @@ class Key(NamedTuple):
 
     grid: Grid
     straight_through: StraightThrough
+    transform: Hadamard | None
     backend: str | None
     latent: torch.dtype
     grad: torch.dtype
@@ -83,7 +85,7 @@ class QuantizedWeight:
     def key(self, grad: Tensor, backend: str | None) -> Key:
         """What it shares with the weights that it may go into one call with."""
         q = self.quantizer
-        return Key(q.grid, q.straight_through, backend, self.parameter.dtype, grad.dtype)
+        return Key(q.grid, q.straight_through, q.transform, backend, self.parameter.dtype, grad.dtype)
 
     def memory(self) -> Tensor:
         """The buffer, made anew where the parameter has changed its shape, dtype or device."""
@@ -138,17 +140,17 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
     Returns:
         How many learned ones were out of range, 0-dim int64, or None if there are none.
     """
-    calls: dict[tuple[MeasuredScale, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for w in weights:
         scale = w.quantizer.scale
         if isinstance(scale, MeasuredScale):
-            alphas, rows = calls.setdefault((scale, w.parameter.dtype), ([], []))
+            key = scale, w.quantizer.transform, w.parameter.dtype
+            alphas, rows = calls.setdefault(key, ([], []))
             alphas += [m.alpha for m in w.modules]
             rows += [w.latent] * len(w.modules)
-    for (scale, _), (alphas, rows) in calls.items():
-        measure_(alphas, rows, scale, backend)
-    learned = [w.modules[0] for w in weights if isinstance(w.quantizer.scale, LearnedScale)]
-    return hold_alphas(learned) if learned else None
+    for (scale, transform, _), (alphas, rows) in calls.items():
+        measure_(alphas, rows, scale, transform, backend)
+    return hold_alphas([m for w in weights for m in w.modules])
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:

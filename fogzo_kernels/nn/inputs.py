@@ -1,0 +1,150 @@
+"""What a quantized module does with its input: quantize it, and bring it to the basis of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import hadamard, quantize
+from ..ops import checks
+from ..spec.hadamard import block_of
+from ..spec.quantizer import Quantizer
+from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
+from .scales import hold_alphas, measure_
+
+if TYPE_CHECKING:
+    from .quantized import QuantizedModule
+
+
+def rotated(x: Tensor, block: int, backend: str | None) -> Tensor:
+    """H of each block of the last dimension, differentiable; x itself where there are none."""
+    return hadamard(x.contiguous(), block=block, backend=backend) if block else x
+
+
+def check_activation(name: str, activation: Quantizer) -> None:
+    """Raise unless it is a quantizer that inputs can have: one that no input makes 0, one learned alpha."""
+    scale = activation.scale
+    if isinstance(scale, LearnedScale):
+        first = scale.first(activation.grid)
+        whole = isinstance(first, MeasuredScale) and first.granularity == "tensor"
+        number = isinstance(first, FixedScale) and isinstance(first.alpha, int | float)
+        if not (whole or number):
+            raise ValueError(
+                f"{name} must have one learned alpha for a module's inputs, granularity 'tensor', got {scale}"
+            )
+    if isinstance(scale, MeasuredScale) and not (scale.least or scale.add):
+        raise ValueError(f"{name} must have a scale with least > 0, for inputs that are all 0, got {scale}")
+
+
+def quantized_input(module: QuantizedModule, input: Tensor, block: int) -> Tensor:
+    """The input that a module runs with, in the basis of blocks of ``block`` elements (0: as it is)."""
+    how, backend = module.activation, module.backend
+    if how is None:
+        return rotated(input, block, backend)
+    rows, own = module.input_rows(input).contiguous(), block_of(how.transform)
+    if own and rows.shape[-1] % own:
+        raise ValueError(
+            f"activation must have a transform whose block divides a row of the input, of {rows.shape[-1]}"
+            f" elements, got {how.transform}"
+        )
+    alpha, factor = _alpha(module, how, rows)
+    found = quantize(
+        rows, alpha, grid=how.grid, straight_through=how.straight_through, transform=how.transform,
+        alpha_factor=factor, backend=backend,
+    ).view(input.shape)  # fmt: skip
+    if own == block:
+        return found
+    if own:  # rows are what the transform went over, whatever the input's last dimension is
+        found = rotated(module.input_rows(found), own, backend).view(input.shape)
+    return rotated(found, block, backend)
+
+
+def _alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[Tensor, float]:
+    """Alpha of an input, and the factor of its gradient."""
+    scale = how.scale
+    if isinstance(scale, MeasuredScale):
+        alpha = torch.empty(scale.shape_for(*rows.shape), device=rows.device)
+        measure_([alpha], [rows.detach()], scale, how.transform, module.backend)
+        return alpha, 1.0
+    if isinstance(scale, FixedScale):
+        return scale.of(rows), 1.0
+    assert isinstance(scale, LearnedScale)
+    if module.calibrating:
+        first_alpha_(module, how, rows)
+    if not module.input_is_calibrated:
+        raise RuntimeError(
+            "input_alpha, the learned scale of this module's input, has no value yet: call"
+            " fogzo_kernels.calibrate_inputs_(model, lambda: model(batch)) once, before training"
+        )
+    if module.held is None:  # else the step has done it
+        hold_alphas([module], ("input_alpha",))
+    # of LSQ: the features of a layer, which are those of a token or a sample, share it
+    return module.input_alpha, scale.gradient_factor(how.grid, rows.shape[-1])
+
+
+@torch.no_grad()
+def first_alpha_(module: QuantizedModule, how: Quantizer, rows: Tensor) -> None:
+    """Give a learned alpha its first value, from the first input that comes while it is calibrated."""
+    assert isinstance(how.scale, LearnedScale)
+    scale, alpha = how.scale.first(how.grid), torch.empty((), device=rows.device)
+    if isinstance(scale, MeasuredScale):
+        measure_([alpha], [rows], scale, how.transform, module.backend)
+    else:
+        alpha.copy_(scale.of(rows))
+    if not (float(alpha) > 0 and bool(alpha.isfinite())):
+        raise ValueError(f"batch must give each input a scale > 0, got {float(alpha)} by {scale}")
+    module.set_input_alpha(alpha)
+    module.calibrating = False
+
+
+def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Give the learned scales of activations their first values, from one run of the model.
+
+    Each module takes the first input that it gets: alpha = 2 mean abs(x) / sqrt(qmax) (LSQ, Esser et al. 2020,
+    arXiv 1902.08153), or what the scale's ``init`` says. On several devices, call it before the model is
+    wrapped, with the same batch, so that all of them begin with the same scales.
+
+    Args:
+        model: as :func:`fogzo_kernels.quantize_model` made it, with a learned scale in ``activation``.
+        run: runs the model forward, ``lambda: model(batch)``, say, as it is: in training mode BatchNorm takes
+            part and dropout draws. No gradient is computed.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, an input is all 0 or not finite, or ``run`` did not reach
+            one of the modules; no scale has changed then.
+    """
+    from .quantized import QuantizedModule
+
+    checks.instance("model", model, nn.Module)
+    if not callable(run):
+        raise TypeError(f"run must be a function that runs the model, got {type(run).__name__}")
+    modules = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, QuantizedModule) and m.activation and isinstance(m.activation.scale, LearnedScale)
+    }
+    if not modules:
+        raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
+    before = [(m, m.input_alpha.detach().clone(), m.input_is_calibrated) for m in modules.values()]
+    for m in modules.values():
+        m.calibrating = True
+    try:
+        with torch.no_grad():
+            run()
+        left = [name or "model" for name, m in modules.items() if m.calibrating]
+        if left:
+            raise ValueError(
+                f"run must reach every module whose input has a learned scale, got none for {left[0]}"
+                + (f" and {len(left) - 1} more" if left[1:] else "")
+            )
+    except BaseException:
+        for m, alpha, calibrated in before:
+            m.set_input_alpha(alpha)
+            m.input_is_calibrated = calibrated
+        raise
+    finally:
+        for m in modules.values():
+            m.calibrating = False
