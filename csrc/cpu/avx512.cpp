@@ -220,6 +220,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "hadamard.h"
 // after what it falls back to
 #include "fused.h"
+// after all that it wraps
+#include "rotated.h"
 
 } // namespace
 #if defined(__clang__)
@@ -229,7 +231,7 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #endif
 
 const Kernels *avx512_kernels() {
-  static constexpr Kernels table = table_of("avx512", perturb_fused, estimate_fused, update_fused);
+  static constexpr Kernels table = table_of<perturb_fused, estimate_fused, update_fused>("avx512");
   return &table;
 }
 #else

@@ -7,8 +7,6 @@
 
 namespace fogzo::cpu {
 
-constexpr int64_t kBlock = 32768; // elements per task; fixed, so that sums do not depend on threads
-
 inline Span span_of(const Tensor &t) { return {t.data, t.dtype()}; }
 
 inline void set_spans(std::vector<Item> &items, Span Item::*member, const Tensors &list) {
@@ -26,6 +24,40 @@ inline std::vector<Item> make_items(const Tensors &like, const Tensors &alphas) 
     items[i].alpha = alphas[i].at<const float>();
   }
   return items;
+}
+
+static_assert(kBlock % kBlocks[std::size(kBlocks) - 1] == 0, "a task has whole blocks of the transform");
+
+// Blocks of the Hadamard transform divide the last dimension of each.
+inline void check_whole_blocks(const Tensors &tensors, size_t count, const char *name, int block) {
+  for (size_t i = 0; i < count; ++i)
+    FOGZO_CHECK(tensors[i].dim && tensors[i].sizes[tensors[i].dim - 1] % block == 0, Name(name, i),
+                " must have a last dimension that block ", block, " divides, got shape ", Shape{tensors[i]});
+}
+
+// A quantizer's transform, or 0: whole blocks, each with one alpha; those of a shard are the parameter's.
+inline int check_transform(int64_t given, const Tensors &tensors, const char *name, const Tensors &alphas,
+                           const Ints *layouts = nullptr) {
+  if (given == 0)
+    return 0;
+  const int block = block_of<Refusal>(given);
+  check_whole_blocks(tensors, alphas.size(), name, block);
+  for (size_t i = 0; i < alphas.size(); ++i) {
+    const int64_t length = tensors[i].numel / std::max<int64_t>(1, alphas[i].numel);
+    FOGZO_CHECK(length % block == 0, Name("alphas", i), " must be one for whole blocks of ", block,
+                ", the transform's, got one for each ", length, " elements");
+    for (int k = 0; layouts && tensors[i].numel && k < 3; ++k)
+      FOGZO_CHECK((*layouts)[3 * i + k] % block == 0, Name("layouts", i), " must be multiples of block ", block,
+                  ", the transform's, got (", (*layouts)[3 * i], ", ", (*layouts)[3 * i + 1], ", ",
+                  (*layouts)[3 * i + 2], ")");
+  }
+  return block;
+}
+
+// That of those that have an alpha.
+inline void set_block(std::vector<Item> &items, int block) {
+  for (Item &item : items)
+    item.block = item.alpha ? block : 0;
 }
 
 struct Block {

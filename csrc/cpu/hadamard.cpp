@@ -10,10 +10,7 @@ void hadamard(Arguments a) {
   check_list(tensors, "tensors", kFloats);
   check_list_like(out, "out", kFloats, tensors, tensors.size());
   const int block = block_of<Refusal>(given);
-  static_assert(kBlock % kBlocks[std::size(kBlocks) - 1] == 0, "a task has whole blocks of the transform");
-  for (size_t i = 0; i < tensors.size(); ++i)
-    FOGZO_CHECK(tensors[i].dim && tensors[i].sizes[tensors[i].dim - 1] % block == 0, Name("tensors", i),
-                " must have a last dimension that block ", block, " divides, got shape ", Shape{tensors[i]});
+  check_whole_blocks(tensors, tensors.size(), "tensors", block);
   Memory memory;
   memory.writes(out, "out");
   memory.reads_in_place(tensors, "tensors", out);
@@ -23,8 +20,9 @@ void hadamard(Arguments a) {
   std::vector<Item> items = make_items(tensors, {});
   set_spans(items, &Item::latent, tensors);
   set_spans(items, &Item::plus, out);
-  for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { run.hadamard(*b.item, block, b.begin, b.end); });
+  for (Item &item : items)
+    item.block = block;
+  for_each_block(make_blocks(items), [&](int64_t, const Block &b) { run.hadamard(*b.item, b.begin, b.end); });
 }
 
 } // namespace

@@ -33,25 +33,29 @@ template <int H, int Block> void butterflies(float *x, int64_t count) {
   }
 }
 
-template <int Block> void hadamard_range(const Item &item, int64_t begin, int64_t end) {
+// H of whole blocks, `out` may be `in`
+template <int Block> void rotate(const float *in, float *out, int64_t count) {
   static_assert(kTile % Block == 0 && Block >= 8, "a tile holds whole blocks, and these whole registers");
-  float buffer[kTile], x[kTile];
   const float factor = hadamard_factor(Block);
-  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    first_butterflies(load(item.latent, start, count, buffer), x, count);
-    butterflies<8, Block>(x, count);
-    float *to = target(item.plus, start, buffer);
-    FOGZO_LOOP(int64_t i = 0; i < count; ++i) to[i] = x[i] * factor;
-    store(to, item.plus, start, count);
-  });
+  first_butterflies(in, out, count);
+  butterflies<8, Block>(out, count);
+  FOGZO_LOOP(int64_t i = 0; i < count; ++i) out[i] *= factor;
 }
 
-void hadamard_range(const Item &item, int block, int64_t begin, int64_t end) {
+void rotate(const float *in, float *out, int64_t count, int block) {
   switch (block) {
 #define FOGZO_CASE(size)                                                                                       \
   case size:                                                                                                   \
-    return hadamard_range<size>(item, begin, end);
+    return rotate<size>(in, out, count);
     FOGZO_BLOCKS(FOGZO_CASE)
 #undef FOGZO_CASE
   }
+}
+
+void hadamard_range(const Item &item, int64_t begin, int64_t end) {
+  float buffer[kTile], x[kTile];
+  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
+    rotate(load(item.latent, start, count, buffer), x, count, item.block);
+    store(x, item.plus, start, count);
+  });
 }

@@ -29,6 +29,7 @@ struct Item {
   Span master, first, second;          // of the fused tail, float32; plus receives Q
   Layout layout{0, 1, 1};
   uint32_t tensor_id = 0;
+  int block = 0; // elements of a block of the Hadamard transform; 0: none
 };
 
 struct Noise {
@@ -62,6 +63,8 @@ struct Cut {
   double before = 0, behind = 0;
 };
 
+constexpr int64_t kBlock = 32768; // elements of a range, at most; fixed, so that sums do not depend on threads
+
 // The kernels, compiled for one instruction set. All sets give the same bits.
 struct Kernels {
   const char *isa;
@@ -80,8 +83,8 @@ struct Kernels {
   double (*total)(const Item &item, Statistic statistic, int64_t begin, int64_t end);
   // the same, and alpha_grad of the alphas whose elements all lie in the range
   Cut (*learned)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin, int64_t end);
-  // reads latent, writes plus (which may be the same memory); begin and end are those of blocks
-  void (*hadamard)(const Item &item, int block, int64_t begin, int64_t end);
+  // H of latent, into plus (which may be the same memory)
+  void (*hadamard)(const Item &item, int64_t begin, int64_t end);
 };
 
 // Null where the compiler's target has no such instructions.

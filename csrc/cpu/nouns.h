@@ -163,14 +163,16 @@ struct Losses {
 };
 
 // The values that a weight may take.
-#define FOGZO_GRID "int qmin, int qmax, float offset, int r"
+#define FOGZO_GRID "int qmin, int qmax, float offset, int r, int block"
 
 struct Grid {
   int64_t qmin, qmax;
   double offset;
   int64_t r;
+  int64_t block; // of the transform
 
-  explicit Grid(Arguments &a) : qmin(a.integer()), qmax(a.integer()), offset(a.number()), r(a.integer()) {}
+  explicit Grid(Arguments &a)
+      : qmin(a.integer()), qmax(a.integer()), offset(a.number()), r(a.integer()), block(a.integer()) {}
 
   // Codes fit in int8, so that their conversion from float32 is defined.
   void check() const {

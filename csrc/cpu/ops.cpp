@@ -76,6 +76,7 @@ void perturb_quantize(Arguments a) {
   check_alphas(alphas, latents, grid.r);
   mix.check();
   draw.check(latents, count);
+  const int block = check_transform(grid.block, latents, "latents", alphas, &draw.layouts);
   check_range(direction, 0, kMaxDirection - 1, "direction");
   Memory memory;
   memory.writes(plus, "plus");
@@ -88,6 +89,7 @@ void perturb_quantize(Arguments a) {
 
   const Kernels &run = kernels();
   std::vector<Item> items = make_items(latents, alphas);
+  set_block(items, block);
   draw.name_items(items);
   set_spans(items, &Item::latent, latents);
   set_spans(items, &Item::grad, grads);
@@ -141,13 +143,14 @@ void estimate_gradient(Arguments a) {
   Draw draw(a);
   Mix mix(a);
   const Losses losses(a, counters);
-  const int64_t r = a.integer();
+  const int64_t r = a.integer(), given = a.integer();
   check_list(grads, "grads", kFloats);
   check_range(r, 1, 2, "r");
   check_length(alphas, grads.size(), "alphas");
   check_alphas(alphas, grads, r);
   mix.check();
   draw.check(grads, grads.size());
+  const int block = check_transform(given, grads, "grads", alphas, &draw.layouts);
   losses.check(1);
   Memory memory;
   memory.writes(grads, "grads");
@@ -158,6 +161,7 @@ void estimate_gradient(Arguments a) {
 
   const Kernels &run = kernels();
   std::vector<Item> items = make_items(grads, alphas);
+  set_block(items, block);
   draw.name_items(items);
   set_spans(items, &Item::grad, grads);
   const Coefficients c = coefficients_of(draw, mix, losses);
@@ -237,6 +241,7 @@ void estimate_update(Arguments a) {
   lists.check(optimizer.update.rule, grid.r);
   mix.check();
   draw.check(lists.latents, lists.alphas.size());
+  const int block = check_transform(grid.block, lists.latents, "latents", lists.alphas, &draw.layouts);
   losses.check(0);
   Memory memory;
   lists.touch(memory);
@@ -246,6 +251,7 @@ void estimate_update(Arguments a) {
 
   const Kernels &run = kernels();
   std::vector<Item> items = lists.items();
+  set_block(items, block);
   draw.name_items(items);
   Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, optimizer.update, grid.range(), false};
   Coefficients c;
@@ -272,6 +278,7 @@ void quantize(Arguments a) {
   grid.check();
   check_length(alphas, latents.size(), "alphas");
   check_alphas(alphas, latents, grid.r);
+  const int block = check_transform(grid.block, latents, "latents", alphas);
   Memory memory;
   memory.writes(out, "out");
   memory.reads(latents, "latents");
@@ -280,6 +287,7 @@ void quantize(Arguments a) {
 
   const Kernels &run = kernels();
   std::vector<Item> items = make_items(latents, alphas);
+  set_block(items, block);
   set_spans(items, &Item::latent, latents);
   set_spans(items, &Item::plus, out);
   for_each_block(make_blocks(items), [&](int64_t, const Block &b) {
@@ -297,6 +305,7 @@ void straight_through_backward(Arguments a) {
   grid.check();
   check_length(alphas, latents.size(), "alphas");
   check_alphas(alphas, latents, grid.r);
+  const int block = check_transform(grid.block, latents, "latents", alphas);
   const auto what = value_of<StraightThrough, Refusal>(name, "straight_through");
   Memory memory;
   memory.writes(out, "out");
@@ -307,6 +316,7 @@ void straight_through_backward(Arguments a) {
 
   const Kernels &run = kernels();
   std::vector<Item> items = make_items(latents, alphas);
+  set_block(items, block);
   set_spans(items, &Item::latent, latents);
   set_spans(items, &Item::grad, grads);
   set_spans(items, &Item::plus, out);
@@ -327,6 +337,7 @@ void learned_backward(Arguments a) {
   grid.check();
   check_length(alphas, latents.size(), "alphas");
   check_alphas(alphas, latents, grid.r);
+  const int block = check_transform(grid.block, latents, "latents", alphas);
   check_list_like(alpha_grads, "alpha_grads", bit(Type::float32), alphas, alphas.size());
   const auto what = value_of<StraightThrough, Refusal>(name, "straight_through");
   FOGZO_CHECK(factors.size() == latents.size(), "factors must have ", latents.size(), " entries, got ",
@@ -343,6 +354,7 @@ void learned_backward(Arguments a) {
 
   const Kernels &run = kernels();
   std::vector<Item> items = make_items(latents, alphas);
+  set_block(items, block);
   set_spans(items, &Item::latent, latents);
   set_spans(items, &Item::grad, grads);
   set_spans(items, &Item::plus, out);
@@ -370,7 +382,7 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("perturb_quantize(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads, "
         "Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", int direction, " FOGZO_GRID ") -> ()");
   m.def("estimate_gradient(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor[] alphas, " FOGZO_DRAW
-        ", " FOGZO_MIX ", " FOGZO_LOSSES ", int r) -> ()");
+        ", " FOGZO_MIX ", " FOGZO_LOSSES ", int r, int block) -> ()");
   m.def("estimate_update(Tensor(a!)[] latents, Tensor(b!)[] masters, Tensor(c!)[] first, Tensor(d!)[] second, "
         "Tensor(e!)[] quantized, Tensor(f!)[] counters, Tensor[] grads, Tensor[] alphas, " FOGZO_DRAW
         ", " FOGZO_MIX ", " FOGZO_LOSSES ", " FOGZO_GRID ", " FOGZO_UPDATE ") -> ()");

@@ -54,11 +54,13 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "cells.h"
 // after the same
 #include "hadamard.h"
+// after all that it wraps
+#include "rotated.h"
 
 } // namespace
 
 const Kernels *portable_kernels() {
-  static constexpr Kernels table = table_of("portable", perturb_range, estimate_range, update_range);
+  static constexpr Kernels table = table_of<perturb_range, estimate_range, update_range>("portable");
   return &table;
 }
 

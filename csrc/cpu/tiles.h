@@ -340,7 +340,6 @@ void straight_through_range(const Item &item, StraightThrough kind, GridRange gr
 
 void measure_range(const Item &item, const Measure &measure, int64_t begin, int64_t end); // in cells.h
 double total_range(const Item &item, Statistic statistic, int64_t begin, int64_t end);
-void hadamard_range(const Item &item, int block, int64_t begin, int64_t end); // in hadamard.h
 
 // ---- learned scales
 
@@ -397,11 +396,4 @@ Cut learned_range(const Item &item, StraightThrough kind, GridRange grid, float 
 #undef FOGZO_CASE
   }
   return {};
-}
-
-constexpr Kernels table_of(const char *isa, decltype(Kernels::perturb) perturb,
-                           decltype(Kernels::estimate) estimate, decltype(Kernels::update) update) {
-  return {isa,           noise_range, sumsq_range,    perturb,
-          estimate,      update,      quantize_range, straight_through_range,
-          measure_range, total_range, learned_range,  hadamard_range};
 }

@@ -46,7 +46,7 @@ def perturb_quantize_(
 ) -> None:  # fmt: skip
     """Write Q(w + eps v) and Q(w - eps v) in one pass."""
     native.perturb_quantize(
-        plus, minus, latents, grads, alphas, *drawn(draw), *mixed(mix), direction, *grid_of(grid)
+        plus, minus, latents, grads, alphas, *drawn(draw), *mixed(mix), direction, *grid_of(grid, block)
     )
 
 
@@ -55,7 +55,7 @@ def estimate_gradient_(
 ) -> None:
     """Replace g by G in one pass over all directions."""
     native.estimate_gradient(
-        grads, counters_of(losses), alphas, *drawn(draw), *mixed(mix), losses.plus, losses.minus, r
+        grads, counters_of(losses), alphas, *drawn(draw), *mixed(mix), losses.plus, losses.minus, r, block
     )
 
 
@@ -67,13 +67,13 @@ def estimate_update_(
     first, second = (*update.states, [], [])[:2]
     native.estimate_update(
         latents, update.masters, first, second, quantized, counters_of(losses), grads, alphas, *drawn(draw),
-        *mixed(mix), losses.plus, losses.minus, *grid_of(grid), *update_of(update),
+        *mixed(mix), losses.plus, losses.minus, *grid_of(grid, block), *update_of(update),
     )  # fmt: skip
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
     """Write Q(theta)."""
-    native.quantize(out, latents, alphas, *grid_of(grid))
+    native.quantize(out, latents, alphas, *grid_of(grid, block))
 
 
 def straight_through_backward_(
@@ -81,7 +81,7 @@ def straight_through_backward_(
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta)."""
-    native.straight_through_backward(out, grads, latents, alphas, *grid_of(grid), straight_through.variant)
+    native.straight_through_backward(out, grads, latents, alphas, *grid_of(grid, block), straight_through.variant)
 
 
 def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:
@@ -96,7 +96,7 @@ def learned_backward_(
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas; whatever the number of threads."""
     native.learned_backward(
-        out, alpha_grads, grads, latents, alphas, *grid_of(grid), straight_through.variant, factors
+        out, alpha_grads, grads, latents, alphas, *grid_of(grid, block), straight_through.variant, factors
     )
 
 
@@ -119,9 +119,9 @@ def mixed(mix: Mix) -> tuple[Tensor, Tensor, float]:
     return mix.norm, mix.one_minus_beta, mix.epsilon
 
 
-def grid_of(grid: Grid) -> tuple[int, int, float, int]:
-    """qmin, qmax, offset and r."""
-    return grid.qmin, grid.qmax, grid.offset, grid.r
+def grid_of(grid: Grid, block: int) -> tuple[int, int, float, int, int]:
+    """qmin, qmax, offset and r, and the block of the transform or 0."""
+    return grid.qmin, grid.qmax, grid.offset, grid.r, block
 
 
 def update_of(update: Update) -> tuple[str, list[str], list[float], Tensor, Tensor]:
