@@ -82,7 +82,24 @@ def variants() -> Iterator[Variant]:
     yield Variant("learned_sum_kernel")
     for block in BLOCKS:
         for dtype in ("bf16", "fp32"):
-            yield Variant("hadamard_kernel", dtype, None, dtype, kind=str(block))
+            yield Variant("hadamard_kernel", dtype, None, dtype, block=block)
+    for block in (16, 128, 1024):
+        yield from rotated_variants(block)
+
+
+def rotated_variants(block: int) -> Iterator[Variant]:
+    """Of quantizers with a transform, with a scale for each row."""
+    common = {"scale": "row", "block": block}
+    for latent, grad, out in (("bf16", "bf16", "bf16"), ("fp32", "bf16", "bf16"), ("fp32", "fp32", "int8")):
+        for signs in ("one", "both"):
+            yield Variant("perturb_kernel", latent, grad, out, "uniform", signs, **common)
+        yield Variant("quantize_kernel", latent, None, out, **common)
+        yield Variant("update_kernel", latent, grad, out, "uniform", kind="adamw", **common)
+    for grad in ("bf16", "fp32"):
+        for n in (1, 4):
+            yield Variant("estimate_kernel", grad=grad, distribution="uniform", directions=n, **common)
+        for kernel in ("quantize_kernel", "learned_kernel"):
+            yield Variant(kernel, grad, grad, grad, kind="identity_trust", **common)
 
 
 def streaming_variants() -> Iterator[Variant]:
@@ -125,12 +142,12 @@ def constants_of(variant: Variant) -> dict[str, object]:
         "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
         "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
         "BLOCK": 1024, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad,
-        "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind,
+        "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind, "ROTATE": variant.block,
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
     if variant.kernel == "hadamard_kernel":
-        found["BLOCK"] = int(variant.kind or 0)
+        found["BLOCK"] = variant.block
     if variant.host:
         found["one_minus_beta"] = None
     return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}
@@ -143,7 +160,7 @@ def tile_of(variant: Variant) -> int:
 def options_of(variant: Variant) -> dict[str, int]:
     registers = {
         "update_kernel": tail.REGISTERS,
-        "perturb_kernel": perturb.REGISTERS.get(DTYPES.get(variant.out or "")),
+        "perturb_kernel": None if variant.block else perturb.REGISTERS.get(DTYPES.get(variant.out or "")),
     }.get(variant.kernel)
     return {"num_warps": NUM_WARPS} | ({"maxnreg": registers} if registers else {})
 

@@ -81,7 +81,9 @@ def straight_through_backward_(
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta)."""
-    native.straight_through_backward(out, grads, latents, alphas, *grid_of(grid, block), straight_through.variant)
+    native.straight_through_backward(
+        out, grads, latents, alphas, *grid_of(grid, block), straight_through.variant
+    )
 
 
 def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:

@@ -11,6 +11,9 @@ from .elements import convert, load_tile, store_tile
 from .launch import DTYPES, TILE, Tensors, launch, rounded
 from .tables import left_in_tile, pointer, program_row, tile_at, tiled_part
 
+#: A constexpr, whose value is part of a compiled kernel's key.
+FACTORS = tl.constexpr({block: rounded(spec.factor(block)) for block in spec.BLOCKS})
+
 
 @triton.jit
 def butterflies(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
@@ -23,9 +26,40 @@ def butterflies(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
     return x
 
 
+@triton.constexpr_function
+def factor_of(block):
+    """What makes the transform orthonormal, float32."""
+    return FACTORS.value[block]
+
+
+@triton.jit
+def rotated(x, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """H of each block of consecutive elements [SIZE]; x itself without a transform, BLOCK 0."""
+    if BLOCK:
+        return butterflies(x, BLOCK, SIZE) * factor_of(BLOCK)
+    else:
+        return x
+
+
+@triton.jit
+def rotated_tile(even, odd, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The same of a tile, held as its even and odd elements [TILE / 2] each."""
+    if BLOCK:
+        x = rotated(tl.join(even, odd).reshape([TILE]), BLOCK, TILE)
+        return tl.split(x.reshape([TILE // 2, 2]))
+    else:
+        return even, odd
+
+
+@triton.constexpr_function
+def rest_of(tile, block):
+    """Elements of an iteration that goes element by element: whole blocks."""
+    return max(tile // 8, block)
+
+
 @triton.jit
 def hadamard_kernel(
-    table, owner, factor, SPAN: tl.constexpr, TILE: tl.constexpr, LATENT_T: tl.constexpr,
+    table, owner, SPAN: tl.constexpr, TILE: tl.constexpr, LATENT_T: tl.constexpr,
     OUT_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """H LATENT into PLUS, which may be LATENT: each element is stored after all of its block are loaded.
@@ -39,20 +73,18 @@ def hadamard_kernel(
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
         even, odd = load_tile(tile_at(latent, begin, start), left, TILE)
-        x = butterflies(tl.join(even, odd).reshape([TILE]), BLOCK, TILE) * factor
-        even, odd = tl.split(x.reshape([TILE // 2, 2]))
+        even, odd = rotated_tile(even, odd, BLOCK, TILE)
         store_tile(tile_at(out, begin, start), even, odd, left, TILE)
     for start in tl.range(tl.maximum(begin, fast), end, TILE):
         j = start + tl.arange(0, TILE)
         x = tl.load(latent + j, mask=j < end, other=0.0).to(tl.float32)
-        x = butterflies(x, BLOCK, TILE) * factor
-        tl.store(out + j, convert(x, OUT_T), mask=j < end)
+        tl.store(out + j, convert(rotated(x, BLOCK, TILE), OUT_T), mask=j < end)
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
     """Write the Hadamard transform of each block: one launch."""
     p = plan(tensors, latents=tensors, plus=out)
     launch(
-        hadamard_kernel, p.programs, tensors[0].device, p.table, p.owner, rounded(spec.factor(block)),
-        SPAN=SPAN, TILE=TILE, LATENT_T=DTYPES[tensors[0].dtype], OUT_T=DTYPES[out[0].dtype], BLOCK=block,
+        hadamard_kernel, p.programs, tensors[0].device, p.table, p.owner, SPAN=SPAN, TILE=TILE,
+        LATENT_T=DTYPES[tensors[0].dtype], OUT_T=DTYPES[out[0].dtype], BLOCK=block,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from .elements import (
     scale_per_pair,
     store_tile,
 )
+from .hadamard import rest_of, rotated, rotated_tile
 from .launch import DTYPES, TILE, Tensors, grid_of, launch
 from .tables import (
     chunk_delta,
@@ -37,9 +38,12 @@ from .tables import (
 def quantize_kernel(
     table, owner, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
     LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
+    PER_TENSOR: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """KIND None: Q(theta) into PLUS. Else g h'(theta) into PLUS, which may be GRAD."""
+    """KIND None: Q(theta) into PLUS. Else g h'(theta) into PLUS, which may be GRAD.
+
+    ROTATE: the transform's block, or 0.
+    """
     row, begin, end, fast = program_row(table, owner, SPAN)
     grid = Grid(offset, qmin, qmax, r)
     latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
@@ -53,6 +57,7 @@ def quantize_kernel(
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
         t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
+        t0, t1 = rotated_tile(t0, t1, ROTATE, TILE)
         if not PER_TENSOR:
             delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)
             scale = scale_per_pair(scale_of(delta, grid), TILE)
@@ -63,24 +68,25 @@ def quantize_kernel(
             g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
             q0 = g0 * derivative_of(t0, scale, grid, KIND)
             q1 = g1 * derivative_of(t1, scale, grid, KIND)
+            q0, q1 = rotated_tile(q0, q1, ROTATE, TILE)
         store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
-    SUB: tl.constexpr = TILE // 8
+    SUB: tl.constexpr = rest_of(TILE, ROTATE)
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
         one = scale_of(element_delta(alpha, j, row, r, mask), grid)
-        theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
+        theta = rotated(tl.load(latent + j, mask=mask, other=0.0).to(tl.float32), ROTATE, SUB)
         if KIND is None:
             q = output_of(position(theta, one, grid), one, grid, OUT_T)
         else:
             g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-            q = g * derivative_of(theta, one, grid, KIND)
+            q = rotated(g * derivative_of(theta, one, grid, KIND), ROTATE, SUB)
         tl.store(out + j, convert(q, OUT_T), mask=mask)
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, block: int) -> None:
     """Write Q(theta): one launch."""
-    _launch(out, (), latents, alphas, grid, None)
+    _launch(out, (), latents, alphas, grid, None, block)
 
 
 def straight_through_backward_(
@@ -88,15 +94,16 @@ def straight_through_backward_(
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta): one launch."""
-    _launch(out, grads, latents, alphas, grid, straight_through.variant)
+    _launch(out, grads, latents, alphas, grid, straight_through.variant, block)
 
 
 def _launch(
-    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, kind: str | None
-) -> None:
+    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, kind: str | None,
+    block: int,
+) -> None:  # fmt: skip
     p = plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
     launch(
         quantize_kernel, p.programs, latents[0].device, p.table, p.owner, **grid_of(grid), SPAN=SPAN, TILE=TILE,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[(grads or latents)[0].dtype],
-        OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor,
+        OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor, ROTATE=block,
     )  # fmt: skip
