@@ -1,5 +1,6 @@
 // G in place of g: fma(A, g, inv sum_i B_i m_i), all directions in one pass. One launch makes the
 // coefficients of the losses, one is over all tensors.
+#include "hadamard.cuh"
 #include "launch.cuh"
 #include "losses.cuh"
 #include "tiles.cuh"
@@ -24,6 +25,7 @@ struct Estimate {
   const float *coefficients;
   int directions;
   float r;
+  int block; // of the Hadamard transform
   int64_t *counters;
 };
 
@@ -106,7 +108,61 @@ estimate_kernel(FOGZO_PARAMETER Estimate p) {
   estimate_rest<D>(p, part, names, G);
 }
 
+// The noise goes back through the transform.
+template <Distribution D, bool Aligned>
+FOGZO_DEVICE void rotated_estimate(const Estimate &p, const Part &part, const EstimateNames &names,
+                                   Dtype dtype) {
+  const Layout layout = layout_of<false>(part);
+  const Scales scales = scales_of<false>(part, p.r);
+  every_chunk(part, [&](int c, bool some) {
+    float g[kChunk], acc[kChunk] = {};
+    load_part<Aligned>(part, GRAD, c, dtype, g);
+#pragma unroll 1
+    for (int i = 0; i < p.directions; ++i) {
+      float m[kChunk];
+      scaled_noise<D>(
+          words_of(chunk_number<false>(layout, c), uint32_t(i), names.step, names.tensor_id, names.keys), m);
+      const float B = *global(names.B + i);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        acc[j] = std::fma(B, m[j], acc[j]);
+    }
+    const float inv = chunk_scale<false>(scales, c).inv;
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      acc[j] *= inv;
+    transform(acc, p.block);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      g[j] = std::fma(names.A, g[j], acc[j]);
+    if (some)
+      store_part<Aligned>(part, GRAD, c, dtype, g);
+  });
+}
+
+template <Distribution D, Dtype G>
+FOGZO_KERNEL(kThreads, 6)
+rotated_estimate_kernel(FOGZO_PARAMETER Estimate p) {
+  const Part part = part_of(p.tables);
+  count_bad_alphas(p.counters, part);
+  if (p.coefficients[1] != 0.0f)
+    return;
+  const EstimateNames names{keys_of<false>(p.source), step_of<false>(p.source), uint32_t(part[TENSOR_ID]),
+                            p.coefficients[0], p.coefficients + kEstimateCoefficients};
+  if (part[FAST])
+    rotated_estimate<D, true>(p, part, names, G);
+  else
+    rotated_estimate<D, false>(p, part, names, G);
+}
+
 using EstimateKernel = void (*)(Estimate);
+
+template <Distribution D> EstimateKernel rotated_estimate_for(Dtype grad) {
+  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, f16 = Dtype::float16;
+  return grad == f32   ? rotated_estimate_kernel<D, f32>
+         : grad == b16 ? rotated_estimate_kernel<D, b16>
+                       : rotated_estimate_kernel<D, f16>;
+}
 
 template <Distribution D> EstimateKernel estimate_for(Dtype grad, bool plain) {
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, f16 = Dtype::float16;
@@ -118,12 +174,16 @@ template <Distribution D> EstimateKernel estimate_for(Dtype grad, bool plain) {
 }
 
 void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
-                       float r, float *coefficients) {
+                       float r, int block, float *coefficients) {
   launch("coefficients_kernel", coefficients_kernel, where, 1, 1,
          EstimateCoefficients{losses_of(draw, losses), coefficients});
   const bool plain = plan.per_tensor && !plan.shard && draw.step.on_host();
-  const Estimate p{tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, losses.counters};
+  const Estimate p{tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r,
+                   block,           losses.counters};
   with_value(draw.distribution, [&](auto D) {
+    if (block)
+      return launch_with_barriers("rotated_estimate_kernel", rotated_estimate_for<decltype(D)::value>(grad),
+                                  where, plan.blocks, kThreads, p);
     launch("estimate_kernel", estimate_for<decltype(D)::value>(grad, plain), where, plan.blocks, kThreads, p);
   });
 }

@@ -1,14 +1,8 @@
-// The Hadamard transform of consecutive blocks of LATENT into PLUS, which may be LATENT: butterflies in
-// float32, stage by stage, then one product.
-//
-// A thread holds chunks of 8 elements. Stages h = 1, 2, 4 are its own; up to h = 128 the other element lies in
-// the same warp, and beyond that in another one, and goes by shared memory.
+// The Hadamard transform of consecutive blocks of LATENT into PLUS, which may be LATENT.
+#include "hadamard.cuh"
 #include "launch.cuh"
-#include "tiles.cuh"
 
 namespace fogzo::cuda {
-
-constexpr int kWarp = 32; // threads
 
 struct Hadamard {
   Tables tables;
@@ -16,81 +10,9 @@ struct Hadamard {
   float factor;
 };
 
-// The stages within a chunk.
-FOGZO_DEVICE void own_stages(float (&x)[kChunk]) {
-#pragma unroll
-  for (int h = 1; h < kChunk; h *= 2)
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      if (!(i & h))
-        butterfly(x[i], x[i + h]);
-}
-
-// The chunk of the thread whose number differs in `bit`, which may be of another warp.
-FOGZO_DEVICE void from_block(const float (&x)[kChunk], int bit, float (&other)[kChunk]) {
-  FOGZO_SHARED float held[kChunk][kThreads];
-  barrier(); // all have read what lay there
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    held[i][thread()] = x[i];
-  barrier();
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    other[i] = held[i][thread() ^ bit];
-}
-
-// a + b for the thread of a, a - b for that of b: the product by 1 or -1 is exact, so it rounds once.
-template <bool Far> FOGZO_DEVICE void stage_between(float (&x)[kChunk], int bit) {
-  float other[kChunk];
-  if (Far)
-    from_block(x, bit, other);
-  else
-    from_warp(x, bit, other);
-  const float sign = thread() & bit ? -1.0f : 1.0f;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] = std::fma(sign, x[i], other[i]);
-}
-
-// Chunk c of the block. Where the tensors are not aligned, by elements.
-template <bool Aligned>
-FOGZO_DEVICE void load(const Part &part, const char *in, int c, Dtype dtype, float (&x)[kChunk]) {
-  if (Aligned)
-    return widen(load_chunk(in, c, dtype), dtype, x);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] = load_element(part.pointer<void>(LATENT), part.begin + c * kChunk + i, dtype);
-}
-
-template <bool Aligned>
-FOGZO_DEVICE void store(const Part &part, char *out, int c, Dtype dtype, const float (&x)[kChunk]) {
-  if (Aligned)
-    return store_chunk(out, c, x, dtype);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    store_element(part.pointer<void>(PLUS), part.begin + c * kChunk + i, x[i], dtype);
-}
-
-template <int Block> FOGZO_DEVICE void transform(float (&x)[kChunk], float factor) {
-  constexpr int kThreadsOfBlock = Block / kChunk;
-  static_assert(Block >= kChunk && kThreadsOfBlock <= kThreads, "a turn of the threads has whole blocks");
-  own_stages(x);
-#pragma unroll
-  for (int bit = 1; bit < kWarp && bit < kThreadsOfBlock; bit *= 2)
-    stage_between<false>(x, bit);
-#pragma unroll
-  for (int bit = kWarp; bit < kThreadsOfBlock; bit *= 2)
-    stage_between<true>(x, bit);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] *= factor;
-}
-
 // Of each chunk of the block's part, Count of them a thread and turn.
 template <int Block, int Count, bool Aligned>
 FOGZO_DEVICE void transform_all(const Part &part, Dtype latent_t, Dtype out_t, float factor) {
-  const char *in = part.address(LATENT, bytes_of(latent_t));
-  char *out = part.address(PLUS, bytes_of(out_t));
   const int chunks = int((part.end() - part.begin) / kChunk);
   // Threads wait for each other, so all take every turn, with or without chunks of their own.
 #pragma unroll 1
@@ -100,12 +22,12 @@ FOGZO_DEVICE void transform_all(const Part &part, Dtype latent_t, Dtype out_t, f
 #pragma unroll
     for (int k = 0; k < Count; ++k)
       if (c + k * kThreads < chunks)
-        load<Aligned>(part, in, c + k * kThreads, latent_t, x[k]);
+        load_part<Aligned>(part, LATENT, c + k * kThreads, latent_t, x[k]);
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
       transform<Block>(x[k], factor);
       if (c + k * kThreads < chunks)
-        store<Aligned>(part, out, c + k * kThreads, out_t, x[k]);
+        store_part<Aligned>(part, PLUS, c + k * kThreads, out_t, x[k]);
     }
   }
 }

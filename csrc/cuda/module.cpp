@@ -25,7 +25,7 @@ using DoubleArgument = std::tuple<uintptr_t, double>;                        // 
 using StepArgument = std::tuple<LongArgument, LongArgument, DoubleArgument>; // seed, step, 1 - beta
 using DrawArgument = std::tuple<std::string, double, StepArgument>;          // distribution, C, step
 using LossesArgument = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, double>;
-using GridArgument = std::tuple<double, double, double, double>;          // qmin, qmax, offset, r
+using GridArgument = std::tuple<double, double, double, double, int64_t>; // qmin, qmax, offset, r, block
 using DtypesArgument = std::tuple<std::string, std::string, std::string>; // latents, gradients, outputs
 // name of the rule, hyperparameters by name, lr, count
 using OptimizerArgument = std::tuple<std::string, std::map<std::string, double>, DoubleArgument, LongArgument>;
@@ -82,8 +82,12 @@ Losses losses_of(const LossesArgument &a) {
           double(float(epsilon))};
 }
 
+// Of a quantizer's transform; 0: none.
+int transform_of(int64_t block) { return block ? block_of(block) : 0; }
+
 Grid grid_of(const GridArgument &a) {
-  return {float(std::get<0>(a)), float(std::get<1>(a)), float(std::get<2>(a)), float(std::get<3>(a))};
+  const auto [qmin, qmax, offset, r, block] = a;
+  return {float(qmin), float(qmax), float(offset), float(r), transform_of(block)};
 }
 
 Dtype dtype_of_name(const std::string &name, const char *argument) {
@@ -145,12 +149,12 @@ void define_ops(py::module_ &m) {
     perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, draw_of(draw),
                      direction_of(direction), pointer<const float>(norm), grid_of(grid), epsilon);
   });
-  m.def("estimate_gradient",
-        [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
-           const DrawArgument &draw, const LossesArgument &losses, double r, uintptr_t coefficients) {
-          estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"),
-                            draw_of(draw), losses_of(losses), float(r), pointer<float>(coefficients));
-        });
+  m.def("estimate_gradient", [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
+                                const DrawArgument &draw, const LossesArgument &losses, double r, int64_t block,
+                                uintptr_t coefficients) {
+    estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"), draw_of(draw),
+                      losses_of(losses), float(r), transform_of(block), pointer<float>(coefficients));
+  });
   m.def("estimate_update", [](const WhereArgument &where, const PlanArgument &plan,
                               const DtypesArgument &dtypes, bool master, bool quantized,
                               const DrawArgument &draw, const LossesArgument &losses, const GridArgument &grid,

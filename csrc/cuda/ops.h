@@ -71,6 +71,7 @@ struct Losses {
 
 struct Grid {
   float qmin, qmax, offset, r;
+  int block; // of the Hadamard transform; 0: none
 };
 
 struct Dtypes {
@@ -101,7 +102,7 @@ void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes
                       const Draw &draw, uint32_t direction, const float *norm, const Grid &grid,
                       double epsilon);
 void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
-                       float r, float *coefficients);
+                       float r, int block, float *coefficients);
 void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes, bool master, bool quantized,
                      const Draw &draw, const Losses &losses, const Grid &grid, const Optimizer &optimizer,
                      float *coefficients);

@@ -1,4 +1,5 @@
 // Q(theta) into PLUS; and g h'(theta) into PLUS, which may be GRAD.
+#include "hadamard.cuh"
 #include "launch.cuh"
 #include "tiles.cuh"
 
@@ -87,9 +88,71 @@ template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kern
   }
 }
 
+template <bool Aligned>
+FOGZO_DEVICE void rotated_quantize(const Quantize &p, const Part &part, const Dtypes &t) {
+  const Scales scales = scales_of<false>(part, p.grid.r);
+  every_chunk(part, [&](int c, bool some) {
+    float x[kChunk];
+    load_part<Aligned>(part, LATENT, c, t.latent, x);
+    transform(x, p.grid.block);
+    const Scale scale = chunk_scale<false>(scales, c);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      x[i] = position(x[i], scale.inv, p.grid);
+    if (some)
+      quantize_part<Aligned>(part, PLUS, c, t.out, x, scale, p.grid);
+  });
+}
+
+template <Dtype L, Dtype O> FOGZO_KERNEL(kThreads, 8) rotated_quantize_kernel(FOGZO_PARAMETER Quantize p) {
+  const Dtypes types{actual<L>(p.dtypes.latent), p.dtypes.grad, actual<O>(p.dtypes.out)};
+  const Part part = part_of(p.tables);
+  if (part[FAST])
+    rotated_quantize<true>(p, part, types);
+  else
+    rotated_quantize<false>(p, part, types);
+}
+
+// h' is taken of the rotated latent; the product goes back through the transform.
+template <StraightThrough Kind, bool Aligned>
+FOGZO_DEVICE void rotated_backward(const Quantize &p, const Part &part, const Dtypes &t) {
+  const Scales scales = scales_of<false>(part, p.grid.r);
+  every_chunk(part, [&](int c, bool some) {
+    float x[kChunk], g[kChunk];
+    load_part<Aligned>(part, LATENT, c, t.latent, x);
+    load_part<Aligned>(part, GRAD, c, t.grad, g);
+    transform(x, p.grid.block);
+    const Scale scale = chunk_scale<false>(scales, c);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      g[i] = derived<Kind>(g[i], x[i], scale, p.grid);
+    transform(g, p.grid.block);
+    if (some)
+      store_part<Aligned>(part, PLUS, c, t.out, g);
+  });
+}
+
+template <StraightThrough Kind, Dtype T>
+FOGZO_KERNEL(kThreads, 8)
+rotated_backward_kernel(FOGZO_PARAMETER Quantize p) {
+  const Dtypes types{actual<T>(p.dtypes.latent), actual<T>(p.dtypes.grad), actual<T>(p.dtypes.out)};
+  const Part part = part_of(p.tables);
+  if (part[FAST])
+    rotated_backward<Kind, true>(p, part, types);
+  else
+    rotated_backward<Kind, false>(p, part, types);
+}
+
 void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid) {
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, i8 = Dtype::int8, any = Dtype::any;
   const auto is = [&](Dtype latent, Dtype out) { return dtypes.latent == latent && dtypes.out == out; };
+  const Quantize p{tables_of(plan), grid, dtypes};
+  if (grid.block)
+    return launch_with_barriers("rotated_quantize_kernel",
+                                is(b16, b16)   ? rotated_quantize_kernel<b16, b16>
+                                : is(f32, f32) ? rotated_quantize_kernel<f32, f32>
+                                               : rotated_quantize_kernel<any, any>,
+                                where, plan.blocks, kThreads, p);
   void (*kernel)(Quantize) = quantize_kernel<any, any>;
   if (is(f32, f32))
     kernel = quantize_kernel<f32, f32>;
@@ -97,7 +160,7 @@ void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const 
     kernel = quantize_kernel<b16, b16>;
   else if (is(f32, i8))
     kernel = quantize_kernel<f32, i8>;
-  launch("quantize_kernel", kernel, where, plan.blocks, kThreads, Quantize{tables_of(plan), grid, dtypes});
+  launch("quantize_kernel", kernel, where, plan.blocks, kThreads, p);
 }
 
 template <StraightThrough Kind> void (*backward_for(const Dtypes &t))(Quantize) {
@@ -108,11 +171,21 @@ template <StraightThrough Kind> void (*backward_for(const Dtypes &t))(Quantize) 
                     : backward_kernel<Kind, any>;
 }
 
+template <StraightThrough Kind> void (*rotated_backward_for(const Dtypes &t))(Quantize) {
+  constexpr Dtype b16 = Dtype::bfloat16;
+  const bool all = t.latent == b16 && t.grad == b16 && t.out == b16;
+  return all ? rotated_backward_kernel<Kind, b16> : rotated_backward_kernel<Kind, Dtype::any>;
+}
+
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind) {
+  const Quantize p{tables_of(plan), grid, dtypes};
   with_value(kind, [&](auto S) {
-    launch("backward_kernel", backward_for<decltype(S)::value>(dtypes), where, plan.blocks, kThreads,
-           Quantize{tables_of(plan), grid, dtypes});
+    constexpr StraightThrough Kind = decltype(S)::value;
+    if (grid.block)
+      return launch_with_barriers("rotated_backward_kernel", rotated_backward_for<Kind>(dtypes), where,
+                                  plan.blocks, kThreads, p);
+    launch("backward_kernel", backward_for<Kind>(dtypes), where, plan.blocks, kThreads, p);
   });
 }
 

@@ -1,6 +1,7 @@
 // The fused tail: G, the optimizer's step in place, the next Q(theta), in one pass (docs/contract.md,
 // section 4). A row has the quantized weight in PLUS and the master copy in MINUS; a tensor without an
 // alpha is not quantized: G = g, and no Q is written.
+#include "hadamard.cuh"
 #include "launch.cuh"
 #include "losses.cuh"
 #include "tiles.cuh"
@@ -52,6 +53,8 @@ struct TailNames {
   float A;
   Update update;
   Dtype latent_t, grad_t, out_t, theta_t;
+
+  FOGZO_DEVICE Column weight() const { return master ? MINUS : LATENT; }
 };
 
 template <bool Plain, Dtype L, Dtype G, Dtype O>
@@ -189,12 +192,8 @@ FOGZO_DEVICE void update_element(const Tail &p, const Part &part, const TailName
                             names.out_t);
 }
 
-template <Distribution D, bool Adamw, bool Plain, Dtype L, Dtype G, Dtype O>
-FOGZO_KERNEL(kThreads, 4)
-update_kernel(FOGZO_PARAMETER Tail p) {
-  const Part part = part_of(p.tables);
-  count_bad_alphas(p.counters, part);
-  const TailNames names = tail_names<Plain, L, G, O>(p, part);
+template <Distribution D, bool Adamw, bool Plain>
+FOGZO_DEVICE void update_all(const Tail &p, const Part &part, const TailNames &names) {
   const Layout layout = layout_of<Plain>(part);
   const Scales scales = names.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
   const int chunks = part.chunks();
@@ -205,6 +204,80 @@ update_kernel(FOGZO_PARAMETER Tail p) {
 #pragma unroll 1
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads)
     update_element<D, Adamw>(p, part, names, j);
+}
+
+// With a transform: the noise goes back through it, and Q is that of the rotated latent.
+template <Distribution D, bool Adamw, bool Aligned>
+FOGZO_DEVICE void rotated_update(const Tail &p, const Part &part, const TailNames &names) {
+  const Layout layout = layout_of<false>(part);
+  const Scales scales = scales_of<false>(part, p.grid.r);
+  const bool has_first = Adamw || names.update.rule != Rule::sgd;
+  every_chunk(part, [&](int c, bool some) {
+    float theta[kChunk], g[kChunk], acc[kChunk] = {}, first[kChunk] = {}, second[kChunk] = {};
+    load_part<Aligned>(part, names.skip ? LATENT : names.weight(), c,
+                       names.skip ? names.latent_t : names.theta_t, theta);
+    const Scale scale = chunk_scale<false>(scales, c);
+    if (!names.skip) {
+      load_part<Aligned>(part, GRAD, c, names.grad_t, g);
+      if (has_first)
+        load_part<Aligned>(part, STATE_1, c, Dtype::float32, first);
+      if (Adamw)
+        load_part<Aligned>(part, STATE_2, c, Dtype::float32, second);
+      sum_noise<D, false>(p, names, chunk_number<false>(layout, c), acc);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        acc[i] *= scale.inv;
+      if (names.noisy)
+        transform(acc, p.grid.block);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        theta[i] = stepped<Adamw>(names.update, theta[i], names.noisy ? std::fma(names.A, g[i], acc[i]) : g[i],
+                                  first[i], second[i]);
+      if (some) {
+        store_part<Aligned>(part, names.weight(), c, names.theta_t, theta);
+        if (names.master)
+          store_part<Aligned>(part, LATENT, c, names.latent_t, theta);
+        if (has_first)
+          store_part<Aligned>(part, STATE_1, c, Dtype::float32, first);
+        if (Adamw)
+          store_part<Aligned>(part, STATE_2, c, Dtype::float32, second);
+      }
+    }
+    if (!p.quantized)
+      return;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      theta[i] = stored(theta[i], names.latent_t);
+    transform(theta, p.grid.block);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      theta[i] = position(theta[i], scale.inv, p.grid);
+    if (some)
+      quantize_part<Aligned>(part, PLUS, c, names.out_t, theta, scale, p.grid);
+  });
+}
+
+// A tensor without an alpha is not rotated.
+template <Distribution D, bool Adamw, Dtype L, Dtype G, Dtype O>
+FOGZO_KERNEL(kThreads, 4)
+rotated_update_kernel(FOGZO_PARAMETER Tail p) {
+  const Part part = part_of(p.tables);
+  count_bad_alphas(p.counters, part);
+  const TailNames names = tail_names<false, L, G, O>(p, part);
+  if (!names.quantized)
+    update_all<D, Adamw, false>(p, part, names);
+  else if (part[FAST])
+    rotated_update<D, Adamw, true>(p, part, names);
+  else
+    rotated_update<D, Adamw, false>(p, part, names);
+}
+
+template <Distribution D, bool Adamw, bool Plain, Dtype L, Dtype G, Dtype O>
+FOGZO_KERNEL(kThreads, 4)
+update_kernel(FOGZO_PARAMETER Tail p) {
+  const Part part = part_of(p.tables);
+  count_bad_alphas(p.counters, part);
+  update_all<D, Adamw, Plain>(p, part, tail_names<Plain, L, G, O>(p, part));
 }
 
 using TailKernel = void (*)(Tail);
@@ -246,6 +319,14 @@ void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes,
   const bool adamw = optimizer.rule == Rule::adamw;
   with_value(draw.distribution, [&](auto which) {
     constexpr Distribution D = decltype(which)::value;
+    constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
+    const bool mixed = dtypes.latent == f32 && dtypes.grad == b16 && dtypes.out == b16;
+    if (grid.block)
+      return launch_with_barriers("rotated_update_kernel",
+                                  adamw && mixed ? rotated_update_kernel<D, true, f32, b16, b16>
+                                  : adamw        ? rotated_update_kernel<D, true, any, any, any>
+                                                 : rotated_update_kernel<D, false, any, any, any>,
+                                  where, plan.blocks, kThreads, p);
     const TailKernel kernel = adamw ? update_for<D, true>(dtypes, plain) : update_for<D, false>(dtypes, plain);
     launch("update_kernel", kernel, where, plan.blocks, kThreads, p);
   });

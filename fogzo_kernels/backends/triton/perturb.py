@@ -44,7 +44,7 @@ from .tables import (
     tiled_part,
 )
 
-#: The most of a thread, by the outputs' dtype, without a transform: ptxas, left alone, spills some to reach fewer.
+#: The most of a thread, by the outputs' dtype, without a transform: ptxas, left alone, spills to reach fewer.
 REGISTERS = {torch.int8: 72}
 
 
