@@ -83,7 +83,12 @@ FOGZO_HD void butterfly(float &a, float &b) {
 }
 
 // What makes the transform of a block orthonormal.
-inline float hadamard_factor(int block) { return float(std::sqrt(1.0 / block)); }
+FOGZO_HD constexpr float hadamard_factor(int block) {
+  float factor = 1.0f; // block^(-1/2): exact but for the root of 1/2
+  for (; block >= 4; block /= 4)
+    factor *= 0.5f;
+  return block == 2 ? factor * 0.70710678118654752f : factor;
+}
 
 // An optimizer's scalars, as the contract names them; of SGD, `decay` is keep.
 struct Update {

@@ -130,6 +130,25 @@ def variant_of(name: str) -> Variant | None:
         return Variant(kernel, grad=DTYPES[int(arguments[1])], kind=STATISTICS[int(arguments[0])])
     if kernel == "join_kernel":
         return Variant(kernel, kind=STATISTICS[int(arguments[0])])
+    if kernel == "rotated_perturb_kernel":
+        dist, *types, both, block = arguments
+        signs = "both" if both == "true" else "one"
+        return Variant(kernel, *dtypes(*types), signs=signs, block=int(block), **drawn(dist, "false"))
+    if kernel == "rotated_estimate_kernel":
+        dist, grad, block = arguments
+        return Variant(kernel, grad=DTYPES[int(grad)], directions=1, block=int(block), **drawn(dist, "false"))
+    if kernel == "rotated_update_kernel":
+        dist, adamw, *types, block = arguments
+        rule = "adamw" if adamw == "true" else "momentum"
+        return Variant(kernel, *dtypes(*types), kind=rule, block=int(block), **drawn(dist, "false"))
+    if kernel == "plain_update_kernel":
+        return Variant(kernel, *("any",) * 3, kind="adamw" if arguments[0] == "true" else "momentum")
+    if kernel == "rotated_quantize_kernel":
+        latent, out = dtypes(*arguments[:2])
+        return Variant(kernel, latent, None, out, scale="row", block=int(arguments[2]))
+    if kernel == "rotated_backward_kernel":
+        kind, dtype = KINDS[int(arguments[0])], DTYPES[int(arguments[1])]
+        return Variant(kernel, dtype, dtype, dtype, scale="row", kind=kind, block=int(arguments[2]))
     if kernel == "hadamard_kernel":
         latent, out = dtypes(*arguments[1:])
         return Variant(kernel, latent, None, out, block=int(arguments[0]))

@@ -82,11 +82,13 @@ def split(text: str, directions: int) -> tuple[Counter[str], Counter[str], list[
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if target and int(target.group(1), 16) < address:
             loops.append((int(target.group(1), 16), address))
-    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide
+    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide. Code out of line, which
+    # jumps back into it, holds fewer of these accesses.
     inside = containing(loops, stores) or containing(loops, loads)
     if not inside:
         return Counter(op for _, op, _ in code), Counter(), code
-    start, end = max(inside, key=lambda x: x[1] - x[0])
+    wide = [a for a, op, _ in code if re.match(r"(LDG|STG)\.E\.128", op)]
+    start, end = max(inside, key=lambda x: (sum(x[0] <= a <= x[1] for a in wide), x[1] - x[0]))
     inner = [(first, last) for first, last in loops if start < first and last < end]
     loop = Counter[str]()
     for address, op, _ in code:

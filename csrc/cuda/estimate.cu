@@ -25,7 +25,8 @@ struct Estimate {
   const float *coefficients;
   int directions;
   float r;
-  int block; // of the Hadamard transform
+  Dtype grad; // of rotated_estimate_kernel
+  int block;  // of the Hadamard transform
   int64_t *counters;
 };
 
@@ -109,7 +110,7 @@ estimate_kernel(FOGZO_PARAMETER Estimate p) {
 }
 
 // The noise goes back through the transform.
-template <Distribution D, bool Aligned>
+template <Distribution D, int Block, bool Aligned>
 FOGZO_DEVICE void rotated_estimate(const Estimate &p, const Part &part, const EstimateNames &names,
                                    Dtype dtype) {
   const Layout layout = layout_of<false>(part);
@@ -131,7 +132,7 @@ FOGZO_DEVICE void rotated_estimate(const Estimate &p, const Part &part, const Es
 #pragma unroll
     for (int j = 0; j < kChunk; ++j)
       acc[j] *= inv;
-    transform(acc, p.block);
+    transform_of<Block>(acc, p.block);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j)
       g[j] = std::fma(names.A, g[j], acc[j]);
@@ -140,9 +141,10 @@ FOGZO_DEVICE void rotated_estimate(const Estimate &p, const Part &part, const Es
   });
 }
 
-template <Distribution D, Dtype G>
+template <Distribution D, Dtype G, int Block>
 FOGZO_KERNEL(kThreads, 6)
 rotated_estimate_kernel(FOGZO_PARAMETER Estimate p) {
+  const Dtype grad_t = actual<G>(p.grad);
   const Part part = part_of(p.tables);
   count_bad_alphas(p.counters, part);
   if (p.coefficients[1] != 0.0f)
@@ -150,18 +152,17 @@ rotated_estimate_kernel(FOGZO_PARAMETER Estimate p) {
   const EstimateNames names{keys_of<false>(p.source), step_of<false>(p.source), uint32_t(part[TENSOR_ID]),
                             p.coefficients[0], p.coefficients + kEstimateCoefficients};
   if (part[FAST])
-    rotated_estimate<D, true>(p, part, names, G);
+    rotated_estimate<D, Block, true>(p, part, names, grad_t);
   else
-    rotated_estimate<D, false>(p, part, names, G);
+    rotated_estimate<D, Block, false>(p, part, names, grad_t);
 }
 
 using EstimateKernel = void (*)(Estimate);
 
-template <Distribution D> EstimateKernel rotated_estimate_for(Dtype grad) {
-  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, f16 = Dtype::float16;
-  return grad == f32   ? rotated_estimate_kernel<D, f32>
-         : grad == b16 ? rotated_estimate_kernel<D, b16>
-                       : rotated_estimate_kernel<D, f16>;
+template <Distribution D> EstimateKernel rotated_estimate_for(Dtype grad, int block) {
+  return grad == Dtype::bfloat16 && block == kCommonBlock
+             ? rotated_estimate_kernel<D, Dtype::bfloat16, kCommonBlock>
+             : rotated_estimate_kernel<D, Dtype::any, 0>;
 }
 
 template <Distribution D> EstimateKernel estimate_for(Dtype grad, bool plain) {
@@ -178,12 +179,13 @@ void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const D
   launch("coefficients_kernel", coefficients_kernel, where, 1, 1,
          EstimateCoefficients{losses_of(draw, losses), coefficients});
   const bool plain = plan.per_tensor && !plan.shard && draw.step.on_host();
-  const Estimate p{tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r,
+  const Estimate p{tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, grad,
                    block,           losses.counters};
   with_value(draw.distribution, [&](auto D) {
     if (block)
-      return launch_with_barriers("rotated_estimate_kernel", rotated_estimate_for<decltype(D)::value>(grad),
-                                  where, plan.blocks, kThreads, p);
+      return launch_with_barriers("rotated_estimate_kernel",
+                                  rotated_estimate_for<decltype(D)::value>(grad, block), where, plan.blocks,
+                                  kThreads, p);
     launch("estimate_kernel", estimate_for<decltype(D)::value>(grad, plain), where, plan.blocks, kThreads, p);
   });
 }

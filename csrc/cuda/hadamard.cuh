@@ -61,8 +61,12 @@ template <int Block> FOGZO_DEVICE void transform(float (&x)[kChunk], float facto
     x[i] *= factor;
 }
 
-// The same of blocks whose size the run knows. All threads of a block come here, with or without a chunk.
-FOGZO_DEVICE void transform(float (&x)[kChunk], int block) {
+constexpr int kCommonBlock = 128; // code of its own; Block 0 in a template: the run knows the size
+
+// Of a block of threads all come here, those without a chunk too.
+template <int Block> FOGZO_DEVICE void transform_of(float (&x)[kChunk], int block) {
+  if constexpr (Block != 0)
+    return transform<Block>(x, hadamard_factor(Block));
   const int threads = block / kChunk;
   own_stages(x);
 #pragma unroll 1
@@ -80,32 +84,35 @@ FOGZO_DEVICE void transform(float (&x)[kChunk], int block) {
 // Chunk c of the block's part of an operand. Where tensors are not aligned, by elements.
 template <bool Aligned>
 FOGZO_DEVICE void load_part(const Part &part, Column column, int c, Dtype dtype, float (&x)[kChunk]) {
-  if (Aligned)
-    return widen(load_chunk(part.address(column, bytes_of(dtype)), c, dtype), dtype, x);
+  if constexpr (Aligned)
+    widen(load_chunk(part.address(column, bytes_of(dtype)), c, dtype), dtype, x);
+  else
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] = load_element(part.pointer<void>(column), part.begin + c * kChunk + i, dtype);
+    for (int i = 0; i < kChunk; ++i)
+      x[i] = load_element(part.pointer<void>(column), part.begin + c * kChunk + i, dtype);
 }
 
 template <bool Aligned>
 FOGZO_DEVICE void store_part(const Part &part, Column column, int c, Dtype dtype, const float (&x)[kChunk]) {
-  if (Aligned)
-    return store_chunk(part.address(column, bytes_of(dtype)), c, x, dtype);
+  if constexpr (Aligned)
+    store_chunk(part.address(column, bytes_of(dtype)), c, x, dtype);
+  else
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    store_element(part.pointer<void>(column), part.begin + c * kChunk + i, x[i], dtype);
+    for (int i = 0; i < kChunk; ++i)
+      store_element(part.pointer<void>(column), part.begin + c * kChunk + i, x[i], dtype);
 }
 
 // Codes, or values, of a chunk's positions.
 template <bool Aligned>
 FOGZO_DEVICE void quantize_part(const Part &part, Column column, int c, Dtype dtype, const float (&y)[kChunk],
                                 const Scale &scale, const Grid &grid) {
-  if (Aligned)
-    return store_quantized(part.address(column, bytes_of(dtype)), c, y, scale.delta, grid, dtype);
+  if constexpr (Aligned)
+    store_quantized(part.address(column, bytes_of(dtype)), c, y, scale.delta, grid, dtype);
+  else
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    store_quantized_element(part.pointer<void>(column), part.begin + c * kChunk + i, y[i], scale.delta, grid,
-                            dtype);
+    for (int i = 0; i < kChunk; ++i)
+      store_quantized_element(part.pointer<void>(column), part.begin + c * kChunk + i, y[i], scale.delta, grid,
+                              dtype);
 }
 
 // body(c, some) for each chunk of the block's part. Threads wait for each other in a transform, so all take

@@ -22,8 +22,8 @@ void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes
   with_value(draw.distribution, [&](auto D) {
     if (grid.block)
       return launch_with_barriers("rotated_perturb_kernel",
-                                  rotated_perturb_for<decltype(D)::value>(dtypes, both), where, plan.blocks,
-                                  kThreads, p);
+                                  rotated_perturb_for<decltype(D)::value>(dtypes, both, grid.block), where,
+                                  plan.blocks, kThreads, p);
     launch("perturb_kernel", perturb_for<decltype(D)::value>(dtypes, both, plain), where, plan.blocks, kThreads,
            p);
   });

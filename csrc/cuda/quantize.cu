@@ -88,13 +88,13 @@ template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kern
   }
 }
 
-template <bool Aligned>
+template <int Block, bool Aligned>
 FOGZO_DEVICE void rotated_quantize(const Quantize &p, const Part &part, const Dtypes &t) {
   const Scales scales = scales_of<false>(part, p.grid.r);
   every_chunk(part, [&](int c, bool some) {
     float x[kChunk];
     load_part<Aligned>(part, LATENT, c, t.latent, x);
-    transform(x, p.grid.block);
+    transform_of<Block>(x, p.grid.block);
     const Scale scale = chunk_scale<false>(scales, c);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
@@ -104,54 +104,57 @@ FOGZO_DEVICE void rotated_quantize(const Quantize &p, const Part &part, const Dt
   });
 }
 
-template <Dtype L, Dtype O> FOGZO_KERNEL(kThreads, 8) rotated_quantize_kernel(FOGZO_PARAMETER Quantize p) {
+template <Dtype L, Dtype O, int Block>
+FOGZO_KERNEL(kThreads, 8)
+rotated_quantize_kernel(FOGZO_PARAMETER Quantize p) {
   const Dtypes types{actual<L>(p.dtypes.latent), p.dtypes.grad, actual<O>(p.dtypes.out)};
   const Part part = part_of(p.tables);
   if (part[FAST])
-    rotated_quantize<true>(p, part, types);
+    rotated_quantize<Block, true>(p, part, types);
   else
-    rotated_quantize<false>(p, part, types);
+    rotated_quantize<Block, false>(p, part, types);
 }
 
 // h' is taken of the rotated latent; the product goes back through the transform.
-template <StraightThrough Kind, bool Aligned>
+template <StraightThrough Kind, int Block, bool Aligned>
 FOGZO_DEVICE void rotated_backward(const Quantize &p, const Part &part, const Dtypes &t) {
   const Scales scales = scales_of<false>(part, p.grid.r);
   every_chunk(part, [&](int c, bool some) {
     float x[kChunk], g[kChunk];
     load_part<Aligned>(part, LATENT, c, t.latent, x);
     load_part<Aligned>(part, GRAD, c, t.grad, g);
-    transform(x, p.grid.block);
+    transform_of<Block>(x, p.grid.block);
     const Scale scale = chunk_scale<false>(scales, c);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
       g[i] = derived<Kind>(g[i], x[i], scale, p.grid);
-    transform(g, p.grid.block);
+    transform_of<Block>(g, p.grid.block);
     if (some)
       store_part<Aligned>(part, PLUS, c, t.out, g);
   });
 }
 
-template <StraightThrough Kind, Dtype T>
+template <StraightThrough Kind, Dtype T, int Block>
 FOGZO_KERNEL(kThreads, 8)
 rotated_backward_kernel(FOGZO_PARAMETER Quantize p) {
   const Dtypes types{actual<T>(p.dtypes.latent), actual<T>(p.dtypes.grad), actual<T>(p.dtypes.out)};
   const Part part = part_of(p.tables);
   if (part[FAST])
-    rotated_backward<Kind, true>(p, part, types);
+    rotated_backward<Kind, Block, true>(p, part, types);
   else
-    rotated_backward<Kind, false>(p, part, types);
+    rotated_backward<Kind, Block, false>(p, part, types);
 }
 
 void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid) {
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, i8 = Dtype::int8, any = Dtype::any;
   const auto is = [&](Dtype latent, Dtype out) { return dtypes.latent == latent && dtypes.out == out; };
   const Quantize p{tables_of(plan), grid, dtypes};
+  const bool common = grid.block == kCommonBlock;
   if (grid.block)
     return launch_with_barriers("rotated_quantize_kernel",
-                                is(b16, b16)   ? rotated_quantize_kernel<b16, b16>
-                                : is(f32, f32) ? rotated_quantize_kernel<f32, f32>
-                                               : rotated_quantize_kernel<any, any>,
+                                common && is(b16, b16)   ? rotated_quantize_kernel<b16, b16, kCommonBlock>
+                                : common && is(f32, f32) ? rotated_quantize_kernel<f32, f32, kCommonBlock>
+                                                         : rotated_quantize_kernel<any, any, 0>,
                                 where, plan.blocks, kThreads, p);
   void (*kernel)(Quantize) = quantize_kernel<any, any>;
   if (is(f32, f32))
@@ -171,10 +174,11 @@ template <StraightThrough Kind> void (*backward_for(const Dtypes &t))(Quantize) 
                     : backward_kernel<Kind, any>;
 }
 
-template <StraightThrough Kind> void (*rotated_backward_for(const Dtypes &t))(Quantize) {
+template <StraightThrough Kind> void (*rotated_backward_for(const Dtypes &t, int block))(Quantize) {
   constexpr Dtype b16 = Dtype::bfloat16;
-  const bool all = t.latent == b16 && t.grad == b16 && t.out == b16;
-  return all ? rotated_backward_kernel<Kind, b16> : rotated_backward_kernel<Kind, Dtype::any>;
+  const bool narrow = t.latent == b16 && t.grad == b16 && t.out == b16;
+  return narrow && block == kCommonBlock ? rotated_backward_kernel<Kind, b16, kCommonBlock>
+                                         : rotated_backward_kernel<Kind, Dtype::any, 0>;
 }
 
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
@@ -183,8 +187,8 @@ void straight_through_backward(const Where &where, const Plan &plan, const Dtype
   with_value(kind, [&](auto S) {
     constexpr StraightThrough Kind = decltype(S)::value;
     if (grid.block)
-      return launch_with_barriers("rotated_backward_kernel", rotated_backward_for<Kind>(dtypes), where,
-                                  plan.blocks, kThreads, p);
+      return launch_with_barriers("rotated_backward_kernel", rotated_backward_for<Kind>(dtypes, grid.block),
+                                  where, plan.blocks, kThreads, p);
     launch("backward_kernel", backward_for<Kind>(dtypes), where, plan.blocks, kThreads, p);
   });
 }

@@ -192,22 +192,8 @@ FOGZO_DEVICE void update_element(const Tail &p, const Part &part, const TailName
                             names.out_t);
 }
 
-template <Distribution D, bool Adamw, bool Plain>
-FOGZO_DEVICE void update_all(const Tail &p, const Part &part, const TailNames &names) {
-  const Layout layout = layout_of<Plain>(part);
-  const Scales scales = names.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
-  const int chunks = part.chunks();
-#pragma unroll 1
-  for (int c = thread(); c < chunks; c += kThreads)
-    update_chunk<D, Adamw, Plain>(p, part, names, layout, scales, c);
-  const int64_t end = part.end();
-#pragma unroll 1
-  for (int64_t j = part.rest() + thread(); j < end; j += kThreads)
-    update_element<D, Adamw>(p, part, names, j);
-}
-
 // With a transform: the noise goes back through it, and Q is that of the rotated latent.
-template <Distribution D, bool Adamw, bool Aligned>
+template <Distribution D, bool Adamw, int Block, bool Aligned>
 FOGZO_DEVICE void rotated_update(const Tail &p, const Part &part, const TailNames &names) {
   const Layout layout = layout_of<false>(part);
   const Scales scales = scales_of<false>(part, p.grid.r);
@@ -228,7 +214,7 @@ FOGZO_DEVICE void rotated_update(const Tail &p, const Part &part, const TailName
       for (int i = 0; i < kChunk; ++i)
         acc[i] *= scale.inv;
       if (names.noisy)
-        transform(acc, p.grid.block);
+        transform_of<Block>(acc, p.grid.block);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         theta[i] = stepped<Adamw>(names.update, theta[i], names.noisy ? std::fma(names.A, g[i], acc[i]) : g[i],
@@ -248,7 +234,7 @@ FOGZO_DEVICE void rotated_update(const Tail &p, const Part &part, const TailName
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
       theta[i] = stored(theta[i], names.latent_t);
-    transform(theta, p.grid.block);
+    transform_of<Block>(theta, p.grid.block);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
       theta[i] = position(theta[i], scale.inv, p.grid);
@@ -257,19 +243,42 @@ FOGZO_DEVICE void rotated_update(const Tail &p, const Part &part, const TailName
   });
 }
 
-// A tensor without an alpha is not rotated.
-template <Distribution D, bool Adamw, Dtype L, Dtype G, Dtype O>
+// Tensors without an alpha are left to plain_update_kernel.
+template <Distribution D, bool Adamw, Dtype L, Dtype G, Dtype O, int Block>
 FOGZO_KERNEL(kThreads, 4)
 rotated_update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.tables);
   count_bad_alphas(p.counters, part);
   const TailNames names = tail_names<false, L, G, O>(p, part);
   if (!names.quantized)
-    update_all<D, Adamw, false>(p, part, names);
-  else if (part[FAST])
-    rotated_update<D, Adamw, true>(p, part, names);
+    return;
+  if (part[FAST])
+    rotated_update<D, Adamw, Block, true>(p, part, names);
   else
-    rotated_update<D, Adamw, false>(p, part, names);
+    rotated_update<D, Adamw, Block, false>(p, part, names);
+}
+
+template <Distribution D, bool Adamw, bool Plain>
+FOGZO_DEVICE void update_all(const Tail &p, const Part &part, const TailNames &names) {
+  const Layout layout = layout_of<Plain>(part);
+  const Scales scales = names.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
+  const int chunks = part.chunks();
+#pragma unroll 1
+  for (int c = thread(); c < chunks; c += kThreads)
+    update_chunk<D, Adamw, Plain>(p, part, names, layout, scales, c);
+  const int64_t end = part.end();
+#pragma unroll 1
+  for (int64_t j = part.rest() + thread(); j < end; j += kThreads)
+    update_element<D, Adamw>(p, part, names, j);
+}
+
+// Tensors without an alpha, and so without noise, beside rotated_update_kernel.
+template <bool Adamw> FOGZO_KERNEL(kThreads, 4) plain_update_kernel(FOGZO_PARAMETER Tail p) {
+  constexpr Dtype any = Dtype::any;
+  const Part part = part_of(p.tables);
+  const TailNames names = tail_names<false, any, any, any>(p, part);
+  if (!names.quantized)
+    update_all<Distribution::uniform, Adamw, false>(p, part, names);
 }
 
 template <Distribution D, bool Adamw, bool Plain, Dtype L, Dtype G, Dtype O>
@@ -321,12 +330,16 @@ void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes,
     constexpr Distribution D = decltype(which)::value;
     constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
     const bool mixed = dtypes.latent == f32 && dtypes.grad == b16 && dtypes.out == b16;
-    if (grid.block)
-      return launch_with_barriers("rotated_update_kernel",
-                                  adamw && mixed ? rotated_update_kernel<D, true, f32, b16, b16>
-                                  : adamw        ? rotated_update_kernel<D, true, any, any, any>
-                                                 : rotated_update_kernel<D, false, any, any, any>,
-                                  where, plan.blocks, kThreads, p);
+    const bool common = adamw && mixed && grid.block == kCommonBlock;
+    if (grid.block) {
+      launch_with_barriers("rotated_update_kernel",
+                           common  ? rotated_update_kernel<D, true, f32, b16, b16, kCommonBlock>
+                           : adamw ? rotated_update_kernel<D, true, any, any, any, 0>
+                                   : rotated_update_kernel<D, false, any, any, any, 0>,
+                           where, plan.blocks, kThreads, p);
+      return launch("plain_update_kernel", adamw ? plain_update_kernel<true> : plain_update_kernel<false>,
+                    where, plan.blocks, kThreads, p);
+    }
     const TailKernel kernel = adamw ? update_for<D, true>(dtypes, plain) : update_for<D, false>(dtypes, plain);
     launch("update_kernel", kernel, where, plan.blocks, kThreads, p);
   });
