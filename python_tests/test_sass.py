@@ -4,6 +4,7 @@ Triton's one by one here; all of the CUDA kernels by nvcc, for every architectur
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -50,6 +51,36 @@ TABLE_ROWS = {
     "the same, n = 4": "update_kernel fp32 bf16 bf16 {} tensor adamw n=4",
     "Hadamard, blocks of 128": "hadamard_kernel bf16 bf16 block=128",
 }
+#: Rows of the table of quantizers: Triton's kernel and CUDA's. Blocks are of 128, alphas of rows.
+QUANTIZER_ROWS = {
+    "Q": ("quantize_kernel bf16 bf16 tensor", "quantize_kernel bf16 bf16 row"),
+    "LSQ, backward": ("learned_kernel bf16 bf16 bf16 row identity_clipped",) * 2,
+    "LSQ, backward, float32": ("learned_kernel fp32 fp32 fp32 row identity_clipped",) * 2,
+    "H, Q": tuple(f"{k}quantize_kernel bf16 bf16 row block=128" for k in ("", "rotated_")),
+    "H, derivative, H": (
+        "quantize_kernel bf16 bf16 bf16 row identity_trust block=128",
+        "rotated_backward_kernel bf16 bf16 bf16 row identity_trust block=128",
+    ),
+    **{
+        f"perturb with H, {label}": (
+            f"perturb_kernel {latent} bf16 bf16 uniform {signs} row block=128",
+            f"rotated_perturb_kernel {latent} bf16 bf16 uniform {signs} row shard block=128",
+        )
+        for label, latent, signs in (
+            ("one sign", "bf16", "one"), ("one sign, float32 latents", "fp32", "one"), ("both signs", "bf16", "both")
+        )
+    },
+    "estimate with H, n = 1": (
+        "estimate_kernel bf16 uniform row n=1 block=128",
+        "rotated_estimate_kernel bf16 uniform row n=1 shard block=128",
+    ),
+    "estimate with H, AdamW, H, Q; float32 latents": (
+        "update_kernel fp32 bf16 bf16 uniform row adamw block=128",
+        "rotated_update_kernel fp32 bf16 bf16 uniform row adamw shard block=128",
+    ),
+}  # fmt: skip
+#: Memory time over that of the busiest pipe, at least, of kernels with a transform that arithmetic bounds.
+BOUND = {"rotated_estimate_kernel": 0.35, "rotated_backward_kernel": 0.7, "rotated_perturb_kernel": 0.9}
 DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
 #: One of each way that the code can differ; the whole table is `python -m bench.sass`.
 CHOSEN = {
@@ -162,6 +193,22 @@ def table():
     return found
 
 
+def quantizer_table():
+    """Cells of each row of the table of quantizers, by the row's label."""
+    lines = PERFORMANCE.read_text().splitlines()
+    start = lines.index("| sm_90, instructions per element (margin), alphas of rows | Triton | CUDA |") + 2
+    rows = [cells_in(line) for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
+    return {label: cells for label, *cells in rows}
+
+
+def test_the_table_of_quantizers_is_whole():
+    assert list(quantizer_table()) == list(QUANTIZER_ROWS)
+
+
+def quantizer_cell(row):
+    return f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})"
+
+
 def cells_in(line):
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
@@ -175,6 +222,17 @@ def stated(label, rows):
         cells = cells[:1]
     found = [f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})" for row in (rows[n] for n in names)]
     assert cells == found, label
+
+
+def test_the_table_of_quantizers_states_what_triton_makes():
+    """For the Triton that it names; nothing spills."""
+    if f"Triton {version('triton')}," not in PERFORMANCE.read_text():
+        pytest.skip(f"the counts are for another Triton than {version('triton')}")
+    names = [name for name, _ in QUANTIZER_ROWS.values()]
+    found = dict(json.loads(run_code(PROGRAM.format(arch=90, names=names))))
+    for label, (name, _) in QUANTIZER_ROWS.items():
+        assert found[name]["spill_bytes"] == 0, name
+        assert quantizer_table()[label][0] == quantizer_cell(found[name]), label
 
 
 @pytest.mark.parametrize("label", TABLE_ROWS)
@@ -270,7 +328,8 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
             )
             assert row["load_bits"] == (128 if wide else 64) or "any" in name, name
             continue
-        between_warps = row["kernel"] == "hadamard_kernel" and row["block"] > 256
+        rotates = row["kernel"].startswith(("hadamard", "rotated"))
+        between_warps = rotates and (row["block"] > 256 or row["block"] == 0)  # 0: the run knows
         waits = row["barriers"] and not between_warps
         assert (row["shared_bytes"] % 1024, waits) == (0, 0), name  # 1 KiB is the system's, on some
         if name.endswith("coefficients_kernel") or "any" in name:
@@ -278,7 +337,7 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
         assert row["load_bits"] == (None if "noise" in name else 128), name
         assert row["store_bits"] == (64 if "int8" in name else 128), name
         if "n=4" not in name or arch >= 90:  # the model is of sm_90; four directions are bound by arithmetic
-            assert row["margin"] > (0.4 if "n=4" in name else 1), name
+            assert row["margin"] > BOUND.get(row["kernel"], 0.4 if "n=4" in name else 1), name
         assert 0 < row["loop_instructions_per_element"] < row["instructions_per_element"]
     if arch == 90:
         for name, budget in BUDGETS.items():
@@ -303,7 +362,8 @@ def test_every_dtype_and_distribution_has_its_cuda_kernels():
     rows = cuda_rows(90).values()
     for dist in DISTRIBUTIONS:
         kernels = {row["kernel"] for row in rows if row["distribution"] == dist}
-        assert kernels == {"noise_kernel", "perturb_kernel", "estimate_kernel", "update_kernel"}
+        drawing = {"perturb_kernel", "estimate_kernel", "update_kernel"}
+        assert kernels == {"noise_kernel", *drawing, *(f"rotated_{kernel}" for kernel in drawing)}
     common = {tuple(map(short, types)) for types in DTYPES.values()}
     perturbed = {(r["latent"], r["grad"], r["out"]) for r in rows if r["kernel"] == "perturb_kernel"}
     assert perturbed == common | {("any", "any", "any")}
@@ -318,3 +378,5 @@ def test_the_table_states_what_nvcc_makes():
         pytest.skip("the counts are for another nvcc")
     for label in TABLE_ROWS:
         stated(f"CUDA: {label}", rows)
+    for label, (_, name) in QUANTIZER_ROWS.items():
+        assert quantizer_table()[label][1] == quantizer_cell(rows[name]), label

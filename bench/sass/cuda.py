@@ -33,7 +33,9 @@ STATISTICS = scale.STATISTICS
 THREADS = 128  # of a block
 #: Elements of a thread in one turn of its loop.
 TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32,
-        "hadamard_kernel": 16}  # fmt: skip
+        "hadamard_kernel": 16, "learned_kernel": 32}  # fmt: skip
+#: How often a turn runs the loops inside it: rows of 1024 give a thread 4 chunks of each.
+INNER = {"learned_kernel": 4}
 TURN_OF_OTHERS = 8
 
 
@@ -197,7 +199,7 @@ def kernels(arch: int) -> Iterator[tuple[Variant, Report]]:
             variant = variant_of(name)
             if variant is None:
                 continue
-            yield variant, report_of(code, numbers, 1)
+            yield variant, report_of(code, numbers, INNER.get(variant.kernel, 1))
             if variant.kernel == "estimate_kernel" or variant.kind == "adamw":
                 yield variant._replace(directions=4), report_of(code, numbers, 4)
 

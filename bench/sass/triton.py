@@ -159,7 +159,7 @@ def tile_of(variant: Variant) -> int:
 
 def options_of(variant: Variant) -> dict[str, int]:
     registers = {
-        "update_kernel": tail.REGISTERS,
+        "update_kernel": tail.registers_of(variant.block),
         "perturb_kernel": None if variant.block else perturb.REGISTERS.get(DTYPES.get(variant.out or "")),
     }.get(variant.kernel)
     return {"num_warps": NUM_WARPS} | ({"maxnreg": registers} if registers else {})

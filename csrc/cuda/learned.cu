@@ -56,11 +56,15 @@ FOGZO_DEVICE double team_sum(double x, int threads) {
   return x;
 }
 
-// The smallest power of two that covers what shares an alpha, by chunks where there are any.
+// A power of two for what shares an alpha, by chunks where there are any: as many as eight threads take
+// together, so that their accesses lie side by side, and more so that each has kShare of them: a sum over the
+// team costs as much.
+constexpr int kShare = 4;
+
 FOGZO_DEVICE int team_of(const Part &part) {
   const int64_t length = part[SCALE_LENGTH], units = part[FAST] ? (length + kChunk - 1) / kChunk : length;
   int threads = 1;
-  while (threads < units && threads < kThreads)
+  while (threads < kThreads && threads < units && (threads < 8 || kShare * threads < units))
     threads *= 2;
   return threads;
 }

@@ -341,6 +341,11 @@ def update_kernel(
 # ---- host
 
 
+def registers_of(block: int) -> int | None:
+    """The most of a thread; a tile's larger blocks of the transform need more."""
+    return REGISTERS if block <= 256 else None
+
+
 def log_bits(x: float) -> int:
     return bits(math.log(x) if x else -math.inf)
 
@@ -395,5 +400,5 @@ def estimate_update_(
         **scalars_of(rule), SPAN=SPAN, TILE=TILE, DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype],
         GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[quantized[0].dtype] if quantized else None,
         MASTER=bool(update.masters), RULE=rule.variant, PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, ROTATE=block, maxnreg=REGISTERS,
+        SHARD=p.shard, ROTATE=block, maxnreg=registers_of(block),
     )  # fmt: skip
