@@ -8,9 +8,8 @@ from . import functional
 from .backends import available_backends
 from .functional import *  # noqa: F403  the public ops: functional.__all__
 from .nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
-from .nn.convert import calibrate_, dequantize_model, quantize_model
+from .nn.convert import calibrate_, calibrate_inputs_, dequantize_model, quantize_model
 from .nn.embedding import QuantEmbedding
-from .nn.inputs import calibrate_inputs_
 from .nn.linear import QuantLinear
 from .nn.report import Report
 from .optim.adamw import AdamW

@@ -171,10 +171,12 @@ def test_it_travels_through_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation": WEIGHTS}, "activation must have a fixed or measured scale, got Scale.learned()"),
+        ({"activation": fk.presets.lsq(4, "row")},
+         "activation must have one learned alpha for a module's inputs, granularity 'tensor', got"
+         " Scale.learned('row')"),
         ({"activation": fk.Quantizer(INT8.grid, fk.Scale.absmax("row"), INT8.straight_through)},
          "activation must have a scale with least > 0, for inputs that are all 0, got Scale.absmax('row')"),
-        ({"rules": [("1", WEIGHTS, WEIGHTS)]}, "rules[0][2] must have a fixed or measured scale"),
+        ({"rules": [("1", WEIGHTS, fk.presets.seq(2))]}, "rules[0][2] must have one learned alpha"),
     ],
 )  # fmt: skip
 def test_what_inputs_cannot_have_is_refused(options, message):

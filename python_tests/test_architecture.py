@@ -23,7 +23,8 @@ FLOORS = {
     "ops": (("spec", "backends"), "__init__ checks listop memory arguments alphas noise norm perturb estimate"
             " tail straight_through learned quantize hadamard"),
     "functional": (("spec", "ops"), ""),
-    "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"), "__init__ scales quantized permuted"
+    "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
+           "__init__ scales inputs quantized permuted"
            " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads step"
               " settings device estimator"),
@@ -283,7 +284,7 @@ def test_headers_of_the_contract_include_no_torch():
 
 def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
     """Or the linker may take a shared inline function that not every processor can run."""
-    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "hadamard.h", "fused.h"]
+    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "hadamard.h", "fused.h", "rotated.h"]
     for name in ("avx2", "avx512"):
         text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
         before, after = text.split("#pragma GCC target", 1)

@@ -67,7 +67,8 @@ QUANTIZER_ROWS = {
             f"rotated_perturb_kernel {latent} bf16 bf16 uniform {signs} row shard block=128",
         )
         for label, latent, signs in (
-            ("one sign", "bf16", "one"), ("one sign, float32 latents", "fp32", "one"), ("both signs", "bf16", "both")
+            ("one sign", "bf16", "one"), ("one sign, float32 latents", "fp32", "one"),
+            ("both signs", "bf16", "both"),
         )
     },
     "estimate with H, n = 1": (

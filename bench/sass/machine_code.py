@@ -82,8 +82,8 @@ def split(text: str, directions: int) -> tuple[Counter[str], Counter[str], list[
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if target and int(target.group(1), 16) < address:
             loops.append((int(target.group(1), 16), address))
-    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide. Code out of line, which
-    # jumps back into it, holds fewer of these accesses.
+    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide. Code out of line,
+    # which jumps back into it, holds fewer of these accesses.
     inside = containing(loops, stores) or containing(loops, loads)
     if not inside:
         return Counter(op for _, op, _ in code), Counter(), code

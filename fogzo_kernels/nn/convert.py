@@ -1,9 +1,10 @@
-"""quantize_model, calibrate_, dequantize_model: a model's modules to quantized ones and back, in place."""
+"""quantize_model and back, calibrate_, calibrate_inputs_: a model's modules, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +201,54 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
         m.set_alpha(alpha)
         m.lay_out()
     pretrained.record(model)
+
+
+def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Give the learned scales of activations their first values, from one run of the model.
+
+    Each module takes the first input that it gets: alpha = 2 mean abs(x) / sqrt(qmax) (LSQ, Esser et al. 2020,
+    arXiv 1902.08153), or what the scale's ``init`` says. On several devices, call it before the model is
+    wrapped, with the same batch, so that all of them begin with the same scales.
+
+    Args:
+        model: as :func:`fogzo_kernels.quantize_model` made it, with a learned scale in ``activation``.
+        run: runs the model forward, ``lambda: model(batch)``, say, as it is: in training mode BatchNorm takes
+            part and dropout draws. No gradient is computed.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, an input is all 0 or not finite, or ``run`` did not reach
+            one of the modules; no scale has changed then.
+    """
+    checks.instance("model", model, nn.Module)
+    if not callable(run):
+        raise TypeError(f"run must be a function that runs the model, got {type(run).__name__}")
+    modules = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, QuantizedModule) and m.activation and isinstance(m.activation.scale, LearnedScale)
+    }
+    if not modules:
+        raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
+    before = [(m, m.input_alpha.detach().clone(), m.input_is_calibrated) for m in modules.values()]
+    for m in modules.values():
+        m.calibrating = True
+    try:
+        with torch.no_grad():
+            run()
+        left = [name or "model" for name, m in modules.items() if m.calibrating]
+        if left:
+            raise ValueError(
+                f"run must reach every module whose input has a learned scale, got none for {left[0]}"
+                + (f" and {len(left) - 1} more" if left[1:] else "")
+            )
+    except BaseException:
+        for m, alpha, calibrated in before:
+            m.set_input_alpha(alpha)
+            m.input_is_calibrated = calibrated
+        raise
+    finally:
+        for m in modules.values():
+            m.calibrating = False
 
 
 @torch.no_grad()
