@@ -81,7 +81,7 @@ QUANTIZER_ROWS = {
     ),
 }  # fmt: skip
 #: Memory time over that of the busiest pipe, at least, of kernels with a transform that arithmetic bounds.
-BOUND = {"rotated_estimate_kernel": 0.35, "rotated_backward_kernel": 0.7, "rotated_perturb_kernel": 0.9}
+BOUND = {"rotated_estimate_kernel": 0.35, "rotated_backward_kernel": 0.7, "rotated_perturb_kernel": 0.85}
 DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
 #: One of each way that the code can differ; the whole table is `python -m bench.sass`.
 CHOSEN = {
@@ -182,7 +182,7 @@ def table():
     lines = iter(PERFORMANCE.read_text().splitlines())
     found = {}
     for line in lines:
-        if not line.startswith("| sm_90, instructions"):
+        if not line.startswith("| sm_90, instructions per element (margin) |"):
             continue
         assert cells_in(line)[1:] == [*DISTRIBUTIONS]
         next(lines)

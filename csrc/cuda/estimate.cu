@@ -142,7 +142,7 @@ FOGZO_DEVICE void rotated_estimate(const Estimate &p, const Part &part, const Es
 }
 
 template <Distribution D, Dtype G, int Block>
-FOGZO_KERNEL(kThreads, 6)
+FOGZO_KERNEL(kThreads, Block ? 6 : 4)
 rotated_estimate_kernel(FOGZO_PARAMETER Estimate p) {
   const Dtype grad_t = actual<G>(p.grad);
   const Part part = part_of(p.tables);

@@ -245,7 +245,7 @@ FOGZO_DEVICE void rotated_update(const Tail &p, const Part &part, const TailName
 
 // Tensors without an alpha are left to plain_update_kernel.
 template <Distribution D, bool Adamw, Dtype L, Dtype G, Dtype O, int Block>
-FOGZO_KERNEL(kThreads, 4)
+FOGZO_KERNEL(kThreads, Block ? 4 : 3)
 rotated_update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.tables);
   count_bad_alphas(p.counters, part);

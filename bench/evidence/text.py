@@ -1,0 +1,58 @@
+"""A byte-level language model and its text: LLaMA from a config, by default on Python's own sources."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+BYTES = 256  # the vocabulary
+VALIDATION_SHARE = 0.1
+
+
+class Text(NamedTuple):
+    """Bytes, uint8; the last tenth of each file is for validation."""
+
+    train: Tensor
+    validation: Tensor
+
+
+def sources(size: int) -> Text:
+    """The modules of the standard library that stand alone in its folder, in the order of their names.
+
+    Args:
+        size: bytes at most, of whole files.
+    """
+    train, validation, total = [], [], 0
+    for path in sorted(Path(os.__file__).parent.glob("*.py")):
+        data = path.read_bytes()
+        if total + len(data) > size:
+            continue
+        cut = int(len(data) * (1 - VALIDATION_SHARE))
+        train.append(data[:cut])
+        validation.append(data[cut:])
+        total += len(data)
+    if not total:
+        raise ValueError(f"size must hold one of Python's sources, got {size} bytes")
+    return Text(*(torch.frombuffer(bytearray(b"".join(x)), dtype=torch.uint8) for x in (train, validation)))
+
+
+def batch(text: Tensor, rows: int, context: int, generator: torch.Generator) -> Tensor:
+    """``rows`` pieces of ``context`` bytes from anywhere, int64."""
+    starts = torch.randint(len(text) - context, (rows, 1), generator=generator)
+    return text[starts + torch.arange(context)].long()
+
+
+def llama(hidden: int, layers: int, context: int) -> nn.Module:
+    """LlamaForCausalLM over bytes; heads of 64, or one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(hidden // 64, 1)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=BYTES, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context,
+        bos_token_id=0, eos_token_id=0, use_cache=False,
+    ))  # fmt: skip
