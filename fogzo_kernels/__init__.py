@@ -11,6 +11,7 @@ from .nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from .nn.convert import calibrate_, calibrate_inputs_, dequantize_model, quantize_model
 from .nn.embedding import QuantEmbedding
 from .nn.linear import QuantLinear
+from .nn.products import set_compute_
 from .nn.report import Report
 from .optim.adamw import AdamW
 from .optim.groups import parameter_groups
@@ -46,5 +47,6 @@ __all__ = [
     "parameter_groups",
     "presets",
     "quantize_model",
+    "set_compute_",
 ]
 __all__ += functional.__all__

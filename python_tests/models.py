@@ -14,6 +14,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import fogzo_kernels as fk
+from fogzo_kernels.spec.scale import FixedScale
 
 # ---- models, as docs/models.md has them
 
@@ -187,9 +188,12 @@ class Weight:
         self.latent = self.rows(plain_module.weight.detach()).double()
         q = quantized_module.quantizer
         self.grid, self.ste, self.tensor_id = q.grid, q.straight_through, quantized_module.tensor_id
-        assert self.grid.offset == 0
-        self.delta = (self.grid.r * q.scale.of(self.latent.float())).double()
-        self.z = (self.latent * (1 / self.delta.float()).double()).float().double()  # rounded as it is pinned
+        assert q.transform is None
+        fixed = isinstance(q.scale, FixedScale)  # else alpha is what the step measured, or learned
+        alpha = q.scale.of(self.latent.float()) if fixed else quantized_module.alpha.detach()
+        self.delta = (self.grid.r * alpha).double()
+        z = self.latent * (1 / self.delta.float()).double() - self.grid.offset
+        self.z = z.float().double()  # rounded as it is pinned
         inside = (self.z > self.grid.qmin) & (self.z < self.grid.qmax)
         self.derivative = inside.double() if self.ste.clip else torch.ones_like(self.z)
 
@@ -203,7 +207,7 @@ class Weight:
         return y.clamp(self.grid.qmin, self.grid.qmax).round()
 
     def values(self, codes):
-        return self.shaped((self.delta * codes).float())
+        return self.shaped((self.delta * (codes + self.grid.offset)).float())
 
     def noise(self, **names):
         u = fk.noise(self.latent.numel(), self.ste.distribution, tensor_id=self.tensor_id, **names)
@@ -270,7 +274,7 @@ class Reference:
             y = w.z + eps * (guide[n] + noise[n])
             share = self.spread[n] * w.delta / self.norm + N_TOLERANCE * guide[n].abs()
             error = abs(eps) * share + 2.0**-22 * (w.z.abs() + abs(eps) * (guide[n].abs() + noise[n].abs()))
-            found = (self.rows(n, self.seen.effective[number][n]) / w.delta).round()
+            found = (self.rows(n, self.seen.effective[number][n]) / w.delta - w.grid.offset).round()
             near = ((y - y.floor()) - 0.5).abs() <= error
             assert torch.equal(found[~near], w.codes(y)[~near]), n
             codes = torch.where(near, found, w.codes(y))

@@ -24,8 +24,8 @@ FLOORS = {
             " tail straight_through learned quantize hadamard"),
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
-           "__init__ scales inputs quantized permuted"
-           " linear conv embedding transposed twins rules sharing fast_path pretrained report convert"),
+           "__init__ scales inputs quantized permuted linear"
+           " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads step"
               " settings device estimator"),
     "optim": (("spec", "ops.checks", "functional", "nn", "train"), "__init__ groups fused adamw sgd"),

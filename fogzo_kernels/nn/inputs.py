@@ -48,7 +48,7 @@ def quantized_input(module: QuantizedModule, input: Tensor, block: int) -> Tenso
             f"activation must have a transform whose block divides a row of the input, of {rows.shape[-1]}"
             f" elements, got {how.transform}"
         )
-    alpha, factor = _alpha(module, how, rows)
+    alpha, factor = input_alpha(module, how, rows)
     found = quantize(
         rows, alpha, grid=how.grid, straight_through=how.straight_through, transform=how.transform,
         alpha_factor=factor, backend=backend,
@@ -60,7 +60,7 @@ def quantized_input(module: QuantizedModule, input: Tensor, block: int) -> Tenso
     return rotated(found, block, backend)
 
 
-def _alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[Tensor, float]:
+def input_alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[Tensor, float]:
     """Alpha of an input, and the factor of its gradient."""
     scale = how.scale
     if isinstance(scale, MeasuredScale):

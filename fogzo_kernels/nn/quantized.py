@@ -54,7 +54,7 @@ class QuantizedModule(nn.Module):
     """
 
     #: The names that from_plain takes in a module.
-    ADDED = (
+    ADDED: ClassVar[tuple[str, ...]] = (
         "alpha",
         "alpha_least",
         "quantizer",
