@@ -21,28 +21,38 @@ def slope_error(out, g):
     return size * 2.1e-6 + 2 * HALF_ULP[out.dtype] * size + SMALLEST[out.dtype]
 
 
-def estimate_errors(a, mix, losses, draw, grid, m_off):
+def over_blocks(terms, block):
+    """What a transform makes of absolute terms at most."""
+    if not block or not terms.numel():
+        return terms
+    return terms.view(-1, block).sum(1, keepdim=True).expand(-1, block).reshape(-1) / block**0.5
+
+
+def estimate_errors(a, mix, losses, draw, grid, m_off, block):
     """Twice what tolerances.estimate_error allows one backend: two of them are compared."""
     A, B, _ = reference.coefficients(a["grads"], a["alphas"], draw, mix, losses._replace(counters=None))
     errors = []
     for i, g in enumerate(a["grads"]):
         e = reference.elements(g.numel(), draw.layouts[i], g.device)
-        added, noise = (A.abs() * g.flatten().float().abs()).double(), 0.0
+        guide = (A.abs() * g.flatten().float().abs()).double()
+        added, noise = torch.zeros_like(guide), torch.zeros_like(guide)
         inv = 1 / reference.delta_of(a["alphas"][i], grid.r, g).double()
         for direction, b in enumerate(B):
             m = reference.noise_m(e, draw, direction, draw.tensor_ids[i])
             added += inv * b.abs() * m.abs()
             noise += inv * b.abs()
+        added, noise = guide + over_blocks(added, block), over_blocks(noise, block)
         rounding = 0.0 if g.dtype == torch.float32 else 2 * HALF_ULP[g.dtype] * added + 2 * SMALLEST[g.dtype]
-        errors.append(8 * 2.0**-23 * added + noise * m_off + rounding)
+        errors.append((32 if block else 8) * 2.0**-23 * added + noise * m_off + rounding)
     return errors
 
 
-def alpha_errors(grads, latents, alphas, factors, grid):
+def alpha_errors(grads, latents, alphas, factors, grid, block):
     """Of gradients of alphas: 1e-5 of the sum of absolute terms for each of the two backends."""
     errors = []
     for g, theta, alpha, factor in zip(grads, latents, alphas, factors, strict=True):
-        slope = reference.alpha_slope(theta.flatten().float(), reference.delta_of(alpha, grid.r, theta), grid)
+        x = reference.rotated(theta.flatten().float(), block)
+        slope = reference.alpha_slope(x, reference.delta_of(alpha, grid.r, theta), grid)
         terms = (g.flatten().float() * slope).abs().double()
         size = reference.sum_of(terms.view(alpha.numel(), terms.numel() // max(alpha.numel(), 1)))
         errors.append(2e-5 * abs(factor) * size + 2.0**-140)

@@ -42,7 +42,7 @@ def losses_of(a):
 def expected(case, args):
     """What the arguments of a valid call become, by the reference; and by how much they may differ."""
     op, a = case["op"], {k: copied(v) for k, v in args.items()}
-    grid, draw = fk.Grid(*case["grid"]), draw_of(case)
+    grid, draw, block = fk.Grid(*case["grid"]), draw_of(case), case["block"]
     m_off = M_TOLERANCE["cpu"][draw.distribution] + M_TOLERANCE["reference"][draw.distribution]
     if op == "noise":
         u = reference.noise(a["out"].numel(), draw, a["direction"], torch.device("cpu"))
@@ -54,30 +54,34 @@ def expected(case, args):
         return {"out": [total]}, {"out": [2e-6 * total]}
     if op == "perturb_quantize":
         reference.perturb_quantize_(
-            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], draw, mix_of(a), a["direction"], grid
-        )
+            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], draw, mix_of(a), a["direction"], grid,
+            block,
+        )  # fmt: skip
         outs = zip(a["alphas"], a["plus"] or a["minus"], strict=True)
         off = [one_code(*pair, grid, draw.distribution) for pair in outs]
         return {k: a[k] for k in ("plus", "minus") if a[k]}, {"plus": off, "minus": off}
     if op == "measure_alphas":
         reference.measure_alphas_(a["alphas"], a["tensors"], Measure(*case["measure"]))
         return {"alphas": a["alphas"]}, {"alphas": [2e-6 * alpha.nan_to_num(0, 0) for alpha in a["alphas"]]}
+    if op == "hadamard":
+        reference.hadamard_(a["out"], a["tensors"], block)
+        return {"out": a["out"]}, {}
     if op == "quantize":
-        reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
+        reference.quantize_(a["out"], a["latents"], a["alphas"], grid, block)
         return {"out": a["out"]}, {}
     if op in ("straight_through_backward", "learned_backward"):
         straight_through, lists = fk.StraightThrough(*case["kind"]), (a["grads"], a["latents"], a["alphas"])
-        reference.straight_through_backward_(a["out"], *lists, grid, straight_through)
+        reference.straight_through_backward_(a["out"], *lists, grid, straight_through, block)
         tanh, found = case["kind"][0] == "tanh", {"out": a["out"]}
         off = {"out": list(map(slope_error, a["out"], a["grads"]))} if tanh else {}
         if op == "learned_backward":
             found["alpha_grads"], factors = a["alpha_grads"], a["factors"]
-            reference.learned_backward_(*found.values(), *lists, grid, straight_through, factors)
-            off["alpha_grads"] = alpha_errors(*lists, factors, grid)
+            reference.learned_backward_(*found.values(), *lists, grid, straight_through, factors, block)
+            off["alpha_grads"] = alpha_errors(*lists, factors, grid, block)
         return found, off
     if op == "estimate_gradient":
-        off = estimate_errors(a, mix_of(a), losses_of(a), draw, grid, m_off)
-        reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix_of(a), losses_of(a), grid.r)
+        off = estimate_errors(a, mix_of(a), losses_of(a), draw, grid, m_off, block)
+        reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix_of(a), losses_of(a), grid.r, block)
         return {"grads": a["grads"], "counters": a["counters"]}, {"grads": off}
     return updated(case, a, draw, grid), {}
 
@@ -85,22 +89,22 @@ def expected(case, args):
 def updated(case, a, draw, grid):
     """The fused tail: to the bit what the reference makes of the G that the native estimate gives."""
     G, lists = [g.float() for g in a["grads"]], ("latents", "masters", "first", "second")
-    quantizing, mix = len(a["alphas"]), mix_of(a)
+    quantizing, mix, block = len(a["alphas"]), mix_of(a), case["block"]
     skip = case["n"] and not math.isfinite(a["norm"])
     if case["n"]:
         drawn = [a[k] for k in ("distribution", "noise_scale", "seed", "step", "tensor_ids", "layouts")]
         mixed = a["norm"], a["one_minus_beta"], a["epsilon"]
         losses = a["losses_plus"], a["losses_minus"]
-        native.estimate_gradient(G[:quantizing], [], a["alphas"], *drawn, *mixed, *losses, grid.r)
+        native.estimate_gradient(G[:quantizing], [], a["alphas"], *drawn, *mixed, *losses, grid.r, block)
         reference.coefficients(a["grads"], a["alphas"], draw, mix, losses_of(a))
     if not skip:
         rule = rule_of(case)
         states = [a["first"], a["second"]][: rule.states]
         update = Update(rule, a["lr"], a["optimizer_step"], a["masters"], states)
         none = Losses(torch.zeros(0), torch.zeros(0), None)
-        reference.estimate_update_(a["latents"], [], G, a["alphas"], draw, mix, none, grid, update)
+        reference.estimate_update_(a["latents"], [], G, a["alphas"], draw, mix, none, grid, update, block)
     if a["quantized"]:
-        reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid)
+        reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid, block)
     return {k: a[k] for k in (*lists, "quantized", "counters")}
 
 

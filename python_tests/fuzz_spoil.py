@@ -10,6 +10,7 @@ NAN, BIG = math.nan, 2**63 - 1
 NUMBERS = {
     "step": (-1, 2**32, BIG), "direction": (-1, 2**16, BIG), "qmin": (-129, 128, BIG, -BIG),
     "qmax": (-129, 128, BIG, 2**32), "offset": (NAN, 0.25, math.inf), "r": (0, 3, -1, BIG),
+    "block": (-1, 8, 100, 2048, BIG),
     "optimizer_step": (0, -1, -BIG), "one_minus_beta": (NAN, math.inf, -1.0, 1.5, 1e308),
     "lr": (NAN, math.inf, -math.inf, -1.0), "factor": (NAN, math.inf, -1.0, 0.0, 1e-39, 1e39),
     "add": (NAN, math.inf, -1e-9, 1e39), "least": (NAN, math.inf, -1e-9, 1e39),

@@ -26,6 +26,7 @@ import fogzo_kernels as fk
 from fogzo_kernels import _C
 from fogzo_kernels.spec import dtypes, straight_through
 from fogzo_kernels.spec.call import Measure
+from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.scale import STATISTICS
 
@@ -39,7 +40,8 @@ GRIDS = (
 )  # fmt: skip
 KINDS = (("identity", True), ("identity", "trust"), *((kind, False) for kind in straight_through.KINDS))
 NOISY = ("noise", "perturb_quantize", "estimate_gradient", "estimate_update")
-OPS = (*NOISY, "guide_sumsq", "quantize", "straight_through_backward", "measure_alphas", "learned_backward")
+PLAIN = ("noise", "guide_sumsq", "measure_alphas")  # without a transform
+OPS = (*NOISY, *PLAIN[1:], "quantize", "straight_through_backward", "learned_backward", "hadamard")
 
 
 # ---- cases
@@ -58,6 +60,19 @@ def draw_tensor(random, large):
         "shape": (rows, columns), "scales": scales,
         "layout": (offset, max(columns, 1), max(columns, 1) + random.choice((0, 1, 7, 64))),
         "id": random.choice((0, 2**32 - 2, random.randint(0, 2**32 - 2))),
+    }  # fmt: skip
+
+
+def in_blocks(tensor, block, random):
+    """The same tensor with rows, scales and place of whole blocks."""
+    rows, groups = tensor["shape"][0], random.choice((1, 1, 2))
+    columns = groups * block * random.choice((0, 1, 1, 3, 40))
+    offset, _, _ = tensor["layout"]
+    wide = max(columns, block)
+    return {
+        **tensor, "shape": (rows, columns),
+        "scales": random.choice([(), (1,), (rows,), (rows, 1), (rows, groups)]),
+        "layout": (offset // block * block, wide, wide + block * random.choice((0, 1, 7))),
     }  # fmt: skip
 
 
@@ -93,6 +108,12 @@ def draw_case(random, op, bad):
         "measure": (random.choice(STATISTICS), *random.choice(((1.0, 0.0, 0.0), (0.3, 1e-8, 0.2)))),
         "threads": random.choice((1, 3)), "spoil": (),
     }  # fmt: skip
+    block = random.choice(BLOCKS) if op == "hadamard" or (op not in PLAIN and random.random() < 0.4) else 0
+    case["block"] = block
+    if block:
+        case["tensors"] = apart([in_blocks(t, block, random) for t in case["tensors"]])
+        if case["kind"][0] == "tanh":  # whose slope differs in its last bits
+            case["kind"] = ("hardtanh", False)
     if bad:
         arguments = build(case, Buffers(case))
         ways = {name: applicable(op, name, arguments) for name in arguments}
@@ -229,7 +250,8 @@ def build(case, buffers):
         "tensor_ids": lambda: [t["id"] for t in quantizing],
         "layouts": lambda: [x for t in quantizing for x in t["layout"]],
         "qmin": lambda: case["grid"][0], "qmax": lambda: case["grid"][1], "offset": lambda: case["grid"][2],
-        "r": lambda: case["grid"][3], "distribution": lambda: case["distribution"], "epsilon": lambda: 0.75,
+        "r": lambda: case["grid"][3], "block": lambda: case["block"],
+        "distribution": lambda: case["distribution"], "epsilon": lambda: 0.75,
         "noise_scale": lambda: DISTRIBUTIONS[case["distribution"]],
         "straight_through": lambda: fk.StraightThrough(*case["kind"]).variant, "rule": lambda: case["rule"],
         "names": lambda: list(rule_of(case).hyperparameters), "lr": lambda: scalar(0.03),
@@ -241,6 +263,7 @@ def build(case, buffers):
             "quantize": lambda: outputs(True, out),
             "straight_through_backward": lambda: outputs(True, latent),
             "learned_backward": lambda: outputs(True, latent),
+            "hadamard": lambda: outputs(True, FLOATS[case["grad"]]),
         }[op](),
     }  # fmt: skip
     return {a.name: known[a.name]() for a in getattr(native, op).default._schema.arguments}

@@ -150,8 +150,8 @@ def multiplied(codes: Tensor, other: Tensor, offset: float, other_offset: float)
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """a b of int8 matrices, int32.
 
-    A GPU's product wants more than 16 rows, and multiples of 8. PyTorch's on a CPU reads other memory where there is
-    one product to a sum (2.13: the strides of such a matrix are ambiguous).
+    A GPU's product wants more than 16 rows, and multiples of 8. PyTorch's on a CPU reads other memory where
+    there is one product to a sum (2.13: the strides of such a matrix are ambiguous).
     """
     (m, k), n = a.shape, b.shape[1]
     if not a.is_cuda and k > 1:
