@@ -1,8 +1,8 @@
 // G in place of g: fma(A, g, inv sum_i B_i m_i), all directions in one pass. One launch makes the
 // coefficients of the losses, one is over all tensors.
+#include "estimate.cuh"
 #include "launch.cuh"
 #include "losses.cuh"
-#include "tiles.cuh"
 
 namespace fogzo::cuda {
 
@@ -17,22 +17,6 @@ FOGZO_KERNEL(1, 1) coefficients_kernel(FOGZO_PARAMETER EstimateCoefficients p) {
   p.out[0] = found.A;
   p.out[1] = found.usable ? 0.0f : 1.0f;
 }
-
-struct Estimate {
-  Tables tables;
-  Source source;
-  const float *coefficients;
-  int directions;
-  float r;
-  int64_t *counters;
-};
-
-struct EstimateNames {
-  Keys keys;
-  uint32_t step, tensor_id;
-  float A;
-  const float *B;
-};
 
 template <Distribution D, int Count, bool Plain>
 FOGZO_DEVICE void estimate_chunks(const Estimate &p, const EstimateNames &names, const Layout &layout,
@@ -118,12 +102,17 @@ template <Distribution D> EstimateKernel estimate_for(Dtype grad, bool plain) {
 }
 
 void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
-                       float r, float *coefficients) {
+                       float r, float *coefficients, int block) {
   launch("coefficients_kernel", coefficients_kernel, where, 1, 1,
          EstimateCoefficients{losses_of(draw, losses), coefficients});
   const bool plain = plan.per_tensor && !plan.shard && draw.step.on_host();
-  const Estimate p{tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, losses.counters};
+  const Estimate p{
+      tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, losses.counters, grad};
   with_value(draw.distribution, [&](auto D) {
+    if (block)
+      return launch_with_barriers("rotated_estimate_kernel",
+                                  rotated_estimate_for<decltype(D)::value>(grad, block), where, plan.blocks,
+                                  kThreads, Rotated<Estimate>{p, rotation_of(block)});
     launch("estimate_kernel", estimate_for<decltype(D)::value>(grad, plain), where, plan.blocks, kThreads, p);
   });
 }

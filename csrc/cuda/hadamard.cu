@@ -1,56 +1,15 @@
 // The Hadamard transform of consecutive blocks of LATENT into PLUS, which may be LATENT: butterflies in
 // float32, stage by stage, then one product.
-//
-// A thread holds chunks of 8 elements. Stages h = 1, 2, 4 are its own; up to h = 128 the other element lies in
-// the same warp, and beyond that in another one, and goes by shared memory.
+#include "hadamard.cuh"
 #include "launch.cuh"
-#include "tiles.cuh"
 
 namespace fogzo::cuda {
-
-constexpr int kWarp = 32; // threads
 
 struct Hadamard {
   Tables tables;
   Dtypes dtypes;
   float factor;
 };
-
-// The stages within a chunk.
-FOGZO_DEVICE void own_stages(float (&x)[kChunk]) {
-#pragma unroll
-  for (int h = 1; h < kChunk; h *= 2)
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      if (!(i & h))
-        butterfly(x[i], x[i + h]);
-}
-
-// The chunk of the thread whose number differs in `bit`, which may be of another warp.
-FOGZO_DEVICE void from_block(const float (&x)[kChunk], int bit, float (&other)[kChunk]) {
-  FOGZO_SHARED float held[kChunk][kThreads];
-  barrier(); // all have read what lay there
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    held[i][thread()] = x[i];
-  barrier();
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    other[i] = held[i][thread() ^ bit];
-}
-
-// a + b for the thread of a, a - b for that of b: the product by 1 or -1 is exact, so it rounds once.
-template <bool Far> FOGZO_DEVICE void stage_between(float (&x)[kChunk], int bit) {
-  float other[kChunk];
-  if (Far)
-    from_block(x, bit, other);
-  else
-    from_warp(x, bit, other);
-  const float sign = thread() & bit ? -1.0f : 1.0f;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] = std::fma(sign, x[i], other[i]);
-}
 
 // Chunk c of the block. Where the tensors are not aligned, by elements.
 template <bool Aligned>

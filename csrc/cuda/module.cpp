@@ -108,6 +108,9 @@ Optimizer optimizer_of(const OptimizerArgument &a) {
   return {value_of<Rule>(rule, "rule"), hyperparameters_of(hyperparameters), scalar_of(lr), scalar_of(count)};
 }
 
+// Of a quantizer's transform; 0 for none.
+int transform_of(int64_t block) { return block ? block_of(block) : 0; }
+
 Measure measure_of(const MeasureArgument &a) {
   const auto &[statistic, factor, add, least] = a;
   return {value_of<Statistic>(statistic, "statistic"), float(factor), float(add), float(least)};
@@ -139,46 +142,55 @@ void define_ops(py::module_ &m) {
     guide_sumsq(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"), float(r),
                 pointer<double>(partial), pointer<void>(out), root);
   });
-  m.def("perturb_quantize", [](const WhereArgument &where, const PlanArgument &plan,
-                               const DtypesArgument &dtypes, bool plus, bool minus, const DrawArgument &draw,
-                               int64_t direction, uintptr_t norm, const GridArgument &grid, double epsilon) {
-    perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, draw_of(draw),
-                     direction_of(direction), pointer<const float>(norm), grid_of(grid), epsilon);
-  });
-  m.def("estimate_gradient",
-        [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
-           const DrawArgument &draw, const LossesArgument &losses, double r, uintptr_t coefficients) {
-          estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"),
-                            draw_of(draw), losses_of(losses), float(r), pointer<float>(coefficients));
+  m.def("perturb_quantize",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, bool plus,
+           bool minus, const DrawArgument &draw, int64_t direction, uintptr_t norm, const GridArgument &grid,
+           double epsilon, int64_t block) {
+          perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, draw_of(draw),
+                           direction_of(direction), pointer<const float>(norm), grid_of(grid), epsilon,
+                           transform_of(block));
         });
-  m.def("estimate_update", [](const WhereArgument &where, const PlanArgument &plan,
-                              const DtypesArgument &dtypes, bool master, bool quantized,
-                              const DrawArgument &draw, const LossesArgument &losses, const GridArgument &grid,
-                              const OptimizerArgument &optimizer, uintptr_t coefficients) {
-    estimate_update(where_of(where), plan_of(plan), dtypes_of(dtypes), master, quantized, draw_of(draw),
-                    losses_of(losses), grid_of(grid), optimizer_of(optimizer), pointer<float>(coefficients));
+  m.def("estimate_gradient", [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
+                                const DrawArgument &draw, const LossesArgument &losses, double r,
+                                uintptr_t coefficients, int64_t block) {
+    estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"), draw_of(draw),
+                      losses_of(losses), float(r), pointer<float>(coefficients), transform_of(block));
   });
+  m.def("estimate_update",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, bool master,
+           bool quantized, const DrawArgument &draw, const LossesArgument &losses, const GridArgument &grid,
+           const OptimizerArgument &optimizer, uintptr_t coefficients, int64_t block) {
+          estimate_update(where_of(where), plan_of(plan), dtypes_of(dtypes), master, quantized, draw_of(draw),
+                          losses_of(losses), grid_of(grid), optimizer_of(optimizer),
+                          pointer<float>(coefficients), transform_of(block));
+        });
   m.def("quantize", [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-                       const GridArgument &grid) {
-    quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid));
+                       const GridArgument &grid, int64_t block) {
+    quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid), transform_of(block));
   });
   m.def("straight_through_backward",
         [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-           const GridArgument &grid, const std::string &straight_through) {
+           const GridArgument &grid, const std::string &straight_through, int64_t block) {
           straight_through_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
-                                    value_of<StraightThrough>(straight_through, "straight_through"));
+                                    value_of<StraightThrough>(straight_through, "straight_through"),
+                                    transform_of(block));
         });
   m.def("measure_alphas", [](const WhereArgument &where, const CellPlanArgument &plan, const std::string &data,
                              const MeasureArgument &measure, uintptr_t partial) {
     measure_alphas(where_of(where), cell_plan_of(plan), float_of_name(data, "data's dtype"),
                    measure_of(measure), pointer<double>(partial));
   });
-  m.def("learned_backward", [](const WhereArgument &where, const PlanArgument &plan,
-                               const DtypesArgument &dtypes, const GridArgument &grid,
-                               const std::string &straight_through, uintptr_t partial) {
-    learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
-                     value_of<StraightThrough>(straight_through, "straight_through"), pointer<double>(partial));
-  });
+  m.def("learned_backward",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
+           const GridArgument &grid, const std::string &straight_through, uintptr_t partial, int64_t block) {
+          const auto kind = value_of<StraightThrough>(straight_through, "straight_through");
+          const auto sums = pointer<double>(partial);
+          if (const int size = transform_of(block))
+            rotated_learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid), kind,
+                                     sums, size);
+          else
+            learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid), kind, sums);
+        });
   m.def("hadamard",
         [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, int64_t block) {
           const auto types = dtypes_of(dtypes);

@@ -1,6 +1,7 @@
 // Q(w + eps v) and Q(w - eps v) in one pass, for the distributions that perturb_kernels.cu compiles.
 #pragma once
 
+#include "hadamard.cuh"
 #include "launch.cuh"
 #include "noise.cuh"
 #include "tiles.cuh"
@@ -160,8 +161,14 @@ template <Distribution D> PerturbKernel perturb_for(const Dtypes &t, bool both, 
   return both ? perturb_kernel<D, any, any, any, true, false> : perturb_kernel<D, any, any, any, false, false>;
 }
 
+using RotatedPerturbKernel = void (*)(Rotated<Perturb>);
+
+// The kernel around a transform (rotated_perturb.cuh).
+template <Distribution D> RotatedPerturbKernel rotated_perturb_for(const Dtypes &t, bool both, int block);
+
 #define FOGZO_ELSEWHERE(name, ...)                                                                             \
-  extern template PerturbKernel perturb_for<Distribution::name>(const Dtypes &, bool, bool);
+  extern template PerturbKernel perturb_for<Distribution::name>(const Dtypes &, bool, bool);                   \
+  extern template RotatedPerturbKernel rotated_perturb_for<Distribution::name>(const Dtypes &, bool, int);
 FOGZO_DISTRIBUTIONS(FOGZO_ELSEWHERE)
 #undef FOGZO_ELSEWHERE
 

@@ -156,7 +156,7 @@ def perturb_quantize_(
     with on(device):
         _cuda.perturb_quantize(
             where(device), planned(p), dtypes, bool(plus), bool(minus), drawn(draw, mix), direction,
-            mix.norm.data_ptr(), grid_of(grid), mix.epsilon,
+            mix.norm.data_ptr(), grid_of(grid), mix.epsilon, block,
         )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def estimate_gradient_(
     with on(device):
         _cuda.estimate_gradient(
             where(device), planned(p), name_of(grads), drawn(draw, mix), losses_of(losses, mix), r,
-            coefficients.data_ptr(),
+            coefficients.data_ptr(), block,
         )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def estimate_update_(
         _cuda.estimate_update(
             where(device), planned(p), (name_of(latents), name_of(grads), name_of(quantized)),
             bool(update.masters), bool(quantized), drawn(draw, mix), losses_of(losses, mix), grid_of(grid),
-            optimizer, coefficients.data_ptr(),
+            optimizer, coefficients.data_ptr(), block,
         )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block
     device, p = latents[0].device, plan(latents, latents=latents, plus=out, alphas=alphas)
     dtypes = name_of(latents), name_of(latents), name_of(out)
     with on(device):
-        _cuda.quantize(where(device), planned(p), dtypes, grid_of(grid))
+        _cuda.quantize(where(device), planned(p), dtypes, grid_of(grid), block)
 
 
 def straight_through_backward_(
@@ -211,7 +211,7 @@ def straight_through_backward_(
     dtypes = name_of(latents), name_of(grads), name_of(out)
     with on(device):
         _cuda.straight_through_backward(
-            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant
+            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, block
         )
 
 
@@ -227,8 +227,7 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
 
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, factors: Sequence[float],
-    block: int,
+    straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
@@ -236,8 +235,9 @@ def learned_backward_(
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
     with on(device):
         _cuda.learned_backward(
-            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, partial.data_ptr()
-        )
+            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, partial.data_ptr(),
+            block,
+        )  # fmt: skip
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
