@@ -59,9 +59,9 @@ class Variant(NamedTuple):
         if "any" in (self.latent, self.grad, self.out):
             return 0
         latent, grad, out = SIZES[self.latent], SIZES[self.grad], SIZES[self.out]
-        if self.kernel == "estimate_kernel":
+        if self.kernel.endswith("estimate_kernel"):
             return 2 * grad
-        if self.kernel == "update_kernel":
+        if self.kernel.endswith("update_kernel"):
             return 2 * latent + grad + 8 * RULES[self.kind or ""] + out + 4 * self.master
         return latent + grad + out * (2 if self.signs == "both" else 1)
 

@@ -104,12 +104,13 @@ FOGZO_DEVICE void rotated_quantize(const Rotated<Quantize> &p, const Part &part,
     const Scale scale = chunk_scale<false>(scales, c.first); // of both: a block has one
     rotate<Far>(x, p.rotation);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        x[k][i] = position(x[k][i], scale.inv, p.op.grid);
-      if (c.some)
-        store_codes<Aligned>(out, k ? c.second : c.first, x[k], scale.delta, p.op.grid, out_t);
+    for (int i = 0; i < kChunk; ++i) {
+      x[0][i] = position(x[0][i], scale.inv, p.op.grid);
+      x[1][i] = position(x[1][i], scale.inv, p.op.grid);
+    }
+    if (c.some) {
+      store_codes<Aligned>(out, c.first, x[0], scale.delta, p.op.grid, out_t);
+      store_codes<Aligned>(out, c.second, x[1], scale.delta, p.op.grid, out_t);
     }
   }
 }

@@ -44,15 +44,17 @@ FOGZO_DEVICE void rotated_estimate(const Rotated<Estimate> &p, const Part &part,
       x[1][i] *= inv;
     }
     rotate<Far>(x, p.rotation);
+    float g[2][kChunk];
+    widen(raw[0], dtype, g[0]);
+    widen(raw[1], dtype, g[1]);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      float g[kChunk];
-      widen(raw[k], dtype, g);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        g[i] = std::fma(names.A, g[i], x[k][i]);
-      if (c.some)
-        store_floats<Aligned>(grad, k ? c.second : c.first, g, dtype);
+    for (int i = 0; i < kChunk; ++i) {
+      g[0][i] = std::fma(names.A, g[0][i], x[0][i]);
+      g[1][i] = std::fma(names.A, g[1][i], x[1][i]);
+    }
+    if (c.some) {
+      store_floats<Aligned>(grad, c.first, g[0], dtype);
+      store_floats<Aligned>(grad, c.second, g[1], dtype);
     }
   }
 }

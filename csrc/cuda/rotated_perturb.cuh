@@ -40,13 +40,14 @@ template <bool Aligned>
 FOGZO_DEVICE void store_two(char *out, const TwoChunks &c, float (&x)[2][kChunk], const float (&u)[2][kChunk],
                             float eps, const Scale &scale, const Grid &grid, Dtype dtype) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      x[k][i] = std::fma(eps, u[k][i], position(x[k][i], scale.inv, grid));
-    if (c.some)
-      store_codes<Aligned>(out, k ? c.second : c.first, x[k], scale.delta, grid, dtype);
+  for (int i = 0; i < kChunk; ++i) {
+    x[0][i] = std::fma(eps, u[0][i], position(x[0][i], scale.inv, grid));
+    x[1][i] = std::fma(eps, u[1][i], position(x[1][i], scale.inv, grid));
   }
+  if (!c.some)
+    return;
+  store_codes<Aligned>(out, c.first, x[0], scale.delta, grid, dtype);
+  store_codes<Aligned>(out, c.second, x[1], scale.delta, grid, dtype);
 }
 
 template <Distribution D, bool Both, bool Far, bool Aligned>

@@ -71,13 +71,14 @@ FOGZO_DEVICE void rotated_update(const Rotated<Tail> &p, const Part &part, const
       continue;
     rotate<true>(x, p.rotation);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        x[k][i] = position(x[k][i], scale.inv, p.op.grid);
-      if (c.some)
-        store_codes<Aligned>(part.address(PLUS, bytes_of(names.out_t)), k ? c.second : c.first, x[k],
-                             scale.delta, p.op.grid, names.out_t);
+    for (int i = 0; i < kChunk; ++i) {
+      x[0][i] = position(x[0][i], scale.inv, p.op.grid);
+      x[1][i] = position(x[1][i], scale.inv, p.op.grid);
+    }
+    if (c.some) {
+      char *out = part.address(PLUS, bytes_of(names.out_t));
+      store_codes<Aligned>(out, c.first, x[0], scale.delta, p.op.grid, names.out_t);
+      store_codes<Aligned>(out, c.second, x[1], scale.delta, p.op.grid, names.out_t);
     }
   }
 }
