@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -83,11 +84,14 @@ def split(
     stores, loads = (
         [a for a, op, _ in code if re.match(rf"{kind}\.E\.(128|64)", op)] for kind in ("STG", "LDG")
     )
-    loops = []
-    for address, op, rest in code:
-        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and int(target.group(1), 16) < address:
-            loops.append((int(target.group(1), 16), address))
+    jumps = [
+        (address, op, int(target.group(1), 16))
+        for address, op, rest in code
+        if op.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest))
+    ]
+    # last comes what a warp runs only where its threads went different ways; its jumps back are no loops
+    apart = min((target for _, op, target in jumps if op.startswith("BRA.DIV")), default=math.inf)
+    loops = [(target, address) for address, _, target in jumps if target < address < apart]
     # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide
     inside = containing(loops, stores) or containing(loops, loads)
     if not inside:
