@@ -235,6 +235,22 @@ print(json.dumps([prologue, loop, report.weighted(8), report.width("STG"), len(c
     assert (width, instructions) == (128, 11)
 
 
+def test_stages_of_a_transform_are_counted_by_themselves():
+    """A loop around a wide store with a loop that shuffles and one that does not; what divergent warps run."""
+    lines = ["MOV R1, R2", "FADD R3, R3, R4", "IMAD R6, R6, R7", "@!P0 BRA 0x20", "BRA.DIV ~URZ, 0xb0",
+             "SHFL.BFLY PT, R4, R5, R6", "@!P0 BRA 0x40", "STG.E.128 [R8], R4", "@P1 BRA 0x10",
+             "STG.E.U16 [R8], R4", "EXIT", "WARPSYNC R9", "MOV R7, R9", "BRA 0x50"]  # fmt: skip
+    text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    found = run_code(f"""
+import json
+from bench.sass.machine_code import split
+print(json.dumps(split({text!r}, 4, 3)[:2]))
+""")
+    prologue, loop = json.loads(found)
+    assert prologue == {"MOV": 1}
+    assert loop == {"FADD": 1, "IMAD": 4, "BRA": 4 + 3 + 1, "BRA.DIV": 3, "SHFL.BFLY": 3, "STG.E.128": 1}
+
+
 def test_table_and_json(tmp_path):
     code = f"""
 from bench.sass.__main__ import main
