@@ -1,4 +1,4 @@
-"""What the CUDA sources compile to: an object a file, and one for each distribution of perturb_kernels.cu.
+"""What the CUDA sources compile to: an object a file, and one for each distribution of some.
 
 For setup.py, for the tests, which compile them for the CPU, and for the count of instructions.
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).parent / "csrc"
-PER_DISTRIBUTION = "perturb_kernels"
+#: Sources that are compiled once for each distribution; their units' names begin so.
+PER_DISTRIBUTION = {"perturb_kernels": "perturb", "rotated_kernels": "rotated"}
 
 
 class Unit(NamedTuple):
@@ -35,8 +36,8 @@ def units() -> list[Unit]:
     """Every compilation, in a fixed order."""
     found = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
-        if source.stem == PER_DISTRIBUTION:
-            found += [Unit(f"perturb_{d}", source, (f"-DFOGZO_DISTRIBUTION={d}",)) for d in distributions()]
+        if prefix := PER_DISTRIBUTION.get(source.stem):
+            found += [Unit(f"{prefix}_{d}", source, (f"-DFOGZO_DISTRIBUTION={d}",)) for d in distributions()]
         else:
             found.append(Unit(source.stem, source, ()))
     return found

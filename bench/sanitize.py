@@ -127,13 +127,46 @@ def transforms(device: torch.device, backend: str) -> Iterator[str]:
             yield f"hadamard {block} {dtype}"
 
 
+def rotated(device: torch.device, backend: str) -> Iterator[str]:
+    """Every op of a quantizer with a transform, of each block, aligned and not."""
+    losses = torch.tensor([[1.25, 1.5], [1.0, 1.125]], device=device)
+    for block in BLOCKS:
+        for dtype in FLOATS:
+            shapes = [(1, block), (0, block), (3, 3 * block), (17, 1024)]
+            latents, grads = ([torch.randn(s, device=device).to(dtype) for s in shapes] for _ in range(2))
+            for some in (latents, grads):
+                some.append(torch.randn(2 * block + 1, device=device).to(dtype)[1:])
+            alphas = [torch.full((), c.ALPHA, device=device) for _ in latents]
+            alphas[2], alphas[3] = (torch.full((n, 1), c.ALPHA, device=device) for n in (3, 17))
+            how = {"grid": c.GRID, "straight_through": StraightThrough("identity"), "backend": backend}
+            how["transform"] = fk.Hadamard(block)
+            norm = fk.guide_norm(grads, alphas, grid=c.GRID, backend=backend)
+            plus, minus = alone(latents), alone(latents)
+            fk.perturb_quantize_(plus, minus, latents, grads, alphas, norm, **how, **NAMES)
+            fk.perturb_quantize_(None, minus, latents, grads, alphas, norm, **how, **NAMES)
+            yield f"perturb, Hadamard {block} {dtype}"
+            fk.estimate_gradient_(grads, *losses, alphas, norm, **how, **NAMES)
+            yield f"estimate, Hadamard {block} {dtype}"
+            states = [[torch.zeros_like(t, dtype=torch.float32) for t in latents] for _ in range(2)]
+            fk.estimate_adamw_(
+                alone(latents), grads, *states, *losses, alphas, norm, lr=c.LR, optimizer_step=1,
+                quantized=plus, **how, **NAMES,
+            )  # fmt: skip
+            yield f"adamw, Hadamard {block} {dtype}"
+            fk.quantize_(plus, latents, alphas, grid=c.GRID, transform=how["transform"], backend=backend)
+            fk.straight_through_backward_(alone(grads), latents, alphas, **how)
+            alpha_grads = [torch.empty_like(alpha) for alpha in alphas]
+            fk.learned_backward_(grads, alpha_grads, latents, alphas, factors=[1.0] * len(latents), **how)
+            yield f"quantize and back, Hadamard {block} {dtype}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device, count = torch.device(args.device), 0
-    for part in (lists, shards, backward, cells, transforms):
+    for part in (lists, shards, backward, cells, transforms, rotated):
         for name in part(device, args.backend):
             if device.type == "cuda":
                 torch.cuda.synchronize()  # an error shows at its op

@@ -28,8 +28,27 @@ CELLS, MEASURE = (0, 0, 0, 0, 0), ("rms", 1, 0, 0)
 
 def update(rule, hyperparameters):
     native.estimate_update(
-        WHERE, PLAN, DTYPES, False, False, DRAW, LOSSES, GRID, (rule, hyperparameters, (0, 0.1), (0, 1)), 0
+        WHERE, PLAN, DTYPES, False, False, DRAW, LOSSES, GRID, (rule, hyperparameters, (0, 0.1), (0, 1)), 0, 0
     )
+
+
+def test_each_op_with_a_transform_names_a_wrong_block():
+    draw, losses, optimizer = DRAW, LOSSES, ("sgd", HYPERPARAMETERS, (0, 0.1), (0, 1))
+    calls = [
+        lambda block: native.quantize(WHERE, PLAN, DTYPES, GRID, block),
+        lambda block: native.perturb_quantize(
+            WHERE, PLAN, DTYPES, True, False, draw, 0, 0, GRID, 1.0, block),
+        lambda block: native.estimate_gradient(WHERE, PLAN, "float32", draw, losses, 1, 0, block),
+        lambda block: native.estimate_update(
+            WHERE, PLAN, DTYPES, False, False, draw, losses, GRID, optimizer, 0, block),
+        lambda block: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "identity", block),
+        lambda block: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "identity", 0, block),
+    ]  # fmt: skip
+    for call in calls:
+        for block in (-16, 1, 100, 2048):
+            message = f"block must be one of 16, 32, 64, 128, 256, 512, 1024, got {block}"
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                call(block)
 
 
 def test_columns_and_span_are_those_of_the_plans():
@@ -46,20 +65,20 @@ def test_build_info_names_compiler_and_architectures():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: native.quantize(WHERE, (0, 0, -1, True, False), DTYPES, GRID),
+        (lambda: native.quantize(WHERE, (0, 0, -1, True, False), DTYPES, GRID, 0),
          "plan's blocks must be in 0..2147483647, got -1"),
-        (lambda: native.quantize(WHERE, PLAN, ("int8", "float32", "int8"), GRID),
+        (lambda: native.quantize(WHERE, PLAN, ("int8", "float32", "int8"), GRID, 0),
          "latent's dtype must be float32, bfloat16 or float16, got int8"),
-        (lambda: native.quantize(WHERE, PLAN, ("float32", "float32", "float64"), GRID),
+        (lambda: native.quantize(WHERE, PLAN, ("float32", "float32", "float64"), GRID, 0),
          "output's dtype must be one of float32, bfloat16, float16, int8, got float64"),
         (lambda: native.noise(WHERE, PLAN, ("poisson", *DRAW[1:]), 0),
          "distribution must be one of uniform, rademacher, triangular, logistic, gaussian, got poisson"),
         (lambda: native.noise(WHERE, PLAN, DRAW, 65536), "direction must be in 0..65535, got 65536"),
-        (lambda: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "sine"),
+        (lambda: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "sine", 0),
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
-        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "sine", 0),
+        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "sine", 0, 0),
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
-        (lambda: native.estimate_gradient(WHERE, PLAN, "float32", DRAW, (0, 0, -1, *LOSSES[3:]), 1, 0),
+        (lambda: native.estimate_gradient(WHERE, PLAN, "float32", DRAW, (0, 0, -1, *LOSSES[3:]), 1, 0, 0),
          "number of losses must be in 0..65536, got -1"),
         (lambda: native.measure_alphas(WHERE, CELLS, "float32", ("median", 1, 0, 0), 0),
          "statistic must be one of absmax, absmean, rms, got median"),
@@ -129,7 +148,7 @@ def test_a_wide_access_that_is_not_aligned_is_an_error_on_the_host():
     assert p.table[fast] == 0
     p.table[fast] = 16
     with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
-        native.quantize(WHERE, cuda.planned(p), ("float32", "float32", "int8"), (-2, 1, 0.0, 1))
+        native.quantize(WHERE, cuda.planned(p), ("float32", "float32", "int8"), (-2, 1, 0.0, 1), 0)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -189,7 +208,7 @@ def test_setup_says_what_is_left_out_and_why():
 
 def test_every_distribution_has_its_perturbation():
     found = {unit.name: unit for unit in cuda_units.units()}
-    assert {f"perturb_{d}" for d in DISTRIBUTIONS} < set(found)
+    assert {f"{name}_{d}" for d in DISTRIBUTIONS for name in ("perturb", "rotated")} < set(found)
     assert {unit.source for unit in found.values()} == set((ROOT / "csrc/cuda").glob("*.cu"))
     assert found["perturb_gaussian"].defines == ("-DFOGZO_DISTRIBUTION=gaussian",)
     assert found["tail"].defines == ()

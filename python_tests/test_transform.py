@@ -246,6 +246,22 @@ def test_learned_scales(backend, device, dtypes, generator):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [16, 512, 1024])
+@pytest.mark.parametrize("scales", [(3, 1), (3, 20), (1,)], ids=["rows", "groups", "tensor"])
+def test_learned_scales_of_long_rows(backend, device, block, scales, generator):
+    """More elements than a part of the work has: sums are joined."""
+    t, g = (torch.randn(3, 20 * 1024, generator=generator).to(device) for _ in range(2))
+    alpha = 0.3 + torch.rand(scales, generator=generator).to(device)
+    fk.hadamard_(x := torch.empty_like(t), t, block=block, backend=backend)
+    how = {"grid": GRID, "straight_through": TRUST, "backend": backend, "factors": 0.5}
+    total, wanted = torch.full_like(alpha, NAN), torch.full_like(alpha, NAN)
+    fk.learned_backward_(given := g.clone(), total, t, alpha, transform=fk.Hadamard(block), **how)
+    fk.learned_backward_(back := g.clone(), wanted, x, alpha, **how)
+    torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-2)
+    fk.hadamard_(back, back, block=block, backend=backend)
+    assert torch.equal(given, back)
+
+
 # ---- the fused tail
 
 

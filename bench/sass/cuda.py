@@ -33,10 +33,15 @@ STATISTICS = scale.STATISTICS
 THREADS = 128  # of a block
 #: Elements of a thread in one turn of its loop.
 TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32,
-        "hadamard_kernel": 16, "learned_kernel": 32}  # fmt: skip
+        "hadamard_kernel": 16, "rotated_perturb_kernel": 16, "rotated_estimate_kernel": 16,
+        "rotated_update_kernel": 16, "rotated_quantize_kernel": 16, "rotated_backward_kernel": 16,
+        "rotated_learned_kernel": 16, "learned_kernel": 32}  # fmt: skip
 #: How often a turn runs the loops inside it: rows of 1024 give a thread 4 chunks of each.
 INNER = {"learned_kernel": 4}
 TURN_OF_OTHERS = 8
+#: Kernels around a transform know its block when they run: counted are the stages that go between threads for
+#: blocks of 128, of pairs of chunks.
+BLOCK, STAGES = "128", 3
 
 
 def unavailable() -> str | None:
@@ -122,6 +127,8 @@ def variant_of(name: str) -> Variant | None:
         dist, adamw, plain, *types = arguments
         rule = "adamw" if adamw == "true" else "momentum"  # with one state, as momentum and nesterov have
         return Variant(kernel, *dtypes(*types), kind=rule, **drawn(dist, plain))
+    if kernel.startswith("rotated"):
+        return rotated_variant(kernel, arguments)
     if kernel == "quantize_kernel":
         latent, out = dtypes(*arguments)
         return Variant(kernel, latent, None, out, scale="row")
@@ -132,28 +139,31 @@ def variant_of(name: str) -> Variant | None:
         return Variant(kernel, grad=DTYPES[int(arguments[1])], kind=STATISTICS[int(arguments[0])])
     if kernel == "join_kernel":
         return Variant(kernel, kind=STATISTICS[int(arguments[0])])
-    if kernel == "rotated_perturb_kernel":
-        dist, *types, both, block = arguments
-        signs = "both" if both == "true" else "one"
-        return Variant(kernel, *dtypes(*types), signs=signs, block=int(block), **drawn(dist, "false"))
-    if kernel == "rotated_estimate_kernel":
-        dist, grad, block = arguments
-        return Variant(kernel, grad=DTYPES[int(grad)], directions=1, block=int(block), **drawn(dist, "false"))
-    if kernel == "rotated_update_kernel":
-        dist, adamw, *types, block = arguments
-        rule = "adamw" if adamw == "true" else "momentum"
-        return Variant(kernel, *dtypes(*types), kind=rule, block=int(block), **drawn(dist, "false"))
-    if kernel == "plain_update_kernel":
-        return Variant(kernel, *("any",) * 3, kind="adamw" if arguments[0] == "true" else "momentum")
-    if kernel == "rotated_quantize_kernel":
-        latent, out = dtypes(*arguments[:2])
-        return Variant(kernel, latent, None, out, scale="row", block=int(arguments[2]))
-    if kernel == "rotated_backward_kernel":
-        kind, dtype = KINDS[int(arguments[0])], DTYPES[int(arguments[1])]
-        return Variant(kernel, dtype, dtype, dtype, scale="row", kind=kind, block=int(arguments[2]))
     if kernel == "hadamard_kernel":
         latent, out = dtypes(*arguments[1:])
-        return Variant(kernel, latent, None, out, block=int(arguments[0]))
+        return Variant(kernel, latent, None, out, kind=arguments[0])
+    return Variant(kernel)
+
+
+def rotated_variant(kernel: str, arguments: list[str]) -> Variant:
+    """Of a kernel around a transform. Rows, groups and shards go by the same kernel."""
+    if kernel == "rotated_perturb_kernel":
+        dist, *types, both, _ = arguments
+        signs = "both" if both == "true" else "one"
+        return Variant(kernel, *dtypes(*types), signs=signs, kind=BLOCK, **drawn(dist, "false"))
+    if kernel == "rotated_estimate_kernel":
+        dist, grad, _ = arguments
+        return Variant(kernel, grad=DTYPES[int(grad)], kind=BLOCK, directions=1, **drawn(dist, "false"))
+    if kernel == "rotated_update_kernel":
+        dist, adamw = arguments
+        rule = "adamw" if adamw == "true" else "momentum"
+        return Variant(kernel, "any", "any", "any", kind=rule, **drawn(dist, "false"))
+    if kernel == "rotated_quantize_kernel":
+        latent, out = dtypes(*arguments[:2])
+        return Variant(kernel, latent, None, out, scale="row", kind=BLOCK)
+    if kernel in ("rotated_backward_kernel", "rotated_learned_kernel"):
+        dtype = DTYPES[int(arguments[1])]
+        return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
     return Variant(kernel)
 
 
@@ -199,9 +209,9 @@ def kernels(arch: int) -> Iterator[tuple[Variant, Report]]:
             variant = variant_of(name)
             if variant is None:
                 continue
-            yield variant, report_of(code, numbers, INNER.get(variant.kernel, 1))
-            if variant.kernel == "estimate_kernel" or variant.kind == "adamw":
-                yield variant._replace(directions=4), report_of(code, numbers, 4)
+            yield variant, report_of(code, numbers, INNER.get(variant.kernel, 1), STAGES)
+            if variant.kernel.endswith("estimate_kernel") or variant.kind == "adamw":
+                yield variant._replace(directions=4), report_of(code, numbers, 4, STAGES)
 
 
 def rows(arch: int) -> Iterator[tuple[Variant, Row]]:

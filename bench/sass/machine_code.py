@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -63,37 +64,52 @@ def usages(text: str) -> list[tuple[str, ...]]:
     return re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
 
 
-def report_of(text: str, usage: tuple[int, ...], directions: int) -> Report:
+def report_of(text: str, usage: tuple[int, ...], directions: int, stages: int = 1) -> Report:
     registers, stack, shared, local = usage
-    prologue, loop, code = split(text, directions)
+    prologue, loop, code = split(text, directions, stages)
     barriers = sum(op.startswith("BAR") for _, op, _ in code)
     return Report(registers, stack + local, shared, prologue, loop, barriers)
 
 
-def split(text: str, directions: int) -> tuple[Counter[str], Counter[str], list[tuple[int, str, str]]]:
-    """Opcodes before the tile loop and in it, and all code as (address, opcode, operands)."""
+def split(
+    text: str, directions: int, stages: int = 1
+) -> tuple[Counter[str], Counter[str], list[tuple[int, str, str]]]:
+    """Opcodes before the tile loop and in it, and all code as (address, opcode, operands).
+
+    A loop inside it takes ``stages`` turns where it shuffles and has no loop inside, as that over the
+    stages of a transform, and else ``directions``.
+    """
     pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
     code = [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, text, re.MULTILINE) if op != "NOP"]
     stores, loads = (
         [a for a, op, _ in code if re.match(rf"{kind}\.E\.(128|64)", op)] for kind in ("STG", "LDG")
     )
-    loops = []
-    for address, op, rest in code:
-        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and int(target.group(1), 16) < address:
-            loops.append((int(target.group(1), 16), address))
-    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide. Code out of line,
-    # which jumps back into it, holds fewer of these accesses.
+    jumps = [
+        (address, op, int(target.group(1), 16))
+        for address, op, rest in code
+        if op.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest))
+    ]
+    # last comes what a warp runs only where its threads went different ways; its jumps back are no loops
+    apart = min((target for _, op, target in jumps if op.startswith("BRA.DIV")), default=math.inf)
+    loops = [(target, address) for address, _, target in jumps if target < address < apart]
+    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide
     inside = containing(loops, stores) or containing(loops, loads)
     if not inside:
         return Counter(op for _, op, _ in code), Counter(), code
-    wide = [a for a, op, _ in code if re.match(r"(LDG|STG)\.E\.128", op)]
-    start, end = max(inside, key=lambda x: (sum(x[0] <= a <= x[1] for a in wide), x[1] - x[0]))
+    start, end = max(inside, key=lambda x: x[1] - x[0])
+    shuffles = [a for a, op, _ in code if op.startswith("SHFL")]
     inner = [(first, last) for first, last in loops if start < first and last < end]
+    transforms = [
+        (first, last)
+        for first, last in containing(inner, shuffles)
+        if not any(first < a and b < last for a, b in inner)
+    ]
     loop = Counter[str]()
     for address, op, _ in code:
         if start <= address <= end:
-            loop[op] += directions if any(first <= address <= last for first, last in inner) else 1
+            around = [one for one in inner if one[0] <= address <= one[1]]
+            turns = stages if any(one in transforms for one in around) else directions
+            loop[op] += turns if around else 1
     return Counter(op for a, op, _ in code if a < start), loop, code
 
 

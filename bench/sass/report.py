@@ -40,10 +40,10 @@ class Variant(NamedTuple):
     scale: str | None = None
     shard: bool = False
     host: bool = True  # the step's scalars are kernel arguments, not in device memory
-    kind: str | None = None  # of derivative or optimizer; the statistic
+    kind: str | None = None  # of derivative or optimizer; the statistic; a block's elements
     directions: int | None = None  # of an estimate; in the fused tail None is 1
     master: bool = False
-    block: int = 0  # elements of one of the Hadamard transform
+    block: int = 0  # elements of one of the Hadamard transform, of Triton's kernels around it
 
     def __str__(self) -> str:
         fields = (self.latent, self.grad, self.out, self.distribution, self.signs, self.scale, self.kind)
@@ -60,9 +60,9 @@ class Variant(NamedTuple):
         if "any" in (self.latent, self.grad, self.out):
             return 0
         latent, grad, out = SIZES[self.latent], SIZES[self.grad], SIZES[self.out]
-        if self.kernel in ("estimate_kernel", "rotated_estimate_kernel"):
+        if self.kernel.endswith("estimate_kernel"):
             return 2 * grad
-        if self.kernel in ("update_kernel", "rotated_update_kernel"):
+        if self.kernel.endswith("update_kernel"):
             return 2 * latent + grad + 8 * RULES[self.kind or ""] + out + 4 * self.master
         return latent + grad + out * (2 if self.signs == "both" else 1)
 

@@ -82,7 +82,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("learned_sum_kernel")
     for block in BLOCKS:
         for dtype in ("bf16", "fp32"):
-            yield Variant("hadamard_kernel", dtype, None, dtype, block=block)
+            yield Variant("hadamard_kernel", dtype, None, dtype, kind=str(block))
     for block in (16, 128, 1024):
         yield from rotated_variants(block)
 
@@ -147,7 +147,7 @@ def constants_of(variant: Variant) -> dict[str, object]:
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
     if variant.kernel == "hadamard_kernel":
-        found["BLOCK"] = variant.block
+        found["BLOCK"] = int(variant.kind or 0)
     if variant.host:
         found["one_minus_beta"] = None
     return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}

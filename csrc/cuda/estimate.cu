@@ -1,9 +1,8 @@
 // G in place of g: fma(A, g, inv sum_i B_i m_i), all directions in one pass. One launch makes the
 // coefficients of the losses, one is over all tensors.
-#include "hadamard.cuh"
+#include "estimate.cuh"
 #include "launch.cuh"
 #include "losses.cuh"
-#include "tiles.cuh"
 
 namespace fogzo::cuda {
 
@@ -18,24 +17,6 @@ FOGZO_KERNEL(1, 1) coefficients_kernel(FOGZO_PARAMETER EstimateCoefficients p) {
   p.out[0] = found.A;
   p.out[1] = found.usable ? 0.0f : 1.0f;
 }
-
-struct Estimate {
-  Tables tables;
-  Source source;
-  const float *coefficients;
-  int directions;
-  float r;
-  Dtype grad; // of rotated_estimate_kernel
-  int block;  // of the Hadamard transform
-  int64_t *counters;
-};
-
-struct EstimateNames {
-  Keys keys;
-  uint32_t step, tensor_id;
-  float A;
-  const float *B;
-};
 
 template <Distribution D, int Count, bool Plain>
 FOGZO_DEVICE void estimate_chunks(const Estimate &p, const EstimateNames &names, const Layout &layout,
@@ -109,61 +90,7 @@ estimate_kernel(FOGZO_PARAMETER Estimate p) {
   estimate_rest<D>(p, part, names, G);
 }
 
-// The noise goes back through the transform.
-template <Distribution D, int Block, bool Aligned>
-FOGZO_DEVICE void rotated_estimate(const Estimate &p, const Part &part, const EstimateNames &names,
-                                   Dtype dtype) {
-  const Layout layout = layout_of<false>(part);
-  const Scales scales = scales_of<false>(part, p.r);
-  every_chunk(part, [&](int c, bool some) {
-    float g[kChunk], acc[kChunk] = {};
-    load_part<Aligned>(part, GRAD, c, dtype, g);
-#pragma unroll 1
-    for (int i = 0; i < p.directions; ++i) {
-      float m[kChunk];
-      scaled_noise<D>(
-          words_of(chunk_number<false>(layout, c), uint32_t(i), names.step, names.tensor_id, names.keys), m);
-      const float B = *global(names.B + i);
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j)
-        acc[j] = std::fma(B, m[j], acc[j]);
-    }
-    const float inv = chunk_scale<false>(scales, c).inv;
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j)
-      acc[j] *= inv;
-    transform_of<Block>(acc, p.block);
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j)
-      g[j] = std::fma(names.A, g[j], acc[j]);
-    if (some)
-      store_part<Aligned>(part, GRAD, c, dtype, g);
-  });
-}
-
-template <Distribution D, Dtype G, int Block>
-FOGZO_KERNEL(kThreads, Block ? 6 : 4)
-rotated_estimate_kernel(FOGZO_PARAMETER Estimate p) {
-  const Dtype grad_t = actual<G>(p.grad);
-  const Part part = part_of(p.tables);
-  count_bad_alphas(p.counters, part);
-  if (p.coefficients[1] != 0.0f)
-    return;
-  const EstimateNames names{keys_of<false>(p.source), step_of<false>(p.source), uint32_t(part[TENSOR_ID]),
-                            p.coefficients[0], p.coefficients + kEstimateCoefficients};
-  if (part[FAST])
-    rotated_estimate<D, Block, true>(p, part, names, grad_t);
-  else
-    rotated_estimate<D, Block, false>(p, part, names, grad_t);
-}
-
 using EstimateKernel = void (*)(Estimate);
-
-template <Distribution D> EstimateKernel rotated_estimate_for(Dtype grad, int block) {
-  return grad == Dtype::bfloat16 && block == kCommonBlock
-             ? rotated_estimate_kernel<D, Dtype::bfloat16, kCommonBlock>
-             : rotated_estimate_kernel<D, Dtype::any, 0>;
-}
 
 template <Distribution D> EstimateKernel estimate_for(Dtype grad, bool plain) {
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, f16 = Dtype::float16;
@@ -175,17 +102,17 @@ template <Distribution D> EstimateKernel estimate_for(Dtype grad, bool plain) {
 }
 
 void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
-                       float r, int block, float *coefficients) {
+                       float r, float *coefficients, int block) {
   launch("coefficients_kernel", coefficients_kernel, where, 1, 1,
          EstimateCoefficients{losses_of(draw, losses), coefficients});
   const bool plain = plan.per_tensor && !plan.shard && draw.step.on_host();
-  const Estimate p{tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, grad,
-                   block,           losses.counters};
+  const Estimate p{
+      tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, losses.counters, grad};
   with_value(draw.distribution, [&](auto D) {
     if (block)
       return launch_with_barriers("rotated_estimate_kernel",
                                   rotated_estimate_for<decltype(D)::value>(grad, block), where, plan.blocks,
-                                  kThreads, p);
+                                  kThreads, Rotated<Estimate>{p, rotation_of(block)});
     launch("estimate_kernel", estimate_for<decltype(D)::value>(grad, plain), where, plan.blocks, kThreads, p);
   });
 }

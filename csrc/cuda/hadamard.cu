@@ -1,4 +1,5 @@
-// The Hadamard transform of consecutive blocks of LATENT into PLUS, which may be LATENT.
+// The Hadamard transform of consecutive blocks of LATENT into PLUS, which may be LATENT: butterflies in
+// float32, stage by stage, then one product.
 #include "hadamard.cuh"
 #include "launch.cuh"
 
@@ -10,9 +11,45 @@ struct Hadamard {
   float factor;
 };
 
+// Chunk c of the block. Where the tensors are not aligned, by elements.
+template <bool Aligned>
+FOGZO_DEVICE void load(const Part &part, const char *in, int c, Dtype dtype, float (&x)[kChunk]) {
+  if (Aligned)
+    return widen(load_chunk(in, c, dtype), dtype, x);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    x[i] = load_element(part.pointer<void>(LATENT), part.begin + c * kChunk + i, dtype);
+}
+
+template <bool Aligned>
+FOGZO_DEVICE void store(const Part &part, char *out, int c, Dtype dtype, const float (&x)[kChunk]) {
+  if (Aligned)
+    return store_chunk(out, c, x, dtype);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    store_element(part.pointer<void>(PLUS), part.begin + c * kChunk + i, x[i], dtype);
+}
+
+template <int Block> FOGZO_DEVICE void transform(float (&x)[kChunk], float factor) {
+  constexpr int kThreadsOfBlock = Block / kChunk;
+  static_assert(Block >= kChunk && kThreadsOfBlock <= kThreads, "a turn of the threads has whole blocks");
+  own_stages(x);
+#pragma unroll
+  for (int bit = 1; bit < kWarp && bit < kThreadsOfBlock; bit *= 2)
+    stage_between<false>(x, bit);
+#pragma unroll
+  for (int bit = kWarp; bit < kThreadsOfBlock; bit *= 2)
+    stage_between<true>(x, bit);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    x[i] *= factor;
+}
+
 // Of each chunk of the block's part, Count of them a thread and turn.
 template <int Block, int Count, bool Aligned>
 FOGZO_DEVICE void transform_all(const Part &part, Dtype latent_t, Dtype out_t, float factor) {
+  const char *in = part.address(LATENT, bytes_of(latent_t));
+  char *out = part.address(PLUS, bytes_of(out_t));
   const int chunks = int((part.end() - part.begin) / kChunk);
   // Threads wait for each other, so all take every turn, with or without chunks of their own.
 #pragma unroll 1
@@ -22,12 +59,12 @@ FOGZO_DEVICE void transform_all(const Part &part, Dtype latent_t, Dtype out_t, f
 #pragma unroll
     for (int k = 0; k < Count; ++k)
       if (c + k * kThreads < chunks)
-        load_part<Aligned>(part, LATENT, c + k * kThreads, latent_t, x[k]);
+        load<Aligned>(part, in, c + k * kThreads, latent_t, x[k]);
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
       transform<Block>(x[k], factor);
       if (c + k * kThreads < chunks)
-        store_part<Aligned>(part, PLUS, c + k * kThreads, out_t, x[k]);
+        store<Aligned>(part, out, c + k * kThreads, out_t, x[k]);
     }
   }
 }

@@ -1,7 +1,8 @@
-// The Hadamard transform of a thread's chunks: butterflies in float32, stage by stage, then one product.
+// The Hadamard transform in registers, of threads that hold chunks of 8 elements: butterflies in float32,
+// stage by stage, then one product.
 //
-// A thread holds chunks of 8 elements. Stages h = 1, 2, 4 are its own; up to h = 128 the other element lies in
-// the same warp, and beyond that in another one, and goes by shared memory.
+// Stages h = 1, 2, 4 are a thread's own. Beyond that the other element lies with another thread of the same
+// warp, or in another warp, and then goes by shared memory.
 #pragma once
 
 #include "tiles.cuh"
@@ -46,83 +47,113 @@ template <bool Far> FOGZO_DEVICE void stage_between(float (&x)[kChunk], int bit)
     x[i] = std::fma(sign, x[i], other[i]);
 }
 
-template <int Block> FOGZO_DEVICE void transform(float (&x)[kChunk], float factor) {
-  constexpr int kThreadsOfBlock = Block / kChunk;
-  static_assert(Block >= kChunk && kThreadsOfBlock <= kThreads, "a turn of the threads has whole blocks");
-  own_stages(x);
-#pragma unroll
-  for (int bit = 1; bit < kWarp && bit < kThreadsOfBlock; bit *= 2)
-    stage_between<false>(x, bit);
-#pragma unroll
-  for (int bit = kWarp; bit < kThreadsOfBlock; bit *= 2)
-    stage_between<true>(x, bit);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] *= factor;
+// ---- of a quantizer: blocks of a size that the run knows, in pairs of chunks
+
+// A thread holds two chunks that lie half a block apart, so that the last stage is its own.
+struct Rotation {
+  int half; // of a block, in chunks: so many threads hold one
+  float factor;
+};
+
+inline Rotation rotation_of(int block) { return {block / (2 * kChunk), hadamard_factor(block)}; }
+
+constexpr bool pairs_hold_all_blocks() {
+  for (int block : kBlocks)
+    if (block < 2 * kChunk || block > 4 * kChunk * kWarp)
+      return false;
+  return true;
+}
+static_assert(pairs_hold_all_blocks(), "two warps must hold a block in pairs of chunks");
+
+constexpr int kPairs = 2 * kThreads; // chunks of a turn of the threads
+
+// Whether stages go between warps: those kernels alone have barriers.
+inline bool between_warps(int block) { return block > 2 * kChunk * kWarp; }
+
+// What a kernel around a transform is told; threads wait for each other, so all of them take every turn.
+template <class P> struct Rotated {
+  P op;
+  Rotation rotation;
+};
+
+// The chunks of a thread in the turn that begins with chunk `turn`. Without chunks of its own it reads the
+// block's first, and must not write.
+struct TwoChunks {
+  int first, second;
+  bool some;
+};
+
+FOGZO_DEVICE TwoChunks two_chunks(const Rotation &rotation, int turn, int chunks) {
+  const int first = turn + 2 * thread() - (thread() & (rotation.half - 1)), at = first < chunks ? first : 0;
+  return {at, at + rotation.half, first < chunks};
 }
 
-constexpr int kCommonBlock = 128; // code of its own; Block 0 in a template: the run knows the size
+FOGZO_DEVICE int all_chunks(const Part &part) { return int((part.end() - part.begin) / kChunk); }
 
-// Of a block of threads all come here, those without a chunk too.
-template <int Block> FOGZO_DEVICE void transform_of(float (&x)[kChunk], int block) {
-  if constexpr (Block != 0)
-    return transform<Block>(x, hadamard_factor(Block));
-  const int threads = block / kChunk;
-  own_stages(x);
+// H of the blocks that the threads hold. Far: some stage may go between warps.
+template <bool Far> FOGZO_DEVICE void rotate(float (&x)[2][kChunk], const Rotation &rotation) {
+  own_stages(x[0]);
+  own_stages(x[1]);
 #pragma unroll 1
-  for (int bit = 1; bit < kWarp && bit < threads; bit *= 2)
-    stage_between<false>(x, bit);
-#pragma unroll 1
-  for (int bit = kWarp; bit < threads; bit *= 2)
-    stage_between<true>(x, bit);
-  const float factor = hadamard_factor(block);
+  for (int bit = 1; bit < rotation.half && (!Far || bit < kWarp); bit *= 2) {
+    stage_between<false>(x[0], bit);
+    stage_between<false>(x[1], bit);
+  }
+  if (Far && rotation.half > kWarp) {
+    stage_between<true>(x[0], kWarp);
+    stage_between<true>(x[1], kWarp);
+  }
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] *= factor;
+  for (int i = 0; i < kChunk; ++i) {
+    butterfly(x[0][i], x[1][i]);
+    x[0][i] *= rotation.factor;
+    x[1][i] *= rotation.factor;
+  }
 }
 
-// Chunk c of the block's part of an operand. Where tensors are not aligned, by elements.
+// ---- chunks of tensors that may not be aligned: then element by element
+
+template <bool Aligned> FOGZO_DEVICE Raw load_raw(const char *base, int c, Dtype dtype) {
+  if (Aligned)
+    return load_chunk(base, c, dtype);
+  uint32_t words[8] = {};
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t j = int64_t(c) * kChunk + i;
+    if (dtype == Dtype::float32)
+      words[i] = *global(reinterpret_cast<const uint32_t *>(base) + j);
+    else
+      words[i / 2] |= uint32_t(*global(reinterpret_cast<const uint16_t *>(base) + j)) << 16 * (i & 1);
+  }
+  return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
+}
+
 template <bool Aligned>
-FOGZO_DEVICE void load_part(const Part &part, Column column, int c, Dtype dtype, float (&x)[kChunk]) {
-  if constexpr (Aligned)
-    widen(load_chunk(part.address(column, bytes_of(dtype)), c, dtype), dtype, x);
-  else
+FOGZO_DEVICE void load_widened(const char *base, int c, Dtype dtype, float (&x)[kChunk]) {
+  widen(load_raw<Aligned>(base, c, dtype), dtype, x);
+}
+
+template <bool Aligned>
+FOGZO_DEVICE void store_floats(char *base, int c, const float (&x)[kChunk], Dtype dtype) {
+  if constexpr (Aligned) {
+    store_chunk(base, c, x, dtype);
+  } else {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      x[i] = load_element(part.pointer<void>(column), part.begin + c * kChunk + i, dtype);
+      store_element(base, int64_t(c) * kChunk + i, x[i], dtype);
+  }
 }
 
+// Codes, or values, of positions y.
 template <bool Aligned>
-FOGZO_DEVICE void store_part(const Part &part, Column column, int c, Dtype dtype, const float (&x)[kChunk]) {
-  if constexpr (Aligned)
-    store_chunk(part.address(column, bytes_of(dtype)), c, x, dtype);
-  else
+FOGZO_DEVICE void store_codes(char *base, int c, const float (&y)[kChunk], float delta, const Grid &grid,
+                              Dtype dtype) {
+  if constexpr (Aligned) {
+    store_quantized(base, c, y, delta, grid, dtype);
+  } else {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      store_element(part.pointer<void>(column), part.begin + c * kChunk + i, x[i], dtype);
-}
-
-// Codes, or values, of a chunk's positions.
-template <bool Aligned>
-FOGZO_DEVICE void quantize_part(const Part &part, Column column, int c, Dtype dtype, const float (&y)[kChunk],
-                                const Scale &scale, const Grid &grid) {
-  if constexpr (Aligned)
-    store_quantized(part.address(column, bytes_of(dtype)), c, y, scale.delta, grid, dtype);
-  else
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      store_quantized_element(part.pointer<void>(column), part.begin + c * kChunk + i, y[i], scale.delta, grid,
-                              dtype);
-}
-
-// body(c, some) for each chunk of the block's part. Threads wait for each other in a transform, so all take
-// every turn: those without a chunk of their own (some is false) compute with the first one and store nothing.
-template <class Body> FOGZO_DEVICE void every_chunk(const Part &part, Body body) {
-  const int chunks = int((part.end() - part.begin) / kChunk);
-#pragma unroll 1
-  for (int turn = 0; turn < chunks; turn += kThreads) {
-    const int c = turn + thread();
-    body(c < chunks ? c : 0, c < chunks);
+      store_quantized_element(base, int64_t(c) * kChunk + i, y[i], delta, grid, dtype);
   }
 }
 

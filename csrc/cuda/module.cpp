@@ -25,7 +25,7 @@ using DoubleArgument = std::tuple<uintptr_t, double>;                        // 
 using StepArgument = std::tuple<LongArgument, LongArgument, DoubleArgument>; // seed, step, 1 - beta
 using DrawArgument = std::tuple<std::string, double, StepArgument>;          // distribution, C, step
 using LossesArgument = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, double>;
-using GridArgument = std::tuple<double, double, double, double, int64_t>; // qmin, qmax, offset, r, block
+using GridArgument = std::tuple<double, double, double, double>;          // qmin, qmax, offset, r
 using DtypesArgument = std::tuple<std::string, std::string, std::string>; // latents, gradients, outputs
 // name of the rule, hyperparameters by name, lr, count
 using OptimizerArgument = std::tuple<std::string, std::map<std::string, double>, DoubleArgument, LongArgument>;
@@ -82,12 +82,8 @@ Losses losses_of(const LossesArgument &a) {
           double(float(epsilon))};
 }
 
-// Of a quantizer's transform; 0: none.
-int transform_of(int64_t block) { return block ? block_of(block) : 0; }
-
 Grid grid_of(const GridArgument &a) {
-  const auto [qmin, qmax, offset, r, block] = a;
-  return {float(qmin), float(qmax), float(offset), float(r), transform_of(block)};
+  return {float(std::get<0>(a)), float(std::get<1>(a)), float(std::get<2>(a)), float(std::get<3>(a))};
 }
 
 Dtype dtype_of_name(const std::string &name, const char *argument) {
@@ -111,6 +107,9 @@ Optimizer optimizer_of(const OptimizerArgument &a) {
   const auto &[rule, hyperparameters, lr, count] = a;
   return {value_of<Rule>(rule, "rule"), hyperparameters_of(hyperparameters), scalar_of(lr), scalar_of(count)};
 }
+
+// Of a quantizer's transform; 0 for none.
+int transform_of(int64_t block) { return block ? block_of(block) : 0; }
 
 Measure measure_of(const MeasureArgument &a) {
   const auto &[statistic, factor, add, least] = a;
@@ -143,46 +142,55 @@ void define_ops(py::module_ &m) {
     guide_sumsq(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"), float(r),
                 pointer<double>(partial), pointer<void>(out), root);
   });
-  m.def("perturb_quantize", [](const WhereArgument &where, const PlanArgument &plan,
-                               const DtypesArgument &dtypes, bool plus, bool minus, const DrawArgument &draw,
-                               int64_t direction, uintptr_t norm, const GridArgument &grid, double epsilon) {
-    perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, draw_of(draw),
-                     direction_of(direction), pointer<const float>(norm), grid_of(grid), epsilon);
-  });
+  m.def("perturb_quantize",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, bool plus,
+           bool minus, const DrawArgument &draw, int64_t direction, uintptr_t norm, const GridArgument &grid,
+           double epsilon, int64_t block) {
+          perturb_quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), plus, minus, draw_of(draw),
+                           direction_of(direction), pointer<const float>(norm), grid_of(grid), epsilon,
+                           transform_of(block));
+        });
   m.def("estimate_gradient", [](const WhereArgument &where, const PlanArgument &plan, const std::string &grad,
-                                const DrawArgument &draw, const LossesArgument &losses, double r, int64_t block,
-                                uintptr_t coefficients) {
+                                const DrawArgument &draw, const LossesArgument &losses, double r,
+                                uintptr_t coefficients, int64_t block) {
     estimate_gradient(where_of(where), plan_of(plan), float_of_name(grad, "gradient's dtype"), draw_of(draw),
-                      losses_of(losses), float(r), transform_of(block), pointer<float>(coefficients));
+                      losses_of(losses), float(r), pointer<float>(coefficients), transform_of(block));
   });
-  m.def("estimate_update", [](const WhereArgument &where, const PlanArgument &plan,
-                              const DtypesArgument &dtypes, bool master, bool quantized,
-                              const DrawArgument &draw, const LossesArgument &losses, const GridArgument &grid,
-                              const OptimizerArgument &optimizer, uintptr_t coefficients) {
-    estimate_update(where_of(where), plan_of(plan), dtypes_of(dtypes), master, quantized, draw_of(draw),
-                    losses_of(losses), grid_of(grid), optimizer_of(optimizer), pointer<float>(coefficients));
-  });
+  m.def("estimate_update",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, bool master,
+           bool quantized, const DrawArgument &draw, const LossesArgument &losses, const GridArgument &grid,
+           const OptimizerArgument &optimizer, uintptr_t coefficients, int64_t block) {
+          estimate_update(where_of(where), plan_of(plan), dtypes_of(dtypes), master, quantized, draw_of(draw),
+                          losses_of(losses), grid_of(grid), optimizer_of(optimizer),
+                          pointer<float>(coefficients), transform_of(block));
+        });
   m.def("quantize", [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-                       const GridArgument &grid) {
-    quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid));
+                       const GridArgument &grid, int64_t block) {
+    quantize(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid), transform_of(block));
   });
   m.def("straight_through_backward",
         [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-           const GridArgument &grid, const std::string &straight_through) {
+           const GridArgument &grid, const std::string &straight_through, int64_t block) {
           straight_through_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
-                                    value_of<StraightThrough>(straight_through, "straight_through"));
+                                    value_of<StraightThrough>(straight_through, "straight_through"),
+                                    transform_of(block));
         });
   m.def("measure_alphas", [](const WhereArgument &where, const CellPlanArgument &plan, const std::string &data,
                              const MeasureArgument &measure, uintptr_t partial) {
     measure_alphas(where_of(where), cell_plan_of(plan), float_of_name(data, "data's dtype"),
                    measure_of(measure), pointer<double>(partial));
   });
-  m.def("learned_backward", [](const WhereArgument &where, const PlanArgument &plan,
-                               const DtypesArgument &dtypes, const GridArgument &grid,
-                               const std::string &straight_through, uintptr_t partial) {
-    learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid),
-                     value_of<StraightThrough>(straight_through, "straight_through"), pointer<double>(partial));
-  });
+  m.def("learned_backward",
+        [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
+           const GridArgument &grid, const std::string &straight_through, uintptr_t partial, int64_t block) {
+          const auto kind = value_of<StraightThrough>(straight_through, "straight_through");
+          const auto sums = pointer<double>(partial);
+          if (const int size = transform_of(block))
+            rotated_learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid), kind,
+                                     sums, size);
+          else
+            learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid), kind, sums);
+        });
   m.def("hadamard",
         [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes, int64_t block) {
           const auto types = dtypes_of(dtypes);

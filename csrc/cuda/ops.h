@@ -71,7 +71,6 @@ struct Losses {
 
 struct Grid {
   float qmin, qmax, offset, r;
-  int block; // of the Hadamard transform; 0: none
 };
 
 struct Dtypes {
@@ -95,23 +94,26 @@ struct Optimizer {
 
 constexpr int kEstimateCoefficients = 2, kUpdateCoefficients = 6; // before the B_i
 
+// block: of the quantizer's transform, 0 for none
 void noise(const Where &where, const Plan &plan, const Draw &draw, uint32_t direction);
 void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out,
                  bool root);
 void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
-                      const Draw &draw, uint32_t direction, const float *norm, const Grid &grid,
-                      double epsilon);
+                      const Draw &draw, uint32_t direction, const float *norm, const Grid &grid, double epsilon,
+                      int block);
 void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
-                       float r, int block, float *coefficients);
+                       float r, float *coefficients, int block);
 void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes, bool master, bool quantized,
                      const Draw &draw, const Losses &losses, const Grid &grid, const Optimizer &optimizer,
-                     float *coefficients);
-void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid);
+                     float *coefficients, int block);
+void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid, int block);
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                               StraightThrough kind);
+                               StraightThrough kind, int block);
 // partial: two for each block
 void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                       StraightThrough kind, double *partial);
+void rotated_learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
+                              StraightThrough kind, double *partial, int block);
 
 // partial: one for each block, null where there is no second launch
 void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const Measure &measure,

@@ -4,8 +4,8 @@
 namespace fogzo::cuda {
 
 void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
-                      const Draw &draw, uint32_t direction, const float *norm, const Grid &grid,
-                      double epsilon) {
+                      const Draw &draw, uint32_t direction, const float *norm, const Grid &grid, double epsilon,
+                      int block) {
   const Step &step = draw.step;
   const bool both = plus && minus, plain = plan.per_tensor && !plan.shard && step.on_host();
   const float eps = float(epsilon);
@@ -20,10 +20,10 @@ void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes
                   plus ? PLUS : MINUS,
                   dtypes};
   with_value(draw.distribution, [&](auto D) {
-    if (grid.block)
+    if (block)
       return launch_with_barriers("rotated_perturb_kernel",
-                                  rotated_perturb_for<decltype(D)::value>(dtypes, both, grid.block), where,
-                                  plan.blocks, kThreads, p);
+                                  rotated_perturb_for<decltype(D)::value>(dtypes, both, block), where,
+                                  plan.blocks, kThreads, Rotated<Perturb>{p, rotation_of(block)});
     launch("perturb_kernel", perturb_for<decltype(D)::value>(dtypes, both, plain), where, plan.blocks, kThreads,
            p);
   });

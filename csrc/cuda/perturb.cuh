@@ -161,65 +161,14 @@ template <Distribution D> PerturbKernel perturb_for(const Dtypes &t, bool both, 
   return both ? perturb_kernel<D, any, any, any, true, false> : perturb_kernel<D, any, any, any, false, false>;
 }
 
-// With a transform, the guide moves the weight as it is, the noise the rotated one.
-template <Distribution D, int Block, bool Both, bool Aligned>
-FOGZO_DEVICE void rotated_perturb(const Perturb &p, const Names &names, const Part &part, const Dtypes &t) {
-  const Layout layout = layout_of<false>(part);
-  const Scales scales = scales_of<false>(part, p.grid.r);
-  every_chunk(part, [&](int c, bool some) {
-    float theta[kChunk], g[kChunk], m[kChunk], x[kChunk];
-    load_part<Aligned>(part, LATENT, c, t.latent, theta);
-    load_part<Aligned>(part, GRAD, c, t.grad, g);
-    const Scale scale = chunk_scale<false>(scales, c);
-    scaled_noise<D>(
-        words_of(chunk_number<false>(layout, c), names.direction, names.step, names.tensor_id, names.keys), m);
-    const float along = p.eps * (names.a * scale.delta) * scale.delta;
-    const auto write = [&](Column out, float sign) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        x[i] = std::fma(sign * along, g[i], theta[i]);
-      transform_of<Block>(x, p.grid.block);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        x[i] = std::fma(sign * p.eps, names.b * m[i], position(x[i], scale.inv, p.grid));
-      if (some)
-        quantize_part<Aligned>(part, out, c, t.out, x, scale, p.grid);
-    };
-    write(Both ? PLUS : p.out, 1.0f);
-    if (Both)
-      write(MINUS, -1.0f);
-  });
-}
+using RotatedPerturbKernel = void (*)(Rotated<Perturb>);
 
-template <Distribution D, Dtype L, Dtype G, Dtype O, bool Both, int Block>
-FOGZO_KERNEL(kThreads, 6)
-rotated_perturb_kernel(FOGZO_PARAMETER Perturb p) {
-  const Dtypes types{actual<L>(p.dtypes.latent), actual<G>(p.dtypes.grad), actual<O>(p.dtypes.out)};
-  const Part part = part_of(p.tables);
-  const Names names = perturb_names<false>(p, part);
-  if (part[FAST])
-    rotated_perturb<D, Block, Both, true>(p, names, part, types);
-  else
-    rotated_perturb<D, Block, Both, false>(p, names, part, types);
-}
-
-template <Distribution D> PerturbKernel rotated_perturb_for(const Dtypes &t, bool both, int block) {
-  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
-  constexpr int common = kCommonBlock;
-  const bool narrow = t.grad == b16 && t.out == b16 && block == common;
-  if (narrow && t.latent == b16)
-    return both ? rotated_perturb_kernel<D, b16, b16, b16, true, common>
-                : rotated_perturb_kernel<D, b16, b16, b16, false, common>;
-  if (narrow && t.latent == f32)
-    return both ? rotated_perturb_kernel<D, f32, b16, b16, true, common>
-                : rotated_perturb_kernel<D, f32, b16, b16, false, common>;
-  return both ? rotated_perturb_kernel<D, any, any, any, true, 0>
-              : rotated_perturb_kernel<D, any, any, any, false, 0>;
-}
+// The kernel around a transform (rotated_perturb.cuh).
+template <Distribution D> RotatedPerturbKernel rotated_perturb_for(const Dtypes &t, bool both, int block);
 
 #define FOGZO_ELSEWHERE(name, ...)                                                                             \
   extern template PerturbKernel perturb_for<Distribution::name>(const Dtypes &, bool, bool);                   \
-  extern template PerturbKernel rotated_perturb_for<Distribution::name>(const Dtypes &, bool, int);
+  extern template RotatedPerturbKernel rotated_perturb_for<Distribution::name>(const Dtypes &, bool, int);
 FOGZO_DISTRIBUTIONS(FOGZO_ELSEWHERE)
 #undef FOGZO_ELSEWHERE
 

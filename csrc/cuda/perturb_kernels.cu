@@ -5,6 +5,5 @@
 namespace fogzo::cuda {
 
 template PerturbKernel perturb_for<Distribution::FOGZO_DISTRIBUTION>(const Dtypes &, bool, bool);
-template PerturbKernel rotated_perturb_for<Distribution::FOGZO_DISTRIBUTION>(const Dtypes &, bool, int);
 
 } // namespace fogzo::cuda

@@ -1,7 +1,6 @@
-// Q(theta) into PLUS; and g h'(theta) into PLUS, which may be GRAD.
+// Q(theta) into PLUS; and g h'(theta) into PLUS, which may be GRAD. Both also around a transform.
 #include "hadamard.cuh"
 #include "launch.cuh"
-#include "tiles.cuh"
 
 namespace fogzo::cuda {
 
@@ -88,74 +87,118 @@ template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kern
   }
 }
 
-template <int Block, bool Aligned>
-FOGZO_DEVICE void rotated_quantize(const Quantize &p, const Part &part, const Dtypes &t) {
-  const Scales scales = scales_of<false>(part, p.grid.r);
-  every_chunk(part, [&](int c, bool some) {
-    float x[kChunk];
-    load_part<Aligned>(part, LATENT, c, t.latent, x);
-    transform_of<Block>(x, p.grid.block);
-    const Scale scale = chunk_scale<false>(scales, c);
+// ---- around a transform
+
+template <bool Far, bool Aligned>
+FOGZO_DEVICE void rotated_quantize(const Rotated<Quantize> &p, const Part &part, Dtype latent_t, Dtype out_t) {
+  const Scales scales = scales_of<false>(part, p.op.grid.r);
+  const char *latent = part.address(LATENT, bytes_of(latent_t));
+  char *out = part.address(PLUS, bytes_of(out_t));
+  const int chunks = all_chunks(part);
+#pragma unroll 1
+  for (int turn = 0; turn < chunks; turn += kPairs) {
+    const TwoChunks c = two_chunks(p.rotation, turn, chunks);
+    float x[2][kChunk];
+    load_widened<Aligned>(latent, c.first, latent_t, x[0]);
+    load_widened<Aligned>(latent, c.second, latent_t, x[1]);
+    const Scale scale = chunk_scale<false>(scales, c.first); // of both: a block has one
+    rotate<Far>(x, p.rotation);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      x[i] = position(x[i], scale.inv, p.grid);
-    if (some)
-      quantize_part<Aligned>(part, PLUS, c, t.out, x, scale, p.grid);
-  });
+    for (int i = 0; i < kChunk; ++i) {
+      x[0][i] = position(x[0][i], scale.inv, p.op.grid);
+      x[1][i] = position(x[1][i], scale.inv, p.op.grid);
+    }
+    if (c.some) {
+      store_codes<Aligned>(out, c.first, x[0], scale.delta, p.op.grid, out_t);
+      store_codes<Aligned>(out, c.second, x[1], scale.delta, p.op.grid, out_t);
+    }
+  }
 }
 
-template <Dtype L, Dtype O, int Block>
+template <Dtype L, Dtype O, bool Far>
 FOGZO_KERNEL(kThreads, 8)
-rotated_quantize_kernel(FOGZO_PARAMETER Quantize p) {
-  const Dtypes types{actual<L>(p.dtypes.latent), p.dtypes.grad, actual<O>(p.dtypes.out)};
-  const Part part = part_of(p.tables);
+rotated_quantize_kernel(FOGZO_PARAMETER Rotated<Quantize> p) {
+  const Dtype latent_t = actual<L>(p.op.dtypes.latent), out_t = actual<O>(p.op.dtypes.out);
+  const Part part = part_of(p.op.tables);
   if (part[FAST])
-    rotated_quantize<Block, true>(p, part, types);
+    rotated_quantize<Far, true>(p, part, latent_t, out_t);
   else
-    rotated_quantize<Block, false>(p, part, types);
+    rotated_quantize<Far, false>(p, part, latent_t, out_t);
 }
 
-// h' is taken of the rotated latent; the product goes back through the transform.
-template <StraightThrough Kind, int Block, bool Aligned>
-FOGZO_DEVICE void rotated_backward(const Quantize &p, const Part &part, const Dtypes &t) {
-  const Scales scales = scales_of<false>(part, p.grid.r);
-  every_chunk(part, [&](int c, bool some) {
-    float x[kChunk], g[kChunk];
-    load_part<Aligned>(part, LATENT, c, t.latent, x);
-    load_part<Aligned>(part, GRAD, c, t.grad, g);
-    transform_of<Block>(x, p.grid.block);
-    const Scale scale = chunk_scale<false>(scales, c);
+// H(g h'), h' that at the rotated weight.
+template <StraightThrough Kind, bool Far, bool Aligned>
+FOGZO_DEVICE void rotated_backward(const Rotated<Quantize> &p, const Part &part, const Dtypes &t) {
+  const Scales scales = scales_of<false>(part, p.op.grid.r);
+  const char *latent = part.address(LATENT, bytes_of(t.latent)), *grad = part.address(GRAD, bytes_of(t.grad));
+  char *out = part.address(PLUS, bytes_of(t.out));
+  const int chunks = all_chunks(part);
+#pragma unroll 1
+  for (int turn = 0; turn < chunks; turn += kPairs) {
+    const TwoChunks c = two_chunks(p.rotation, turn, chunks);
+    float x[2][kChunk], g[2][kChunk];
+    load_widened<Aligned>(latent, c.first, t.latent, x[0]);
+    load_widened<Aligned>(latent, c.second, t.latent, x[1]);
+    load_widened<Aligned>(grad, c.first, t.grad, g[0]);
+    load_widened<Aligned>(grad, c.second, t.grad, g[1]);
+    const Scale scale = chunk_scale<false>(scales, c.first); // of both: a block has one
+    rotate<Far>(x, p.rotation);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      g[i] = derived<Kind>(g[i], x[i], scale, p.grid);
-    transform_of<Block>(g, p.grid.block);
-    if (some)
-      store_part<Aligned>(part, PLUS, c, t.out, g);
-  });
+    for (int i = 0; i < kChunk; ++i) {
+      g[0][i] = derived<Kind>(g[0][i], x[0][i], scale, p.op.grid);
+      g[1][i] = derived<Kind>(g[1][i], x[1][i], scale, p.op.grid);
+    }
+    rotate<Far>(g, p.rotation);
+    if (c.some) {
+      store_floats<Aligned>(out, c.first, g[0], t.out);
+      store_floats<Aligned>(out, c.second, g[1], t.out);
+    }
+  }
 }
 
-template <StraightThrough Kind, Dtype T, int Block>
-FOGZO_KERNEL(kThreads, 8)
-rotated_backward_kernel(FOGZO_PARAMETER Quantize p) {
-  const Dtypes types{actual<T>(p.dtypes.latent), actual<T>(p.dtypes.grad), actual<T>(p.dtypes.out)};
-  const Part part = part_of(p.tables);
+template <StraightThrough Kind, Dtype T, bool Far>
+FOGZO_KERNEL(kThreads, 6)
+rotated_backward_kernel(FOGZO_PARAMETER Rotated<Quantize> p) {
+  const Dtypes &given = p.op.dtypes;
+  const Dtypes types{actual<T>(given.latent), actual<T>(given.grad), actual<T>(given.out)};
+  const Part part = part_of(p.op.tables);
   if (part[FAST])
-    rotated_backward<Kind, Block, true>(p, part, types);
+    rotated_backward<Kind, Far, true>(p, part, types);
   else
-    rotated_backward<Kind, Block, false>(p, part, types);
+    rotated_backward<Kind, Far, false>(p, part, types);
 }
 
-void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid) {
+// The common dtypes are compiled for blocks within a warp; any other pair is told when it runs.
+template <StraightThrough Kind> void (*rotated_backward_for(const Dtypes &t, int block))(Rotated<Quantize>) {
+  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
+  const auto all = [&](Dtype one) {
+    return !between_warps(block) && t.latent == one && t.grad == one && t.out == one;
+  };
+  return all(f32)   ? rotated_backward_kernel<Kind, f32, false>
+         : all(b16) ? rotated_backward_kernel<Kind, b16, false>
+                    : rotated_backward_kernel<Kind, any, true>;
+}
+
+void (*rotated_quantize_for(const Dtypes &t, int block))(Rotated<Quantize>) {
+  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
+  const auto is = [&](Dtype latent, Dtype out) {
+    return !between_warps(block) && t.latent == latent && t.out == out;
+  };
+  return is(f32, f32)   ? rotated_quantize_kernel<f32, f32, false>
+         : is(f32, b16) ? rotated_quantize_kernel<f32, b16, false>
+         : is(b16, b16) ? rotated_quantize_kernel<b16, b16, false>
+                        : rotated_quantize_kernel<any, any, true>;
+}
+
+// ---- launches
+
+void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid, int block) {
+  const Quantize p{tables_of(plan), grid, dtypes};
+  if (block)
+    return launch_with_barriers("rotated_quantize_kernel", rotated_quantize_for(dtypes, block), where,
+                                plan.blocks, kThreads, Rotated<Quantize>{p, rotation_of(block)});
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, i8 = Dtype::int8, any = Dtype::any;
   const auto is = [&](Dtype latent, Dtype out) { return dtypes.latent == latent && dtypes.out == out; };
-  const Quantize p{tables_of(plan), grid, dtypes};
-  const bool common = grid.block == kCommonBlock;
-  if (grid.block)
-    return launch_with_barriers("rotated_quantize_kernel",
-                                common && is(b16, b16)   ? rotated_quantize_kernel<b16, b16, kCommonBlock>
-                                : common && is(f32, f32) ? rotated_quantize_kernel<f32, f32, kCommonBlock>
-                                                         : rotated_quantize_kernel<any, any, 0>,
-                                where, plan.blocks, kThreads, p);
   void (*kernel)(Quantize) = quantize_kernel<any, any>;
   if (is(f32, f32))
     kernel = quantize_kernel<f32, f32>;
@@ -174,22 +217,15 @@ template <StraightThrough Kind> void (*backward_for(const Dtypes &t))(Quantize) 
                     : backward_kernel<Kind, any>;
 }
 
-template <StraightThrough Kind> void (*rotated_backward_for(const Dtypes &t, int block))(Quantize) {
-  constexpr Dtype b16 = Dtype::bfloat16;
-  const bool narrow = t.latent == b16 && t.grad == b16 && t.out == b16;
-  return narrow && block == kCommonBlock ? rotated_backward_kernel<Kind, b16, kCommonBlock>
-                                         : rotated_backward_kernel<Kind, Dtype::any, 0>;
-}
-
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                               StraightThrough kind) {
+                               StraightThrough kind, int block) {
   const Quantize p{tables_of(plan), grid, dtypes};
   with_value(kind, [&](auto S) {
-    constexpr StraightThrough Kind = decltype(S)::value;
-    if (grid.block)
-      return launch_with_barriers("rotated_backward_kernel", rotated_backward_for<Kind>(dtypes, grid.block),
-                                  where, plan.blocks, kThreads, p);
-    launch("backward_kernel", backward_for<Kind>(dtypes), where, plan.blocks, kThreads, p);
+    if (block)
+      return launch_with_barriers("rotated_backward_kernel",
+                                  rotated_backward_for<decltype(S)::value>(dtypes, block), where, plan.blocks,
+                                  kThreads, Rotated<Quantize>{p, rotation_of(block)});
+    launch("backward_kernel", backward_for<decltype(S)::value>(dtypes), where, plan.blocks, kThreads, p);
   });
 }
 

@@ -107,8 +107,8 @@ def losses_of(losses: Losses, mix: Mix) -> tuple[int, int, int, int, int, float]
     return plus.data_ptr(), minus.data_ptr(), n, mix.norm.data_ptr(), counter, mix.epsilon
 
 
-def grid_of(grid: Grid, block: int) -> tuple[int, int, float, int, int]:
-    return grid.qmin, grid.qmax, grid.offset, grid.r, block
+def grid_of(grid: Grid) -> tuple[int, int, float, int]:
+    return grid.qmin, grid.qmax, grid.offset, grid.r
 
 
 def name_of(tensors: Tensors) -> str:
@@ -156,7 +156,7 @@ def perturb_quantize_(
     with on(device):
         _cuda.perturb_quantize(
             where(device), planned(p), dtypes, bool(plus), bool(minus), drawn(draw, mix), direction,
-            mix.norm.data_ptr(), grid_of(grid, block), mix.epsilon,
+            mix.norm.data_ptr(), grid_of(grid), mix.epsilon, block,
         )  # fmt: skip
 
 
@@ -169,8 +169,8 @@ def estimate_gradient_(
     coefficients = torch.empty(_cuda.ESTIMATE_COEFFICIENTS + losses.plus.numel(), device=device)
     with on(device):
         _cuda.estimate_gradient(
-            where(device), planned(p), name_of(grads), drawn(draw, mix), losses_of(losses, mix), r, block,
-            coefficients.data_ptr(),
+            where(device), planned(p), name_of(grads), drawn(draw, mix), losses_of(losses, mix), r,
+            coefficients.data_ptr(), block,
         )  # fmt: skip
 
 
@@ -189,8 +189,8 @@ def estimate_update_(
     with on(device):
         _cuda.estimate_update(
             where(device), planned(p), (name_of(latents), name_of(grads), name_of(quantized)),
-            bool(update.masters), bool(quantized), drawn(draw, mix), losses_of(losses, mix),
-            grid_of(grid, block), optimizer, coefficients.data_ptr(),
+            bool(update.masters), bool(quantized), drawn(draw, mix), losses_of(losses, mix), grid_of(grid),
+            optimizer, coefficients.data_ptr(), block,
         )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block
     device, p = latents[0].device, plan(latents, latents=latents, plus=out, alphas=alphas)
     dtypes = name_of(latents), name_of(latents), name_of(out)
     with on(device):
-        _cuda.quantize(where(device), planned(p), dtypes, grid_of(grid, block))
+        _cuda.quantize(where(device), planned(p), dtypes, grid_of(grid), block)
 
 
 def straight_through_backward_(
@@ -211,7 +211,7 @@ def straight_through_backward_(
     dtypes = name_of(latents), name_of(grads), name_of(out)
     with on(device):
         _cuda.straight_through_backward(
-            where(device), planned(p), dtypes, grid_of(grid, block), straight_through.variant
+            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, block
         )
 
 
@@ -227,25 +227,17 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
 
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, factors: Sequence[float],
-    block: int,
+    straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
-    """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics.
-
-    With a transform, two more, before and behind, and memory for the rotated latents and gradients.
-    """
-    if block:
-        x, back = ([torch.empty_like(t, dtype=torch.float32) for t in latents] for _ in range(2))
-        hadamard_(x, latents, block)
-        learned_backward_(back, alpha_grads, grads, x, alphas, grid, straight_through, factors, 0)
-        return hadamard_(out, back, block)
+    """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
     device, dtypes = latents[0].device, (name_of(latents), name_of(grads), name_of(out))
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
     with on(device):
         _cuda.learned_backward(
-            where(device), planned(p), dtypes, grid_of(grid, 0), straight_through.variant, partial.data_ptr()
-        )
+            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, partial.data_ptr(),
+            block,
+        )  # fmt: skip
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:

@@ -1,0 +1,37 @@
+// What the kernels of the estimate are told, and what is constant over a block.
+#pragma once
+
+#include "hadamard.cuh"
+#include "noise.cuh"
+#include "tiles.cuh"
+
+namespace fogzo::cuda {
+
+struct Estimate {
+  Tables tables;
+  Source source;
+  const float *coefficients;
+  int directions;
+  float r;
+  int64_t *counters;
+  Dtype dtype;
+};
+
+struct EstimateNames {
+  Keys keys;
+  uint32_t step, tensor_id;
+  float A;
+  const float *B;
+};
+
+using RotatedEstimateKernel = void (*)(Rotated<Estimate>);
+
+// The kernel around a transform (rotated_estimate.cuh).
+template <Distribution D> RotatedEstimateKernel rotated_estimate_for(Dtype grad, int block);
+
+#define FOGZO_ELSEWHERE(name, ...)                                                                             \
+  extern template RotatedEstimateKernel rotated_estimate_for<Distribution::name>(Dtype, int);
+FOGZO_DISTRIBUTIONS(FOGZO_ELSEWHERE)
+#undef FOGZO_ELSEWHERE
+
+} // namespace fogzo::cuda
