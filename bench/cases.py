@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ class Case:
     elements: int
     equal: bool = False  # tensors of one size
     scale_length: int = 0  # elements that share an alpha; 0: all of a tensor
+    block: int = 0  # of the quantizer's Hadamard transform; 0: none
 
     @property
     def spec(self) -> Op:
@@ -105,12 +106,13 @@ class Case:
 
 def cases(
     ops: Iterable[str], dtypes: Iterable[str], distributions: Iterable[str], tensors: Iterable[int],
-    sizes: Iterable[int], equal: bool = False, scale_length: int = 0,
+    sizes: Iterable[int], equal: bool = False, scale_length: int = 0, block: int = 0,
 ) -> Iterator[Case]:  # fmt: skip
     """Every combination, once: an op without noise has one distribution, and unused dtypes do not count."""
     seen = set()
     for op, dtype, distribution, count, size in product(ops, dtypes, distributions, tensors, sizes):
-        case = Case(op, dtype, distribution if OPS[op].noise else "none", count, size, equal, scale_length)
+        noise = distribution if OPS[op].noise else "none"
+        case = Case(op, dtype, noise, count, size, equal, scale_length, block)
         key = op, *case.names().values(), case.distribution, count, size
         if key not in seen:
             seen.add(key)
@@ -187,6 +189,8 @@ def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] |
     length = case.scale_length
     if length and any(size % length for size in sizes):
         raise ValueError(f"elements must be multiples of the scale length {length}, got {sizes}")
+    if case.block and any(size % case.block for size in sizes):
+        raise ValueError(f"elements must be multiples of the block {case.block}, got {sizes}")
     alphas = [torch.full((size // length if length else 1,), ALPHA, device=device) for size in sizes]
     return Operands(
         latents=filled(bool(op.latent), latent, 0.5),
@@ -215,7 +219,10 @@ def lsq_factor(latent: Tensor, alpha: Tensor) -> float:
 def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
     """The op of this package, ready to be called again and again."""
     names = {"one_minus_beta": ONE_MINUS_BETA, "seed": SEED, "step": STEP}
-    common = {"grid": GRID, "straight_through": straight_through(case), "backend": backend, **names}
+    how: dict[str, Any] = {"grid": GRID, "backend": backend}
+    if case.block:
+        how["transform"] = fk.Hadamard(case.block)
+    common = {"straight_through": straight_through(case), **how, **names}
     losses = o.losses_plus, o.losses_minus
     tail = {"lr": LR, "weight_decay": WEIGHT_DECAY, "optimizer_step": OPTIMIZER_STEP, "quantized": o.plus}
     if case.op == "norm":
@@ -235,14 +242,14 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
             o.latents, o.grads, o.first, *losses, o.alphas, o.norm, momentum=MOMENTUM, **tail, **common
         )
     if case.op == "quantize":
-        return lambda: fk.quantize_(o.plus, o.latents, o.alphas, grid=GRID, backend=backend)
+        return lambda: fk.quantize_(o.plus, o.latents, o.alphas, **how)
     if case.op == "measure":
         rms = {"statistic": "rms", "factor": FACTOR, "add": ADD}
         return lambda: fk.measure_alphas_(o.alphas, o.latents, **rms, backend=backend)
     if case.op == "learned":
         alpha_grads = [torch.empty_like(alpha) for alpha in o.alphas]
         factors = [lsq_factor(t, alpha) for t, alpha in zip(o.latents, o.alphas, strict=True)]
-        shared = {"grid": GRID, "straight_through": straight_through(case), "backend": backend}
+        shared = {"straight_through": straight_through(case), **how}
 
         def backward() -> list[Tensor]:
             fk.learned_backward_(o.grads, alpha_grads, o.latents, o.alphas, factors=factors, **shared)

@@ -64,6 +64,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="1, or the length of a list of mixed sizes")  # fmt: skip
     add("--scale-length", type=int, default=0, metavar="N",
         help="elements that share an alpha, by default all of a tensor; or else no baselines")  # fmt: skip
+    add("--block", type=int, default=0, metavar="N",
+        help="of a Hadamard transform, for the ops that take one; no baselines")  # fmt: skip
     add("--equal", action="store_true", help="lists of tensors of one size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
@@ -80,7 +82,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sizes is None:
         exponents = (QUICK_EXPONENTS if args.quick else EXPONENTS)[args.device.type]
         args.sizes = [2**e for e in exponents]
-    if args.no_baselines or args.scale_length:  # which know one alpha per tensor
+    if (
+        args.no_baselines or args.scale_length or args.block
+    ):  # which know one alpha per tensor, and no transform
         args.baselines = []
     elif args.quick:
         args.baselines = [kind for kind in args.baselines if kind != "compile"]
@@ -117,8 +121,9 @@ def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
     """All units, the most important first, and what is left out from the start, with the reason."""
     units, left_out = [], []
     for case in c.cases(
-        args.ops, args.dtypes, args.distributions, args.tensors, args.sizes, args.equal, args.scale_length
-    ):
+        args.ops, args.dtypes, args.distributions, args.tensors, args.sizes, args.equal, args.scale_length,
+        args.block,
+    ):  # fmt: skip
         if case.tensors > 1 and case.elements < c.SMALLEST * case.tensors:
             left_out.append(left(Unit(case, OURS), f"too few elements for {case.tensors} tensors"))
             continue
@@ -233,6 +238,7 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
         "tensors": case.tensors,
         "equal": case.equal,
         "scale_length": case.scale_length,
+        "block": case.block,
         "elements": case.elements,
         "bytes_per_element": case.bytes_per_element,
         "median_s": found.median,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import data
-from bench.evidence import digits
+from bench.evidence import digits, presets, text
 from fogzo_kernels import _C, info
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,37 @@ def test_demo_trains_prints_and_plots(tmp_path, capsys):
     ste = [one["losses"] for one in runs if one["job"]["method"] == "ste"]
     assert all(losses[-1] < losses[0] for losses in ste)
     assert ste[0] != ste[1]
+
+
+def test_presets_train_print_and_plot(tmp_path, capsys):
+    """The loss of each falls; what is printed is what is written."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    plot = tmp_path / "presets.png"
+    presets.main([
+        "--steps", "25", "--seeds", "2", "--rates", "3e-3", "--presets", "lsq", "quest-w2a2", "--layers", "1",
+        "--batch", "4", "--context", "32", "--workers", "2", "--out", str(tmp_path), "--plot", str(plot),
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    runs = json.loads((tmp_path / "presets.json").read_text())["runs"]
+    methods = [("lsq", "ste"), ("lsq", "fogzo"), ("quest-w2a2", "ste"), ("quest-w2a2", "fogzo")]
+    assert [(r["job"]["preset"], r["job"]["estimator"]) for r in runs] == [m for m in methods for _ in range(2)]
+    for one in runs:
+        assert one["losses"][-1] < 0.85 * one["losses"][0]
+        assert len(one["losses"]) == 25
+    for name, method in methods:
+        assert f"| {name} | {method.upper()} | 0.003 |" in out
+    assert plot.stat().st_size > 10_000
+
+
+def test_text_is_pythons_sources():
+    both = text.sources(200_000)
+    assert 150_000 < len(both.train) + len(both.validation) <= 200_000
+    assert b"import" in bytes(both.train[:20_000].tolist())
+    rows = text.batch(both.train, 3, 16, torch.Generator().manual_seed(0))
+    assert rows.shape == (3, 16)
+    assert rows.max() < text.BYTES
+    with pytest.raises(ValueError, match="size must hold one of Python's sources, got 1 bytes"):
+        text.sources(1)
 
 
 def test_demo_takes_options_and_own_data(tmp_path):

@@ -111,6 +111,8 @@ def test_scales_of_groups(tmp_path, capsys):
     assert kernels.main([*SMALL, *chosen, "--json", str(tmp_path / "k.json")]) == 0
     (row,) = json.loads((tmp_path / "k.json").read_text())["rows"]
     assert (row["scale_length"], row["equal"]) == (32, True)
+    with pytest.raises(ValueError, match=r"elements must be multiples of the block 64, got \[96\]"):
+        cases.operands(cases.Case("quantize", "fp32", "none", 1, 96, block=64), torch.device("cpu"))
     assert "measured 1 rows; left out 0 timings; 0 failed" in capsys.readouterr().out
 
 

@@ -190,9 +190,10 @@ def test_one_out_of_range_is_held_counted_warned_of_once(value, by):
 
 def test_it_does_not_decay():
     model, _ = calibrated()
-    decays, others = fk.parameter_groups(model, weight_decay=0.1)
-    ids = {id(p) for p in others["params"]}
-    assert {id(model.get_parameter(name)) for name in names(model)} <= ids
+    decays, _, alphas = fk.parameter_groups(model, weight_decay=0.1)
+    ids = {id(p) for p in alphas["params"]}
+    assert ids == {id(model.get_parameter(n)) for n, _ in model.named_parameters() if n.endswith("alpha")}
+    assert {id(model.get_parameter(name)) for name in names(model)} < ids
     assert len(decays["params"]) == 2
 
 

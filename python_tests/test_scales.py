@@ -290,15 +290,21 @@ def test_parameter_groups_decay_matrices_only():
     model["b"].weight = model["a"].weight
     model["norm"].bias.requires_grad_(False)
     fk.quantize_model(model, LEARNED)
-    decaying, others = fk.parameter_groups(model, weight_decay=0.1)
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    decaying, others, alphas = fk.parameter_groups(model, weight_decay=0.1)
+    assert [g["weight_decay"] for g in (decaying, others, alphas)] == [0.1, 0.0, 0.0]
     assert [id(p) for p in decaying["params"]] == [id(model["a"].weight)]
-    expected = {model["a"].bias, model["a"].alpha, model["b"].bias, model["norm"].weight}
-    assert set(others["params"]) == expected
-    assert len(others["params"]) == 4
-    for wrong, kind in ((-1.0, ValueError), (math.nan, ValueError), ("1", TypeError)):
-        with pytest.raises(kind, match="weight_decay must be"):
-            fk.parameter_groups(model, weight_decay=wrong)
+    assert set(others["params"]) == {model["a"].bias, model["b"].bias, model["norm"].weight}
+    assert len(others["params"]) == 3
+    assert [id(p) for p in alphas["params"]] == [id(model["a"].alpha)]
+    assert not any("lr" in group for group in (decaying, others, alphas))
+    groups = fk.parameter_groups(model, weight_decay=0.1, alpha_lr=1e-4)
+    assert [group.get("lr") for group in groups] == [None, None, 1e-4]
+    optimizer = fk.AdamW(groups, lr=1e-2)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2, 1e-4]
+    for name in ("weight_decay", "alpha_lr"):
+        for wrong, kind in ((-1.0, ValueError), (math.nan, ValueError), ("1", TypeError)):
+            with pytest.raises(kind, match=f"{name} must be"):
+                fk.parameter_groups(model, **{"weight_decay": 0.0, name: wrong})
 
 
 # ---- checkpoints

@@ -86,6 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=2)
     add("--bytes", type=int, default=2_000_000, help="of text, at most")
     add("--weight-decay", type=float, default=0.1)
+    add("--alpha-rate", type=float, default=0.1, help="share of the learning rate that learned scales take")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--out", default="bench/out", help="folder for the numbers")
     add("--plot", default="bench/out/presets.png")
@@ -117,7 +118,8 @@ def train(args: argparse.Namespace, job: Job, progress: Any) -> Result:
         fk.quantize_model(model, weights, activation=inputs, skip=["model.embed_tokens", "lm_head"])
         if job.estimator == "fogzo":
             fogzo = fk.Fogzo(model, total_steps=args.steps, kappa=args.kappa, seed=job.seed)
-    groups = fk.parameter_groups(model, weight_decay=args.weight_decay)
+    alpha_lr = args.alpha_rate * job.rate
+    groups = fk.parameter_groups(model, weight_decay=args.weight_decay, alpha_lr=alpha_lr)
     optimizer = torch.optim.AdamW(groups, lr=job.rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, args))
     generator = torch.Generator().manual_seed(job.seed)

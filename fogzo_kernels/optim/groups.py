@@ -10,31 +10,43 @@ from ..nn.quantized import QuantizedModule
 from ..ops import checks
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of a model in two groups, for any optimizer: those that decay, and those that do not.
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, alpha_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """The parameters of a model in groups, for any optimizer: those that decay, others, and learned alphas.
 
-    Learned alphas do not, as a decay would shrink the range of the quantized weights; nor do biases and norms,
-    which have one dimension or none.
+    Learned alphas, of weights and inputs, do not decay, which would shrink the range of what is quantized; nor
+    do biases and norms, which have one dimension or none. Adam and its like change a parameter by about the
+    learning rate, whatever its gradient, and an alpha is small: a tenth of the weights' rate suits it.
 
     Args:
         model: its trainable parameters are taken, each once.
-        weight_decay: of the first group, finite and >= 0; the second has 0.
+        weight_decay: of the first group, finite and >= 0; the others have 0.
+        alpha_lr: learning rate of the alphas, finite and >= 0; None: the optimizer's own.
 
     Returns:
-        Groups as ``torch.optim`` takes them; one that would be empty is left out.
+        Groups as ``torch.optim`` takes them, alphas last; one that would be empty is left out.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
     checks.instance("model", model, nn.Module)
     checks.finite("weight_decay", weight_decay)
-    alphas = {id(m.alpha) for m in model.modules() if isinstance(m, QuantizedModule)}
+    rate = {}
+    if alpha_lr is not None:
+        checks.finite("alpha_lr", alpha_lr)
+        rate["lr"] = alpha_lr
+    modules = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    ids = {id(t) for m in modules for t in (m.alpha, getattr(m, "input_alpha", None))}
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    alphas: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
-            (decaying if p.ndim > 1 and id(p) not in alphas else others).append(p)
-    groups = [
-        {"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}
-    ]  # fmt: skip
+            (alphas if id(p) in ids else decaying if p.ndim > 1 else others).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": alphas, "weight_decay": 0.0, **rate},
+    ]
     return [group for group in groups if group["params"]]
