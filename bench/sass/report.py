@@ -40,16 +40,17 @@ class Variant(NamedTuple):
     scale: str | None = None
     shard: bool = False
     host: bool = True  # the step's scalars are kernel arguments, not in device memory
-    kind: str | None = None  # of derivative or optimizer; the statistic; a block's elements
+    kind: str | None = None  # of derivative or optimizer; the statistic
     directions: int | None = None  # of an estimate; in the fused tail None is 1
     master: bool = False
+    block: int = 0  # elements of one of the Hadamard transform
 
     def __str__(self) -> str:
         fields = (self.latent, self.grad, self.out, self.distribution, self.signs, self.scale, self.kind)
         words = [self.kernel, *(f for f in fields if f is not None)]
         flags = {
             f"n={self.directions}": self.directions is not None, "shard": self.shard,
-            "master": self.master, "device": not self.host,
+            "master": self.master, "device": not self.host, f"block={self.block}": self.block > 0,
         }  # fmt: skip
         return " ".join([*words, *(name for name, on in flags.items() if on)])
 
@@ -84,7 +85,7 @@ def row_of_report(variant: Variant, arch: int, report: Report, tiles: int, threa
         "backend": backend,
         "arch": arch,
         **{name: getattr(variant, name) for name in ("distribution", "signs", "scale", "shard")},
-        **{name: getattr(variant, name) for name in ("kind", "directions", "master")},
+        **{name: getattr(variant, name) for name in ("kind", "directions", "master", "block")},
         "scalars": "host" if variant.host else "device",
         "instructions_per_element": round(sum(counts.values()) / elements, 2) if streams else None,
         "loop_instructions_per_element": round(loop / elements, 2) if streams else None,

@@ -82,7 +82,31 @@ def variants() -> Iterator[Variant]:
     yield Variant("learned_sum_kernel")
     for block in BLOCKS:
         for dtype in ("bf16", "fp32"):
-            yield Variant("hadamard_kernel", dtype, None, dtype, kind=str(block))
+            yield Variant("hadamard_kernel", dtype, None, dtype, block=block)
+        yield from rotated_variants(block)
+
+
+def rotated_variants(block: int) -> Iterator[Variant]:
+    """Of quantizers with a transform."""
+    for types in COMBINATIONS.values():
+        latent, grad, out = map(short, types)
+        for signs in ("one", "both"):
+            yield Variant("perturb_kernel", latent, grad, out, "uniform", signs, "row", block=block)
+        yield Variant("quantize_kernel", latent, None, out, scale="row", block=block)
+    for dist in DISTRIBUTIONS:
+        yield Variant("perturb_kernel", "bf16", "bf16", "bf16", dist, "one", "row", block=block)
+    for grad in map(short, FLOATS):
+        for n in (1, 4):
+            yield Variant(
+                "estimate_kernel", None, grad, None, "uniform", None, "row", directions=n, block=block
+            )
+        for kernel in ("quantize_kernel", "learned_kernel"):
+            yield Variant(kernel, grad, grad, grad, scale="row", kind="identity_trust", block=block)
+    for rule in RULES:
+        for *dtypes, master in (("fp32", "bf16", "bf16", False), ("bf16", "bf16", "int8", True)):
+            yield Variant(
+                "update_kernel", *dtypes, "uniform", scale="row", kind=rule, master=master, block=block
+            )
 
 
 def streaming_variants() -> Iterator[Variant]:
@@ -124,13 +148,13 @@ def constants_of(variant: Variant) -> dict[str, object]:
         "SPAN": SPAN, "TILE": tile_of(variant), "DIST": variant.distribution, "SHARD": variant.shard,
         "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
         "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
-        "BLOCK": 1024, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad,
+        "BLOCK": variant.block, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad,
         "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind,
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
-    if variant.kernel == "hadamard_kernel":
-        found["BLOCK"] = int(variant.kind or 0)
+    if variant.kernel in ("sum_kernel", "join_kernel", "learned_sum_kernel"):
+        found["BLOCK"] = 1024
     if variant.host:
         found["one_minus_beta"] = None
     return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}

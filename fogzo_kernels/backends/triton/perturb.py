@@ -24,6 +24,7 @@ from .elements import (
     store_tile,
     tile_noise,
 )
+from .hadamard import rest_step, rotated, rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch, mixed, named, rounded
 from .tables import (
     chunk_delta,
@@ -53,9 +54,12 @@ def perturb_kernel(
     qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr, DIST: tl.constexpr,
     NOISE_SCALE: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
     WRITE_PLUS: tl.constexpr, WRITE_MINUS: tl.constexpr, PER_TENSOR: tl.constexpr,
-    SHARD: tl.constexpr,
+    SHARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS, v = fma(a delta, g, b m)."""
+    """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS, v = fma(a delta, g, b m).
+
+    With a transform, BLOCK > 0: v = b m, and theta moves along g by +-eps a delta^2 before it is rotated.
+    """
     row, begin, end, fast = program_row(table, owner, SPAN)
     grid = Grid(offset, qmin, qmax, r)
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
@@ -80,31 +84,49 @@ def perturb_kernel(
         if not PER_TENSOR:
             delta = chunk_delta(alpha, local, length, r, chunks)
             scale, gam = scale_per_pair(scale_of(delta, grid), TILE), per_pair(a * delta, TILE)
-        v0, v1 = fma(g0, gam, m0 * b), fma(g1, gam, m1 * b)
-        z0, z1 = position(t0, scale, grid), position(t1, scale, grid)
+        if BLOCK:
+            v0, v1 = m0 * b, m1 * b
+        else:
+            v0, v1 = fma(g0, gam, m0 * b), fma(g1, gam, m1 * b)
+            z0, z1 = position(t0, scale, grid), position(t1, scale, grid)
         if WRITE_PLUS:
+            if BLOCK:
+                along = eps * gam * scale.delta
+                z0, z1 = rotated_halves(fma(g0, along, t0), fma(g1, along, t1), BLOCK, TILE)
+                z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
             q0 = output_of(fma(v0, eps, z0), scale, grid, OUT_T)
             q1 = output_of(fma(v1, eps, z1), scale, grid, OUT_T)
             store_tile(tile_at(plus, begin, start), q0, q1, left, TILE)
         if WRITE_MINUS:
+            if BLOCK:
+                along = -eps * gam * scale.delta
+                z0, z1 = rotated_halves(fma(g0, along, t0), fma(g1, along, t1), BLOCK, TILE)
+                z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
             q0 = output_of(fma(v0, -eps, z0), scale, grid, OUT_T)
             q1 = output_of(fma(v1, -eps, z1), scale, grid, OUT_T)
             store_tile(tile_at(minus, begin, start), q0, q1, left, TILE)
     row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
-    SUB: tl.constexpr = TILE // 8
+    SUB: tl.constexpr = rest_step(TILE, BLOCK)
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
         d = element_delta(alpha, j, row, r, mask)
         m = element_noise(element_numbers(j, row), names, direction, DIST)
-        v = fma(tl.load(grad + j, mask=mask, other=0.0).to(tl.float32), a * d, m * b)
+        g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
         theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
         one = scale_of(d, grid)
-        z = position(theta, one, grid)
+        if BLOCK:
+            v = m * b
+        else:
+            v, z = fma(g, a * d, m * b), position(theta, one, grid)
         if WRITE_PLUS:
+            if BLOCK:
+                z = position(rotated(fma(g, eps * (a * d) * d, theta), BLOCK, SUB), one, grid)
             q = output_of(fma(v, eps, z), one, grid, OUT_T)
             tl.store(plus + j, convert(q, OUT_T), mask=mask)
         if WRITE_MINUS:
+            if BLOCK:
+                z = position(rotated(fma(g, -eps * (a * d) * d, theta), BLOCK, SUB), one, grid)
             q = output_of(fma(v, -eps, z), one, grid, OUT_T)
             tl.store(minus + j, convert(q, OUT_T), mask=mask)
 
@@ -126,5 +148,5 @@ def perturb_quantize_(
         **mixed(draw, mix), eps=rounded(mix.epsilon), **grid_of(grid), SPAN=SPAN, TILE=TILE,
         DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
         OUT_T=DTYPES[out], WRITE_PLUS=bool(plus), WRITE_MINUS=bool(minus), PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, maxnreg=REGISTERS.get(out),
+        SHARD=p.shard, BLOCK=block, maxnreg=REGISTERS.get(out),
     )  # fmt: skip

@@ -15,10 +15,12 @@ from .elements import (
     load_tile,
     output_of,
     position,
+    product,
     scale_of,
     scale_per_pair,
     store_tile,
 )
+from .hadamard import rest_step, rotated, rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch
 from .tables import (
     chunk_delta,
@@ -37,9 +39,12 @@ from .tables import (
 def quantize_kernel(
     table, owner, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
     LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
+    PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """KIND None: Q(theta) into PLUS. Else g h'(theta) into PLUS, which may be GRAD."""
+    """KIND None: Q(theta) into PLUS. Else g h'(theta) into PLUS, which may be GRAD.
+
+    With a transform, BLOCK > 0: Q(x), or H(g h'(x)), of x = H(theta).
+    """
     row, begin, end, fast = program_row(table, owner, SPAN)
     grid = Grid(offset, qmin, qmax, r)
     latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
@@ -53,6 +58,7 @@ def quantize_kernel(
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
         t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
+        t0, t1 = rotated_halves(t0, t1, BLOCK, TILE)
         if not PER_TENSOR:
             delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)
             scale = scale_per_pair(scale_of(delta, grid), TILE)
@@ -61,26 +67,27 @@ def quantize_kernel(
             q1 = output_of(position(t1, scale, grid), scale, grid, OUT_T)
         else:
             g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
-            q0 = g0 * derivative_of(t0, scale, grid, KIND)
-            q1 = g1 * derivative_of(t1, scale, grid, KIND)
+            q0 = product(g0, derivative_of(t0, scale, grid, KIND), BLOCK != 0)
+            q1 = product(g1, derivative_of(t1, scale, grid, KIND), BLOCK != 0)
+            q0, q1 = rotated_halves(q0, q1, BLOCK, TILE)
         store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
-    SUB: tl.constexpr = TILE // 8
+    SUB: tl.constexpr = rest_step(TILE, BLOCK)
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
         one = scale_of(element_delta(alpha, j, row, r, mask), grid)
-        theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
+        theta = rotated(tl.load(latent + j, mask=mask, other=0.0).to(tl.float32), BLOCK, SUB)
         if KIND is None:
             q = output_of(position(theta, one, grid), one, grid, OUT_T)
         else:
             g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-            q = g * derivative_of(theta, one, grid, KIND)
+            q = rotated(product(g, derivative_of(theta, one, grid, KIND), BLOCK != 0), BLOCK, SUB)
         tl.store(out + j, convert(q, OUT_T), mask=mask)
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, block: int) -> None:
     """Write Q(theta): one launch."""
-    _launch(out, (), latents, alphas, grid, None)
+    _launch(out, (), latents, alphas, grid, None, block)
 
 
 def straight_through_backward_(
@@ -88,15 +95,16 @@ def straight_through_backward_(
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta): one launch."""
-    _launch(out, grads, latents, alphas, grid, straight_through.variant)
+    _launch(out, grads, latents, alphas, grid, straight_through.variant, block)
 
 
 def _launch(
-    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, kind: str | None
-) -> None:
+    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, kind: str | None,
+    block: int,
+) -> None:  # fmt: skip
     p = plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
     launch(
         quantize_kernel, p.programs, latents[0].device, p.table, p.owner, **grid_of(grid), SPAN=SPAN, TILE=TILE,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[(grads or latents)[0].dtype],
-        OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor,
+        OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor, BLOCK=block,
     )  # fmt: skip
