@@ -49,7 +49,7 @@ TABLE_ROWS = {
     "estimate, n = 4": "estimate_kernel bf16 {} tensor n=4",
     "estimate, AdamW, Q; float32 latents": "update_kernel fp32 bf16 bf16 {} tensor adamw",
     "the same, n = 4": "update_kernel fp32 bf16 bf16 {} tensor adamw n=4",
-    "Hadamard, blocks of 128": "hadamard_kernel bf16 bf16 128",
+    "Hadamard, blocks of 128": "hadamard_kernel bf16 bf16 block=128",
 }
 #: Of CUDA alone: scales by row, as these have no other kernels.
 CUDA_ROWS = {
@@ -168,7 +168,9 @@ def test_learned_scales_stay_in_registers_and_in_budget(arch):
 
 def test_the_transform_compiles_without_spills():
     """It goes between threads, so it may use shared memory and barriers."""
-    names = ["hadamard_kernel bf16 bf16 16", "hadamard_kernel bf16 bf16 1024", "hadamard_kernel fp32 fp32 256"]
+    names = [
+        f"hadamard_kernel {k}" for k in ("bf16 bf16 block=16", "bf16 bf16 block=1024", "fp32 fp32 block=16")
+    ]
     for name, row in json.loads(run_code(PROGRAM.format(arch=90, names=names))):
         assert (row["spill_bytes"], row["load_bits"], row["store_bits"]) == (0, 128, 128), name
         assert row["margin"] > 1, name
@@ -346,7 +348,7 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
             )
             assert row["load_bits"] == (128 if wide else 64) or "any" in name, name
             continue
-        between_warps = row["kernel"] == "hadamard_kernel" and int(row["kind"]) > 256
+        between_warps = row["kernel"] == "hadamard_kernel" and row["block"] > 256
         waits = row["barriers"] and not between_warps
         assert (row["shared_bytes"] % 1024, waits) == (0, 0), name  # 1 KiB is the system's, on some
         if name.endswith("coefficients_kernel") or "any" in name:

@@ -141,7 +141,7 @@ def variant_of(name: str) -> Variant | None:
         return Variant(kernel, kind=STATISTICS[int(arguments[0])])
     if kernel == "hadamard_kernel":
         latent, out = dtypes(*arguments[1:])
-        return Variant(kernel, latent, None, out, kind=arguments[0])
+        return Variant(kernel, latent, None, out, block=int(arguments[0]))
     return Variant(kernel)
 
 

@@ -40,10 +40,10 @@ class Variant(NamedTuple):
     scale: str | None = None
     shard: bool = False
     host: bool = True  # the step's scalars are kernel arguments, not in device memory
-    kind: str | None = None  # of derivative or optimizer; the statistic; a block's elements
+    kind: str | None = None  # of derivative or optimizer; the statistic
     directions: int | None = None  # of an estimate; in the fused tail None is 1
     master: bool = False
-    block: int = 0  # elements of one of the Hadamard transform, of Triton's kernels around it
+    block: int = 0  # elements of one of the Hadamard transform
 
     def __str__(self) -> str:
         fields = (self.latent, self.grad, self.out, self.distribution, self.signs, self.scale, self.kind)

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fogzo_kernels.backends.triton import launch, perturb, tail
+from fogzo_kernels.backends.triton import hadamard, launch, perturb, tail
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
 from fogzo_kernels.backends.triton.hadamard import hadamard_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
@@ -82,24 +82,31 @@ def variants() -> Iterator[Variant]:
     yield Variant("learned_sum_kernel")
     for block in BLOCKS:
         for dtype in ("bf16", "fp32"):
-            yield Variant("hadamard_kernel", dtype, None, dtype, kind=str(block))
-    for block in (16, 128, 1024):
+            yield Variant("hadamard_kernel", dtype, None, dtype, block=block)
         yield from rotated_variants(block)
 
 
 def rotated_variants(block: int) -> Iterator[Variant]:
-    """Of quantizers with a transform, with a scale for each row."""
-    common = {"scale": "row", "block": block}
-    for latent, grad, out in (("bf16", "bf16", "bf16"), ("fp32", "bf16", "bf16"), ("fp32", "fp32", "int8")):
+    """Of quantizers with a transform."""
+    for types in COMBINATIONS.values():
+        latent, grad, out = map(short, types)
         for signs in ("one", "both"):
-            yield Variant("perturb_kernel", latent, grad, out, "uniform", signs, **common)
-        yield Variant("quantize_kernel", latent, None, out, **common)
-        yield Variant("update_kernel", latent, grad, out, "uniform", kind="adamw", **common)
-    for grad in ("bf16", "fp32"):
+            yield Variant("perturb_kernel", latent, grad, out, "uniform", signs, "row", block=block)
+        yield Variant("quantize_kernel", latent, None, out, scale="row", block=block)
+    for dist in DISTRIBUTIONS:
+        yield Variant("perturb_kernel", "bf16", "bf16", "bf16", dist, "one", "row", block=block)
+    for grad in map(short, FLOATS):
         for n in (1, 4):
-            yield Variant("estimate_kernel", grad=grad, distribution="uniform", directions=n, **common)
+            yield Variant(
+                "estimate_kernel", None, grad, None, "uniform", None, "row", directions=n, block=block
+            )
         for kernel in ("quantize_kernel", "learned_kernel"):
-            yield Variant(kernel, grad, grad, grad, kind="identity_trust", **common)
+            yield Variant(kernel, grad, grad, grad, scale="row", kind="identity_trust", block=block)
+    for rule in RULES:
+        for *dtypes, master in (("fp32", "bf16", "bf16", False), ("bf16", "bf16", "int8", True)):
+            yield Variant(
+                "update_kernel", *dtypes, "uniform", scale="row", kind=rule, master=master, block=block
+            )
 
 
 def streaming_variants() -> Iterator[Variant]:
@@ -141,13 +148,13 @@ def constants_of(variant: Variant) -> dict[str, object]:
         "SPAN": SPAN, "TILE": tile_of(variant), "DIST": variant.distribution, "SHARD": variant.shard,
         "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
         "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
-        "BLOCK": 1024, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad,
-        "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind, "ROTATE": variant.block,
+        "BLOCK": variant.block, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent,
+        "GRAD_T": grad, "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind,
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
-    if variant.kernel == "hadamard_kernel":
-        found["BLOCK"] = int(variant.kind or 0)
+    if variant.kernel in ("sum_kernel", "join_kernel", "learned_sum_kernel"):
+        found["BLOCK"] = 1024
     if variant.host:
         found["one_minus_beta"] = None
     return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}
@@ -160,7 +167,8 @@ def tile_of(variant: Variant) -> int:
 def options_of(variant: Variant) -> dict[str, int]:
     registers = {
         "update_kernel": tail.registers_of(variant.block),
-        "perturb_kernel": None if variant.block else perturb.REGISTERS.get(DTYPES.get(variant.out or "")),
+        "hadamard_kernel": hadamard.REGISTERS,
+        "perturb_kernel": perturb.registers_of(DTYPES.get(variant.out or ""), variant.block),
     }.get(variant.kernel)
     return {"num_warps": NUM_WARPS} | ({"maxnreg": registers} if registers else {})
 

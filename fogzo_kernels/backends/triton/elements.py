@@ -117,6 +117,16 @@ def reciprocal(x):
 
 
 @triton.jit
+def product(a, b, ALONE: tl.constexpr):
+    """a * b. ALONE: the compiler may not contract it with a sum that it goes into."""
+    if ALONE and not INTERPRET:
+        ASM: tl.constexpr = "mul.rn.f32 $0, $1, $2;"
+        return tl.inline_asm_elementwise(ASM, "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return a * b
+
+
+@triton.jit
 def is_finite(x):
     return tl.abs(x) < float("inf")
 

@@ -14,12 +14,13 @@ from .elements import (
     fma,
     load_tile,
     per_pair,
+    product,
     reciprocal,
     store_tile,
     tile_noise,
     tile_sum,
 )
-from .hadamard import rest_of, rotated, rotated_tile
+from .hadamard import rest_step, rotated, rotated_halves
 from .launch import DTYPES, TILE, Tensors, launch, named
 from .losses import count_bad_alphas, loss_arguments, read_losses
 from .tables import (
@@ -61,11 +62,11 @@ def coefficients_kernel(
 def estimate_kernel(
     table, owner, counters, seed, step, coef, n, r, SPAN: tl.constexpr, TILE: tl.constexpr,
     DIST: tl.constexpr, GRAD_T: tl.constexpr, PER_TENSOR: tl.constexpr, SHARD: tl.constexpr,
-    ONE: tl.constexpr, ROTATE: tl.constexpr,
+    ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g = fma(A, g, inv sum_i B_i m_i) in place, with a run-time loop over directions unless ONE.
 
-    ROTATE: the block of the transform that the sum goes through, or 0.
+    BLOCK: of the transform that brings the sum back from where the noise is, or 0.
     """
     row, begin, end, fast = program_row(table, owner, SPAN)
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
@@ -93,17 +94,18 @@ def estimate_kernel(
             acc0, acc1 = tile_sum(g0, g1, chunk, names, coef + B_AT, n, TILE, DIST)
         if not PER_TENSOR:
             inv = per_pair(reciprocal(chunk_delta(alpha, local, length, r, chunks)), TILE)
-        acc0, acc1 = rotated_tile(acc0 * inv, acc1 * inv, ROTATE, TILE)
+        acc0, acc1 = product(acc0, inv, BLOCK != 0), product(acc1, inv, BLOCK != 0)
+        acc0, acc1 = rotated_halves(acc0, acc1, BLOCK, TILE)
         store_tile(tile_at(grad, begin, start), fma(g0, A, acc0), fma(g1, A, acc1), left, TILE)
-    SUB: tl.constexpr = rest_of(TILE, ROTATE)
+    SUB: tl.constexpr = rest_step(TILE, BLOCK)
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
         acc = element_sum(element_numbers(j, row), names, coef + B_AT, n, DIST)
         inv_e = reciprocal(element_delta(alpha, j, row, r, mask))
         g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-        acc = rotated(acc * inv_e, ROTATE, SUB)
-        tl.store(grad + j, convert(fma(g, A, acc), GRAD_T), mask=mask)
+        moved = rotated(product(acc, inv_e, BLOCK != 0), BLOCK, SUB)
+        tl.store(grad + j, convert(fma(g, A, moved), GRAD_T), mask=mask)
 
 
 def estimate_gradient_(
@@ -120,5 +122,5 @@ def estimate_gradient_(
     launch(
         estimate_kernel, p.programs, device, p.table, p.owner, counters, *names, coef, n, float(r), SPAN=SPAN,
         TILE=TILE, DIST=draw.distribution, GRAD_T=DTYPES[grads[0].dtype], PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, ONE=n == 1, ROTATE=block,
+        SHARD=p.shard, ONE=n == 1, BLOCK=block,
     )  # fmt: skip

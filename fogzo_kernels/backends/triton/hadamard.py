@@ -7,60 +7,71 @@ import triton.language as tl
 
 from ...spec import hadamard as spec
 from ..plans import SPAN, plan
-from .elements import convert, load_tile, store_tile
+from .elements import convert, fma, load_tile, store_tile
 from .launch import DTYPES, TILE, Tensors, launch, rounded
 from .tables import left_in_tile, pointer, program_row, tile_at, tiled_part
 
-#: A constexpr, whose value is part of a compiled kernel's key.
+#: By block, float32. A constexpr, whose value is part of a compiled kernel's key.
 FACTORS = tl.constexpr({block: rounded(spec.factor(block)) for block in spec.BLOCKS})
+REGISTERS = 128  # the most of a thread: ptxas, left alone, spills some to reach fewer
+#: Consecutive elements of a tile that a warp holds: a chunk in each lane.
+WARP = tl.constexpr(8 * 32)
 
 
 @triton.jit
 def butterflies(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Each block of a tile [TILE]: a + b and a - b of elements that are h apart, h = 1, 2, 4, .., BLOCK / 2."""
+    """Each block of a tile [TILE]: a + b and a - b of elements that are h apart, h = 1, 2, 4, .., BLOCK / 2.
+
+    A warp holds WARP consecutive elements. There each takes its partner as the sum of both, as integers, less
+    itself: of two lanes' elements the compiler makes one shuffle, of two registers' nothing.
+    """
+    e = tl.arange(0, TILE)
     for k in tl.static_range(10):
         if 1 << k < BLOCK:
-            pairs = tl.permute(x.reshape([TILE >> (k + 1), 2, 1 << k]), (0, 2, 1))
-            a, b = tl.split(pairs)
-            x = tl.permute(tl.join(a + b, a - b), (0, 2, 1)).reshape([TILE])
+            if 1 << k < WARP:
+                own = x.to(tl.int32, bitcast=True).reshape([TILE >> (k + 1), 2, 1 << k])
+                both = tl.sum(own, 1, keep_dims=True)
+                partner = (both - own).reshape([TILE]).to(tl.float32, bitcast=True)
+                x = fma(x, tl.where(((e >> k) & 1) != 0, -1.0, 1.0), partner)
+            else:
+                a, b = tl.split(tl.permute(x.reshape([TILE >> (k + 1), 2, 1 << k]), (0, 2, 1)))
+                x = tl.permute(tl.join(a + b, a - b), (0, 2, 1)).reshape([TILE])
     return x
 
 
 @triton.constexpr_function
 def factor_of(block):
-    """What makes the transform orthonormal, float32."""
+    """What makes the transform of that block orthonormal."""
     return FACTORS.value[block]
 
 
 @triton.jit
-def rotated(x, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """H of each block of consecutive elements [SIZE]; x itself without a transform, BLOCK 0."""
+def rotated(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """H of each block of a tile [TILE]; x itself without a transform, BLOCK = 0."""
     if BLOCK:
-        return butterflies(x, BLOCK, SIZE) * factor_of(BLOCK)
-    else:
-        return x
+        x = butterflies(x, BLOCK, TILE) * factor_of(BLOCK)
+    return x
 
 
 @triton.jit
-def rotated_tile(even, odd, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The same of a tile, held as its even and odd elements [TILE / 2] each."""
+def rotated_halves(even, odd, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The same of a tile's even and odd elements."""
     if BLOCK:
         x = rotated(tl.join(even, odd).reshape([TILE]), BLOCK, TILE)
-        return tl.split(x.reshape([TILE // 2, 2]))
-    else:
-        return even, odd
+        even, odd = tl.split(x.reshape([TILE // 2, 2]))
+    return even, odd
 
 
 @triton.constexpr_function
-def rest_of(tile, block):
-    """Elements of an iteration that goes element by element: whole blocks."""
+def rest_step(tile, block):
+    """Elements that a kernel takes at a time where they do not go by tiles: whole blocks."""
     return max(tile // 8, block)
 
 
 @triton.jit
 def hadamard_kernel(
-    table, owner, SPAN: tl.constexpr, TILE: tl.constexpr, LATENT_T: tl.constexpr,
-    OUT_T: tl.constexpr, BLOCK: tl.constexpr,
+    table, owner, SPAN: tl.constexpr, TILE: tl.constexpr, LATENT_T: tl.constexpr, OUT_T: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """H LATENT into PLUS, which may be LATENT: each element is stored after all of its block are loaded.
 
@@ -73,7 +84,7 @@ def hadamard_kernel(
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
         even, odd = load_tile(tile_at(latent, begin, start), left, TILE)
-        even, odd = rotated_tile(even, odd, BLOCK, TILE)
+        even, odd = rotated_halves(even, odd, BLOCK, TILE)
         store_tile(tile_at(out, begin, start), even, odd, left, TILE)
     for start in tl.range(tl.maximum(begin, fast), end, TILE):
         j = start + tl.arange(0, TILE)
@@ -86,5 +97,5 @@ def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
     p = plan(tensors, latents=tensors, plus=out)
     launch(
         hadamard_kernel, p.programs, tensors[0].device, p.table, p.owner, SPAN=SPAN, TILE=TILE,
-        LATENT_T=DTYPES[tensors[0].dtype], OUT_T=DTYPES[out[0].dtype], BLOCK=block,
+        LATENT_T=DTYPES[tensors[0].dtype], OUT_T=DTYPES[out[0].dtype], BLOCK=block, maxnreg=REGISTERS,
     )  # fmt: skip

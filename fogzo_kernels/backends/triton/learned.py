@@ -17,11 +17,12 @@ from .elements import (
     convert,
     derivative_of,
     load_tile,
+    product,
     scale_of,
     scale_per_pair,
     store_tile,
 )
-from .hadamard import rest_of, rotated, rotated_tile
+from .hadamard import rest_step, rotated, rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch
 from .tables import (
     chunk_delta,
@@ -38,9 +39,10 @@ from .tables import (
 
 
 @triton.jit
-def backward_of(g, theta, scale, grid, KIND: tl.constexpr):
+def backward_of(g, theta, scale, grid, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """g h'(theta), and the term of the alpha's gradient."""
-    return g * derivative_of(theta, scale, grid, KIND), g * alpha_slope_of(theta, scale, grid)
+    q = product(g, derivative_of(theta, scale, grid, KIND), BLOCK != 0)
+    return q, g * alpha_slope_of(theta, scale, grid)
 
 
 @triton.jit
@@ -95,13 +97,12 @@ def write_rest(row, partial, begin, end, total, WRITTEN: tl.constexpr):
 def learned_kernel(
     table, owner, partial, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
     LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
-    PER_TENSOR: tl.constexpr, ROTATE: tl.constexpr,
+    PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g h'(theta) into PLUS, which may be GRAD; the gradients of alphas into ALPHA_GRAD.
 
     An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: that of
     the alpha which began in an earlier program, and that of the one which begins in this one and goes on.
-    ROTATE: the transform's block, or 0.
     """
     row, begin, end, fast = program_row(table, owner, SPAN)
     grid = Grid(offset, qmin, qmax, r)
@@ -118,14 +119,14 @@ def learned_kernel(
     for start in tl.range(0, tiled, TILE):
         left, chunks = left_in_tile(start, tiled, TILE), chunks_from(begin, start, TILE)
         t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
-        t0, t1 = rotated_tile(t0, t1, ROTATE, TILE)
+        t0, t1 = rotated_halves(t0, t1, BLOCK, TILE)
         g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
         if not PER_TENSOR:
             delta = chunk_delta(alpha, chunks, divisor, r, (fast >> 3).to(tl.uint32))
             scale = scale_per_pair(scale_of(delta, grid), TILE)
-        q0, term0 = backward_of(g0, t0, scale, grid, KIND)
-        q1, term1 = backward_of(g1, t1, scale, grid, KIND)
-        q0, q1 = rotated_tile(q0, q1, ROTATE, TILE)
+        q0, term0 = backward_of(g0, t0, scale, grid, KIND, BLOCK)
+        q1, term1 = backward_of(g1, t1, scale, grid, KIND, BLOCK)
+        q0, q1 = rotated_halves(q0, q1, BLOCK, TILE)
         store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
         some = place < (left >> 3)
         terms = tl.where(some, tl.sum((term0 + term1).reshape([SUB, 4]), 1), 0.0).to(tl.float64)
@@ -137,26 +138,26 @@ def learned_kernel(
             # a rest of elements follows the chunks of an only alpha: none of them is the last
             count = tl.where(length % 8 == 0, length >> 3, 0)
             carry = write_sums(row, partial, begin, terms, carry, place, some, index, inside, count)
-    if PER_TENSOR:
-        carry = tl.sum(acc, 0)
-    REST: tl.constexpr = rest_of(TILE, ROTATE)
-    place = tl.arange(0, REST)
+    REST: tl.constexpr = rest_step(TILE, BLOCK)
+    rest_place = tl.arange(0, REST)
     for start in tl.range(tl.maximum(begin, fast), end, REST):
-        j = start + place
+        j = start + rest_place
         some = j < end
         one = scale_of(element_delta(alpha, j, row, r, some), grid)
-        theta = rotated(tl.load(latent + j, mask=some, other=0.0).to(tl.float32), ROTATE, REST)
+        theta = rotated(tl.load(latent + j, mask=some, other=0.0).to(tl.float32), BLOCK, REST)
         g = tl.load(grad + j, mask=some, other=0.0).to(tl.float32)
-        q, term = backward_of(g, theta, one, grid, KIND)
-        tl.store(out + j, convert(rotated(q, ROTATE, REST), OUT_T), mask=some)
+        q, term = backward_of(g, theta, one, grid, KIND, BLOCK)
+        tl.store(out + j, convert(rotated(q, BLOCK, REST), OUT_T), mask=some)
         terms = tl.where(some, term, 0.0).to(tl.float64)
         if PER_TENSOR:
-            carry += tl.sum(terms, 0)
+            acc += tl.sum(terms.reshape([SUB, REST // SUB]), 1)
         else:
             index = j // length
             carry = write_sums(
-                row, partial, begin, terms, carry, place, some, index, j - index * length, length
+                row, partial, begin, terms, carry, rest_place, some, index, j - index * length, length
             )
+    if PER_TENSOR:
+        carry = tl.sum(acc, 0)
     write_rest(row, partial, begin, end, carry, not PER_TENSOR)
 
 
@@ -188,6 +189,6 @@ def learned_backward_(
     launch(
         learned_kernel, p.programs, device, p.table, p.owner, partial, **grid_of(grid), SPAN=SPAN, TILE=TILE,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[out[0].dtype],
-        KIND=straight_through.variant, PER_TENSOR=p.per_tensor, ROTATE=block,
+        KIND=straight_through.variant, PER_TENSOR=p.per_tensor, BLOCK=block,
     )  # fmt: skip
     launch(learned_sum_kernel, p.programs, device, p.table, p.owner, partial, SPAN=SPAN, BLOCK=512)

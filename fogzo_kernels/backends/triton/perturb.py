@@ -24,7 +24,7 @@ from .elements import (
     store_tile,
     tile_noise,
 )
-from .hadamard import rest_of, rotated, rotated_tile
+from .hadamard import rest_step, rotated, rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch, mixed, named, rounded
 from .tables import (
     chunk_delta,
@@ -44,17 +44,13 @@ from .tables import (
     tiled_part,
 )
 
-#: The most of a thread, by the outputs' dtype, without a transform: ptxas, left alone, spills to reach fewer.
+#: The most of a thread, by the outputs' dtype: ptxas, left alone, spills some to reach fewer.
 REGISTERS = {torch.int8: 72}
 
 
-@triton.jit
-def rotated_from(theta, g, along, ROTATE: tl.constexpr, SIZE: tl.constexpr):
-    """H of theta, moved along the guide; theta itself without a transform."""
-    if ROTATE:
-        return rotated(fma(g, along, theta), ROTATE, SIZE)
-    else:
-        return theta
+def registers_of(out: torch.dtype, block: int) -> int | None:
+    """The most of a thread. A tile's larger blocks of the transform need more."""
+    return (128 if block <= 256 else 200) if block else REGISTERS.get(out)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "direction"])
@@ -63,11 +59,11 @@ def perturb_kernel(
     qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr, DIST: tl.constexpr,
     NOISE_SCALE: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
     WRITE_PLUS: tl.constexpr, WRITE_MINUS: tl.constexpr, PER_TENSOR: tl.constexpr,
-    SHARD: tl.constexpr, ROTATE: tl.constexpr,
+    SHARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS, v = fma(a delta, g, b m).
 
-    ROTATE: the transform's block, or 0. The guide then moves the weight as it is, the noise the rotated one.
+    With a transform, BLOCK > 0: v = b m, and theta moves along g by +-eps a delta^2 before it is rotated.
     """
     row, begin, end, fast = program_row(table, owner, SPAN)
     grid = Grid(offset, qmin, qmax, r)
@@ -93,31 +89,29 @@ def perturb_kernel(
         if not PER_TENSOR:
             delta = chunk_delta(alpha, local, length, r, chunks)
             scale, gam = scale_per_pair(scale_of(delta, grid), TILE), per_pair(a * delta, TILE)
-        if ROTATE:
-            v0, v1, along = m0 * b, m1 * b, gam * eps * scale.delta
-            if WRITE_PLUS:
-                x0, x1 = rotated_tile(fma(g0, along, t0), fma(g1, along, t1), ROTATE, TILE)
-                q0 = output_of(fma(v0, eps, position(x0, scale, grid)), scale, grid, OUT_T)
-                q1 = output_of(fma(v1, eps, position(x1, scale, grid)), scale, grid, OUT_T)
-                store_tile(tile_at(plus, begin, start), q0, q1, left, TILE)
-            if WRITE_MINUS:
-                x0, x1 = rotated_tile(fma(g0, -along, t0), fma(g1, -along, t1), ROTATE, TILE)
-                q0 = output_of(fma(v0, -eps, position(x0, scale, grid)), scale, grid, OUT_T)
-                q1 = output_of(fma(v1, -eps, position(x1, scale, grid)), scale, grid, OUT_T)
-                store_tile(tile_at(minus, begin, start), q0, q1, left, TILE)
+        if BLOCK:
+            v0, v1 = m0 * b, m1 * b
         else:
             v0, v1 = fma(g0, gam, m0 * b), fma(g1, gam, m1 * b)
             z0, z1 = position(t0, scale, grid), position(t1, scale, grid)
-            if WRITE_PLUS:
-                q0 = output_of(fma(v0, eps, z0), scale, grid, OUT_T)
-                q1 = output_of(fma(v1, eps, z1), scale, grid, OUT_T)
-                store_tile(tile_at(plus, begin, start), q0, q1, left, TILE)
-            if WRITE_MINUS:
-                q0 = output_of(fma(v0, -eps, z0), scale, grid, OUT_T)
-                q1 = output_of(fma(v1, -eps, z1), scale, grid, OUT_T)
-                store_tile(tile_at(minus, begin, start), q0, q1, left, TILE)
+        if WRITE_PLUS:
+            if BLOCK:
+                along = eps * gam * scale.delta
+                z0, z1 = rotated_halves(fma(g0, along, t0), fma(g1, along, t1), BLOCK, TILE)
+                z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
+            q0 = output_of(fma(v0, eps, z0), scale, grid, OUT_T)
+            q1 = output_of(fma(v1, eps, z1), scale, grid, OUT_T)
+            store_tile(tile_at(plus, begin, start), q0, q1, left, TILE)
+        if WRITE_MINUS:
+            if BLOCK:
+                along = -eps * gam * scale.delta
+                z0, z1 = rotated_halves(fma(g0, along, t0), fma(g1, along, t1), BLOCK, TILE)
+                z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
+            q0 = output_of(fma(v0, -eps, z0), scale, grid, OUT_T)
+            q1 = output_of(fma(v1, -eps, z1), scale, grid, OUT_T)
+            store_tile(tile_at(minus, begin, start), q0, q1, left, TILE)
     row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
-    SUB: tl.constexpr = rest_of(TILE, ROTATE)
+    SUB: tl.constexpr = rest_step(TILE, BLOCK)
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
@@ -126,16 +120,18 @@ def perturb_kernel(
         g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
         theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
         one = scale_of(d, grid)
-        if ROTATE:
-            v, along = m * b, a * d * eps * d
+        if BLOCK:
+            v = m * b
         else:
-            v, along = fma(g, a * d, m * b), 0.0
+            v, z = fma(g, a * d, m * b), position(theta, one, grid)
         if WRITE_PLUS:
-            z = position(rotated_from(theta, g, along, ROTATE, SUB), one, grid)
+            if BLOCK:
+                z = position(rotated(fma(g, eps * (a * d) * d, theta), BLOCK, SUB), one, grid)
             q = output_of(fma(v, eps, z), one, grid, OUT_T)
             tl.store(plus + j, convert(q, OUT_T), mask=mask)
         if WRITE_MINUS:
-            z = position(rotated_from(theta, g, -along, ROTATE, SUB), one, grid)
+            if BLOCK:
+                z = position(rotated(fma(g, -eps * (a * d) * d, theta), BLOCK, SUB), one, grid)
             q = output_of(fma(v, -eps, z), one, grid, OUT_T)
             tl.store(minus + j, convert(q, OUT_T), mask=mask)
 
@@ -157,5 +153,5 @@ def perturb_quantize_(
         **mixed(draw, mix), eps=rounded(mix.epsilon), **grid_of(grid), SPAN=SPAN, TILE=TILE,
         DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
         OUT_T=DTYPES[out], WRITE_PLUS=bool(plus), WRITE_MINUS=bool(minus), PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, ROTATE=block, maxnreg=None if block else REGISTERS.get(out),
+        SHARD=p.shard, BLOCK=block, maxnreg=registers_of(out, block),
     )  # fmt: skip

@@ -15,11 +15,12 @@ from .elements import (
     load_tile,
     output_of,
     position,
+    product,
     scale_of,
     scale_per_pair,
     store_tile,
 )
-from .hadamard import rest_of, rotated, rotated_tile
+from .hadamard import rest_step, rotated, rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch
 from .tables import (
     chunk_delta,
@@ -38,11 +39,11 @@ from .tables import (
 def quantize_kernel(
     table, owner, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
     LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
-    PER_TENSOR: tl.constexpr, ROTATE: tl.constexpr,
+    PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """KIND None: Q(theta) into PLUS. Else g h'(theta) into PLUS, which may be GRAD.
 
-    ROTATE: the transform's block, or 0.
+    With a transform, BLOCK > 0: Q(x), or H(g h'(x)), of x = H(theta).
     """
     row, begin, end, fast = program_row(table, owner, SPAN)
     grid = Grid(offset, qmin, qmax, r)
@@ -57,7 +58,7 @@ def quantize_kernel(
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
         t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
-        t0, t1 = rotated_tile(t0, t1, ROTATE, TILE)
+        t0, t1 = rotated_halves(t0, t1, BLOCK, TILE)
         if not PER_TENSOR:
             delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)
             scale = scale_per_pair(scale_of(delta, grid), TILE)
@@ -66,21 +67,21 @@ def quantize_kernel(
             q1 = output_of(position(t1, scale, grid), scale, grid, OUT_T)
         else:
             g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
-            q0 = g0 * derivative_of(t0, scale, grid, KIND)
-            q1 = g1 * derivative_of(t1, scale, grid, KIND)
-            q0, q1 = rotated_tile(q0, q1, ROTATE, TILE)
+            q0 = product(g0, derivative_of(t0, scale, grid, KIND), BLOCK != 0)
+            q1 = product(g1, derivative_of(t1, scale, grid, KIND), BLOCK != 0)
+            q0, q1 = rotated_halves(q0, q1, BLOCK, TILE)
         store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
-    SUB: tl.constexpr = rest_of(TILE, ROTATE)
+    SUB: tl.constexpr = rest_step(TILE, BLOCK)
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
         one = scale_of(element_delta(alpha, j, row, r, mask), grid)
-        theta = rotated(tl.load(latent + j, mask=mask, other=0.0).to(tl.float32), ROTATE, SUB)
+        theta = rotated(tl.load(latent + j, mask=mask, other=0.0).to(tl.float32), BLOCK, SUB)
         if KIND is None:
             q = output_of(position(theta, one, grid), one, grid, OUT_T)
         else:
             g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-            q = rotated(g * derivative_of(theta, one, grid, KIND), ROTATE, SUB)
+            q = rotated(product(g, derivative_of(theta, one, grid, KIND), BLOCK != 0), BLOCK, SUB)
         tl.store(out + j, convert(q, OUT_T), mask=mask)
 
 
@@ -105,5 +106,5 @@ def _launch(
     launch(
         quantize_kernel, p.programs, latents[0].device, p.table, p.owner, **grid_of(grid), SPAN=SPAN, TILE=TILE,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[(grads or latents)[0].dtype],
-        OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor, ROTATE=block,
+        OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor, BLOCK=block,
     )  # fmt: skip

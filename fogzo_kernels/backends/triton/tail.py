@@ -25,12 +25,13 @@ from .elements import (
     load_tile,
     output_of,
     position,
+    product,
     scale_of,
     scale_per_pair,
     store_tile,
     tile_sum,
 )
-from .hadamard import rest_of, rotated, rotated_tile
+from .hadamard import rest_step, rotated, rotated_halves
 from .launch import (
     DTYPES,
     Tensors,
@@ -188,8 +189,8 @@ def next_latent(theta, stored, tail, LATENT_T: tl.constexpr):
 
 
 @triton.jit
-def quantized_of(latent, tail, scale, OUT_T: tl.constexpr):
-    return output_of(position(latent, scale, tail.grid), scale, tail.grid, OUT_T)
+def quantized_of(latent, scale, grid, OUT_T: tl.constexpr):
+    return output_of(position(latent, scale, grid), scale, grid, OUT_T)
 
 
 # ---- the pass
@@ -228,7 +229,8 @@ def tail_of(names, coef, n, quantized, grid, rest):
 @triton.jit
 def update_rest(
     row, begin, end, tail, SUB: tl.constexpr, DIST: tl.constexpr, LATENT_T: tl.constexpr,
-    GRAD_T: tl.constexpr, OUT_T: tl.constexpr, MASTER: tl.constexpr, RULE: tl.constexpr, ROTATE: tl.constexpr,
+    GRAD_T: tl.constexpr, OUT_T: tl.constexpr, MASTER: tl.constexpr, RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The pass, element by element: the last ones of a tensor, and unaligned tensors."""
     THETA_T: tl.constexpr = tl.float32 if MASTER else LATENT_T
@@ -247,15 +249,15 @@ def update_rest(
         acc = element_sum(element_numbers(j, row), tail.names, tail.coef + B_AT, tail.directions, DIST)
         delta = element_delta(p.alpha, j, row, tail.grid.r, mask & tail.quantized)
         scale = scale_of(delta, tail.grid)
-        acc = rotated(acc * scale.inv, ROTATE, SUB)
+        acc = rotated(product(acc, scale.inv, BLOCK != 0), BLOCK, SUB)
         G = tl.where(tail.noisy, fma(g, tail.A, acc), g)
         new, m, v = stepped(theta, G, m, v, tail.scalars, RULE)
         if OUT_T is not None:
             stored = theta
             if MASTER:
                 stored = tl.load(p.latent + j, mask=mask & (tail.skip != 0), other=0.0).to(tl.float32)
-            latent = rotated(next_latent(new, stored, tail, LATENT_T), ROTATE, SUB)
-            q = quantized_of(latent, tail, scale, OUT_T)
+            latent = rotated(next_latent(new, stored, tail, LATENT_T), BLOCK, SUB)
+            q = quantized_of(latent, scale, tail.grid, OUT_T)
             tl.store(pointer(row, "PLUS", OUT_T) + j, convert(q, OUT_T), mask=mask & tail.quantized)
         tl.store(p.weight + j, convert(new, THETA_T), mask=write)
         if MASTER:
@@ -272,12 +274,9 @@ def update_kernel(
     second_decay, eps, weight_decay, momentum, SPAN: tl.constexpr, TILE: tl.constexpr,
     DIST: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
     MASTER: tl.constexpr, RULE: tl.constexpr, PER_TENSOR: tl.constexpr, SHARD: tl.constexpr,
-    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """G, then the optimizer's step in place, then Q(theta) into PLUS unless OUT_T is None.
-
-    ROTATE: the transform's block, or 0.
-    """
+    """G, then the optimizer's step in place, then Q(theta) into PLUS unless OUT_T is None."""
     row, begin, end, fast = program_row(table, owner, SPAN)
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
     p = arrays_of(row, LATENT_T, GRAD_T, MASTER)
@@ -311,7 +310,8 @@ def update_kernel(
         if not PER_TENSOR:
             delta = chunk_delta(p.alpha, local, length, r, chunks)
             scale = scale_per_pair(scale_of(delta, grid), TILE)
-        acc0, acc1 = rotated_tile(acc0 * scale.inv, acc1 * scale.inv, ROTATE, TILE)
+        acc0, acc1 = product(acc0, scale.inv, BLOCK != 0), product(acc1, scale.inv, BLOCK != 0)
+        acc0, acc1 = rotated_halves(acc0, acc1, BLOCK, TILE)
         G0 = tl.where(tail.noisy, fma(g0, tail.A, acc0), g0)
         G1 = tl.where(tail.noisy, fma(g1, tail.A, acc1), g1)
         n0, m0, v0 = stepped(t0, G0, m0, v0, tail.scalars, RULE)
@@ -321,8 +321,9 @@ def update_kernel(
             if MASTER:  # a skipped step leaves the latent, which may differ from its master
                 s0, s1 = load_tile(tile_at(p.latent, begin, start), left - written, TILE)
             s0, s1 = next_latent(n0, s0, tail, LATENT_T), next_latent(n1, s1, tail, LATENT_T)
-            s0, s1 = rotated_tile(s0, s1, ROTATE, TILE)
-            q0, q1 = quantized_of(s0, tail, scale, OUT_T), quantized_of(s1, tail, scale, OUT_T)
+            s0, s1 = rotated_halves(s0, s1, BLOCK, TILE)
+            q0 = quantized_of(s0, scale, tail.grid, OUT_T)
+            q1 = quantized_of(s1, scale, tail.grid, OUT_T)
             out = tile_at(pointer(row, "PLUS", OUT_T), begin, start)
             store_tile(out, q0, q1, tl.where(quantized, left, 0), TILE)
         store_tile(tile_at(p.weight, begin, start), n0, n1, written, TILE)
@@ -334,16 +335,16 @@ def update_kernel(
             store_tile(tile_at(p.second, begin, start), v0, v1, written, TILE)
     row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
     begin = tl.maximum(begin, fast)
-    SUB: tl.constexpr = rest_of(TILE, ROTATE)
-    update_rest(row, begin, end, tail, SUB, DIST, LATENT_T, GRAD_T, OUT_T, MASTER, RULE, ROTATE)
+    SUB: tl.constexpr = rest_step(TILE, BLOCK)
+    update_rest(row, begin, end, tail, SUB, DIST, LATENT_T, GRAD_T, OUT_T, MASTER, RULE, BLOCK)
 
 
 # ---- host
 
 
-def registers_of(block: int) -> int | None:
-    """The most of a thread; a tile's larger blocks of the transform need more."""
-    return REGISTERS if block <= 256 else None
+def registers_of(block: int) -> int:
+    """The most of a thread. A tile's larger blocks of the transform need more."""
+    return REGISTERS if not block else 128 if block <= 256 else 255
 
 
 def log_bits(x: float) -> int:
@@ -400,5 +401,5 @@ def estimate_update_(
         **scalars_of(rule), SPAN=SPAN, TILE=TILE, DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype],
         GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[quantized[0].dtype] if quantized else None,
         MASTER=bool(update.masters), RULE=rule.variant, PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, ROTATE=block, maxnreg=registers_of(block),
+        SHARD=p.shard, BLOCK=block, maxnreg=registers_of(block),
     )  # fmt: skip
