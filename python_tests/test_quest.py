@@ -211,7 +211,6 @@ def test_the_estimate_is_the_papers():
     linear.zero_grad()
     ((linear(x) - target).square().mean()).backward()
     torch.testing.assert_close(linear.weight.grad.double(), g, rtol=1e-4, atol=1e-6)
-    how = {"grid": COARSE.grid, "straight_through": COARSE.straight_through, "transform": COARSE.transform}
     norm = (delta * g).square().sum().sqrt()
     u = fk.noise(128, distribution="uniform", seed=seed, step=0, device="cpu").double().view(4, 32)
     sign = float(fk.direction_sign(seed, 0, 0))
@@ -220,16 +219,16 @@ def test_the_estimate_is_the_papers():
     losses = [loss_of(q_of(wh / delta + s * eps * v - 0.5)) for s in (1, -1)]
     c = (losses[0] - losses[1]) / (2 * eps)
     wanted = c * (math.sqrt(1 - omb) * sign * g / norm + rotated(math.sqrt(omb) * u / delta))
-    plus, minus, latent = (torch.empty(4, 32) for _ in range(3))
-    latent.copy_(linear.weight.detach())
-    alpha, grad = delta.float(), linear.weight.grad.clone()
-    found_norm = fk.guide_norm(grad, alpha, grid=COARSE.grid)
-    fk.perturb_quantize_(plus, minus, latent, grad, alpha, found_norm, one_minus_beta=omb, seed=seed, **how)
-    found = [loss_of(p.double()) for p in (plus, minus)]
-    torch.testing.assert_close(torch.stack(found), torch.stack(losses), rtol=1e-5, atol=1e-7)
-    as_losses = [torch.tensor([float(loss)]) for loss in found]
-    fk.estimate_gradient_(grad, *as_losses, alpha, found_norm, one_minus_beta=omb, seed=seed, **how)
-    torch.testing.assert_close(grad.double(), wanted, rtol=1e-3, atol=1e-5)
+    fogzo = fk.Fogzo(linear, total_steps=10, one_minus_beta=omb, schedule="constant", seed=seed)
+    seen = []
+    linear.zero_grad()
+    for probe in fogzo.probes():
+        with probe:
+            probe.backward((linear(x) - target).square().mean())
+        seen.append(probe.loss.double())
+    torch.testing.assert_close(torch.stack(seen[1:]), torch.stack(losses), rtol=1e-5, atol=1e-7)
+    fogzo.estimate_()
+    torch.testing.assert_close(linear.weight.grad.double(), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_the_fused_optimizer_makes_the_same_steps():
@@ -245,6 +244,18 @@ def test_the_fused_optimizer_makes_the_same_steps():
     _, first = stepped(None, 1, fused)
     _, last = stepped(None, 25, fused)
     assert last < 0.7 * first
+
+
+def test_a_fused_step_keeps_the_q_that_the_next_one_needs():
+    """Before FOGZO starts and after, of a scale that stays."""
+    linear, (x, target) = nn.Linear(32, 4), (torch.randn(9, 32), torch.randn(9, 4))
+    fk.quantize_model(linear, fk.Quantizer(QUEST.grid, fk.Scale.fixed(0.05), STE, fk.Hadamard(32)))
+    fogzo = fk.Fogzo(linear, total_steps=6, kappa=1.0, start=0.5)
+    optimizer = fk.AdamW(linear.parameters(), lr=1e-2, fogzo=fogzo)
+    for _ in range(6):
+        wanted = (linear(x) - target).square().mean().detach()
+        optimizer.zero_grad()
+        assert torch.equal(optimizer.step(lambda: (linear(x) - target).square().mean()), wanted)
 
 
 # ---- checkpoints, reports

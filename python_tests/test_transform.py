@@ -212,6 +212,28 @@ def test_probes_are_the_references(backend, device, latent, grad, out, generator
         assert all(map(torch.equal, found, wanted))
 
 
+ODD = {
+    "zeros": lambda t: t * 0,
+    "constant rows": lambda t: t * 0 + 0.5,
+    "one element": lambda t: t * 0 + (torch.arange(t.numel(), device=t.device).view(t.shape) == 3),
+    "ties": lambda t: (t * 2).round() / 2,
+    "tiny": lambda t: t * 1e-30,
+    "huge": lambda t: t * 1e30,
+    "not finite": lambda t: t.masked_fill(t > 2, math.inf),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter, on what is not finite
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_odd_gives_the_references_codes(backend, device, kind, generator):
+    case = Case(generator, 64, FLOATS[:1] * 2, device)
+    case.latents = [ODD[kind](t).contiguous() for t in case.latents]
+    if kind == "ties":
+        case.alphas = [torch.full_like(a, 0.125) for a in case.alphas]
+    for op in ("quantize", "perturb"):
+        assert all(map(torch.equal, by(backend, op, case), by("reference", op, case)))
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_probes_at_eps_0_are_q(backend, device, block, generator):
     case = Case(generator, block, FLOATS[:1] * 2, device)
