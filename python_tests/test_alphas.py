@@ -66,7 +66,7 @@ def test_shapes_that_fit_and_no_others():
         for alpha in alphas:
             fits = t.numel() == 0 or alpha.shape in fitting
             python = refusal(checks.alpha_list, [alpha], [t])
-            native = refusal(cpu.native.quantize, [out], [t], [alpha], -2, 1, 0.0, 1)
+            native = refusal(cpu.native.quantize, [out], [t], [alpha], -2, 1, 0.0, 1, 0)
             assert python == native
             assert (python is None) == checks.fits(alpha.shape, sizes) == fits, (alpha.shape, sizes)
             counts[fits] += 1

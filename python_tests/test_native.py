@@ -50,10 +50,10 @@ def arguments(op):
         "alphas": [torch.tensor(0.5), torch.full((4, 1), 0.25)], "losses_plus": torch.tensor([2.0, 1.0, INF]),
         "losses_minus": torch.tensor([0.5, 3.0, 1.0]), "norm": torch.tensor(2.0), "seed": i64(1),
         "step": i64(2), "one_minus_beta": f64(0.25), "direction": 3, "tensor_ids": [4, 5],
-        "layouts": [0, 3, 3, 8, 8, 16], "qmin": -2, "qmax": 1, "offset": 0.0, "r": 1, "distribution": "uniform",
-        "noise_scale": noise.DISTRIBUTIONS["uniform"], "epsilon": 0.5, "rule": RULE.variant,
-        "names": list(RULE.hyperparameters), "values": list(RULE.hyperparameters.values()),
-        "lr": f64(0.1), "optimizer_step": i64(2), "straight_through": "identity_clipped",
+        "layouts": [0, 3, 3, 8, 8, 16], "qmin": -2, "qmax": 1, "offset": 0.0, "r": 1, "block": 0,
+        "distribution": "uniform", "noise_scale": noise.DISTRIBUTIONS["uniform"], "epsilon": 0.5,
+        "rule": RULE.variant, "names": list(RULE.hyperparameters), "lr": f64(0.1), "optimizer_step": i64(2),
+        "values": list(RULE.hyperparameters.values()), "straight_through": "identity_clipped",
     }  # fmt: skip
     if op == N:
         known |= {"out": torch.full((32,), 99.0), "tensor_ids": [5], "layouts": [8, 8, 16]}
@@ -96,18 +96,18 @@ def by_the_reference(op, a):
             a["out"] = reference.guide_sumsq(a["grads"], a["alphas"], a["r"], False)
         case "perturb_quantize":
             lists = [a[k] for k in ("plus", "minus", "latents", "grads", "alphas")]
-            reference.perturb_quantize_(*lists, draw, mix, a["direction"], grid)
+            reference.perturb_quantize_(*lists, draw, mix, a["direction"], grid, 0)
         case "estimate_gradient":
-            reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix, losses, a["r"])
+            reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix, losses, a["r"], 0)
         case "estimate_update":
             rule = Update(RULE, a["lr"], a["optimizer_step"], [], [a["first"], a["second"]])
             lists = [a[k] for k in ("latents", "quantized", "grads", "alphas")]
-            reference.estimate_update_(*lists, draw, mix, losses, grid, rule)
+            reference.estimate_update_(*lists, draw, mix, losses, grid, rule, 0)
         case "quantize":
-            reference.quantize_(a["out"], a["latents"], a["alphas"], grid)
+            reference.quantize_(a["out"], a["latents"], a["alphas"], grid, 0)
         case "straight_through_backward":
             lists = [a[k] for k in ("out", "grads", "latents", "alphas")]
-            reference.straight_through_backward_(*lists, grid, fk.StraightThrough())
+            reference.straight_through_backward_(*lists, grid, fk.StraightThrough(), 0)
     return a
 
 

@@ -116,11 +116,11 @@ def calls(device, **changed):
     update = Update(rule, f64(0.1), i64(1), [], [first, second])
     return {
         "noise": (8, draw, 0, device),
-        "perturb_quantize_": (out, [], latents, grads, alphas, draw, mix, 0, grid),
-        "estimate_gradient_": (grads, alphas, draw, mix, losses, 2),
-        "estimate_update_": (latents, [], grads, alphas, draw, mix, losses, grid, update),
-        "straight_through_backward_": (out, grads, latents, alphas, grid, kind),
-        "learned_backward_": (out, [torch.ones(4, device=device)], grads, latents, [groups], grid, kind, [1.0]),
+        "perturb_quantize_": (out, [], latents, grads, alphas, draw, mix, 0, grid, 0),
+        "estimate_gradient_": (grads, alphas, draw, mix, losses, 2, 0),
+        "estimate_update_": (latents, [], grads, alphas, draw, mix, losses, grid, update, 0),
+        "straight_through_backward_": (out, grads, latents, alphas, grid, kind, 0),
+        "learned_backward_": (out, [torch.ones_like(groups)], grads, latents, [groups], grid, kind, [1.0], 0),
     }
 
 
