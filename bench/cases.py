@@ -66,6 +66,7 @@ OPS = {
     "measure": Op(latent=1, directions=0, noise=False),
     "learned": Op(latent=1, grad=2, directions=0, noise=False),
 }
+UNTRANSFORMED = ("norm", "measure")  # take no transform
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,18 @@ class Case:
 
 def cases(
     ops: Iterable[str], dtypes: Iterable[str], distributions: Iterable[str], tensors: Iterable[int],
-    sizes: Iterable[int], equal: bool = False, scale_length: int = 0, block: int = 0,
+    sizes: Iterable[int], equal: bool = False, scale_lengths: Iterable[int] = (0,),
+    blocks: Iterable[int] = (0,),
 ) -> Iterator[Case]:  # fmt: skip
-    """Every combination, once: an op without noise has one distribution, and unused dtypes do not count."""
+    """Every combination, once: what an op does not know of noise, dtypes or transforms does not count."""
     seen = set()
-    for op, dtype, distribution, count, size in product(ops, dtypes, distributions, tensors, sizes):
+    for op, dtype, distribution, count, size, scale_length, block in product(
+        ops, dtypes, distributions, tensors, sizes, scale_lengths, blocks
+    ):
         noise = distribution if OPS[op].noise else "none"
+        block = 0 if op in UNTRANSFORMED else block
         case = Case(op, dtype, noise, count, size, equal, scale_length, block)
-        key = op, *case.names().values(), case.distribution, count, size
+        key = op, *case.names().values(), case.distribution, count, size, scale_length, block
         if key not in seen:
             seen.add(key)
             yield case

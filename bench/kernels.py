@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,8 @@ OURS = "fogzo"
 EXPONENTS = {"cuda": (28, 24, 20, 16, 10), "cpu": (22, 20, 16, 10)}
 QUICK_EXPONENTS = {"cuda": (24, 16), "cpu": (16,)}
 COMPILE_SECONDS = 30  # with less left, torch.compile is not begun
+#: Of a row: its speed over that of the same op without scales of groups, and without a transform.
+SHARES = ("share_of_one_scale", "share_of_no_transform")
 LARGE_BYTES = 2**28  # operands that a reference cycle must not keep
 SAVE_SECONDS = 15  # between writes of the file while measuring
 Row = dict[str, Any]
@@ -62,10 +64,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--tensors", nargs="+", type=int, default=[1, c.LIST_LENGTH],
         help="1, or the length of a list of mixed sizes")  # fmt: skip
-    add("--scale-length", type=int, default=0, metavar="N",
-        help="elements that share an alpha, by default all of a tensor; or else no baselines")  # fmt: skip
-    add("--block", type=int, default=0, metavar="N",
-        help="of a Hadamard transform, for the ops that take one; no baselines")  # fmt: skip
+    add("--scale-length", nargs="+", type=int, default=[0], metavar="N",
+        help="elements that share an alpha; 0, the default: all of a tensor; others have no"
+        " baselines")  # fmt: skip
+    add("--block", nargs="+", type=int, default=[0], metavar="N",
+        help="of a Hadamard transform, for the ops that take one; 0, the default: none; others have no"
+        " baselines")  # fmt: skip
     add("--equal", action="store_true", help="lists of tensors of one size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
@@ -82,9 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sizes is None:
         exponents = (QUICK_EXPONENTS if args.quick else EXPONENTS)[args.device.type]
         args.sizes = [2**e for e in exponents]
-    if (
-        args.no_baselines or args.scale_length or args.block
-    ):  # which know one alpha per tensor, and no transform
+    if args.no_baselines:
         args.baselines = []
     elif args.quick:
         args.baselines = [kind for kind in args.baselines if kind != "compile"]
@@ -128,6 +130,8 @@ def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
             left_out.append(left(Unit(case, OURS), f"too few elements for {case.tensors} tensors"))
             continue
         units.append(Unit(case, OURS))
+        if case.scale_length or case.block:
+            continue  # baselines know one alpha per tensor, and no transform
         for kind in args.baselines:
             if kind == "compile" and (case.tensors > 1 or case.elements != args.sizes[0]):
                 left_out.append(left(Unit(case, kind), "torch.compile: one tensor of the first size only"))
@@ -138,7 +142,10 @@ def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
 
 
 def importance(unit: Unit, args: argparse.Namespace) -> int:
-    """How far a unit is from the first of every list; the nearest are measured first."""
+    """How far a unit is from the first of every list; the nearest are measured first.
+
+    What differs in scales and transforms alone has one rank: such cases, which are compared, come in a row.
+    """
     case = unit.case
     off = (
         2 * (case.elements != args.sizes[0]),
@@ -202,6 +209,7 @@ def run(args: argparse.Namespace) -> Findings:
         if args.json and time.monotonic() - saved > SAVE_SECONDS:
             save(args, found)
             saved = time.monotonic()
+    add_shares(found.rows)
     return found
 
 
@@ -260,6 +268,15 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
     }
 
 
+def add_shares(rows: dict[c.Case, Row]) -> None:
+    """Speed over that of one alpha for the tensor, and over that without a transform, where these are there."""
+    for case, row in rows.items():
+        for share, without in zip(SHARES, ({"scale_length": 0}, {"block": 0}), strict=True):
+            plain = replace(case, **without)
+            if plain != case and plain in rows:
+                row[share] = rows[plain]["median_s"] / row["median_s"]
+
+
 def add_baseline(row: Row, unit: Unit, args: argparse.Namespace, effort: timing.Effort) -> None:
     found, extra, _ = measure_unit(unit, args, effort)
     row[f"{unit.kind}_s"] = found.median
@@ -307,8 +324,10 @@ def power(n: int) -> str:
 
 COLUMNS = (
     ("op", "{:12s}"), ("noise", "{:10s}"), ("latent/grad/out", "{:15s}"), ("tensors", "{:>7s}"),
-    ("size", "{:>6s}"), ("median us", "{:>10s}"), ("G elt/s", "{:>7s}"), ("GB/s", "{:>7s}"),
-    ("copy", "{:>6s}"), ("triad", "{:>6s}"), ("quartiles", "{:>11s}"), ("eager", "{:>6s}"), ("loop", "{:>6s}"),
+    ("size", "{:>6s}"), ("scale", "{:>5s}"), ("block", "{:>5s}"),
+    ("median us", "{:>10s}"), ("G elt/s", "{:>7s}"), ("GB/s", "{:>7s}"),
+    ("copy", "{:>6s}"), ("triad", "{:>6s}"), ("one", "{:>6s}"), ("none", "{:>6s}"),
+    ("quartiles", "{:>11s}"), ("eager", "{:>6s}"), ("loop", "{:>6s}"),
     ("compile", "{:>7s}"), ("extra B", "{:>7s}"), ("timing", " {}"),
 )  # fmt: skip
 
@@ -324,7 +343,9 @@ def table(rows: list[Row]) -> str:
     lines.append(
         "compile: their time over ours. extra B: bytes per weight at the allocator's peak. warm: the operands"
     )
-    lines.append("stay in the cache.")
+    lines.append(
+        "stay in the cache. one, none: speed over that with one scale a tensor, and without a transform."
+    )
     return "\n".join(lines)
 
 
@@ -337,11 +358,13 @@ def cells(row: Row) -> list[str]:
         "/".join(c.short(row[k]) for k in ("latent", "grad", "out")),
         str(row["tensors"]) + (" eq" if row["equal"] and row["tensors"] > 1 else ""),
         power(row["elements"]),
+        *(str(row[name] or "") for name in ("scale_length", "block")),
         f"{1e6 * row['median_s']:.1f}",
         f"{row['elements_per_s'] / 1e9:.3g}",
         f"{row['gb_per_s']:.4g}",
         f"{100 * row['share_of_copy']:.1f}%",
         f"{100 * row['share_of_triad']:.1f}%",
+        *(f"{100 * row[name]:.1f}%" if name in row else "" for name in SHARES),
         f"{low:+.0f}% {high:+.0f}%",
         *(f"{row[f'ratio_{kind}']:.1f}x" if f"ratio_{kind}" in row else "" for kind in KINDS),
         "" if extra is None else f"{extra:.3g}",

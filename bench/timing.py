@@ -192,24 +192,27 @@ def extra_bytes(call: Call, device: torch.device) -> int | None:
 STREAMS = {"copy": 2, "triad": 3}  # arrays of each
 
 
-class Streams:
-    """Times of plain streams that read and write so many bytes in all; each measured once.
+FRESH = 10  # seconds
 
-    ``copy`` reads one float32 array and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
+
+class Streams:
+    """Times of plain streams that read and write so many bytes in all, measured once on a GPU.
+
+    On a CPU, whose memory others may share, a time serves for FRESH seconds. ``copy`` reads one float32 array and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
     """
 
     def __init__(self, device: torch.device, effort: Effort) -> None:
         self.device, self.effort = device, effort
-        self.found: dict[tuple[str, int], Measurement] = {}
+        self.found: dict[tuple[str, int], tuple[float, Measurement]] = {}
 
     def measured(self, kind: str, bytes_moved: int) -> Measurement:
-        key = kind, bytes_moved
-        if key not in self.found:
+        key, now = (kind, bytes_moved), time.monotonic()
+        if key not in self.found or (self.device.type == "cpu" and now - self.found[key][0] > FRESH):
             plan = rounds(bytes_moved, self.device, most=self.effort.sets)
             numel = max(bytes_moved // (4 * STREAMS[kind]), 1)
             calls = [self.call(kind, numel) for _ in range(plan.sets)]
-            self.found[key] = measure(calls, plan, self.device, self.effort)
-        return self.found[key]
+            self.found[key] = now, measure(calls, plan, self.device, self.effort)
+        return self.found[key][1]
 
     def call(self, kind: str, numel: int) -> Call:
         out = torch.empty(numel, device=self.device)

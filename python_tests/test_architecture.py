@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -284,7 +285,8 @@ def test_headers_of_the_contract_include_no_torch():
 
 def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
     """Or the linker may take a shared inline function that not every processor can run."""
-    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "hadamard.h", "fused.h", "rotated.h"]
+    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "hadamard.h", "learned.h", "fused.h",
+           "quantize_fused.h", "learned_fused.h", "rotated.h"]  # fmt: skip
     for name in ("avx2", "avx512"):
         text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
         before, after = text.split("#pragma GCC target", 1)
@@ -292,6 +294,17 @@ def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
         assert re.findall(r'#include ["<](.*?)[">]', after) == own
     for name in own[1:]:
         assert includes(ROOT / "csrc/cpu" / name) == []
+
+
+def test_constants_of_the_cpu_are_named_once():
+    """One in the kernels' unnamed namespace would hide that of kernels.h, which sizes what they are given."""
+    declared = [
+        name
+        for path in [*(ROOT / "csrc").glob("*.h"), *paths(ROOT / "csrc/cpu", "*.h")]
+        for name in re.findall(r"^constexpr [\w: ]+ (k\w+)\b", path.read_text(), re.MULTILINE)
+    ]
+    assert "kBlock" in declared
+    assert [name for name, count in Counter(declared).items() if count > 1] == []
 
 
 def test_devices_do_not_include_each_other():

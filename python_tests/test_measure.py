@@ -131,6 +131,7 @@ ADVERSARIAL = {
 def test_every_finite_number(backend, device, data, statistic, generator):
     """Squares neither overflow nor underflow, in short and in long cells."""
     shapes = [((4, 8), (4, 1)), ((2, 520), (2, 65)), ((3, 77), (3,)), ((2, ROW), (2, 1))]
+    shapes += [((3, 1024), (3, 1)), ((2, ROW + 4), (2, 1)), ((ROW,), ())]  # by chunks: sums of eight in float32
     tensors = [ADVERSARIAL[data](torch.randn(s, generator=generator)) for s, _ in shapes]
     tensors = [t.float().to(device) for t in tensors]
     assert all(t.isfinite().all() for t in tensors)

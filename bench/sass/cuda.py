@@ -35,9 +35,12 @@ THREADS = 128  # of a block
 TURN = {"perturb_kernel": 16, "estimate_kernel": 16, "quantize_kernel": 16, "sumsq_kernel": 32,
         "hadamard_kernel": 16, "rotated_perturb_kernel": 16, "rotated_estimate_kernel": 16,
         "rotated_update_kernel": 16, "rotated_quantize_kernel": 16, "rotated_backward_kernel": 16,
-        "rotated_learned_kernel": 16, "learned_kernel": 32}  # fmt: skip
-#: How often a turn runs the loops inside it: rows of 1024 give a thread 4 chunks of each.
-INNER = {"learned_kernel": 4}
+        "rotated_learned_kernel": 16, "learned_kernel": 128, "measure_kernel": 64}  # fmt: skip
+#: How often a turn runs the loop inside it that streams, of rows of 1024: the turn's elements over that loop's.
+INNER = {
+    "learned_kernel": {"bf16": 16, "fp32": 16, "any": 16},
+    "measure_kernel": {"bf16": 2, "fp16": 2, "fp32": 4},
+}
 TURN_OF_OTHERS = 8
 #: Kernels around a transform know its block when they run: counted are the stages that go between threads for
 #: blocks of 128, of pairs of chunks.
@@ -201,6 +204,10 @@ def demangled(names: list[str]) -> list[str]:
     ).stdout.splitlines()
 
 
+def inner_turns(variant: Variant) -> int:
+    return INNER.get(variant.kernel, {}).get(variant.grad or "", 1)
+
+
 def kernels(arch: int) -> Iterator[tuple[Variant, Report]]:
     """Every kernel's variant and report; an estimate, and AdamW's tail, also for four directions."""
     for cubin in sorted(compile_all(arch).glob("*.cubin")):
@@ -209,7 +216,7 @@ def kernels(arch: int) -> Iterator[tuple[Variant, Report]]:
             variant = variant_of(name)
             if variant is None:
                 continue
-            yield variant, report_of(code, numbers, INNER.get(variant.kernel, 1), STAGES)
+            yield variant, report_of(code, numbers, inner_turns(variant), STAGES)
             if variant.kernel.endswith("estimate_kernel") or variant.kind == "adamw":
                 yield variant._replace(directions=4), report_of(code, numbers, 4, STAGES)
 

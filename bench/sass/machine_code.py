@@ -77,13 +77,11 @@ def split(
     """Opcodes before the tile loop and in it, and all code as (address, opcode, operands).
 
     A loop inside it takes ``stages`` turns where it shuffles and has no loop inside, as that over the
-    stages of a transform, and else ``directions``.
+    stages of a transform, and else ``directions``. Where loops inside load 128 bits, those that load less
+    often at a time are for what these leave: they take no turn.
     """
     pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
     code = [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, text, re.MULTILINE) if op != "NOP"]
-    stores, loads = (
-        [a for a, op, _ in code if re.match(rf"{kind}\.E\.(128|64)", op)] for kind in ("STG", "LDG")
-    )
     jumps = [
         (address, op, int(target.group(1), 16))
         for address, op, rest in code
@@ -92,8 +90,15 @@ def split(
     # last comes what a warp runs only where its threads went different ways; its jumps back are no loops
     apart = min((target for _, op, target in jumps if op.startswith("BRA.DIV")), default=math.inf)
     loops = [(target, address) for address, _, target in jumps if target < address < apart]
-    # the outermost loop that streams: it stores wide, or else, in a reduction, loads wide
-    inside = containing(loops, stores) or containing(loops, loads)
+    # the outermost loop that streams: it stores wide, or else, as a reduction does, loads wide
+    inside = next(
+        (
+            found
+            for access in ("STG.E.128", "LDG.E.128", "STG.E.64", "LDG.E.64")
+            if (found := containing(loops, [a for a, op, _ in code if op.startswith(access)]))
+        ),
+        [],
+    )
     if not inside:
         return Counter(op for _, op, _ in code), Counter(), code
     start, end = max(inside, key=lambda x: x[1] - x[0])
@@ -104,13 +109,28 @@ def split(
         for first, last in containing(inner, shuffles)
         if not any(first < a and b < last for a, b in inner)
     ]
+    leftover = leftovers(inner, [(a, op) for a, op, _ in code if op.startswith("LDG")])
     loop = Counter[str]()
     for address, op, _ in code:
         if start <= address <= end:
             around = [one for one in inner if one[0] <= address <= one[1]]
+            if any(one in leftover for one in around):
+                continue
             turns = stages if any(one in transforms for one in around) else directions
             loop[op] += turns if around else 1
-    return Counter(op for a, op, _ in code if a < start), loop, code
+    others = [one for one in inside if one[1] < start]  # of branches that a program takes instead
+    before = [(a, op) for a, op, _ in code if a < start]
+    return Counter(op for a, op in before if not any(o[0] <= a <= o[1] for o in others)), loop, code
+
+
+def leftovers(loops: list[tuple[int, int]], loads: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """Of loops that load, those with fewer loads of 128 bits than another one."""
+    counts = {
+        one: sum(one[0] <= a <= one[1] for a, op in loads if bits_of(op) == 128)
+        for one in containing(loops, [a for a, _ in loads])
+    }
+    most = max(counts.values(), default=0)
+    return [one for one, count in counts.items() if count < most]
 
 
 def containing(loops: list[tuple[int, int]], addresses: list[int]) -> list[tuple[int, int]]:

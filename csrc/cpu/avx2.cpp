@@ -19,6 +19,7 @@ enum class Narrow { any, finite, exact }; // what a number to be stored as bfloa
 
 using F = __m256;
 using H = __m256i;
+using D = __m256d; // half as many doubles
 typedef uint32_t U __attribute__((vector_size(32)));
 
 using fogzo::bits_of;
@@ -37,6 +38,19 @@ inline F broadcast(float x) { return _mm256_set1_ps(x); }
 inline F load_floats(const float *x) { return _mm256_loadu_ps(x); }
 inline F larger(F a, F b) { return _mm256_max_ps(a, b); } // b where a is NaN
 inline F smaller(F a, F b) { return _mm256_min_ps(a, b); }
+inline F where_equal(F a, F b, F then, F otherwise) {
+  return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+inline F one_between(F x, F low, F high) { // 1 or 0
+  return _mm256_and_ps(_mm256_and_ps(_mm256_cmp_ps(low, x, _CMP_LT_OQ), _mm256_cmp_ps(x, high, _CMP_LT_OQ)),
+                       _mm256_set1_ps(1.0f));
+}
+inline F one_from_to(F x, F low, F high) { // 1 or 0
+  return _mm256_and_ps(_mm256_and_ps(_mm256_cmp_ps(low, x, _CMP_LE_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ)),
+                       _mm256_set1_ps(1.0f));
+}
+inline D low_doubles(F x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+inline D high_doubles(F x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
 inline F root(F x) { return _mm256_sqrt_ps(x); }
 inline U words_of(H h) { return U(h); }
 inline F rounded(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -218,8 +232,14 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "cells.h"
 // after the same
 #include "hadamard.h"
+// after the same
+#include "learned.h"
 // after what it falls back to
 #include "fused.h"
+// after its loads of two vectors and its tables
+#include "quantize_fused.h"
+// after the same
+#include "learned_fused.h"
 // after all that it wraps
 #include "rotated.h"
 
@@ -231,7 +251,7 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #endif
 
 const Kernels *avx2_kernels() {
-  static constexpr Kernels table = table_of<perturb_fused, estimate_fused, update_fused>("avx2");
+  static constexpr Kernels table = table_of<perturb_fused, estimate_fused, update_fused, learned_fused>("avx2");
   return &table;
 }
 #else

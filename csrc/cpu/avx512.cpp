@@ -20,6 +20,7 @@ enum class Narrow { any, finite, exact }; // what a number to be stored as bfloa
 
 using F = __m512;
 using H = __m512i;
+using D = __m512d; // half as many doubles
 typedef uint32_t U __attribute__((vector_size(64)));
 
 using fogzo::bits_of;
@@ -38,6 +39,21 @@ inline F broadcast(float x) { return _mm512_set1_ps(x); }
 inline F load_floats(const float *x) { return _mm512_loadu_ps(x); }
 inline F larger(F a, F b) { return _mm512_max_ps(a, b); } // b where a is NaN
 inline F smaller(F a, F b) { return _mm512_min_ps(a, b); }
+inline F where_equal(F a, F b, F then, F otherwise) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), otherwise, then);
+}
+inline F one_between(F x, F low, F high) { // 1 or 0
+  return _mm512_maskz_mov_ps(
+      _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(low, x, _CMP_LT_OQ), x, high, _CMP_LT_OQ),
+      _mm512_set1_ps(1.0f));
+}
+inline F one_from_to(F x, F low, F high) { // 1 or 0
+  return _mm512_maskz_mov_ps(
+      _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(low, x, _CMP_LE_OQ), x, high, _CMP_LE_OQ),
+      _mm512_set1_ps(1.0f));
+}
+inline D low_doubles(F x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+inline D high_doubles(F x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
 inline F root(F x) { return _mm512_sqrt_ps(x); }
 inline U words_of(H h) { return U(h); }
 inline F rounded(F x) { return x + 12582912.0f - 12582912.0f; } // of codes: faster than vrndscaleps here
@@ -218,8 +234,14 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "cells.h"
 // after the same
 #include "hadamard.h"
+// after the same
+#include "learned.h"
 // after what it falls back to
 #include "fused.h"
+// after its loads of two vectors and its tables
+#include "quantize_fused.h"
+// after the same
+#include "learned_fused.h"
 // after all that it wraps
 #include "rotated.h"
 
@@ -231,7 +253,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #endif
 
 const Kernels *avx512_kernels() {
-  static constexpr Kernels table = table_of<perturb_fused, estimate_fused, update_fused>("avx512");
+  static constexpr Kernels table =
+      table_of<perturb_fused, estimate_fused, update_fused, learned_fused>("avx512");
   return &table;
 }
 #else

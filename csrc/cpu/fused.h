@@ -7,11 +7,16 @@ inline void *at(void *data, Dtype dtype, int64_t i) { return static_cast<char *>
 
 constexpr int64_t kAhead = 4096; // bytes; the hardware's own prefetching stops at each page
 
-// The block that lies kAhead bytes after element i.
-template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
+// As many elements as `count`, kAhead bytes after element i.
+template <Dtype T, int WRITE> inline void prefetch_ahead(const void *data, int64_t i, int64_t count) {
   const char *there = static_cast<const char *>(data) + i * size_of(T) + kAhead;
-  for (int64_t line = 0; line < kBlock * size_of(T); line += 64)
+  for (int64_t line = 0; line < count * size_of(T); line += 64)
     __builtin_prefetch(there + line, WRITE);
+}
+
+// A block.
+template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
+  prefetch_ahead<T, WRITE>(data, i, kVectorBlock);
 }
 
 struct Run {
@@ -101,26 +106,26 @@ void for_each_run(const Item &item, float r, int64_t begin, int64_t end, Fast fa
   for (Walk walk(item, r, begin); walk.at < end;) {
     const int64_t same = least(least(end, walk.row_end()), walk.at + walk.left), skip = walk.e & 7;
     const int64_t to_next_half = (int64_t(1) << 35) - walk.e % (int64_t(1) << 35); // of the chunk's number
-    const int64_t whole = skip ? 0 : least(same - walk.at, to_next_half) / kBlock * kBlock;
+    const int64_t whole = skip ? 0 : least(same - walk.at, to_next_half) / kVectorBlock * kVectorBlock;
     if (whole) {
       fast(Run{walk.at, walk.at + whole, uint64_t(walk.e) >> 3, make_scale(item.alpha[walk.group], r)});
       walk.advance(whole);
     } else if (chunked) {
-      mixed(piece_of_chunks(walk, least(end, walk.at + kBlock)));
+      mixed(piece_of_chunks(walk, least(end, walk.at + kVectorBlock)));
     } else {
-      mixed(piece_of_part(walk, least(same, walk.at + kBlock - skip)));
+      mixed(piece_of_part(walk, least(same, walk.at + kVectorBlock - skip)));
     }
   }
 }
 
 // Whether pieces would be so short that tiles are faster.
 inline bool better_by_tiles(const Item &item) {
-  return !in_chunks(item) && least(item.layout.inner, item.scale_length) < kBlock / 4;
+  return !in_chunks(item) && least(item.layout.inner, item.scale_length) < kVectorBlock / 4;
 }
 
 // Room for a block of an operand, at the place that it has in the block.
 template <Dtype T> struct Buffer {
-  alignas(64) char bytes[kBlock * size_of(T)] = {};
+  alignas(64) char bytes[kVectorBlock * size_of(T)] = {};
 
   void *read(const void *data, const Piece &piece) {
     std::memcpy(bytes + piece.skip * size_of(T), static_cast<const char *>(data) + piece.begin * size_of(T),
@@ -133,7 +138,7 @@ template <Dtype T> struct Buffer {
   }
 };
 
-inline bool fills_a_block(const Piece &piece) { return piece.end - piece.begin == kBlock; }
+inline bool fills_a_block(const Piece &piece) { return piece.end - piece.begin == kVectorBlock; }
 
 template <Dtype... T> constexpr bool in_pairs(Dtype out) {
   return ((T == Dtype::bfloat16) && ...) && (out == Dtype::bfloat16 || out == Dtype::int8);
@@ -153,15 +158,21 @@ struct Scales { // of the elements of one vector
 
 inline bool fit_a_table(const GridRange &grid) { return grid.qmax - grid.qmin < float(kWidth); }
 
-// The low bits of a code are its place.
-inline F table_of_values(const GridRange &grid, const Scale &scale, Dtype out) {
-  alignas(64) float values[kWidth] = {};
-  for (float code = grid.qmin; code <= grid.qmax; ++code) {
-    const float value = value_of(code, scale, grid);
-    values[uint32_t(int32_t(code)) % uint32_t(kWidth)] =
-        out == Dtype::bfloat16 ? float_of(uint32_t(narrow_bfloat16(value)) << 16) : value;
-  }
-  return load_floats(values);
+// The low bits of a code are its place: code = place - kWidth k, qmin <= code < qmin + kWidth.
+inline F codes_by_place(F qmin) {
+  alignas(64) static constexpr float places[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static_assert(sizeof places / sizeof *places >= kWidth, "a number for each place");
+  constexpr float half =
+      0.5f * (kWidth - 1) / kWidth; // k and a fraction of 0 .. 2 half: without half that is k
+  const F place = load_floats(places),
+          k = rounded(fused(place - qmin, broadcast(1.0f / kWidth), broadcast(-half)));
+  return fused(k, broadcast(-float(kWidth)), place);
+}
+
+// Of TABLE: Q of the codes, as they are stored; there is one for each run, which may be short.
+template <Dtype O> inline F table_of_values(F codes, F delta, F shift) {
+  const F values = fused(codes, delta, shift); // the bits of delta * (code + offset)
+  return O == Dtype::bfloat16 ? float_of(narrowed<Narrow::finite>(values) & 0xFFFF0000u) : values;
 }
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> struct Perturb {
@@ -207,12 +218,12 @@ void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, cons
   const Perturb<D, L, G, O, BOTH, TABLE> kernel(p, out.epsilon);
   Scales scales = kernel.scales(broadcast(run.scale.delta), broadcast(run.scale.inv));
   if (TABLE)
-    scales.table = table_of_values(p.grid, run.scale, O);
+    scales.table = table_of_values<O>(codes_by_place(kernel.qmin), scales.delta, scales.shift);
   const void *const latent = item.latent.data, *const grad = item.grad.data;
   const Outputs to = out;
   const Prefix prefix = prefix_of(keys, run.chunk);
   uint64_t chunk = run.chunk;
-  for (int64_t i = run.begin; i < run.end; i += kBlock, chunk += kGroup) {
+  for (int64_t i = run.begin; i < run.end; i += kVectorBlock, chunk += kGroup) {
     H halves[kHalves];
     prefetch<L, 0>(latent, i);
     prefetch<G, 0>(grad, i);
@@ -344,7 +355,7 @@ void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target 
   constexpr bool PAIRS = in_pairs<G>(O);
   const F A = broadcast(e.A), inv = broadcast(run.scale.inv);
   uint64_t chunk = run.chunk;
-  for (int64_t i = run.begin; i < run.end; i += kBlock, chunk += kGroup) {
+  for (int64_t i = run.begin; i < run.end; i += kVectorBlock, chunk += kGroup) {
     F acc[kVectors];
     prefetch<G, 1>(item.grad.data, i);
     accumulate<D, PAIRS>(e, keys, chunks_from(chunk), acc);

@@ -1,45 +1,79 @@
 // The Hadamard transform of blocks (docs/contract.md, section 4). Compiled for each instruction set, like
-// tiles.h.
+// tiles.h; kWidth are the floats of a vector.
 
-typedef float Eight __attribute__((vector_size(32)));
-typedef int32_t Places __attribute__((vector_size(32)));
+typedef float Lanewise __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Words __attribute__((vector_size(4 * kWidth)));
 
+constexpr int kTogether = 8; // vectors that are in registers at a time
+
+// The stage in which an element is added to that of its vector whose number differs in `Bit`: the second of
+// such a pair with the opposite sign.
+template <int Bit, size_t... I> inline Lanewise lane_stage(Lanewise x, std::index_sequence<I...>) {
 #if defined(__clang__)
-#define FOGZO_PLACED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+  const Lanewise other = __builtin_shufflevector(x, x, int(I ^ Bit)...);
 #else
-#define FOGZO_PLACED(x, ...) __builtin_shuffle(x, Places{__VA_ARGS__})
+  const Lanewise other = __builtin_shuffle(x, Words{int32_t(I ^ Bit)...});
 #endif
+  return other + Lanewise(Words(x) ^ Words{(I & Bit ? INT32_MIN : 0)...});
+}
 
-// The first stages, within each 8 elements: each element is added to the other one of its pair, the second of a
-// pair with the opposite sign. As scalars the compiler makes slow vectors of them.
-inline void first_butterflies(const float *in, float *out, int64_t count) {
-  for (int64_t i = 0; i < count; i += 8) {
-    Eight x;
-    std::memcpy(&x, in + i, sizeof x);
-    x = FOGZO_PLACED(x, 1, 0, 3, 2, 5, 4, 7, 6) + x * Eight{1, -1, 1, -1, 1, -1, 1, -1};
-    x = FOGZO_PLACED(x, 2, 3, 0, 1, 6, 7, 4, 5) + x * Eight{1, 1, -1, -1, 1, 1, -1, -1};
-    x = FOGZO_PLACED(x, 4, 5, 6, 7, 0, 1, 2, 3) + x * Eight{1, 1, 1, 1, -1, -1, -1, -1};
-    std::memcpy(out + i, &x, sizeof x);
+template <int Bit> inline Lanewise lane_stages(Lanewise x) {
+  if constexpr (Bit < kWidth)
+    return lane_stages<2 * Bit>(lane_stage<Bit>(x, std::make_index_sequence<kWidth>()));
+  else
+    return x;
+}
+
+// The stages between Count vectors.
+template <int Count> inline void vector_stages(Lanewise (&x)[Count]) {
+#pragma GCC unroll 8
+  for (int h = 1; h < Count; h *= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < Count; ++i)
+      if (!(i & h)) {
+        const Lanewise sum = x[i] + x[i + h];
+        x[i + h] = x[i] - x[i + h];
+        x[i] = sum;
+      }
+}
+
+// The stages h = Stride, 2 Stride, ... between Count vectors that lie Stride elements apart, and where these
+// are the last ones the factor. FIRST: and before them those within a vector.
+template <int Block, int Stride, int Count, bool FIRST> inline void stages_of(const float *in, float *out) {
+  Lanewise x[Count];
+#pragma GCC unroll 8
+  for (int k = 0; k < Count; ++k) {
+    std::memcpy(&x[k], in + k * Stride, sizeof x[k]);
+    if (FIRST)
+      x[k] = lane_stages<1>(x[k]);
+  }
+  vector_stages(x);
+#pragma GCC unroll 8
+  for (int k = 0; k < Count; ++k) {
+    if (Count * Stride == Block)
+      x[k] *= hadamard_factor(Block);
+    std::memcpy(out + k * Stride, &x[k], sizeof x[k]);
   }
 }
-#undef FOGZO_PLACED
 
-// The stages h = H, 2 H, .., Block / 2 of whole blocks.
-template <int H, int Block> void butterflies(float *x, int64_t count) {
-  if constexpr (H < Block) {
-    for (int64_t i = 0; i < count; i += 2 * H)
-      FOGZO_LOOP(int64_t j = i; j < i + H; ++j) butterfly(x[j], x[j + H]);
-    butterflies<2 * H, Block>(x, count);
+template <int Block, int Stride> void later_stages(float *x, int64_t count) {
+  if constexpr (Stride < Block) {
+    constexpr int together = Block / Stride < kTogether ? Block / Stride : kTogether;
+    for (int64_t i = 0; i < count; i += together * Stride)
+      for (int64_t j = i; j < i + Stride; j += kWidth)
+        stages_of<Block, Stride, together, false>(x + j, x + j);
+    later_stages<Block, together * Stride>(x, count);
   }
 }
 
 // H of whole blocks, `out` may be `in`
 template <int Block> void rotate(const float *in, float *out, int64_t count) {
-  static_assert(kTile % Block == 0 && Block >= 8, "a tile holds whole blocks, and these whole registers");
-  const float factor = hadamard_factor(Block);
-  first_butterflies(in, out, count);
-  butterflies<8, Block>(out, count);
-  FOGZO_LOOP(int64_t i = 0; i < count; ++i) out[i] *= factor;
+  static_assert(kTile % Block == 0 && Block % kWidth == 0,
+                "a tile holds whole blocks, and these whole vectors");
+  constexpr int together = Block / kWidth < kTogether ? Block / kWidth : kTogether;
+  for (int64_t i = 0; i < count; i += together * kWidth)
+    stages_of<Block, kWidth, together, true>(in + i, out + i);
+  later_stages<Block, together * kWidth>(out, count);
 }
 
 void rotate(const float *in, float *out, int64_t count, int block) {

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

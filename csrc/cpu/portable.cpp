@@ -4,6 +4,7 @@
 namespace fogzo::cpu {
 namespace {
 
+constexpr int kWidth = 8;      // floats of a vector, where vectors are named
 constexpr int64_t kGroup = 16; // Philox calls in flight
 
 // The 16-bit halves of `chunks` Philox calls, in order; writes up to kGroup - 1 calls more. In 64-bit
@@ -50,17 +51,25 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 }
 
 #include "tiles.h"
+
+void quantize_range(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
+  quantize_loops(item, grid, r, begin, end);
+}
+
 // after its loops over tiles
 #include "cells.h"
 // after the same
 #include "hadamard.h"
+// after the same
+#include "learned.h"
 // after all that it wraps
 #include "rotated.h"
 
 } // namespace
 
 const Kernels *portable_kernels() {
-  static constexpr Kernels table = table_of<perturb_range, estimate_range, update_range>("portable");
+  static constexpr Kernels table =
+      table_of<perturb_range, estimate_range, update_range, learned_range>("portable");
   return &table;
 }
 

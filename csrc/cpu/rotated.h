@@ -2,11 +2,6 @@
 // rotated before, and a rotation of what they give. Compiled for each instruction set, like tiles.h; it comes
 // last.
 
-// A buffer that holds a tile, as a kernel takes it that counts elements from the tensor's first.
-inline Span tile_span(const float *buffer, int64_t start) {
-  return {reinterpret_cast<void *>(uintptr_t(buffer) - uintptr_t(start) * sizeof(float)), Dtype::float32};
-}
-
 using PerturbRange = decltype(Kernels::perturb);
 using EstimateRange = decltype(Kernels::estimate);
 using UpdateRange = decltype(Kernels::update);
@@ -115,28 +110,7 @@ void rotated_straight_through(const Item &item, StraightThrough kind, GridRange 
   });
 }
 
-// All of a range at once, since its sums go on from tile to tile.
-Cut rotated_learned(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
-                    int64_t end) {
-  if (!item.block)
-    return learned_range(item, kind, grid, r, begin, end);
-  static thread_local float x[kBlock], out[kBlock];
-  float buffer[kTile];
-  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    rotate(load(item.latent, start, count, buffer), x + (start - begin), count, item.block);
-  });
-  Item whole = item;
-  whole.latent = tile_span(x, begin);
-  whole.plus = tile_span(out, begin);
-  const Cut cut = learned_range(whole, kind, grid, r, begin, end);
-  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    rotate(out + (start - begin), buffer, count, item.block);
-    store(buffer, item.plus, start, count);
-  });
-  return cut;
-}
-
-template <PerturbRange perturb, EstimateRange estimate, UpdateRange update>
+template <PerturbRange perturb, EstimateRange estimate, UpdateRange update, decltype(Kernels::learned) learned>
 constexpr Kernels table_of(const char *isa) {
   return {isa,
           noise_range,
@@ -148,6 +122,6 @@ constexpr Kernels table_of(const char *isa) {
           rotated_straight_through,
           measure_range,
           total_range,
-          rotated_learned,
+          learned,
           hadamard_range};
 }

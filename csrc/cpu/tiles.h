@@ -72,6 +72,11 @@ void store(const float *in, const Span &span, int64_t begin, int64_t count) {
   }
 }
 
+// A buffer that holds a tile, as a kernel takes it that counts elements from the tensor's first.
+inline Span tile_span(const float *buffer, int64_t start) {
+  return {reinterpret_cast<void *>(uintptr_t(buffer) - uintptr_t(start) * sizeof(float)), Dtype::float32};
+}
+
 // ---- noise
 
 // m of the consecutive elements e .. e + count - 1, count <= kTile
@@ -272,7 +277,10 @@ void step_tile(const Item &item, Update update, const float *G, int64_t start, i
   }
 }
 
-void quantize_range(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
+void quantize_range(const Item &item, GridRange grid, float r, int64_t begin,
+                    int64_t end); // by these or vectors
+
+void quantize_loops(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
   float latent[kTile], out[kTile];
   const bool codes = item.plus.dtype == Dtype::int8;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
@@ -340,60 +348,3 @@ void straight_through_range(const Item &item, StraightThrough kind, GridRange gr
 
 void measure_range(const Item &item, const Measure &measure, int64_t begin, int64_t end); // in cells.h
 double total_range(const Item &item, Statistic statistic, int64_t begin, int64_t end);
-
-// ---- learned scales
-
-// Sum of a few thousand floats; element i goes to sum i % kSums, so that the order is the same everywhere.
-double sum_of(const float *terms, int64_t count) {
-  double sums[kSums] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums)
-    for (int l = 0; l < kSums; ++l)
-      sums[l] += double(terms[i + l]);
-  if (i)
-    for (double sum : sums)
-      total += sum;
-  for (; i < count; ++i)
-    total += double(terms[i]);
-  return total;
-}
-
-template <StraightThrough S>
-Cut learned_range(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
-  float latent[kTile], grad[kTile], out[kTile], terms[kTile];
-  Cut cut;
-  double sum = 0; // of the alpha at hand, so far
-  const int64_t length = item.scale_length;
-  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    const float *t = load(item.latent, start, count, latent), *g = load(item.grad, start, count, grad);
-    float *to = target(item.plus, start, out);
-    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
-      FOGZO_LOOP(int64_t i = first; i < last; ++i) terms[i] = g[i] * alpha_slope_of(t[i], scale, grid, r);
-      FOGZO_LOOP(int64_t i = first; i < last; ++i) to[i] = g[i] * derivative_of<S>(t[i], scale, grid, r);
-      sum += sum_of(terms + first, last - first);
-      const int64_t index = (start + first) / length, from = index * length;
-      if (start + last < from + length) // it goes on
-        return;
-      if (from < begin)
-        cut.before = sum;
-      else
-        item.alpha_grad[index] = float(item.factor * sum);
-      sum = 0;
-    });
-    store(to, item.plus, start, count);
-  });
-  if (end % length) // the last one goes on
-    (end / length * length < begin ? cut.before : cut.behind) = sum;
-  return cut;
-}
-
-Cut learned_range(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin, int64_t end) {
-  switch (kind) {
-#define FOGZO_CASE(name, ...)                                                                                  \
-  case StraightThrough::name:                                                                                  \
-    return learned_range<StraightThrough::name>(item, grid, r, begin, end);
-    FOGZO_STRAIGHT_THROUGHS(FOGZO_CASE)
-#undef FOGZO_CASE
-  }
-  return {};
-}

@@ -7,7 +7,7 @@
 
 constexpr int kVectors = 8 * kGroup / kWidth; // F per block
 constexpr int kHalves = kVectors / 2;
-constexpr int64_t kBlock = 8 * kGroup; // elements per block
+constexpr int64_t kVectorBlock = 8 * kGroup; // elements per block
 static_assert(kGroup == kWidth, "a vector holds one value for each chunk of a block");
 
 // ---- Philox

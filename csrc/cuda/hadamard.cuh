@@ -9,8 +9,6 @@
 
 namespace fogzo::cuda {
 
-constexpr int kWarp = 32; // threads
-
 // The stages within a chunk.
 FOGZO_DEVICE void own_stages(float (&x)[kChunk]) {
 #pragma unroll

@@ -81,6 +81,8 @@ template <int N> FOGZO_DEVICE void from_warp(const float (&x)[N], int bit, float
     other[i] = __shfl_xor_sync(0xFFFFFFFFu, x[i], bit);
 }
 
+FOGZO_DEVICE double from_warp(double x, int bit) { return __shfl_xor_sync(0xFFFFFFFFu, x, bit); }
+
 // Pointers come from a table, so the compiler must be told that they lead to global memory.
 template <class T> FOGZO_DEVICE T *global(T *at) {
   __builtin_assume(__isGlobal(at));

@@ -2,9 +2,8 @@
 // use for take it together; sums go 8 elements in float32 and the rest in float64, by trees of fixed shapes.
 // What the pieces of a long cell come to is joined in a second launch. No atomics: the same bits in every run.
 #include "launch.cuh"
+#include "teams.cuh"
 #include "tiles.cuh"
-
-#include <cfloat>
 
 namespace fogzo::cuda {
 
@@ -15,7 +14,11 @@ struct MeasureCells {
   double *partial;
 };
 
-// What a chunk comes to.
+template <Statistic S> struct Joined {
+  FOGZO_DEVICE double operator()(double a, double b) const { return joined<S>(a, b); }
+};
+
+// What a chunk comes to. Sums are float32: 0 where squares underflow, infinite where they overflow.
 template <Statistic S> FOGZO_DEVICE double chunk_total(const float (&x)[kChunk]) {
   if constexpr (S == Statistic::absmax) {
     uint32_t largest = 0;
@@ -28,19 +31,17 @@ template <Statistic S> FOGZO_DEVICE double chunk_total(const float (&x)[kChunk])
   } else {
     static_assert(S == Statistic::absmean || S == Statistic::rms || unknown<S>,
                   "chunk_total() must know each statistic");
-    constexpr bool squares = S == Statistic::rms;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      sum = squares ? std::fma(x[i], x[i], sum) : sum + std::fabs(x[i]);
-    if (sum <= FLT_MAX && (!squares || sum >= 0x1p-80f))
-      return double(sum);
-    double total = 0.0; // where float32 overflows, or squares lose bits to underflow
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      total += squares ? double(x[i]) * double(x[i]) : double(std::fabs(x[i]));
-    return total;
+      sum = S == Statistic::rms ? std::fma(x[i], x[i], sum) : sum + std::fabs(x[i]);
+    return double(sum);
   }
+}
+
+// Whether no overflow can be in a total of chunk_total(), and of squares at most 2^-149 for each in 2^-80.
+template <Statistic S> FOGZO_DEVICE bool sound(double total) {
+  return S == Statistic::absmax || (total < INFINITY && (S != Statistic::rms || total >= 0x1p-80));
 }
 
 template <Statistic S> FOGZO_DEVICE double element_total(float x) {
@@ -68,66 +69,54 @@ FOGZO_DEVICE double chunks_total(const char *data, int c, int step, double total
 // What a thread's share of `count` elements comes to, those of every `step`-th chunk or element from `lane` on.
 template <Statistic S, Dtype T>
 FOGZO_DEVICE double share_of(const char *data, int count, bool aligned, int lane, int step) {
+  constexpr int together = T == Dtype::float32 ? 2 : 4; // chunks: as many bytes
   const int chunks = aligned ? count / kChunk : 0;
   double total = 0.0;
   int c = lane;
-  if constexpr (T != Dtype::float32) // whose chunks are twice as long
 #pragma unroll 1
-    for (; c + 3 * step < chunks; c += 4 * step)
-      total = chunks_total<S, T, 4>(data, c, step, total);
+  for (; c + (together - 1) * step < chunks; c += together * step)
+    total = chunks_total<S, T, together>(data, c, step, total);
 #pragma unroll 1
-  for (; c + step < chunks; c += 2 * step)
-    total = chunks_total<S, T, 2>(data, c, step, total);
-  if (c < chunks)
+  for (; c < chunks; c += step)
     total = chunks_total<S, T, 1>(data, c, step, total);
-#pragma unroll 4
+  if (!sound<S>(total)) { // once more, in float64
+    total = 0.0;
+#pragma unroll 1
+    for (c = lane; c < chunks; c += step)
+      for (int j = kChunk * c; j < kChunk * (c + 1); ++j)
+        total = joined<S>(total, element_total<S>(load_element(data, j, T)));
+  }
+#pragma unroll 1
   for (int j = chunks * kChunk + lane; j < count; j += step)
     total = joined<S>(total, element_total<S>(load_element(data, j, T)));
   return total;
-}
-
-// Of `width` threads in a row, a power of two, by a tree; for the first of them.
-template <Statistic S> FOGZO_DEVICE double joined_over(double total, int width) {
-  FOGZO_SHARED double totals[kThreads];
-  barrier(); // until nobody reads what the call before this one left
-  totals[thread()] = total;
-  for (int half = width / 2; half; half /= 2) {
-    barrier();
-    if ((thread() & (width - 1)) < half)
-      totals[thread()] = joined<S>(totals[thread()], totals[thread() + half]);
-  }
-  return totals[thread()];
 }
 
 FOGZO_DEVICE void write_alpha(const int64_t *row, int64_t cell, float statistic, const Measure &measure) {
   *global(reinterpret_cast<float *>(row[cells::ALPHA]) + cell) = alpha_of(statistic, measure);
 }
 
+// Whole cells, or a piece of a long one: its threads are all of the block.
 template <Statistic S, Dtype T> FOGZO_KERNEL(kThreads, 8) measure_kernel(FOGZO_PARAMETER MeasureCells p) {
   const int64_t *row = p.table + int64_t(p.owner[block()]) * cells::COLUMNS;
-  const int64_t number = block() - row[cells::FIRST], length = row[cells::LENGTH];
+  const int64_t number = block() - row[cells::FIRST], length = row[cells::LENGTH], pieces = row[cells::PIECES];
   const char *data = reinterpret_cast<const char *>(row[cells::DATA]);
-  const bool aligned = row[cells::ALIGNED];
-  if (const int64_t pieces = row[cells::PIECES]; pieces > 1) {
-    const int64_t cell = number / pieces, begin = (number - cell * pieces) * kSpan, left = length - begin;
-    const char *at = data + (cell * length + begin) * bytes_of(T);
-    const double total = joined_over<S>(
-        share_of<S, T>(at, int(left < kSpan ? left : kSpan), aligned, thread(), kThreads), kThreads);
-    if (thread() == 0)
-      *global(p.partial + block()) = total;
-    return;
-  }
   const int width = int(row[cells::THREADS]), lane = thread() & (width - 1), together = kThreads / width;
-  const int64_t first = number * row[cells::PACK], end = first + row[cells::PACK];
+  const int64_t piece = number % pieces, start = piece * kSpan;
+  const int count = int(length - start < kSpan ? length - start : kSpan);
+  const int64_t first = number / pieces * row[cells::PACK], end = first + row[cells::PACK];
   const int64_t last = end < row[cells::CELLS] ? end : row[cells::CELLS];
 #pragma unroll 1
   for (int64_t begin = first; begin < last; begin += together) { // all threads take every turn
     const int64_t cell = begin + thread() / width;
-    const char *at = data + cell * length * bytes_of(T);
-    double total = cell < last ? share_of<S, T>(at, int(length), aligned, lane, width) : 0.0;
-    if (width > 1)
-      total = joined_over<S>(total, width);
-    if (lane == 0 && cell < last)
+    const char *at = data + (cell * length + start) * bytes_of(T);
+    double total = cell < last ? share_of<S, T>(at, count, row[cells::ALIGNED], lane, width) : 0.0;
+    total = over_team(total, width, Joined<S>());
+    if (lane || cell >= last)
+      continue;
+    if (pieces > 1)
+      *global(p.partial + block()) = total;
+    else
       write_alpha(row, cell, statistic_of<S>(total, length), p.measure);
   }
 }
@@ -140,7 +129,7 @@ template <Statistic S> FOGZO_KERNEL(kThreads, 1) join_kernel(FOGZO_PARAMETER Mea
 #pragma unroll 8
   for (int64_t i = thread(); i < pieces; i += kThreads)
     total = joined<S>(total, *global(partial + i));
-  total = joined_over<S>(total, kThreads);
+  total = over_team(total, kThreads, Joined<S>());
   if (thread() == 0)
     write_alpha(row, cell, statistic_of<S>(total, row[cells::LENGTH]), p.measure);
 }

@@ -27,6 +27,7 @@ enum Column { FOGZO_CELL_COLUMNS, COLUMNS };
 
 constexpr int kSpan = 16384;  // elements of a block
 constexpr int kThreads = 128; // of a block
+constexpr int kWarp = 32;     // threads that run together
 constexpr int kChunk = 8;     // elements of a Philox call
 
 struct Where {

@@ -1,31 +1,10 @@
 // Learned scales around a transform: H(g h') into PLUS, which may be GRAD, and the gradients of alphas, whose
-// terms are those of the rotated weight, into ALPHA_GRAD.
-//
-// As in learned.cu a team of threads takes the elements that share an alpha, which are whole blocks of the
-// transform; here all threads take every turn. What several blocks of threads hold is left to a second launch.
+// terms are those of the rotated weight, into ALPHA_GRAD. Teams are those of learned.cuh, but all threads take
+// every turn.
 #include "hadamard.cuh"
-#include "launch.cuh"
-
-#include <cstring>
+#include "learned.cuh"
 
 namespace fogzo::cuda {
-
-struct RotatedLearned {
-  Tables tables;
-  Grid grid;
-  Dtypes dtypes;
-  double *partial; // two for each block: what began in an earlier block, and what goes on behind it
-};
-
-// Where the elements that share alpha number `index` begin and end, and those of them that the block holds.
-struct Shared {
-  int64_t index, begin, end, first, last;
-};
-
-FOGZO_DEVICE Shared shared_by(const Part &part, int64_t index) {
-  const int64_t length = part[SCALE_LENGTH], begin = index * length, end = begin + length, stop = part.end();
-  return {index, begin, end, begin < part.begin ? part.begin : begin, end < stop ? end : stop};
-}
 
 // A team, a power of two of threads, takes at most `pairs` pairs of chunks of what shares an alpha.
 struct Team {
@@ -41,45 +20,20 @@ FOGZO_DEVICE Team team_for(const Part &part) {
   return {threads, thread() / threads, thread() & (threads - 1), pairs};
 }
 
-// Sum over a team by a tree of a fixed shape, for its first thread.
-FOGZO_DEVICE double sum_of_team(double x, const Team &team) {
-  FOGZO_SHARED double sums[kThreads];
-  barrier(); // all have read what lay there
-  sums[thread()] = x;
-  for (int half = team.threads / 2; half; half /= 2) {
-    barrier();
-    if (team.mate < half)
-      sums[thread()] += sums[thread() + half];
-  }
-  return sums[thread()];
-}
-
-FOGZO_DEVICE void store_sum(const Part &part, int64_t index, double sum) {
-  const int64_t bits = part[FACTOR];
-  double factor;
-  std::memcpy(&factor, &bits, sizeof factor);
-  *global(part.pointer<float>(ALPHA_GRAD) + index) = float(factor * sum);
-}
-
-// The terms of a chunk in float32, and g h' in the place of g; as alpha_slope_of() of element.h has them, with
-// the hardware's minimum and maximum.
+// The terms of a chunk in float32, and g h' in the place of g.
 template <StraightThrough Kind>
 FOGZO_DEVICE float chunk_terms(const float (&x)[kChunk], float (&g)[kChunk], const Scale &scale,
                                const Grid &grid) {
   float terms = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const float z = position(x[i], scale.inv, grid);
-    const bool between = (grid.qmin <= z) & (z <= grid.qmax) & (grid.r == 1.0f);
-    terms += g[i] * std::fma(grid.r, shifted_code(z, grid) - kRounding, between ? -z : grid.r * grid.offset);
-    g[i] *= derivative_of<Kind>(x[i], scale, {grid.qmin, grid.qmax, grid.offset}, grid.r);
-  }
+  for (int i = 0; i < kChunk; ++i)
+    terms += learned<Kind>(g[i], x[i], scale, grid);
   return terms;
 }
 
 // A thread's part of a sum. Of an alpha that the block does not have nothing is read or written.
 template <StraightThrough Kind, bool Far, bool Aligned>
-FOGZO_DEVICE double terms_of_thread(const Rotated<RotatedLearned> &p, const Part &part, const Shared &cell,
+FOGZO_DEVICE double terms_of_thread(const Rotated<Learned> &p, const Part &part, const Cell &cell,
                                     const Team &team, const Dtypes &t) {
   const Rotation &rotation = p.rotation;
   const char *latent = part.address(LATENT, bytes_of(t.latent)), *grad = part.address(GRAD, bytes_of(t.grad));
@@ -115,27 +69,22 @@ FOGZO_DEVICE double terms_of_thread(const Rotated<RotatedLearned> &p, const Part
 }
 
 template <StraightThrough Kind, bool Far, bool Aligned>
-FOGZO_DEVICE void rotated_learned(const Rotated<RotatedLearned> &p, const Part &part, const Dtypes &t) {
+FOGZO_DEVICE void rotated_learned(const Rotated<Learned> &p, const Part &part, const Dtypes &t) {
   const Team team = team_for(part);
   const int64_t length = part[SCALE_LENGTH], last = (part.end() - 1) / length;
 #pragma unroll 1
   for (int64_t turn = part.begin / length; turn <= last; turn += kThreads / team.threads) {
-    const Shared cell = shared_by(part, turn + team.number);
-    const double sum = sum_of_team(terms_of_thread<Kind, Far, Aligned>(p, part, cell, team, t), team);
-    if (cell.index > last || team.mate)
-      continue;
-    if (cell.begin < cell.first)
-      *global(p.op.partial + 2 * block()) = sum;
-    else if (cell.end > cell.last)
-      *global(p.op.partial + 2 * block() + 1) = sum;
-    else
-      store_sum(part, cell.index, sum);
+    const Cell cell = cell_of(part, turn + team.number);
+    const double share = terms_of_thread<Kind, Far, Aligned>(p, part, cell, team, t);
+    const double sum = over_team(share, team.threads, Plus());
+    if (cell.index <= last && !team.mate)
+      write_sum(p.op, part, cell, sum);
   }
 }
 
 template <StraightThrough Kind, Dtype T, bool Far>
 FOGZO_KERNEL(kThreads, 4)
-rotated_learned_kernel(FOGZO_PARAMETER Rotated<RotatedLearned> p) {
+rotated_learned_kernel(FOGZO_PARAMETER Rotated<Learned> p) {
   const Dtypes &given = p.op.dtypes;
   const Dtypes types{actual<T>(given.latent), actual<T>(given.grad), actual<T>(given.out)};
   const Part part = part_of(p.op.tables);
@@ -145,24 +94,7 @@ rotated_learned_kernel(FOGZO_PARAMETER Rotated<RotatedLearned> p) {
     rotated_learned<Kind, Far, false>(p, part, types);
 }
 
-// The block in which an alpha begins that goes on behind it adds the sums of all that hold it.
-FOGZO_KERNEL(kThreads, 8) rotated_learned_sum_kernel(FOGZO_PARAMETER RotatedLearned p) {
-  const Part part = part_of(p.tables);
-  const Shared cell = shared_by(part, (part.end() - 1) / part[SCALE_LENGTH]);
-  if (cell.begin < cell.first || cell.end <= cell.last)
-    return;
-  const int64_t last = part[FIRST] + (cell.end - 1) / kSpan;
-  double sum = thread() ? 0.0 : *global(p.partial + 2 * block() + 1);
-#pragma unroll 8
-  for (int64_t i = block() + 1 + thread(); i <= last; i += kThreads)
-    sum += *global(p.partial + 2 * i);
-  sum = sum_of_team(sum, {kThreads, 0, thread(), 0});
-  if (thread() == 0)
-    store_sum(part, cell.index, sum);
-}
-
-template <StraightThrough Kind>
-void (*rotated_learned_for(const Dtypes &t, int block))(Rotated<RotatedLearned>) {
+template <StraightThrough Kind> void (*rotated_learned_for(const Dtypes &t, int block))(Rotated<Learned>) {
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
   const auto all = [&](Dtype one) {
     return !between_warps(block) && t.latent == one && t.grad == one && t.out == one;
@@ -174,13 +106,12 @@ void (*rotated_learned_for(const Dtypes &t, int block))(Rotated<RotatedLearned>)
 
 void rotated_learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                               StraightThrough kind, double *partial, int block) {
-  const RotatedLearned p{tables_of(plan), grid, dtypes, partial};
+  const Learned p{tables_of(plan), grid, dtypes, partial};
   with_value(kind, [&](auto S) {
     launch_with_barriers("rotated_learned_kernel", rotated_learned_for<decltype(S)::value>(dtypes, block),
-                         where, plan.blocks, kThreads, Rotated<RotatedLearned>{p, rotation_of(block)});
+                         where, plan.blocks, kThreads, Rotated<Learned>{p, rotation_of(block)});
   });
-  launch_with_barriers("rotated_learned_sum_kernel", rotated_learned_sum_kernel, where, plan.blocks, kThreads,
-                       p);
+  write_long_sums(where, plan, p);
 }
 
 } // namespace fogzo::cuda

@@ -24,7 +24,8 @@ COLUMNS = (
     "WIDTH",  # elements of a cell in a tile of Triton
 )  # fmt: skip
 THREADS = 128  # of a program in CUDA
-CHUNKS_OF_A_THREAD = 2  # of 8 elements; fewer threads would read a short cell in too many turns
+CHUNKS_OF_A_THREAD = 8  # of 8 elements: what a cell's threads do once is then little
+TOGETHER = 8  # threads of a short cell, so that their accesses lie side by side
 WIDTHS = (2048, 128, 16)  # Triton compiles each; the last one serves all that is shorter
 
 #: Device, addresses of tensors and alphas, elements of each
@@ -69,7 +70,7 @@ def row_of(t: Tensor, alpha: Tensor, first: int, second: int) -> dict[str, int]:
     cells = alpha.numel()
     length = t.numel() // max(cells, 1)
     chunks = -(-length // 8)
-    threads = 1 << max(-(-chunks // CHUNKS_OF_A_THREAD) - 1, 0).bit_length()
+    wanted = max(-(-chunks // CHUNKS_OF_A_THREAD), min(chunks, TOGETHER), 1)
     return {
         "DATA": t.data_ptr(),
         "ALPHA": alpha.data_ptr(),
@@ -80,6 +81,6 @@ def row_of(t: Tensor, alpha: Tensor, first: int, second: int) -> dict[str, int]:
         "PACK": max(SPAN // max(length, 1), 1),
         "PIECES": max(-(-length // SPAN), 1),
         "SECOND": second,
-        "THREADS": min(threads, THREADS),
+        "THREADS": min(1 << (wanted - 1).bit_length(), THREADS),
         "WIDTH": next((width for width in WIDTHS if width <= length), WIDTHS[-1]),
     }

@@ -88,14 +88,21 @@ inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) |
 inline uint32_t pack_float16(float low, float high) { return to_float16(low) | to_float16(high) << 16; }
 
 // By memory, as the threads of a warp run one after the other here.
-template <int N> void from_warp(const float (&x)[N], int bit, float (&other)[N]) {
-  static float held[1024][N];
+template <class T, int N> void from_warp(const T (&x)[N], int bit, T (&other)[N]) {
+  static T held[1024][N];
   barrier(); // all have read what lay there
   std::memcpy(held[thread()], x, sizeof x);
   barrier();
   if (bit >= 32)
     throw std::logic_error("a warp has 32 threads");
   std::memcpy(other, held[thread() ^ bit], sizeof x);
+}
+
+inline double from_warp(double x, int bit) {
+  const double held[1] = {x};
+  double other[1];
+  from_warp(held, bit, other);
+  return other[0];
 }
 
 template <class T> T *global(T *at) {

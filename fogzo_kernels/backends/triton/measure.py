@@ -36,22 +36,32 @@ def entry(row, COLUMN: tl.constexpr):
     return tl.load(row + place_of(COLUMN))
 
 
-# ---- what elements come to: a sum, or the largest bits of abs(x), as float64
+# ---- what elements come to: a float64 sum, or the largest bits of abs(x)
 
 
 @triton.jit
-def parts(x, STATISTIC: tl.constexpr):
-    """Of the last dimension; float64 throughout, so that no square of a float32 overflows or underflows."""
+def parts(x, STATISTIC: tl.constexpr, EXACT: tl.constexpr):
+    """Of the last dimension. Sums are float32, or with EXACT float64: no square overflows or underflows."""
     x = x.to(tl.float32)
     if STATISTIC == "absmax":
         bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of abs(x), and NaN above all
-        return tl.max(bits, axis=len(x.shape) - 1).to(tl.float64)
-    elif STATISTIC == "absmean":
-        return tl.sum(tl.abs(x.to(tl.float64)), axis=len(x.shape) - 1)
+        return tl.max(bits, axis=len(x.shape) - 1)
     else:
-        tl.static_assert(STATISTIC == "rms", "no code for statistic " + STATISTIC)
-        wide = x.to(tl.float64)
-        return tl.sum(wide * wide, axis=len(x.shape) - 1)
+        tl.static_assert(STATISTIC == "rms" or STATISTIC == "absmean", "no code for statistic " + STATISTIC)
+        if EXACT:
+            x = x.to(tl.float64)
+        return tl.sum(x * x if STATISTIC == "rms" else tl.abs(x), axis=len(x.shape) - 1).to(tl.float64)
+
+
+@triton.jit
+def sound(total, STATISTIC: tl.constexpr):
+    """Whether no overflow can be in a sum of float32 parts, and of squares at most 2^-149 for each in 2^-80."""
+    if STATISTIC == "absmax":
+        return total >= 0
+    elif STATISTIC == "rms":
+        return (total >= 2.0**-80) & (total < float("inf"))
+    else:
+        return total < float("inf")
 
 
 @triton.jit
@@ -91,39 +101,44 @@ def write_alphas(alpha, mask, total, length, rule, STATISTIC: tl.constexpr):
 
 @triton.jit
 def tile_totals(
-    data, first, valid, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    data, first, valid, begin, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
     STATISTIC: tl.constexpr,
 ):  # fmt: skip
-    """What ``count`` elements from each of ``first`` on come to, [ROWS]; by tiles of [ROWS, WIDTH]."""
-    acc = tl.zeros([ROWS, WIDTH // 8], tl.float64)
-    fast = count & -8 if ALIGNED else count
+    """What the elements ``begin`` to ``end`` from each of ``first`` on come to, [ROWS].
+
+    By tiles of [ROWS, WIDTH]. ALIGNED: eight of them in float32, which may not be sound(); else all in float64.
+    """
+    acc = tl.zeros([ROWS, WIDTH // 8], tl.int32 if STATISTIC == "absmax" else tl.float64)
     at = data + first
     if ALIGNED:
         at = tl.multiple_of(at, 16)
-    for start in tl.range(0, fast, WIDTH):
-        left = fast - start
+    for start in tl.range(begin, end, WIDTH):
+        left = end - start
         if ALIGNED:
             start, left = tl.multiple_of(start, 8), tl.multiple_of(left, 8)
         offs = tl.arange(0, WIDTH)
         mask = valid[:, None] & (offs < left)[None, :]
         x = tl.load(at[:, None] + (start + offs)[None, :], mask=mask, other=0.0)
-        acc = joined(acc, parts(x.reshape([ROWS, WIDTH // 8, 8]), STATISTIC), STATISTIC)
-    total = joined_along(acc, STATISTIC)
-    if fast < count:
-        j = fast + tl.arange(0, 8)
-        rest = tl.load(at[:, None] + j[None, :], mask=valid[:, None] & (j < count)[None, :], other=0.0)
-        total = joined(total, parts(rest, STATISTIC), STATISTIC)
-    return total
+        acc = joined(acc, parts(x.reshape([ROWS, WIDTH // 8, 8]), STATISTIC, not ALIGNED), STATISTIC)
+    return joined_along(acc, STATISTIC).to(tl.float64)
 
 
 @triton.jit
 def totals(
     data, first, valid, count, aligned, ROWS: tl.constexpr, WIDTH: tl.constexpr, STATISTIC: tl.constexpr
 ):  # fmt: skip
+    found = tl.zeros([ROWS], tl.float64)
+    done = 0
     if aligned:
-        found = tile_totals(data, first, valid, count, ROWS, WIDTH, True, STATISTIC)
-    else:
-        found = tile_totals(data, first, valid, count, ROWS, WIDTH, False, STATISTIC)
+        fast = count & -8
+        found = tile_totals(data, first, valid, 0, fast, ROWS, WIDTH, True, STATISTIC)
+        if tl.min((sound(found, STATISTIC) | (~valid)).to(tl.int32), 0) != 0:
+            done = fast
+        else:
+            found = tl.zeros([ROWS], tl.float64)
+    if done < count:
+        rest = tile_totals(data, first, valid, done, count, ROWS, WIDTH, False, STATISTIC)
+        found = joined(found, rest, STATISTIC)
     return found
 
 

@@ -1,0 +1,28 @@
+// Teams of threads: a power of two of neighbours that take together what belongs together.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace fogzo::cuda {
+
+// What the team's threads hold, joined two by two in an order that is fixed by its size; for the first of them.
+// `join` does not care which comes first. Every thread of the block must come here.
+template <class Join> FOGZO_DEVICE double over_team(double x, int threads, Join join) {
+#pragma unroll
+  for (int bit = 1; bit < kWarp; bit *= 2)
+    if (bit < threads)
+      x = join(x, from_warp(x, bit));
+  if (threads <= kWarp)
+    return x;
+  FOGZO_SHARED double held[kThreads / kWarp];
+  barrier(); // until nobody reads what the call before this one left
+  if (thread() % kWarp == 0)
+    held[thread() / kWarp] = x;
+  barrier();
+  if (thread() % threads == 0)
+    for (int i = 1; i < threads / kWarp; ++i)
+      x = join(x, held[thread() / kWarp + i]);
+  return x;
+}
+
+} // namespace fogzo::cuda
