@@ -198,7 +198,8 @@ FRESH = 10  # seconds
 class Streams:
     """Times of plain streams that read and write so many bytes in all, measured once on a GPU.
 
-    On a CPU, whose memory others may share, a time serves for FRESH seconds. ``copy`` reads one float32 array and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
+    On a CPU, whose memory others may share, a time serves for FRESH seconds. ``copy`` reads one float32 array
+    and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
     """
 
     def __init__(self, device: torch.device, effort: Effort) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from bench.cases import DTYPES, short
 from bench.sass import cuda
-from fogzo_kernels.spec import noise
+from fogzo_kernels.spec import noise, scale
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -62,6 +62,9 @@ QUANTIZER_ROWS = {
     "Q": ("quantize_kernel bf16 bf16 tensor", "quantize_kernel bf16 bf16 row"),
     "LSQ, backward": ("learned_kernel bf16 bf16 bf16 row identity_clipped",) * 2,
     "LSQ, backward, float32": ("learned_kernel fp32 fp32 fp32 row identity_clipped",) * 2,
+    "alphas from data, rms": ("measure_kernel bf16 rms",) * 2,
+    "alphas from data, rms, float32": ("measure_kernel fp32 rms",) * 2,
+    "alphas from data, absmax": ("measure_kernel bf16 absmax",) * 2,
     "H, Q": ("quantize_kernel bf16 bf16 row block=128", "rotated_quantize_kernel bf16 bf16 row 128"),
     "H, derivative, H": (
         "quantize_kernel bf16 bf16 bf16 row identity_trust block=128",
@@ -290,6 +293,22 @@ print(json.dumps([prologue, loop, report.weighted(8), report.width("STG"), len(c
     assert (width, instructions) == (128, 11)
 
 
+def test_only_the_loops_that_run_are_counted():
+    """Not that of another branch before, nor one inside for what the wide loop leaves."""
+    lines = ["MOV R1, R2", "LDG.E.128 R4, [R8]", "BRA 0x10", "IADD3 R1, R1, R2", "MOV R3, R4",
+             "LDG.E.128 R4, [R8]", "FFMA R5, R5, R5", "@!P0 BRA 0x50", "LDG.E.U16 R4, [R8]", "DFMA R5, R5, R5",
+             "@!P0 BRA 0x80", "STG.E.64 [R8], R4", "@P1 BRA 0x40", "EXIT"]  # fmt: skip
+    text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    found = run_code(f"""
+import json
+from bench.sass.machine_code import split
+print(json.dumps(split({text!r}, 4)[:2]))
+""")
+    prologue, loop = json.loads(found)
+    assert prologue == {"MOV": 1, "IADD3": 1}
+    assert loop == {"MOV": 1, "LDG.E.128": 4, "FFMA": 4, "BRA": 4 + 1, "STG.E.64": 1}
+
+
 def test_stages_of_a_transform_are_counted_by_themselves():
     """A loop around a wide store with a loop that shuffles and one that does not; what divergent warps run."""
     lines = ["MOV R1, R2", "FADD R3, R3, R4", "IMAD R6, R6, R7", "@!P0 BRA 0x20", "BRA.DIV ~URZ, 0xb0",
@@ -378,11 +397,14 @@ def stays_in_registers_around_a_transform(name, row):
     assert row["margin"] > least or row["arch"] < 90, name
 
 
-def test_a_transform_leaves_memory_the_limit():
-    """A probe of bfloat16, its commonest noise, and Q, with a scale for each row."""
+def test_quantizers_leave_memory_the_limit():
+    """Of bfloat16, by rows: a probe, its commonest noise, Q, alphas from data, LSQ's backward."""
     rows = cuda_rows(90)
     for label in ("CUDA: perturb, one sign, Hadamard 128", "CUDA: Hadamard 128 + quantize"):
         assert rows[CUDA_ROWS[label].format("uniform")]["margin"] >= 1.2, label
+    for statistic in scale.STATISTICS:
+        assert rows[f"measure_kernel bf16 {statistic}"]["margin"] >= 1.2, statistic
+    assert rows["learned_kernel bf16 bf16 bf16 row identity_clipped"]["margin"] >= 1.5
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
