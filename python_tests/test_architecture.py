@@ -27,8 +27,8 @@ FLOORS = {
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
            "__init__ scales inputs quantized permuted linear"
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
-    "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads step"
-              " settings device estimator"),
+    "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads outside"
+              " gradients step settings device estimator"),
     "optim": (("spec", "ops.checks", "functional", "nn", "train"), "__init__ groups fused adamw sgd"),
     "integrations": (("spec", "nn"), "__init__ transformers"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),

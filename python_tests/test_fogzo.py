@@ -18,11 +18,12 @@ from fogzo_kernels.train.weights import QuantizedWeight
 
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_zero_eps_gives_equal_losses_and_a_plain_step(backend, micro, directions):
+def test_zero_eps_gives_equal_losses_and_a_plain_step(backend, micro, directions, monkeypatch):
     """Same masks, same statistics, same weights: 1 + 2n equal losses, and a plain step's state."""
     x, y = batch()
     micro_batches = list(zip(x.chunk(micro), y.chunk(micro), strict=True))
-    model, fogzo = make(epsilon_scale=0.0, directions=directions, schedule="constant", backend=backend)
+    monkeypatch.setattr(fk.Fogzo, "epsilon_scale", 0.0)
+    model, fogzo = make(directions=directions, schedule="constant", backend=backend)
     plain = copy.deepcopy(model)
     torch.manual_seed(7)
     losses = run_step(model, fogzo, micro_batches)

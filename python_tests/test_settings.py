@@ -22,7 +22,7 @@ def test_public_names_are_few():
     assert {name for name in dir(fogzo) if not name.startswith("_")} == {
         "step", "run", "probes", "estimate_", "pending", "steps", "one_minus_beta", "diagnostics",
         "state_dict", "load_state_dict", "weights", "total_weights", "device", "directions", "seed",
-        "epsilon_scale", "process_group", "loss_reduction", "backend",
+        "epsilon_scale", "check", "discard", "stats", "process_group", "loss_reduction", "backend",
     }  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def test_repr_says_the_settings():
     _, fogzo = make(directions=2, seed=5)
     assert repr(fogzo) == (
         "Fogzo(total_steps=100, one_minus_beta=0.01, directions=2, seed=0, epsilon_scale=1.0,"
-        " schedule='linear', start=0.0): 0 steps taken, 2 quantized weights of 136 elements on cpu"
+        " schedule='linear', start=0.0, difference='central', every=1,"
+        " probe_share=1.0): 0 steps taken, 2 quantized weights of 136 elements on cpu"
     )
 
 

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fogzo_kernels.backends.triton import hadamard, launch, perturb, tail
+from fogzo_kernels.backends.triton import hadamard, launch, learned, perturb, tail
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
 from fogzo_kernels.backends.triton.hadamard import hadamard_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
@@ -170,6 +170,7 @@ def options_of(variant: Variant) -> dict[str, int]:
     registers = {
         "update_kernel": tail.registers_of(variant.block),
         "hadamard_kernel": hadamard.REGISTERS,
+        "learned_kernel": learned.REGISTERS.get(variant.block),
         "perturb_kernel": perturb.registers_of(DTYPES.get(variant.out or ""), variant.block),
     }.get(variant.kernel)
     return {"num_warps": NUM_WARPS} | ({"maxnreg": registers} if registers else {})

@@ -84,7 +84,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         If the passes of ``fogzo`` were run (:meth:`Fogzo.probes`, :meth:`Fogzo.run`), with its estimate
         in place of the straight-through gradient; ``.grad`` stays as it was. Otherwise with ``.grad`` as
-        it is.
+        it is, which for quantized weights must be an estimate (:meth:`Fogzo.estimate_`).
 
         Args:
             closure: with ``fogzo``, runs the model and returns the loss, and the step then runs the
@@ -93,6 +93,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns:
             The loss where the step knows it, else None.
+
+        Raises:
+            RuntimeError: with ``fogzo``, quantized weights hold the gradient of a backward outside its passes.
         """
         loss = None
         if closure is not None:
@@ -104,7 +107,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         passes = estimate = None
         if self.fogzo is not None:
             passes = self.fogzo._completed()
-        if passes is not None:
+        if passes is None:
+            self._check_estimates()
+        else:
             self._check_owned(passes)
             estimate = passes.collect()
             loss = estimate.loss
@@ -115,6 +120,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         if passes is not None:
             passes.finish()
         return loss
+
+    def _check_estimates(self) -> None:
+        """Without passes, what quantized weights are trained with must be an estimate that was made before."""
+        if self.fogzo is None:
+            return
+        own = {p for group in self.param_groups for p in group["params"]}
+        for i, w in enumerate(self.fogzo.weights):
+            if w.parameter in own and w.parameter.grad is not None and not self.fogzo._gradients.is_estimate(i):
+                raise RuntimeError(
+                    f"step must follow the passes of fogzo, got the gradient of another backward for {w.name}:"
+                    " it would train plain straight-through. Give step a closure, or run the passes by"
+                    " fogzo.run(closure) or fogzo.probes()"
+                )
 
     def _check_owned(self, passes: Step) -> None:
         """A weight of another optimizer would keep its straight-through gradient, unnoticed."""

@@ -13,13 +13,17 @@ class DeviceState:
     """Seed (int64), step (int64) and 1 - beta (float64) as 0-dim tensors on a device.
 
     Raises:
-        ValueError: training would start with plain STE steps, and a graph has its probes or not.
+        ValueError: some steps would be plain STE, and a graph has its probes or not.
     """
 
     def __init__(self, device: torch.device, settings: Settings) -> None:
         if settings.start:
             raise ValueError(
                 f"start must be 0 if capturable, got {settings.start}: a graph has its probes or not"
+            )
+        if settings.every > 1:
+            raise ValueError(
+                f"every must be 1 if capturable, got {settings.every}: a graph has its probes or not"
             )
         self.settings = settings
         self.seed = torch.tensor(signed64(settings.seed), device=device)

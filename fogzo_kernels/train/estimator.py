@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 from ..backends import select
 from ..spec.noise import MAX_STEP, check_range
 from .device import DeviceState
+from .gradients import Gradients
+from .outside import Prints, changed, global_generators, seen_by
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
-from .step import Pass, Step, Versions
-from .weights import check_unchanged, quantized_weights
+from .step import NOT_REPLAYED, Estimate, Pass, Step
+from .weights import check_unchanged, hold_quantized, quantized_weights, set_alphas
 
+FEW_ROUNDINGS = 4  # by which losses differ without telling anything
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
 
 
@@ -41,6 +46,15 @@ class Fogzo:
         schedule: ``"linear"``, or ``"constant"`` for 1 - beta at its final value throughout (with
             ``one_minus_beta=1`` that is n-SPSA).
         start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
+        difference: ``"central"``, the paper's, or ``"forward"``: (L+ - L_0) / eps with L_0 the loss of the
+            gradient pass. That takes n probes instead of 2 n; the estimate's mean is the same, its variance
+            larger.
+        every: FOGZO in every k-th step, plain STE between.
+        probe_share: share of a step's micro-batches that probes run, for less work and more variance; the
+            gradient pass runs all. Use :meth:`probes` and :meth:`Pass.batches` with it.
+        replay: what passes must see alike beside PyTorch's generators and the model's buffers: objects with
+            ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
+            ``load_state_dict``, and NumPy's generators.
         process_group, loss_reduction: with ``torch.distributed``, losses are reduced over the group
             by ``"mean"`` or ``"sum"``, as the gradients are.
         capturable: keep step and 1 - beta on the device, so that a whole step can be captured in a
@@ -68,6 +82,10 @@ class Fogzo:
         epsilon_scale: float = 1.0,
         schedule: str = "linear",
         start: float = 0.0,
+        difference: str = "central",
+        every: int = 1,
+        probe_share: float = 1.0,
+        replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str = "mean",
         capturable: bool = False,
@@ -84,6 +102,9 @@ class Fogzo:
             epsilon_scale=epsilon_scale,
             schedule=schedule,
             start=start,
+            difference=difference,
+            every=every,
+            probe_share=probe_share,
         )
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -93,9 +114,12 @@ class Fogzo:
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
         self._steps = 0  # taken so far; the step number of the noise
         self._device_state = DeviceState(self.device, self._settings) if capturable else None
-        self._replay = ReplayState(model)
+        self._replay = ReplayState(model, replay)
         self._step: Step | None = None  # from its first pass to its end
-        self._used: Versions = []  # gradients that the last step has used up
+        self._gradients = Gradients([w.parameter for w in self.weights])
+        self._found: Estimate | None = None  # of the last step
+        self._noise_left: float | Tensor | None = None  # its 1 - beta
+        self._warned = self._warned_of_lost = False  # that losses differ by rounding alone; of lost norms
         self._watched = False  # whether a step has looked for reads of the weights beside their modules
 
     def __repr__(self) -> str:
@@ -130,7 +154,7 @@ class Fogzo:
 
     @property
     def one_minus_beta(self) -> float | None:
-        """1 - beta of the coming step; None while training is plain STE."""
+        """1 - beta of the coming step; None where that is plain STE."""
         return self._settings.one_minus_beta_at(self.steps)
 
     @property
@@ -144,6 +168,59 @@ class Fogzo:
         Learned alphas that were held in range count as bad, once for each step.
         """
         return dict(zip(COUNTERS, self._counters.tolist(), strict=True))
+
+    def stats(self) -> dict[str, float]:
+        """What the last step measured, for a log; waits for the device.
+
+        Warns once where the losses of its probes differ by little more than rounding.
+
+        Returns:
+            ``loss``, of the gradient pass; ``difference``, the mean of abs(L+ - L-), or of abs(L+ - L_0) of a
+            forward difference; ``rounding``, the distance between float32 numbers at the loss; ``guide_norm``,
+            N; ``one_minus_beta``; ``noise_to_guide``, the energy of the noise in v over that of the guide,
+            (1 - beta) d / beta; and the counts of :meth:`diagnostics`. NaN where the step had no probes, or
+            where none was taken.
+        """
+        names = "loss", "difference", "rounding", "guide_norm", "one_minus_beta", "noise_to_guide"
+        found: dict[str, float] = dict.fromkeys(names, math.nan)
+        estimate, left = self._found, self._noise_left
+        if estimate is not None:
+            found["loss"] = float(estimate.loss)
+        if estimate is not None and estimate.norm is not None and left is not None:
+            noise = float(left)
+            halves = 2 if self._settings.difference == "forward" else 1  # see Step.collect()
+            difference = float((estimate.losses_plus - estimate.losses_minus).abs().mean()) / halves
+            found |= {
+                "difference": difference,
+                "rounding": abs(found["loss"]) * torch.finfo(torch.float32).eps,
+                "guide_norm": float(estimate.norm),
+                "one_minus_beta": noise,
+                "noise_to_guide": noise * self.total_weights / (1 - noise) if noise < 1 else math.inf,
+            }
+            self._warn_of_rounding(difference, found["rounding"])
+        counts = self.diagnostics()
+        self._warn_of_lost(counts["lost_norms"])
+        return found | counts
+
+    def _warn_of_lost(self, norms: int) -> None:
+        """On a GPU only stats() asks, as the answer waits for it."""
+        if norms and not self._warned_of_lost:
+            self._warned_of_lost = True
+            warnings.warn(
+                "the straight-through gradients of a step were not finite, and .grad is as it was: a fused"
+                " optimizer leaves the weights alone then, but one of PyTorch would write NaN into them",
+                stacklevel=3,
+            )
+
+    def _warn_of_rounding(self, difference: float, rounding: float) -> None:
+        if difference < FEW_ROUNDINGS * rounding and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the losses of a probe's two sides differ by {difference:.3g}, little more than float32's"
+                f" rounding at the loss, {rounding:.3g}: the estimate is mostly that. Compute the loss in"
+                " float32, over fewer terms or without a large constant, or raise kappa",
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken, counters and settings; with model and optimizer, all that a run needs."""
@@ -197,17 +274,83 @@ class Fogzo:
 
         Args:
             closure: runs the model and returns the loss; it does not call ``backward``.
+
+        Raises:
+            RuntimeError: ``probe_share`` is not 1: a closure has no micro-batches.
         """
+        if self._settings.probe_share < 1:
+            raise RuntimeError(
+                f"probe_share must be 1 where a closure runs the passes, got {self._settings.probe_share}: run"
+                " them yourself, `for batch in probe.batches(micro_batches)` in each pass of probes()"
+            )
+        first = not self._watched
+        before = self._seen_by(closure) if first else {}
         for probe in self.probes():
             with probe:
                 probe.backward(closure())
+            if first and probe.sign == 0 and self._step is not None and self._step.pairs:
+                first = False
+                generators = global_generators()  # of which the step itself warns
+                found = [name for name in changed(before, self._seen_by(closure)) if name not in generators]
+                if found:
+                    warnings.warn(NOT_REPLAYED.format(" and ".join(found)), stacklevel=2)
+
+    def _seen_by(self, closure: Callable[[], Tensor]) -> Prints:
+        return seen_by(closure, [self, self._replay.model, *self._replay.others])
+
+    def check(self, closure: Callable[[], Tensor]) -> list[str]:
+        """Run the passes of a step with eps = 0, where all must give one loss, and name what differs.
+
+        Weights, gradients, buffers, generators and what is replayed are as before then. What the closure
+        changes elsewhere it has changed three times.
+
+        Args:
+            closure: as for :meth:`step`.
+
+        Returns:
+            What the passes of a step do not see alike, a sentence each; empty if there is nothing. Not found
+            are changes that neither the loss nor a variable of the closure shows.
+
+        Raises:
+            RuntimeError: a pass of a step is running, or the model's weights have changed.
+        """
+        self._forget("check")
+        check_unchanged(self._replay.model, self.weights)
+        losses, found = [], list[str]()
+        start = self._replay.save()
+        try:
+            set_alphas(self.weights, self.backend)
+            for i in range(3):
+                self._replay.load(start)
+                hold_quantized(self.weights, self.backend)
+                before = self._seen_by(closure)
+                with torch.set_grad_enabled(i == 0):
+                    losses.append(float(closure().detach()))
+                found += [n for n in changed(before, self._seen_by(closure)) if n not in found]
+        finally:
+            for w in self.weights:
+                w.release()
+            self._replay.load(start)
+        said = [f"{name} is changed by a pass" for name in found]
+        if not losses[0] == losses[1] == losses[2]:
+            said.append(f"three passes with the same weights gave the losses {', '.join(map(str, losses))}")
+        return said
 
     def probes(self) -> Iterator[Pass]:
         """The passes of a step, to be run in order: the gradient pass, then + and - per direction.
 
         Enter each (``with probe:``) and give its loss to ``probe.backward``. A step whose loop is left
-        early, or in which a pass raises, is over; so is one before whose estimate another begins.
+        early, or in which a pass raises, is over.
+
+        Raises:
+            RuntimeError: the passes of the step before were run, but nothing followed: no :meth:`estimate_`,
+                no step of a fused optimizer, no :meth:`discard`.
         """
+        if self.pending:
+            raise RuntimeError(
+                "estimate_() must follow the passes of a step, or the step of a fused optimizer that has this"
+                " Fogzo: without it the last step was plain straight-through. To leave a step, call discard()"
+            )
         self._forget("probes")
         step = self._step = self._new_step()
         try:
@@ -237,6 +380,10 @@ class Fogzo:
         step.finish()
         return estimate.loss
 
+    def discard(self) -> None:
+        """Leave a step whose passes were run: it gets no estimate, and ``.grad`` stays as it is."""
+        self._forget("discard")
+
     def _completed(self) -> Step | None:
         """The step whose passes were run and whose estimate is still to be made."""
         return self._step if self._step is not None and self._step.complete else None
@@ -255,7 +402,8 @@ class Fogzo:
         noise = self._noise()
         return Step(
             self.weights, pairs=0 if noise["one_minus_beta"] is None else self.directions, noise=noise,
-            counters=self._counters, replay=self._replay, used=self._used, watched=not self._watched,
+            forward=self._settings.difference == "forward", share=self._settings.probe_share,
+            counters=self._counters, replay=self._replay, gradients=self._gradients, watched=not self._watched,
             backend=self.backend, reduce=self._reduce, over=self._over,
         )  # fmt: skip
 
@@ -275,11 +423,15 @@ class Fogzo:
             if self.loss_reduction == "mean":
                 losses /= dist.get_world_size(self.process_group)
 
-    def _over(self, step: Step, used: Versions | None) -> None:
+    def _over(self, step: Step, estimated: bool) -> None:
         if self._step is step:
             self._step = None
-        if used is not None:
-            self._used, self._watched = used, True
+        if estimated:
+            self._found, self._noise_left = step.found, step.one_minus_beta
+            self._gradients.left_estimates()
+            if self.device.type == "cpu":
+                self._warn_of_lost(int(self._counters[1]))
+            self._watched = True
             if self._device_state is not None:
                 self._device_state.advance()
             self._steps += 1

@@ -1,4 +1,4 @@
-"""What a forward pass consumes besides weights: random generators and buffers.
+"""What a forward pass consumes besides weights: random generators, buffers and what else is asked for.
 
 Every pass of a step must see the same dropout masks and leave the same BatchNorm statistics, so
 their state is saved before the gradient pass and loaded before each probe. ``.training`` is
@@ -7,7 +7,10 @@ never touched.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +23,45 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+#: Names of methods that read and set an object's state.
+METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("state_dict", "load_state_dict"))
+
+
+def state_methods(name: str, other: object) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """How to read and to set the state of a generator, a module such as ``random``, or an object with state."""
+    for get, put in METHODS:
+        if callable(getattr(other, get, None)) and callable(getattr(other, put, None)):
+            return getattr(other, get), getattr(other, put)
+    bits = getattr(other, "bit_generator", None)  # NumPy's Generator
+    if bits is not None:
+        return functools.partial(getattr, bits, "state"), functools.partial(setattr, bits, "state")
+    methods = ", ".join(f"{get} and {put}" for get, put in METHODS)
+    raise TypeError(f"{name} must have one of {methods}, or be a NumPy Generator, got {type(other).__name__}")
+
+
 class Snapshot(NamedTuple):
     """The state of generators and buffers at one point of a step."""
 
     cpu: Tensor  # the CPU generator's state
     cuda: dict[int, Tensor]  # the state of each device's
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]  # owner, name, the tensor, its value
+    others: list[Any]
 
 
 class ReplayState:
     """Saves and loads PyTorch's generators and a model's buffers, in place.
 
     All buffers but the alphas of quantized modules, which passes only read.
+
+    Args:
+        model: whose buffers, and on whose devices the generators.
+        others: objects that are saved and loaded too, see :func:`state_methods`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, others: Sequence[object] = ()) -> None:
+        self.model, self.others = model, list(others)
+        for i, other in enumerate(self.others):
+            state_methods(f"replay[{i}]", other)
         self.draws: bool | None = None  # whether a pass drew numbers on a GPU; None before the first
 
     def compare(self, before: Snapshot, after: Snapshot) -> None:
@@ -65,7 +91,8 @@ class ReplayState:
             if buffer is not None and id(buffer) not in alphas  # a user's buffer may have that name too
         ]
         cuda = {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
-        return Snapshot(torch.get_rng_state(), cuda, buffers)
+        others = [copy.deepcopy(state_methods("replay", o)[0]()) for o in self.others]
+        return Snapshot(torch.get_rng_state(), cuda, buffers, others)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
@@ -76,3 +103,5 @@ class ReplayState:
         for module, name, buffer, value in snapshot.buffers:
             buffer.copy_(value)
             module._buffers[name] = buffer  # a forward may have assigned another tensor
+        for other, state in zip(self.others, snapshot.others, strict=True):
+            state_methods("replay", other)[1](copy.deepcopy(state))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from ..ops import checks
 from ..spec.noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
 from ..spec.schedule import SCHEDULES, one_minus_beta_at
+
+DIFFERENCES = ("central", "forward")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class Settings:
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
         schedule: ``"linear"`` or ``"constant"``.
         start: fraction of training that runs plain STE first.
+        difference: ``"central"`` or ``"forward"``.
+        every: steps from one with probes to the next.
+        probe_share: of the micro-batches, those that probes run, in 0..1 and not 0.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -33,25 +39,45 @@ class Settings:
     epsilon_scale: float
     schedule: str
     start: float
+    difference: str = "central"
+    every: int = 1
+    probe_share: float = 1.0
 
     def __post_init__(self) -> None:
-        total_steps = self.total_steps
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"total_steps must be an int >= 1, got {total_steps}")
+        for name in ("total_steps", "every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {value}")
         checks.unit_interval("one_minus_beta", self.one_minus_beta)
         check_range("directions", self.directions, MAX_DIRECTION + 1)
         if self.directions < 1:
             raise ValueError(f"directions must be >= 1, got {self.directions}")
         check_range("seed", self.seed, MAX_SEED)
         checks.finite("epsilon_scale", self.epsilon_scale)
+        if not self.epsilon_scale > 0:
+            raise ValueError(
+                f"epsilon_scale must be > 0, got {self.epsilon_scale}: at 0 probes would not differ"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         checks.unit_interval("start", self.start)
-        for name in ("one_minus_beta", "epsilon_scale", "start"):  # an int is equal, but reads otherwise
+        if self.difference not in DIFFERENCES:
+            raise ValueError(f"difference must be one of {', '.join(DIFFERENCES)}, got {self.difference!r}")
+        checks.unit_interval("probe_share", self.probe_share)
+        if not self.probe_share > 0:
+            raise ValueError(f"probe_share must be > 0, got {self.probe_share}: probes would run nothing")
+        for name in (
+            "one_minus_beta",
+            "epsilon_scale",
+            "start",
+            "probe_share",
+        ):  # an int is equal, but reads otherwise
             object.__setattr__(self, name, float(getattr(self, name)))
 
     def one_minus_beta_at(self, step: int) -> float | None:
-        """1 - beta of a step; None while training is plain STE."""
+        """1 - beta of a step; None where it is plain STE."""
+        if step % self.every:
+            return None
         return one_minus_beta_at(step, self.total_steps, self.one_minus_beta, self.start, self.schedule)
 
 
@@ -60,6 +86,12 @@ def final_one_minus_beta(value: float | None, kappa: float | None, weights: int)
     if (value is None) == (kappa is None):
         raise ValueError(f"one of one_minus_beta and kappa must be given, got {value} and {kappa}")
     if value is not None:
+        if isinstance(value, (int, float)) and 0.5 < value < 1:
+            warnings.warn(
+                f"one_minus_beta is 1 - beta, got {value}: with almost no guide. For beta = {value} give"
+                f" {1 - value:.6g}",
+                stacklevel=3,
+            )
         return value
     assert kappa is not None
     check_number("kappa", kappa)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from .gradients import Gradients
+from .outside import Prints, changed, global_generators
 from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
 from .weights import Key, QuantizedWeight, set_alphas
 
+NOT_REPLAYED = (
+    "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"
+    " that of two batches, masks or counts. Give generators and objects with a state to"
+    " Fogzo(..., replay=[...]), and move the rest out of the pass; fogzo.check(closure) looks closer"
+)
+FAR = 3  # times a loss: more than a step of eps changes it, but where it is scaled otherwise
+T = TypeVar("T")
 #: Gradients, each with the version of its data.
 Versions = list[tuple[Tensor, int]]
 
@@ -23,7 +36,7 @@ class Estimate(NamedTuple):
     """What a step's passes found."""
 
     loss: Tensor  # of the gradient pass, 0-dim float32
-    losses_plus: Tensor  # float32, (n,)
+    losses_plus: Tensor  # float32, (n,); of a forward difference what stands for them, see collect()
     losses_minus: Tensor  # float32, (n,)
     norm: Tensor | None  # N, 0-dim float32; None where there were no probes
 
@@ -34,9 +47,36 @@ class Pass:
     def __init__(self, step: Step, direction: int, sign: int) -> None:
         self.direction, self.sign = direction, sign
         self.loss: Tensor | None = None  # sum of the losses so far, 0-dim float32
+        self.losses = 0  # how many
         self.done = False
         self._step: Step | None = step  # None when the step has ended
         self._mode: Any = None
+
+    def batches(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        """The micro-batches that the pass runs: all in the gradient pass, and in probes the first ones.
+
+        Of K these are ``probe_share * K``, rounded up. Give the loss of each to :meth:`backward`, scaled as
+        ever (by 1/K for the mean): the factor of the share is put right by the step.
+
+        Args:
+            micro_batches: those of the step, the same in every pass.
+
+        Raises:
+            RuntimeError: outside ``with probe:``, for another number of them than in the gradient pass, or
+                where one of them gave no loss, or several.
+        """
+        step = self._running("batches")
+        if not isinstance(micro_batches, Sequence):
+            raise TypeError(
+                f"micro_batches must be a sequence, got {type(micro_batches).__name__}: every pass runs them"
+            )
+        for one in islice(micro_batches, step.batches_of(self, len(micro_batches))):
+            before = self.losses
+            yield one
+            if self.losses != before + 1:
+                raise RuntimeError(
+                    f"each of probe.batches() must give one loss to probe.backward, got {self.losses - before}"
+                )
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
@@ -44,27 +84,46 @@ class Pass:
         Give every pass the same losses in the same order, scaled alike (by 1/K for K
         micro-batches, or by a gradient scaler).
         """
-        if self._mode is None or self._step is None:
-            raise RuntimeError("probe.backward must be called inside `with probe:`")
+        step = self._running("backward")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss must be a tensor of one element, got {what}")
+        if step.share < 1 and step.batches is None:
+            raise RuntimeError(
+                f"probe_share={step.share} must be used with the micro-batches of a step:"
+                " `for batch in probe.batches(micro_batches)` in each pass of probes()"
+            )
         if self.sign == 0:
-            if self._step.watched:
-                check_reads(loss, self._step.weights)
-            loss.backward()
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "loss must depend on the model's weights by autograd in the gradient pass, got one that is"
+                    " detached, or was made under no_grad"
+                )
+            if step.watched:
+                check_reads(loss, step.weights)
+            with step.gradients.in_pass(backward=True):
+                loss.backward()
         value = loss.detach().reshape(())
         if self.loss is None:
-            self.loss = self._step.slot(self).copy_(value)
+            self.loss = step.slot(self).copy_(value)
         else:
             self.loss.add_(value)
+        self.losses += 1
+        if self.sign == 0 and self.losses == step.shared:
+            step.base.copy_(self.loss)
+
+    def _running(self, caller: str) -> Step:
+        if self._mode is None or self._step is None:
+            raise RuntimeError(f"probe.{caller} must be called inside `with probe:`")
+        return self._step
 
     def __enter__(self) -> Pass:
         if self._step is None or self._step.active or self.done:
             raise RuntimeError("a pass must be entered once, in the order that probes() gives")
         self._step.enter(self)
-        self._mode = torch.enable_grad() if self.sign == 0 else torch.no_grad()
-        self._mode.__enter__()
+        self._mode = ExitStack()
+        self._mode.enter_context(torch.enable_grad() if self.sign == 0 else torch.no_grad())
+        self._mode.enter_context(self._step.gradients.in_pass(backward=False))
         return self
 
     def __exit__(
@@ -82,36 +141,42 @@ class Step:
 
     Args:
         weights: the quantized weights of the model.
-        pairs: of probes; 0 for a plain straight-through step.
+        pairs: of probes, n; 0 for a plain straight-through step.
+        forward: whether differences are forward ones: of probes, only those with + are run.
+        share: of the micro-batches, those that probes run.
         noise: which noise and how much, as the ops take it: seed, step, one_minus_beta, epsilon_scale.
         counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
         replay: of the model.
-        used: gradients that an earlier step has used up; emptied when the gradient pass begins.
+        gradients: of the weights, watched.
         watched: whether to look for reads of the weights beside their modules.
         backend: of the ops.
         reduce: reduces the losses over devices, in place.
-        over: called once with this step when it has ended, and with the gradients that it used, or with
-            None if a pass failed.
+        over: called once with this step when it has ended, and with whether its estimate was made.
     """
 
     def __init__(
-        self, weights: list[QuantizedWeight], *, pairs: int, noise: dict[str, Any], counters: Tensor,
-        replay: ReplayState, used: Versions, watched: bool, backend: str | None,
-        reduce: Callable[[Tensor], None], over: Callable[[Step, Versions | None], None],
+        self, weights: list[QuantizedWeight], *, pairs: int, forward: bool, share: float, noise: dict[str, Any],
+        counters: Tensor, replay: ReplayState, gradients: Gradients, watched: bool, backend: str | None,
+        reduce: Callable[[Tensor], None], over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
-        signs = [(i, sign) for i in range(pairs) for sign in (1, -1)]
+        signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
-        self.pairs = pairs
+        self.pairs, self.forward, self.share = pairs, forward, share
+        self.batches: int | None = None  # micro-batches of the gradient pass, once batches() was asked for
+        self.shared = 0  # how many of them probes run, too
         self.watched = watched
         self.active = False  # whether a pass is entered
         self.groups: dict[Key, list[QuantizedWeight]] = {}  # the weights that take part
-        self._losses = torch.empty(1 + 2 * pairs, device=counters.device)
+        # of the gradient pass, of those of its micro-batches that probes run, of + and of - probes
+        self._losses = torch.zeros(2 + 2 * pairs, device=counters.device)
+        self.found: Estimate | None = None  # once it was collected
         self._norm: Tensor | None = None
         self._guides: Versions = []  # the gradients, as the norm saw them
+        self._shared_generators: Prints = {}  # as the gradient pass found them
         self._before: Snapshot | None = None  # of the gradient pass
         self._after: Snapshot | None = None
         self.weights, self._noise, self._counters = weights, noise, counters
-        self._replay, self._used, self._backend = replay, used, backend
+        self._replay, self.gradients, self._backend = replay, gradients, backend
         self._reduce, self._over = reduce, over
 
     @property
@@ -119,13 +184,13 @@ class Step:
         """Whether all passes were run."""
         return all(one.done for one in self.passes)
 
-    def end(self, used: Versions | None = None) -> None:
+    def end(self, estimated: bool = False) -> None:
         """The step is over. A pass that the caller still holds does not keep it."""
         if self.passes[0]._step is None:
             return
         for one in self.passes:
             one._step = None
-        self._over(self, used)
+        self._over(self, estimated)
 
     # ---- passes
 
@@ -133,14 +198,33 @@ class Step:
         """Where the pass puts its loss: losses of + and of - lie in a row, as the ops take them."""
         if one.sign == 0:
             return self._losses[0]
-        return self._losses[1 + one.direction + (self.pairs if one.sign < 0 else 0)]
+        return self._losses[2 + one.direction + (self.pairs if one.sign < 0 else 0)]
+
+    @property
+    def base(self) -> Tensor:
+        """The gradient pass's loss of the micro-batches that probes run, too."""
+        return self._losses[1]
+
+    def batches_of(self, one: Pass, count: int) -> int:
+        """How many of a step's micro-batches a pass runs."""
+        if one.sign == 0:
+            if one.losses or not count:
+                raise RuntimeError(f"probe.batches() must come first in a pass and have a batch, got {count}")
+            self.batches, self.shared = count, math.ceil(self.share * count)
+        elif count != self.batches:
+            raise RuntimeError(
+                f"micro_batches must be those of the gradient pass in every pass, got {count} of {self.batches}"
+            )
+        return self.shared if one.sign else count
 
     def enter(self, one: Pass) -> None:
         torch.clear_autocast_cache()
         try:
             if one.sign == 0:
-                self._check_fresh()
+                self.gradients.check_fresh([w.name for w in self.weights])
                 self._before = self._replay.save()
+                if self.watched:
+                    self._shared_generators = global_generators()
                 held = set_alphas(self.weights, self._backend)
                 if held is not None:
                     self._counters[2] += held
@@ -186,18 +270,18 @@ class Step:
             self._replay.load(self._before)
         elif self.pairs:
             assert self._before is not None
+            if self.watched:
+                self._warn_of(global_generators())
             self._after = self._replay.save()
             self._replay.compare(self._before, self._after)
             self._read_guide()
 
-    def _check_fresh(self) -> None:
-        used = {id(g): version for g, version in self._used}
-        if any(used.get(id(g)) == version for g, version in versions(self.weights)):
-            raise RuntimeError(
-                "model.zero_grad() (or the optimizer's) must be called before the next step:"
-                " .grad still holds the last estimate"
-            )
-        self._used.clear()
+    def _warn_of(self, after: Prints) -> None:
+        """Numbers that the gradient pass drew where no probe draws the same ones."""
+        own = {id(other) for other in self._replay.others}
+        drawn = [n for n in changed(self._shared_generators, after) if id(sys.modules[n]) not in own]
+        if drawn:
+            warnings.warn(NOT_REPLAYED.format(" and ".join(drawn)), stacklevel=2)
 
     @torch.no_grad()
     def _read_guide(self) -> None:
@@ -208,7 +292,10 @@ class Step:
                 continue
             self.groups.setdefault(w.key(grad, self._backend), []).append(w)
         if not self.groups:
-            raise RuntimeError("the gradient pass must leave a gradient for a quantized weight")
+            raise RuntimeError(
+                "the gradient pass must leave a gradient for a quantized weight: is it the model of this Fogzo"
+                " that the loss depends on?"
+            )
         self._guides = versions(self.weights)
         if len(self.groups) == 1:
             ((key, weights),) = self.groups.items()
@@ -233,17 +320,67 @@ class Step:
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then finish
 
     def collect(self) -> Estimate:
-        """Losses and norm; with ``torch.distributed``, losses reduced over the group."""
-        if any(one.loss is None for one in self.passes):
+        """Losses and norm; with ``torch.distributed``, losses reduced over the group.
+
+        A forward difference is the central one of L+ - L_0 and L_0 - L+: both are exact where the losses are
+        within a factor of 2 of each other, and so is their difference.
+        """
+        try:
+            self._check_complete()
+        except RuntimeError:
+            self.end()
+            raise
+        self._reduce(self._losses)
+        losses, n = self._losses, self.pairs
+        if self.batches is None:
+            losses[1] = losses[0]
+        if self.watched and n and not capturing():
+            self._warn_of_scales()
+        plus, minus = losses[2 : 2 + n], losses[2 + n :]
+        if self.forward:
+            plus = plus - losses[1]
+            minus = -plus
+        if self.batches is not None and self.shared < self.batches:
+            factor = self.batches / self.shared
+            plus, minus = plus * factor, minus * factor
+        self.found = Estimate(losses[0], plus, minus, self._norm)
+        return self.found
+
+    @property
+    def one_minus_beta(self) -> float | Tensor | None:
+        """1 - beta of its noise; None of a plain straight-through step."""
+        found: float | Tensor | None = self._noise["one_minus_beta"]
+        return found
+
+    def _warn_of_scales(self) -> None:
+        """In the first step, where it may wait for the device: losses of one scale are near each other."""
+        base, *probes = self._losses[1 : 2 + self.pairs].tolist()
+        for loss in probes:
+            ratio = loss / base if base else math.nan
+            if not 1 / FAR <= ratio <= FAR and math.isfinite(ratio):
+                warnings.warn(
+                    f"a probe's loss, {loss:.4g}, is {ratio:.3g} times that of the gradient pass, {base:.4g}:"
+                    " give every pass losses that are scaled alike (by 1/K, or by a gradient scaler)",
+                    stacklevel=3,
+                )
+                return
+
+    def _check_complete(self) -> None:
+        given = [one.losses for one in self.passes]
+        if not all(given):
             raise RuntimeError("every pass must call probe.backward(loss)")
+        first, wanted = (given[0], given[0]) if self.batches is None else (self.batches, self.shared)
+        odd = [n for n in given[1:] if n != wanted]
+        if odd or given[0] != first:
+            raise RuntimeError(
+                f"every pass must give a loss for each of its micro-batches, got {given[0]} in the gradient"
+                f" pass and {odd[0] if odd else wanted} in a probe"
+            )
         if self._norm is not None and not same(self._guides, versions(self.weights)):
             raise RuntimeError(
                 ".grad must not change between the passes and the estimate; to unscale or clip it, call"
                 " estimate_() first"
             )
-        self._reduce(self._losses)
-        losses, n = self._losses, self.pairs
-        return Estimate(losses[0], losses[1 : 1 + n], losses[1 + n :], self._norm)
 
     def options(self, key: Key, weights: list[QuantizedWeight]) -> dict[str, Any]:
         """What perturbation and estimate must agree on, as the ops take it."""
@@ -279,8 +416,8 @@ class Step:
                     grad[w.still_row] = 0
 
     def finish(self) -> None:
-        """The step is done; the gradients that it used must not become part of the next guide."""
-        self.end(versions(self.weights))
+        """The step is done."""
+        self.end(estimated=True)
 
 
 def alphas_of(weights: list[QuantizedWeight]) -> list[Tensor]:

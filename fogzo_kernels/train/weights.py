@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..functional import quantize_
 from ..nn.quantized import Held, QuantizedModule
 from ..nn.scales import hold_alphas, measure_
 from ..nn.sharing import check_raw_uses, owners_of
@@ -151,6 +152,15 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
     for (scale, transform, _), (alphas, rows) in calls.items():
         measure_(alphas, rows, scale, transform, backend)
     return hold_alphas([m for w in weights for m in w.modules])
+
+
+def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
+    """Modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
+    for w in weights:
+        q, out = w.quantizer, w.memory()
+        quantize_([out], [w.latent], [w.alpha], grid=q.grid, transform=q.transform, backend=backend)
+        w._written = None
+        w.use(out)
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:

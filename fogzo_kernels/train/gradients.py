@@ -1,0 +1,101 @@
+"""Whose gradients the weights hold: those of a pass, an estimate, or of a backward elsewhere.
+
+Told by who accumulated into them, which a hook on each weight sees, and by which tensors an estimate was left
+in. A tensor's version would not do: clipping changes it too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .replay import capturing
+
+BACKWARD_IN_A_PASS = (
+    "backward must not be called inside a pass but by probe.backward(loss); a closure returns its loss, and the"
+    " step calls backward"
+)
+ESTIMATED = ".grad still holds the last estimate"
+OUTSIDE = (
+    ".grad of {} holds that of a backward outside the passes, which would enter the guide and be lost; add such"
+    " a loss to that of the closure"
+)
+
+
+class Gradients:
+    """Watches the gradients of parameters.
+
+    Args:
+        parameters: leaves that require a gradient; they and this hold each other weakly.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
+        self._outside: set[int] = set()  # accumulated into outside the passes since then
+        self._in_pass = self._in_backward = False
+        this = weakref.ref(self)
+        for i, p in enumerate(self.parameters):
+
+            def hook(_: Tensor, i: int = i) -> None:
+                watch = this()
+                if watch is not None:
+                    watch._accumulated(i)
+
+            handle = p.register_post_accumulate_grad_hook(hook)
+            weakref.finalize(self, handle.remove)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy watches the copies of the parameters, and knows nothing of their gradients."""
+        return Gradients, (self.parameters,)
+
+    def _accumulated(self, i: int) -> None:
+        if self._in_backward:
+            self._estimates.pop(i, None)
+            self._outside.discard(i)
+        elif self._in_pass:
+            raise RuntimeError(BACKWARD_IN_A_PASS)
+        else:
+            self._outside.add(i)
+
+    @contextmanager
+    def in_pass(self, backward: bool) -> Iterator[None]:
+        """The gradient pass, in which nobody accumulates, or with ``backward`` its own backward."""
+        before = self._in_pass, self._in_backward
+        self._in_pass, self._in_backward = True, backward
+        try:
+            yield
+        finally:
+            self._in_pass, self._in_backward = before
+
+    def left_estimates(self) -> None:
+        """What the gradients hold now is the estimate of a step, or the gradient that it leaves as it is."""
+        self._estimates = {i: weakref.ref(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
+        self._outside.clear()
+
+    def is_estimate(self, i: int) -> bool:
+        """Whether the gradient of parameter ``i`` holds that and nothing else."""
+        found = self._estimates.get(i)
+        return found is not None and found() is self.parameters[i].grad and i not in self._outside
+
+    def check_fresh(self, names: Sequence[str]) -> None:
+        """Raise unless the gradients are None or 0, as before a step.
+
+        Those that are not None are looked at, which waits for their device; not while a graph is captured.
+
+        Raises:
+            RuntimeError: one holds the last estimate, or that of another backward.
+        """
+        if not capturing():
+            for i, (p, name) in enumerate(zip(self.parameters, names, strict=True)):
+                if p.grad is not None and bool(p.grad.any()):
+                    what = ESTIMATED if self.is_estimate(i) else OUTSIDE.format(name)
+                    raise RuntimeError(
+                        f"model.zero_grad() (or the optimizer's) must be called before the next step: {what}"
+                    )
+        self._estimates.clear()
+        self._outside.clear()

@@ -1,0 +1,136 @@
+"""What a closure changes beside the model: every pass of a step would see it as the pass before left it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DEPTH, WIDTH = 4, 64  # how far and how wide it looks into what a closure holds
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+CODE = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType)
+
+#: What something is worth now: equal as long as it does not change.
+Print = Any
+Prints = dict[str, Print]
+
+
+def global_generators() -> Prints:
+    """The states of the generators that everybody shares and that PyTorch does not know."""
+    found: Prints = {"random": hash(random.getstate())}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        found["numpy.random"] = _print_of_state(numpy.random.get_state())
+    return found
+
+
+def seen_by(closure: Callable[..., Any], known: Iterable[object]) -> Prints:
+    """What the closure's variables are worth, by name, and the shared generators.
+
+    Args:
+        known: objects that passes restore or do not change: the model, what is replayed.
+    """
+    known = list(known)
+    skip = {id(o) for o in known} | {id(m) for k in known if isinstance(k, nn.Module) for m in k.modules()}
+    found = {name: state for name, state in global_generators().items() if id(sys.modules[name]) not in skip}
+    for name, value in _variables(closure).items():
+        found[f"the variable {name!r}"] = _print_of(value, DEPTH, skip)
+    return found
+
+
+def changed(before: Prints, after: Prints) -> list[str]:
+    """Names of what is not as it was."""
+    return [name for name in before if name in after and before[name] != after[name]]
+
+
+def _variables(closure: Callable[..., Any]) -> dict[str, Any]:
+    """What the function has from outside, of a partial or a method also what it is bound to."""
+    found: dict[str, Any] = {}
+    if isinstance(closure, functools.partial):
+        found.update({f"argument {i}": a for i, a in enumerate(closure.args)}, **closure.keywords)
+        closure = closure.func
+    if inspect.ismethod(closure):
+        found["self"] = closure.__self__
+        closure = closure.__func__
+    if inspect.isfunction(closure):
+        names = closure.__code__.co_names
+        found.update({n: closure.__globals__[n] for n in names if n in closure.__globals__})
+        cells = zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True)
+        found.update({n: cell.cell_contents for n, cell in cells if _filled(cell)})
+    elif not found:
+        found["closure"] = closure
+    return found
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _print_of_state(state: Any) -> Print:
+    """Of a generator's state, which may have arrays."""
+    return hash(repr([bytes(x) if hasattr(x, "tobytes") else x for x in state]))
+
+
+def _print_of(value: Any, depth: int, skip: set[int]) -> Print:
+    """Never raises: what cannot be looked into is worth its identity."""
+    if id(value) in skip or isinstance(value, CODE):
+        return None
+    if isinstance(value, PLAIN):
+        return value if value == value else "nan"
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return bytes(value.get_state().tolist())
+    if isinstance(value, random.Random):
+        return hash(value.getstate())
+    if hasattr(value, "bit_generator"):  # NumPy's
+        return repr(value.bit_generator.state)
+    if depth == 0:
+        return id(value)
+    try:
+        return _print_inside(value, depth - 1, skip | {id(value)})
+    except Exception:  # whatever an object of somebody's raises when it is looked at
+        return id(value)
+
+
+def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
+    def each(values: Iterable[Any]) -> list[Print]:
+        return [_print_of(v, depth, skip) for v in values]
+
+    if isinstance(value, (list, tuple, deque)):
+        some = list(value)
+        return len(some), each(some[:WIDTH] + some[-WIDTH:])
+    if isinstance(value, (set, frozenset)):
+        return len(value)
+    if isinstance(value, dict):
+        some = list(value.items())
+        return len(some), each(v for item in some[:WIDTH] + some[-WIDTH:] for v in item)
+    if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, functools.partial):
+        return each(_variables(value).values()) if inspect.ismethod(value) or _own(value) else None
+    if isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        return frame is None or each([frame.f_lasti, *frame.f_locals.values()])
+    if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
+        return operator.length_hint(value, -1), repr(value)
+    if type(value).__module__ == "numpy":
+        return id(value), bytes(value.tobytes()) if value.nbytes < 1 << 20 else None
+    inside = getattr(value, "__dict__", None)
+    return id(value) if inside is None else each(v for item in list(inside.items())[:WIDTH] for v in item)
+
+
+def _own(function: Any) -> bool:
+    """Whether a function has variables of its own, beside its module's."""
+    return isinstance(function, functools.partial) or bool(function.__closure__)

@@ -1,0 +1,440 @@
+"""Steps that look right and would silently be something else: errors, warnings, and what a step says."""
+
+import copy
+import functools
+import math
+import pickle
+import random
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from training import batch, loss_of, make, same_state, state_of
+
+import fogzo_kernels as fk
+
+
+def setup(**options):
+    model, fogzo = make(schedule="constant", **options)
+    x, y = batch()
+    return model, fogzo, lambda: loss_of(model, x, y)
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def unchanged(model, before):
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+# ---- plain STE at FOGZO's price
+
+
+@pytest.mark.parametrize("optimizer", [fk.AdamW, fk.SGD])
+def test_a_fused_step_after_a_plain_backward(optimizer):
+    """What a stock trainer does: nothing would say that this is plain STE."""
+    model, fogzo, closure = setup()
+    end = optimizer(model.parameters(), lr=0.1, fogzo=fogzo)
+    before = values(model)
+    closure().backward()
+    with pytest.raises(RuntimeError, match=r"step must follow the passes of fogzo, got .* for first\.weight"):
+        end.step()
+    assert unchanged(model, before)
+    end.zero_grad()
+    end.step(closure)  # the right way
+    assert not unchanged(model, before)
+    end.zero_grad(set_to_none=False)
+    closure().backward()
+    with pytest.raises(
+        RuntimeError, match="step must follow the passes of fogzo"
+    ):  # into the estimate's memory
+        end.step()
+
+
+def test_a_fused_step_takes_an_estimate_that_was_clipped():
+    model, fogzo, closure = setup()
+    end = fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo)
+    fogzo.step(closure)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    before = values(model)
+    end.step()
+    assert not unchanged(model, before)
+    closure().backward()  # on top of it
+    with pytest.raises(RuntimeError, match="step must follow the passes of fogzo"):
+        end.step()
+
+
+def test_a_step_whose_estimate_was_forgotten():
+    model, fogzo, closure = setup()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    fogzo.run(closure)
+    plain.step()
+    plain.zero_grad()
+    with pytest.raises(RuntimeError, match=r"estimate_\(\) must follow the passes of a step"):
+        fogzo.run(closure)
+    assert fogzo.steps == 0
+    fogzo.discard()
+    fogzo.step(closure)
+    assert fogzo.steps == 1
+
+
+# ---- gradients that are not a step's own
+
+
+def clipped(model, closure):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def added(model, closure):
+    closure().backward()
+
+
+def second(model, closure):
+    model.zero_grad()
+    fk.Fogzo(model, total_steps=9, one_minus_beta=0.1).step(closure)
+
+
+@pytest.mark.parametrize("between", [lambda model, closure: None, clipped, added, second])
+def test_gradients_that_were_not_cleared(between):
+    model, fogzo, closure = setup()
+    fogzo.step(closure)
+    between(model, closure)
+    with pytest.raises(RuntimeError, match=r"zero_grad.*must be called before the next step"):
+        fogzo.step(closure)
+    model.zero_grad(set_to_none=False)
+    fogzo.step(closure)
+    assert fogzo.steps == 2
+
+
+def test_an_auxiliary_loss_before_a_step():
+    model, fogzo, closure = setup()
+    (model.first(torch.ones(1, 9)).sum() * 0.01).backward()
+    with pytest.raises(RuntimeError, match=r"\.grad of first\.weight holds that of a backward outside"):
+        fogzo.step(closure)
+    model.zero_grad()
+    model.out.weight.grad = torch.ones_like(model.out.weight)  # is not quantized: anybody's
+    fogzo.step(closure)
+
+
+# ---- closures
+
+
+def test_a_closure_that_calls_backward():
+    model, fogzo, closure = setup()
+
+    def stepped():
+        loss = closure()
+        loss.backward()
+        return loss
+
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match=r"backward must not be called inside a pass but by probe\.backward"):
+        fogzo.step(stepped)
+    assert same_state(before, state_of(model))
+    model.zero_grad()
+    fogzo.step(closure)
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.detach, lambda loss: torch.tensor(loss.item())])
+def test_a_closure_whose_loss_is_detached(spoil):
+    _, fogzo, closure = setup()
+    with pytest.raises(RuntimeError, match=r"loss must depend on the model's weights by autograd"):
+        fogzo.step(lambda: spoil(closure()))
+
+
+def test_a_closure_of_another_model():
+    _, fogzo, _ = setup()
+    _, _, closure = setup()
+    with pytest.raises(RuntimeError, match="is it the model of this Fogzo that the loss depends on"):
+        fogzo.step(closure)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.25, 4.0, 65536.0])
+def test_a_pass_that_is_scaled_otherwise(factor):
+    """As by a gradient scaler, or by 1/K, in one place of a loop alone."""
+    model, fogzo, closure = setup()
+    for _ in range(2):
+        for probe in fogzo.probes():
+            with probe:
+                probe.backward(closure() * (1 if probe.sign == 0 else factor))
+        if fogzo.steps == 0:
+            with pytest.warns(UserWarning, match="a probe's loss, .* times that of the gradient pass"):
+                fogzo.estimate_()
+        else:
+            fogzo.estimate_()
+        model.zero_grad()
+
+
+def test_a_loss_that_is_not_finite():
+    model, fogzo, closure = setup()
+    before = values(model)
+    fused = fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo)
+    with pytest.warns(UserWarning, match="the straight-through gradients of a step were not finite"):
+        fused.step(lambda: closure() * math.nan)
+    weights = {id(w.parameter) for w in fogzo.weights}
+    kept = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if id(p) in weights]
+    assert kept == [True, True]
+    assert fogzo.stats()["lost_norms"] == 1
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("scale", [0, -1.0])
+def test_eps_that_gives_nothing(scale):
+    with pytest.raises(ValueError, match="epsilon_scale must be"):
+        make(epsilon_scale=scale)
+
+
+def test_beta_for_one_minus_beta():
+    with pytest.warns(UserWarning, match=r"one_minus_beta is 1 - beta, got 0\.9999.* give 0\.0001"):
+        make(one_minus_beta=0.9999)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(one_minus_beta=1.0)  # n-SPSA
+        make(one_minus_beta=0.5)
+
+
+# ---- what passes see beside the model
+
+
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def with_random(closure):
+    return lambda: closure() * (1 + 0.1 * random.random())
+
+
+def with_numpy(closure):
+    return lambda: closure() * (1 + 0.1 * np.random.rand())
+
+
+def with_generator(closure):
+    generator = torch.Generator().manual_seed(0)
+    return lambda: closure() * (1 + 0.1 * torch.rand((), generator=generator))
+
+
+def with_numpy_generator(closure):
+    rng = np.random.default_rng(0)
+    return lambda: closure() * (1 + 0.1 * rng.random())
+
+
+def with_counter(closure):
+    counter = Counter()
+
+    def counted():
+        counter.calls += 1
+        return closure() * counter.calls
+
+    return counted
+
+
+def with_nonlocal(closure):
+    calls = 0
+
+    def counted():
+        nonlocal calls
+        calls += 1
+        return closure() * calls
+
+    return counted
+
+
+def with_iterator(closure):
+    factors = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    return lambda: closure() * next(factors)
+
+
+def with_generator_function(closure):
+    factors = (float(i) for i in range(1, 9))
+    return lambda: closure() * next(factors)
+
+
+def with_batch_norm(closure):
+    outside = nn.BatchNorm1d(3)
+    return lambda: closure() + 0 * outside(torch.randn(4, 3)).sum()
+
+
+def with_metric(closure):
+    history = []
+
+    def logged():
+        history.append(closure().item())
+        return closure()
+
+    return logged
+
+
+def with_partial(closure):
+    return functools.partial(lambda counter, c: c() * (counter.append(1) or len(counter)), [], closure)
+
+
+OUTSIDE = {
+    with_random: "random", with_numpy: "numpy.random", with_generator: "'generator'",
+    with_numpy_generator: "'rng'", with_counter: "'counter'", with_nonlocal: "'calls'",
+    with_iterator: "'factors'", with_generator_function: "'factors'", with_batch_norm: "'outside'",
+    with_metric: "'history'", with_partial: "argument 0",
+}  # fmt: skip
+DIFFER = set(OUTSIDE) - {with_batch_norm, with_metric}  # whose losses differ
+
+
+@pytest.mark.parametrize("trap", OUTSIDE)
+def test_the_first_step_warns_of_what_it_cannot_replay(trap):
+    model, fogzo, closure = setup()
+    with pytest.warns(UserWarning, match=f"a pass of a step changes .*{OUTSIDE[trap]}"):
+        fogzo.step(trap(closure))
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fogzo.step(trap(closure))  # once
+
+
+@pytest.mark.parametrize("trap", OUTSIDE)
+def test_check_names_what_differs_and_changes_nothing(trap):
+    model, fogzo, closure = setup()
+    model.drop.p = 0.5
+    before, weights = state_of(model), values(model)
+    assert fogzo.check(closure) == []
+    found = fogzo.check(trap(closure))
+    assert any(OUTSIDE[trap] in one for one in found), found
+    assert any("gave the losses" in one for one in found) == (trap in DIFFER)
+    assert same_state(before, state_of(model))
+    assert unchanged(model, weights)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m.held is not None for m in model.modules() if hasattr(m, "held"))
+    assert fogzo.steps == 0
+
+
+def test_check_that_fails_leaves_all_as_it_was():
+    model, fogzo, closure = setup()
+    before = state_of(model)
+    calls = []
+
+    def fails():
+        loss = closure()
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("mine")
+        return loss
+
+    with pytest.raises(KeyError, match="mine"):
+        fogzo.check(fails)
+    assert same_state(before, state_of(model))
+    fogzo.step(closure)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_given_is_replayed(seed):
+    """Every pass sees the same, and the next step goes on where a plain one would have."""
+    model, _, closure = setup()
+    generator, rng, counter = torch.Generator().manual_seed(seed), np.random.default_rng(seed), Counter()
+    random.seed(seed)
+    np.random.seed(seed)
+    fogzo = fk.Fogzo(
+        model,
+        total_steps=9,
+        one_minus_beta=0.1,
+        replay=[generator, rng, counter, random, np.random, local := random.Random(3)],
+    )
+    seen = []
+
+    def draws():
+        counter.calls += 1
+        seen.append((counter.calls, torch.rand((), generator=generator).item(), rng.random(), random.random(),
+                     np.random.rand(), local.random()))  # fmt: skip
+        return closure()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "error", message="a pass of a step changes .*(rng|counter|generator|random|local)"
+        )
+        warnings.filterwarnings("ignore", message="a pass of a step changes the variable 'seen'")
+        fogzo.step(draws)
+    assert len(seen) == 3
+    assert len(set(seen)) == 1
+    model.zero_grad()
+    fogzo.step(draws)
+    assert len(set(seen)) == 2
+    assert counter.calls == 2
+
+
+def test_what_cannot_be_replayed():
+    model, _, _ = setup()
+    with pytest.raises(TypeError, match=r"replay\[1\] must have one of get_state and set_state, .* got object"):
+        fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, replay=[random, object()])
+
+
+# ---- stats
+
+
+@pytest.mark.parametrize("difference", ["central", "forward"])
+def test_stats(difference):
+    _, fogzo, closure = setup(difference=difference, directions=2)
+    assert all(math.isnan(v) for k, v in fogzo.stats().items() if k not in fogzo.diagnostics())
+    losses = {}
+    for probe in fogzo.probes():
+        with probe:
+            probe.backward(closure())
+        losses[probe.direction, probe.sign] = probe.loss.clone().double()
+    weights = fogzo.weights
+    grid, grads = weights[0].quantizer.grid, [w.parameter.grad for w in weights]
+    norm = fk.guide_norm(grads, [w.alpha for w in weights], grid=grid)
+    loss = float(fogzo.estimate_())
+    found = fogzo.stats()
+    other = [losses[i, -1] if difference == "central" else losses[0, 0] for i in range(2)]
+    assert found["loss"] == loss
+    wanted = sum(abs(losses[i, 1] - other[i]) for i in range(2)) / 2
+    assert found["difference"] == pytest.approx(float(wanted), rel=1e-5)
+    assert found["rounding"] == pytest.approx(loss * 2.0**-23)
+    assert found["one_minus_beta"] == 1e-2
+    assert found["noise_to_guide"] == pytest.approx(0.01 * fogzo.total_weights / 0.99)
+    assert found["guide_norm"] == float(norm)
+    assert {k: found[k] for k in fogzo.diagnostics()} == fogzo.diagnostics()
+
+
+def test_stats_warn_once_where_losses_are_rounding():
+    model, fogzo, closure = setup()
+    for _ in range(2):
+        fogzo.step(lambda: closure() + 1e7)
+        model.zero_grad()
+    with pytest.warns(UserWarning, match="little more than float32's rounding at the loss"):
+        fogzo.stats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fogzo.stats()
+
+
+# ---- the watch itself
+
+
+def test_copies_watch_their_own_weights():
+    model, fogzo, closure = setup()
+    for copied in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):
+        twin, other = copied((model, fogzo))
+        again = functools.partial(loss_of, twin, *batch())
+        again().backward()
+        with pytest.raises(RuntimeError, match="backward outside the passes"):
+            other.step(again)
+    fogzo.step(closure)
+
+
+def test_an_estimator_that_is_gone_watches_no_more():
+    model, fogzo, closure = setup()
+    fogzo.step(closure)
+    weight = model.first.weight
+    gone = weakref.ref(fogzo)
+    del fogzo
+    assert gone() is None
+    assert not weight._post_accumulate_grad_hooks
