@@ -254,6 +254,7 @@ class Fogzo:
         if self._device_state is not None:
             self._device_state.set_step(self._steps)
         self._counters.copy_(counters)
+        self._warned_of_lost = bool(counters[1])
 
     # ---- a step
 
@@ -427,7 +428,9 @@ class Fogzo:
         if self._step is step:
             self._step = None
         if estimated:
-            self._found, self._noise_left = step.found, step.one_minus_beta
+            left = step.one_minus_beta
+            self._found = step.found
+            self._noise_left = left.clone() if isinstance(left, Tensor) else left  # it is about to advance
             self._gradients.left_estimates()
             if self.device.type == "cpu":
                 self._warn_of_lost(int(self._counters[1]))

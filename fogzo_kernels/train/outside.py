@@ -10,6 +10,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -90,20 +91,25 @@ def _print_of(value: Any, depth: int, skip: set[int]) -> Print:
         return None
     if isinstance(value, PLAIN):
         return value if value == value else "nan"
+    try:
+        found = _print_of_tensor_or_generator(value)
+        if found is None and depth > 0:
+            found = _print_inside(value, depth - 1, skip | {id(value)})
+    except Exception:  # whatever an object of somebody's raises when it is looked at
+        found = None
+    return id(value) if found is None else found
+
+
+def _print_of_tensor_or_generator(value: Any) -> Print:
+    """None for anything else."""
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, torch.Generator):
         return bytes(value.get_state().tolist())
     if isinstance(value, random.Random):
         return hash(value.getstate())
-    if hasattr(value, "bit_generator"):  # NumPy's
-        return repr(value.bit_generator.state)
-    if depth == 0:
-        return id(value)
-    try:
-        return _print_inside(value, depth - 1, skip | {id(value)})
-    except Exception:  # whatever an object of somebody's raises when it is looked at
-        return id(value)
+    bits = getattr(value, "bit_generator", None)  # NumPy's
+    return None if bits is None else repr(bits.state)
 
 
 def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
@@ -111,13 +117,11 @@ def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
         return [_print_of(v, depth, skip) for v in values]
 
     if isinstance(value, (list, tuple, deque)):
-        some = list(value)
-        return len(some), each(some[:WIDTH] + some[-WIDTH:])
+        return len(value), each([*islice(value, WIDTH), *islice(reversed(value), WIDTH)])
     if isinstance(value, (set, frozenset)):
         return len(value)
     if isinstance(value, dict):
-        some = list(value.items())
-        return len(some), each(v for item in some[:WIDTH] + some[-WIDTH:] for v in item)
+        return len(value), each(v for item in islice(value.items(), WIDTH) for v in item)
     if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, functools.partial):
         return each(_variables(value).values()) if inspect.ismethod(value) or _own(value) else None
     if isinstance(value, types.GeneratorType):
@@ -128,7 +132,7 @@ def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
     if type(value).__module__ == "numpy":
         return id(value), bytes(value.tobytes()) if value.nbytes < 1 << 20 else None
     inside = getattr(value, "__dict__", None)
-    return id(value) if inside is None else each(v for item in list(inside.items())[:WIDTH] for v in item)
+    return None if inside is None else each(v for item in islice(inside.items(), WIDTH) for v in item)
 
 
 def _own(function: Any) -> bool:
