@@ -317,6 +317,31 @@ def test_check_names_what_differs_and_changes_nothing(trap):
     assert fogzo.steps == 0
 
 
+def test_a_wrapper_of_the_model_may_change():
+    """As a compiled one does in its first forward; a function that is compiled is what it was before."""
+    model, fogzo, _ = setup()
+    x, y = batch()
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = model, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x)
+
+    wrapper, compiled = Wrapper(), torch.compile(model, backend="eager")
+    scale = torch.compile(lambda loss: 2 * loss, backend="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a pass of a step changes")
+        for forward in (wrapper, compiled):
+            fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1)
+            fogzo.step(lambda forward=forward: scale(loss_of(forward, x, y)))
+            model.zero_grad()
+    assert fogzo.check(lambda: scale(loss_of(wrapper, x, y))) == []
+
+
 def test_check_that_fails_leaves_all_as_it_was():
     model, fogzo, closure = setup()
     before = state_of(model)

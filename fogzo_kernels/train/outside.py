@@ -116,6 +116,13 @@ def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
     def each(values: Iterable[Any]) -> list[Print]:
         return [_print_of(v, depth, skip) for v in values]
 
+    if isinstance(value, nn.Module) and any(id(m) in skip for m in value.children()):
+        # a wrapper of the model, compiled or parallel, may keep books of its own
+        own = [m for m in value.modules() if id(m) not in skip or m is value]
+        return each(b for m in own for b in m._buffers.values())
+    original = getattr(value, "_torchdynamo_orig_callable", None)  # what torch.compile made a function of
+    if original is not None:
+        return _print_of(original, depth, skip)
     if isinstance(value, (list, tuple, deque)):
         return len(value), each([*islice(value, WIDTH), *islice(reversed(value), WIDTH)])
     if isinstance(value, (set, frozenset)):
