@@ -252,9 +252,9 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.bar(i, whole - rest, color="C0", label=None if i else "forwards and backward")
         axes.bar(i, rest, bottom=whole - rest, color="C1", label=None if i else "the rest")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), [row.method for row in rows])
-    axes.set(ylabel="time of an STE step")
-    axes.legend()
+    axes.set_xticks(range(len(rows)), [row.method for row in rows], rotation=20)
+    axes.set(ylabel="time, in STE steps")
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
