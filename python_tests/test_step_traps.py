@@ -301,6 +301,18 @@ def test_the_first_step_warns_of_what_it_cannot_replay(trap):
         fogzo.step(trap(closure))  # once
 
 
+def test_a_late_start_looks_in_its_first_step_with_probes():
+    model, fogzo, closure = setup(start=0.02, total_steps=100)
+    random_loss = with_random(closure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):  # plain STE, to which it does no harm
+            fogzo.step(random_loss)
+            model.zero_grad()
+    with pytest.warns(UserWarning, match="a pass of a step changes random"):
+        fogzo.step(random_loss)
+
+
 @pytest.mark.parametrize("trap", OUTSIDE)
 def test_check_names_what_differs_and_changes_nothing(trap):
     model, fogzo, closure = setup()

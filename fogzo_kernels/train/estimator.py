@@ -19,7 +19,7 @@ from .gradients import Gradients
 from .outside import Prints, changed, global_generators, seen_by
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
-from .step import NOT_REPLAYED, Estimate, Pass, Step
+from .step import Estimate, Pass, Step, warn_of
 from .weights import check_unchanged, hold_quantized, quantized_weights, set_alphas
 
 FEW_ROUNDINGS = 4  # by which losses differ without telling anything
@@ -120,6 +120,7 @@ class Fogzo:
         self._found: Estimate | None = None  # of the last step
         self._noise_left: float | Tensor | None = None  # its 1 - beta
         self._warned = self._warned_of_lost = False  # that losses differ by rounding alone; of lost norms
+        self._compared = False  # whether one with probes has looked for what passes do not see alike
         self._watched = False  # whether a step has looked for reads of the weights beside their modules
 
     def __repr__(self) -> str:
@@ -284,20 +285,19 @@ class Fogzo:
                 f"probe_share must be 1 where a closure runs the passes, got {self._settings.probe_share}: run"
                 " them yourself, `for batch in probe.batches(micro_batches)` in each pass of probes()"
             )
-        first = not self._watched
-        before = self._seen_by(closure) if first else {}
+        look = not self._compared and self._settings.one_minus_beta_at(self._steps) is not None
+        before = self._seen_by(closure) if look else {}
         for probe in self.probes():
             with probe:
                 probe.backward(closure())
-            if first and probe.sign == 0 and self._step is not None and self._step.pairs:
-                first = False
-                generators = global_generators()  # of which the step itself warns
-                found = [name for name in changed(before, self._seen_by(closure)) if name not in generators]
-                if found:
-                    warnings.warn(NOT_REPLAYED.format(" and ".join(found)), stacklevel=2)
+            if look and probe.sign == 0:
+                warn_of(changed(before, self._seen_by(closure)))
 
     def _seen_by(self, closure: Callable[[], Tensor]) -> Prints:
         return seen_by(closure, [self, self._replay.model, *self._replay.others])
+
+    def _all_seen_by(self, closure: Callable[[], Tensor]) -> Prints:
+        return global_generators(self._replay.others) | self._seen_by(closure)
 
     def check(self, closure: Callable[[], Tensor]) -> list[str]:
         """Run the passes of a step with eps = 0, where all must give one loss, and name what differs.
@@ -324,10 +324,10 @@ class Fogzo:
             for i in range(3):
                 self._replay.load(start)
                 hold_quantized(self.weights, self.backend)
-                before = self._seen_by(closure)
+                before = self._all_seen_by(closure)
                 with torch.set_grad_enabled(i == 0):
                     losses.append(float(closure().detach()))
-                found += [n for n in changed(before, self._seen_by(closure)) if n not in found]
+                found += [n for n in changed(before, self._all_seen_by(closure)) if n not in found]
         finally:
             for w in self.weights:
                 w.release()
@@ -405,6 +405,7 @@ class Fogzo:
             self.weights, pairs=0 if noise["one_minus_beta"] is None else self.directions, noise=noise,
             forward=self._settings.difference == "forward", share=self._settings.probe_share,
             counters=self._counters, replay=self._replay, gradients=self._gradients, watched=not self._watched,
+            compared=not self._compared,
             backend=self.backend, reduce=self._reduce, over=self._over,
         )  # fmt: skip
 
@@ -435,6 +436,7 @@ class Fogzo:
             if self.device.type == "cpu":
                 self._warn_of_lost(int(self._counters[1]))
             self._watched = True
+            self._compared |= step.pairs > 0
             if self._device_state is not None:
                 self._device_state.advance()
             self._steps += 1

@@ -25,27 +25,26 @@ Print = Any
 Prints = dict[str, Print]
 
 
-def global_generators() -> Prints:
-    """The states of the generators that everybody shares and that PyTorch does not know."""
+def global_generators(known: Iterable[object] = ()) -> Prints:
+    """States of the generators that everybody shares and PyTorch does not know, but for those in ``known``."""
     found: Prints = {"random": hash(random.getstate())}
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         found["numpy.random"] = _print_of_state(numpy.random.get_state())
-    return found
+    skip = {id(o) for o in known}
+    return {name: state for name, state in found.items() if id(sys.modules[name]) not in skip}
 
 
 def seen_by(closure: Callable[..., Any], known: Iterable[object]) -> Prints:
-    """What the closure's variables are worth, by name, and the shared generators.
+    """What the closure's variables are worth, by name.
 
     Args:
         known: objects that passes restore or do not change: the model, what is replayed.
     """
     known = list(known)
     skip = {id(o) for o in known} | {id(m) for k in known if isinstance(k, nn.Module) for m in k.modules()}
-    found = {name: state for name, state in global_generators().items() if id(sys.modules[name]) not in skip}
-    for name, value in _variables(closure).items():
-        found[f"the variable {name!r}"] = _print_of(value, DEPTH, skip)
-    return found
+    variables = _variables(closure).items()
+    return {f"the variable {name!r}": _print_of(value, DEPTH, skip) for name, value in variables}
 
 
 def changed(before: Prints, after: Prints) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,12 @@ FAR = 3  # times a loss: more than a step of eps changes it, but where it is sca
 T = TypeVar("T")
 #: Gradients, each with the version of its data.
 Versions = list[tuple[Tensor, int]]
+
+
+def warn_of(names: list[str]) -> None:
+    """Of what passes do not see alike, if there is any."""
+    if names:
+        warnings.warn(NOT_REPLAYED.format(" and ".join(names)), stacklevel=3)
 
 
 class Estimate(NamedTuple):
@@ -149,6 +154,7 @@ class Step:
         replay: of the model.
         gradients: of the weights, watched.
         watched: whether to look for reads of the weights beside their modules.
+        compared: whether to look for what passes do not see alike.
         backend: of the ops.
         reduce: reduces the losses over devices, in place.
         over: called once with this step when it has ended, and with whether its estimate was made.
@@ -156,15 +162,15 @@ class Step:
 
     def __init__(
         self, weights: list[QuantizedWeight], *, pairs: int, forward: bool, share: float, noise: dict[str, Any],
-        counters: Tensor, replay: ReplayState, gradients: Gradients, watched: bool, backend: str | None,
-        reduce: Callable[[Tensor], None], over: Callable[[Step, bool], None],
+        counters: Tensor, replay: ReplayState, gradients: Gradients, watched: bool, compared: bool,
+        backend: str | None, reduce: Callable[[Tensor], None], over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
         signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
         self.pairs, self.forward, self.share = pairs, forward, share
         self.batches: int | None = None  # micro-batches of the gradient pass, once batches() was asked for
         self.shared = 0  # how many of them probes run, too
-        self.watched = watched
+        self.watched, self.compared = watched, compared
         self.active = False  # whether a pass is entered
         self.groups: dict[Key, list[QuantizedWeight]] = {}  # the weights that take part
         # of the gradient pass, of those of its micro-batches that probes run, of + and of - probes
@@ -223,8 +229,8 @@ class Step:
             if one.sign == 0:
                 self.gradients.check_fresh([w.name for w in self.weights])
                 self._before = self._replay.save()
-                if self.watched:
-                    self._shared_generators = global_generators()
+                if self.compared:
+                    self._shared_generators = global_generators(self._replay.others)
                 held = set_alphas(self.weights, self._backend)
                 if held is not None:
                     self._counters[2] += held
@@ -270,18 +276,11 @@ class Step:
             self._replay.load(self._before)
         elif self.pairs:
             assert self._before is not None
-            if self.watched:
-                self._warn_of(global_generators())
+            if self.compared:
+                warn_of(changed(self._shared_generators, global_generators(self._replay.others)))
             self._after = self._replay.save()
             self._replay.compare(self._before, self._after)
             self._read_guide()
-
-    def _warn_of(self, after: Prints) -> None:
-        """Numbers that the gradient pass drew where no probe draws the same ones."""
-        own = {id(other) for other in self._replay.others}
-        drawn = [n for n in changed(self._shared_generators, after) if id(sys.modules[n]) not in own]
-        if drawn:
-            warnings.warn(NOT_REPLAYED.format(" and ".join(drawn)), stacklevel=2)
 
     @torch.no_grad()
     def _read_guide(self) -> None:
@@ -334,7 +333,7 @@ class Step:
         losses, n = self._losses, self.pairs
         if self.batches is None:
             losses[1] = losses[0]
-        if self.watched and n and not capturing():
+        if self.compared and n and not capturing():
             self._warn_of_scales()
         plus, minus = losses[2 : 2 + n], losses[2 + n :]
         if self.forward:
