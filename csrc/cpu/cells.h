@@ -1,57 +1,68 @@
 // Statistics of cells, the elements that share an alpha. Like tiles.h, which comes before it.
 
-// Element i of a cell, or of a piece of one, goes to lane i % kSums, so that the order of additions is the same
-// everywhere. Those of a short cell, for which so many lanes are too many, go to one.
-template <Statistic S> struct Reduction {
-  using Lane = std::conditional_t<S == Statistic::absmax, int32_t, double>;
-  Lane lanes[kSums];
-  int64_t count; // elements so far
+template <Statistic S> using Lane = std::conditional_t<S == Statistic::absmax, int32_t, double>;
 
-  void clear() {
-    for (Lane &lane : lanes)
-      lane = 0;
-    count = 0;
+template <Statistic S> void add(Lane<S> &lane, float x) {
+  if constexpr (S == Statistic::absmax) {
+    const int32_t bits = int32_t(bits_of(x) & 0x7FFFFFFFu); // in the order of abs(x), and NaN above all
+    lane = lane > bits ? lane : bits;
+  } else if constexpr (S == Statistic::absmean) {
+    lane += double(std::fabs(x));
+  } else {
+    static_assert(S == Statistic::rms || unknown<S>, "add() must know each statistic");
+    lane += double(x) * double(x);
   }
+}
 
-  static void add(Lane &lane, float x) {
-    if constexpr (S == Statistic::absmax) {
-      const int32_t bits = int32_t(bits_of(x) & 0x7FFFFFFFu); // in the order of abs(x), and NaN above all
-      lane = lane > bits ? lane : bits;
-    } else if constexpr (S == Statistic::absmean) {
-      lane += double(std::fabs(x));
-    } else {
-      static_assert(S == Statistic::rms || unknown<S>, "Reduction must know each statistic");
-      lane += double(x) * double(x);
-    }
+template <Statistic S, int Half = kSums / 2> double total_of(Lane<S> (&lanes)[kSums]) {
+  for (int l = 0; l < Half; ++l) {
+    const Lane<S> a = lanes[l], b = lanes[l + Half];
+    lanes[l] = S == Statistic::absmax ? (a > b ? a : b) : a + b;
   }
-
-  void take(const float *x, int64_t n) {
-    int64_t i = 0;
-    for (; i < n && (count + i) % kSums; ++i)
-      add(lanes[(count + i) % kSums], x[i]);
-    Lane own[kSums];
-    std::memcpy(own, lanes, sizeof own);
-    for (; i + kSums <= n; i += kSums)
-      for (int l = 0; l < kSums; ++l)
-        add(own[l], x[i + l]);
-    std::memcpy(lanes, own, sizeof own);
-    for (int l = 0; i < n; ++i, ++l)
-      add(lanes[l], x[i]);
-    count += n;
-  }
-
-  double total() {
-    for (int half = kSums / 2; half; half /= 2)
-      for (int l = 0; l < half; ++l) {
-        const Lane a = lanes[l], b = lanes[l + half];
-        lanes[l] = S == Statistic::absmax ? (a > b ? a : b) : a + b;
-      }
+  if constexpr (Half > 1)
+    return total_of<S, Half / 2>(lanes);
+  else
     return double(lanes[0]);
+}
+
+// What n elements come to: number i goes to lane i % kSums, so that the order is the same everywhere.
+template <Statistic S> double exact_total(const float *x, int64_t n) {
+  Lane<S> lanes[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int l = 0; l < kSums; ++l)
+      add<S>(lanes[l], x[i + l]);
+  for (int l = 0; i < n; ++i, ++l)
+    add<S>(lanes[l], x[i]);
+  return total_of<S>(lanes);
+}
+
+// The same sum with 8 elements of a lane in float32, which is most of the time of it.
+template <Statistic S> double total(const float *x, int64_t n) {
+  constexpr int64_t step = 8 * kSums;
+  if (S == Statistic::absmax || n < step)
+    return exact_total<S>(x, n);
+  double lanes[kSums] = {};
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    float sums[kSums] = {};
+    for (int k = 0; k < step; k += kSums)
+      for (int l = 0; l < kSums; ++l) {
+        const float a = x[i + k + l];
+        sums[l] += S == Statistic::rms ? a * a : std::fabs(a);
+      }
+    for (int l = 0; l < kSums; ++l)
+      lanes[l] += double(sums[l]);
   }
-};
+  const double rest = exact_total<S>(x + i, n - i), found = total_of<Statistic::rms>(lanes) + rest;
+  // squares below are off by 2^-149 each; above, sums overflow
+  const bool sound = found < INFINITY && (S != Statistic::rms || found >= 0x1p-80);
+  return sound ? found : exact_total<S>(x, n);
+}
 
 constexpr int64_t kShort = 2 * kSums; // elements of a cell
 
+// Cells for which so many lanes are too many.
 template <Statistic S, class Done>
 void for_each_short_cell(const Item &item, int64_t begin, int64_t end, Done done) {
   float buffer[kTile];
@@ -62,9 +73,9 @@ void for_each_short_cell(const Item &item, int64_t begin, int64_t end, Done done
     const float *x = load(item.latent, start, count, buffer);
     prefetch_tile(item.latent, start + step);
     for (int64_t first = 0; first < count; first += length) {
-      typename Reduction<S>::Lane lane = 0;
+      Lane<S> lane = 0;
       for (int64_t i = first; i < first + length; ++i)
-        Reduction<S>::add(lane, x[i]);
+        add<S>(lane, x[i]);
       done(index++, double(lane));
     }
   }
@@ -77,19 +88,18 @@ template <Statistic S, class Done> void for_each_cell(const Item &item, int64_t 
   float buffer[kTile];
   const int64_t length = least(item.scale_length, end - begin);
   int64_t index = 0, left = length;
-  Reduction<S> cell;
-  cell.clear();
+  double sum = 0;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     const float *x = load(item.latent, start, count, buffer);
     prefetch_tile(item.latent, start + kTile);
     for (int64_t first = 0; first < count;) {
       const int64_t n = least(count - first, left);
-      cell.take(x + first, n);
+      sum = joined<S>(sum, total<S>(x + first, n));
       first += n;
       left -= n;
       if (!left) {
-        done(index++, cell.total());
-        cell.clear();
+        done(index++, sum);
+        sum = 0;
         left = length;
       }
     }
