@@ -117,6 +117,19 @@ def test_alphas_over_many_programs(backend, device, shape, dtypes, generator):
     agree(found, *given[:3], fk.Grid.uniform(2), given[3])
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("shapes", [
+    [((3, 1024), (3, 1)), ((6, 3072), (6, 1)), ((2, 5, 2048), (2,))],
+    [((130, 128), (130, 1)), ((45, 384), (45, 1)), ((3, 4, 256), (3, 4)), ((0, 128), (7,))],
+    [((0, 3), (3,)), ((2, 9216), (2, 1)), ((3, 8), (3, 1)), ((7, 640), (7, 5)), ((5000,), ())],
+], ids=["by 1024", "by 128", "mixed"])  # fmt: skip
+def test_alphas_of_many_elements(backend, device, shapes, dtypes, generator):
+    """Long ones are added up faster; some are cut by the 16,384 elements of a program, some end in them."""
+    given = model(generator, shapes, dtypes)
+    _, found = run(backend, device, *given, fk.Grid.uniform(2), CLIPPED)
+    agree(found, *given[:3], fk.Grid.uniform(2), given[3])
+
+
 def test_one_list_of_all(backend, device, generator):
     shapes = [*SHAPES, ((3, 6001), (3, 1)), ((2, 20000), (2, 1))]
     given = model(generator, shapes, (torch.float32, torch.bfloat16))

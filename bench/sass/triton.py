@@ -49,6 +49,8 @@ TYPES = {
 }  # fmt: skip
 #: Tiles of a turn of the outer loop, where there is one: of cells that are eight rows of a tile long.
 INNER = {"measure_kernel": 8}
+#: Chunks that share an alpha: rows of 1,024 elements, groups of 128, any; each tensor's own.
+UNITS = {"tensor": 0, "row": learned.WIDE.value, "group": learned.MIDDLE.value, "any": 1, "mixed": None}
 HOST_SCALARS = {"seed": "i64", "step": "i64", "lr": "i64"}
 
 
@@ -79,7 +81,7 @@ def variants() -> Iterator[Variant]:
                 grad = latent if kind else None
                 yield Variant("quantize_kernel", latent, grad, out, scale=scale, kind=kind)
             if kind and out != "int8":
-                for scale in ("tensor", "row"):
+                for scale in UNITS:
                     yield Variant("learned_kernel", latent, latent, out, scale=scale, kind=kind)
     yield Variant("learned_sum_kernel")
     for block in BLOCKS:
@@ -152,6 +154,7 @@ def constants_of(variant: Variant) -> dict[str, object]:
         "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
         "BLOCK": variant.block, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent,
         "GRAD_T": grad, "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind,
+        "UNIT": UNITS.get(variant.scale or ""),
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
@@ -167,10 +170,11 @@ def tile_of(variant: Variant) -> int:
 
 
 def options_of(variant: Variant) -> dict[str, int]:
+    unit, kind = UNITS.get(variant.scale or ""), variant.kind or ""
     registers = {
         "update_kernel": tail.registers_of(variant.block),
         "hadamard_kernel": hadamard.REGISTERS,
-        "learned_kernel": learned.REGISTERS.get(variant.block),
+        "learned_kernel": learned.registers_of(unit, kind, variant.block),
         "perturb_kernel": perturb.registers_of(DTYPES.get(variant.out or ""), variant.block),
     }.get(variant.kernel)
     return {"num_warps": NUM_WARPS} | ({"maxnreg": registers} if registers else {})

@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     owner: Tensor  # int32, (programs,): the row of each program
     programs: int
     per_tensor: bool  # every alpha has one element
+    scale_lengths: frozenset[int]  # numbers of elements that share an alpha
     shard: bool  # some layout skips elements
 
 
@@ -150,7 +151,9 @@ def build_plan(key: Key, captured: bool = False) -> Plan:
         rows.append(row_of(key, i, len(owner)))
         owner += [i] * -(-numel // SPAN)
     table, owners = upload(key, key[0], [row[name] for row in rows for name in COLUMNS], owner, captured)
-    return Plan(table, owners, len(owner), all(s == 1 for s in scales), any(row["SKIP"] for row in rows))
+    per_tensor, shard = all(s == 1 for s in scales), any(row["SKIP"] for row in rows)
+    lengths = frozenset(row["SCALE_LENGTH"] for row in rows if row["NUMEL"])
+    return Plan(table, owners, len(owner), per_tensor, lengths, shard)
 
 
 def row_of(key: Key, i: int, first: int) -> dict[str, int]:

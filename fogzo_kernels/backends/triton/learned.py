@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.straight_through import StraightThrough
-from ..plans import SPAN, learned_plan
+from ..plans import SPAN, Plan, learned_plan
 from .elements import (
     Grid,
     alpha_slope_of,
@@ -37,8 +37,8 @@ from .tables import (
     tiled_part,
 )
 
-#: The most of a thread, by the transform's block, where the compiler's own choice spills (on sm_100).
-REGISTERS = {256: 112}
+#: Chunks of 8 elements by which alphas are shared, that their sums take together.
+WIDE, MIDDLE = tl.constexpr(128), tl.constexpr(16)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def partial_sums(partial):
 def write_sums(row, partial, begin, terms, carry, place, some, index, inside, length):
     """Adds up the terms of each alpha, writes the sums of those that end here, returns that of the one at hand.
 
-    terms: float64, of the chunks or elements that exist (``some``), place 0, 1, 2, ...; each is number
+    terms: float64, of the units or elements that exist (``some``), place 0, 1, 2, ...; each is number
     ``inside`` of the ``length`` that share alpha ``index``. carry: the sum of the alpha at hand, so far.
     """
     terms = tl.where((place == 0) & (inside != 0), terms + carry, terms)
@@ -97,25 +97,17 @@ def write_rest(row, partial, begin, end, total, WRITTEN: tl.constexpr):
 
 
 @triton.jit
-def learned_kernel(
-    table, owner, partial, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
-    LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
-    PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+def learned_tiles(
+    row, partial, begin, end, fast, grid, r, TILE: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr,
+    OUT_T: tl.constexpr, KIND: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g h'(theta) into PLUS, which may be GRAD; the gradients of alphas into ALPHA_GRAD.
-
-    An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: that of
-    the alpha which began in an earlier program, and that of the one which begins in this one and goes on.
-    """
-    row, begin, end, fast = program_row(table, owner, SPAN)
-    grid = Grid(offset, qmin, qmax, r)
+    """What goes by tiles. Returns the sum of the alpha at hand."""
     latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
     out, alpha = pointer(row, "PLUS", OUT_T), pointer(row, "ALPHA", tl.float32)
     length, divisor = entry(row, "SCALE_LENGTH"), entry(row, "SCALE_DIVISOR")
-    if PER_TENSOR:
-        scale = scale_of(tl.load(alpha) * r, grid)
     SUB: tl.constexpr = TILE // 8
-    place = tl.arange(0, SUB)
+    if UNIT == 0:
+        scale = scale_of(tl.load(alpha) * r, grid)
     acc = tl.zeros([SUB], tl.float64)
     carry = tl.sum(acc, 0)
     tiled = tiled_part(begin, end, fast)
@@ -124,27 +116,69 @@ def learned_kernel(
         t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
         t0, t1 = rotated_halves(t0, t1, BLOCK, TILE)
         g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
-        if not PER_TENSOR:
+        if UNIT != 0:
             delta = chunk_delta(alpha, chunks, divisor, r, (fast >> 3).to(tl.uint32))
             scale = scale_per_pair(scale_of(delta, grid), TILE)
         q0, term0 = backward_of(g0, t0, scale, grid, KIND, BLOCK)
         q1, term1 = backward_of(g1, t1, scale, grid, KIND, BLOCK)
         q0, q1 = rotated_halves(q0, q1, BLOCK, TILE)
         store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
-        some = place < (left >> 3)
-        terms = tl.where(some, tl.sum((term0 + term1).reshape([SUB, 4]), 1), 0.0).to(tl.float64)
-        if PER_TENSOR:
+        terms = tl.sum((term0 + term1).reshape([SUB, 4]), 1)
+        terms = tl.where(tl.arange(0, SUB) < (left >> 3), terms, 0.0).to(tl.float64)
+        if UNIT == 0:
             acc += terms
         else:
-            index = divide(chunks, divisor).to(tl.int64)
-            inside = chunks.to(tl.int64) - index * (length >> 3)
+            unit = tl.arange(0, SUB // UNIT)
+            if UNIT > 1:
+                terms = tl.sum(terms.reshape([SUB // UNIT, UNIT]), 1)
+            chunk = ((begin + start) >> 3) + unit * UNIT
+            index = divide(chunk, divisor).to(tl.int64)
+            inside = (chunk - index * (length >> 3)) // UNIT
             # a rest of elements follows the chunks of an only alpha: none of them is the last
-            count = tl.where(length % 8 == 0, length >> 3, 0)
-            carry = write_sums(row, partial, begin, terms, carry, place, some, index, inside, count)
+            count = tl.where(length % 8 == 0, length // (8 * UNIT), 0)
+            some = unit * (8 * UNIT) < left
+            carry = write_sums(row, partial, begin, terms, carry, unit, some, index, inside, count)
+    if UNIT == 0:
+        carry = tl.sum(acc, 0)
+    return carry
+
+
+@triton.jit
+def learned_kernel(
+    table, owner, partial, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
+    LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """g h'(theta) into PLUS, which may be GRAD; the gradients of alphas into ALPHA_GRAD.
+
+    UNIT: of each tensor every so many chunks share an alpha, as unit_of() says; None: each has its own.
+    An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: that of
+    the alpha which began in an earlier program, and that of the one which begins in this one and goes on.
+    """
+    row, begin, end, fast = program_row(table, owner, SPAN)
+    grid, length = Grid(offset, qmin, qmax, r), entry(row, "SCALE_LENGTH")
+    if UNIT is not None:
+        carry = learned_tiles(
+            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, UNIT, BLOCK
+        )
+    elif length % (8 * WIDE) == 0:
+        carry = learned_tiles(
+            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, WIDE, BLOCK
+        )
+    elif length % (8 * MIDDLE) == 0:
+        carry = learned_tiles(
+            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, MIDDLE, BLOCK
+        )
+    else:
+        carry = learned_tiles(
+            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, 1, BLOCK
+        )
+    latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
+    out, alpha = pointer(row, "PLUS", OUT_T), pointer(row, "ALPHA", tl.float32)
     REST: tl.constexpr = rest_step(TILE, BLOCK)
-    rest_place = tl.arange(0, REST)
+    place = tl.arange(0, REST)
     for start in tl.range(tl.maximum(begin, fast), end, REST):
-        j = start + rest_place
+        j = start + place
         some = j < end
         one = scale_of(element_delta(alpha, j, row, r, some), grid)
         theta = rotated(tl.load(latent + j, mask=some, other=0.0).to(tl.float32), BLOCK, REST)
@@ -152,16 +186,14 @@ def learned_kernel(
         q, term = backward_of(g, theta, one, grid, KIND, BLOCK)
         tl.store(out + j, convert(rotated(q, BLOCK, REST), OUT_T), mask=some)
         terms = tl.where(some, term, 0.0).to(tl.float64)
-        if PER_TENSOR:
-            acc += tl.sum(terms.reshape([SUB, REST // SUB]), 1)
+        if UNIT == 0:
+            carry += tl.sum(terms, 0)
         else:
             index = j // length
             carry = write_sums(
-                row, partial, begin, terms, carry, rest_place, some, index, j - index * length, length
+                row, partial, begin, terms, carry, place, some, index, j - index * length, length
             )
-    if PER_TENSOR:
-        carry = tl.sum(acc, 0)
-    write_rest(row, partial, begin, end, carry, not PER_TENSOR)
+    write_rest(row, partial, begin, end, carry, UNIT != 0)
 
 
 @triton.jit
@@ -180,6 +212,24 @@ def learned_sum_kernel(table, owner, partial, SPAN: tl.constexpr, BLOCK: tl.cons
         write_alpha_grad(row, index, tl.load(partial + 2 * here + 1) + tl.sum(acc, 0), True)
 
 
+def registers_of(unit: int | None, kind: str, block: int) -> int | None:
+    """The most of a thread where the compiler's own choice, often better, spills 8 bytes on some GPU."""
+    if block >= 256:
+        return 112 if block < 1024 else 168
+    if unit is None:
+        return 144 if kind == "tanh" else 96
+    return 112 if kind == "approxsign" else None
+
+
+def unit_of(p: Plan) -> int | None:
+    """Chunks that the kernel takes together: 0 where all of a tensor share an alpha, None if tensors differ."""
+    if p.per_tensor:
+        return 0
+    widths = (WIDE.value, MIDDLE.value)
+    units = {next((u for u in widths if length % (8 * u) == 0), 1) for length in p.scale_lengths}
+    return units.pop() if len(units) == 1 else None
+
+
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid,
     straight_through: StraightThrough, factors: Sequence[float],
@@ -189,9 +239,10 @@ def learned_backward_(
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
     device = latents[0].device
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
+    unit, kind = unit_of(p), straight_through.variant
     launch(
         learned_kernel, p.programs, device, p.table, p.owner, partial, **grid_of(grid), SPAN=SPAN, TILE=TILE,
         LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[out[0].dtype],
-        KIND=straight_through.variant, PER_TENSOR=p.per_tensor, BLOCK=block, maxnreg=REGISTERS.get(block),
+        KIND=kind, UNIT=unit, BLOCK=block, maxnreg=registers_of(unit, kind, block),
     )  # fmt: skip
     launch(learned_sum_kernel, p.programs, device, p.table, p.owner, partial, SPAN=SPAN, BLOCK=512)
