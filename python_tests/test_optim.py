@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from conftest import device_of
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fogzo_kernels as fk
 
@@ -169,66 +168,6 @@ def test_fused_training_is_estimate_then_optimizer(backend, name, directions, ge
     for a, b in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert found[0][2]["steps"] == found[1][2]["steps"] == 6
-
-
-class Quantizations(TorchDispatchMode):
-    """Counts the modules' own quantizations."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.calls += op is torch.ops.fogzo.quantize.default
-        return op(*args, **(kwargs or {}))
-
-
-def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator):
-    model, data = network(generator, "reference"), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, backend="reference")
-    optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
-
-    def step():
-        optimizer.zero_grad()
-        with Quantizations() as seen:
-            optimizer.step(lambda: loss_of(model, data))
-        return seen.calls
-
-    layers = [m for m in model if isinstance(m, fk.QuantLinear)]
-    assert step() == len(layers)
-    assert step() == 0
-    for w in fogzo.weights:
-        q = layers[0].quantizer
-        expected = fk.quantize(w.parameter, w.alpha, grid=q.grid, straight_through=q.straight_through)
-        assert torch.equal(w.quantized(), expected)
-    with torch.no_grad():  # what has changed since is quantized anew
-        layers[0].weight.mul_(0.5)
-        layers[1].alpha.mul_(2.0)
-    assert step() == len(layers)
-    with torch.no_grad():
-        layers[0].weight.data = layers[0].weight.data.clone()
-    assert step() == 1
-    with torch.no_grad(), Quantizations() as seen:  # outside a pass the model quantizes for itself
-        model(data[0])
-    assert seen.calls == len(layers)
-
-
-def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
-    """A replay cannot notice that weights were set since the last one."""
-    from fogzo_kernels.train import step
-
-    model, data = network(generator), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3)
-    optimizer = fk.AdamW(model.parameters(), fogzo=fogzo)
-    seen = []
-
-    def closure():
-        seen.append(model[0].held is not None)
-        return loss_of(model, data)
-
-    for captured in (False, False, True):
-        monkeypatch.setattr(step, "capturing", lambda captured=captured: captured)
-        optimizer.zero_grad()
-        optimizer.step(closure)
-    assert seen == [False, True, True, True, True, True, False, True, True]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -210,7 +210,7 @@ def test_functional_call_with_other_weights_is_refused_inside_a_pass():
     assert torch.equal(outside, twin(X))
     fogzo.step(lambda: functional_call(model, own, (X,)).square().mean())
     model.zero_grad()
-    for bad in (1, 2):
+    for bad in (0, 1, 2):
         passes = []
 
         def closure(passes=passes, bad=bad):
@@ -222,8 +222,6 @@ def test_functional_call_with_other_weights_is_refused_inside_a_pass():
         assert len(passes) == bad + 1
         assert all(m.held is None for m in model.modules() if isinstance(m, fk.QuantLinear))
         model.zero_grad()
-    with pytest.raises(RuntimeError, match="gradient pass must leave a gradient"):
-        fogzo.step(lambda: functional_call(model, others, (X,)).square().mean())
 
 
 def test_kept_quantized_values_are_not_taken_for_other_weights():

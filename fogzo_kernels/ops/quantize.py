@@ -128,9 +128,10 @@ def quantize(
     checks.instance("alpha", alpha, Tensor)
     check_name(backend)
     checks.real("alpha_factor", alpha_factor)
+    # numbers, which torch.compile(dynamic=True) makes symbols of else; a backward cannot take these
     options = (
-        grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.variant, backend, alpha_factor,
-        block_of(transform),
+        int(grid.qmin), int(grid.qmax), float(grid.offset), int(grid.r), straight_through.variant, backend,
+        float(alpha_factor), int(block_of(transform)),
     )  # fmt: skip
     if quantized is None:
         found: Tensor = op(latent, alpha, *options)

@@ -18,7 +18,7 @@ from .gradients import Gradients
 from .outside import Prints, changed, global_generators
 from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
-from .weights import Key, QuantizedWeight, set_alphas
+from .weights import Key, QuantizedWeight, set_alphas, write_quantized
 
 NOT_REPLAYED = (
     "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"
@@ -234,9 +234,11 @@ class Step:
                 held = set_alphas(self.weights, self._backend)
                 if held is not None:
                     self._counters[2] += held
+                # a graph's replay could not see that a weight was set in between
+                missing = [w for w in self.weights if capturing() or w.quantized() is None]
+                write_quantized(missing, self._backend)
                 for w in self.weights:
-                    # a graph's replay could not see that a weight was set in between
-                    w.recall(kept=not capturing())
+                    w.recall()
             else:
                 assert self._before is not None
                 self._write_probes(one)

@@ -102,18 +102,11 @@ class QuantizedWeight:
         for module in self.modules:
             module.held = Held(self.parameter, rows, probe=True)
 
-    def recall(self, kept: bool) -> None:
-        """Its modules take Q(parameter) from the buffer where it is there, until :meth:`release`.
-
-        A measured alpha is that of the step; modules do not measure it again.
-
-        Args:
-            kept: whether the buffer may be used.
-        """
-        quantized = self.quantized() if kept else None
-        held = Held(self.parameter, quantized, probe=False)
+    def recall(self) -> None:
+        """Its modules take Q(parameter) and its alpha as they are in the buffer, until :meth:`release`."""
+        held = Held(self.parameter, self.buffer, probe=False)
         for module in self.modules:
-            module.held = held if quantized is not None or self.quantizer.scale.moves else None
+            module.held = held
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""
@@ -127,8 +120,8 @@ class QuantizedWeight:
         return tuple(x for t in tensors for x in (t.data_ptr(), t._version))
 
     def wrote_quantized(self) -> None:
-        """Note that the buffer holds Q(parameter), if its alpha is still that of the parameter."""
-        self._written = None if self.quantizer.scale.moves else self._state()
+        """Note that the buffer holds Q(parameter), with its alpha as it is."""
+        self._written = self._state()
 
     def quantized(self) -> Tensor | None:
         """Q(parameter) where the buffer holds it and nothing has changed since."""
@@ -154,13 +147,24 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
     return hold_alphas([m for w in weights for m in w.modules])
 
 
+def write_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
+    """Q(parameter) into the buffers, those of one grid, transform and dtype in one call."""
+    calls: dict[tuple[Grid, Hadamard | None, torch.dtype], list[QuantizedWeight]] = {}
+    for w in weights:
+        calls.setdefault((w.quantizer.grid, w.quantizer.transform, w.parameter.dtype), []).append(w)
+    for (grid, transform, _), alike in calls.items():
+        latents, alphas = [w.latent for w in alike], [w.alpha for w in alike]
+        out = [w.memory() for w in alike]
+        quantize_(out, latents, alphas, grid=grid, transform=transform, backend=backend)
+        for w in alike:
+            w.wrote_quantized()
+
+
 def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
     """Modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
+    write_quantized(weights, backend)
     for w in weights:
-        q, out = w.quantizer, w.memory()
-        quantize_([out], [w.latent], [w.alpha], grid=q.grid, transform=q.transform, backend=backend)
-        w._written = None
-        w.use(out)
+        w.use(w.memory())
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:

@@ -1,0 +1,125 @@
+"""Q(theta) that is kept in the memory of the probes: what a gradient pass takes, and makes where it must."""
+
+import copy
+
+import pytest
+import torch
+from test_optim import batch, loss_of, network
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fogzo_kernels as fk
+
+
+class Quantizations(TorchDispatchMode):
+    """Counts the modules' own quantizations, and the weights of each call that quantizes a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.lists = 0, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls += op is torch.ops.fogzo.quantize.default
+        if op is torch.ops.fogzo.quantize_.default:
+            self.lists.append(len(args[0]))
+        return op(*args, **(kwargs or {}))
+
+
+def test_gradient_pass_runs_with_the_tails_q_and_quantizes_nothing(generator):
+    model, data = network(generator, "reference"), batch(generator)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, backend="reference")
+    optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
+
+    def step():
+        optimizer.zero_grad()
+        with Quantizations() as seen:
+            optimizer.step(lambda: loss_of(model, data))
+        assert seen.calls == 0
+        return seen.lists
+
+    layers = [m for m in model if isinstance(m, fk.QuantLinear)]
+    assert step() == [len(layers)]
+    assert step() == []
+    for w in fogzo.weights:
+        q = layers[0].quantizer
+        expected = fk.quantize(w.parameter, w.alpha, grid=q.grid, straight_through=q.straight_through)
+        assert torch.equal(w.quantized(), expected)
+    with torch.no_grad():  # what has changed since is quantized anew
+        layers[0].weight.mul_(0.5)
+        layers[1].alpha.mul_(2.0)
+    assert step() == [len(layers)]
+    with torch.no_grad():
+        layers[0].weight.data = layers[0].weight.data.clone()
+    assert step() == [1]
+    with torch.no_grad(), Quantizations() as seen:  # outside a pass the model quantizes for itself
+        model(data[0])
+    assert seen.calls == len(layers)
+
+
+def two_layers(preset):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(128, 24), nn.ReLU(), nn.Linear(24, 128), nn.ReLU(), nn.Linear(128, 8))
+    fk.quantize_model(model, preset, skip=["2"])
+    return model
+
+
+@pytest.mark.parametrize("preset", [fk.presets.lsq(2), fk.presets.quest(2), fk.presets.bitnet()], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_pass_quantizes_each_weight_once(preset, fused, generator):
+    """In one call, however many micro-batches there are, also where alphas have moved since the last step."""
+    model, x = two_layers(preset), torch.randn(6, 128, generator=generator)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    groups = fk.parameter_groups(model, weight_decay=0.1)
+    optimizer = fk.AdamW(groups, fogzo=fogzo) if fused else torch.optim.AdamW(groups)
+    for _ in range(3):
+        optimizer.zero_grad()
+        twin = copy.deepcopy(model)  # quantizes in each forward
+        for part in x.chunk(3):
+            (twin(part).square().mean() / 3).backward()
+        with Quantizations() as seen:
+            for probe in fogzo.probes():
+                with probe:
+                    for part in x.chunk(3):
+                        probe.backward(model(part).square().mean() / 3)
+                if probe.sign == 0:
+                    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                        assert torch.equal(p.grad, q.grad)
+        assert (seen.calls, seen.lists) == (0, [2])
+        if not fused:
+            fogzo.estimate_()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("preset", [fk.presets.lsq(2), fk.presets.quest(2), fk.presets.fixed(2, 0.1)], ids=str)
+def test_steps_of_a_model_compiled_for_any_shapes(preset):
+    """A backward cannot take numbers that torch.compile has made symbols of."""
+    found = []
+    for compiled in (True, False):
+        model = two_layers(preset)
+        forward = torch.compile(model, dynamic=True, backend="eager") if compiled else model
+        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, seed=5)
+        optimizer = fk.SGD(fk.parameter_groups(model, weight_decay=0.0), lr=0.1, fogzo=fogzo)
+        for rows in (4, 4, 7):
+            optimizer.zero_grad()
+            optimizer.step(lambda n=rows, forward=forward: forward(torch.ones(n, 128)).square().mean())
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_captured_gradient_pass_quantizes_anew(generator, monkeypatch):
+    """A replay cannot notice that weights were set since the last one."""
+    from fogzo_kernels.train import step
+
+    model, data = network(generator), batch(generator)
+    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3)
+    optimizer = fk.AdamW(model.parameters(), fogzo=fogzo)
+    lists = []
+    for captured in (False, False, True):
+        monkeypatch.setattr(step, "capturing", lambda captured=captured: captured)
+        optimizer.zero_grad()
+        with Quantizations() as seen:
+            optimizer.step(lambda: loss_of(model, data))
+        assert seen.calls == 0
+        lists += [seen.lists]
+    assert lists == [[2], [], [2]]
