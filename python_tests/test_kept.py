@@ -90,6 +90,22 @@ def test_a_gradient_pass_quantizes_each_weight_once(preset, fused, generator):
         optimizer.step()
 
 
+@pytest.mark.parametrize("kappa", [1.0, 0.0])
+def test_weights_that_are_written_past_autograd_are_seen(kappa):
+    """As some optimizers do: no version tells of it. Also by steps without probes, which overwrite nothing."""
+    model, x = two_layers(fk.presets.fixed(2, 0.1)), torch.ones(3, 128)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=kappa, start=0.0 if kappa else 1.0)
+    for _ in range(3):
+        model.zero_grad()
+        wanted = model(x).square().mean()
+        seen = []
+        fogzo.step(lambda seen=seen: seen.append(model(x).square().mean()) or seen[-1])
+        assert len(seen) == (3 if kappa else 1)
+        assert torch.equal(seen[0], wanted)
+        for p in model.parameters():
+            p.data.mul_(-0.5)
+
+
 @pytest.mark.parametrize("preset", [fk.presets.lsq(2), fk.presets.quest(2), fk.presets.fixed(2, 0.1)], ids=str)
 def test_steps_of_a_model_compiled_for_any_shapes(preset):
     """A backward cannot take numbers that torch.compile has made symbols of."""

@@ -148,16 +148,19 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
 
 
 def write_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
-    """Q(parameter) into the buffers, those of one grid, transform and dtype in one call."""
+    """Q(parameter) into the buffers, those of one grid, transform and dtype in one call.
+
+    For now alone: an optimizer may write ``parameter.data`` next, which shows in no version.
+    """
     calls: dict[tuple[Grid, Hadamard | None, torch.dtype], list[QuantizedWeight]] = {}
     for w in weights:
         calls.setdefault((w.quantizer.grid, w.quantizer.transform, w.parameter.dtype), []).append(w)
     for (grid, transform, _), alike in calls.items():
         latents, alphas = [w.latent for w in alike], [w.alpha for w in alike]
         out = [w.memory() for w in alike]
-        quantize_(out, latents, alphas, grid=grid, transform=transform, backend=backend)
         for w in alike:
-            w.wrote_quantized()
+            w._written = None
+        quantize_(out, latents, alphas, grid=grid, transform=transform, backend=backend)
 
 
 def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
