@@ -224,18 +224,6 @@ def test_functional_call_with_other_weights_is_refused_inside_a_pass():
         model.zero_grad()
 
 
-def test_kept_quantized_values_are_not_taken_for_other_weights():
-    """After a fused step the gradient pass runs with Q(weight) that is there already."""
-    model = quantized()
-    fogzo = estimator(model)
-    optimizer = fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo)
-    optimizer.step(lambda: loss_of(model))
-    optimizer.zero_grad()
-    others = {k: nn.Parameter(2 * v.detach()) for k, v in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="weight must be the parameter that Fogzo perturbs"):
-        optimizer.step(lambda: functional_call(model, others, (X,)).square().mean())
-
-
 # ---- code that reads a weight itself
 
 

@@ -27,7 +27,7 @@ class Held(NamedTuple):
     """What a module runs with during a pass, instead of quantizing its weight itself."""
 
     weight: Tensor  # the parameter that the values belong to
-    values: Tensor | None  # rows, as :meth:`QuantizedModule.rows` has them; None: quantize, alpha is measured
+    values: Tensor  # rows, as :meth:`QuantizedModule.rows` has them
     probe: bool  # whether they are a probe, without a gradient, or Q(weight)
 
 
@@ -207,7 +207,6 @@ class QuantizedModule(nn.Module):
                     " functional_call with other weights, say, would run with values that are not theirs"
                 )
             if held.probe:
-                assert held.values is not None
                 return held.values
         rows, factor = self.rows(self.weight).contiguous(), 1.0
         scale = self.quantizer.scale

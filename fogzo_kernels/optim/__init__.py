@@ -1,1 +1,1 @@
-"""Optimizers whose step makes the estimate, the update and the next Q(theta) in one pass."""
+"""Optimizers whose step makes the estimate and the update in one pass."""

@@ -10,7 +10,7 @@ from .fused import FusedOptimizer, Params
 
 
 class AdamW(FusedOptimizer):
-    """``torch.optim.AdamW`` with FOGZO's estimate and the next Q(theta) in the same pass.
+    """``torch.optim.AdamW`` with FOGZO's estimate in the same pass.
 
     Without ``fogzo``, and for parameters that are not quantized, it is AdamW up to float32 rounding
     (Loshchilov & Hutter, ICLR 2019; docs/contract.md, section 4); amsgrad, maximize and sparse

@@ -1,4 +1,4 @@
-"""What optimizers share whose step makes the estimate, the update and the next Q(theta) in one pass."""
+"""What optimizers share whose step makes the estimate and the update in one pass."""
 
 from __future__ import annotations
 
@@ -235,8 +235,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         def viewed(name: str) -> list[Tensor]:
             return [view(s[name]) for view, s in zip(call.views, own, strict=True)]
 
-        # with an alpha that moves it would be of no use in the next pass
-        kept = call.weights if any(not w.quantizer.scale.moves for w in call.weights) else []
         plus = minus = self._nothing(device)
         norm = torch.zeros((), device=device) if estimate is None or estimate.norm is None else estimate.norm
         lr = group["lr"]
@@ -244,7 +242,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             "lr": lr.double() if isinstance(lr, Tensor) else lr,
             "optimizer_step": call.count or own[0]["step"],
             "masters": viewed("master") if "master" in own[0] else None,
-            "quantized": [w.memory() for w in kept] or None,
             **self._hyperparameters(group),
         }
         used = self._rule(group).states
@@ -271,8 +268,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             noise = passes.options(call.key, call.weights)
             with passes.counting(first) as counters:
                 update(estimate.losses_plus, estimate.losses_minus, counters=counters, **noise)
-        for w in kept:
-            w.wrote_quantized()
         if call.count:
             for state in own:
                 state["step"].fill_(call.count)

@@ -10,7 +10,7 @@ from .fused import FusedOptimizer, Params
 
 
 class SGD(FusedOptimizer):
-    """``torch.optim.SGD`` with FOGZO's estimate and the next Q(theta) in the same pass.
+    """``torch.optim.SGD`` with FOGZO's estimate in the same pass.
 
     Without ``fogzo``, and for parameters that are not quantized, it is SGD up to float32 rounding
     (docs/contract.md, section 4); maximize and sparse gradients are not offered. State is float32

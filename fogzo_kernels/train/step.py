@@ -234,18 +234,16 @@ class Step:
                 held = set_alphas(self.weights, self._backend)
                 if held is not None:
                     self._counters[2] += held
-                # a graph's replay could not see that a weight was set in between
-                missing = [w for w in self.weights if capturing() or w.quantized() is None]
-                write_quantized(missing, self._backend)
+                write_quantized(self.weights, self._backend)
                 for w in self.weights:
-                    w.recall()
+                    w.use(probe=False)
             else:
                 assert self._before is not None
                 self._write_probes(one)
                 self._replay.load(self._before)
                 for weights in self.groups.values():
                     for w in weights:
-                        w.use(w.memory())
+                        w.use(probe=True)
         except BaseException:
             for w in self.weights:
                 w.release()

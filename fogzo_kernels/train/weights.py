@@ -37,7 +37,7 @@ class QuantizedWeight:
     """A quantized parameter, the modules that share it, and the memory of its quantized values.
 
     Ops take it, its gradient and what belongs to its elements as rows, views of the memory that is there.
-    ``buffer`` holds rows of what a probe runs with and, after a fused optimizer's step, of Q(parameter).
+    ``buffer`` holds rows of what a pass runs with: Q(parameter) or a probe.
     """
 
     def __init__(self, name: str, module: QuantizedModule) -> None:
@@ -45,7 +45,6 @@ class QuantizedWeight:
         self.parameter, self.tensor_id = module.weight, module.tensor_id
         self.modules = [module]
         self.buffer: Tensor | None = None
-        self._written: tuple[int, ...] | None = None  # what Q(parameter) in the buffer was made from
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
@@ -97,35 +96,15 @@ class QuantizedWeight:
 
     # ---- what its modules run with
 
-    def use(self, rows: Tensor) -> None:
-        """Its modules run with these rows, without a gradient, until :meth:`release`."""
+    def use(self, probe: bool) -> None:
+        """Its modules run with the buffer until :meth:`release`: a probe, with no gradient, or Q(parameter)."""
         for module in self.modules:
-            module.held = Held(self.parameter, rows, probe=True)
-
-    def recall(self) -> None:
-        """Its modules take Q(parameter) and its alpha as they are in the buffer, until :meth:`release`."""
-        held = Held(self.parameter, self.buffer, probe=False)
-        for module in self.modules:
-            module.held = held
+            module.held = Held(self.parameter, self.memory(), probe)
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""
         for module in self.modules:
             module.held = None
-
-    # ---- Q(parameter), kept
-
-    def _state(self) -> tuple[int, ...]:
-        tensors = self.parameter, self.alpha, self.memory()
-        return tuple(x for t in tensors for x in (t.data_ptr(), t._version))
-
-    def wrote_quantized(self) -> None:
-        """Note that the buffer holds Q(parameter), with its alpha as it is."""
-        self._written = self._state()
-
-    def quantized(self) -> Tensor | None:
-        """Q(parameter) where the buffer holds it and nothing has changed since."""
-        return self.buffer if self._written is not None and self._written == self._state() else None
 
 
 def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | None:
@@ -150,7 +129,7 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
 def write_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
     """Q(parameter) into the buffers, those of one grid, transform and dtype in one call.
 
-    For now alone: an optimizer may write ``parameter.data`` next, which shows in no version.
+    For one pass: what a weight becomes then may show in no version, as where ``parameter.data`` is written.
     """
     calls: dict[tuple[Grid, Hadamard | None, torch.dtype], list[QuantizedWeight]] = {}
     for w in weights:
@@ -158,8 +137,6 @@ def write_quantized(weights: list[QuantizedWeight], backend: str | None) -> None
     for (grid, transform, _), alike in calls.items():
         latents, alphas = [w.latent for w in alike], [w.alpha for w in alike]
         out = [w.memory() for w in alike]
-        for w in alike:
-            w._written = None
         quantize_(out, latents, alphas, grid=grid, transform=transform, backend=backend)
 
 
@@ -167,7 +144,7 @@ def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
     """Modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
     write_quantized(weights, backend)
     for w in weights:
-        w.use(w.memory())
+        w.use(probe=True)
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
