@@ -79,11 +79,6 @@ class Scale(ABC):
 
     @property
     @abstractmethod
-    def moves(self) -> bool:
-        """Whether alpha changes in training."""
-
-    @property
-    @abstractmethod
     def from_weight(self) -> bool:
         """Whether alpha is made from the weight, so that another weight has another."""
 
@@ -111,8 +106,6 @@ class FixedScale(Scale):
     """
 
     alpha: Alpha
-
-    moves = False
 
     def __post_init__(self) -> None:
         if not callable(self.alpha):
@@ -197,7 +190,6 @@ class MeasuredScale(Scale):
     add: float
     least: float
 
-    moves = True
     from_weight = True
 
     def __post_init__(self) -> None:
@@ -254,7 +246,6 @@ class LearnedScale(Scale):
     granularity: Granularity | None
     init: FixedScale | MeasuredScale | None
 
-    moves = True
     from_weight = True
 
     def __post_init__(self) -> None:

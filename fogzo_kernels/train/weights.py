@@ -98,8 +98,9 @@ class QuantizedWeight:
 
     def use(self, probe: bool) -> None:
         """Its modules run with the buffer until :meth:`release`: a probe, with no gradient, or Q(parameter)."""
+        held = Held(self.parameter, self.memory(), probe)
         for module in self.modules:
-            module.held = Held(self.parameter, self.memory(), probe)
+            module.held = held
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""
