@@ -25,10 +25,10 @@ FLOORS = {
             " tail straight_through learned quantize hadamard"),
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
-           "__init__ scales inputs quantized permuted linear"
+           "__init__ scales inputs held quantized permuted linear"
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads outside"
-              " gradients step settings device estimator"),
+              " gradients losses step settings device stats estimator"),
     "optim": (("spec", "ops.checks", "functional", "nn", "train"), "__init__ groups fused adamw sgd"),
     "integrations": (("spec", "nn"), "__init__ transformers"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),

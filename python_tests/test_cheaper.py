@@ -1,6 +1,7 @@
 """Steps of fewer forwards: forward differences, probes on a share of the micro-batches, every k-th step."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -167,6 +168,55 @@ def test_fused_steps_take_the_same_losses(optimizer):
             end.step()
             end.zero_grad()
     assert all(torch.equal(p, q) for p, q in zip(fused.parameters(), plain.parameters(), strict=True))
+
+
+def steps_of(model, fogzo, optimizer=None):
+    """Losses of two steps, and what they leave in gradients and weights."""
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        found += passes_of(model, fogzo, micro_batches(2)).values()
+        (optimizer.step if optimizer else fogzo.estimate_)()
+        found += [p.grad.clone() for p in model.parameters()]
+    return [*found, *(p.detach().clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("directions", [1, 3])
+def test_both_probes_at_once_are_the_same_steps(backend, directions, fused):
+    found = []
+    for both in (False, True):
+        model, fogzo = make(schedule="constant", both_probes=both, directions=directions, backend=backend)
+        optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo) if fused else None
+        torch.manual_seed(3)  # dropout
+        found.append(steps_of(model, fogzo, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_both_probes_are_one_call(monkeypatch):
+    """And the second one has memory of its own, which nobody else takes."""
+    from fogzo_kernels.train import step as steps
+
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        fk.perturb_quantize_(*args, **options)
+
+    monkeypatch.setattr(steps, "perturb_quantize_", counted)
+    for both, expected in ((False, 2), (True, 1)):
+        model, fogzo = make(schedule="constant", both_probes=both)
+        for _ in range(2):  # the first one counts codes, too
+            model.zero_grad()
+            calls.clear()
+            fogzo.step(functools.partial(loss_of, model, *batch()))
+        assert len(calls) == expected
+        plus, minus = calls[0][:2]
+        assert (plus is not None) + (minus is not None) == 1 + both
+        if both:
+            assert not {t.data_ptr() for t in plus} & {t.data_ptr() for t in minus}
+    with pytest.raises(ValueError, match="both_probes must be False with difference='forward', got True"):
+        make(both_probes=True, difference="forward")
 
 
 def test_every_third_step_has_probes():

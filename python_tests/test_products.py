@@ -12,6 +12,7 @@ from torch import nn
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.products import int_mm, multiplied
+from fogzo_kernels.train.weights import QuantizedWeight
 
 STE = fk.StraightThrough("identity")
 GRIDS = {
@@ -132,6 +133,58 @@ def test_fogzo_steps_are_those_of_values():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
     fk.set_compute_(other, None)
     assert torch.equal(other(x), model(x))
+
+
+class Tied(nn.Module):
+    """A weight that multiplies codes in one place and values in another, and one that does so nowhere else."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+        self.out = nn.Linear(32, 4)
+        if share:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.out(F.relu(self.second(F.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("weights", [fk.presets.lsq(2), fk.presets.quest(3, block=16)])
+def test_probes_are_codes_with_the_bits_of_values(weights, share, both, backend, monkeypatch):
+    """A probe's codes are written as such, where all that share the weight multiply codes."""
+    inputs = fk.presets.quest(4, block=16) if weights.transform else fk.presets.dynamic(8)
+    found = []
+    for codes in (False, True):
+        torch.manual_seed(0)
+        model = Tied(share)
+        fk.quantize_model(model, weights, activation=inputs, backend=backend)
+        fk.set_compute_(model, "int8")
+        if share:
+            model.second.product = None
+        fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, seed=3, both_probes=both, schedule="constant")
+        x, y = torch.randn(9, 32), torch.randint(4, (9,))
+        optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
+        with monkeypatch.context() as patch:
+            if not codes:
+                patch.setattr(QuantizedWeight, "takes_codes", False)
+            for _ in range(2):
+                optimizer.zero_grad()
+                for probe in fogzo.probes():
+                    with probe:
+                        kinds = {n: m.held.rows.dtype for n, m in model.named_modules() if hasattr(m, "held")}
+                        values = [m.probe for m in model.modules() if hasattr(m, "held")]
+                        assert all(v is None or v.dtype == torch.float32 for v in values)
+                        found += [v.clone() for v in values if v is not None]
+                        probe.backward(F.cross_entropy(model(x), y))
+                    found.append(probe.loss.clone())
+                optimizer.step()
+        assert kinds["out"] is (torch.int8 if codes else torch.float32)
+        assert kinds["first"] is (torch.int8 if codes and not share else torch.float32)
+        found += [p.detach().clone() for p in model.parameters()]
+    half = len(found) // 2
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def set_compute_(model: nn.Module, compute: str | None) -> None:
     ``"int8"``: their codes, int8 by int8 into int32, which is exact, then one product with the scales
     (``torch._int_mm``; on a GPU its tensor cores). The result is that of the values up to their rounding in the
     product; gradients are the same. What is kept for the backward is the input's codes instead of its quantized
-    values, a quarter or half of their memory. None: values, as ever. It is not part of a checkpoint.
+    values, a quarter or half of their memory. FOGZO's probes are then written as codes. None: values, as ever. It
+    is not part of a checkpoint.
 
     Args:
         model: as :func:`fogzo_kernels.quantize_model` made it, with a quantizer for inputs too.
@@ -79,7 +80,9 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
     if rows.shape[-1] % (block_of(how.transform) or 1):
         return module.plain_forward(input)  # which says what is wrong
     alpha, factor = input_alpha(module, how, rows)
-    weight = module.quantized_rows()
+    held = module.held
+    codes = held is not None and held.probe and held.weight is module.weight
+    weight = held.rows if codes and held is not None else module.quantized_rows()
     found: Tensor = Product.apply(
         rows, alpha, weight, module.alpha.detach(), how, module.quantizer, factor, module.backend
     )
@@ -88,7 +91,7 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """Q(x) Q(w)^T from the rows x, the values Q(w), and the scales of both."""
+    """Q(x) Q(w)^T from the rows x, the values Q(w) or the int8 codes of a probe, and the scales of both."""
 
     @staticmethod
     def forward(
@@ -98,8 +101,10 @@ class Product(torch.autograd.Function):
         codes = torch.empty_like(rows, dtype=torch.int8)
         quantize_(codes, rows, alpha, grid=how.grid, transform=how.transform, backend=backend)
         delta = weight_alpha.reshape(-1, 1) * q.grid.r
-        # values are delta (code + offset) up to their dtype's rounding, at most a quarter of a step
-        weight_codes = (weight.float() / delta - q.grid.offset).round_().to(torch.int8)
+        if weight.dtype == torch.int8:
+            weight_codes = weight
+        else:  # values are delta (code + offset) up to their dtype's rounding, at most a quarter of a step
+            weight_codes = (weight.float() / delta - q.grid.offset).round_().to(torch.int8)
         ctx.save_for_backward(rows, alpha, codes, weight)
         ctx.options = how, factor, backend
         found = multiplied(codes, weight_codes, how.grid.offset, q.grid.offset)

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,12 @@ from ..ops import checks
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
+from .held import Held
 from .inputs import quantized_input, rotated
 from .scales import HELD, alpha_of, hold_alphas, measure_
 
 if TYPE_CHECKING:
     from typing import Self
-
-
-class Held(NamedTuple):
-    """What a module runs with during a pass, instead of quantizing its weight itself."""
-
-    weight: Tensor  # the parameter that the values belong to
-    values: Tensor  # rows, as :meth:`QuantizedModule.rows` has them
-    probe: bool  # whether they are a probe, without a gradient, or Q(weight)
 
 
 class QuantizedModule(nn.Module):
@@ -170,7 +163,8 @@ class QuantizedModule(nn.Module):
     @property
     def probe(self) -> Tensor | None:
         """Rows to run with instead of Q(weight), without a gradient, or None; a loop of one's own sets it."""
-        return self.held.values if self.held is not None and self.held.probe else None
+        held = self.held
+        return held.values(self.alpha, self.quantizer.grid) if held is not None and held.probe else None
 
     @probe.setter
     def probe(self, rows: Tensor | None) -> None:
@@ -207,7 +201,7 @@ class QuantizedModule(nn.Module):
                     " functional_call with other weights, say, would run with values that are not theirs"
                 )
             if held.probe:
-                return held.values
+                return held.values(self.alpha, self.quantizer.grid)
         rows, factor = self.rows(self.weight).contiguous(), 1.0
         scale = self.quantizer.scale
         if isinstance(scale, LearnedScale):
@@ -224,7 +218,7 @@ class QuantizedModule(nn.Module):
             alpha_factor=factor,
             grid=self.quantizer.grid,
             straight_through=self.quantizer.straight_through,
-            quantized=None if held is None else held.values,
+            quantized=None if held is None else held.rows,
             transform=self.quantizer.transform,
             backend=self.backend,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -105,6 +106,21 @@ def rotated_rows(
     return out
 
 
+@torch.no_grad()
+def share_at_floor(modules: Sequence[Any]) -> float:
+    """The share of alphas that lie at the least value that they may have, of those that move; NaN without any.
+
+    Learned ones are held there, measured ones have a bound. An alpha that is no number counts.
+    """
+    pairs = {}
+    for m in modules:
+        if isinstance(m.quantizer.scale, MeasuredScale):
+            pairs[id(m.alpha)] = m.alpha, m.quantizer.scale.least
+        pairs |= {id(alpha): (alpha, least) for alpha, least in m.learned_alphas(("alpha", "input_alpha"))}
+    low = sum(int((~(alpha > least)).sum()) for alpha, least in pairs.values())
+    return low / total if (total := sum(alpha.numel() for alpha, _ in pairs.values())) else math.nan
+
+
 #: Of its first value: where a learned alpha is held that an update drove out of range.
 HELD = 2.0**-20
 
@@ -127,10 +143,13 @@ def hold_alphas(modules: Sequence[Any], names: Sequence[str] = ("alpha", "input_
     now = torch.cat([alpha.flatten() for alpha in alphas])
     least = torch.cat([low.flatten() for _, low in pairs.values()])
     out = ~((now >= least) & (now <= memory.alpha_range(2)[1]))  # NaN too
+    count = out.sum()
+    seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and not int(count):
+        return count
     parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
     torch._foreach_copy_(alphas, [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
-    count = out.sum()
-    if now.device.type == "cpu" and not torch.compiler.is_compiling() and int(count):
+    if seen:
         if not any(m.warned for m in modules):
             warnings.warn(
                 "a learned alpha was driven out of range and is held at 2^-20 of its first value: is its"

@@ -12,7 +12,8 @@ from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
 from ..train.estimator import Fogzo
-from ..train.step import Estimate, Step, alphas_of
+from ..train.losses import Estimate
+from ..train.step import Step, alphas_of
 from ..train.weights import Key, QuantizedWeight
 
 #: How an op takes a parameter, and what has its shape: a view.
@@ -162,13 +163,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         alphas = {id(m.alpha) for w in known for m in w.modules}
         last: list[_Call] = []
         for group in self.param_groups:
+            names = self._state_names()[: self._rule(group).states]
             found: dict[tuple[Any, ...], _Call] = {}
             plain: list[tuple[Tensor, int, View]] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 view = weights[p].rows if p in weights else in_memory(p)
-                count = self._prepare(p, group, view)
+                count = self._prepare(p, group, names, view)
                 if p in weights:
                     key = weights[p].key(p.grad, self.backend)
                     where: tuple[Any, ...] = (p.device, p.dtype, p.grad.dtype, count, key)
@@ -192,7 +194,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             last += later.values()
         yield from last
 
-    def _prepare(self, p: Tensor, group: dict[str, Any], view: View) -> int:
+    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> int:
         """Make the state, and return the number of the coming step; 0 if only the device knows it.
 
         Gradient and state come to lie in memory as the parameter does, so that ``view`` sees them alike.
@@ -205,7 +207,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             p.grad = torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad)
         state = self.state[p]
         capturable = group["capturable"]
-        names = self._state_names()[: self._rule(group).states]
         if not state:
             device = p.device if capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.int64, device=device)

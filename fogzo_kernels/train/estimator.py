@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,10 +17,10 @@ from .gradients import Gradients
 from .outside import Prints, changed, global_generators, seen_by
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
-from .step import Estimate, Pass, Step, warn_of
+from .stats import Stats
+from .step import Pass, Step, warn_of
 from .weights import check_unchanged, hold_quantized, quantized_weights, set_alphas
 
-FEW_ROUNDINGS = 4  # by which losses differ without telling anything
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
 
 
@@ -52,6 +50,8 @@ class Fogzo:
         every: FOGZO in every k-th step, plain STE between.
         probe_share: share of a step's micro-batches that probes run, for less work and more variance; the
             gradient pass runs all. Use :meth:`probes` and :meth:`Pass.batches` with it.
+        both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, which takes one quantized copy
+            more. The bits are the same.
         replay: what passes must see alike beside PyTorch's generators and the model's buffers: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
             ``load_state_dict``, and NumPy's generators.
@@ -85,6 +85,7 @@ class Fogzo:
         difference: str = "central",
         every: int = 1,
         probe_share: float = 1.0,
+        both_probes: bool = False,
         replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str = "mean",
@@ -108,6 +109,11 @@ class Fogzo:
         )
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        if both_probes and difference == "forward":
+            raise ValueError(
+                "both_probes must be False with difference='forward', got True: a direction has one probe"
+            )
+        self._both_probes = both_probes
         self.process_group, self.loss_reduction = process_group, loss_reduction
         select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
@@ -117,9 +123,7 @@ class Fogzo:
         self._replay = ReplayState(model, replay)
         self._step: Step | None = None  # from its first pass to its end
         self._gradients = Gradients([w.parameter for w in self.weights])
-        self._found: Estimate | None = None  # of the last step
-        self._noise_left: float | Tensor | None = None  # its 1 - beta
-        self._warned = self._warned_of_lost = False  # that losses differ by rounding alone; of lost norms
+        self._stats = Stats(seed, difference == "forward", self.total_weights)
         self._compared = False  # whether one with probes has looked for what passes do not see alike
         self._watched = False  # whether a step has looked for reads of the weights beside their modules
 
@@ -179,49 +183,16 @@ class Fogzo:
             ``loss``, of the gradient pass; ``difference``, the mean of abs(L+ - L-), or of abs(L+ - L_0) of a
             forward difference; ``rounding``, the distance between float32 numbers at the loss; ``guide_norm``,
             N; ``one_minus_beta``; ``noise_to_guide``, the energy of the noise in v over that of the guide,
-            (1 - beta) d / beta; and the counts of :meth:`diagnostics`. NaN where the step had no probes, or
-            where none was taken.
+            (1 - beta) d / beta; ``cosine``, of the angle between estimate and guide, in units of delta, with
+            the noise at its expectation, which a step is within about 1 / sqrt(d) of; ``code_changes``, the
+            share of codes that differ between Q(w + eps v) and Q(w - eps v) of the first direction, counted in
+            the first step with probes and in the first after each call of this method; ``alphas_at_floor``,
+            the share of learned and measured alphas at their least value; and the counts of
+            :meth:`diagnostics`. NaN where the step had no probes, or where none was taken.
         """
-        names = "loss", "difference", "rounding", "guide_norm", "one_minus_beta", "noise_to_guide"
-        found: dict[str, float] = dict.fromkeys(names, math.nan)
-        estimate, left = self._found, self._noise_left
-        if estimate is not None:
-            found["loss"] = float(estimate.loss)
-        if estimate is not None and estimate.norm is not None and left is not None:
-            noise = float(left)
-            halves = 2 if self._settings.difference == "forward" else 1  # see Step.collect()
-            difference = float((estimate.losses_plus - estimate.losses_minus).abs().mean()) / halves
-            found |= {
-                "difference": difference,
-                "rounding": abs(found["loss"]) * torch.finfo(torch.float32).eps,
-                "guide_norm": float(estimate.norm),
-                "one_minus_beta": noise,
-                "noise_to_guide": noise * self.total_weights / (1 - noise) if noise < 1 else math.inf,
-            }
-            self._warn_of_rounding(difference, found["rounding"])
         counts = self.diagnostics()
-        self._warn_of_lost(counts["lost_norms"])
-        return found | counts
-
-    def _warn_of_lost(self, norms: int) -> None:
-        """On a GPU only stats() asks, as the answer waits for it."""
-        if norms and not self._warned_of_lost:
-            self._warned_of_lost = True
-            warnings.warn(
-                "the straight-through gradients of a step were not finite, and .grad is as it was: a fused"
-                " optimizer leaves the weights alone then, but one of PyTorch would write NaN into them",
-                stacklevel=3,
-            )
-
-    def _warn_of_rounding(self, difference: float, rounding: float) -> None:
-        if difference < FEW_ROUNDINGS * rounding and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the losses of a probe's two sides differ by {difference:.3g}, little more than float32's"
-                f" rounding at the loss, {rounding:.3g}: the estimate is mostly that. Compute the loss in"
-                " float32, over fewer terms or without a large constant, or raise kappa",
-                stacklevel=3,
-            )
+        self._stats.warn_of_lost(counts["lost_norms"])
+        return self._stats.read(self.weights) | counts
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken, counters and settings; with model and optimizer, all that a run needs."""
@@ -255,7 +226,8 @@ class Fogzo:
         if self._device_state is not None:
             self._device_state.set_step(self._steps)
         self._counters.copy_(counters)
-        self._warned_of_lost = bool(counters[1])
+        self._stats.forget()
+        self._stats.know_lost(int(counters[1]))
 
     # ---- a step
 
@@ -404,8 +376,9 @@ class Fogzo:
         return Step(
             self.weights, pairs=0 if noise["one_minus_beta"] is None else self.directions, noise=noise,
             forward=self._settings.difference == "forward", share=self._settings.probe_share,
+            both=self._both_probes,
             counters=self._counters, replay=self._replay, gradients=self._gradients, watched=not self._watched,
-            compared=not self._compared,
+            compared=not self._compared, counted=self._stats.wanted,
             backend=self.backend, reduce=self._reduce, over=self._over,
         )  # fmt: skip
 
@@ -429,12 +402,10 @@ class Fogzo:
         if self._step is step:
             self._step = None
         if estimated:
-            left = step.one_minus_beta
-            self._found = step.found
-            self._noise_left = left.clone() if isinstance(left, Tensor) else left  # it is about to advance
+            self._stats.note(step)
             self._gradients.left_estimates()
             if self.device.type == "cpu":
-                self._warn_of_lost(int(self._counters[1]))
+                self._stats.warn_of_lost(int(self._counters[1]))
             self._watched = True
             self._compared |= step.pairs > 0
             if self._device_state is not None:

@@ -39,6 +39,18 @@ def state_methods(name: str, other: object) -> tuple[Callable[[], Any], Callable
     raise TypeError(f"{name} must have one of {methods}, or be a NumPy Generator, got {type(other).__name__}")
 
 
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Each module once, in no order: in a tenth of the time that ``model.modules()`` takes to name them too."""
+    found: dict[int, nn.Module] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
+
+
 class Snapshot(NamedTuple):
     """The state of generators and buffers at one point of a step."""
 
@@ -51,7 +63,7 @@ class Snapshot(NamedTuple):
 class ReplayState:
     """Saves and loads PyTorch's generators and a model's buffers, in place.
 
-    All buffers but the alphas of quantized modules, which passes only read.
+    All buffers but those that quantized modules add, which passes only read.
 
     Args:
         model: whose buffers, and on whose devices the generators.
@@ -72,7 +84,10 @@ class ReplayState:
     @torch.no_grad()
     def save(self) -> Snapshot:
         """The state as it is. A CUDA graph's capture can neither read nor set the device's generators."""
-        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        modules = all_modules(self.model)
+        devices = {
+            p.device.index for m in modules for p in m._parameters.values() if p is not None and p.is_cuda
+        }
         if capturing():
             if self.draws is not False:
                 raise RuntimeError(
@@ -82,13 +97,13 @@ class ReplayState:
                     else "a step must be run before one is captured in a CUDA graph"
                 )
             devices = set()
-        modules = list(self.model.modules())
-        alphas = {id(m.alpha) for m in modules if isinstance(m, QuantizedModule)}
+        quantized = [m for m in modules if isinstance(m, QuantizedModule)]
+        read_only = {id(m._buffers.get(name)) for m in quantized for name in m.own_tensors()}
         buffers = [
             (module, name, buffer, buffer.clone())
             for module in modules
             for name, buffer in module._buffers.items()
-            if buffer is not None and id(buffer) not in alphas  # a user's buffer may have that name too
+            if buffer is not None and id(buffer) not in read_only  # a user's buffer may have that name too
         ]
         cuda = {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
         others = [copy.deepcopy(state_methods("replay", o)[0]()) for o in self.others]

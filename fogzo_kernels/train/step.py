@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
 from .gradients import Gradients
+from .losses import Estimate, PassLosses
 from .outside import Prints, changed, global_generators
 from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
@@ -25,7 +26,6 @@ NOT_REPLAYED = (
     " that of two batches, masks or counts. Give generators and objects with a state to"
     " Fogzo(..., replay=[...]), and move the rest out of the pass; fogzo.check(closure) looks closer"
 )
-FAR = 3  # times a loss: more than a step of eps changes it, but where it is scaled otherwise
 T = TypeVar("T")
 #: Gradients, each with the version of its data.
 Versions = list[tuple[Tensor, int]]
@@ -35,15 +35,6 @@ def warn_of(names: list[str]) -> None:
     """Of what passes do not see alike, if there is any."""
     if names:
         warnings.warn(NOT_REPLAYED.format(" and ".join(names)), stacklevel=3)
-
-
-class Estimate(NamedTuple):
-    """What a step's passes found."""
-
-    loss: Tensor  # of the gradient pass, 0-dim float32
-    losses_plus: Tensor  # float32, (n,); of a forward difference what stands for them, see collect()
-    losses_minus: Tensor  # float32, (n,)
-    norm: Tensor | None  # N, 0-dim float32; None where there were no probes
 
 
 class Pass:
@@ -110,12 +101,12 @@ class Pass:
                 loss.backward()
         value = loss.detach().reshape(())
         if self.loss is None:
-            self.loss = step.slot(self).copy_(value)
+            self.loss = step.losses.slot(self.direction, self.sign).copy_(value)
         else:
             self.loss.add_(value)
         self.losses += 1
         if self.sign == 0 and self.losses == step.shared:
-            step.base.copy_(self.loss)
+            step.losses.base.copy_(self.loss)
 
     def _running(self, caller: str) -> Step:
         if self._mode is None or self._step is None:
@@ -149,39 +140,44 @@ class Step:
         pairs: of probes, n; 0 for a plain straight-through step.
         forward: whether differences are forward ones: of probes, only those with + are run.
         share: of the micro-batches, those that probes run.
+        both: whether the probes of a direction are written at once, into memory of their own.
         noise: which noise and how much, as the ops take it: seed, step, one_minus_beta, epsilon_scale.
         counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
         replay: of the model.
         gradients: of the weights, watched.
         watched: whether to look for reads of the weights beside their modules.
         compared: whether to look for what passes do not see alike.
+        counted: whether to count the codes that differ between probes.
         backend: of the ops.
         reduce: reduces the losses over devices, in place.
         over: called once with this step when it has ended, and with whether its estimate was made.
     """
 
     def __init__(
-        self, weights: list[QuantizedWeight], *, pairs: int, forward: bool, share: float, noise: dict[str, Any],
+        self, weights: list[QuantizedWeight], *, pairs: int, forward: bool, share: float, both: bool,
+        noise: dict[str, Any],
         counters: Tensor, replay: ReplayState, gradients: Gradients, watched: bool, compared: bool,
+        counted: bool,
         backend: str | None, reduce: Callable[[Tensor], None], over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
         signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
-        self.pairs, self.forward, self.share = pairs, forward, share
+        self.pairs, self.forward, self.share, self.both = pairs, forward, share, both
+        self._minus: list[tuple[QuantizedWeight, Tensor]] = []  # with ``both``, the rows of the next pass
         self.batches: int | None = None  # micro-batches of the gradient pass, once batches() was asked for
         self.shared = 0  # how many of them probes run, too
-        self.watched, self.compared = watched, compared
+        self.watched, self.compared, self.counted = watched, compared, counted
+        self.changes: Tensor | None = None  # the share of codes that differ, 0-dim, where it was counted
         self.active = False  # whether a pass is entered
         self.groups: dict[Key, list[QuantizedWeight]] = {}  # the weights that take part
-        # of the gradient pass, of those of its micro-batches that probes run, of + and of - probes
-        self._losses = torch.zeros(2 + 2 * pairs, device=counters.device)
+        self.losses = PassLosses(pairs, counters.device)
         self.found: Estimate | None = None  # once it was collected
         self._norm: Tensor | None = None
         self._guides: Versions = []  # the gradients, as the norm saw them
         self._shared_generators: Prints = {}  # as the gradient pass found them
         self._before: Snapshot | None = None  # of the gradient pass
         self._after: Snapshot | None = None
-        self.weights, self._noise, self._counters = weights, noise, counters
+        self.weights, self.noise, self._counters = weights, noise, counters
         self._replay, self.gradients, self._backend = replay, gradients, backend
         self._reduce, self._over = reduce, over
 
@@ -199,17 +195,6 @@ class Step:
         self._over(self, estimated)
 
     # ---- passes
-
-    def slot(self, one: Pass) -> Tensor:
-        """Where the pass puts its loss: losses of + and of - lie in a row, as the ops take them."""
-        if one.sign == 0:
-            return self._losses[0]
-        return self._losses[2 + one.direction + (self.pairs if one.sign < 0 else 0)]
-
-    @property
-    def base(self) -> Tensor:
-        """The gradient pass's loss of the micro-batches that probes run, too."""
-        return self._losses[1]
 
     def batches_of(self, one: Pass, count: int) -> int:
         """How many of a step's micro-batches a pass runs."""
@@ -236,14 +221,13 @@ class Step:
                     self._counters[2] += held
                 write_quantized(self.weights, self._backend)
                 for w in self.weights:
-                    w.use(probe=False)
+                    w.use(w.memory(), probe=False)
             else:
                 assert self._before is not None
-                self._write_probes(one)
+                probes = self._write_probes(one)
                 self._replay.load(self._before)
-                for weights in self.groups.values():
-                    for w in weights:
-                        w.use(probe=True)
+                for w, rows in probes:
+                    w.use(rows, probe=True)
         except BaseException:
             for w in self.weights:
                 w.release()
@@ -306,63 +290,64 @@ class Step:
         ]
         self._norm = torch.stack(sums).sum().sqrt().float()
 
-    def _write_probes(self, one: Pass) -> None:
+    def _write_probes(self, one: Pass) -> list[tuple[QuantizedWeight, Tensor]]:
+        """The weights that take part, and the rows that they run this probe with.
+
+        Codes and values are calls of their own.
+        """
         assert self._norm is not None
-        for key, weights in self.groups.items():
-            out = [w.memory() for w in weights]
-            perturb_quantize_(
-                out if one.sign > 0 else None, None if one.sign > 0 else out,
-                [w.latent for w in weights], grads_of(weights), alphas_of(weights), self._norm,
-                direction=one.direction, **self.options(key, weights),
-            )  # fmt: skip
+        if self.both and one.sign < 0:
+            return self._minus
+        found: list[tuple[QuantizedWeight, Tensor]] = []
+        self._minus = []
+        for key, group in self.groups.items():
+            for weights in filter(None, ([w for w in group if w.takes_codes is c] for c in (False, True))):
+                out = [w.probe_memory() for w in weights]
+                other = [w.probe_memory(1) for w in weights] if self.both else None
+                perturb_quantize_(
+                    out if one.sign > 0 else other, other if one.sign > 0 else out,
+                    [w.latent for w in weights], grads_of(weights), alphas_of(weights), self._norm,
+                    direction=one.direction, **self.options(key, weights),
+                )  # fmt: skip
+                found += zip(weights, out, strict=True)
+                self._minus += zip(weights, other or (), strict=bool(other))
+        return found
 
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then finish
 
     def collect(self) -> Estimate:
-        """Losses and norm; with ``torch.distributed``, losses reduced over the group.
-
-        A forward difference is the central one of L+ - L_0 and L_0 - L+: both are exact where the losses are
-        within a factor of 2 of each other, and so is their difference.
-        """
+        """Losses and norm; with ``torch.distributed``, losses reduced over the group."""
         try:
             self._check_complete()
         except RuntimeError:
             self.end()
             raise
-        self._reduce(self._losses)
-        losses, n = self._losses, self.pairs
+        self._reduce(self.losses.all)
+        factor = 1.0
         if self.batches is None:
-            losses[1] = losses[0]
-        if self.compared and n and not capturing():
-            self._warn_of_scales()
-        plus, minus = losses[2 : 2 + n], losses[2 + n :]
-        if self.forward:
-            plus = plus - losses[1]
-            minus = -plus
-        if self.batches is not None and self.shared < self.batches:
+            self.losses.base.copy_(self.losses.all[0])
+        else:
             factor = self.batches / self.shared
-            plus, minus = plus * factor, minus * factor
-        self.found = Estimate(losses[0], plus, minus, self._norm)
+        if self.compared and self.pairs and not capturing():
+            self.losses.warn_of_scales()
+        if self.counted and self._norm is not None and not capturing():
+            self.changes = self._code_changes(self._norm)
+        self.found = self.losses.collected(self.forward, factor, self._norm)
         return self.found
 
-    @property
-    def one_minus_beta(self) -> float | Tensor | None:
-        """1 - beta of its noise; None of a plain straight-through step."""
-        found: float | Tensor | None = self._noise["one_minus_beta"]
-        return found
-
-    def _warn_of_scales(self) -> None:
-        """In the first step, where it may wait for the device: losses of one scale are near each other."""
-        base, *probes = self._losses[1 : 2 + self.pairs].tolist()
-        for loss in probes:
-            ratio = loss / base if base else math.nan
-            if not 1 / FAR <= ratio <= FAR and math.isfinite(ratio):
-                warnings.warn(
-                    f"a probe's loss, {loss:.4g}, is {ratio:.3g} times that of the gradient pass, {base:.4g}:"
-                    " give every pass losses that are scaled alike (by 1/K, or by a gradient scaler)",
-                    stacklevel=3,
+    @torch.no_grad()
+    def _code_changes(self, norm: Tensor) -> Tensor:
+        """The share of codes that differ between the first two probes, with memory for one weight's."""
+        differ, total = torch.zeros((), dtype=torch.int64, device=norm.device), 0
+        for key, weights in self.groups.items():
+            for w, grad in zip(weights, grads_of(weights), strict=True):
+                plus, minus = (torch.empty_like(grad, dtype=torch.int8) for _ in "+-")
+                perturb_quantize_(
+                    plus, minus, w.latent, grad, w.alpha, norm, direction=0, **self.options(key, [w])
                 )
-                return
+                differ += (plus != minus).sum()
+                total += plus.numel()
+        return differ / total
 
     def _check_complete(self) -> None:
         given = [one.losses for one in self.passes]
@@ -389,7 +374,7 @@ class Step:
             "transform": key.transform,
             "backend": key.backend,
             "tensor_ids": [w.tensor_id for w in weights],
-            **self._noise,
+            **self.noise,
         }
 
     @contextmanager

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import quantize_
-from ..nn.quantized import Held, QuantizedModule
+from ..nn.held import Held
+from ..nn.quantized import QuantizedModule
 from ..nn.scales import hold_alphas, measure_
 from ..nn.sharing import check_raw_uses, owners_of
 from ..ops import checks
@@ -17,6 +18,7 @@ from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from ..spec.straight_through import StraightThrough
+from .replay import all_modules
 
 
 class Key(NamedTuple):
@@ -37,14 +39,14 @@ class QuantizedWeight:
     """A quantized parameter, the modules that share it, and the memory of its quantized values.
 
     Ops take it, its gradient and what belongs to its elements as rows, views of the memory that is there.
-    ``buffer`` holds rows of what a pass runs with: Q(parameter) or a probe.
+    Its memory holds rows of what a pass runs with: Q(parameter) or a probe, or both probes of a direction.
     """
 
     def __init__(self, name: str, module: QuantizedModule) -> None:
         self.name = name  # of the first module that has it
         self.parameter, self.tensor_id = module.weight, module.tensor_id
         self.modules = [module]
-        self.buffer: Tensor | None = None
+        self._memory: list[Tensor | None] = [None, None]
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
@@ -87,25 +89,38 @@ class QuantizedWeight:
         q = self.quantizer
         return Key(q.grid, q.straight_through, q.transform, backend, self.parameter.dtype, grad.dtype)
 
-    def memory(self) -> Tensor:
-        """The buffer, made anew where the parameter has changed its shape, dtype or device."""
-        p, b = self.latent, self.buffer
-        if b is None or (b.shape, b.dtype, b.device) != (p.shape, p.dtype, p.device):
-            self.buffer = b = torch.empty_like(p)
-        return b
+    def memory(self, which: int = 0) -> Tensor:
+        """Rows for Q(parameter), made anew where the parameter has changed its shape, dtype or device."""
+        p, found = self.latent, self._memory[which]
+        if found is None or (found.shape, found.dtype, found.device) != (p.shape, p.dtype, p.device):
+            self._memory[which] = found = torch.empty_like(p)
+        return found
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether all its modules multiply codes, so that a probe is written as such."""
+        return all(getattr(m, "product", None) is not None for m in self.modules)
+
+    def probe_memory(self, which: int = 0) -> Tensor:
+        """Rows for a probe: of values, or int8 ones of codes, in a part of the same memory."""
+        found = self.memory(which)
+        if not self.takes_codes:
+            return found
+        return found.view(-1).view(torch.int8)[: found.numel()].view(found.shape)
 
     # ---- what its modules run with
 
-    def use(self, probe: bool) -> None:
-        """Its modules run with the buffer until :meth:`release`: a probe, with no gradient, or Q(parameter)."""
-        held = Held(self.parameter, self.memory(), probe)
-        for module in self.modules:
-            module.held = held
+    def use(self, rows: Tensor, probe: bool) -> None:
+        """Its modules run with these rows until :meth:`release`: a probe, with no gradient, or Q(parameter)."""
+        self._hold(Held(self.parameter, rows, probe))
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""
+        self._hold(None)
+
+    def _hold(self, held: Held | None) -> None:
         for module in self.modules:
-            module.held = None
+            object.__setattr__(module, "held", held)  # nn.Module's own looks for parameters, which takes time
 
 
 def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | None:
@@ -128,7 +143,7 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
 
 
 def write_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
-    """Q(parameter) into the buffers, those of one grid, transform and dtype in one call.
+    """Q(parameter) into the weights' memory, those of one grid, transform and dtype in one call.
 
     For one pass: what a weight becomes then may show in no version, as where ``parameter.data`` is written.
     """
@@ -145,7 +160,7 @@ def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
     """Modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
     write_quantized(weights, backend)
     for w in weights:
-        w.use(probe=True)
+        w.use(w.memory(), probe=True)
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
@@ -253,7 +268,7 @@ def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
     What is new among them would be trained straight-through, unnoticed.
     """
     trainable = 0
-    for m in model.modules():
+    for m in all_modules(model):
         if isinstance(m, QuantizedModule):
             weight = m._parameters.get("weight")
             trainable += weight is None or weight.requires_grad
