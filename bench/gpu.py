@@ -27,7 +27,7 @@ NO_GPU = (
 )
 FILES = (
     "summary.md", "build.log", "tests.log", "sanitize.log", "kernels.txt", "kernels.json", "kernels.png",
-    "kernels-cuda.txt", "kernels-cuda.json", "kernels-cuda.png", "ncu.txt",
+    "kernels-cuda.txt", "kernels-cuda.json", "kernels-cuda.png", "step.txt", "step.json", "ncu.txt",
 )  # fmt: skip
 BACKENDS = ("triton", "cuda")
 TESTS = (
@@ -44,8 +44,21 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats",
 )  # fmt: skip
-LIMITS = {"build": 150, "info": 40, "tests": 180, "sanitize": 60, "tool": 40, "profile": 30}  # seconds
-MEASURE = 200  # seconds that the stages before the benchmark leave to it and to the profile
+LIMITS = {
+    "build": 150,
+    "info": 40,
+    "tests": 180,
+    "sanitize": 60,
+    "tool": 40,
+    "step": 60,
+    "profile": 30,
+}  # seconds
+MEASURE = 240  # seconds that the stages before the benchmarks leave to them and to the profile
+#: A LLaMA of 31 M quantized weights, 8,192 tokens in 4 micro-batches.
+STEP = (
+    "--model", "llama", "--hidden", "512", "--layers", "12", "--rows", "16", "--context", "512", "--dtype",
+    "bf16", "--turns", "12", "--methods", "fogzo", "both-probes", "forward", "forward-half", "eager",
+)  # fmt: skip
 OVERRUN = 25  # seconds: the timing under way at its end, the plot
 REFUSED = (
     "Device not supported", "ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded",
@@ -241,7 +254,7 @@ def verdict(status: int, text: str, seconds: float, proof: str) -> tuple[str, fl
 
 def kernels(session: Session) -> None:
     """A table for each backend: the baselines, which are the same, with the first alone."""
-    reserved = LIMITS["profile"] * len(BACKENDS) if not session.dry and shutil.which("ncu") else 0
+    reserved = profiles(session) + LIMITS["step"]
     if session.dry:
         arguments = [
             "--backend", "cpu", "--device", "cpu", "--quick", "--sizes", "2^12", "--tensors", "1",
@@ -271,6 +284,20 @@ def measured(text: str) -> str:
     return found.group() if found else last_line(text)
 
 
+def step(session: Session) -> None:
+    """A whole step, FOGZO against plain STE."""
+    small = ["--device", "cpu", "--model", "mlp", "--hidden", "64", "--turns", "4", "--methods", "fogzo"]
+    limit = min(LIMITS["step"], session.left() - profiles(session))
+    files = ["--json", str(session.results / "step.json")]
+    command = module("bench.step", *files, *(small if session.dry else STEP))
+    session.stage("step", command, limit, "step.txt", lambda _: "")
+
+
+def profiles(session: Session) -> int:
+    """Seconds for the profile of each backend."""
+    return LIMITS["profile"] * len(BACKENDS) if not session.dry and shutil.which("ncu") else 0
+
+
 def profile(session: Session) -> None:
     for backend in BACKENDS if session.dry or session.left() < 15 else usable(session, "profile"):
         profile_backend(session, backend)
@@ -291,7 +318,7 @@ def profile_backend(session: Session, backend: str) -> None:
 
 STAGES = {
     "build": build, "info": info, "tests": tests, "sanitize": sanitize, "kernels": kernels,
-    "profile": profile,
+    "step": step, "profile": profile,
 }  # fmt: skip
 
 
@@ -320,6 +347,7 @@ def summary(session: Session, name: str, seconds: float) -> str:
         ("build.log", "Versions"),
         ("kernels.txt", "Kernels"),
         ("kernels-cuda.txt", "CUDA kernels"),
+        ("step.txt", "Steps"),
     ):
         path = session.results / file
         text = path.read_text() if path.exists() else ""

@@ -31,18 +31,19 @@ def test_sanitize_covers_every_op_dtype_and_distribution(capsys):
 def test_dry_run_reports_every_stage(tmp_path, capsys, monkeypatch):
     """But for the build, which would replace the module that this process has loaded."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tests run over processes
-    stages = ["info", "tests", "sanitize", "kernels", "profile"]
+    stages = ["info", "tests", "sanitize", "kernels", "step", "profile"]
     code = gpu.main(["--dry-run", "--results", str(tmp_path), "--stages", *stages])
     text = (tmp_path / "summary.md").read_text()
     assert code == 0, text
     states = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
     skipped = ["tests", *(f"{tool} cpu" for tool in gpu.TOOLS), "profile triton", "profile cuda"]
     assert {name: states[name] for name in skipped} == dict.fromkeys(skipped, "skipped")
-    assert {states[name] for name in ("info", "ops cpu", "kernels")} == {"passed"}
-    assert json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {states[name] for name in ("info", "ops cpu", "kernels", "step")} == {"passed"}
+    for name in ("kernels", "step"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]
     files = {path.name for path in tmp_path.iterdir()}
     assert files <= set(gpu.FILES)
-    assert len(gpu.FILES) <= 11
+    assert len(gpu.FILES) <= 13
     assert str(ROOT) not in text
     assert "summary.md" in capsys.readouterr().out
 

@@ -1,54 +1,66 @@
-"""The benchmark of a step: how many forwards its methods run, and what it reports; no timing."""
+"""The benchmark of a step: how many forwards its methods run, what they move, what it reports; no timing."""
 
+import functools
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from bench import step
-from bench.materialized import Materialized, Mezo
+import fogzo_kernels as fk
+from bench.step import __main__ as program
+from bench.step import models
+from bench.step.materialized import Materialized, Mezo
+from bench.step.measure import Row
+from bench.step.methods import Clock, method_of
+from bench.step.traffic import peak_of, recorded, traffic_of
 
+CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--rows", "8", "--hidden", "16", "--layers", "1", "--turns", "4"]
 #: Micro-batches that a method's step runs, of 4; every-4 over four steps.
-FORWARDS = {"ste": 4, "fogzo": 12, "forward": 8, "half": 8, "forward-half": 6, "eager": 12, "mezo": 8}
+FORWARDS = {
+    "ste": 4, "fogzo": 12, "both-probes": 12, "forward": 8, "half": 8, "forward-half": 6, "eager": 12,
+    "mezo": 8,
+}  # fmt: skip
 
 
-def methods(*names, model="mlp", options=()):
-    args = step.parse([*SMALL, "--model", model, *options])
-    found = step.model_of(args)
-    return {name: step.method_of(name, *found, args) for name in names}, found
+def method(name, *options, model="mlp"):
+    args = program.parse([*SMALL, "--model", model, "--methods", "ste", *options])
+    (setting,) = program.settings_of(args)
+    return method_of(name, models.task_of(setting), setting)
+
+
+def counted_forwards(monkeypatch):
+    calls = []
+    original = models.of_labels
+    monkeypatch.setattr(models, "of_labels", lambda *inputs: calls.append(1) or original(*inputs))
+    return calls
 
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards_of_a_step(name, monkeypatch):
-    calls = []
-    original = step.of_labels
-    monkeypatch.setattr(step, "of_labels", lambda *inputs: calls.append(1) or original(*inputs))
-    found, _ = methods(name)
-    clock = step.Clock(torch.device("cpu"))
+    calls = counted_forwards(monkeypatch)
+    step, clock = method(name), Clock(CPU)
     for _ in range(2):
-        found[name](clock)
+        step(clock)
     assert len(calls) == 2 * FORWARDS[name]
     assert clock.passes > 0
 
 
 def test_every_fourth_step_has_probes(monkeypatch):
-    calls = []
-    original = step.of_labels
-    monkeypatch.setattr(step, "of_labels", lambda *inputs: calls.append(1) or original(*inputs))
-    found, _ = methods("every-4")
+    calls = counted_forwards(monkeypatch)
+    step = method("every-4")
     for _ in range(8):
-        found["every-4"](step.Clock(torch.device("cpu")))
+        step(Clock(CPU))
     assert len(calls) == 8 * 4 + 2 * 8
 
 
-@pytest.mark.parametrize("model", step.SHAPES)
+@pytest.mark.parametrize("model", models.SHAPES)
 def test_rows_table_and_plot(model, tmp_path, capsys):
     names = ["forward", "eager", "mezo"]
     hidden = ["--hidden", "64"] if model == "llama" else []
     chosen = ["--model", model, *hidden, "--context", "8", "--methods", *names]
-    step.main(
+    program.main(
         [*SMALL, *chosen, "--json", str(tmp_path / "a/step.json"), "--plot", str(tmp_path / "b/step.png")]
     )
     found = json.loads((tmp_path / "a/step.json").read_text())
@@ -56,17 +68,113 @@ def test_rows_table_and_plot(model, tmp_path, capsys):
     for row in found["rows"]:
         assert len(row["seconds"]) == 4
         assert 0 < row["rest_of_ste"] < row["of_ste"]
+        assert row["peak_bytes"] > 0
+        assert (row["bytes"] is None) == (row["method"] in names[1:])
     assert found["rows"][0]["of_ste"] == 1
-    assert found["arguments"]["model"] == model
+    assert found["arguments"]["model"] == [model]
     assert (tmp_path / "b/step.png").stat().st_size > 1000
-    assert "| forward |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| forward |" in said
+    assert "forward: " in said
+
+
+def test_axes_are_settings_of_their_own(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    axes = ["--hidden", "16", "32", "--directions", "1", "2", "--methods", "forward", "--no-traffic"]
+    program.main([*SMALL, "--model", "mlp", *axes, "--json", str(path), "--plot", str(tmp_path / "step.png")])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["hidden"], r["directions"]) for r in rows[::2]] == [(16, 1), (16, 2), (32, 1), (32, 2)]
+    assert [r["method"] for r in rows[:2]] == ["ste", "forward"]
+    assert rows[0]["peak_bytes"] is None
+    assert (tmp_path / "step.png").stat().st_size > 1000
+    assert "hidden 32, directions 2" in capsys.readouterr().out
 
 
 def test_ratios_are_those_of_the_same_turns():
-    ste, row = step.Row("ste", [1, 2, 1, 2, 10, 20, 10, 20]), step.Row("x", [2, 2, 2, 3, 20, 20, 20, 30])
+    ste, row = Row("ste", [1, 2, 1, 2, 10, 20, 10, 20]), Row("x", [2, 2, 2, 3, 20, 20, 20, 30])
     row.rest = [0.6] * 4 + [3] * 4
     assert row.against(ste) == 1.5
     assert row.against(ste, rest=True) == pytest.approx((0.4 + 0.2) / 2)
+
+
+def test_peers_have_no_compiled_or_quantized_inputs(capsys):
+    assert "eager" not in program.parse(["--compiled"]).methods
+    with pytest.raises(SystemExit):
+        program.parse(["--activation-bits", "8", "--methods", "mezo"])
+    assert "--methods must hold no peer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--compiled"], ["--activation-bits", "8", "--compute", "int8"]])
+def test_other_ways_to_run_a_model(options):
+    step = method("fogzo", *options)
+    for _ in range(2):
+        step(Clock(CPU))
+
+
+# ---- what a step moves
+
+
+def test_bytes_of_calls():
+    """Each list once, and once more where it is updated; nothing is counted when it has ended."""
+    x, g, out = (torch.randn(6, 5) for _ in range(3))
+    alpha, norm = torch.full((6, 1), 0.1), torch.ones(())
+    how = {"grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough("identity")}
+    noise = {"tensor_ids": [0], "one_minus_beta": 0.1, "seed": 1, "step": 0}
+    clock = Clock(CPU)
+    with recorded(clock) as found:
+        fk.perturb_quantize_(out, None, x, g, alpha, norm, direction=0, **how, **noise)
+        assert (found.calls, found.bytes) == (1, 4 * (3 * 30 + 6))
+        losses = torch.ones(1), torch.zeros(1)
+        fk.estimate_gradient_(g, *losses, alpha, norm, **how, **noise)
+        assert (found.calls, found.bytes) == (2, 4 * (3 * 30 + 6) + 4 * (2 * 30 + 6))
+        clock.timed(lambda: fk.quantize_(out.char(), x, alpha, grid=how["grid"]))
+        assert found.bytes_in_passes == 5 * 30 + 4 * 6
+        state = [torch.zeros(6, 5) for _ in range(2)]
+        before = found.bytes
+        fk.estimate_adamw_(
+            x, g, *state, *losses, alpha, norm, lr=0.1, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8,
+            optimizer_step=1, **how, **noise,
+        )  # fmt: skip
+        assert found.bytes - before == 4 * (7 * 30 + 6)
+    assert set(found.seconds) == {
+        "perturb_quantize_", "estimate_gradient_", "quantize_ in passes", "estimate_update_"
+    }  # fmt: skip
+    fk.quantize_(out, x, alpha, grid=how["grid"])
+    assert found.calls == 3
+
+
+def test_probes_at_once_read_weights_and_gradients_once():
+    one, both = (traffic_of(method(name), CPU, 2) for name in ("fogzo", "both-probes"))
+    weights = 16 * 16
+    assert one.calls - both.calls == 1
+    assert one.bytes - both.bytes == 4 * (2 * weights + 1)  # and the alpha
+
+
+def test_peak_is_what_is_held_at_once():
+    def make():
+        kept = torch.zeros(10_000)
+
+        def step(clock):
+            for _ in range(3):
+                more = torch.zeros(5_000)
+                del more
+            kept.add_(1)
+
+        return step
+
+    assert peak_of(make, CPU) == 4 * 15_000
+
+
+def test_memory_of_a_step():
+    """FOGZO's is plain STE's plus at most one quantized copy, two with both probes."""
+    options = ("--hidden", "256", "--layers", "3", "--rows", "4")
+    names = "ste", "fogzo", "both-probes", "eager"
+    peaks = {name: peak_of(functools.partial(method, name, *options), CPU) for name in names}
+    weights = 3 * 256 * 256
+    slack = 64 * 1024  # losses, counters, tables
+    assert peaks["fogzo"] <= peaks["ste"] + 4 * weights + slack
+    assert peaks["both-probes"] <= peaks["ste"] + 8 * weights + slack
+    assert peaks["eager"] > peaks["fogzo"] + 4 * weights
 
 
 def test_peers_do_what_they_say():

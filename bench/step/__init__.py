@@ -1,0 +1,16 @@
+"""Time a whole training step: plain STE, FOGZO by option, and what people write for it without this package.
+
+All methods train the same model with AdamW on the same micro-batches, in turns, one step each; a ratio is that
+of times in the same four turns, and the median of such. ``rest`` is all but forwards and backwards: norm,
+probes, estimate, optimizer. Every method has weights of its own. Several values of an option that takes them
+are settings of their own, each measured by itself.
+
+After that, of each method: ``calls`` of this package's ops in a step and the bytes that they read and write,
+inside of passes (Q and its backward) and outside of them, with their time by op (on a GPU each waits for its
+end, so that its parts sum to more than a step); ``launches`` of kernels, whoever's, on a GPU; and ``peak``, the
+most memory that PyTorch held for weights, gradients, optimizer, probes and activations of three steps.
+"""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its profiler says on the screen when it starts and stops
