@@ -160,12 +160,12 @@ def test_an_error_before_a_probe_leaves_everything(monkeypatch):
     x, y = batch()
     used = []
 
-    def failing(weight, rows, probe):
+    def failing(weight, rows, probe, **options):
         if probe and used:
             raise ZeroDivisionError
         if probe:
             used.append(weight)
-        original(weight, rows, probe)
+        original(weight, rows, probe, **options)
 
     original = QuantizedWeight.use
     monkeypatch.setattr(QuantizedWeight, "use", failing)

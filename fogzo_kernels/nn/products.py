@@ -27,8 +27,8 @@ def set_compute_(model: nn.Module, compute: str | None) -> None:
     ``"int8"``: their codes, int8 by int8 into int32, which is exact, then one product with the scales
     (``torch._int_mm``; on a GPU its tensor cores). The result is that of the values up to their rounding in the
     product; gradients are the same. What is kept for the backward is the input's codes instead of its quantized
-    values, a quarter or half of their memory. FOGZO's probes are then written as codes. None: values, as ever. It
-    is not part of a checkpoint.
+    values, a quarter or half of their memory. FOGZO's probes are then written as codes. None: values, as ever.
+    It is not part of a checkpoint.
 
     Args:
         model: as :func:`fogzo_kernels.quantize_model` made it, with a quantizer for inputs too.

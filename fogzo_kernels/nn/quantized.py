@@ -16,7 +16,7 @@ from ..ops import checks
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
-from .held import Held
+from .held import Deferred, Held
 from .inputs import quantized_input, rotated
 from .scales import HELD, alpha_of, hold_alphas, measure_
 
@@ -202,10 +202,12 @@ class QuantizedModule(nn.Module):
                 )
             if held.probe:
                 return held.values(self.alpha, self.quantizer.grid)
+            if held.deferred:
+                found: Tensor = Deferred.apply(self.rows(self.weight), self.alpha, held.rows)
+                return found
         rows, factor = self.rows(self.weight).contiguous(), 1.0
-        scale = self.quantizer.scale
-        if isinstance(scale, LearnedScale):
-            factor = scale.gradient_factor(self.quantizer.grid, rows.numel() // max(self.alpha.numel(), 1))
+        if isinstance(self.quantizer.scale, LearnedScale):
+            factor = self.alpha_factor
             if held is None:
                 hold_alphas([self], ("alpha",))
         elif self.alpha.requires_grad:
@@ -222,6 +224,13 @@ class QuantizedModule(nn.Module):
             transform=self.quantizer.transform,
             backend=self.backend,
         )
+
+    @property
+    def alpha_factor(self) -> float:
+        """What LSQ multiplies the gradient of a learned alpha by."""
+        scale = self.quantizer.scale
+        assert isinstance(scale, LearnedScale)
+        return scale.gradient_factor(self.quantizer.grid, self.weight.numel() // max(self.alpha.numel(), 1))
 
     def input_rows(self, input: Tensor) -> Tensor:
         """An input as a matrix: a row is what its last dimension holds, a token."""

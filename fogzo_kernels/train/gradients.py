@@ -37,6 +37,7 @@ class Gradients:
         self.parameters = list(parameters)
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
         self._outside: set[int] = set()  # accumulated into outside the passes since then
+        self.received: set[int] = set()  # places that a backward of the step has accumulated into
         self._in_pass = self._in_backward = False
         this = weakref.ref(self)
         for i, p in enumerate(self.parameters):
@@ -57,6 +58,7 @@ class Gradients:
         if self._in_backward:
             self._estimates.pop(i, None)
             self._outside.discard(i)
+            self.received.add(i)
         elif self._in_pass:
             raise RuntimeError(BACKWARD_IN_A_PASS)
         else:
@@ -99,3 +101,4 @@ class Gradients:
                     )
         self._estimates.clear()
         self._outside.clear()
+        self.received.clear()

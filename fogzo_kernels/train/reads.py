@@ -12,7 +12,7 @@ from .weights import QuantizedWeight
 VIEWS = ("Permute", "View", "T", "Transpose", "ReshapeAlias", "Clone", "UnsafeView", "Unsqueeze", "Squeeze")
 #: Parts of the names of nodes that may read a weight: the quantizer's own, and a compiled graph, which is
 #: opaque and not looked into.
-ALLOWED = ("fogzo_quantize", "QuantizedBackward", "CompiledFunction", "ApplyTemplate")
+ALLOWED = ("fogzo_quantize", "QuantizedBackward", "DeferredBackward", "CompiledFunction", "ApplyTemplate")
 
 
 def check_reads(loss: Tensor, weights: list[QuantizedWeight]) -> None:

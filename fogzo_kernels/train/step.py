@@ -19,7 +19,7 @@ from .losses import Estimate, PassLosses
 from .outside import Prints, changed, global_generators
 from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
-from .weights import Key, QuantizedWeight, set_alphas, write_quantized
+from .weights import Key, QuantizedWeight, finish_gradients, set_alphas, write_quantized
 
 NOT_REPLAYED = (
     "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"
@@ -221,7 +221,7 @@ class Step:
                     self._counters[2] += held
                 write_quantized(self.weights, self._backend)
                 for w in self.weights:
-                    w.use(w.memory(), probe=False)
+                    w.use(w.memory(), probe=False, deferred=w.unwatched)
             else:
                 assert self._before is not None
                 probes = self._write_probes(one)
@@ -255,15 +255,18 @@ class Step:
         if one.sign:
             assert self._after is not None
             self._replay.load(self._after)
-        elif failed:
-            assert self._before is not None
+            return
+        assert self._before is not None
+        if failed:
             self._replay.load(self._before)
         elif self.pairs:
-            assert self._before is not None
             if self.compared:
                 warn_of(changed(self._shared_generators, global_generators(self._replay.others)))
             self._after = self._replay.save()
             self._replay.compare(self._before, self._after)
+        received = self.gradients.received
+        finish_gradients([w for i, w in enumerate(self.weights) if w.deferred and i in received], self._backend)
+        if self.pairs and not failed:
             self._read_guide()
 
     @torch.no_grad()

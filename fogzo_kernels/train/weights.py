@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import quantize_
+from ..functional import learned_backward_, quantize_, straight_through_backward_
 from ..nn.held import Held
 from ..nn.quantized import QuantizedModule
 from ..nn.scales import hold_alphas, measure_
@@ -47,6 +47,7 @@ class QuantizedWeight:
         self.parameter, self.tensor_id = module.weight, module.tensor_id
         self.modules = [module]
         self._memory: list[Tensor | None] = [None, None]
+        self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
@@ -110,9 +111,19 @@ class QuantizedWeight:
 
     # ---- what its modules run with
 
-    def use(self, rows: Tensor, probe: bool) -> None:
-        """Its modules run with these rows until :meth:`release`: a probe, with no gradient, or Q(parameter)."""
-        self._hold(Held(self.parameter, rows, probe))
+    @property
+    def unwatched(self) -> bool:
+        """Whether nobody but the estimator sees a gradient when it arrives: else it must be g, not dL/dQ."""
+        p = self.parameter
+        return not p._backward_hooks and len(p._post_accumulate_grad_hooks or ()) <= 1
+
+    def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
+        """Its modules run with these rows until :meth:`release`: a probe, with no gradient, or Q(parameter).
+
+        ``deferred``: the parameter receives dL/dQ, for :func:`finish_gradients`.
+        """
+        self.deferred = deferred
+        self._hold(Held(self.parameter, rows, probe, deferred))
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""
@@ -154,6 +165,32 @@ def write_quantized(weights: list[QuantizedWeight], backend: str | None) -> None
         latents, alphas = [w.latent for w in alike], [w.alpha for w in alike]
         out = [w.memory() for w in alike]
         quantize_(out, latents, alphas, grid=grid, transform=transform, backend=backend)
+
+
+@torch.no_grad()
+def finish_gradients(weights: list[QuantizedWeight], backend: str | None) -> None:
+    """Make g of dL/dQ in ``.grad``, and the gradients of learned alphas, those of one kind in one call.
+
+    Both are linear in dL/dQ, so once for all micro-batches does.
+    """
+    calls: dict[tuple[Key, bool], list[QuantizedWeight]] = {}
+    for w in weights:
+        grad = w.guide()
+        if grad is not None:
+            calls.setdefault((w.key(grad, backend), w.modules[0].alpha.requires_grad), []).append(w)
+    for (key, learned), alike in calls.items():
+        grads = [grad for w in alike if (grad := w.guide()) is not None]
+        latents, alphas = [w.latent for w in alike], [w.alpha for w in alike]
+        how = {"grid": key.grid, "straight_through": key.straight_through, "transform": key.transform}
+        if not learned:
+            straight_through_backward_(grads, latents, alphas, backend=backend, **how)  # type: ignore[arg-type]
+            continue
+        found = [torch.empty_like(alpha) for alpha in alphas]
+        factors = [w.modules[0].alpha_factor for w in alike]
+        learned_backward_(grads, found, latents, alphas, factors=factors, backend=backend, **how)  # type: ignore[arg-type]
+        for w, alpha_grad in zip(alike, found, strict=True):
+            alpha = w.modules[0].alpha
+            alpha.grad = alpha_grad if alpha.grad is None else alpha.grad.add_(alpha_grad)
 
 
 def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
