@@ -8,7 +8,7 @@ NATIVE := setup.py build_cuda.py cuda_units.py \
 CXX_SOURCES := $(filter-out setup.py build_cuda.py cuda_units.py,$(NATIVE)) $(wildcard python_tests/cuda_on_host/*.h)
 
 # What a target needs beside torch and the build tools; pyproject.toml has the same as extras
-demo_PACKAGES := scikit-learn tqdm matplotlib
+demo_PACKAGES := scikit-learn tqdm matplotlib tensorboard
 triton_PACKAGES := triton
 transformers_PACKAGES := transformers
 test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors

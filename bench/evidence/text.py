@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,18 +27,41 @@ def sources(size: int) -> Text:
     Args:
         size: bytes at most, of whole files.
     """
-    train, validation, total = [], [], 0
+    pieces, total = [], 0
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         data = path.read_bytes()
-        if total + len(data) > size:
-            continue
-        cut = int(len(data) * (1 - VALIDATION_SHARE))
-        train.append(data[:cut])
-        validation.append(data[cut:])
-        total += len(data)
+        if total + len(data) <= size:
+            pieces.append(data)
+            total += len(data)
     if not total:
         raise ValueError(f"size must hold one of Python's sources, got {size} bytes")
-    return Text(*(torch.frombuffer(bytearray(b"".join(x)), dtype=torch.uint8) for x in (train, validation)))
+    return parted(pieces)
+
+
+def files(paths: Sequence[Path], size: int) -> Text:
+    """Any files, read as bytes.
+
+    Args:
+        paths: of them, in their order.
+        size: bytes at most, of which the last file may be cut.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    pieces, left = [], size
+    for path in paths:
+        with path.open("rb") as file:
+            pieces.append(file.read(left))
+        left -= len(pieces[-1])
+    return parted(pieces)
+
+
+def parted(pieces: Sequence[bytes]) -> Text:
+    """The first nine tenths of each to train on, the rest for validation."""
+    cuts = [int(len(data) * (1 - VALIDATION_SHARE)) for data in pieces]
+    train = b"".join(data[:cut] for data, cut in zip(pieces, cuts, strict=True))
+    validation = b"".join(data[cut:] for data, cut in zip(pieces, cuts, strict=True))
+    return Text(*(torch.tensor(bytearray(part), dtype=torch.uint8) for part in (train, validation)))
 
 
 def batch(text: Tensor, rows: int, context: int, generator: torch.Generator) -> Tensor:

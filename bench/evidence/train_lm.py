@@ -1,0 +1,329 @@
+"""Train a byte-level LLaMA on any text, plain straight-through or by FOGZO, on one device.
+
+In DIR: checkpoint.pt, log.csv, and tensorboard/ where that is installed. ``--resume`` goes on from the
+checkpoint, also after a kill, to the bits of a run that was never stopped: on one device, with one number of
+threads. A signal to stop (Ctrl-C) ends the step, writes a checkpoint and leaves with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fogzo_kernels as fk
+
+from . import record, text
+from .presets import PRESETS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DECAYS = ("cosine", "linear", "constant")
+#: What may differ where a run goes on.
+FREE = ("out", "resume", "save_every", "log_every", "evaluate_every", "threads", "stop_after", "sample")
+VALIDATION_BATCHES = 16
+STATS = ("difference", "noise_to_guide", "cosine", "code_changes", "alphas_at_floor", "lost_directions",
+         "lost_norms", "bad_alphas")  # fmt: skip
+COLUMNS = ["step", "loss", "validation_loss", "learning_rate", "seconds", "tokens_per_second", *STATS]
+LIMIT = 2**40  # of seeds: a batch's generator is seeded by one and the step
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.evidence.train_lm", description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    add("--resume", action="store_true", help="go on from DIR's checkpoint, or begin if there is none")
+    add("--text", type=Path, nargs="+", help="files; by default Python's own sources")
+    add("--bytes", type=int, default=8_000_000, help="of text, at most")
+    add("--preset", default="lsq", choices=list(PRESETS), help="how weights are quantized")
+    add("--estimator", default="fogzo", choices=["ste", "fogzo"])
+    add("--kappa", type=float, default=0.1, help="(1 - beta) d of FOGZO at its end")
+    add("--noise-schedule", default="linear", choices=["linear", "constant"], help="of 1 - beta")
+    add("--start", type=float, default=0.0, help="share of the steps before FOGZO begins")
+    add("--every", type=int, default=1, help="FOGZO in every k-th step")
+    add("--difference", default="central", choices=["central", "forward"])
+    add("--probe-share", type=float, default=1.0, help="of the micro-batches")
+    add("--directions", type=int, default=1)
+    add("--hidden", type=int, default=192, help="width, of QuEST a multiple of 128")
+    add("--layers", type=int, default=3)
+    add("--context", type=int, default=128, help="bytes of a row")
+    add("--rows", type=int, default=16, help="of a step")
+    add("--micro-batches", type=int, default=1)
+    add("--steps", type=int, default=1000)
+    add("--seed", type=int, default=0)
+    add("--rate", type=float, default=4e-3, help="learning rate")
+    add("--decay", default="cosine", choices=DECAYS, help="of the learning rate, to a tenth")
+    add("--warm-up", type=float, default=0.1, help="share of the steps")
+    add("--alpha-rate", type=float, default=0.1, help="share of the learning rate that learned scales take")
+    add("--weight-decay", type=float, default=0.1)
+    add("--clip", type=float, default=1.0, help="norm of all gradients; 0: as they are")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="fp32", choices=list(DTYPES), help="of the weights; bf16 with float32 masters")
+    add("--threads", type=int, help="of PyTorch, on a CPU")
+    add("--save-every", type=int, default=100, help="steps")
+    add("--log-every", type=int, default=10, help="steps")
+    add("--evaluate-every", type=int, default=250, help="steps; also at the end")
+    add("--stop-after", type=int, help="steps of this process, to go on later")
+    add("--sample", type=int, default=200, help="bytes to write at the end")
+    args = parser.parse_args(argv)
+    for name in ("steps", "rows", "micro_batches", "save_every", "log_every", "evaluate_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
+    if args.rows % args.micro_batches:
+        parser.error(f"--rows must be a multiple of --micro-batches {args.micro_batches}, got {args.rows}")
+    if not 0 <= args.seed < LIMIT:
+        parser.error(f"--seed must be in 0..2^40 - 1, got {args.seed}")
+    return args
+
+
+def rate_at(step: int, args: argparse.Namespace) -> float:
+    """Share of the learning rate: up, then down to a tenth."""
+    warm = max(int(args.warm_up * args.steps), 1)
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(args.steps - warm, 1)
+    if args.decay == "cosine":
+        return 0.55 + 0.45 * math.cos(math.pi * done)
+    return 1 - 0.9 * done if args.decay == "linear" else 1.0
+
+
+@dataclass
+class Run:
+    """All that a step changes, and what it is made with."""
+
+    args: argparse.Namespace
+    model: nn.Module
+    optimizer: fk.AdamW
+    fogzo: fk.Fogzo | None
+    data: text.Text
+    step: int = 0  # taken so far
+    seconds: float = 0.0  # in steps
+    rates: list[float] = field(default_factory=list)  # of the groups, before their schedule
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "arguments": told(self.args), "step": self.step, "seconds": self.seconds,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "fogzo": None if self.fogzo is None else self.fogzo.state_dict(),
+            "generator": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.fogzo is not None:
+            self.fogzo.load_state_dict(state["fogzo"])
+        torch.set_rng_state(state["generator"].cpu())
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def told(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes the run what it is."""
+    found = {name: value for name, value in vars(args).items() if name not in FREE}
+    found["text"] = None if args.text is None else [str(path) for path in args.text]
+    return found
+
+
+def check_same(args: argparse.Namespace, state: dict[str, Any]) -> None:
+    now, then = told(args), state["arguments"]
+    odd = [name for name in now if now[name] != then.get(name)]
+    if odd:
+        name = odd[0]
+        raise SystemExit(
+            f"--{name.replace('_', '-')} must be {then.get(name)!r}, as in the run to resume, got {now[name]!r}"
+        )
+
+
+def build(args: argparse.Namespace) -> Run:
+    torch.manual_seed(args.seed)
+    data = text.sources(args.bytes) if args.text is None else text.files(args.text, args.bytes)
+    for name, part in data._asdict().items():
+        if len(part) <= args.context:
+            raise SystemExit(
+                f"--text must have more than --context {args.context} bytes for {name}, got {len(part)}"
+            )
+    model = text.llama(args.hidden, args.layers, args.context)
+    fogzo, preset = None, PRESETS[args.preset]
+    if preset is not None:
+        weights, inputs = preset
+        fk.quantize_model(model, weights, activation=inputs, skip=["model.embed_tokens", "lm_head"])
+    elif args.estimator == "fogzo":
+        raise SystemExit("--preset must quantize for --estimator fogzo, got none")
+    model.to(args.device, DTYPES[args.dtype])
+    if args.estimator == "fogzo":
+        fogzo = fk.Fogzo(
+            model, total_steps=args.steps, kappa=args.kappa, schedule=args.noise_schedule, start=args.start,
+            every=args.every, difference=args.difference, probe_share=args.probe_share,
+            directions=args.directions, seed=args.seed,
+        )  # fmt: skip
+    groups = fk.parameter_groups(model, weight_decay=args.weight_decay, alpha_lr=args.alpha_rate * args.rate)
+    masters = args.dtype != "fp32"
+    optimizer = fk.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fogzo=fogzo, master_weights=masters)
+    return Run(args, model, optimizer, fogzo, data, rates=[group["lr"] for group in optimizer.param_groups])
+
+
+# ---- a step
+
+
+def batch_of(run: Run, step: int) -> Tensor:
+    """Rows of a step: a function of seed and step, so that no state of a loader is to be saved."""
+    generator = torch.Generator().manual_seed(run.args.seed << 23 | step)
+    return text.batch(run.data.train, run.args.rows, run.args.context, generator).to(run.args.device)
+
+
+def take_step(run: Run) -> Tensor:
+    """The loss, on the device."""
+    args, count = run.args, run.args.micro_batches
+    share = rate_at(run.step, args)
+    for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
+        group["lr"] = share * rate
+    parts = batch_of(run, run.step).chunk(count)
+    run.optimizer.zero_grad()
+    if run.fogzo is None:
+        loss = torch.zeros((), device=args.device)
+        for rows in parts:
+            part = run.model(rows, labels=rows).loss / count
+            part.backward()
+            loss += part.detach()
+    else:
+        for probe in run.fogzo.probes():
+            with probe:
+                for rows in probe.batches(parts):
+                    probe.backward(run.model(rows, labels=rows).loss / count)
+    if args.clip:
+        if run.fogzo is not None:
+            loss = run.fogzo.estimate_()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
+        run.optimizer.step()
+    else:
+        found = run.optimizer.step()
+        loss = loss if run.fogzo is None else found
+    run.step += 1
+    return loss
+
+
+@torch.no_grad()
+def validation(run: Run) -> float:
+    """Loss on the same rows for every run."""
+    run.model.eval()
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    for _ in range(VALIDATION_BATCHES):
+        rows = text.batch(run.data.validation, run.args.rows, run.args.context, generator).to(run.args.device)
+        total += float(run.model(rows, labels=rows).loss)
+    run.model.train()
+    return total / VALIDATION_BATCHES
+
+
+@torch.no_grad()
+def sample(run: Run, count: int) -> str:
+    """Text that the model writes on from a line's end; drawn from a generator of its own."""
+    run.model.eval()
+    generator = torch.Generator().manual_seed(run.args.seed)
+    found = [ord("\n")]
+    for _ in range(count):
+        rows = torch.tensor([found[-run.args.context :]], device=run.args.device)
+        weights = run.model(rows).logits[0, -1].float().softmax(0).cpu()
+        found.append(int(torch.multinomial(weights, 1, generator=generator)))
+    run.model.train()
+    return bytes(found[1:]).decode(errors="replace")
+
+
+# ---- the whole
+
+
+@contextmanager
+def stops() -> Any:
+    """A list that is no longer empty when a signal asked the process to end; the step is done first."""
+    asked: list[int] = []
+    kept = {
+        s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def row_of(run: Run, loss: float, bar: tqdm[Any]) -> dict[str, float]:
+    args = run.args
+    row = dict.fromkeys(COLUMNS, math.nan) | {
+        "step": run.step, "loss": loss, "seconds": run.seconds,
+        "learning_rate": rate_at(run.step - 1, args) * args.rate,
+        "tokens_per_second": run.step * args.rows * args.context / max(run.seconds, 1e-9),
+    }  # fmt: skip
+    if run.fogzo is not None:
+        stats = run.fogzo.stats()
+        row |= {name: stats[name] for name in STATS}
+    if run.step % args.evaluate_every == 0 or run.step == args.steps:
+        row["validation_loss"] = validation(run)
+        bar.write(f"step {run.step}: validation loss {row['validation_loss']:.4f} nats a byte")
+    bar.set_postfix(loss=f"{loss:.3f}")
+    return row
+
+
+def advance(run: Run, log: record.Log, bar: tqdm[Any], asked: list[int]) -> bool:
+    """Steps until the last one, or until the process is asked to end: whether it was the last one."""
+    args = run.args
+    last = args.steps if args.stop_after is None else min(args.steps, run.step + args.stop_after)
+    while run.step < last:
+        start = time.perf_counter()
+        loss = take_step(run)
+        due = [run.step % every == 0 or run.step == args.steps
+               for every in (args.log_every, args.evaluate_every)]  # fmt: skip
+        value = float(loss) if any(due) else math.nan  # waits for the device
+        run.seconds += time.perf_counter() - start
+        if any(due):
+            if not math.isfinite(value):
+                raise SystemExit(f"the loss must be finite, got {value} in step {run.step}: a lower --rate?")
+            log.write(row_of(run, value, bar))
+        bar.update()
+        if run.step % args.save_every == 0 or run.step == last or asked:
+            record.save(args.out, run.state())
+        if asked:
+            return False
+    return run.step == args.steps
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    with tqdm(total=args.steps, unit="step", disable=None, desc="building") as bar, stops() as asked:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        args.out.mkdir(parents=True, exist_ok=True)
+        state = record.load(args.out, torch.device(args.device))
+        if state is not None and not args.resume:
+            raise SystemExit(f"--out must have no checkpoint, or be given with --resume, got {args.out}")
+        if state is not None:
+            check_same(args, state)
+        run = build(args)
+        if state is not None:
+            run.load(state)
+            bar.update(run.step)
+        log = record.Log(args.out, COLUMNS, run.step)
+        if log.events is None and not run.step:
+            bar.write("tensorboard is not installed; log.csv has all numbers")
+        bar.set_description(f"{args.preset}, {args.estimator}")
+        try:
+            finished = advance(run, log, bar, asked)
+        finally:
+            log.close()
+    if finished and args.sample:
+        print(f"--- {args.sample} bytes that it writes\n{sample(run, args.sample)}")
+    print(f"{args.out}: {run.step} of {args.steps} steps, {run.seconds:.0f} s")
+    return 0 if finished or not asked else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,202 @@
+"""The trainer of byte-level language models: what it leaves, and that no kill changes what it ends with."""
+
+import csv
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from bench.evidence import record, text, train_lm
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+SMALL = [
+    "--hidden", "64", "--layers", "1", "--context", "32", "--rows", "4", "--device", "cpu", "--threads", "1",
+    "--bytes", "200000", "--sample", "0",
+]  # fmt: skip
+KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have loaded all that a run takes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.evidence.train_lm", "transformers.models.llama.modeling_llama"])
+    return context
+
+
+def train(out, *options):
+    return train_lm.main(["--out", str(out), *SMALL, *options])
+
+
+def state(out):
+    return record.load(out, torch.device("cpu"))
+
+
+def tensors(found):
+    """All tensors of a checkpoint, in order."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    inner = found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else []
+    return [t for one in inner for t in tensors(one)]
+
+
+def same(a, b):
+    assert a["step"] == b["step"]
+    pairs = list(zip(tensors(a), tensors(b), strict=True))
+    return len(pairs) > 20 and all(torch.equal(x, y) for x, y in pairs)
+
+
+def rows(out):
+    with (out / record.LOG).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, server):
+    """At moments of no choosing: while it builds, steps, logs or saves."""
+    options = [
+        "--steps",
+        "600",
+        "--save-every",
+        "7",
+        "--log-every",
+        "5",
+        "--evaluate-every",
+        "60",
+        "--kappa",
+        "1.0",
+    ]
+    seed = int(os.environ.get("FOGZO_TEST_SEED", random.randrange(2**31)))
+    print(f"FOGZO_TEST_SEED={seed}")
+    moments = random.Random(seed)
+    for kill in range(KILLS):
+        run = server.Process(target=train, args=(tmp_path / "killed", *options, "--resume"))
+        run.start()
+        time.sleep(moments.uniform(0.05, 0.6))
+        assert run.exitcode is None, f"it ended before kill {kill}"
+        os.kill(run.pid, signal.SIGKILL)
+        run.join()
+    assert train(tmp_path / "killed", *options, "--resume") == 0
+    assert train(tmp_path / "whole", *options) == 0
+    assert same(state(tmp_path / "killed"), state(tmp_path / "whole"))
+    found, expected = rows(tmp_path / "killed"), rows(tmp_path / "whole")
+    for name in ("step", "loss", "validation_loss", "learning_rate", "difference", "cosine"):
+        assert [row[name] for row in found] == [row[name] for row in expected]
+    assert not list((tmp_path / "killed").glob("*.tmp")) + list((tmp_path / "killed").glob("checkpoint.pt.*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--estimator", "ste", "--micro-batches", "2", "--clip", "0"],
+        ["--micro-batches", "4", "--difference", "forward", "--probe-share", "0.5", "--clip", "0"],
+        ["--dtype", "bf16", "--preset", "quest-w2a2", "--hidden", "128", "--start", "0.5", "--decay", "linear"],
+        ["--preset", "none", "--estimator", "ste", "--decay", "constant"],
+    ],
+)
+def test_runs_stop_and_go_on(options, tmp_path):
+    """After any number of steps; all that they are made with is in the checkpoint, and a loss that falls."""
+    options = [*options, "--steps", "12", "--save-every", "5", "--log-every", "1"]
+    assert train(tmp_path / "whole", *options) == 0
+    assert train(tmp_path / "parts", *options, "--stop-after", "4") == 0
+    assert state(tmp_path / "parts")["step"] == 4
+    assert train(tmp_path / "parts", *options, "--resume") == 0
+    assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    losses = [float(row["loss"]) for row in rows(tmp_path / "parts")]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] < 1.2 * math.log(256)
+
+
+def test_log_events_validation_and_sample(tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(tmp_path, "--steps", "6", "--log-every", "2", "--evaluate-every", "4", "--sample", "30") == 0
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == ["2", "4", "6"]
+    assert [math.isnan(float(row["validation_loss"])) for row in found] == [True, False, False]
+    for name in (*train_lm.STATS, "tokens_per_second", "seconds", "learning_rate"):
+        assert all(math.isfinite(float(row[name])) for row in found[1:]), name
+    events = EventAccumulator(str(tmp_path / record.EVENTS)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    assert "--- 30 bytes that it writes" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_step_and_saves(tmp_path, monkeypatch):
+    original = train_lm.take_step
+
+    def signalled(run):
+        loss = original(run)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(train_lm, "take_step", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    assert train(tmp_path, "--steps", "9") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert state(tmp_path)["step"] == 3
+
+
+def test_a_failed_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    record.save(tmp_path, {"step": 1})
+
+    def failing(state, file):
+        file.write(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(record.torch, "save", failing)
+    with pytest.raises(OSError, match="no space"):
+        record.save(tmp_path, {"step": 2})
+    assert state(tmp_path) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == [record.CHECKPOINT]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--out must have no checkpoint, or be given with --resume"),
+        (["--resume", "--steps", "7"], "--steps must be 4, as in the run to resume, got 7"),
+        (["--resume", "--kappa", "0.5"], "--kappa must be 0.1, as in the run to resume, got 0.5"),
+    ],
+)
+def test_another_run_is_refused(options, message, tmp_path):
+    assert train(tmp_path, "--steps", "4") == 0
+    before = state(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path, *(options if "--steps" in options else ["--steps", "4", *options]))
+    assert same(state(tmp_path), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "none"], "--preset must quantize for --estimator fogzo, got none"),
+        (["--bytes", "1"], "size must hold one of Python's sources, got 1 bytes"),
+    ],
+)
+def test_what_cannot_run_is_refused(options, message, tmp_path):
+    with pytest.raises((SystemExit, ValueError), match=message):
+        train(tmp_path, *options)
+
+
+def test_bad_numbers_are_named(tmp_path, capsys):
+    for options in (["--rows", "6", "--micro-batches", "4"], ["--save-every", "0"], ["--seed", "-1"]):
+        with pytest.raises(SystemExit):
+            train(tmp_path, *options)
+        assert f"{options[-2] if options[0] != '--rows' else '--rows'} must be" in capsys.readouterr().err
+
+
+def test_files_are_parted_each(tmp_path):
+    """The last one is cut where the text is longer than was asked for."""
+    for name, data in (("a", b"a" * 20), ("b", b"b" * 20)):
+        (tmp_path / name).write_bytes(data)
+    found = text.files([tmp_path / "a", tmp_path / "b"], 30)
+    assert bytes(found.train.tolist()) == b"a" * 18 + b"b" * 9
+    assert bytes(found.validation.tolist()) == b"a" * 2 + b"b"
+    with pytest.raises(SystemExit, match="--text must have more than --context 32 bytes for train, got 27"):
+        train(tmp_path / "out", "--text", str(tmp_path / "a"), str(tmp_path / "b"), "--bytes", "30")
