@@ -8,7 +8,7 @@ NATIVE := setup.py build_cuda.py cuda_units.py \
 CXX_SOURCES := $(filter-out setup.py build_cuda.py cuda_units.py,$(NATIVE)) $(wildcard python_tests/cuda_on_host/*.h)
 
 # What a target needs beside torch and the build tools; pyproject.toml has the same as extras
-demo_PACKAGES := scikit-learn tqdm matplotlib tensorboard
+demo_PACKAGES := scikit-learn tqdm matplotlib tensorboard mlxtend
 triton_PACKAGES := triton
 transformers_PACKAGES := transformers
 test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors
@@ -21,7 +21,7 @@ TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transf
 .NOTPARALLEL:  # one pip at a time
 
 demo: $(VENV)/built $(VENV)/has-demo
-	$(BIN)/python -m bench.evidence.digits
+	$(BIN)/python -m bench.evidence.mlp
 
 # one test at a time to each worker, the long ones first: see conftest.py
 test: $(TESTABLE)

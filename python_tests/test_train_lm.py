@@ -200,3 +200,14 @@ def test_files_are_parted_each(tmp_path):
     assert bytes(found.validation.tolist()) == b"a" * 2 + b"b"
     with pytest.raises(SystemExit, match="--text must have more than --context 32 bytes for train, got 27"):
         train(tmp_path / "out", "--text", str(tmp_path / "a"), str(tmp_path / "b"), "--bytes", "30")
+
+
+def test_every_seed_and_step_has_batches_of_its_own():
+    """A CPU's generator takes 32 bits of its seed: seeds above others would be lost."""
+    data = torch.arange(256, dtype=torch.uint8)
+    found = {
+        tuple(text.batch(data, 4, 8, text.generator_of(seed, step)).flatten().tolist())
+        for seed in (0, 1, 600, 2**31)
+        for step in (0, 1, 10_000)
+    }
+    assert len(found) == 12

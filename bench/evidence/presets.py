@@ -8,24 +8,22 @@ curve to a JSON file, and plots the loss against steps.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import fogzo_kernels as fk
 
-from . import text
+from . import pool, text
 
 #: How weights, and inputs of linear layers, are quantized; None: not at all.
 PRESETS: dict[str, tuple[fk.Quantizer, fk.Quantizer | None] | None] = {
@@ -106,7 +104,7 @@ def rate_at(step: int, args: argparse.Namespace) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(args.steps - warm, 1))
 
 
-def train(args: argparse.Namespace, job: Job, progress: Any) -> Result:
+def train(args: argparse.Namespace, job: Job, progress: Callable[[], None]) -> Result:
     """One run; deterministic given the job."""
     torch.set_num_threads(1)  # runs are spread over processes
     torch.manual_seed(job.seed)
@@ -136,7 +134,7 @@ def train(args: argparse.Namespace, job: Job, progress: Any) -> Result:
         optimizer.step()
         schedule.step()
         result.losses.append(float(loss))
-        progress.put(1)
+        progress()
     result.seconds = time.perf_counter() - start
     result.validation_loss = validation(args, model, data.validation)
     return result
@@ -149,29 +147,6 @@ def validation(args: argparse.Namespace, model: torch.nn.Module, held_out: torch
     generator = torch.Generator().manual_seed(0)
     batches = [text.batch(held_out, args.batch, args.context, generator) for _ in range(VALIDATION_BATCHES)]
     return statistics.mean(float(model(rows, labels=rows).loss) for rows in batches)
-
-
-def run(args: argparse.Namespace) -> list[Result]:
-    """All jobs over processes, with a bar that counts their steps."""
-    jobs = jobs_of(args)
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(args.workers) as pool:
-        progress = manager.Queue()
-        pending: list[AsyncResult[Result]] = [pool.apply_async(train, (args, job, progress)) for job in jobs]
-        with tqdm(total=len(jobs) * args.steps, unit="step", desc=f"{len(jobs)} runs") as bar:
-            while not all(job.ready() for job in pending) or not progress.empty():
-                if any(job.ready() and not job.successful() for job in pending):
-                    break
-                bar.update(0 if progress.empty() else progress.get())
-                if progress.empty():
-                    time.sleep(0.1)
-        return [job.get() for job in pending]
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), spread
 
 
 def best(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -197,8 +172,8 @@ def table(chosen: dict[tuple[str, str], list[Result]]) -> str:
             "exact" if PRESETS[preset] is None else estimator.upper(),
             f"{runs[0].job.rate:g}",
             f"{first:.2f}",
-            "{:.3f} ± {:.3f}".format(*mean_and_error([r.final for r in runs])),
-            "{:.3f} ± {:.3f}".format(*mean_and_error([r.validation_loss for r in runs])),
+            "{:.3f} ± {:.3f}".format(*pool.mean_and_error([r.final for r in runs])),
+            "{:.3f} ± {:.3f}".format(*pool.mean_and_error([r.validation_loss for r in runs])),
             f"{statistics.mean(r.seconds for r in runs):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -242,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = run(args)
+    results = pool.run(
+        functools.partial(train, args), jobs_of(args), args.steps, args.workers, ["bench.evidence.text"]
+    )
     chosen = best(results)
     print(table(chosen))
     print(f"mean ± standard error over {args.seeds} seeds, {args.steps} steps, best of the rates {args.rates}")

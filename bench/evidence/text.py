@@ -70,6 +70,11 @@ def batch(text: Tensor, rows: int, context: int, generator: torch.Generator) -> 
     return text[starts + torch.arange(context)].long()
 
 
+def generator_of(seed: int, step: int) -> torch.Generator:
+    """Of a batch: a function of both. A CPU's generator takes the lowest 32 bits of its seed alone."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + step) % 2**32)
+
+
 def llama(hidden: int, layers: int, context: int) -> nn.Module:
     """LlamaForCausalLM over bytes; heads of 64, or one."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -33,7 +33,7 @@ VALIDATION_BATCHES = 16
 STATS = ("difference", "noise_to_guide", "cosine", "code_changes", "alphas_at_floor", "lost_directions",
          "lost_norms", "bad_alphas")  # fmt: skip
 COLUMNS = ["step", "loss", "validation_loss", "learning_rate", "seconds", "tokens_per_second", *STATS]
-LIMIT = 2**40  # of seeds: a batch's generator is seeded by one and the step
+LIMIT = 2**32  # of seeds
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.rows % args.micro_batches:
         parser.error(f"--rows must be a multiple of --micro-batches {args.micro_batches}, got {args.rows}")
     if not 0 <= args.seed < LIMIT:
-        parser.error(f"--seed must be in 0..2^40 - 1, got {args.seed}")
+        parser.error(f"--seed must be in 0..2^32 - 1, got {args.seed}")
     return args
 
 
@@ -178,7 +178,7 @@ def build(args: argparse.Namespace) -> Run:
 
 def batch_of(run: Run, step: int) -> Tensor:
     """Rows of a step: a function of seed and step, so that no state of a loader is to be saved."""
-    generator = torch.Generator().manual_seed(run.args.seed << 23 | step)
+    generator = text.generator_of(run.args.seed, step)
     return text.batch(run.data.train, run.args.rows, run.args.context, generator).to(run.args.device)
 
 

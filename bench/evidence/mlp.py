@@ -1,0 +1,363 @@
+"""Train a low-bit MLP on images of digits with STE, FOGZO and n-SPSA: the paper's first experiment.
+
+Prints a table over several seeds and what it means, and plots the training loss against steps and against
+forward passes. ``make demo`` runs it as it is. Learning rates are constant unless --decay says otherwise:
+without decay, the weights of STE oscillate around their thresholds. ``--full`` adds n-SPSA with 1000 and 7960
+directions, which takes about an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fogzo_kernels as fk
+from bench.data import Data, load
+
+from . import pool
+from .spsa import Spsa
+
+GRIDS = {"uniform": fk.Grid.uniform, "half_offset": fk.Grid.half_offset}
+#: Adam's learning rate, each method's best of 0.0025 0.005 0.01 0.02 0.04, and alpha; other data take digits'.
+DEFAULTS: dict[str, tuple[dict[str, float], float]] = {
+    "mnist": ({"ste": 0.005, "fogzo": 0.01, "spsa": 0.005}, 0.1),
+    "digits": ({"ste": 0.01, "fogzo": 0.02, "spsa": 0.01}, 0.25),
+}
+NAMES = {"ste": "STE", "fogzo": "FOGZO", "spsa": "n-SPSA"}
+EVALUATIONS = 30  # points of a curve
+FULL = (1000, 7960)
+FEWER = ((5000, 1), (1000, 2), (100, 3), (0, 2**31))  # seeds at most, of so many directions
+CALIBRATION = 3  # steps of each kind of run, to say how long all will take
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    method: str  # ste, fogzo or spsa
+    directions: int
+    seed: int
+    rate: float
+
+    @property
+    def label(self) -> str:
+        return NAMES[self.method] if self.method == "ste" else f"{NAMES[self.method]}, n = {self.directions}"
+
+
+@dataclass
+class Result:
+    """What a run gives back."""
+
+    job: Job
+    test_accuracy: float = 0.0
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+    steps: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.evidence.mlp", description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    sources = "mnist: 5,000 images; digits: scikit-learn's; an .npz with X and y; a folder of MNIST's IDX files"
+    add("--data", default="mnist", help=sources)
+    add("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))
+    add("--bits", type=int, default=2, help="bits of the uniform and half_offset grids")
+    add("--grid", default="uniform", choices=["uniform", "half_offset", "sign", "ternary"])
+    add("--straight-through", default="identity", choices=list(fk.spec.straight_through.KINDS))
+    add("--clip", action="store_true", help="derivative 0 outside the grid's range")
+    add(
+        "--alpha",
+        type=float,
+        help="of the grids, and deviation of the first weights; by default that of the data",
+    )
+    add("--kappa", type=float, help="(1 - beta) d at the end; by default 1 - beta is 1e-4")
+    add("--n", type=int, nargs="+", default=[1], help="directions of FOGZO")
+    add("--spsa-n", type=int, nargs="+", default=[1, 10, 100], help="directions of n-SPSA")
+    add("--full", action="store_true", help=f"n-SPSA also with {FULL} directions")
+    add("--seeds", type=int, default=8, help="of 100 directions and more fewer: 3, 2 and 1")
+    add("--steps", type=int, default=1500)
+    add("--batch", type=int, default=128)
+    add("--hidden", type=int, nargs="*", default=[10])
+    add("--rate", type=float, help=f"Adam's learning rate for all methods; by default {DEFAULTS['mnist'][0]}")
+    add("--decay", default="constant", choices=["constant", "cosine"], help="learning rate over training")
+    add("--device", default="cpu")
+    add("--backend", help="by default the best available")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--out", default="bench/out", help="folder for the plot and the numbers")
+    args = parser.parse_args(argv)
+    rates, alpha = DEFAULTS.get(args.data, DEFAULTS["digits"])
+    args.alpha = alpha if args.alpha is None else args.alpha
+    args.rates = {method: args.rate or rates[method] for method in NAMES}
+    if args.full:
+        args.spsa_n = [*args.spsa_n, *FULL]
+    return args
+
+
+def seeds_of(args: argparse.Namespace, directions: int) -> int:
+    """Thousands of directions leave little to chance, and take long."""
+    return min(args.seeds, next(seeds for least, seeds in FEWER if directions >= least))
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    counts = {"ste": [0], "fogzo": args.n, "spsa": args.spsa_n}
+    return [
+        Job(method, n, seed, args.rates[method])
+        for method in args.methods
+        for n in counts[method]
+        for seed in range(seeds_of(args, n))
+    ]
+
+
+def build(args: argparse.Namespace, features: int, classes: int) -> nn.Sequential:
+    """An MLP whose weights are all quantized; they start normal, with alpha for deviation."""
+    sizes = [features, *args.hidden, classes]
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        layers += [nn.ReLU()] if i else []
+        layers.append(nn.Linear(fan_in, fan_out))
+        nn.init.normal_(layers[-1].weight, std=args.alpha)
+        nn.init.zeros_(layers[-1].bias)
+    grid = GRIDS[args.grid](args.bits) if args.grid in GRIDS else getattr(fk.Grid, args.grid)()
+    straight_through = fk.StraightThrough(args.straight_through, clip=args.clip)
+    model = nn.Sequential(*layers)
+    fk.quantize_model(
+        model, fk.Quantizer(grid, fk.Scale.fixed(args.alpha), straight_through), backend=args.backend
+    )
+    return model.to(args.device)
+
+
+def gradients(args: argparse.Namespace, job: Job, model: nn.Sequential) -> Callable[[Tensor, Tensor], object]:
+    """What leaves a method's gradients of a batch in ``.grad``."""
+    if job.method == "ste":
+        return lambda x, y: F.cross_entropy(model(x), y).backward()
+    if job.method == "spsa":  # beta = 0: no guide at all
+        return Spsa(model, job.directions, job.seed).step
+    mix = {"one_minus_beta": 1e-4} if args.kappa is None else {"kappa": args.kappa}
+    fogzo = fk.Fogzo(
+        model, total_steps=args.steps, directions=job.directions, seed=job.seed, backend=args.backend, **mix
+    )
+    return lambda x, y: fogzo.step(lambda: F.cross_entropy(model(x), y))
+
+
+def train(args: argparse.Namespace, data: Data, job: Job, progress: Callable[[], None]) -> Result:
+    """One run; deterministic given the job."""
+    torch.set_num_threads(1)  # runs are spread over processes
+    torch.manual_seed(job.seed)
+    train_x, train_y, test_x, test_y = (t.to(args.device) for t in data)
+    model = build(args, train_x.shape[1], data.classes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    fill, result, start = gradients(args, job, model), Result(job), time.perf_counter()
+
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        result.steps.append(step)
+        result.passes.append(step * (1 + 2 * job.directions))
+        result.losses.append(F.cross_entropy(model(train_x), train_y).item())
+
+    for step in range(args.steps):
+        if step % max(args.steps // EVALUATIONS, 1) == 0:
+            evaluate(step)
+        rows = torch.randint(len(train_x), (args.batch,)).to(args.device)
+        optimizer.zero_grad()
+        fill(train_x[rows], train_y[rows])
+        optimizer.step()
+        if args.decay == "cosine":
+            cosine.step()
+        progress()
+    evaluate(args.steps)
+    with torch.no_grad():
+        result.test_accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
+    result.seconds = time.perf_counter() - start
+    result.peak_mb = peak_mb(args.device)
+    return result
+
+
+def peak_mb(device: str) -> float:
+    """Peak memory in MB: of the GPU's allocator, or of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def minutes(args: argparse.Namespace, data: Data, jobs: Sequence[Job]) -> float:
+    """How long all will take, from a few steps of each kind."""
+    threads, seconds = torch.get_num_threads(), dict[str, float]()
+    short = argparse.Namespace(**{**vars(args), "steps": CALIBRATION})
+    for job in {job.label: job for job in jobs}.values():
+        found = train(short, data, job, lambda: None)  # the first step of all is slow
+        found = train(short, data, job, lambda: None) if job.directions < 100 else found
+        seconds[job.label] = found.seconds / CALIBRATION * args.steps
+    torch.set_num_threads(threads)
+    whole = sum(seconds[job.label] for job in jobs)
+    return max(whole / min(args.workers, len(jobs)), max(seconds.values())) / 60
+
+
+# ---- what is shown
+
+
+def by_label(results: list[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for r in results:
+        groups.setdefault(r.job.label, []).append(r)
+    return groups
+
+
+def plus_minus(values: list[float], digits: int) -> str:
+    mean, error = pool.mean_and_error(values)
+    return f"{mean:.{digits}f} +- {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def table(results: list[Result]) -> str:
+    columns = "{:16s} {:>5s} {:>6s} {:>21s} {:>18s} {:>9s} {:>8s} {:>8s}"
+    names = (
+        "method",
+        "seeds",
+        "rate",
+        "final training loss",
+        "test accuracy, %",
+        "passes",
+        "seconds",
+        "peak MB",
+    )
+    rows = [columns.format(*names)]
+    rows.append("-" * len(rows[0]))
+    for label, group in by_label(results).items():
+        cells = (
+            f"{len(group)}", f"{group[0].job.rate:g}", plus_minus([r.losses[-1] for r in group], 4),
+            plus_minus([100 * r.test_accuracy for r in group], 2), f"{group[0].passes[-1]}",
+            f"{statistics.mean(r.seconds for r in group):.1f}", f"{max(r.peak_mb for r in group):.0f}",
+        )  # fmt: skip
+        rows.append(columns.format(label, *cells))
+    rows.append("mean +- standard error over the seeds")
+    return "\n".join(rows)
+
+
+def mean_curve(group: list[Result]) -> list[float]:
+    return [statistics.mean(losses) for losses in zip(*(r.losses for r in group), strict=True)]
+
+
+def passes_until(group: list[Result], loss: float) -> float | None:
+    """Forward passes until the mean curve is as low, between its points on a line; None: it never is."""
+    curve, passes = mean_curve(group), group[0].passes
+    for i, value in enumerate(curve):
+        if value <= loss:
+            if i == 0:
+                return float(passes[0])
+            share = (curve[i - 1] - loss) / (curve[i - 1] - value)
+            return passes[i - 1] + share * (passes[i] - passes[i - 1])
+    return None
+
+
+def loss_at(group: list[Result], passes: float) -> float:
+    """The mean curve's loss after so many forward passes, between its points on a line."""
+    points = list(zip(group[0].passes, mean_curve(group), strict=True))
+    for (p, before), (q, after) in pairwise(points):
+        if q >= passes:
+            return before + (after - before) * (passes - p) / (q - p)
+    return points[-1][1]
+
+
+def words(results: list[Result]) -> str:
+    """What table and plot say."""
+    groups = by_label(results)
+    ste = groups.get("STE")
+    fogzo = next((g for label, g in groups.items() if label.startswith("FOGZO")), None)
+    said = []
+    if ste and fogzo:
+        (a, da), (b, db) = (pool.mean_and_error([r.losses[-1] for r in g]) for g in (ste, fogzo))
+        apart = abs(a - b) / max((da * da + db * db) ** 0.5, 1e-12)
+        level = f"{apart:.1f} standard errors apart" if apart == apart else "of one seed"
+        side = "lower" if b < a else "higher"
+        said.append(f"At equal steps {fogzo[0].job.label} ends {side} than STE: {b:.4f} and {a:.4f}, {level}.")
+        same = loss_at(fogzo, ste[0].passes[-1])
+        side = "lower" if same < a else "higher"
+        said.append(f"After as many forward passes as all of STE's it is {side}: {same:.4f} and {a:.4f}.")
+    for label, group in groups.items():
+        if not label.startswith(NAMES["spsa"]):
+            continue
+        loss, passes = statistics.mean(r.losses[-1] for r in group), group[0].passes[-1]
+        others = [
+            f"{other[0].job.label} {reached(passes_until(other, loss), passes)}"
+            for other in (fogzo, ste)
+            if other is not None
+        ]
+        said.append(
+            f"{label} ends at {loss:.4f} after {passes} forward passes; {', '.join(others) or 'alone'}."
+        )
+    return "\n".join(said)
+
+
+def reached(needed: float | None, passes: int) -> str:
+    """After how many passes, and how many times fewer that is."""
+    if needed is None:
+        return "does not get there in its steps"
+    return f"is there after {needed:.0f}, {passes / max(needed, 1):.1f} times fewer"
+
+
+def plot(results: list[Result], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for panel, axis in zip(panels, ("steps", "passes"), strict=True):
+        for label, group in by_label(results).items():
+            points = getattr(group[0], axis)[1:]  # 0 has no place on a logarithmic axis
+            curves = torch.tensor([r.losses[1:] for r in group])
+            line = panel.plot(points, curves.mean(0), label=f"{label} ({len(group)} seeds)")[0]
+            if len(group) > 1:
+                low, high = curves.quantile(0.1, 0), curves.quantile(0.9, 0)
+                panel.fill_between(points, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+        panel.set(xlabel={"steps": "steps", "passes": "forward passes"}[axis], yscale="log")
+        panel.grid(alpha=0.3, which="both")
+    panels[1].set(xscale="log")
+    panels[0].set(ylabel="training loss")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.suptitle(f"{title}; mean and 10th to 90th percentile", fontsize="medium")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data, jobs = load(args.data), jobs_of(args)
+    count = min(args.workers, len(jobs))
+    print(f"{len(jobs)} runs of {args.steps} steps in {count} processes take about"
+          f" {minutes(args, data, jobs):.1f} minutes", flush=True)  # fmt: skip
+    results = pool.run(
+        functools.partial(train, args, data), jobs, args.steps, args.workers, ["bench.evidence.spsa"]
+    )
+    print(f"{table(results)}\n{words(results)}")
+    name = Path(args.data).stem
+    bits = f"{args.bits}-bit " if args.grid in GRIDS else ""
+    plot(results, out / f"{name}.png", f"{name}: {bits}{args.grid} weights, {args.straight_through} STE")
+    rows = [{**asdict(r), "job": {**asdict(r.job), "label": r.job.label}} for r in results]
+    (out / f"{name}.json").write_text(json.dumps({"arguments": vars(args), "runs": rows}, indent=1) + "\n")
+    print(f"wrote {out / name}.png and {out / name}.json")
+
+
+if __name__ == "__main__":
+    main()

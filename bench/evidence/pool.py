@@ -1,0 +1,78 @@
+"""Training runs over processes, with one bar that counts their steps."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+J = TypeVar("J")
+R = TypeVar("R")
+EVERY = 5  # steps of a run between two words to the bar
+
+
+class Progress:
+    """What a run calls after each step; the bar hears of some of them."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue, self.steps = queue, 0
+
+    def __call__(self) -> None:
+        self.steps += 1
+        if self.steps % EVERY == 0:
+            self.queue.put(EVERY)
+
+    def end(self) -> None:
+        self.queue.put(self.steps % EVERY)
+
+
+def one(train: Callable[[J, Callable[[], None]], R], queue: Any, job: J) -> R:
+    progress = Progress(queue)
+    try:
+        return train(job, progress)
+    finally:
+        progress.end()
+
+
+def run(
+    train: Callable[[J, Callable[[], None]], R], jobs: Sequence[J], steps: int, workers: int | None,
+    preload: Sequence[str] = (),
+) -> list[R]:  # fmt: skip
+    """The results of the jobs, in their order; the last jobs are begun first.
+
+    Args:
+        train: of one job; it calls its second argument after each step. A process serves one job, so that its
+            peak of memory is the job's own.
+        steps: of a job.
+        workers: processes; None: one for each core.
+        preload: modules that processes have loaded when they start, where the system can do that.
+    """
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(["fogzo_kernels", "tqdm", *preload])
+    bar = tqdm(total=len(jobs) * steps, unit="step", desc=f"{len(jobs)} runs", smoothing=0.05)
+    with bar, context.Manager() as manager, context.Pool(workers or os.cpu_count(), maxtasksperchild=1) as pool:
+        queue = manager.Queue()
+        pending = [pool.apply_async(partial(one, train, queue), (job,)) for job in reversed(jobs)]
+        while not all(result.ready() for result in pending) or not queue.empty():
+            for result in pending:
+                if result.ready() and not result.successful():
+                    result.get()  # raises what the run raised
+            while not queue.empty():
+                bar.update(queue.get())
+            time.sleep(0.1)
+        return [result.get() for result in reversed(pending)]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; of one value NaN."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), spread
