@@ -11,13 +11,10 @@ import argparse
 import gc
 import json
 import math
-import os
-import platform
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +26,7 @@ import fogzo_kernels as fk
 from . import cases as c
 from . import timing
 from .baselines import KINDS, baseline
+from .machine import machine
 
 OURS = "fogzo"
 EXPONENTS = {"cuda": (28, 24, 20, 16, 10), "cpu": (22, 20, 16, 10)}
@@ -290,32 +288,6 @@ def per_element(extra: int | None, case: c.Case) -> float | None:
 
 
 # ---- reporting
-
-
-def machine(device: torch.device) -> Row:
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "processor": processor()}
-    try:
-        facts["triton"] = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        facts["triton"] = "not installed"
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        capability = f"sm_{found.major}{found.minor}"
-        return {"device": found.name, "capability": capability, "multiprocessors": found.multi_processor_count,
-                "memory_bytes": found.total_memory, "cache_bytes": timing.cache_bytes(device),
-                "cuda": torch.version.cuda, **facts}  # fmt: skip
-    return {"device": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "cache_bytes": timing.cache_bytes(device), **facts}  # fmt: skip
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 def power(n: int) -> str:

@@ -92,7 +92,6 @@ def test_demo_trains_prints_and_plots(tmp_path, capsys):
         assert one["steps"][-1] == 60
         assert one["passes"][-1] == 60 * (1 + 2 * one["job"]["directions"])
         assert 0 <= one["test_accuracy"] <= 1
-        assert one["peak_mb"] > 0
     ste = [one["losses"] for one in runs if one["job"]["method"] == "ste"]
     assert all(losses[-1] < losses[0] for losses in ste)
     assert ste[0] != ste[1]

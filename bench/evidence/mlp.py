@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,15 +25,17 @@ from torch import Tensor, nn
 
 import fogzo_kernels as fk
 from bench.data import Data, load
+from bench.machine import machine
 
 from . import pool
 from .spsa import Spsa
 
 GRIDS = {"uniform": fk.Grid.uniform, "half_offset": fk.Grid.half_offset}
 #: Adam's learning rate, each method's best of 0.0025 0.005 0.01 0.02 0.04, and alpha; other data take digits'.
+#: n-SPSA's with hundreds and with thousands of directions are names of their own.
 DEFAULTS: dict[str, tuple[dict[str, float], float]] = {
-    "mnist": ({"ste": 0.005, "fogzo": 0.01, "spsa": 0.005}, 0.1),
-    "digits": ({"ste": 0.01, "fogzo": 0.02, "spsa": 0.01}, 0.25),
+    "mnist": ({"ste": 0.005, "fogzo": 0.01, "spsa": 0.005, "spsa-100": 0.01, "spsa-1000": 0.02}, 0.1),
+    "digits": ({"ste": 0.01, "fogzo": 0.02, "spsa": 0.01, "spsa-100": 0.02, "spsa-1000": 0.02}, 0.25),
 }
 NAMES = {"ste": "STE", "fogzo": "FOGZO", "spsa": "n-SPSA"}
 EVALUATIONS = 30  # points of a curve
@@ -64,7 +65,6 @@ class Result:
     job: Job
     test_accuracy: float = 0.0
     seconds: float = 0.0
-    peak_mb: float = 0.0
     steps: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -88,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help="of the grids, and deviation of the first weights; by default that of the data",
     )
-    add("--kappa", type=float, help="(1 - beta) d at the end; by default 1 - beta is 1e-4")
+    add("--kappa", type=float, default=0.1, help="(1 - beta) d of FOGZO at the end")
     add("--n", type=int, nargs="+", default=[1], help="directions of FOGZO")
     add("--spsa-n", type=int, nargs="+", default=[1, 10, 100], help="directions of n-SPSA")
     add("--full", action="store_true", help=f"n-SPSA also with {FULL} directions")
@@ -102,10 +102,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--backend", help="by default the best available")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--out", default="bench/out", help="folder for the plot and the numbers")
+    add("--name", help="of both; by default that of the data")
     args = parser.parse_args(argv)
     rates, alpha = DEFAULTS.get(args.data, DEFAULTS["digits"])
     args.alpha = alpha if args.alpha is None else args.alpha
-    args.rates = {method: args.rate or rates[method] for method in NAMES}
+    args.rates = {method: args.rate or rate for method, rate in rates.items()}
     if args.full:
         args.spsa_n = [*args.spsa_n, *FULL]
     return args
@@ -116,10 +117,16 @@ def seeds_of(args: argparse.Namespace, directions: int) -> int:
     return min(args.seeds, next(seeds for least, seeds in FEWER if directions >= least))
 
 
+def rate_name(method: str, directions: int) -> str:
+    """More directions are less noise, and want a higher rate."""
+    size = 1000 if directions >= 1000 else 100
+    return f"{method}-{size}" if method == "spsa" and directions >= size else method
+
+
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     counts = {"ste": [0], "fogzo": args.n, "spsa": args.spsa_n}
     return [
-        Job(method, n, seed, args.rates[method])
+        Job(method, n, seed, args.rates[rate_name(method, n)])
         for method in args.methods
         for n in counts[method]
         for seed in range(seeds_of(args, n))
@@ -150,10 +157,10 @@ def gradients(args: argparse.Namespace, job: Job, model: nn.Sequential) -> Calla
         return lambda x, y: F.cross_entropy(model(x), y).backward()
     if job.method == "spsa":  # beta = 0: no guide at all
         return Spsa(model, job.directions, job.seed).step
-    mix = {"one_minus_beta": 1e-4} if args.kappa is None else {"kappa": args.kappa}
     fogzo = fk.Fogzo(
-        model, total_steps=args.steps, directions=job.directions, seed=job.seed, backend=args.backend, **mix
-    )
+        model, total_steps=args.steps, kappa=args.kappa, directions=job.directions, seed=job.seed,
+        backend=args.backend,
+    )  # fmt: skip
     return lambda x, y: fogzo.step(lambda: F.cross_entropy(model(x), y))
 
 
@@ -187,15 +194,7 @@ def train(args: argparse.Namespace, data: Data, job: Job, progress: Callable[[],
     with torch.no_grad():
         result.test_accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
     result.seconds = time.perf_counter() - start
-    result.peak_mb = peak_mb(args.device)
     return result
-
-
-def peak_mb(device: str) -> float:
-    """Peak memory in MB: of the GPU's allocator, or of this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def minutes(args: argparse.Namespace, data: Data, jobs: Sequence[Job]) -> float:
@@ -223,31 +222,20 @@ def by_label(results: list[Result]) -> dict[str, list[Result]]:
 
 def plus_minus(values: list[float], digits: int) -> str:
     mean, error = pool.mean_and_error(values)
-    return f"{mean:.{digits}f} +- {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
 def table(results: list[Result]) -> str:
-    columns = "{:16s} {:>5s} {:>6s} {:>21s} {:>18s} {:>9s} {:>8s} {:>8s}"
-    names = (
-        "method",
-        "seeds",
-        "rate",
-        "final training loss",
-        "test accuracy, %",
-        "passes",
-        "seconds",
-        "peak MB",
-    )
-    rows = [columns.format(*names)]
-    rows.append("-" * len(rows[0]))
+    """Markdown."""
+    names = ("method", "seeds", "rate", "final training loss", "test accuracy, %", "forward passes", "seconds")
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for label, group in by_label(results).items():
         cells = (
-            f"{len(group)}", f"{group[0].job.rate:g}", plus_minus([r.losses[-1] for r in group], 4),
+            label, f"{len(group)}", f"{group[0].job.rate:g}", plus_minus([r.losses[-1] for r in group], 4),
             plus_minus([100 * r.test_accuracy for r in group], 2), f"{group[0].passes[-1]}",
-            f"{statistics.mean(r.seconds for r in group):.1f}", f"{max(r.peak_mb for r in group):.0f}",
+            f"{statistics.mean(r.seconds for r in group):.1f}",
         )  # fmt: skip
-        rows.append(columns.format(label, *cells))
-    rows.append("mean +- standard error over the seeds")
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -350,12 +338,17 @@ def main(argv: list[str] | None = None) -> None:
     results = pool.run(
         functools.partial(train, args, data), jobs, args.steps, args.workers, ["bench.evidence.spsa"]
     )
-    print(f"{table(results)}\n{words(results)}")
-    name = Path(args.data).stem
+    print(f"{table(results)}\nmean ± standard error over the seeds\n{words(results)}")
+    name = args.name or Path(args.data).stem
     bits = f"{args.bits}-bit " if args.grid in GRIDS else ""
-    plot(results, out / f"{name}.png", f"{name}: {bits}{args.grid} weights, {args.straight_through} STE")
+    plot(
+        results,
+        out / f"{name}.png",
+        f"{Path(args.data).stem}: {bits}{args.grid} weights, {args.straight_through} STE",
+    )
     rows = [{**asdict(r), "job": {**asdict(r.job), "label": r.job.label}} for r in results]
-    (out / f"{name}.json").write_text(json.dumps({"arguments": vars(args), "runs": rows}, indent=1) + "\n")
+    whole = {"machine": machine(torch.device(args.device)), "arguments": vars(args), "runs": rows}
+    (out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     print(f"wrote {out / name}.png and {out / name}.json")
 
 

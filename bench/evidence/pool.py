@@ -48,8 +48,7 @@ def run(
     """The results of the jobs, in their order; the last jobs are begun first.
 
     Args:
-        train: of one job; it calls its second argument after each step. A process serves one job, so that its
-            peak of memory is the job's own.
+        train: of one job; it calls its second argument after each step.
         steps: of a job.
         workers: processes; None: one for each core.
         preload: modules that processes have loaded when they start, where the system can do that.
@@ -59,7 +58,7 @@ def run(
     if server:
         context.set_forkserver_preload(["fogzo_kernels", "tqdm", *preload])
     bar = tqdm(total=len(jobs) * steps, unit="step", desc=f"{len(jobs)} runs", smoothing=0.05)
-    with bar, context.Manager() as manager, context.Pool(workers or os.cpu_count(), maxtasksperchild=1) as pool:
+    with bar, context.Manager() as manager, context.Pool(workers or os.cpu_count()) as pool:
         queue = manager.Queue()
         pending = [pool.apply_async(partial(one, train, queue), (job,)) for job in reversed(jobs)]
         while not all(result.ready() for result in pending) or not queue.empty():

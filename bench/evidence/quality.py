@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import fogzo_kernels as fk
+from bench.machine import machine
 
 from . import pool
 from .tasks import TASKS
@@ -303,7 +304,11 @@ def main(argv: list[str] | None = None) -> None:
         for steps, some in by_steps.items():
             results.extend(pool.run(train, some, steps, args.workers, ["bench.evidence.tasks"]))
         given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        whole = {"arguments": given, "runs": [asdict(r) for r in results]}
+        whole = {
+            "machine": machine(torch.device("cpu")),
+            "arguments": given,
+            "runs": [asdict(r) for r in results],
+        }
         part = args.out.with_suffix(".part")
         part.write_text(json.dumps(whole, indent=1) + "\n")
         part.replace(args.out)

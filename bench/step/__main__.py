@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import bench.step
 
-from ..kernels import machine
+from ..machine import machine
 from .measure import WARM, measured, rounded
 from .methods import METHODS, PEERS
 from .models import DTYPES, SHAPES, Setting

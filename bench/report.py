@@ -1,0 +1,146 @@
+"""Write the tables of README and docs from result files: no number there is typed.
+
+A table stands between ``<!-- report: NAME -->`` and ``<!-- end of report -->``, with the machine, versions,
+commit and date of its file. ``--check`` writes nothing, and fails where a document is not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .evidence import mlp, quality
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "bench/results/epyc-2-cores"
+BEGIN, END = "<!-- report: {} -->", "<!-- end of report -->"
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: in which document, of which result files, and how it is made of them."""
+
+    document: str
+    files: tuple[str, ...]
+    table: Callable[..., str]
+
+
+def provenance(section: Section, found: list[Found]) -> str:
+    """A line for each file, linked from where the document lies."""
+    up = "../" * section.document.count("/")
+    lines = []
+    for name, one in zip(section.files, found, strict=True):
+        m = one["machine"]
+        threads = f", {m['threads']} threads" if "threads" in m else ""
+        when = f"commit {m['commit']}, {m['date']}" if "commit" in m else "before commits were noted"
+        lines.append(
+            f"[{Path(name).name}]({up}{name}): {m['device']}{threads}, Python {m['python']}, PyTorch"
+            f" {m['torch']}; {when}"
+        )
+    return "\n".join(f"{line}." for line in lines)
+
+
+# ---- tables
+
+
+def of_mlp(found: Found) -> str:
+    results = [
+        mlp.Result(**{**one, "job": mlp.Job(**{k: v for k, v in one["job"].items() if k != "label"})})
+        for one in found["runs"]
+    ]
+    said = "\n".join(f"- {line}" for line in mlp.words(results).splitlines())
+    return f"{mlp.table(results)}\n\n{said}"
+
+
+def of_quality(found: Found) -> str:
+    results = [quality.Result(**{**one, "job": quality.Job(**one["job"])}) for one in found["runs"]]
+    steps = found["arguments"]["steps"]
+    said = "\n".join(f"- {line}" for line in quality.verdicts(results, steps).splitlines())
+    return f"{quality.table(results, steps)}\n\n{said}"
+
+
+def of_steps(*found: Found) -> str:
+    """Of several files with the same methods: time by number of threads; memory and bytes once."""
+    threads = [one["machine"]["threads"] for one in found]
+    heads = [
+        f"{count} thread{'s' * (count > 1)}: time of an STE step; of that not in passes" for count in threads
+    ]
+    lines = [f"| | {' | '.join(heads)} | peak MB | calls | MB by ops |", "|---" * (4 + len(found)) + "|"]
+    by_method = [{row["method"]: row for row in one["rows"]} for one in found]
+    for method, row in by_method[0].items():
+        times = [
+            f"{rows[method]['of_ste']:.2f}; {rows[method]['rest_of_ste']:.3f}" if method in rows else ""
+            for rows in by_method
+        ]
+        ours = ["", ""]  # peers call no ops of this package
+        if row["bytes"] is not None:
+            ours = [f"{row['calls']:g}", f"{(row['bytes'] + row['bytes_in_passes']) / 1e6:.1f}"]
+        peak = row["peak_bytes"] / 1e6
+        lines.append(f"| {' | '.join([method, *times, f'{peak:.1f}', *ours])} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "steps": Section(
+        "docs/performance.md", (f"{RESULTS}/step.json", f"{RESULTS}/step-1-thread.json"), of_steps
+    ),
+    "mnist": Section("README.md", (f"{RESULTS}/mnist.json",), of_mlp),
+    "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),
+    "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),
+    "quality": Section("docs/evidence.md", (f"{RESULTS}/quality.json",), of_quality),
+}
+
+
+# ---- documents
+
+
+def rendered(text: str, name: str, body: str) -> str:
+    """The document with this body in its place.
+
+    Raises:
+        ValueError: it has no such place, or two.
+    """
+    begin = BEGIN.format(name)
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(END)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"a document must have one place {begin} ... {END}, got {len(pattern.findall(text))}")
+    return pattern.sub(lambda _: f"{begin}\n{body}\n{END}", text)
+
+
+def documents(root: Path = ROOT) -> dict[Path, str]:
+    """What each document is to say."""
+    texts: dict[Path, str] = {}
+    for name, section in SECTIONS.items():
+        found = [json.loads((root / file).read_text()) for file in section.files]
+        path = root / section.document
+        body = f"{section.table(*found)}\n\n{provenance(section, found)}"
+        texts[path] = rendered(texts.get(path, path.read_text()), name, body)
+    return texts
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    odd = {path: text for path, text in documents().items() if path.read_text() != text}
+    for path, text in odd.items():
+        if args.check:
+            print(
+                f"{path.relative_to(ROOT)} is not what the result files say: python -m bench.report",
+                file=sys.stderr,
+            )
+        else:
+            path.write_text(text)
+            print(f"wrote {path.relative_to(ROOT)}")
+    return int(args.check and bool(odd))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The tables of the documents are those of the result files."""
+
+import json
+
+import pytest
+
+from bench import report
+
+
+def test_documents_are_up_to_date():
+    assert report.main(["--check"]) == 0
+
+
+def test_a_changed_number_is_seen(tmp_path, monkeypatch, capsys):
+    """In a document or in a file; it is written again as it was."""
+    for section in report.SECTIONS.values():
+        for name in (section.document, *section.files):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text((report.ROOT / name).read_text())
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report.documents, "__defaults__", (tmp_path,))
+    assert report.main(["--check"]) == 0
+    path = tmp_path / "docs/performance.md"
+    before = path.read_text()
+    path.write_text(before.replace("| ste | 1.00;", "| ste | 0.99;"))
+    assert report.main(["--check"]) == 1
+    assert "docs/performance.md is not what the result files say" in capsys.readouterr().err
+    assert report.main([]) == 0
+    assert path.read_text() == before
+    file = tmp_path / report.SECTIONS["steps"].files[0]
+    found = json.loads(file.read_text())
+    found["rows"][1]["of_ste"] += 1
+    file.write_text(json.dumps(found))
+    assert report.main(["--check"]) == 1
+
+
+@pytest.mark.parametrize("text", ["none", "<!-- report: a -->\nx\n<!-- end of report -->\n" * 2])
+def test_a_table_has_one_place(text):
+    with pytest.raises(ValueError, match="a document must have one place <!-- report: a -->"):
+        report.rendered(text, "a", "body")
+
+
+def test_what_stands_around_a_table_stays():
+    text = "before\n<!-- report: a -->\nold\n<!-- end of report -->\nafter <!-- report: b -->"
+    assert report.rendered(text, "a", "| \\1 |") == text.replace("old", "| \\1 |")
