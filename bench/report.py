@@ -87,9 +87,48 @@ def of_steps(*found: Found) -> str:
     return "\n".join(lines)
 
 
+def of_traffic(before: Found, now: Found) -> str:
+    """What steps of an earlier commit asked of ops and memory, and what they do now."""
+    lines = [
+        "| | calls of ops outside of passes | MB that they move | MB moved in passes | peak MB |",
+        "|---|---|---|---|---|",
+    ]
+    old, new = ({row["method"]: row for row in one["rows"]} for one in (before, now))
+    for method, row in new.items():
+        if row["bytes"] is None:
+            continue
+        cells = [
+            " → ".join(f"{one[name] / size:.{digits}f}" for one in (old.get(method), row) if one is not None)
+            for name, size, digits in (
+                ("calls", 1, 0),
+                ("bytes", 1e6, 1),
+                ("bytes_in_passes", 1e6, 1),
+                ("peak_bytes", 1e6, 1),
+            )
+        ]
+        lines.append(f"| {' | '.join([method, *cells])} |")
+    return "\n".join(lines)
+
+
+def of_products(values: Found, codes: Found) -> str:
+    """Times of the same steps with products of values and of int8 codes."""
+    lines = ["| | values, ms | int8 codes, ms | times as fast |", "|---|---|---|---|"]
+    by_method = {row["method"]: row for row in codes["rows"]}
+    for row in values["rows"]:
+        a, b = 1e3 * row["median_s"], 1e3 * by_method[row["method"]]["median_s"]
+        lines.append(f"| {row['method']} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "steps": Section(
         "docs/performance.md", (f"{RESULTS}/step.json", f"{RESULTS}/step-1-thread.json"), of_steps
+    ),
+    "traffic": Section(
+        "docs/performance.md", (f"{RESULTS}/step-before.json", f"{RESULTS}/step.json"), of_traffic
+    ),
+    "products": Section(
+        "docs/performance.md", (f"{RESULTS}/step-values.json", f"{RESULTS}/step-codes.json"), of_products
     ),
     "mnist": Section("README.md", (f"{RESULTS}/mnist.json",), of_mlp),
     "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),

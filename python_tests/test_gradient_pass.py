@@ -197,3 +197,11 @@ def test_alphas_of_weights_without_a_part_get_no_gradient(generator):
     assert model[4].alpha.grad is None
     assert model[0].alpha.grad is not None
     assert not model[4].weight.grad.any()
+
+
+def test_an_alpha_that_would_get_no_gradient_is_refused(generator):
+    model = two_layers(fk.presets.fixed(2, 0.02))
+    model[0].alpha.requires_grad_()
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    with pytest.raises(ValueError, match="alpha must not require grad, as no gradient reaches it"):
+        gradient_pass(fogzo, model, [torch.randn(3, 128, generator=generator)])

@@ -17,9 +17,7 @@ class Held(NamedTuple):
     weight: Tensor  # the parameter that the values belong to
     rows: Tensor  # of values, as QuantizedModule.rows() has them, or of a probe's int8 codes
     probe: bool  # whether they are a probe, without a gradient, or Q(weight)
-    deferred: bool = (
-        False  # of Q(weight): whether the weight is given dL/dQ, which the pass makes g of at its end
-    )
+    deferred: bool = False  # of Q(weight): the weight gets dL/dQ, of which the pass makes g at its end
 
     def values(self, alpha: Tensor, grid: Grid) -> Tensor:
         """The rows' values, to the bit those that a probe without codes has."""

@@ -81,8 +81,10 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
         return module.plain_forward(input)  # which says what is wrong
     alpha, factor = input_alpha(module, how, rows)
     held = module.held
-    codes = held is not None and held.probe and held.weight is module.weight
-    weight = held.rows if codes and held is not None else module.quantized_rows()
+    if held is not None and held.probe and held.weight is module.weight:
+        weight = held.rows
+    else:
+        weight = module.quantized_rows()
     found: Tensor = Product.apply(
         rows, alpha, weight, module.alpha.detach(), how, module.quantizer, factor, module.backend
     )

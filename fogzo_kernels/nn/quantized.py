@@ -202,22 +202,21 @@ class QuantizedModule(nn.Module):
                 )
             if held.probe:
                 return held.values(self.alpha, self.quantizer.grid)
-            if held.deferred:
-                found: Tensor = Deferred.apply(self.rows(self.weight), self.alpha, held.rows)
-                return found
-        rows, factor = self.rows(self.weight).contiguous(), 1.0
-        if isinstance(self.quantizer.scale, LearnedScale):
-            factor = self.alpha_factor
-            if held is None:
-                hold_alphas([self], ("alpha",))
-        elif self.alpha.requires_grad:
+        learned = isinstance(self.quantizer.scale, LearnedScale)
+        if self.alpha.requires_grad and not learned:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
+        if held is not None and held.deferred:
+            found: Tensor = Deferred.apply(self.rows(self.weight), self.alpha, held.rows)
+            return found
+        rows = self.rows(self.weight).contiguous()
+        if learned and held is None:
+            hold_alphas([self], ("alpha",))
         elif held is None:
             self._measure(rows)
         return quantize(
             rows,
             self.alpha,
-            alpha_factor=factor,
+            alpha_factor=self.alpha_factor if learned else 1.0,
             grid=self.quantizer.grid,
             straight_through=self.quantizer.straight_through,
             quantized=None if held is None else held.rows,

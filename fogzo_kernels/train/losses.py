@@ -16,9 +16,7 @@ class Estimate(NamedTuple):
     """What a step's passes found."""
 
     loss: Tensor  # of the gradient pass, 0-dim float32
-    losses_plus: (
-        Tensor  # float32, (n,); of a forward difference what stands for them, see PassLosses.collected()
-    )
+    losses_plus: Tensor  # float32, (n,); of a forward difference see PassLosses.collected()
     losses_minus: Tensor  # float32, (n,)
     norm: Tensor | None  # N, 0-dim float32; None where there were no probes
 
