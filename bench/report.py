@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evidence import mlp, quality
+from .evidence import mlp, peers, quality
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/epyc-2-cores"
@@ -120,6 +120,10 @@ def of_products(values: Found, codes: Found) -> str:
     return "\n".join(lines)
 
 
+def of_peers(found: Found) -> str:
+    return peers.table(found["rows"])
+
+
 SECTIONS = {
     "steps": Section(
         "docs/performance.md", (f"{RESULTS}/step.json", f"{RESULTS}/step-1-thread.json"), of_steps
@@ -130,6 +134,7 @@ SECTIONS = {
     "products": Section(
         "docs/performance.md", (f"{RESULTS}/step-values.json", f"{RESULTS}/step-codes.json"), of_products
     ),
+    "peers": Section("docs/evidence.md", (f"{RESULTS}/peers.json",), of_peers),
     "mnist": Section("README.md", (f"{RESULTS}/mnist.json",), of_mlp),
     "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),

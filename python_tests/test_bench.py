@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import fogzo_kernels as fk
 from bench import data
-from bench.evidence import mlp, pool, presets, text
+from bench.evidence import mlp, peers, pool, presets, text
 from bench.evidence.spsa import Spsa
 from fogzo_kernels import _C, info
 
@@ -250,3 +250,13 @@ def test_wrong_data_is_named(tmp_path):
         data.load(str(tmp_path / "a.npz"))
     with pytest.raises(ValueError, match="same number of rows"):
         data.split(np.zeros((9, 2)), np.zeros(8))
+
+
+def test_peers_lose_what_this_package_keeps(tmp_path, capsys):
+    peers.main(["--elements", "20000", "--steps", "20", "--json", str(tmp_path / "a/peers.json")])
+    found = json.loads((tmp_path / "a/peers.json").read_text())["rows"]
+    assert all(row["theirs"] > 0 for row in found)
+    assert all(row["ours"] == 0 for row in found if "relative error" not in row["what"])
+    (error,) = (row for row in found if "relative error" in row["what"])
+    assert error["ours"] < 1e-5 < error["theirs"]
+    assert f"| {found[0]['what']} | MeZO's loop |" in capsys.readouterr().out
