@@ -1,7 +1,7 @@
 """What goes wrong in the ways people perturb weights today, each figure measured, beside this package's.
 
-MeZO's loop moves the weights themselves, to +eps, -eps and back; noise is drawn from a seeded generator, anew for
-each use. Here latents are never written by a probe, and noise is a function of seed, step and element.
+MeZO's loop moves the weights themselves, to +eps, -eps and back; noise is drawn from a seeded generator, anew
+for each use. Here latents are never written by a probe, and noise is a function of seed, step and element.
 """
 
 from __future__ import annotations
