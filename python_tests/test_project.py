@@ -57,6 +57,14 @@ def test_the_wheel_is_tested_without_the_tests_of_the_tree():
     assert [name for name in OF_THE_TREE if not (ROOT / f"python_tests/test_{name}.py").exists()] == []
 
 
+def test_tests_of_the_benchmarks_are_tests_of_the_tree():
+    """Where the wheel is tested, they would fail to import."""
+    tests = {path.stem.removeprefix("test_"): path.read_text() for path in ROOT.glob("python_tests/test_*.py")}
+    found = {n for n, text in tests.items() if re.search(r"^\s*(from|import) (bench|tools)\b", text, re.M)}
+    assert len(found) > 5
+    assert found <= set(OF_THE_TREE)
+
+
 def item(name):
     marker = "slow_first" if name.isupper() else None
     return SimpleNamespace(name=name, get_closest_marker=lambda asked: asked if asked == marker else None)
