@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kWidth = 8;     // floats of a vector
 constexpr int64_t kGroup = 8; // Philox calls of a block
+constexpr int kAtOnce = 3;    // vectors of them that the registers hold
 
 enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
 
@@ -167,17 +168,21 @@ inline Keys keys_of(const Names &names) {
   return keys;
 }
 
-struct Chunks { // the numbers of a block's chunks
+// The numbers of a block's chunks; in pairs in the order 0 2 1 3, for unpacking in halves_of().
+struct Chunks {
   __m256i part[2];
 };
-inline Chunks chunks_from(uint64_t chunk) {
-  const __m256i lane = _mm256_set_epi64x(3, 2, 1, 0);
-  return {{_mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk)), lane),
-           _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4), lane)}};
+template <bool PAIRS> inline Chunks chunks_from(uint64_t chunk) {
+  const __m256i lane = PAIRS ? _mm256_set_epi64x(3, 1, 2, 0) : _mm256_set_epi64x(3, 2, 1, 0);
+  const __m256i first = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk)), lane);
+  return {{first, _mm256_add_epi64(first, _mm256_set1_epi64x(4))}};
 }
-inline Chunks load_chunks(const uint64_t *chunks) {
-  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks)),
-           _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks + 4))}};
+template <bool PAIRS> inline Chunks load_chunks(const uint64_t *chunks) {
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks));
+  const __m256i last = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks + 4));
+  if (!PAIRS)
+    return {{first, last}};
+  return {{_mm256_permute4x64_epi64(first, 0xD8), _mm256_permute4x64_epi64(last, 0xD8)}};
 }
 
 // The words of four Philox calls. They lie in 64-bit lanes, so that one multiply yields both halves of a
@@ -186,16 +191,17 @@ struct Lanes {
   __m256i x0, x1, x2, x3;
 };
 
+inline __m256i plus(__m256i x, int64_t n) { return _mm256_add_epi64(x, _mm256_set1_epi64x(n)); }
 inline __m256i product(__m256i x, uint32_t m) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(m)); }
 inline __m256i high_of(__m256i p) { return _mm256_shuffle_epi32(p, 0xF5); }
+inline __m256i exclusive_or(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
 inline __m256i exclusive_or(__m256i a, __m256i b, __m256i c) {
-  return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); // a comes last
+  __m256i early = _mm256_xor_si256(b, c); // a comes last
+  asm("" : "+x"(early));                  // or the compiler sums it up in another order
+  return _mm256_xor_si256(a, early);
 }
 
-// In pairs the calls lie in the order 0 2 1 3, for unpacking below.
-template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m256i chunk) {
-  if (PAIRS)
-    chunk = _mm256_permute4x64_epi64(chunk, 0xD8);
+inline Lanes counters_of(const Keys &keys, __m256i chunk) {
   return {chunk, _mm256_or_si256(_mm256_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
 }
 
@@ -236,6 +242,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "learned.h"
 // after what it falls back to
 #include "fused.h"
+// after its walks
+#include "estimate_fused.h"
 // after its loads of two vectors and its tables
 #include "quantize_fused.h"
 // after the same

@@ -12,17 +12,23 @@ static_assert(kGroup == kWidth, "a vector holds one value for each chunk of a bl
 
 // ---- Philox
 
-constexpr int kParts = 2; // vectors of calls in a block: they keep the multipliers busy
+constexpr int kParts = 2;                   // vectors of calls in a block
+constexpr int64_t kCalls = kGroup / kParts; // of a vector
 
-// the rounds from round FROM on
-template <int FROM> inline __attribute__((always_inline)) void philox_rounds(const Keys &keys, Lanes *w) {
+// Compilers would move instructions between calls until some wait in memory.
+template <class X> inline void in_this_order(const X &a, const X &b) { asm volatile("" : : "v"(a), "v"(b)); }
+
+// the rounds from round FROM on, of COUNT vectors: a round is a chain of slow instructions
+template <int FROM, int COUNT>
+inline __attribute__((always_inline)) void philox_rounds(const Keys &keys, Lanes *w) {
 #pragma GCC unroll 10
   for (int round = FROM; round < kPhiloxRounds; ++round)
-#pragma GCC unroll 2
-    for (int u = 0; u < kParts; ++u) {
+#pragma GCC unroll 4
+    for (int u = 0; u < COUNT; ++u) {
       const auto p0 = product(w[u].x0, kPhiloxM0), p1 = product(w[u].x2, kPhiloxM1);
       w[u] = {exclusive_or(high_of(p1), w[u].x1, keys.round[2 * round]), p1,
               exclusive_or(high_of(p0), w[u].x3, keys.round[2 * round + 1]), p0};
+      in_this_order(w[u].x0, w[u].x2);
     }
 }
 
@@ -31,39 +37,59 @@ template <bool PAIRS>
 inline __attribute__((always_inline)) void philox_block(const Keys &keys, const Chunks &chunks, H *halves) {
   Lanes w[kParts];
   for (int u = 0; u < kParts; ++u)
-    w[u] = counters_of<PAIRS>(keys, chunks.part[u]);
-  philox_rounds<0>(keys, w);
+    w[u] = counters_of(keys, chunks.part[u]);
+  philox_rounds<0, kParts>(keys, w);
   for (int u = 0; u < kParts; ++u)
     halves_of<PAIRS>(w[u], halves + 2 * u);
 }
 
-// What the first two rounds make of the words that all counters of a run share, whose chunks have the same
-// upper half: x1 after the first, x3 after the second.
+// What the first three rounds take from the words that all counters of a run share, whose chunks have the same
+// upper half: with keys, what their first products are joined with, and x3 after the second round.
 struct Prefix {
-  decltype(Lanes::x0) x1, x3, high_x3;
+  decltype(Lanes::x0) x2, next_x0, next_x2, x3;
 };
 
 inline Prefix prefix_of(const Keys &keys, uint64_t chunk) {
-  const Lanes w = counters_of<false>(keys, chunks_from(chunk >> 32 << 32).part[0]);
+  const Lanes w = counters_of(keys, chunks_from<false>(chunk >> 32 << 32).part[0]);
   const auto p1 = product(w.x2, kPhiloxM1);
   const auto p0 = product(exclusive_or(high_of(p1), w.x1, keys.round[0]), kPhiloxM0);
-  return {p1, p0, high_of(p0)};
+  return {exclusive_or(keys.tensor_id, keys.round[1]), exclusive_or(p1, keys.round[2]),
+          exclusive_or(high_of(p0), keys.round[3]), p0};
 }
 
-// philox_block() of a block of the run: its first two rounds take one product each.
-template <bool PAIRS>
-inline __attribute__((always_inline)) void philox_block(const Keys &keys, const Prefix &prefix,
-                                                        const Chunks &chunks, H *halves) {
-  Lanes w[kParts];
-  for (int u = 0; u < kParts; ++u) {
-    const auto p0 = product(counters_of<PAIRS>(keys, chunks.part[u]).x0, kPhiloxM0);
-    const auto p1 = product(exclusive_or(high_of(p0), keys.tensor_id, keys.round[1]), kPhiloxM1);
-    w[u] = {exclusive_or(high_of(p1), prefix.x1, keys.round[2]), p1,
-            exclusive_or(prefix.high_x3, p0, keys.round[3]), prefix.x3};
+// The halves of COUNT vectors of calls of the run: their first two rounds take one product each.
+template <bool PAIRS, int COUNT>
+inline __attribute__((always_inline)) void philox_calls(const Keys &keys, const Prefix &prefix,
+                                                        decltype(Lanes::x0) chunks, H *halves) {
+  Lanes w[COUNT];
+#pragma GCC unroll 4
+  for (int u = 0; u < COUNT; ++u) {
+    const auto p0 = product(plus(chunks, u * kCalls), kPhiloxM0);
+    const auto p1 = product(exclusive_or(high_of(p0), prefix.x2), kPhiloxM1);
+    w[u] = {exclusive_or(high_of(p1), prefix.next_x0), p1, exclusive_or(p0, prefix.next_x2), prefix.x3};
   }
-  philox_rounds<2>(keys, w);
-  for (int u = 0; u < kParts; ++u)
+  philox_rounds<2, COUNT>(keys, w);
+#pragma GCC unroll 4
+  for (int u = 0; u < COUNT; ++u)
     halves_of<PAIRS>(w[u], halves + 2 * u);
+}
+
+// The halves of `vectors` of calls of the run from `chunk` on, two of each. Apart from what is done with them:
+// so all registers are there for several calls at once, and for that.
+template <bool PAIRS>
+__attribute__((noinline)) void draw_halves(const Keys &keys, const Prefix &prefix, uint64_t chunk,
+                                           int64_t vectors, H *halves) {
+  auto chunks = chunks_from<PAIRS>(chunk).part[0];
+  for (; vectors >= kAtOnce; vectors -= kAtOnce, halves += 2 * kAtOnce) {
+    philox_calls<PAIRS, kAtOnce>(keys, prefix, chunks, halves);
+    chunks = plus(chunks, kAtOnce * kCalls);
+  }
+  for (; vectors >= 2; vectors -= 2, halves += 4) {
+    philox_calls<PAIRS, 2>(keys, prefix, chunks, halves);
+    chunks = plus(chunks, 2 * kCalls);
+  }
+  if (vectors)
+    philox_calls<PAIRS, 1>(keys, prefix, chunks, halves);
 }
 
 // The halves of `chunks` Philox calls, in order; writes up to kGroup - 1 calls more.
@@ -71,7 +97,7 @@ void philox_halves(const Names &names, uint64_t chunk, int64_t chunks, uint16_t 
   const Keys keys = keys_of(names);
   for (int64_t done = 0; done < chunks; done += kGroup, halves += 8 * kGroup) {
     H block[kHalves];
-    philox_block<true>(keys, chunks_from(chunk + uint64_t(done)), block);
+    philox_block<true>(keys, chunks_from<true>(chunk + uint64_t(done)), block);
     std::memcpy(halves, block, sizeof block);
   }
 }

@@ -1,0 +1,134 @@
+// The estimate and the fused tail, as perturbation in fused.h.
+
+// B m of the elements of h, and what they have so far, if anything
+template <Distribution D, bool PAIRS> inline void summand(F B, H h, const F *so_far, F &first, F &last) {
+  F low, high;
+  Drawn<D>::template noise<PAIRS>(h, low, high);
+  first = so_far ? fused(B, low, so_far[0]) : B * low;
+  last = so_far ? fused(B, high, so_far[1]) : B * high;
+}
+
+// sum_i B_i m_i of a block's elements, each vector in the order of load_two()
+template <Distribution D, bool PAIRS>
+inline void accumulate(const Estimate &e, Keys &keys, const Chunks &chunks, F *acc) {
+  for (int64_t direction = 0; direction < e.directions; ++direction) {
+    H halves[kHalves];
+    set_direction(keys, uint32_t(direction));
+    philox_block<PAIRS>(keys, chunks, halves);
+    const F B = broadcast(e.B[direction] / Drawn<D>::factor);
+#pragma GCC unroll 1
+    for (int h = 0; h < kHalves; ++h)
+      summand<D, PAIRS>(B, halves[h], direction ? acc + 2 * h : nullptr, acc[2 * h], acc[2 * h + 1]);
+  }
+}
+
+// Element j goes to element j - shift of out.
+struct Target {
+  void *data;
+  int64_t shift;
+};
+
+template <Distribution D, Dtype G, Dtype O>
+void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target &out, const Run &run) {
+  constexpr bool PAIRS = in_pairs<G>(O);
+  const F A = broadcast(e.A), inv = broadcast(run.scale.inv);
+  void *const grad = item.grad.data, *const to = out.data;
+  H halves[kDrawn];
+  F acc[2 * kDrawn];
+  for (int64_t i = run.begin; i < run.end;) {
+    const int64_t count = drawn_at(run, i);
+    for (int64_t direction = 0; direction < e.directions; ++direction) {
+      set_direction(keys, uint32_t(direction));
+      draw_halves<PAIRS>(keys, prefix_of(keys, run.chunk), run.chunk_at(i), count / 2, halves);
+      const F B = broadcast(e.B[direction] / Drawn<D>::factor);
+      const bool last = direction + 1 == e.directions;
+      for (int64_t h = 0; h < count; ++h) {
+        F a0, a1;
+        summand<D, PAIRS>(B, halves[h], direction ? acc + 2 * h : nullptr, a0, a1);
+        if (!last) {
+          acc[2 * h] = a0, acc[2 * h + 1] = a1;
+          continue;
+        }
+        const int64_t j = i + 2 * kWidth * h;
+        F g0, g1;
+        prefetch<G, 1>(grad, j);
+        load_two<G, PAIRS>(grad, j, g0, g1);
+        store_two<O, PAIRS, Narrow::any>(to, j - out.shift, fused(A, g0, inv * a0), fused(A, g1, inv * a1));
+      }
+    }
+    i += count * 2 * kWidth;
+  }
+}
+
+template <Distribution D, Dtype G, Dtype O>
+void estimate_piece(const Item &item, const Estimate &e, Keys &keys, const Target &out, const Piece &piece) {
+  constexpr bool PAIRS = in_pairs<G>(O);
+  const F A = broadcast(e.A), inv = broadcast(1.0f) / load_floats(piece.delta);
+  F acc[kVectors];
+  accumulate<D, PAIRS>(e, keys, load_chunks<PAIRS>(piece.chunk), acc);
+  Buffer<G> grads;
+  Buffer<O> estimates;
+  const void *grad = grads.read(item.grad.data, piece);
+  for (int h = 0; h < kHalves; ++h) {
+    F g0, g1;
+    load_two<G, PAIRS>(grad, 2 * kWidth * h, g0, g1);
+    const F inv0 = spread<PAIRS>(inv, 2 * h), inv1 = PAIRS ? inv0 : spread<PAIRS>(inv, 2 * h + 1);
+    store_two<O, PAIRS, Narrow::any>(estimates.bytes, 2 * kWidth * h, fused(A, g0, inv0 * acc[2 * h]),
+                                     fused(A, g1, inv1 * acc[2 * h + 1]));
+  }
+  estimates.write(at(out.data, O, -out.shift), piece);
+}
+
+struct EstimateKernels {
+  void (*run)(const Item &, const Estimate &, Keys &, const Target &, const Run &);
+  void (*piece)(const Item &, const Estimate &, Keys &, const Target &, const Piece &);
+};
+
+template <Distribution D> EstimateKernels estimate_for(Dtype grad, bool widen) {
+  constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
+#define FOGZO_CASE(G, O)                                                                                       \
+  {                                                                                                            \
+    estimate_run<D, G, O>, estimate_piece<D, G, O>                                                             \
+  }
+  if (grad == f32)
+    return FOGZO_CASE(f32, f32);
+  if (grad == bf16)
+    return widen ? EstimateKernels FOGZO_CASE(bf16, f32) : EstimateKernels FOGZO_CASE(bf16, bf16);
+  return widen ? EstimateKernels FOGZO_CASE(f16, f32) : EstimateKernels FOGZO_CASE(f16, f16);
+#undef FOGZO_CASE
+}
+
+EstimateKernels estimate_for(Distribution d, Dtype grad, bool widen) {
+  switch (d) {
+#define FOGZO_CASE(name, ...)                                                                                  \
+  case Distribution::name:                                                                                     \
+    return estimate_for<Distribution::name>(grad, widen);
+    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
+#undef FOGZO_CASE
+  }
+  __builtin_trap(); // no value of the enumeration
+}
+
+// widen: to float32, else to the dtype of the gradient
+void estimate_to(const Item &item, const Estimate &e, const Target &out, bool widen, int64_t begin,
+                 int64_t end) {
+  const EstimateKernels kernels = estimate_for(e.noise.distribution, item.grad.dtype, widen);
+  Keys keys = keys_of(names_in(e.noise, item));
+  for_each_run(
+      item, e.r, begin, end, [&](const Run &run) { kernels.run(item, e, keys, out, run); },
+      [&](const Piece &piece) { kernels.piece(item, e, keys, out, piece); });
+}
+
+void estimate_fused(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
+  if (better_by_tiles(item))
+    return estimate_range(item, e, begin, end);
+  estimate_to(item, e, {item.grad.data, 0}, false, begin, end);
+}
+
+void update_fused(const Item &item, const Tail &tail, int64_t begin, int64_t end) {
+  if (better_by_tiles(item))
+    return update_range(item, tail, begin, end);
+  update_by(item, tail, begin, end, [&](int64_t start, int64_t count, float *out) {
+    estimate_to(item, tail.estimate, {out, start}, true, start, start + count);
+  });
+}
