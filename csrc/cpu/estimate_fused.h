@@ -29,7 +29,7 @@ struct Target {
 };
 
 template <Distribution D, Dtype G, Dtype O>
-void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target &out, const Run &run) {
+void estimate_run(const Item &item, const Estimate &e, Stream &stream, const Target &out, const Run &run) {
   constexpr bool PAIRS = in_pairs<G>(O);
   const F A = broadcast(e.A), inv = broadcast(run.scale.inv);
   void *const grad = item.grad.data, *const to = out.data;
@@ -38,8 +38,8 @@ void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target 
   for (int64_t i = run.begin; i < run.end;) {
     const int64_t count = drawn_at(run, i);
     for (int64_t direction = 0; direction < e.directions; ++direction) {
-      set_direction(keys, uint32_t(direction));
-      draw_halves<PAIRS>(keys, prefix_of(keys, run.chunk), run.chunk_at(i), count / 2, halves);
+      stream.turn_to(run.chunk, uint32_t(direction));
+      draw_halves<PAIRS>(stream, run.chunk_at(i), count / 2, halves);
       const F B = broadcast(e.B[direction] / Drawn<D>::factor);
       const bool last = direction + 1 == e.directions;
       for (int64_t h = 0; h < count; ++h) {
@@ -80,7 +80,7 @@ void estimate_piece(const Item &item, const Estimate &e, Keys &keys, const Targe
 }
 
 struct EstimateKernels {
-  void (*run)(const Item &, const Estimate &, Keys &, const Target &, const Run &);
+  void (*run)(const Item &, const Estimate &, Stream &, const Target &, const Run &);
   void (*piece)(const Item &, const Estimate &, Keys &, const Target &, const Piece &);
 };
 
@@ -113,10 +113,10 @@ EstimateKernels estimate_for(Distribution d, Dtype grad, bool widen) {
 void estimate_to(const Item &item, const Estimate &e, const Target &out, bool widen, int64_t begin,
                  int64_t end) {
   const EstimateKernels kernels = estimate_for(e.noise.distribution, item.grad.dtype, widen);
-  Keys keys = keys_of(names_in(e.noise, item));
+  Stream stream(names_in(e.noise, item));
   for_each_run(
-      item, e.r, begin, end, [&](const Run &run) { kernels.run(item, e, keys, out, run); },
-      [&](const Piece &piece) { kernels.piece(item, e, keys, out, piece); });
+      item, e.r, begin, end, [&](const Run &run) { kernels.run(item, e, stream, out, run); },
+      [&](const Piece &piece) { kernels.piece(item, e, stream.keys, out, piece); });
 }
 
 void estimate_fused(const Item &item, const Estimate &e, int64_t begin, int64_t end) {

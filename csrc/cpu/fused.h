@@ -220,7 +220,7 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
 };
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE>
-void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out,
+void perturb_run(const Item &item, const Perturbation &p, const Stream &stream, const Outputs &out,
                  const Run &run) {
   const Perturb<D, L, G, O, BOTH, TABLE> kernel(p, out.epsilon);
   Scales scales = kernel.scales(broadcast(run.scale.delta), broadcast(run.scale.inv));
@@ -228,11 +228,10 @@ void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, cons
     scales.table = table_of_values<O>(codes_by_place(kernel.qmin), scales.delta, scales.shift);
   const void *const latent = item.latent.data, *const grad = item.grad.data;
   const Outputs to = out;
-  const Prefix prefix = prefix_of(keys, run.chunk);
   H halves[kDrawn];
   for (int64_t i = run.begin; i < run.end;) {
     const int64_t count = drawn_at(run, i);
-    draw_halves<kernel.PAIRS>(keys, prefix, run.chunk_at(i), count / 2, halves);
+    draw_halves<kernel.PAIRS>(stream, run.chunk_at(i), count / 2, halves);
     for (int64_t h = 0; h < count; ++h, i += 2 * kWidth) {
       prefetch<L, 0>(latent, i);
       prefetch<G, 0>(grad, i);
@@ -281,7 +280,7 @@ void perturb_piece(const Item &item, const Perturbation &p, const Keys &keys, co
 }
 
 struct PerturbKernels {
-  void (*run)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Run &) = nullptr;
+  void (*run)(const Item &, const Perturbation &, const Stream &, const Outputs &, const Run &) = nullptr;
   void (*piece)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Piece &) = nullptr;
 };
 
@@ -325,8 +324,12 @@ void perturb_fused(const Item &item, const Perturbation &p, int64_t begin, int64
   if (!kernels.run || better_by_tiles(item))
     return perturb_range(item, p, begin, end);
   const Outputs out{first.data, item.minus.data, item.plus.data ? p.epsilon : -p.epsilon};
-  const Keys keys = keys_of(names_in(p.noise, item));
+  Stream stream(names_in(p.noise, item));
   for_each_run(
-      item, p.r, begin, end, [&](const Run &run) { kernels.run(item, p, keys, out, run); },
-      [&](const Piece &piece) { kernels.piece(item, p, keys, out, piece); });
+      item, p.r, begin, end,
+      [&](const Run &run) {
+        stream.turn_to(run.chunk, p.noise.names.direction);
+        kernels.run(item, p, stream, out, run);
+      },
+      [&](const Piece &piece) { kernels.piece(item, p, stream.keys, out, piece); });
 }

@@ -57,10 +57,32 @@ inline Prefix prefix_of(const Keys &keys, uint64_t chunk) {
           exclusive_or(high_of(p0), keys.round[3]), p0};
 }
 
+// Keys, with the prefix of the run at hand; most runs of a tensor have the same.
+struct Stream {
+  Keys keys;
+  Prefix prefix;
+  uint32_t x1;
+
+  explicit Stream(const Names &names) : keys(keys_of(names)) { start(0, names.direction); }
+  void turn_to(uint64_t chunk, uint32_t direction) {
+    if (x1 != word(chunk, direction))
+      start(chunk, direction);
+  }
+
+private:
+  static uint32_t word(uint64_t chunk, uint32_t direction) { return uint32_t(chunk >> 32) | direction << 16; }
+  void start(uint64_t chunk, uint32_t direction) {
+    set_direction(keys, direction);
+    prefix = prefix_of(keys, chunk);
+    x1 = word(chunk, direction);
+  }
+};
+
 // The halves of COUNT vectors of calls of the run: their first two rounds take one product each.
 template <bool PAIRS, int COUNT>
-inline __attribute__((always_inline)) void philox_calls(const Keys &keys, const Prefix &prefix,
-                                                        decltype(Lanes::x0) chunks, H *halves) {
+inline __attribute__((always_inline)) void philox_calls(const Stream &stream, decltype(Lanes::x0) chunks,
+                                                        H *halves) {
+  const Prefix &prefix = stream.prefix;
   Lanes w[COUNT];
 #pragma GCC unroll 4
   for (int u = 0; u < COUNT; ++u) {
@@ -68,7 +90,7 @@ inline __attribute__((always_inline)) void philox_calls(const Keys &keys, const 
     const auto p1 = product(exclusive_or(high_of(p0), prefix.x2), kPhiloxM1);
     w[u] = {exclusive_or(high_of(p1), prefix.next_x0), p1, exclusive_or(p0, prefix.next_x2), prefix.x3};
   }
-  philox_rounds<2, COUNT>(keys, w);
+  philox_rounds<2, COUNT>(stream.keys, w);
 #pragma GCC unroll 4
   for (int u = 0; u < COUNT; ++u)
     halves_of<PAIRS>(w[u], halves + 2 * u);
@@ -77,19 +99,18 @@ inline __attribute__((always_inline)) void philox_calls(const Keys &keys, const 
 // The halves of `vectors` of calls of the run from `chunk` on, two of each. Apart from what is done with them:
 // so all registers are there for several calls at once, and for that.
 template <bool PAIRS>
-__attribute__((noinline)) void draw_halves(const Keys &keys, const Prefix &prefix, uint64_t chunk,
-                                           int64_t vectors, H *halves) {
+__attribute__((noinline)) void draw_halves(const Stream &stream, uint64_t chunk, int64_t vectors, H *halves) {
   auto chunks = chunks_from<PAIRS>(chunk).part[0];
   for (; vectors >= kAtOnce; vectors -= kAtOnce, halves += 2 * kAtOnce) {
-    philox_calls<PAIRS, kAtOnce>(keys, prefix, chunks, halves);
+    philox_calls<PAIRS, kAtOnce>(stream, chunks, halves);
     chunks = plus(chunks, kAtOnce * kCalls);
   }
   for (; vectors >= 2; vectors -= 2, halves += 4) {
-    philox_calls<PAIRS, 2>(keys, prefix, chunks, halves);
+    philox_calls<PAIRS, 2>(stream, chunks, halves);
     chunks = plus(chunks, 2 * kCalls);
   }
   if (vectors)
-    philox_calls<PAIRS, 1>(keys, prefix, chunks, halves);
+    philox_calls<PAIRS, 1>(stream, chunks, halves);
 }
 
 // The halves of `chunks` Philox calls, in order; writes up to kGroup - 1 calls more.
