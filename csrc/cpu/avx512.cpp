@@ -25,17 +25,16 @@ using D = __m512d; // half as many doubles
 typedef uint32_t U __attribute__((vector_size(64)));
 
 using fogzo::bits_of;
-using fogzo::exponent_of;
+using fogzo::float_from;
 using fogzo::float_of;
 using fogzo::fused;
 
 inline F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline U bits_of(F x) { return U(x); }
 inline F float_of(U bits) { return F(bits); }
-inline F exponent_of(U bits) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(__m512i(bits), 23)); }
+inline F float_from(U k) { return _mm512_cvtepi32_ps(__m512i(k)); }
 #include "../elementary_body.h"
 
-inline F float_from(U k) { return _mm512_cvtepi32_ps(__m512i(k)); }
 inline F broadcast(float x) { return _mm512_set1_ps(x); }
 inline F load_floats(const float *x) { return _mm512_loadu_ps(x); }
 inline F larger(F a, F b) { return _mm512_max_ps(a, b); } // b where a is NaN
@@ -199,6 +198,8 @@ inline __m512i exclusive_or(__m512i a, __m512i b, __m512i c) {
 inline Lanes counters_of(const Keys &keys, __m512i chunk) {
   return {chunk, _mm512_or_si512(_mm512_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
 }
+
+inline void in_this_order(__m512i, __m512i) {} // there are registers for any
 
 // Halves of the calls, 32 elements a vector: in pairs as in memory, else 0-3, 16-19, 4-7, 20-23, ..., so that
 // unpacking within 128 bits gives 16 elements in order.

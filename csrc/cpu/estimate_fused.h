@@ -1,12 +1,7 @@
 // The estimate and the fused tail, as perturbation in fused.h.
 
-// B m of the elements of h, and what they have so far, if anything
-template <Distribution D, bool PAIRS> inline void summand(F B, H h, const F *so_far, F &first, F &last) {
-  F low, high;
-  Drawn<D>::template noise<PAIRS>(h, low, high);
-  first = so_far ? fused(B, low, so_far[0]) : B * low;
-  last = so_far ? fused(B, high, so_far[1]) : B * high;
-}
+// B m, added to what there is so far
+inline F with_noise(F B, F m, bool begun, const F &so_far) { return begun ? fused(B, m, so_far) : B * m; }
 
 // sum_i B_i m_i of a block's elements, each vector in the order of load_two()
 template <Distribution D, bool PAIRS>
@@ -17,8 +12,12 @@ inline void accumulate(const Estimate &e, Keys &keys, const Chunks &chunks, F *a
     philox_block<PAIRS>(keys, chunks, halves);
     const F B = broadcast(e.B[direction] / Drawn<D>::factor);
 #pragma GCC unroll 1
-    for (int h = 0; h < kHalves; ++h)
-      summand<D, PAIRS>(B, halves[h], direction ? acc + 2 * h : nullptr, acc[2 * h], acc[2 * h + 1]);
+    for (int h = 0; h < kHalves; ++h) {
+      F m0, m1;
+      noise_of<D, PAIRS>(halves[h], m0, m1);
+      acc[2 * h] = with_noise(B, m0, direction, acc[2 * h]);
+      acc[2 * h + 1] = with_noise(B, m1, direction, acc[2 * h + 1]);
+    }
   }
 }
 
@@ -33,18 +32,20 @@ void estimate_run(const Item &item, const Estimate &e, Stream &stream, const Tar
   constexpr bool PAIRS = in_pairs<G>(O);
   const F A = broadcast(e.A), inv = broadcast(run.scale.inv);
   void *const grad = item.grad.data, *const to = out.data;
-  H halves[kDrawn];
+  RunNoise<D, PAIRS> noise;
   F acc[2 * kDrawn];
   for (int64_t i = run.begin; i < run.end;) {
     const int64_t count = drawn_at(run, i);
     for (int64_t direction = 0; direction < e.directions; ++direction) {
       stream.turn_to(run.chunk, uint32_t(direction));
-      draw_halves<PAIRS>(stream, run.chunk_at(i), count / 2, halves);
+      noise.draw(stream, run.chunk_at(i), count);
       const F B = broadcast(e.B[direction] / Drawn<D>::factor);
       const bool last = direction + 1 == e.directions;
       for (int64_t h = 0; h < count; ++h) {
-        F a0, a1;
-        summand<D, PAIRS>(B, halves[h], direction ? acc + 2 * h : nullptr, a0, a1);
+        F m0, m1;
+        noise.get(h, m0, m1);
+        const F a0 = with_noise(B, m0, direction, acc[2 * h]),
+                a1 = with_noise(B, m1, direction, acc[2 * h + 1]);
         if (!last) {
           acc[2 * h] = a0, acc[2 * h + 1] = a1;
           continue;

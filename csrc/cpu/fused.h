@@ -28,8 +28,6 @@ struct Run {
   uint64_t chunk_at(int64_t i) const { return chunk + uint64_t(i - begin) / 8; }
 };
 
-constexpr int64_t kDrawn = 24; // vectors of halves that a run draws at a time
-static_assert(kDrawn % (2 * kAtOnce) == 0, "as many as are made at once");
 inline int64_t drawn_at(const Run &run, int64_t i) { return least(kDrawn, (run.end - i) / (2 * kWidth)); }
 
 struct Piece {
@@ -200,11 +198,11 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
     return O == Dtype::int8 ? code : fused(code, s.delta, s.shift); // the bits of delta * (code + offset)
   }
 
-  // 2 kWidth elements from element i of each operand, the vectors with scales s0 and s1
-  inline __attribute__((always_inline)) void two(H h, const void *latent, const void *grad, const Outputs &out,
-                                                 int64_t i, const Scales &s0, const Scales &s1) const {
-    F m0, m1, g0, g1, t0, t1;
-    Drawn<D>::template noise<PAIRS>(h, m0, m1);
+  // 2 kWidth elements from element i of each operand, the vectors with noise m0 and m1, scales s0 and s1
+  inline __attribute__((always_inline)) void two(F m0, F m1, const void *latent, const void *grad,
+                                                 const Outputs &out, int64_t i, const Scales &s0,
+                                                 const Scales &s1) const {
+    F g0, g1, t0, t1;
     load_two<G, PAIRS>(grad, i, g0, g1);
     load_two<L, PAIRS>(latent, i, t0, t1);
     const F v0 = fused(s0.gam, g0, b * m0), v1 = fused(s1.gam, g1, b * m1);
@@ -228,17 +226,20 @@ void perturb_run(const Item &item, const Perturbation &p, const Stream &stream, 
     scales.table = table_of_values<O>(codes_by_place(kernel.qmin), scales.delta, scales.shift);
   const void *const latent = item.latent.data, *const grad = item.grad.data;
   const Outputs to = out;
-  H halves[kDrawn];
+  RunNoise<D, kernel.PAIRS> noise;
   for (int64_t i = run.begin; i < run.end;) {
     const int64_t count = drawn_at(run, i);
-    draw_halves<kernel.PAIRS>(stream, run.chunk_at(i), count / 2, halves);
+    noise.draw(stream, run.chunk_at(i), count);
+#pragma GCC unroll 1
     for (int64_t h = 0; h < count; ++h, i += 2 * kWidth) {
+      F m0, m1;
+      noise.get(h, m0, m1);
       prefetch<L, 0>(latent, i);
       prefetch<G, 0>(grad, i);
       prefetch<O, 1>(to.plus, i);
       if (BOTH)
         prefetch<O, 1>(to.minus, i);
-      kernel.two(halves[h], latent, grad, to, i, scales, scales);
+      kernel.two(m0, m1, latent, grad, to, i, scales, scales);
     }
   }
 }
@@ -256,7 +257,9 @@ void perturb_piece(const Item &item, const Perturbation &p, const Keys &keys, co
       const Scales s0 = kernel.scales(spread<PAIRS>(delta, 2 * h), spread<PAIRS>(inv, 2 * h));
       const Scales s1 =
           PAIRS ? s0 : kernel.scales(spread<PAIRS>(delta, 2 * h + 1), spread<PAIRS>(inv, 2 * h + 1));
-      kernel.two(halves[h], latent, grad, to, 2 * kWidth * h, s0, s1);
+      F m0, m1;
+      noise_of<D, PAIRS>(halves[h], m0, m1);
+      kernel.two(m0, m1, latent, grad, to, 2 * kWidth * h, s0, s1);
     }
   };
   const int64_t i = piece.begin;

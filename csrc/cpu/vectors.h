@@ -15,9 +15,6 @@ static_assert(kGroup == kWidth, "a vector holds one value for each chunk of a bl
 constexpr int kParts = 2;                   // vectors of calls in a block
 constexpr int64_t kCalls = kGroup / kParts; // of a vector
 
-// Compilers would move instructions between calls until some wait in memory.
-template <class X> inline void in_this_order(const X &a, const X &b) { asm volatile("" : : "v"(a), "v"(b)); }
-
 // the rounds from round FROM on, of COUNT vectors: a round is a chain of slow instructions
 template <int FROM, int COUNT>
 inline __attribute__((always_inline)) void philox_rounds(const Keys &keys, Lanes *w) {
@@ -176,28 +173,76 @@ template <> struct Drawn<Distribution::triangular> {
   }
 };
 
+// These two are in two parts, the second with what the first one left in `first` and `last`.
 template <> struct Drawn<Distribution::logistic> {
   static constexpr float factor = 1.0f;
-  template <bool PAIRS> static inline void noise(H h, F &first, F &last) {
+  static inline F ratio(F k) { return (k + 0.5f) / (65535.5f - k); }
+  template <bool PAIRS> static inline void begin(H h, F &first, F &last) {
     U low, high;
     numbers_of<PAIRS>(h, low, high);
-    const F a = float_from(low), b = float_from(high);
-    first = log_of((a + 0.5f) / (65535.5f - a));
-    last = log_of((b + 0.5f) / (65535.5f - b));
+    first = ratio(float_from(low));
+    last = ratio(float_from(high));
+  }
+  template <bool PAIRS> static inline void end(H, F &first, F &last) {
+    first = log_of(first);
+    last = log_of(last);
   }
 };
 
 template <> struct Drawn<Distribution::gaussian> { // Box-Muller on words: an even and an odd element
   static constexpr float factor = 1.0f;
-  template <bool PAIRS> static inline void noise(H h, F &first, F &last) {
-    const U words = words_of(h);
-    const F radius = root(log_of((float_from(words & 0xFFFFu) + 0.5f) * (1.0f / 65536)) * -2.0f);
+  template <bool PAIRS> static inline void begin(H h, F &first, F &) {
+    first = log_of((float_from(words_of(h) & 0xFFFFu) + 0.5f) * (1.0f / 65536)) * -2.0f;
+  }
+  template <bool PAIRS> static inline void end(H h, F &first, F &last) {
+    const F radius = root(first);
     F cosine, sine; // the angle is (2 ks + 1) / 65536 = (65536 ks + 32768) / 2^31
-    cos_sin_pi(float_from(masked_or(words, 0xFFFF0000u, 0x8000u)) * (1.0f / 2147483648.0f), cosine, sine);
+    cos_sin_pi(float_from(masked_or(words_of(h), 0xFFFF0000u, 0x8000u)) * (1.0f / 2147483648.0f), cosine, sine);
     first = radius * cosine;
     last = radius * sine;
     if (!PAIRS)
       interleave(first, last, first, last);
+  }
+};
+
+template <Distribution D> constexpr bool in_parts = D == Distribution::logistic || D == Distribution::gaussian;
+
+template <Distribution D, bool PAIRS> inline void noise_of(H h, F &first, F &last) {
+  if constexpr (in_parts<D>) {
+    Drawn<D>::template begin<PAIRS>(h, first, last);
+    Drawn<D>::template end<PAIRS>(h, first, last);
+  } else {
+    Drawn<D>::template noise<PAIRS>(h, first, last);
+  }
+}
+
+constexpr int64_t kDrawn = 24; // vectors of halves that a run draws at a time
+static_assert(kDrawn % (2 * kAtOnce) == 0, "as many as are made at once");
+
+// Noise of up to kDrawn vectors of halves of a run. Each part goes over all of them: a loop is as fast as its
+// chain of instructions is short.
+template <Distribution D, bool PAIRS> struct RunNoise {
+  H halves[kDrawn];
+  F parts[in_parts<D> ? 2 * kDrawn : 1];
+
+  void draw(const Stream &stream, uint64_t chunk, int64_t count) {
+    draw_halves<PAIRS>(stream, chunk, count / 2, halves);
+    if constexpr (in_parts<D>) {
+#pragma GCC unroll 1
+      for (int64_t h = 0; h < count; ++h)
+        Drawn<D>::template begin<PAIRS>(halves[h], parts[2 * h], parts[2 * h + 1]);
+#pragma GCC unroll 1
+      for (int64_t h = 0; h < count; ++h)
+        Drawn<D>::template end<PAIRS>(halves[h], parts[2 * h], parts[2 * h + 1]);
+    }
+  }
+
+  void get(int64_t h, F &first, F &last) const {
+    if constexpr (in_parts<D>) {
+      first = parts[2 * h], last = parts[2 * h + 1];
+    } else {
+      Drawn<D>::template noise<PAIRS>(halves[h], first, last);
+    }
   }
 };
 
