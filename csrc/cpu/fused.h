@@ -230,15 +230,11 @@ void perturb_run(const Item &item, const Perturbation &p, const Stream &stream, 
   for (int64_t i = run.begin; i < run.end;) {
     const int64_t count = drawn_at(run, i);
     noise.draw(stream, run.chunk_at(i), count);
+    // nothing is prefetched: of so many streams, what is fetched early delays what is due
 #pragma GCC unroll 1
     for (int64_t h = 0; h < count; ++h, i += 2 * kWidth) {
       F m0, m1;
       noise.get(h, m0, m1);
-      prefetch<L, 0>(latent, i);
-      prefetch<G, 0>(grad, i);
-      prefetch<O, 1>(to.plus, i);
-      if (BOTH)
-        prefetch<O, 1>(to.minus, i);
       kernel.two(m0, m1, latent, grad, to, i, scales, scales);
     }
   }
