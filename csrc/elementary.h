@@ -24,7 +24,7 @@ FOGZO_HD float float_of(uint32_t bits) {
 
 // Overloads for vectors stand beside the kernels that use them.
 FOGZO_HD float fused(float a, float b, float c) { return std::fma(a, b, c); }
-FOGZO_HD float exponent_of(uint32_t bits) { return float(int32_t(bits) >> 23); }
+FOGZO_HD float float_from(uint32_t k) { return float(int32_t(k)); } // as a signed number
 
 #include "elementary_body.h"
 

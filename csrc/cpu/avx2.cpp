@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kWidth = 8;     // floats of a vector
 constexpr int64_t kGroup = 8; // Philox calls of a block
+constexpr int kAtOnce = 3;    // vectors of them that the registers hold
 
 enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
 
@@ -23,17 +24,16 @@ using D = __m256d; // half as many doubles
 typedef uint32_t U __attribute__((vector_size(32)));
 
 using fogzo::bits_of;
-using fogzo::exponent_of;
+using fogzo::float_from;
 using fogzo::float_of;
 using fogzo::fused;
 
 inline F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline U bits_of(F x) { return U(x); }
 inline F float_of(U bits) { return F(bits); }
-inline F exponent_of(U bits) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(__m256i(bits), 23)); }
+inline F float_from(U k) { return _mm256_cvtepi32_ps(__m256i(k)); }
 #include "../elementary_body.h"
 
-inline F float_from(U k) { return _mm256_cvtepi32_ps(__m256i(k)); }
 inline F broadcast(float x) { return _mm256_set1_ps(x); }
 inline F load_floats(const float *x) { return _mm256_loadu_ps(x); }
 inline F larger(F a, F b) { return _mm256_max_ps(a, b); } // b where a is NaN
@@ -59,7 +59,11 @@ inline F rounded(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _M
 inline F pick(F table, U index) { return _mm256_permutevar8x32_ps(table, __m256i(index)); }
 
 // (x & mask) | bits
-inline U masked_or(U x, uint32_t mask, uint32_t bits) { return bits ? (x & mask) | bits : x & mask; }
+inline U masked_or(U x, uint32_t mask, uint32_t bits) {
+  if (bits && mask == 0xFFFF0000u)
+    return U(_mm256_blend_epi16(_mm256_set1_epi32(int(bits)), __m256i(x), 0xAA));
+  return bits ? (x & mask) | bits : x & mask;
+}
 
 inline H byte_sums(H h) {
   const H bytes = _mm256_add_epi16(_mm256_and_si256(h, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(h, 8));
@@ -121,6 +125,19 @@ template <Dtype T, Narrow N> inline void store_as(void *data, int64_t i, F x) {
   _mm_storeu_si128(halves, _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
 }
 
+// The two as bfloat16, in words of two. The lower halves decide whether an upper one is raised, 16 bits at a
+// time.
+template <Narrow N> inline H narrowed_pairs(F even, F odd) {
+  const bool nan = N == Narrow::any && _mm256_movemask_ps(_mm256_cmp_ps(even, odd, _CMP_UNORD_Q));
+  const F x = nan ? float_of(narrowed<N>(even)) : even, y = nan ? float_of(narrowed<N>(odd)) : odd;
+  const H upper = _mm256_blend_epi16(H(bits_of(x) >> 16), H(y), 0xAA);
+  if (N == Narrow::exact || nan)
+    return upper;
+  const H lower = _mm256_blend_epi16(H(x), H(bits_of(y) << 16), 0xAA);
+  const H even_upper = _mm256_andnot_si256(upper, _mm256_set1_epi16(1)); // then a tie raises nothing
+  return _mm256_add_epi16(upper, _mm256_srli_epi16(_mm256_subs_epu16(lower, even_upper), 15));
+}
+
 // Even and odd elements of kWidth words of two.
 inline U load_words(const void *data, int64_t i) {
   return U(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(data) + i)));
@@ -133,9 +150,8 @@ template <Dtype T, Narrow N> inline void store_pairs(void *data, int64_t i, F ev
     return _mm_storeu_si128(reinterpret_cast<__m128i *>(static_cast<int8_t *>(data) + i),
                             _mm_packus_epi32(low, high));
   }
-  const __m256i low = __m256i(narrowed<N>(even) >> 16), high = __m256i(narrowed<N>(odd));
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(static_cast<uint16_t *>(data) + i),
-                      _mm256_blend_epi16(low, high, 0xAA));
+                      narrowed_pairs<N>(even, odd));
 }
 
 // Values per chunk of a block, for vector `k` of it: 1 chunk a vector in order, 2 in pairs.
@@ -167,17 +183,21 @@ inline Keys keys_of(const Names &names) {
   return keys;
 }
 
-struct Chunks { // the numbers of a block's chunks
+// The numbers of a block's chunks; in pairs in the order 0 2 1 3, for unpacking in halves_of().
+struct Chunks {
   __m256i part[2];
 };
-inline Chunks chunks_from(uint64_t chunk) {
-  const __m256i lane = _mm256_set_epi64x(3, 2, 1, 0);
-  return {{_mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk)), lane),
-           _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk) + 4), lane)}};
+template <bool PAIRS> inline Chunks chunks_from(uint64_t chunk) {
+  const __m256i lane = PAIRS ? _mm256_set_epi64x(3, 1, 2, 0) : _mm256_set_epi64x(3, 2, 1, 0);
+  const __m256i first = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(chunk)), lane);
+  return {{first, _mm256_add_epi64(first, _mm256_set1_epi64x(4))}};
 }
-inline Chunks load_chunks(const uint64_t *chunks) {
-  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks)),
-           _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks + 4))}};
+template <bool PAIRS> inline Chunks load_chunks(const uint64_t *chunks) {
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks));
+  const __m256i last = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(chunks + 4));
+  if (!PAIRS)
+    return {{first, last}};
+  return {{_mm256_permute4x64_epi64(first, 0xD8), _mm256_permute4x64_epi64(last, 0xD8)}};
 }
 
 // The words of four Philox calls. They lie in 64-bit lanes, so that one multiply yields both halves of a
@@ -186,18 +206,22 @@ struct Lanes {
   __m256i x0, x1, x2, x3;
 };
 
+inline __m256i plus(__m256i x, int64_t n) { return _mm256_add_epi64(x, _mm256_set1_epi64x(n)); }
 inline __m256i product(__m256i x, uint32_t m) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(m)); }
 inline __m256i high_of(__m256i p) { return _mm256_shuffle_epi32(p, 0xF5); }
+inline __m256i exclusive_or(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
 inline __m256i exclusive_or(__m256i a, __m256i b, __m256i c) {
-  return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); // a comes last
+  __m256i early = _mm256_xor_si256(b, c); // a comes last
+  asm("" : "+x"(early));                  // or the compiler sums it up in another order
+  return _mm256_xor_si256(a, early);
 }
 
-// In pairs the calls lie in the order 0 2 1 3, for unpacking below.
-template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m256i chunk) {
-  if (PAIRS)
-    chunk = _mm256_permute4x64_epi64(chunk, 0xD8);
+inline Lanes counters_of(const Keys &keys, __m256i chunk) {
   return {chunk, _mm256_or_si256(_mm256_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
 }
+
+// Compilers would move instructions between calls until some wait in memory.
+inline void in_this_order(__m256i a, __m256i b) { asm volatile("" : : "x"(a), "x"(b)); }
 
 // Halves of the calls, 16 elements a vector: in pairs as in memory, else 0-3, 8-11, 4-7, 12-15, so that
 // unpacking within 128 bits gives 8 elements in order.
@@ -236,6 +260,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "learned.h"
 // after what it falls back to
 #include "fused.h"
+// after its walks
+#include "estimate_fused.h"
 // after its loads of two vectors and its tables
 #include "quantize_fused.h"
 // after the same

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kWidth = 16;     // floats of a vector
 constexpr int64_t kGroup = 16; // Philox calls of a block
+constexpr int kAtOnce = 4;     // vectors of them that the registers hold
 
 enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
 
@@ -24,17 +25,16 @@ using D = __m512d; // half as many doubles
 typedef uint32_t U __attribute__((vector_size(64)));
 
 using fogzo::bits_of;
-using fogzo::exponent_of;
+using fogzo::float_from;
 using fogzo::float_of;
 using fogzo::fused;
 
 inline F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline U bits_of(F x) { return U(x); }
 inline F float_of(U bits) { return F(bits); }
-inline F exponent_of(U bits) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(__m512i(bits), 23)); }
+inline F float_from(U k) { return _mm512_cvtepi32_ps(__m512i(k)); }
 #include "../elementary_body.h"
 
-inline F float_from(U k) { return _mm512_cvtepi32_ps(__m512i(k)); }
 inline F broadcast(float x) { return _mm512_set1_ps(x); }
 inline F load_floats(const float *x) { return _mm512_loadu_ps(x); }
 inline F larger(F a, F b) { return _mm512_max_ps(a, b); } // b where a is NaN
@@ -171,12 +171,12 @@ inline Keys keys_of(const Names &names) {
 struct Chunks { // the numbers of a block's chunks
   __m512i part[2];
 };
-inline Chunks chunks_from(uint64_t chunk) {
+template <bool PAIRS> inline Chunks chunks_from(uint64_t chunk) {
   const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
   return {{_mm512_add_epi64(_mm512_set1_epi64(int64_t(chunk)), lane),
            _mm512_add_epi64(_mm512_set1_epi64(int64_t(chunk) + 8), lane)}};
 }
-inline Chunks load_chunks(const uint64_t *chunks) {
+template <bool PAIRS> inline Chunks load_chunks(const uint64_t *chunks) {
   return {{_mm512_loadu_si512(chunks), _mm512_loadu_si512(chunks + 8)}};
 }
 
@@ -186,16 +186,20 @@ struct Lanes {
   __m512i x0, x1, x2, x3;
 };
 
+inline __m512i plus(__m512i x, int64_t n) { return _mm512_add_epi64(x, _mm512_set1_epi64(n)); }
 inline __m512i product(__m512i x, uint32_t m) { return _mm512_mul_epu32(x, _mm512_set1_epi64(m)); }
 // a shuffle, since a shift would compete with the multiplies for a port
 inline __m512i high_of(__m512i p) { return _mm512_shuffle_epi32(p, _MM_PERM_DDBB); }
+inline __m512i exclusive_or(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
 inline __m512i exclusive_or(__m512i a, __m512i b, __m512i c) {
   return _mm512_ternarylogic_epi64(a, b, c, 0x96);
 }
 
-template <bool PAIRS> inline Lanes counters_of(const Keys &keys, __m512i chunk) {
+inline Lanes counters_of(const Keys &keys, __m512i chunk) {
   return {chunk, _mm512_or_si512(_mm512_srli_epi64(chunk, 32), keys.direction), keys.step, keys.tensor_id};
 }
+
+inline void in_this_order(__m512i, __m512i) {} // there are registers for any
 
 // Halves of the calls, 32 elements a vector: in pairs as in memory, else 0-3, 16-19, 4-7, 20-23, ..., so that
 // unpacking within 128 bits gives 16 elements in order.
@@ -238,6 +242,8 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #include "learned.h"
 // after what it falls back to
 #include "fused.h"
+// after its walks
+#include "estimate_fused.h"
 // after its loads of two vectors and its tables
 #include "quantize_fused.h"
 // after the same

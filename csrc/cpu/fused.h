@@ -1,29 +1,34 @@
-// The fused paths: noise, mixing and rounding in registers, a block of elements at a time (vectors.h); the
-// tiles of tiles.h do what has no fused path. A block has one scale and one run of Philox calls (a Run of
-// them), or a scale and a number for each of its chunks of 8 elements (a Piece): rows, groups and shards
-// whose lengths are multiples of 8. What does not fill a block goes through buffers of its size.
+// The fused paths, perturbation here: noise, mixing and rounding in registers, a few hundred elements at a time
+// (vectors.h); the tiles of tiles.h do what has no fused path. A block has one scale and one run of Philox
+// calls (a Run of them), or a scale and a number for each of its chunks of 8 elements (a Piece): rows, groups
+// and shards whose lengths are multiples of 8. What does not fill a block goes through buffers of its size.
 
 inline void *at(void *data, Dtype dtype, int64_t i) { return static_cast<char *>(data) + i * size_of(dtype); }
 
 constexpr int64_t kAhead = 4096; // bytes; the hardware's own prefetching stops at each page
 
-// As many elements as `count`, kAhead bytes after element i.
-template <Dtype T, int WRITE> inline void prefetch_ahead(const void *data, int64_t i, int64_t count) {
+// Two vectors, kAhead bytes after element i.
+template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
   const char *there = static_cast<const char *>(data) + i * size_of(T) + kAhead;
-  for (int64_t line = 0; line < count * size_of(T); line += 64)
+  for (int64_t line = 0; line < 2 * kWidth * size_of(T); line += 64)
     __builtin_prefetch(there + line, WRITE);
 }
 
 // A block.
-template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
-  prefetch_ahead<T, WRITE>(data, i, kVectorBlock);
+template <Dtype T, int WRITE> inline void prefetch_block(const void *data, int64_t i) {
+  for (int64_t j = i; j < i + kVectorBlock; j += 2 * kWidth)
+    prefetch<T, WRITE>(data, j);
 }
 
 struct Run {
   int64_t begin, end; // local elements: whole blocks
   uint64_t chunk;     // of the first one; the upper half of all of them
   Scale scale;
+
+  uint64_t chunk_at(int64_t i) const { return chunk + uint64_t(i - begin) / 8; }
 };
+
+inline int64_t drawn_at(const Run &run, int64_t i) { return least(kDrawn, (run.end - i) / (2 * kWidth)); }
 
 struct Piece {
   int64_t begin, end; // local elements of one block, whose first `skip` elements lie before them
@@ -193,11 +198,11 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
     return O == Dtype::int8 ? code : fused(code, s.delta, s.shift); // the bits of delta * (code + offset)
   }
 
-  // 2 kWidth elements from element i of each operand, the vectors with scales s0 and s1
-  void two(H h, const void *latent, const void *grad, const Outputs &out, int64_t i, const Scales &s0,
-           const Scales &s1) const {
-    F m0, m1, g0, g1, t0, t1;
-    Drawn<D>::template noise<PAIRS>(h, m0, m1);
+  // 2 kWidth elements from element i of each operand, the vectors with noise m0 and m1, scales s0 and s1
+  inline __attribute__((always_inline)) void two(F m0, F m1, const void *latent, const void *grad,
+                                                 const Outputs &out, int64_t i, const Scales &s0,
+                                                 const Scales &s1) const {
+    F g0, g1, t0, t1;
     load_two<G, PAIRS>(grad, i, g0, g1);
     load_two<L, PAIRS>(latent, i, t0, t1);
     const F v0 = fused(s0.gam, g0, b * m0), v1 = fused(s1.gam, g1, b * m1);
@@ -213,7 +218,7 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
 };
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE>
-void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, const Outputs &out,
+void perturb_run(const Item &item, const Perturbation &p, const Stream &stream, const Outputs &out,
                  const Run &run) {
   const Perturb<D, L, G, O, BOTH, TABLE> kernel(p, out.epsilon);
   Scales scales = kernel.scales(broadcast(run.scale.delta), broadcast(run.scale.inv));
@@ -221,19 +226,17 @@ void perturb_run(const Item &item, const Perturbation &p, const Keys &keys, cons
     scales.table = table_of_values<O>(codes_by_place(kernel.qmin), scales.delta, scales.shift);
   const void *const latent = item.latent.data, *const grad = item.grad.data;
   const Outputs to = out;
-  const Prefix prefix = prefix_of(keys, run.chunk);
-  uint64_t chunk = run.chunk;
-  for (int64_t i = run.begin; i < run.end; i += kVectorBlock, chunk += kGroup) {
-    H halves[kHalves];
-    prefetch<L, 0>(latent, i);
-    prefetch<G, 0>(grad, i);
-    prefetch<O, 1>(to.plus, i);
-    if (BOTH)
-      prefetch<O, 1>(to.minus, i);
-    philox_block<kernel.PAIRS>(keys, prefix, chunks_from(chunk), halves);
+  RunNoise<D, kernel.PAIRS> noise;
+  for (int64_t i = run.begin; i < run.end;) {
+    const int64_t count = drawn_at(run, i);
+    noise.draw(stream, run.chunk_at(i), count);
+    // nothing is prefetched: of so many streams, what is fetched early delays what is due
 #pragma GCC unroll 1
-    for (int h = 0; h < kHalves; ++h)
-      kernel.two(halves[h], latent, grad, to, i + 2 * kWidth * h, scales, scales);
+    for (int64_t h = 0; h < count; ++h, i += 2 * kWidth) {
+      F m0, m1;
+      noise.get(h, m0, m1);
+      kernel.two(m0, m1, latent, grad, to, i, scales, scales);
+    }
   }
 }
 
@@ -243,23 +246,25 @@ void perturb_piece(const Item &item, const Perturbation &p, const Keys &keys, co
   const Perturb<D, L, G, O, BOTH, false> kernel(p, out.epsilon);
   constexpr bool PAIRS = kernel.PAIRS;
   H halves[kHalves];
-  philox_block<PAIRS>(keys, load_chunks(piece.chunk), halves);
+  philox_block<PAIRS>(keys, load_chunks<PAIRS>(piece.chunk), halves);
   const F delta = load_floats(piece.delta), inv = broadcast(1.0f) / delta;
   const auto block = [&](const void *latent, const void *grad, const Outputs &to) {
     for (int h = 0; h < kHalves; ++h) {
       const Scales s0 = kernel.scales(spread<PAIRS>(delta, 2 * h), spread<PAIRS>(inv, 2 * h));
       const Scales s1 =
           PAIRS ? s0 : kernel.scales(spread<PAIRS>(delta, 2 * h + 1), spread<PAIRS>(inv, 2 * h + 1));
-      kernel.two(halves[h], latent, grad, to, 2 * kWidth * h, s0, s1);
+      F m0, m1;
+      noise_of<D, PAIRS>(halves[h], m0, m1);
+      kernel.two(m0, m1, latent, grad, to, 2 * kWidth * h, s0, s1);
     }
   };
   const int64_t i = piece.begin;
   if (fills_a_block(piece)) {
-    prefetch<L, 0>(item.latent.data, i);
-    prefetch<G, 0>(item.grad.data, i);
-    prefetch<O, 1>(out.plus, i);
+    prefetch_block<L, 0>(item.latent.data, i);
+    prefetch_block<G, 0>(item.grad.data, i);
+    prefetch_block<O, 1>(out.plus, i);
     if (BOTH)
-      prefetch<O, 1>(out.minus, i);
+      prefetch_block<O, 1>(out.minus, i);
     return block(at(item.latent.data, L, i), at(item.grad.data, G, i),
                  {at(out.plus, O, i), BOTH ? at(out.minus, O, i) : nullptr, out.epsilon});
   }
@@ -274,7 +279,7 @@ void perturb_piece(const Item &item, const Perturbation &p, const Keys &keys, co
 }
 
 struct PerturbKernels {
-  void (*run)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Run &) = nullptr;
+  void (*run)(const Item &, const Perturbation &, const Stream &, const Outputs &, const Run &) = nullptr;
   void (*piece)(const Item &, const Perturbation &, const Keys &, const Outputs &, const Piece &) = nullptr;
 };
 
@@ -318,127 +323,12 @@ void perturb_fused(const Item &item, const Perturbation &p, int64_t begin, int64
   if (!kernels.run || better_by_tiles(item))
     return perturb_range(item, p, begin, end);
   const Outputs out{first.data, item.minus.data, item.plus.data ? p.epsilon : -p.epsilon};
-  const Keys keys = keys_of(names_in(p.noise, item));
+  Stream stream(names_in(p.noise, item));
   for_each_run(
-      item, p.r, begin, end, [&](const Run &run) { kernels.run(item, p, keys, out, run); },
-      [&](const Piece &piece) { kernels.piece(item, p, keys, out, piece); });
-}
-
-// ---- estimate
-
-// sum_i B_i m_i of a block's elements, each vector in the order of load_two()
-template <Distribution D, bool PAIRS>
-inline void accumulate(const Estimate &e, Keys &keys, const Chunks &chunks, F *acc) {
-  for (int64_t direction = 0; direction < e.directions; ++direction) {
-    H halves[kHalves];
-    set_direction(keys, uint32_t(direction));
-    philox_block<PAIRS>(keys, chunks, halves);
-    const F B = broadcast(e.B[direction] / Drawn<D>::factor);
-#pragma GCC unroll 1
-    for (int h = 0; h < kHalves; ++h) {
-      F low, high;
-      Drawn<D>::template noise<PAIRS>(halves[h], low, high);
-      acc[2 * h] = direction ? fused(B, low, acc[2 * h]) : B * low;
-      acc[2 * h + 1] = direction ? fused(B, high, acc[2 * h + 1]) : B * high;
-    }
-  }
-}
-
-// Element j goes to element j - shift of out.
-struct Target {
-  void *data;
-  int64_t shift;
-};
-
-template <Distribution D, Dtype G, Dtype O>
-void estimate_run(const Item &item, const Estimate &e, Keys &keys, const Target &out, const Run &run) {
-  constexpr bool PAIRS = in_pairs<G>(O);
-  const F A = broadcast(e.A), inv = broadcast(run.scale.inv);
-  uint64_t chunk = run.chunk;
-  for (int64_t i = run.begin; i < run.end; i += kVectorBlock, chunk += kGroup) {
-    F acc[kVectors];
-    prefetch<G, 1>(item.grad.data, i);
-    accumulate<D, PAIRS>(e, keys, chunks_from(chunk), acc);
-#pragma GCC unroll 4
-    for (int h = 0; h < kHalves; ++h) {
-      const int64_t j = i + 2 * kWidth * h;
-      F g0, g1;
-      load_two<G, PAIRS>(item.grad.data, j, g0, g1);
-      store_two<O, PAIRS, Narrow::any>(out.data, j - out.shift, fused(A, g0, inv * acc[2 * h]),
-                                       fused(A, g1, inv * acc[2 * h + 1]));
-    }
-  }
-}
-
-template <Distribution D, Dtype G, Dtype O>
-void estimate_piece(const Item &item, const Estimate &e, Keys &keys, const Target &out, const Piece &piece) {
-  constexpr bool PAIRS = in_pairs<G>(O);
-  const F A = broadcast(e.A), inv = broadcast(1.0f) / load_floats(piece.delta);
-  F acc[kVectors];
-  accumulate<D, PAIRS>(e, keys, load_chunks(piece.chunk), acc);
-  Buffer<G> grads;
-  Buffer<O> estimates;
-  const void *grad = grads.read(item.grad.data, piece);
-  for (int h = 0; h < kHalves; ++h) {
-    F g0, g1;
-    load_two<G, PAIRS>(grad, 2 * kWidth * h, g0, g1);
-    const F inv0 = spread<PAIRS>(inv, 2 * h), inv1 = PAIRS ? inv0 : spread<PAIRS>(inv, 2 * h + 1);
-    store_two<O, PAIRS, Narrow::any>(estimates.bytes, 2 * kWidth * h, fused(A, g0, inv0 * acc[2 * h]),
-                                     fused(A, g1, inv1 * acc[2 * h + 1]));
-  }
-  estimates.write(at(out.data, O, -out.shift), piece);
-}
-
-struct EstimateKernels {
-  void (*run)(const Item &, const Estimate &, Keys &, const Target &, const Run &);
-  void (*piece)(const Item &, const Estimate &, Keys &, const Target &, const Piece &);
-};
-
-template <Distribution D> EstimateKernels estimate_for(Dtype grad, bool widen) {
-  constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
-#define FOGZO_CASE(G, O)                                                                                       \
-  {                                                                                                            \
-    estimate_run<D, G, O>, estimate_piece<D, G, O>                                                             \
-  }
-  if (grad == f32)
-    return FOGZO_CASE(f32, f32);
-  if (grad == bf16)
-    return widen ? EstimateKernels FOGZO_CASE(bf16, f32) : EstimateKernels FOGZO_CASE(bf16, bf16);
-  return widen ? EstimateKernels FOGZO_CASE(f16, f32) : EstimateKernels FOGZO_CASE(f16, f16);
-#undef FOGZO_CASE
-}
-
-EstimateKernels estimate_for(Distribution d, Dtype grad, bool widen) {
-  switch (d) {
-#define FOGZO_CASE(name, ...)                                                                                  \
-  case Distribution::name:                                                                                     \
-    return estimate_for<Distribution::name>(grad, widen);
-    FOGZO_DISTRIBUTIONS(FOGZO_CASE)
-#undef FOGZO_CASE
-  }
-  __builtin_trap(); // no value of the enumeration
-}
-
-// widen: to float32, else to the dtype of the gradient
-void estimate_to(const Item &item, const Estimate &e, const Target &out, bool widen, int64_t begin,
-                 int64_t end) {
-  const EstimateKernels kernels = estimate_for(e.noise.distribution, item.grad.dtype, widen);
-  Keys keys = keys_of(names_in(e.noise, item));
-  for_each_run(
-      item, e.r, begin, end, [&](const Run &run) { kernels.run(item, e, keys, out, run); },
-      [&](const Piece &piece) { kernels.piece(item, e, keys, out, piece); });
-}
-
-void estimate_fused(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
-  if (better_by_tiles(item))
-    return estimate_range(item, e, begin, end);
-  estimate_to(item, e, {item.grad.data, 0}, false, begin, end);
-}
-
-void update_fused(const Item &item, const Tail &tail, int64_t begin, int64_t end) {
-  if (better_by_tiles(item))
-    return update_range(item, tail, begin, end);
-  update_by(item, tail, begin, end, [&](int64_t start, int64_t count, float *out) {
-    estimate_to(item, tail.estimate, {out, start}, true, start, start + count);
-  });
+      item, p.r, begin, end,
+      [&](const Run &run) {
+        stream.turn_to(run.chunk, p.noise.names.direction);
+        kernels.run(item, p, stream, out, run);
+      },
+      [&](const Piece &piece) { kernels.piece(item, p, stream.keys, out, piece); });
 }

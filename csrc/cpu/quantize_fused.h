@@ -27,8 +27,8 @@ template <Dtype L, Dtype O, bool TABLE> struct Quantize {
     int64_t i = begin;
     for (; i + kStep <= end; i += kStep) {
       F t0, t1;
-      prefetch_ahead<L, 0>(latent, i, kStep);
-      prefetch_ahead<O, 1>(out, i, kStep);
+      prefetch<L, 0>(latent, i);
+      prefetch<O, 1>(out, i);
       load_two<L, PAIRS>(latent, i, t0, t1);
       store_two<O, PAIRS, TABLE ? Narrow::exact : Narrow::finite>(out, i, one(t0), one(t1));
     }
