@@ -32,10 +32,10 @@ from .spsa import Spsa
 
 GRIDS = {"uniform": fk.Grid.uniform, "half_offset": fk.Grid.half_offset}
 #: Adam's learning rate, each method's best of 0.0025 0.005 0.01 0.02 0.04, and alpha; other data take digits'.
-#: n-SPSA's with hundreds and with thousands of directions are names of their own.
-DEFAULTS: dict[str, tuple[dict[str, float], float]] = {
-    "mnist": ({"ste": 0.005, "fogzo": 0.01, "spsa": 0.005, "spsa-100": 0.01, "spsa-1000": 0.02}, 0.1),
-    "digits": ({"ste": 0.01, "fogzo": 0.02, "spsa": 0.01, "spsa-100": 0.02, "spsa-1000": 0.02}, 0.25),
+#: n-SPSA's are those of 1, 10, 100 and 1000 directions and more.
+DEFAULTS: dict[str, tuple[dict[str, tuple[float, ...]], float]] = {
+    "mnist": ({"ste": (0.005,), "fogzo": (0.01,), "spsa": (0.005, 0.005, 0.01, 0.02)}, 0.1),
+    "digits": ({"ste": (0.01,), "fogzo": (0.02,), "spsa": (0.01, 0.02, 0.02, 0.02)}, 0.25),
 }
 NAMES = {"ste": "STE", "fogzo": "FOGZO", "spsa": "n-SPSA"}
 EVALUATIONS = 30  # points of a curve
@@ -96,7 +96,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=1500)
     add("--batch", type=int, default=128)
     add("--hidden", type=int, nargs="*", default=[10])
-    add("--rate", type=float, help=f"Adam's learning rate for all methods; by default {DEFAULTS['mnist'][0]}")
+    add("--rate", type=float, help="Adam's learning rate for all methods; by default each method's best")
     add("--decay", default="constant", choices=["constant", "cosine"], help="learning rate over training")
     add("--device", default="cpu")
     add("--backend", help="by default the best available")
@@ -106,7 +106,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     rates, alpha = DEFAULTS.get(args.data, DEFAULTS["digits"])
     args.alpha = alpha if args.alpha is None else args.alpha
-    args.rates = {method: args.rate or rate for method, rate in rates.items()}
+    args.rates = {method: (args.rate,) if args.rate else found for method, found in rates.items()}
     if args.full:
         args.spsa_n = [*args.spsa_n, *FULL]
     return args
@@ -117,16 +117,15 @@ def seeds_of(args: argparse.Namespace, directions: int) -> int:
     return min(args.seeds, next(seeds for least, seeds in FEWER if directions >= least))
 
 
-def rate_name(method: str, directions: int) -> str:
+def rate_of(rates: Sequence[float], directions: int) -> float:
     """More directions are less noise, and want a higher rate."""
-    size = 1000 if directions >= 1000 else 100
-    return f"{method}-{size}" if method == "spsa" and directions >= size else method
+    return rates[min(len(str(directions)), len(rates)) - 1]
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     counts = {"ste": [0], "fogzo": args.n, "spsa": args.spsa_n}
     return [
-        Job(method, n, seed, args.rates[rate_name(method, n)])
+        Job(method, n, seed, rate_of(args.rates[method], n))
         for method in args.methods
         for n in counts[method]
         for seed in range(seeds_of(args, n))
@@ -331,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    data, jobs = load(args.data), jobs_of(args)
+    data, jobs, where = load(args.data), jobs_of(args), machine(torch.device(args.device))
     count = min(args.workers, len(jobs))
     print(f"{len(jobs)} runs of {args.steps} steps in {count} processes take about"
           f" {minutes(args, data, jobs):.1f} minutes", flush=True)  # fmt: skip
@@ -347,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{Path(args.data).stem}: {bits}{args.grid} weights, {args.straight_through} STE",
     )
     rows = [{**asdict(r), "job": {**asdict(r.job), "label": r.job.label}} for r in results]
-    whole = {"machine": machine(torch.device(args.device)), "arguments": vars(args), "runs": rows}
+    whole = {"machine": where, "arguments": vars(args), "runs": rows}
     (out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     print(f"wrote {out / name}.png and {out / name}.json")
 

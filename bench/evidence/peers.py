@@ -172,13 +172,13 @@ def table(found: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args, where = parse(argv), machine(torch.device("cpu"))
     with tqdm(total=2 * args.steps, unit="step", disable=None) as bar:
         found = list(rows(args, bar))
     print(table(found))
     if args.json:
         given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        whole = {"machine": machine(torch.device("cpu")), "arguments": given, "rows": found}
+        whole = {"machine": where, "arguments": given, "rows": found}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(whole, indent=1) + "\n")
 

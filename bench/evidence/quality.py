@@ -293,7 +293,7 @@ def kept(path: Path) -> list[Result]:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = kept(args.out)
+    results, where = kept(args.out), machine(torch.device("cpu"))
 
     def run(jobs: list[Job]) -> list[Result]:
         known = {r.job: r for r in results}
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             results.extend(pool.run(train, some, steps, args.workers, ["bench.evidence.tasks"]))
         given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         whole = {
-            "machine": machine(torch.device("cpu")),
+            "machine": where,
             "arguments": given,
             "runs": [asdict(r) for r in results],
         }

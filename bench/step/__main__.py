@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -69,7 +70,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     return [Setting(**{**rest, **dict(zip(AXES, one, strict=True))}) for one in values]
 
 
-def write(args: argparse.Namespace, found: Found, path: Path) -> None:
+def write(args: argparse.Namespace, found: Found, where: dict[str, Any], path: Path) -> None:
     varying = varying_of(args)
     given = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
     rows = [
@@ -77,7 +78,7 @@ def write(args: argparse.Namespace, found: Found, path: Path) -> None:
         for setting, rows in found
         for row in rows
     ]
-    whole = {"machine": machine(torch.device(args.device)), "arguments": given, "rows": rows}
+    whole = {"machine": where, "arguments": given, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1) + "\n")
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         torch._dynamo.config.recompile_limit = 64
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings, found = settings_of(args), Found()
+    settings, found, where = settings_of(args), Found(), machine(torch.device(args.device))
     with tqdm(total=len(settings) * (WARM + rounded(args.turns)), unit="turn", disable=None) as bar:
         for setting in settings:
             rows = measured(setting, args.methods, args.turns, bar.update, traffic=not args.no_traffic)
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             said = ", ".join(f"{name} {getattr(setting, name)}" for name in varying_of(args))
             bar.write("\n".join(filter(None, [said, table(rows), parts(rows)])))
             if args.json:
-                write(args, found, args.json)  # what is measured is kept, whatever comes after
+                write(args, found, where, args.json)  # what is measured is kept, whatever comes after
     if args.plot:
         plot(found, varying_of(args), args.plot)
 
