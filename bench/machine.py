@@ -31,8 +31,17 @@ def machine(device: torch.device) -> dict[str, Any]:
         return {"device": found.name, "capability": capability, "multiprocessors": found.multi_processor_count,
                 "memory_bytes": found.total_memory, "cache_bytes": timing.cache_bytes(device),
                 "cuda": torch.version.cuda, **facts}  # fmt: skip
-    return {"device": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "cache_bytes": timing.cache_bytes(device), **facts}  # fmt: skip
+    return {"device": processor(), "kernels": kernels(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "cache_bytes": timing.cache_bytes(device), **facts}  # fmt: skip
+
+
+def kernels() -> str:
+    """The instruction set that the CPU's kernels are compiled for."""
+    try:
+        from fogzo_kernels import _C
+    except ImportError:
+        return "not built"
+    return str(_C.cpu_isa())
 
 
 def commit() -> str:

@@ -39,6 +39,7 @@ def provenance(section: Section, found: list[Found]) -> str:
     for name, one in zip(section.files, found, strict=True):
         m = one["machine"]
         threads = f", {m['threads']} threads" if "threads" in m else ""
+        threads += f", {m['kernels']} kernels" if "kernels" in m else ""
         when = f"commit {m['commit']}, {m['date']}" if "commit" in m else "before commits were noted"
         lines.append(
             f"[{Path(name).name}]({up}{name}): {m['device']}{threads}, Python {m['python']}, PyTorch"
@@ -84,6 +85,55 @@ def of_steps(*found: Found) -> str:
             ours = [f"{row['calls']:g}", f"{(row['bytes'] + row['bytes_in_passes']) / 1e6:.1f}"]
         peak = row["peak_bytes"] / 1e6
         lines.append(f"| {' | '.join([method, *times, f'{peak:.1f}', *ours])} |")
+    return "\n".join(lines)
+
+
+#: Ops of the benchmark, as tables have them.
+OPS = {
+    "perturb": "perturb", "estimate": "estimate, n = 1", "quantize": "Q", "sgd": "estimate, SGD",
+    "adamw": "estimate, AdamW", "learned": "LSQ, backward", "measure": "rms",
+}  # fmt: skip
+LATENTS = ("float32", "bfloat16")
+
+
+def case_of(row: Found) -> tuple[str, str, int, int, str]:
+    """Op, noise, scale and block, and dtype of its tensors."""
+    dtype = row["latent"] or row["grad"]
+    return row["op"], row["distribution"], row["scale_length"], row["block"], dtype
+
+
+def name_of(op: str, noise: str, scale: int, block: int) -> str:
+    parts = [OPS[op], "" if noise == "none" else noise, f"H {block}" if block else ""]
+    return ", ".join(filter(None, [*parts, f"a scale for every {scale}" if scale else ""]))
+
+
+def of_kernels(*found: Found) -> str:
+    """Shares of the triad, a column for each file and dtype."""
+    heads = [f"{one['machine']['kernels']}, {dtype}" for one in found for dtype in LATENTS]
+    lines = [f"| share of triad | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    by_case = [{case_of(row): row["share_of_triad"] for row in one["rows"]} for one in found]
+    for case in dict.fromkeys(case_of(row)[:4] for row in found[0]["rows"]):
+        shares = [rows.get((*case, dtype)) for rows in by_case for dtype in LATENTS]
+        cells = ["" if share is None else f"{share:.2f}" for share in shares]
+        lines.append(f"| {' | '.join([name_of(*case), *cells])} |")
+    return "\n".join(lines)
+
+
+def of_baselines(found: Found) -> str:
+    """Shares of the triad, and times as fast as what users write without this package."""
+    lines = [
+        "| share of triad; times as fast as eager, in place, compiled | float32 | bfloat16 |",
+        "|---|---|---|",
+    ]
+    by_case = {case_of(row): row for row in found["rows"]}
+    for case in dict.fromkeys(case[:4] for case in by_case):
+        rows = [by_case[(*case, dtype)] for dtype in LATENTS]
+        cells = [
+            f"{r['share_of_triad']:.2f}; "
+            + ", ".join(f"{r[f'ratio_{kind}']:.0f}x" for kind in ("eager", "loop", "compile"))
+            for r in rows
+        ]
+        lines.append(f"| {' | '.join([name_of(*case), *cells])} |")
     return "\n".join(lines)
 
 
@@ -135,6 +185,11 @@ SECTIONS = {
         "docs/performance.md", (f"{RESULTS}/step-values.json", f"{RESULTS}/step-codes.json"), of_products
     ),
     "peers": Section("docs/evidence.md", (f"{RESULTS}/peers.json",), of_peers),
+    "baselines": Section("docs/performance.md", (f"{RESULTS}/perturb.json",), of_baselines),
+    "kernels": Section(
+        "docs/performance.md", (f"{RESULTS}/kernels.json", f"{RESULTS}/kernels-avx2.json"), of_kernels
+    ),
+    "quantizers": Section("docs/performance.md", (f"{RESULTS}/quantizers.json",), of_kernels),
     "mnist": Section("README.md", (f"{RESULTS}/mnist.json",), of_mlp),
     "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),
