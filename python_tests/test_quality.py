@@ -52,7 +52,7 @@ def test_methods_try_as_much_and_are_judged_on_fresh_seeds():
 
     def run(jobs):
         asked.append(jobs)
-        best = {"ste": 3e-3, "fogzo": 8e-3, "late": 2e-2}
+        best = {"ste": 3e-3, "fogzo": 4e-3, "late": 1e-2}
         slow = {"ste": 1.0, "fogzo": 1.5, "late": 1.2}
         return [
             Result(job, loss=abs(job.rate - best[job.method]) + (job.kappa or 0), seconds=slow[job.method])
@@ -61,20 +61,21 @@ def test_methods_try_as_much_and_are_judged_on_fresh_seeds():
 
     found = quality.cell(args, "llama", "lsq", run)
     search, fresh, *longer = asked
-    assert len(search) == 18
-    assert {job.seed for job in search} == {quality.SEARCH_SEED}
+    assert len(search) == 36
+    assert {job.seed for job in search} == set(quality.SEARCH_SEEDS)
     assert {(j.method, j.rate, j.kappa) for j in fresh} == {
-        ("ste", 3e-3, None), ("fogzo", 8e-3, 0.1), ("late", 2e-2, 0.1),
+        ("ste", 3e-3, None), ("fogzo", 4e-3, 0.1), ("late", 1e-2, 0.1),
     }  # fmt: skip
     assert {job.seed for job in fresh} == {0, 1, 2}
     assert [{(j.method, j.steps, j.rate) for j in jobs} for jobs in longer] == [
         {("ste", 15, 3e-3)}, {("ste", 12, 3e-3)},
     ]  # fmt: skip
-    assert len(found) == 18 + 9 + 6
+    assert len(found) == 36 + 9 + 6
 
 
 def test_a_run_that_diverged_is_not_the_best():
-    results = [result(loss=math.nan, rate=0.1), result(loss=2.0, rate=0.2), result(loss=3.0, rate=0.3)]
+    losses = {0.1: (math.nan, 0.1), 0.2: (2.0, 2.2), 0.3: (3.0, 1.5)}
+    results = [result(loss=a, rate=rate, seed=i) for rate, both in losses.items() for i, a in enumerate(both)]
     assert quality.best_of(results).rate == 0.2
 
 
@@ -86,7 +87,7 @@ def test_verdicts(losses, word):
     ste = [result(loss=loss, seed=i) for i, loss in enumerate((1.0, 1.1, 1.05))]
     own = [result("fogzo", loss, i, seconds=1.4) for i, loss in enumerate(losses)]
     longer = [result(loss=0.55 + 0.01 * i, seed=i, steps=14, seconds=1.4) for i in range(3)]
-    searched = [result("fogzo", -9.0, quality.SEARCH_SEED)]
+    searched = [result("fogzo", -9.0, quality.SEARCH_SEEDS[0])]
     said = quality.verdicts([*ste, *own, *longer, *searched], 10)
     assert said.startswith(f"llama, lsq, fogzo: at equal steps {word} (")
     assert f"at equal time {'draw' if word == 'win' else 'loss'} (" in said
@@ -113,9 +114,9 @@ def test_what_was_measured_is_not_run_again(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(quality.pool, "run", here)
     quality.main(options)
-    assert sum(calls) == 12 + 4 + 2
+    assert sum(calls) == 24 + 4 + 2
     runs = json.loads(out.read_text())["runs"]
-    assert len(runs) == 18
+    assert len(runs) == 30
     assert (tmp_path / "a/quality.png").stat().st_size > 5_000
     said = capsys.readouterr().out
     assert "llama, lsq, fogzo: at equal steps" in said
