@@ -1,11 +1,11 @@
 """Compare estimators by what they train: at equal steps and at equal time, each with settings of its own.
 
-Each method of a task and a preset first tries the same number of settings, on two seeds that are not used again:
-STE six learning rates, FOGZO three and two kappas. The best by mean validation loss is then run on fresh seeds.
-``ste, as long`` is STE with so many more steps that it takes FOGZO's time, its schedule stretched. Results are
-means and standard errors. A cell where nearly all codes start at 0 is marked: STE cannot move there, and any
-noise looks good. Batches are the same for all methods of a seed. What was measured is kept after each set of
-runs, and not run again.
+Each method of a task and a preset first tries the same number of settings, on two seeds that are not used
+again: STE six learning rates, FOGZO three and two kappas. The best by mean validation loss is then run on
+fresh seeds. ``ste, as long`` is STE with so many more steps that it takes FOGZO's time, its schedule
+stretched. Results are means and standard errors. A cell where nearly all codes start at 0 is marked: STE
+cannot move there, and any noise looks good. Batches are the same for all methods of a seed. What was measured
+is kept after each set of runs, and not run again.
 """
 
 from __future__ import annotations
