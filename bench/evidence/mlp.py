@@ -41,7 +41,7 @@ NAMES = {"ste": "STE", "fogzo": "FOGZO", "spsa": "n-SPSA"}
 EVALUATIONS = 30  # points of a curve
 FULL = (1000, 7960)
 FEWER = ((5000, 1), (1000, 2), (100, 3), (0, 2**31))  # seeds at most, of so many directions
-CALIBRATION = 3  # steps of each kind of run, to say how long all will take
+CALIBRATION = 50  # steps of each kind of run, to say how long all will take
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,9 @@ def gradients(args: argparse.Namespace, job: Job, model: nn.Sequential) -> Calla
     return lambda x, y: fogzo.step(lambda: F.cross_entropy(model(x), y))
 
 
-def train(args: argparse.Namespace, data: Data, job: Job, progress: Callable[[], None]) -> Result:
+def train(
+    args: argparse.Namespace, data: Data, job: Job, progress: Callable[[], None], evaluations: int = EVALUATIONS
+) -> Result:
     """One run; deterministic given the job."""
     torch.set_num_threads(1)  # runs are spread over processes
     torch.manual_seed(job.seed)
@@ -180,7 +182,7 @@ def train(args: argparse.Namespace, data: Data, job: Job, progress: Callable[[],
         result.losses.append(F.cross_entropy(model(train_x), train_y).item())
 
     for step in range(args.steps):
-        if step % max(args.steps // EVALUATIONS, 1) == 0:
+        if step % max(args.steps // evaluations, 1) == 0:
             evaluate(step)
         rows = torch.randint(len(train_x), (args.batch,)).to(args.device)
         optimizer.zero_grad()
@@ -199,11 +201,11 @@ def train(args: argparse.Namespace, data: Data, job: Job, progress: Callable[[],
 def minutes(args: argparse.Namespace, data: Data, jobs: Sequence[Job]) -> float:
     """How long all will take, from a few steps of each kind."""
     threads, seconds = torch.get_num_threads(), dict[str, float]()
-    short = argparse.Namespace(**{**vars(args), "steps": CALIBRATION})
     for job in {job.label: job for job in jobs}.values():
-        found = train(short, data, job, lambda: None)  # the first step of all is slow
-        found = train(short, data, job, lambda: None) if job.directions < 100 else found
-        seconds[job.label] = found.seconds / CALIBRATION * args.steps
+        steps = CALIBRATION if job.directions < 100 else 2
+        short = argparse.Namespace(**{**vars(args), "steps": steps})
+        times = [train(short, data, job, lambda: None, evaluations=1).seconds for _ in range(2)]
+        seconds[job.label] = times[1] / steps * args.steps  # the first one warms up
     torch.set_num_threads(threads)
     whole = sum(seconds[job.label] for job in jobs)
     return max(whole / min(args.workers, len(jobs)), max(seconds.values())) / 60
