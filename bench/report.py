@@ -98,7 +98,7 @@ LATENTS = ("float32", "bfloat16")
 
 def case_of(row: Found) -> tuple[str, str, int, int, str]:
     """Op, noise, scale and block, and dtype of its tensors."""
-    dtype = row["latent"] or row["grad"]
+    dtype = row["latent"] if row["latent"] in LATENTS else row["grad"]  # the estimate has no latents
     return row["op"], row["distribution"], row["scale_length"], row["block"], dtype
 
 

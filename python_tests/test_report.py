@@ -43,3 +43,11 @@ def test_a_table_has_one_place(text):
 def test_what_stands_around_a_table_stays():
     text = "before\n<!-- report: a -->\nold\n<!-- end of report -->\nafter <!-- report: b -->"
     assert report.rendered(text, "a", "| \\1 |") == text.replace("old", "| \\1 |")
+
+
+def test_no_cell_of_the_ops_is_empty():
+    """Rows of all dtypes are found, also of ops without latents."""
+    for name in ("kernels", "quantizers", "baselines"):
+        section = report.SECTIONS[name]
+        found = [json.loads((report.ROOT / file).read_text()) for file in section.files]
+        assert "|  |" not in section.table(*found)
