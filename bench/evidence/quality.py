@@ -284,6 +284,8 @@ def plot(results: Sequence[Result], steps: int, path: Path) -> None:
         panel.set(title=f"{task}, {preset}", xlabel="step", yscale="log")
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize="x-small")
+    for panel in axes.flat[len(cells) :]:
+        panel.set_axis_off()
     axes[0][0].set_ylabel("training loss, nats")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
