@@ -38,7 +38,7 @@ def provenance(section: Section, found: list[Found]) -> str:
     lines = []
     for name, one in zip(section.files, found, strict=True):
         m = one["machine"]
-        threads = f", {m['threads']} threads" if "threads" in m else ""
+        threads = f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if "threads" in m else ""
         threads += f", {m['kernels']} kernels" if "kernels" in m else ""
         when = f"commit {m['commit']}, {m['date']}" if "commit" in m else "before commits were noted"
         lines.append(
