@@ -226,8 +226,7 @@ class Fogzo:
         if self._device_state is not None:
             self._device_state.set_step(self._steps)
         self._counters.copy_(counters)
-        self._stats.forget()
-        self._stats.know_lost(int(counters[1]))
+        self._stats.restart(int(counters[1]))
 
     # ---- a step
 

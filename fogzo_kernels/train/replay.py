@@ -39,18 +39,6 @@ def state_methods(name: str, other: object) -> tuple[Callable[[], Any], Callable
     raise TypeError(f"{name} must have one of {methods}, or be a NumPy Generator, got {type(other).__name__}")
 
 
-def all_modules(model: nn.Module) -> list[nn.Module]:
-    """Each module once, in no order: in a tenth of the time that ``model.modules()`` takes to name them too."""
-    found: dict[int, nn.Module] = {}
-    left = [model]
-    while left:
-        module = left.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            left += [child for child in module._modules.values() if child is not None]
-    return list(found.values())
-
-
 class Snapshot(NamedTuple):
     """The state of generators and buffers at one point of a step."""
 
@@ -84,7 +72,7 @@ class ReplayState:
     @torch.no_grad()
     def save(self) -> Snapshot:
         """The state as it is. A CUDA graph's capture can neither read nor set the device's generators."""
-        modules = all_modules(self.model)
+        modules = list(self.model.modules())
         devices = {
             p.device.index for m in modules for p in m._parameters.values() if p is not None and p.is_cuda
         }

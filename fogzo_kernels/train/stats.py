@@ -46,9 +46,10 @@ class Stats:
         if step.changes is not None:
             self._changes, self.wanted = step.changes, False
 
-    def forget(self) -> None:
-        """There was no step."""
+    def restart(self, lost_norms: int) -> None:
+        """There was no step, but so many lost norms in the run that goes on, which said so."""
         self._estimate, self._changes, self.wanted = None, None, True
+        self._warned_of_lost = bool(lost_norms)
 
     def read(self, weights: Sequence[QuantizedWeight]) -> dict[str, float]:
         """All of it, see :meth:`fogzo_kernels.Fogzo.stats`; waits for the device."""
@@ -93,10 +94,6 @@ class Stats:
                 " optimizer leaves the weights alone then, but one of PyTorch would write NaN into them",
                 stacklevel=3,
             )
-
-    def know_lost(self, norms: int) -> None:
-        """Those of a run that this one continues, which said so."""
-        self._warned_of_lost = bool(norms)
 
     def _warn_of_rounding(self, difference: float, rounding: float) -> None:
         if difference < FEW_ROUNDINGS * rounding and not self._warned:

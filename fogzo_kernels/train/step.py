@@ -304,7 +304,10 @@ class Step:
         found: list[tuple[QuantizedWeight, Tensor]] = []
         self._minus = []
         for key, group in self.groups.items():
-            for weights in filter(None, ([w for w in group if w.takes_codes is c] for c in (False, True))):
+            for codes in (False, True):
+                weights = [w for w in group if w.takes_codes is codes]
+                if not weights:
+                    continue
                 out = [w.probe_memory() for w in weights]
                 other = [w.probe_memory(1) for w in weights] if self.both else None
                 perturb_quantize_(

@@ -18,7 +18,6 @@ from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from ..spec.straight_through import StraightThrough
-from .replay import all_modules
 
 
 class Key(NamedTuple):
@@ -173,22 +172,26 @@ def finish_gradients(weights: list[QuantizedWeight], backend: str | None) -> Non
 
     Both are linear in dL/dQ, so once for all micro-batches does.
     """
-    calls: dict[tuple[Key, bool], list[QuantizedWeight]] = {}
+    calls: dict[tuple[Key, bool], list[tuple[QuantizedWeight, Tensor]]] = {}
     for w in weights:
         grad = w.guide()
         if grad is not None:
-            calls.setdefault((w.key(grad, backend), w.modules[0].alpha.requires_grad), []).append(w)
+            calls.setdefault((w.key(grad, backend), w.modules[0].alpha.requires_grad), []).append((w, grad))
     for (key, learned), alike in calls.items():
-        grads = [grad for w in alike if (grad := w.guide()) is not None]
-        latents, alphas = [w.latent for w in alike], [w.alpha for w in alike]
-        how = {"grid": key.grid, "straight_through": key.straight_through, "transform": key.transform}
+        grads = [grad for _, grad in alike]
+        latents, alphas = [w.latent for w, _ in alike], [w.alpha for w, _ in alike]
         if not learned:
-            straight_through_backward_(grads, latents, alphas, backend=backend, **how)  # type: ignore[arg-type]
+            straight_through_backward_(
+                grads, latents, alphas, grid=key.grid, straight_through=key.straight_through,
+                transform=key.transform, backend=backend,
+            )  # fmt: skip
             continue
         found = [torch.empty_like(alpha) for alpha in alphas]
-        factors = [w.modules[0].alpha_factor for w in alike]
-        learned_backward_(grads, found, latents, alphas, factors=factors, backend=backend, **how)  # type: ignore[arg-type]
-        for w, alpha_grad in zip(alike, found, strict=True):
+        learned_backward_(
+            grads, found, latents, alphas, factors=[w.modules[0].alpha_factor for w, _ in alike],
+            grid=key.grid, straight_through=key.straight_through, transform=key.transform, backend=backend,
+        )  # fmt: skip
+        for (w, _), alpha_grad in zip(alike, found, strict=True):
             alpha = w.modules[0].alpha
             alpha.grad = alpha_grad if alpha.grad is None else alpha.grad.add_(alpha_grad)
 
@@ -305,7 +308,7 @@ def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
     What is new among them would be trained straight-through, unnoticed.
     """
     trainable = 0
-    for m in all_modules(model):
+    for m in model.modules():
         if isinstance(m, QuantizedModule):
             weight = m._parameters.get("weight")
             trainable += weight is None or weight.requires_grad
