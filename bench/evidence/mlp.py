@@ -221,19 +221,14 @@ def by_label(results: list[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def plus_minus(values: list[float], digits: int) -> str:
-    mean, error = pool.mean_and_error(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
-
-
 def table(results: list[Result]) -> str:
     """Markdown."""
     names = ("method", "seeds", "rate", "final training loss", "test accuracy, %", "forward passes", "seconds")
     rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for label, group in by_label(results).items():
         cells = (
-            label, f"{len(group)}", f"{group[0].job.rate:g}", plus_minus([r.losses[-1] for r in group], 4),
-            plus_minus([100 * r.test_accuracy for r in group], 2), f"{group[0].passes[-1]}",
+            label, f"{len(group)}", f"{group[0].job.rate:g}", pool.plus_minus([r.losses[-1] for r in group], 4),
+            pool.plus_minus([100 * r.test_accuracy for r in group], 2), f"{group[0].passes[-1]}",
             f"{statistics.mean(r.seconds for r in group):.1f}",
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")

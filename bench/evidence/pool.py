@@ -1,4 +1,4 @@
-"""Training runs over processes, with one bar that counts their steps."""
+"""Training runs over processes, with one bar that counts their steps; and what such runs share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 J = TypeVar("J")
 R = TypeVar("R")
+DECAYS = ("cosine", "linear", "constant")
 EVERY = 5  # steps of a run between two words to the bar
 
 
@@ -75,3 +76,19 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error; of one value NaN."""
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), spread
+
+
+def plus_minus(values: Sequence[float], digits: int) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def rate_at(step: int, steps: int, warm_up: float, decay: str = "cosine") -> float:
+    """Share of the learning rate: up over a share of the steps, then down to a tenth of it, but if constant."""
+    warm = max(int(warm_up * steps), 1)
+    if step < warm:
+        return (step + 1) / warm
+    done, left = step - warm, max(steps - warm, 1)
+    if decay == "cosine":
+        return 0.55 + 0.45 * math.cos(math.pi * done / left)
+    return 1 - 0.9 * (done / left) if decay == "linear" else 1.0

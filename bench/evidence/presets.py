@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import statistics
 import time
@@ -36,6 +35,7 @@ ESTIMATORS = ("ste", "fogzo")
 TAIL = 30  # steps at the end that a training loss is the mean of
 SMOOTH = 15  # steps that a point of the plot is the mean of
 VALIDATION_BATCHES = 8
+WARM_UP = 0.1  # share of the steps
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,6 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     return [Job(*method, rate, seed) for method in methods for rate in args.rates for seed in range(args.seeds)]
 
 
-def rate_at(step: int, args: argparse.Namespace) -> float:
-    """Share of the learning rate: a tenth of the steps up, then down a cosine to a tenth of it."""
-    warm = max(args.steps // 10, 1)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(args.steps - warm, 1))
-
-
 def train(args: argparse.Namespace, job: Job, progress: Callable[[], None]) -> Result:
     """One run; deterministic given the job."""
     torch.set_num_threads(1)  # runs are spread over processes
@@ -119,7 +111,9 @@ def train(args: argparse.Namespace, job: Job, progress: Callable[[], None]) -> R
     alpha_lr = args.alpha_rate * job.rate
     groups = fk.parameter_groups(model, weight_decay=args.weight_decay, alpha_lr=alpha_lr)
     optimizer = torch.optim.AdamW(groups, lr=job.rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, args))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: pool.rate_at(step, args.steps, WARM_UP)
+    )
     generator = torch.Generator().manual_seed(job.seed)
     result, start = Result(job), time.perf_counter()
     for _ in range(args.steps):
@@ -172,8 +166,8 @@ def table(chosen: dict[tuple[str, str], list[Result]]) -> str:
             "exact" if PRESETS[preset] is None else estimator.upper(),
             f"{runs[0].job.rate:g}",
             f"{first:.2f}",
-            "{:.3f} ± {:.3f}".format(*pool.mean_and_error([r.final for r in runs])),
-            "{:.3f} ± {:.3f}".format(*pool.mean_and_error([r.validation_loss for r in runs])),
+            pool.plus_minus([r.final for r in runs], 3),
+            pool.plus_minus([r.validation_loss for r in runs], 3),
             f"{statistics.mean(r.seconds for r in runs):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -99,14 +99,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Share of the learning rate: up, then down a cosine to a tenth."""
-    warm = max(int(WARM_UP * steps), 1)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
-
-
 def train(job: Job, progress: Callable[[], None]) -> Result:
     """One run; deterministic given the job, but for its time."""
     torch.set_num_threads(1)  # runs are spread over processes
@@ -119,7 +111,7 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
         fogzo = fk.Fogzo(model, total_steps=job.steps, kappa=job.kappa, seed=job.seed, **options)
     groups = fk.parameter_groups(model, weight_decay=DECAY, alpha_lr=0.1 * job.rate)
     optimizer = fk.AdamW(groups, lr=job.rate, betas=(0.9, 0.95), fogzo=fogzo)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, job.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pool.rate_at(step, job.steps, WARM_UP))
     losses, start = [], time.perf_counter()
     for step in range(job.steps):
         optimizer.zero_grad()
@@ -223,16 +215,11 @@ def table(results: Sequence[Result], steps: int) -> str:
         accuracies = [100 * r.accuracy for r in runs if r.accuracy is not None]
         cells = [
             task, preset + mark, name, f"{job.rate:g}", "" if job.kappa is None else f"{job.kappa:g}",
-            plus_minus([r.loss for r in runs], 4), plus_minus(accuracies, 2) if accuracies else "",
+            pool.plus_minus([r.loss for r in runs], 4), pool.plus_minus(accuracies, 2) if accuracies else "",
             f"{statistics.mean(r.seconds for r in runs):.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def plus_minus(values: Sequence[float], digits: int) -> str:
-    mean, error = pool.mean_and_error(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def verdict(runs: Sequence[Result], others: Sequence[Result]) -> str:

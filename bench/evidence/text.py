@@ -61,7 +61,9 @@ def parted(pieces: Sequence[bytes]) -> Text:
     cuts = [int(len(data) * (1 - VALIDATION_SHARE)) for data in pieces]
     train = b"".join(data[:cut] for data, cut in zip(pieces, cuts, strict=True))
     validation = b"".join(data[cut:] for data, cut in zip(pieces, cuts, strict=True))
-    return Text(*(torch.tensor(bytearray(part), dtype=torch.uint8) for part in (train, validation)))
+    parts = (bytearray(part) for part in (train, validation))
+    none = torch.empty(0, dtype=torch.uint8)  # PyTorch makes no tensor of an empty buffer
+    return Text(*(torch.frombuffer(part, dtype=torch.uint8) if part else none for part in parts))
 
 
 def batch(text: Tensor, rows: int, context: int, generator: torch.Generator) -> Tensor:

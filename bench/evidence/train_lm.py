@@ -22,11 +22,10 @@ from tqdm import tqdm
 
 import fogzo_kernels as fk
 
-from . import record, text
+from . import pool, record, text
 from .presets import PRESETS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DECAYS = ("cosine", "linear", "constant")
 #: What may differ where a run goes on.
 FREE = ("out", "resume", "save_every", "log_every", "evaluate_every", "threads", "stop_after", "sample")
 VALIDATION_BATCHES = 16
@@ -63,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=1000)
     add("--seed", type=int, default=0)
     add("--rate", type=float, default=4e-3, help="learning rate")
-    add("--decay", default="cosine", choices=DECAYS, help="of the learning rate, to a tenth")
+    add("--decay", default="cosine", choices=pool.DECAYS, help="of the learning rate, to a tenth")
     add("--warm-up", type=float, default=0.1, help="share of the steps")
     add("--alpha-rate", type=float, default=0.1, help="share of the learning rate that learned scales take")
     add("--weight-decay", type=float, default=0.1)
@@ -88,14 +87,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def rate_at(step: int, args: argparse.Namespace) -> float:
-    """Share of the learning rate: up, then down to a tenth."""
-    warm = max(int(args.warm_up * args.steps), 1)
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(args.steps - warm, 1)
-    if args.decay == "cosine":
-        return 0.55 + 0.45 * math.cos(math.pi * done)
-    return 1 - 0.9 * done if args.decay == "linear" else 1.0
+    """Share of the learning rate."""
+    return pool.rate_at(step, args.steps, args.warm_up, args.decay)
 
 
 @dataclass
