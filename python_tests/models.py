@@ -234,6 +234,8 @@ class Reference:
         self.buffers = {n: b.clone() for n, b in self.plain.named_buffers()}
         self.spread = {n: (self.rows(n, seen.guides[n]) - g).abs() for n, g in self.guides.items()}
         self.norm = sum((w.delta * self.guides[n]).square().sum() for n, w in self.weights.items()).sqrt()
+        apart = sum((w.delta * self.spread[n]).square().sum() for n, w in self.weights.items()).sqrt()
+        self.norm_error = N_TOLERANCE + apart / self.norm  # relative; the seen one is of the seen guides
         self.ambiguous = 0
         self.total = dict.fromkeys(self.weights, 0.0)
         self.error = dict.fromkeys(self.weights, 0.0)
@@ -272,7 +274,7 @@ class Reference:
         """The loss with Q(w + eps v), set into the plain model."""
         for n, w in self.weights.items():
             y = w.z + eps * (guide[n] + noise[n])
-            share = self.spread[n] * w.delta / self.norm + N_TOLERANCE * guide[n].abs()
+            share = self.spread[n] * w.delta / self.norm + self.norm_error * guide[n].abs()
             error = abs(eps) * share + 2.0**-22 * (w.z.abs() + abs(eps) * (guide[n].abs() + noise[n].abs()))
             found = (self.rows(n, self.seen.effective[number][n]) / w.delta - w.grid.offset).round()
             near = ((y - y.floor()) - 0.5).abs() <= error
@@ -297,7 +299,7 @@ class Reference:
             self.error[n] = (
                 self.error[n]
                 + estimate_error(largest, sum(largest), torch.zeros(()), 0.0, torch.float32)
-                + N_TOLERANCE * largest[0]
+                + self.norm_error * largest[0]
                 + (c.abs() + c_error) * self.spread[n] / self.norm / directions
                 + c_error * sum(part.abs() for part in v)
             )

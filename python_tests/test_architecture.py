@@ -27,9 +27,11 @@ FLOORS = {
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
            "__init__ scales inputs held quantized permuted linear"
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
-    "train": (("spec", "backends", "ops.checks", "functional", "nn"), "__init__ replay weights reads outside"
-              " gradients losses step settings device stats estimator"),
-    "optim": (("spec", "ops.checks", "functional", "nn", "train"), "__init__ groups fused adamw sgd"),
+    "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
+              "__init__ replay weights together reads outside gradients losses step"
+              " settings device stats estimator"),
+    "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
+              "__init__ groups fused adamw sgd"),
     "integrations": (("spec", "nn"), "__init__ transformers"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),

@@ -160,8 +160,13 @@ def select(name: str | None, device: torch.device) -> Backend:
     """
     source = "backend"
     check_name(name)
-    if name is None and os.environ.get(VARIABLE):
-        name, source = os.environ[VARIABLE], VARIABLE
+    if name is None and (asked := os.environ.get(VARIABLE)):
+        name, source = asked, VARIABLE
+    return _select(name, source, device)
+
+
+@functools.cache  # but for what it raises
+def _select(name: str | None, source: str, device: torch.device) -> Backend:
     check_known(name, source)
     if name is None:
         name = next(n for n in names() if reason_unavailable(n, device) is None)

@@ -136,19 +136,18 @@ def hold_alphas(modules: Sequence[Any], names: Sequence[str] = ("alpha", "input_
     Returns:
         How many, 0-dim int64 on their device, where nothing waits for it; None if there are none.
     """
-    pairs = {id(a): (a.detach(), least) for m in modules for a, least in m.learned_alphas(names)}
+    pairs = {id(alpha): (alpha, least) for m in modules for alpha, least in m.learned_alphas(names)}
     if not pairs:
         return None
-    alphas = [alpha for alpha, _ in pairs.values()]
-    now = torch.cat([alpha.flatten() for alpha in alphas])
-    least = torch.cat([low.flatten() for _, low in pairs.values()])
+    alphas, lows = zip(*pairs.values(), strict=True)
+    now, least = (torch.cat([*map(Tensor.flatten, tensors)]) for tensors in (alphas, lows))
     out = ~((now >= least) & (now <= memory.alpha_range(2)[1]))  # NaN too
     count = out.sum()
     seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
     if seen and not int(count):
         return count
     parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
-    torch._foreach_copy_(alphas, [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
+    torch._foreach_copy_([*alphas], [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
     if seen:
         if not any(m.warned for m in modules):
             warnings.warn(

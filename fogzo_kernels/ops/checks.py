@@ -172,6 +172,8 @@ def transformed(
 
 def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
     """A 0-dim tensor; ``device`` None allows the CPU as well as any device."""
+    if isinstance(t, Tensor) and t.dtype == dtype and t.ndim == 0 and device in (None, t.device):
+        return
     instance(name, t, Tensor)
     if t.dtype != dtype or t.ndim != 0:
         raise TypeError(f"{name} must be a 0-dim {named([dtype])} tensor, got {named([t.dtype])} {shape(t)}")
@@ -206,7 +208,7 @@ def real(name: str, value: float) -> None:
 def seed_and_step(draw: Draw, device: torch.device | None) -> None:
     """0-dim int64 tensors, on the CPU or on the device."""
     for name, t in (("seed", draw.seed), ("step", draw.step)):
-        scalar_tensor(name, t, torch.int64, None if t.device.type == "cpu" else device)
+        scalar_tensor(name, t, torch.int64, None if t.is_cpu else device)
 
 
 def draw(draw: Draw, like: Tensors) -> None:
@@ -221,7 +223,7 @@ def draw(draw: Draw, like: Tensors) -> None:
 def mix(mix: Mix, like: Tensors) -> None:
     """The norm on the tensors' device; one_minus_beta there or on the CPU."""
     scalar_tensor("norm", mix.norm, torch.float32, like[0].device if like else None)
-    on_host = mix.one_minus_beta.device.type == "cpu"
+    on_host = mix.one_minus_beta.is_cpu
     scalar_tensor("one_minus_beta", mix.one_minus_beta, torch.float64, None if on_host else mix.norm.device)
 
 
@@ -258,7 +260,7 @@ def update(update: Update, device: torch.device) -> None:
         ("lr", update.lr, torch.float64),
         ("optimizer_step", update.optimizer_step, torch.int64),
     ):
-        scalar_tensor(name, t, dtype, None if t.device.type == "cpu" else device)
+        scalar_tensor(name, t, dtype, None if t.is_cpu else device)
 
 
 def latents_and_alphas(latents: Tensors, alphas: Tensors, block: int) -> None:

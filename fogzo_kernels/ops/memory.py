@@ -25,15 +25,15 @@ NBYTES = operator.attrgetter("nbytes")
 
 def numbers(draw: Draw | None = None, mix: Mix | None = None, update: Update | None = None) -> None:
     """Step, one_minus_beta, lr and optimizer_step are in range, those that lie on the CPU."""
-    if draw is not None and draw.step.device.type == "cpu":
+    if draw is not None and draw.step.is_cpu:
         check_range("step", int(draw.step), MAX_STEP)
-    if mix is not None and mix.one_minus_beta.device.type == "cpu":
+    if mix is not None and mix.one_minus_beta.is_cpu:
         unit_interval("one_minus_beta", float(mix.one_minus_beta))
     if update is None:
         return
-    if update.lr.device.type == "cpu":
+    if update.lr.is_cpu:
         finite("lr", float(update.lr))
-    if update.optimizer_step.device.type == "cpu" and int(update.optimizer_step) < 1:
+    if update.optimizer_step.is_cpu and int(update.optimizer_step) < 1:
         raise ValueError(f"optimizer_step must be >= 1, got {int(update.optimizer_step)}")
 
 

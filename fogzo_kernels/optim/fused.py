@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops import arguments
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
 from ..train.estimator import Fogzo
 from ..train.losses import Estimate
-from ..train.step import Step, alphas_of
-from ..train.weights import Key, QuantizedWeight
+from ..train.step import Step
+from ..train.together import Together
 
 #: How an op takes a parameter, and what has its shape: a view.
 View = Callable[[Tensor], Tensor]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
-#: For parameters that are not quantized, where nothing is drawn and nothing quantized.
-PLAIN = Grid.uniform(8), StraightThrough("identity"), None
-
+#: For parameters that take their gradient as it is, where nothing is drawn.
+PLAIN = {
+    "grid": Grid.uniform(8), "straight_through": StraightThrough("identity"), "transform": None,
+    "one_minus_beta": 0.0, "seed": 0,
+}  # fmt: skip
 
 #: Options of PyTorch's optimizers that change the update and are not offered.
 NOT_OFFERED = ("amsgrad", "maximize")
@@ -115,20 +118,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             estimate = passes.collect()
             loss = estimate.loss
         first = True
-        for call in list(self._calls()):  # all are prepared before the first one writes
+        for call in list(self._calls(passes)):  # all are prepared before the first one writes
             self._run(call, passes, estimate, first)
-            first = first and not call.weights
+            first = first and call.quantized is None
         if passes is not None:
             passes.finish()
         return loss
+
+    def _own(self) -> set[int]:
+        return {id(p) for group in self.param_groups for p in group["params"]}
 
     def _check_estimates(self) -> None:
         """Without passes, what quantized weights are trained with must be an estimate that was made before."""
         if self.fogzo is None:
             return
-        own = {p for group in self.param_groups for p in group["params"]}
+        own = self._own()
         for i, w in enumerate(self.fogzo.weights):
-            if w.parameter in own and w.parameter.grad is not None and not self.fogzo._gradients.is_estimate(i):
+            if (
+                id(w.parameter) in own
+                and w.parameter.grad is not None
+                and not self.fogzo._gradients.is_estimate(i)
+            ):
                 raise RuntimeError(
                     f"step must follow the passes of fogzo, got the gradient of another backward for {w.name}:"
                     " it would train plain straight-through. Give step a closure, or run the passes by"
@@ -137,14 +147,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_owned(self, passes: Step) -> None:
         """A weight of another optimizer would keep its straight-through gradient, unnoticed."""
-        own = {p for group in self.param_groups for p in group["params"]}
+        own = self._own()
         still = [w.name for w in passes.weights if w.parameter.grad is not None and w.still_row is not None]
         if passes.pairs and still:
             raise RuntimeError(
                 f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"
                 " its padding row would not keep still; call fogzo.estimate_() first"
             )
-        others = sum(w.parameter.grad is not None and w.parameter not in own for w in passes.weights)
+        others = sum(w.parameter.grad is not None and id(w.parameter) not in own for w in passes.weights)
         if others:
             raise RuntimeError(
                 f"params must hold every quantized weight of fogzo, got all but {others}; for several"
@@ -153,58 +163,62 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- which tensors go into one call
 
-    def _calls(self) -> Iterator[_Call]:
-        """Tensors of one param group, dtype, device, grid and step number, quantized ones first.
+    def _calls(self, passes: Step | None) -> Iterator[_Call]:
+        """Tensors of alike options, dtypes, device, step number and kind of quantizer, estimated ones first.
 
         Learned alphas come last of all: the estimates of their weights are made with them as they were.
         """
-        known = self.fogzo.weights if self.fogzo is not None else []
-        weights = {w.parameter: w for w in known}
-        alphas = {id(m.alpha) for w in known for m in w.modules}
-        last: list[_Call] = []
+        estimated = passes.calls if passes is not None and passes.pairs else []
+        places = {id(w.parameter): (k, i) for k, one in enumerate(estimated) for i, w in enumerate(one.weights)}
+        alphas = {id(m.alpha) for one in estimated for w in one.weights for m in w.modules}
+        later: dict[tuple[Any, ...], _Call] = {}
         for group in self.param_groups:
-            names = self._state_names()[: self._rule(group).states]
+            options = self._options(group)
             found: dict[tuple[Any, ...], _Call] = {}
-            plain: list[tuple[Tensor, int, View]] = []
+            taken: dict[tuple[Any, ...], list[int]] = {}  # of a call's weights, in the order of parameters
+            others: list[tuple[Tensor, _Lists, tuple[Any, ...]]] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                view = weights[p].rows if p in weights else in_memory(p)
-                count = self._prepare(p, group, names, view)
-                if p in weights:
-                    key = weights[p].key(p.grad, self.backend)
-                    where: tuple[Any, ...] = (p.device, p.dtype, p.grad.dtype, count, key)
-                    found.setdefault(where, _Call(group, count, key)).add(p, view, weights[p])
+                k, i = places.get(id(p), (None, 0))
+                view = in_memory(p) if k is None else estimated[k].weights[i].rows
+                lists = self._prepare(p, group, options.states, view)
+                alike = p.device, p.dtype, lists.grad.dtype, lists.number
+                if k is None:
+                    others.append((p, lists, alike))
                 else:
-                    plain.append((p, count, view))
-            moved = [entry for entry in plain if id(entry[0]) in alphas]
-            plain = [entry for entry in plain if id(entry[0]) not in alphas]
-            for p, count, view in plain:  # with the quantized ones of their kind, if any, in one call
-                where = (p.device, p.dtype, p.grad.dtype if p.grad is not None else None, count)
-                there = next((c for k, c in found.items() if k[:4] == where), None)
-                if there is None:
-                    there = found.setdefault((*where, None), _Call(group, count, None))
-                there.add(p, view, None)
+                    found.setdefault((*alike, k), _Call(options, lists.number)).add(lists)
+                    taken.setdefault((*alike, k), []).append(i)
+            for (*alike_, k), indices in taken.items():
+                whole = indices == list(range(len(estimated[k].weights)))
+                found[*alike_, k].quantized = estimated[k] if whole else estimated[k].part(indices)
+            for p, lists, alike in others:
+                # with estimated ones of their group, if any, in one call; else with all that is updated alike
+                there = (
+                    None if id(p) in alphas else next((c for k, c in found.items() if k[:-1] == alike), None)
+                )
+                (there or later.setdefault((*alike, *options.key), _Call(options, lists.number))).add(lists)
             yield from found.values()
-            later: dict[tuple[Any, ...], _Call] = {}
-            for p, count, view in moved:
-                assert p.grad is not None
-                where = (p.device, p.grad.dtype, count)
-                later.setdefault(where, _Call(group, count, None)).add(p, view, None)
-            last += later.values()
-        yield from last
+        yield from later.values()
 
-    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> int:
-        """Make the state, and return the number of the coming step; 0 if only the device knows it.
+    def _options(self, group: dict[str, Any]) -> _Options:
+        lr = group["lr"]
+        hyperparameters = self._hyperparameters(group)
+        return _Options(
+            lr.double() if isinstance(lr, Tensor) else arguments.lr(lr),
+            hyperparameters,
+            self._state_names()[: self._rule(group).states],
+            (id(lr) if isinstance(lr, Tensor) else lr, *hyperparameters.values()),
+        )
 
-        Gradient and state come to lie in memory as the parameter does, so that ``view`` sees them alike.
-        """
+    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Lists:
+        """Make the state. Gradient and state come to lie in memory as the parameter does, for ``view``."""
         grad = p.grad
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"params must have dense gradients, got a sparse one of shape {tuple(p.shape)}")
         if not view(grad).is_contiguous():
-            p.grad = torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad)
+            p.grad = grad = torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad)
         state = self.state[p]
         capturable = group["capturable"]
         if not state:
@@ -219,59 +233,51 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in names:  # also of a momentum that was 0 until now
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-        for name in ("master", *names):
-            if name in state and not view(state[name]).is_contiguous():  # from a checkpoint of another layout
+        views = []
+        for name in ("master", *names) if "master" in state else names:
+            if not view(state[name]).is_contiguous():  # from a checkpoint of another layout
                 state[name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
+            views.append(view(state[name]))
         if capturable:
             state["step"] += 1
-            return 0
-        return int(state["step"]) + 1
+        master = views.pop(0) if "master" in state else None
+        number = 0 if capturable else int(state["step"]) + 1
+        return _Lists(view(p), view(grad), master, views, state["step"], number)
 
     # ---- one call
 
     def _run(self, call: _Call, passes: Step | None, estimate: Estimate | None, first: bool) -> None:
-        group, device = call.group, call.params[0].device
-        own = [self.state[p] for p in call.params]
-
-        def viewed(name: str) -> list[Tensor]:
-            return [view(s[name]) for view, s in zip(call.views, own, strict=True)]
-
-        plus = minus = self._nothing(device)
-        norm = torch.zeros((), device=device) if estimate is None or estimate.norm is None else estimate.norm
-        lr = group["lr"]
-        options: dict[str, Any] = {
-            "lr": lr.double() if isinstance(lr, Tensor) else lr,
-            "optimizer_step": call.count or own[0]["step"],
-            "masters": viewed("master") if "master" in own[0] else None,
-            **self._hyperparameters(group),
+        lists, options = call.lists, call.options
+        device = lists[0].latent.device
+        states = [[one.states[i] for one in lists] for i in range(len(options.states))]
+        unused = [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
+        masters = None if lists[0].master is None else [one.master for one in lists]
+        common: dict[str, Any] = {
+            "lr": options.lr,
+            "optimizer_step": call.number or lists[0].step,
+            "masters": masters,
+            **options.hyperparameters,
         }
-        used = self._rule(group).states
-        states = [viewed(n) if i < used else None for i, n in enumerate(self._state_names())]
 
-        def update(plus: Tensor, minus: Tensor, **noise: Any) -> None:
-            tensors = call.latents, call.grads, *states, plus, minus, alphas_of(call.weights), norm
-            type(self).OP(*tensors, **options, **noise)
+        def update(plus: Tensor, minus: Tensor, alphas: list[Tensor], norm: Tensor, **noise: Any) -> None:
+            tensors = [one.latent for one in lists], [one.grad for one in lists], *states, *unused
+            type(self).OP(*tensors, plus, minus, alphas, norm, **common, **noise)
 
-        if passes is None or estimate is None or estimate.norm is None or not call.weights:
-            grid, straight_through, transform = (call.key or PLAIN)[:3]
-            update(
-                plus,
-                minus,
-                grid=grid,
-                straight_through=straight_through,
-                transform=transform,
-                one_minus_beta=0.0,
-                seed=0,
-                backend=self.backend,
-            )
+        if call.quantized is None:
+            nothing = self._nothing(device)
+            update(nothing, nothing, [], torch.zeros((), device=device), backend=self.backend, **PLAIN)
         else:
-            assert call.key is not None
-            noise = passes.options(call.key, call.weights)
+            assert passes is not None
+            assert estimate is not None
+            assert estimate.norm is not None
+            noise = passes.options(call.quantized) | {"backend": self.backend}
             with passes.counting(first) as counters:
-                update(estimate.losses_plus, estimate.losses_minus, counters=counters, **noise)
-        if call.count:
-            for state in own:
-                state["step"].fill_(call.count)
+                update(
+                    estimate.losses_plus, estimate.losses_minus, call.quantized.alphas, estimate.norm,
+                    counters=counters, **noise,
+                )  # fmt: skip
+        if call.number:
+            torch._foreach_add_([one.step for one in lists], 1)
 
     def _nothing(self, device: torch.device) -> Tensor:
         if device not in self._empty:
@@ -319,29 +325,36 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state[p]["step"] = torch.ones((), dtype=torch.int64, device=device)
 
 
+class _Options(NamedTuple):
+    """Of a param group: numbers as the op takes them, and which state its rule has."""
+
+    lr: Tensor
+    hyperparameters: dict[str, Any]
+    states: list[str]
+    key: tuple[Any, ...]  # the same for groups with the same numbers
+
+
+class _Lists(NamedTuple):
+    """What a parameter adds to the lists of a call: views that lie in memory alike."""
+
+    latent: Tensor
+    grad: Tensor
+    master: Tensor | None
+    states: list[Tensor]
+    step: Tensor  # steps taken; not a view
+    number: int  # of the coming step, or 0 if only the device knows it
+
+
 class _Call:
-    """What one call of an op updates; quantized parameters stand first."""
+    """What one call of an op updates; parameters that are estimated stand first."""
 
-    def __init__(self, group: dict[str, Any], count: int, key: Key | None) -> None:
-        self.group, self.count, self.key = group, count, key
-        self.params: list[Tensor] = []
-        self.views: list[View] = []
-        self.weights: list[QuantizedWeight] = []
+    def __init__(self, options: _Options, number: int) -> None:
+        self.options, self.number = options, number
+        self.lists: list[_Lists] = []
+        self.quantized: Together | None = None
 
-    def add(self, p: Tensor, view: View, weight: QuantizedWeight | None) -> None:
-        self.params.append(p)
-        self.views.append(view)
-        if weight is not None:
-            self.weights.append(weight)
-
-    @property
-    def latents(self) -> list[Tensor]:
-        return [view(p) for view, p in zip(self.views, self.params, strict=True)]
-
-    @property
-    def grads(self) -> list[Tensor]:
-        pairs = zip(self.views, self.params, strict=True)
-        return [view(p.grad) for view, p in pairs if p.grad is not None]
+    def add(self, lists: _Lists) -> None:
+        self.lists.append(lists)
 
 
 def in_memory(p: Tensor) -> View:

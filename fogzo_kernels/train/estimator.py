@@ -19,7 +19,8 @@ from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
 from .stats import Stats
 from .step import Pass, Step, warn_of
-from .weights import check_unchanged, hold_quantized, quantized_weights, set_alphas
+from .together import hold_quantized, set_alphas
+from .weights import check_unchanged, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
 
@@ -287,7 +288,8 @@ class Fogzo:
             RuntimeError: a pass of a step is running, or the model's weights have changed.
         """
         self._forget("check")
-        check_unchanged(self._replay.model, self.weights)
+        model = self._replay.model
+        check_unchanged(model, list(model.modules()), self.weights)
         losses, found = [], list[str]()
         start = self._replay.save()
         try:
@@ -370,10 +372,13 @@ class Fogzo:
             self._step.end()
 
     def _new_step(self) -> Step:
-        check_unchanged(self._replay.model, self.weights)
+        model = self._replay.model
+        modules = list(model.modules())  # one walk for all that asks
+        check_unchanged(model, modules, self.weights)
         noise = self._noise()
         return Step(
-            self.weights, pairs=0 if noise["one_minus_beta"] is None else self.directions, noise=noise,
+            self.weights, modules=modules, noise=noise,
+            pairs=0 if noise["one_minus_beta"] is None else self.directions,
             forward=self._settings.difference == "forward", share=self._settings.probe_share,
             both=self._both_probes,
             counters=self._counters, replay=self._replay, gradients=self._gradients, watched=not self._watched,

@@ -70,12 +70,18 @@ class ReplayState:
             self.draws = any(not torch.equal(before.cuda[d], after.cuda[d]) for d in before.cuda)
 
     @torch.no_grad()
-    def save(self) -> Snapshot:
-        """The state as it is. A CUDA graph's capture can neither read nor set the device's generators."""
-        modules = list(self.model.modules())
-        devices = {
-            p.device.index for m in modules for p in m._parameters.values() if p is not None and p.is_cuda
-        }
+    def save(self, modules: Sequence[nn.Module] | None = None) -> Snapshot:
+        """The state as it is. A CUDA graph's capture can neither read nor set the device's generators.
+
+        Args:
+            modules: all of the model, if they are known.
+        """
+        if modules is None:
+            modules = list(self.model.modules())
+        devices = set()
+        if torch.cuda.is_available():
+            tensors = (p for m in modules for p in m._parameters.values() if p is not None)
+            devices = {p.device.index for p in tensors if p.is_cuda}
         if capturing():
             if self.draws is not False:
                 raise RuntimeError(
@@ -85,11 +91,12 @@ class ReplayState:
                     else "a step must be run before one is captured in a CUDA graph"
                 )
             devices = set()
-        quantized = [m for m in modules if isinstance(m, QuantizedModule)]
+        owners = [m for m in modules if m._buffers]
+        quantized = [m for m in owners if isinstance(m, QuantizedModule)]
         read_only = {id(m._buffers.get(name)) for m in quantized for name in m.own_tensors()}
         buffers = [
             (module, name, buffer, buffer.clone())
-            for module in modules
+            for module in owners
             for name, buffer in module._buffers.items()
             if buffer is not None and id(buffer) not in read_only  # a user's buffer may have that name too
         ]

@@ -11,15 +11,17 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from ..ops import arguments
 from .gradients import Gradients
 from .losses import Estimate, PassLosses
 from .outside import Prints, changed, global_generators
 from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
-from .weights import Key, QuantizedWeight, finish_gradients, set_alphas, write_quantized
+from .together import Together, set_alphas, together
+from .weights import QuantizedWeight
 
 NOT_REPLAYED = (
     "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"
@@ -137,6 +139,7 @@ class Step:
 
     Args:
         weights: the quantized weights of the model.
+        modules: all of the model, as it is in this step.
         pairs: of probes, n; 0 for a plain straight-through step.
         forward: whether differences are forward ones: of probes, only those with + are run.
         share: of the micro-batches, those that probes run.
@@ -154,10 +157,9 @@ class Step:
     """
 
     def __init__(
-        self, weights: list[QuantizedWeight], *, pairs: int, forward: bool, share: float, both: bool,
-        noise: dict[str, Any],
-        counters: Tensor, replay: ReplayState, gradients: Gradients, watched: bool, compared: bool,
-        counted: bool,
+        self, weights: list[QuantizedWeight], *, modules: Sequence[nn.Module], pairs: int,
+        forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, replay: ReplayState,
+        gradients: Gradients, watched: bool, compared: bool, counted: bool,
         backend: str | None, reduce: Callable[[Tensor], None], over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
         signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
@@ -169,7 +171,7 @@ class Step:
         self.watched, self.compared, self.counted = watched, compared, counted
         self.changes: Tensor | None = None  # the share of codes that differ, 0-dim, where it was counted
         self.active = False  # whether a pass is entered
-        self.groups: dict[Key, list[QuantizedWeight]] = {}  # the weights that take part
+        self.calls: list[Together] = []  # after the gradient pass, of the weights that take part
         self.losses = PassLosses(pairs, counters.device)
         self.found: Estimate | None = None  # once it was collected
         self._norm: Tensor | None = None
@@ -178,6 +180,8 @@ class Step:
         self._before: Snapshot | None = None  # of the gradient pass
         self._after: Snapshot | None = None
         self.weights, self.noise, self._counters = weights, noise, counters
+        self._modules = modules
+        self._noise = drawn(noise)
         self._replay, self.gradients, self._backend = replay, gradients, backend
         self._reduce, self._over = reduce, over
 
@@ -213,13 +217,15 @@ class Step:
         try:
             if one.sign == 0:
                 self.gradients.check_fresh([w.name for w in self.weights])
-                self._before = self._replay.save()
+                self._before = self._replay.save(self._modules)
                 if self.compared:
                     self._shared_generators = global_generators(self._replay.others)
                 held = set_alphas(self.weights, self._backend)
                 if held is not None:
                     self._counters[2] += held
-                write_quantized(self.weights, self._backend)
+                self.calls = together(self.weights, self._backend)
+                for call in self.calls:
+                    call.quantize()
                 for w in self.weights:
                     w.use(w.memory(), probe=False, deferred=w.unwatched)
             else:
@@ -262,36 +268,30 @@ class Step:
         elif self.pairs:
             if self.compared:
                 warn_of(changed(self._shared_generators, global_generators(self._replay.others)))
-            self._after = self._replay.save()
+            self._after = self._replay.save(self._modules)
             self._replay.compare(self._before, self._after)
+        self.calls = [guided for call in self.calls for guided in call.guided()]
         received = self.gradients.received
-        finish_gradients([w for i, w in enumerate(self.weights) if w.deferred and i in received], self._backend)
+        due = {w for i, w in enumerate(self.weights) if w.deferred and i in received}
+        for call in self.calls:
+            for is_due, alike in call.split(due.__contains__):
+                if is_due:
+                    alike.finish_gradients()
         if self.pairs and not failed:
             self._read_guide()
 
     @torch.no_grad()
     def _read_guide(self) -> None:
-        """Group the weights that have a gradient, and take the norm over all of them."""
-        for w in self.weights:
-            grad = w.guide()
-            if grad is None:  # took no part in the forward: no guide, no noise, no estimate
-                continue
-            self.groups.setdefault(w.key(grad, self._backend), []).append(w)
-        if not self.groups:
+        """The norm over all gradients."""
+        if not self.calls:
             raise RuntimeError(
                 "the gradient pass must leave a gradient for a quantized weight: is it the model of this Fogzo"
                 " that the loss depends on?"
             )
         self._guides = versions(self.weights)
-        if len(self.groups) == 1:
-            ((key, weights),) = self.groups.items()
-            self._norm = guide_norm(grads_of(weights), alphas_of(weights), grid=key.grid, backend=key.backend)
-            return
-        sums = [
-            guide_sumsq(grads_of(weights), alphas_of(weights), grid=key.grid, backend=key.backend)
-            for key, weights in self.groups.items()
-        ]
-        self._norm = torch.stack(sums).sum().sqrt().float()
+        norm = guide_norm if len(self.calls) == 1 else guide_sumsq
+        found = [norm(c.grads, c.alphas, grid=c.kind.grid, backend=c.backend) for c in self.calls]
+        self._norm = found[0] if len(found) == 1 else torch.stack(found).sum().sqrt().float()
 
     def _write_probes(self, one: Pass) -> list[tuple[QuantizedWeight, Tensor]]:
         """The weights that take part, and the rows that they run this probe with.
@@ -303,17 +303,15 @@ class Step:
             return self._minus
         found: list[tuple[QuantizedWeight, Tensor]] = []
         self._minus = []
-        for key, group in self.groups.items():
-            for codes in (False, True):
-                weights = [w for w in group if w.takes_codes is codes]
-                if not weights:
-                    continue
-                out = [w.probe_memory() for w in weights]
-                other = [w.probe_memory(1) for w in weights] if self.both else None
+        for call in self.calls:
+            for codes, alike in call.split(lambda w: w.takes_codes):
+                weights = alike.weights
+                memory = [w.code_memory if codes else w.memory for w in weights]
+                out = [rows() for rows in memory]
+                other = [rows(1) for rows in memory] if self.both else None
                 perturb_quantize_(
-                    out if one.sign > 0 else other, other if one.sign > 0 else out,
-                    [w.latent for w in weights], grads_of(weights), alphas_of(weights), self._norm,
-                    direction=one.direction, **self.options(key, weights),
+                    out if one.sign > 0 else other, other if one.sign > 0 else out, alike.latents, alike.grads,
+                    alike.alphas, self._norm, direction=one.direction, **self.options(alike),
                 )  # fmt: skip
                 found += zip(weights, out, strict=True)
                 self._minus += zip(weights, other or (), strict=bool(other))
@@ -345,11 +343,12 @@ class Step:
     def _code_changes(self, norm: Tensor) -> Tensor:
         """The share of codes that differ between the first two probes, with memory for one weight's."""
         differ, total = torch.zeros((), dtype=torch.int64, device=norm.device), 0
-        for key, weights in self.groups.items():
-            for w, grad in zip(weights, grads_of(weights), strict=True):
-                plus, minus = (torch.empty_like(grad, dtype=torch.int8) for _ in "+-")
+        for call in self.calls:
+            for i in range(len(call.weights)):
+                one = call.part([i])
+                plus, minus = (torch.empty_like(one.grads[0], dtype=torch.int8) for _ in "+-")
                 perturb_quantize_(
-                    plus, minus, w.latent, grad, w.alpha, norm, direction=0, **self.options(key, [w])
+                    plus, minus, one.latents, one.grads, one.alphas, norm, direction=0, **self.options(one)
                 )
                 differ += (plus != minus).sum()
                 total += plus.numel()
@@ -372,15 +371,15 @@ class Step:
                 " estimate_() first"
             )
 
-    def options(self, key: Key, weights: list[QuantizedWeight]) -> dict[str, Any]:
+    def options(self, call: Together) -> dict[str, Any]:
         """What perturbation and estimate must agree on, as the ops take it."""
         return {
-            "grid": key.grid,
-            "straight_through": key.straight_through,
-            "transform": key.transform,
-            "backend": key.backend,
-            "tensor_ids": [w.tensor_id for w in weights],
-            **self.noise,
+            "grid": call.kind.grid,
+            "straight_through": call.kind.straight_through,
+            "transform": call.kind.transform,
+            "backend": call.backend,
+            "tensor_ids": call.tensor_ids,
+            **self._noise,
         }
 
     @contextmanager
@@ -395,13 +394,13 @@ class Step:
         """Replace the ``.grad`` of the weights that take part by the estimate; without probes it stays."""
         if estimate.norm is None:
             return
-        for i, (key, weights) in enumerate(self.groups.items()):
+        for i, call in enumerate(self.calls):
             with self.counting(first=i == 0) as counters:
                 estimate_gradient_(
-                    grads_of(weights), estimate.losses_plus, estimate.losses_minus, alphas_of(weights),
-                    estimate.norm, counters=counters, **self.options(key, weights),
+                    call.grads, estimate.losses_plus, estimate.losses_minus, call.alphas, estimate.norm,
+                    counters=counters, **self.options(call),
                 )  # fmt: skip
-            for w, grad in zip(weights, grads_of(weights), strict=True):
+            for w, grad in zip(call.weights, call.grads, strict=True):
                 if w.still_row is not None:
                     grad[w.still_row] = 0
 
@@ -410,16 +409,10 @@ class Step:
         self.end(estimated=True)
 
 
-def alphas_of(weights: list[QuantizedWeight]) -> list[Tensor]:
-    return [w.alpha for w in weights]
-
-
-def grads_of(weights: list[QuantizedWeight]) -> list[Tensor]:
-    """Rows of the gradients."""
-    grads = [w.guide() for w in weights]
-    if any(g is None for g in grads):
-        raise RuntimeError(".grad must not be cleared between the passes of a step")
-    return [g for g in grads if g is not None]
+def drawn(noise: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of the noise as the tensors that ops take them by, made once a step, not for each call."""
+    as_tensor = {"seed": arguments.seed, "step": arguments.step, "one_minus_beta": arguments.one_minus_beta}
+    return {n: as_tensor[n](x) if n in as_tensor and x is not None else x for n, x in noise.items()}
 
 
 def versions(weights: list[QuantizedWeight]) -> Versions:

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import learned_backward_, quantize_, straight_through_backward_
 from ..nn.held import Held
 from ..nn.quantized import QuantizedModule
-from ..nn.scales import hold_alphas, measure_
 from ..nn.sharing import check_raw_uses, owners_of
 from ..ops import checks
-from ..spec.grid import Grid
-from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
-from ..spec.straight_through import StraightThrough
-
-
-class Key(NamedTuple):
-    """What the weights of one call of an op have in common.
-
-    Not their scales: alphas are an argument of the call, each weight its own.
-    """
-
-    grid: Grid
-    straight_through: StraightThrough
-    transform: Hadamard | None
-    backend: str | None
-    latent: torch.dtype
-    grad: torch.dtype
 
 
 class QuantizedWeight:
@@ -84,11 +65,6 @@ class QuantizedWeight:
         """How it is quantized."""
         return self.modules[0].quantizer
 
-    def key(self, grad: Tensor, backend: str | None) -> Key:
-        """What it shares with the weights that it may go into one call with."""
-        q = self.quantizer
-        return Key(q.grid, q.straight_through, q.transform, backend, self.parameter.dtype, grad.dtype)
-
     def memory(self, which: int = 0) -> Tensor:
         """Rows for Q(parameter), made anew where the parameter has changed its shape, dtype or device."""
         p, found = self.latent, self._memory[which]
@@ -101,11 +77,9 @@ class QuantizedWeight:
         """Whether all its modules multiply codes, so that a probe is written as such."""
         return all(getattr(m, "product", None) is not None for m in self.modules)
 
-    def probe_memory(self, which: int = 0) -> Tensor:
-        """Rows for a probe: of values, or int8 ones of codes, in a part of the same memory."""
+    def code_memory(self, which: int = 0) -> Tensor:
+        """Rows for a probe's int8 codes, in a part of the same memory."""
         found = self.memory(which)
-        if not self.takes_codes:
-            return found
         return found.view(-1).view(torch.int8)[: found.numel()].view(found.shape)
 
     # ---- what its modules run with
@@ -119,7 +93,7 @@ class QuantizedWeight:
     def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
         """Its modules run with these rows until :meth:`release`: a probe, with no gradient, or Q(parameter).
 
-        ``deferred``: the parameter receives dL/dQ, for :func:`finish_gradients`.
+        ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end.
         """
         self.deferred = deferred
         self._hold(Held(self.parameter, rows, probe, deferred))
@@ -131,76 +105,6 @@ class QuantizedWeight:
     def _hold(self, held: Held | None) -> None:
         for module in self.modules:
             object.__setattr__(module, "held", held)  # nn.Module's own looks for parameters, which takes time
-
-
-def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | None:
-    """Make alphas that move those of the step: measure them, those of one scale in one call; hold learned ones.
-
-    Returns:
-        How many learned ones were out of range, 0-dim int64, or None if there are none.
-    """
-    calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for w in weights:
-        scale = w.quantizer.scale
-        if isinstance(scale, MeasuredScale):
-            key = scale, w.quantizer.transform, w.parameter.dtype
-            alphas, rows = calls.setdefault(key, ([], []))
-            alphas += [m.alpha for m in w.modules]
-            rows += [w.latent] * len(w.modules)
-    for (scale, transform, _), (alphas, rows) in calls.items():
-        measure_(alphas, rows, scale, transform, backend)
-    return hold_alphas([m for w in weights for m in w.modules])
-
-
-def write_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
-    """Q(parameter) into the weights' memory, those of one grid, transform and dtype in one call.
-
-    For one pass: what a weight becomes then may show in no version, as where ``parameter.data`` is written.
-    """
-    calls: dict[tuple[Grid, Hadamard | None, torch.dtype], list[QuantizedWeight]] = {}
-    for w in weights:
-        calls.setdefault((w.quantizer.grid, w.quantizer.transform, w.parameter.dtype), []).append(w)
-    for (grid, transform, _), alike in calls.items():
-        latents, alphas = [w.latent for w in alike], [w.alpha for w in alike]
-        out = [w.memory() for w in alike]
-        quantize_(out, latents, alphas, grid=grid, transform=transform, backend=backend)
-
-
-@torch.no_grad()
-def finish_gradients(weights: list[QuantizedWeight], backend: str | None) -> None:
-    """Make g of dL/dQ in ``.grad``, and the gradients of learned alphas, those of one kind in one call.
-
-    Both are linear in dL/dQ, so once for all micro-batches does.
-    """
-    calls: dict[tuple[Key, bool], list[tuple[QuantizedWeight, Tensor]]] = {}
-    for w in weights:
-        grad = w.guide()
-        if grad is not None:
-            calls.setdefault((w.key(grad, backend), w.modules[0].alpha.requires_grad), []).append((w, grad))
-    for (key, learned), alike in calls.items():
-        grads = [grad for _, grad in alike]
-        latents, alphas = [w.latent for w, _ in alike], [w.alpha for w, _ in alike]
-        if not learned:
-            straight_through_backward_(
-                grads, latents, alphas, grid=key.grid, straight_through=key.straight_through,
-                transform=key.transform, backend=backend,
-            )  # fmt: skip
-            continue
-        found = [torch.empty_like(alpha) for alpha in alphas]
-        learned_backward_(
-            grads, found, latents, alphas, factors=[w.modules[0].alpha_factor for w, _ in alike],
-            grid=key.grid, straight_through=key.straight_through, transform=key.transform, backend=backend,
-        )  # fmt: skip
-        for (w, _), alpha_grad in zip(alike, found, strict=True):
-            alpha = w.modules[0].alpha
-            alpha.grad = alpha_grad if alpha.grad is None else alpha.grad.add_(alpha_grad)
-
-
-def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
-    """Modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
-    write_quantized(weights, backend)
-    for w in weights:
-        w.use(w.memory(), probe=True)
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
@@ -302,13 +206,13 @@ def _is_as_it_was(module: nn.Module, w: QuantizedWeight) -> bool:
     return is_there and weight.requires_grad and module.in_rows(weight)  # type: ignore[operator]
 
 
-def check_unchanged(model: nn.Module, weights: list[QuantizedWeight]) -> None:
+def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: list[QuantizedWeight]) -> None:
     """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
 
-    What is new among them would be trained straight-through, unnoticed.
+    What is new among them would be trained straight-through, unnoticed. ``modules``: all of the model.
     """
     trainable = 0
-    for m in model.modules():
+    for m in modules:
         if isinstance(m, QuantizedModule):
             weight = m._parameters.get("weight")
             trainable += weight is None or weight.requires_grad
