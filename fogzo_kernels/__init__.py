@@ -15,6 +15,7 @@ from .nn.products import set_compute_
 from .nn.report import Report
 from .optim.adamw import AdamW
 from .optim.groups import parameter_groups
+from .optim.pull import GridPull
 from .optim.sgd import SGD
 from .spec import presets
 from .spec.grid import Grid
@@ -30,6 +31,7 @@ __all__ = [
     "AdamW",
     "Fogzo",
     "Grid",
+    "GridPull",
     "Hadamard",
     "QuantConv1d",
     "QuantConv2d",

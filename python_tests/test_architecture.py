@@ -31,7 +31,7 @@ FLOORS = {
               "__init__ replay weights together reads outside gradients losses step"
               " settings device stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
-              "__init__ groups fused adamw sgd"),
+              "__init__ groups fused adamw sgd pull"),
     "integrations": (("spec", "nn"), "__init__ transformers"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import report
+from bench import base, report
 
 
 def test_documents_are_up_to_date():
@@ -51,3 +51,43 @@ def test_no_cell_of_the_ops_is_empty():
         section = report.SECTIONS[name]
         found = [json.loads((report.ROOT / file).read_text()) for file in section.files]
         assert "|  |" not in section.table(*found)
+
+
+# ---- two commits in one run
+
+
+TINY = {
+    "bench.kernels": [
+        "--backend", "cpu", "--sizes", "2^10", "--tensors", "1", "--ops", "quantize", "--dtypes", "fp32",
+        "--distributions", "uniform", "--no-baselines",
+    ],
+    "bench.step": [
+        "--model", "mlp", "--hidden", "8", "--layers", "1", "--rows", "4", "--no-traffic", "--methods", "fogzo",
+        "--turns", "1",
+    ],
+}  # fmt: skip
+
+
+def test_a_commit_is_measured_beside_this_checkout(monkeypatch, capsys):
+    """Nothing of it is left behind, in the folder of temporary files or in git's list of trees."""
+    monkeypatch.setattr(base, "PROGRAMS", TINY)
+    trees = base.git("worktree", "list")
+    assert report.main(["--base", "HEAD", "--rounds", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "| | base, ms | this, ms | times as fast | range |"
+    whats = [line.split(" | ")[0].removeprefix("| ") for line in said[2:]]
+    assert whats == ["quantize, cpu, none, float32, -, float32", "step, ste", "step, fogzo"]
+    assert base.git("worktree", "list") == trees
+
+
+def test_ratios_are_of_turns_beside_each_other():
+    found = base.table([{"a": 2.0}, {"a": 6.0}, {"a": 3.0}], [{"a": 1.0, "b": 1.0}, {"a": 2.0}, {"a": 2.0}])
+    assert found.splitlines()[2:] == [
+        "| a | 3000.000 | 2000.000 | 2.00 | 1.50 to 3.00 |",
+        "| b | not there | 1000.000 | | |",
+    ]
+
+
+def test_an_unknown_commit_is_named():
+    with pytest.raises(SystemExit, match="rev-parse --verify no-such-commit"):
+        report.main(["--base", "no-such-commit"])
