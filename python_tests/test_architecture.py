@@ -29,7 +29,7 @@ FLOORS = {
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
               "__init__ replay weights together reads outside gradients losses step"
-              " settings device stats estimator"),
+              " settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups fused adamw sgd pull"),
     "integrations": (("spec", "nn"), "__init__ transformers"),

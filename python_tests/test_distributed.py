@@ -58,3 +58,172 @@ def test_two_processes_give_one_estimate(tmp_path, scale):
         for x, y, z in zip(a, b, expected, strict=True):
             assert torch.equal(x, y)
             torch.testing.assert_close(x, z, rtol=1e-3, atol=1e-5)
+
+
+# ---- who trains what
+
+
+def spawned(case, tmp_path, processes=2):
+    """What each process found; an error of a process is its message."""
+    mp.spawn(one_process, (case, str(tmp_path), processes), nprocs=processes)
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+
+
+def one_process(rank, case, folder, processes):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    try:
+        found = case(rank)
+    except (RuntimeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def steps_of(model, count=2, rows=slice(0, 8), before=lambda fogzo: None, **options):
+    """Losses of a few steps of SGD with the estimate."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+    fogzo = fk.Fogzo(model, **{"total_steps": 10, "kappa": 0.1, "schedule": "constant"} | options)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    before(fogzo)
+    for _ in range(count):
+        optimizer.zero_grad()
+        losses.append(fogzo.step(lambda: F.cross_entropy(model(x[rows]), y[rows])))
+        optimizer.step()
+    return torch.stack(losses), *(p.detach() for p in model.parameters())
+
+
+def with_seeds_of_their_own(rank):
+    return steps_of(DistributedDataParallel(net("fixed")), seed=rank + 5)
+
+
+def with_other_settings(rank):
+    return steps_of(DistributedDataParallel(net("fixed")), kappa=0.1 + rank)
+
+
+def resumed_on_one(rank):
+    def load(fogzo):
+        if rank:
+            fogzo.load_state_dict(fogzo.state_dict() | {"steps": 7})
+
+    return steps_of(DistributedDataParallel(net("fixed")), before=load)
+
+
+def with_other_quantizers(rank):
+    model = DistributedDataParallel(net("fixed"))
+    model.module[0].quantizer = fk.Quantizer(
+        fk.Grid.uniform(3 if rank else 2), SCALES["fixed"], fk.StraightThrough("identity", clip=False)
+    )
+    return steps_of(model)
+
+
+def with_other_values(rank):
+    model = DistributedDataParallel(net("learned"))
+    with torch.no_grad():
+        model.module[2].alpha.view(-1)[0] *= 1 + 1e-6 * rank
+    return steps_of(model)
+
+
+DIFFERENCES = {
+    "seed": (with_seeds_of_their_own, ": 5 to 6. This one has Settings"),
+    "number of steps taken": (resumed_on_one, ": 0 to 7. This one has Settings"),
+    "settings": (with_other_settings, ". This one has Settings"),
+    "quantized weights": (with_other_quantizers, ". This one has Settings"),
+    "values of the weights": (with_other_values, ". This one has Settings"),
+}
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_processes_that_train_another_model_are_told(tmp_path, what):
+    """All of them, in the first step, so that none waits for another."""
+    case, shown = DIFFERENCES[what]
+    for found in spawned(case, tmp_path):
+        assert found.startswith(
+            f"RuntimeError: all processes of a group must have one {what}, got others on some{shown}"
+        )
+
+
+def diverging_late(rank):
+    model = DistributedDataParallel(net("fixed"))
+    fogzo = fk.Fogzo(model, total_steps=1000, kappa=0.1)
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    for step in range(101):
+        if step == 60 and rank:
+            with torch.no_grad():
+                model.module[0].weight[0, 0] += 1e-3
+        model.zero_grad()
+        try:
+            fogzo.step(lambda: F.cross_entropy(model(x), y))
+        except RuntimeError as error:
+            return step, str(error)
+    return None
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+def test_what_comes_apart_later_is_seen_in_the_next_hundredth_step(tmp_path):
+    for step, message in spawned(diverging_late, tmp_path):
+        assert step == 100
+        assert message.startswith("all processes of a group must have one values of the weights")
+
+
+def plain_model(rank):
+    return steps_of(net("fixed"))
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+def test_a_model_that_nothing_says_is_shared_must_say_so(tmp_path):
+    for found in spawned(plain_model, tmp_path):
+        assert found.startswith(
+            "ValueError: process_group must be given with 2 processes and a model that is not"
+        )
+
+
+def alone(rank):
+    return steps_of(net("fixed"), rows=half(rank), seed=rank, loss_reduction=None)
+
+
+def half(rank):
+    return slice(0, 4) if rank % 2 == 0 else slice(4, 8)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+def test_models_of_their_own_are_trained_apart(tmp_path):
+    """To the bit as without other processes, whatever seeds they have."""
+    for rank, found in enumerate(spawned(alone, tmp_path)):
+        expected = steps_of(net("fixed"), rows=half(rank), seed=rank)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def net_of(group):
+    model = net("fixed")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 0.3 * group)
+    return model
+
+
+def two_groups(rank):
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = DistributedDataParallel(net_of(rank // 2), process_group=groups[rank // 2])
+    return steps_of(model, rows=half(rank), seed=rank // 2)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+def test_losses_are_those_of_the_group_that_shares_the_model(tmp_path):
+    """Two models of two processes each: as two processes by themselves."""
+    four = spawned(two_groups, tmp_path, 4)
+    for a, b in ((0, 1), (2, 3)):
+        assert all(torch.equal(x, y) for x, y in zip(four[a], four[b], strict=True))
+    for group in (0, 1):
+        whole = steps_of(net_of(group), seed=group)
+        for found, expected in zip(four[2 * group], whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(four[0][0], four[2][0])
+
+
+@pytest.mark.parametrize("reduction", ["max", 1])
+def test_a_reduction_is_named(reduction):
+    with pytest.raises(ValueError, match=f"loss_reduction must be 'mean', 'sum' or None, got {reduction!r}"):
+        fk.Fogzo(net("fixed"), total_steps=1, kappa=0.1, loss_reduction=reduction)

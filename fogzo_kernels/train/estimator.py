@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..backends import select
 from ..spec.noise import MAX_STEP, check_range
 from .device import DeviceState
+from .distributed import Peers
 from .gradients import Gradients
 from .outside import Prints, changed, global_generators, seen_by
 from .replay import ReplayState
@@ -56,8 +57,11 @@ class Fogzo:
         replay: what passes must see alike beside PyTorch's generators and the model's buffers: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
             ``load_state_dict``, and NumPy's generators.
-        process_group, loss_reduction: with ``torch.distributed``, losses are reduced over the group
-            by ``"mean"`` or ``"sum"``, as the gradients are.
+        process_group: with ``torch.distributed``, the processes that train this model together; None takes that
+            of a DistributedDataParallel model. All must have the same settings, steps and weights, which is
+            checked in the first step and in every hundredth.
+        loss_reduction: over them, ``"mean"`` or ``"sum"``, as gradients are reduced; None if this process
+            trains its model alone.
         capturable: keep step and 1 - beta on the device, so that a whole step can be captured in a
             CUDA graph and each replay draws its own noise. Run a step or more before the capture.
         backend: of the ops; None takes the best available.
@@ -89,7 +93,7 @@ class Fogzo:
         both_probes: bool = False,
         replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
-        loss_reduction: str = "mean",
+        loss_reduction: str | None = "mean",
         capturable: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -108,14 +112,12 @@ class Fogzo:
             every=every,
             probe_share=probe_share,
         )
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         if both_probes and difference == "forward":
             raise ValueError(
                 "both_probes must be False with difference='forward', got True: a direction has one probe"
             )
         self._both_probes = both_probes
-        self.process_group, self.loss_reduction = process_group, loss_reduction
+        self._peers = Peers(model, process_group, loss_reduction)
         select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
@@ -227,6 +229,7 @@ class Fogzo:
         if self._device_state is not None:
             self._device_state.set_step(self._steps)
         self._counters.copy_(counters)
+        self._peers.due = True
         self._stats.restart(int(counters[1]))
 
     # ---- a step
@@ -397,10 +400,8 @@ class Fogzo:
         }
 
     def _reduce(self, losses: Tensor) -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(losses, group=self.process_group)
-            if self.loss_reduction == "mean":
-                losses /= dist.get_world_size(self.process_group)
+        self._peers.check(self._settings, self._steps, self.weights)
+        self._peers.reduce(losses)
 
     def _over(self, step: Step, estimated: bool) -> None:
         if self._step is step:

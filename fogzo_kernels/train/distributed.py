@@ -1,0 +1,120 @@
+"""Processes that train one model together: whose losses are one loss, and whether all train the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..spec.noise import signed64
+from .replay import capturing
+from .settings import Settings
+from .weights import QuantizedWeight
+
+REDUCTIONS = ("mean", "sum", None)
+EVERY = 100  # steps from one look at what the others have to the next: reading it waits for the device
+#: What all processes must have in common, in the order in which it is compared.
+FACTS = ("seed", "number of steps taken", "settings", "quantized weights", "values of the weights")
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+class Peers:
+    """The processes that share a model, as ``torch.distributed`` has them.
+
+    Args:
+        model: whose DistributedDataParallel, if it is or has one, names the group.
+        process_group: says which it is otherwise, or None.
+        reduction: of losses over it: ``"mean"``, ``"sum"``, or None where this process trains alone.
+
+    Raises:
+        ValueError: ``reduction`` is another, a group has no use, or it is not known.
+    """
+
+    def __init__(
+        self, model: nn.Module, process_group: dist.ProcessGroup | None, reduction: str | None
+    ) -> None:
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {reduction!r}")
+        if reduction is None and process_group is not None:
+            raise ValueError("process_group must be None with loss_reduction=None, got a group")
+        parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self.process_group, self.reduction = process_group, reduction
+        self._parallel = parallel[0] if parallel else None
+        self.due = True  # whether the coming step looks at what the others have
+        self._static = (0, 0)  # digests of what stays, as of the last look
+        _ = self.group
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Whose losses are one, or None for this process alone.
+
+        Raises:
+            ValueError: there are several processes, and nothing says which of them train this model.
+        """
+        if self.reduction is None or not (dist.is_available() and dist.is_initialized()):
+            return None
+        if self.process_group is not None:
+            return self.process_group
+        if self._parallel is not None:
+            return self._parallel.process_group
+        if dist.get_world_size() == 1:
+            return None
+        raise ValueError(
+            f"process_group must be given with {dist.get_world_size()} processes and a model that is not"
+            " DistributedDataParallel: those that train this model, whose losses are one"
+            " (torch.distributed.group.WORLD for all); or loss_reduction=None if this process trains it alone"
+        )
+
+    def reduce(self, losses: Tensor) -> None:
+        """Losses of a step become those of the group, in place."""
+        group = self.group
+        if group is None:
+            return
+        dist.all_reduce(losses, group=group)
+        if self.reduction == "mean":
+            losses /= dist.get_world_size(group)
+
+    @torch.no_grad()
+    def check(self, settings: Settings, steps: int, weights: Sequence[QuantizedWeight]) -> None:
+        """Compare what processes must have in common; all of a group call it at each step.
+
+        Raises:
+            RuntimeError: something differs. It is looked at in the first step of an estimator, in the first
+                after it has loaded a state, and in every hundredth.
+        """
+        group = self.group
+        if group is None or capturing():
+            return
+        look = self.due or steps % EVERY == 0
+        self.due = False
+        device = weights[0].parameter.device
+        values = torch.zeros((), dtype=torch.int64, device=device)
+        if look:
+            kinds = [(w.name, w.tensor_id, w.latent.shape, w.latent.dtype, w.quantizer) for w in weights]
+            self._static = digest(repr(settings)), digest(repr(kinds))
+            for w in weights:
+                for t in (w.latent, w.alpha):
+                    values += t.contiguous().view(BITS[t.element_size()]).sum(dtype=torch.int64)
+        facts = [signed64(settings.seed), steps, *self._static]
+        mine = torch.cat([torch.tensor(facts, device=device), values.view(1)])
+        found = torch.cat([mine, ~mine])  # the greatest of ~x is that of the least x
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        if not look:
+            return
+        most, least = found[: len(FACTS)].tolist(), (~found[len(FACTS) :]).tolist()
+        for name, high, low in zip(FACTS, most, least, strict=True):
+            if high != low:
+                shown = f": {low} to {high}" if name in FACTS[:2] else ""
+                raise RuntimeError(
+                    f"all processes of a group must have one {name}, got others on some{shown}. This one has"
+                    f" {settings}, {steps} steps taken and {len(weights)} quantized weights"
+                )
+
+
+def digest(text: str) -> int:
+    """Signed 64 bits of a hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
