@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import compare
-from .evidence import mlp, peers, quality
+from .evidence import mlp, peers, quality, sweep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/epyc-2-cores"
@@ -68,10 +68,18 @@ def of_demo(found: Found) -> str:
 
 
 def of_quality(found: Found) -> str:
-    results = [quality.Result(**{**one, "job": quality.Job(**one["job"])}) for one in found["runs"]]
-    steps = found["arguments"]["steps"]
-    said = "\n".join(f"- {line}" for line in quality.verdicts(results, steps).splitlines())
-    return f"{quality.table(results, steps)}\n\n{said}"
+    results, steps = quality.results_of(found), found["arguments"]["steps"]
+    return f"{quality.table(results, steps)}\n\n{of_verdicts(found)}"
+
+
+def of_verdicts(found: Found) -> str:
+    """Without the table."""
+    said = quality.verdicts(quality.results_of(found), found["arguments"]["steps"])
+    return "\n".join(f"- {line}" for line in said.splitlines())
+
+
+def of_sweep(found: Found) -> str:
+    return sweep.table(sweep.lines_of(found))
 
 
 def of_steps(*found: Found) -> str:

@@ -84,7 +84,7 @@ class Result:
     job: Job
     loss: float = math.nan  # of validation, nats
     accuracy: float | None = None
-    seconds: float = 0.0  # of the steps
+    seconds: float = 0.0  # of the steps, on one core; what else the machine does is not in it
     alive: float = 0.0  # share of codes that are not 0 at the start
     losses: list[float] = field(default_factory=list)  # of training, means of equal parts
     stats: dict[str, float] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
     optimizer = fk.AdamW(groups, lr=job.rate, betas=(0.9, 0.95), fogzo=fogzo)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pool.rate_at(step, job.steps, WARM_UP))
     pull = fk.GridPull(model, optimizer, 0.0) if job.pull is not None else None
-    losses, start = [], time.perf_counter()
+    losses, start = [], time.process_time()
     for step in range(job.steps):
         if pull is not None:
             pull.strength = (job.pull or 0.0) * max(2 * step / job.steps - 1, 0.0)
@@ -142,7 +142,7 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
         schedule.step()
         losses.append(float(loss.detach()))
         progress()
-    result.seconds = time.perf_counter() - start
+    result.seconds = time.process_time() - start
     model.eval()
     result.loss, result.accuracy = task.judge(model)
     part = max(job.steps // POINTS, 1)
@@ -304,8 +304,12 @@ def kept(path: Path) -> list[Result]:
     """Of an earlier call."""
     if not path.exists():
         return []
-    found = json.loads(path.read_text())["runs"]
-    return [Result(**{**one, "job": Job(**one["job"])}) for one in found]
+    return results_of(json.loads(path.read_text()))
+
+
+def results_of(found: dict[str, Any]) -> list[Result]:
+    """Of a file."""
+    return [Result(**{**one, "job": Job(**one["job"])}) for one in found["runs"]]
 
 
 def main(argv: list[str] | None = None) -> None:
