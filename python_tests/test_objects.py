@@ -149,7 +149,7 @@ def two_epsilons():
           for x in (-0.5, 2, NAN)),
         *((quantized, {"epsilon_scale": x}, ValueError, "epsilon_scale must be finite and >= 0")
           for x in (-1.0, NAN, INF)),
-        (quantized, {"loss_reduction": "max"}, ValueError, "loss_reduction must be 'mean' or"),
+        (quantized, {"loss_reduction": "max"}, ValueError, "loss_reduction must be 'mean', 'sum' or None"),
         *((quantized, {name: "x"}, TypeError, f"{name} must be")
           for name in ("kappa", "start", "epsilon_scale")),
     ],

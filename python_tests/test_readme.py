@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-WITH_EXAMPLES = {"README.md", "docs/usage.md", "docs/models.md", "docs/frontends.md"}
+WITH_EXAMPLES = {"README.md", "docs/usage.md", "docs/models.md", "docs/frontends.md", "docs/loops.md"}
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LANGUAGES = {"python", "bibtex"}
-OPTIONAL = {"transformers"}  # what an example may need beside the package
+OPTIONAL = {"transformers", "accelerate"}  # what an example may need beside the package
 
 
 def name_of(path):

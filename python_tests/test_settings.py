@@ -22,7 +22,7 @@ def test_public_names_are_few():
     assert {name for name in dir(fogzo) if not name.startswith("_")} == {
         "step", "run", "probes", "estimate_", "pending", "steps", "one_minus_beta", "diagnostics",
         "state_dict", "load_state_dict", "weights", "total_weights", "device", "directions", "seed",
-        "epsilon_scale", "check", "discard", "stats", "process_group", "loss_reduction", "backend",
+        "epsilon_scale", "check", "discard", "stats", "backend",
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
 from ..train.estimator import Fogzo
 from ..train.losses import Estimate
+from ..train.replay import capturing
 from ..train.step import Step
 from ..train.together import Together
 
@@ -115,6 +117,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_estimates()
         else:
             self._check_owned(passes)
+            self._warn_of_restart()
             estimate = passes.collect()
             loss = estimate.loss
         first = True
@@ -159,6 +162,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"params must hold every quantized weight of fogzo, got all but {others}; for several"
                 " optimizers call estimate_() first"
+            )
+
+    def _warn_of_restart(self) -> None:
+        """In the first step of a Fogzo: was its state left behind where the optimizer was loaded?"""
+        if self.fogzo is None or capturing() or self.fogzo._steps:
+            return
+        taken = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        if taken:
+            warnings.warn(
+                f"fogzo has taken no step yet, and the optimizer {taken}: if they go on with a run, load its"
+                " state_dict into fogzo, too; otherwise beta begins at 1",
+                stacklevel=4,
             )
 
     # ---- which tensors go into one call
