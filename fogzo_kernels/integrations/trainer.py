@@ -1,0 +1,139 @@
+"""FogzoTrainer: transformers' Trainer, whose steps are FOGZO's. Needs ``accelerate``, as the Trainer does."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..train.estimator import Fogzo
+from ..train.step import Pass
+
+STATE = "fogzo.pt"  # in a checkpoint's folder
+REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+
+
+class FogzoMixin:
+    """Put before ``Trainer`` or a subclass of it: ``class Mine(FogzoMixin, SFTTrainer)``.
+
+    The micro-batches of gradient accumulation are kept until the last has come, and each pass of the step runs
+    them all, by the Trainer's own ``training_step``. Then ``.grad`` holds the estimate, and the Trainer clips,
+    steps, logs and saves as ever: a checkpoint has ``fogzo.pt``, and logs what :meth:`Fogzo.stats` says, with
+    ``fogzo_`` before the names. Any optimizer will do.
+
+    Args:
+        fogzo: options of :class:`Fogzo` but for ``total_steps``, which is the Trainer's ``max_steps``.
+        args, kwargs: as for the Trainer. The model is one from ``quantize_model``.
+
+    Raises:
+        ValueError: at the first step, an option is wrong, or the model is one of DeepSpeed, FSDP, Megatron or
+            DataParallel, which FOGZO cannot run yet.
+        FileNotFoundError: at the first step, the checkpoint to resume from has no state of FOGZO.
+
+    Attributes:
+        fogzo: from the first step of ``train()``; None before.
+    """
+
+    def __init__(self, *args: Any, fogzo: dict[str, Any], **kwargs: Any) -> None:
+        if "total_steps" in fogzo:
+            raise ValueError("fogzo must not have total_steps, which is the Trainer's max_steps")
+        self._options = dict(fogzo)
+        self.fogzo: Fogzo | None = None
+        self._resumed: str | None = None  # the checkpoint's folder
+        self._awaited = 1  # micro-batches of the step
+        self._held: list[Any] = []  # those that have come
+        super().__init__(*args, **kwargs)
+
+    # ---- a step
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._awaited, self._held = len(found[0]), []
+        return found
+
+    def training_step(self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """With the last micro-batch of a step, all passes of all of them; 0 with those before.
+
+        Returns:
+            The loss of the gradient pass, 0-dim.
+        """
+        self._held.append(inputs)
+        if len(self._held) < self._awaited:
+            return torch.zeros((), device=self.args.device)
+        batches, self._held = self._held, []
+        if self.fogzo is None:
+            self.fogzo = self._made(model)
+        total = torch.zeros((), device=self.args.device)
+        for probe in self.fogzo.probes():
+            with probe:
+                for i, batch in enumerate(probe.batches(batches)):
+                    alone = probe.sign == 0 and i < len(batches) - 1
+                    with self.accelerator.no_sync(model) if alone else nullcontext(), self._backward_by(probe):
+                        loss = super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
+                    if probe.sign == 0:
+                        total += loss
+        self.fogzo.estimate_()
+        return total
+
+    @contextmanager
+    def _backward_by(self: Any, probe: Pass) -> Iterator[None]:
+        """The Trainer hands its loss to a pass."""
+        scaler = getattr(self.accelerator, "scaler", None)
+
+        def backward(loss: Tensor, **kwargs: Any) -> None:
+            probe.backward(loss if scaler is None else scaler.scale(loss))
+
+        self.accelerator.backward = backward  # hides the class's own
+        try:
+            yield
+        finally:
+            del self.accelerator.backward
+
+    def _made(self: Any, model: nn.Module) -> Fogzo:
+        kind = self.accelerator.distributed_type
+        if kind in REFUSED or isinstance(model, nn.DataParallel):
+            shown = "DataParallel" if isinstance(model, nn.DataParallel) else kind.value
+            raise ValueError(f"model must be plain or DistributedDataParallel for FOGZO, got {shown}")
+        fogzo = Fogzo(model, total_steps=self.state.max_steps, **self._options)
+        if self._resumed is not None:
+            path = Path(self._resumed, STATE)
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"resume_from_checkpoint must have {STATE}, got {self._resumed} without: FOGZO would begin"
+                    " again with beta = 1"
+                )
+            fogzo.load_state_dict(torch.load(path, map_location=fogzo.device, weights_only=True))
+        return fogzo
+
+    # ---- checkpoints and logs
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.fogzo, self._held = None, []
+        given = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
+        self._resumed = given if isinstance(given, str) else None
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save and self.fogzo is not None:
+            part = Path(output_dir, STATE + ".part")
+            torch.save(self.fogzo.state_dict(), part)
+            os.replace(part, Path(output_dir, STATE))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.fogzo is not None and "loss" in logs:
+            found = self.fogzo.stats()
+            logs |= {f"fogzo_{name}": x for name, x in found.items() if math.isfinite(x) and name != "loss"}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class FogzoTrainer(FogzoMixin, Trainer):
+    """``transformers.Trainer`` with FOGZO's steps, see :class:`FogzoMixin`."""

@@ -1,0 +1,245 @@
+"""transformers' Trainer, the real one: its steps are FOGZO's, accumulated, clipped, saved and resumed."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import fogzo_kernels as fk
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from fogzo_kernels.integrations.trainer import STATE, FogzoMixin, FogzoTrainer  # noqa: E402
+
+STEPS, TOKENS = 6, 24
+OPTIONS = {"kappa": 0.5, "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """accelerate keeps its state for the whole process."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def network():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    fk.quantize_model(model, fk.presets.lsq(2), skip=["lm_head", "model.embed_tokens"])
+    return model
+
+
+def rows(count=96):
+    generator = torch.Generator().manual_seed(1)
+    found = torch.randint(64, (count, TOKENS), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in found]
+
+
+class InOrder(FogzoMixin, transformers.Trainer):
+    """Of any Trainer; this one takes the rows as they come."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer_of(folder, model=None, kind=InOrder, **arguments):
+    given = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant", "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "logging_steps": 1, "save_strategy": "no", "weight_decay": 0.0, "max_grad_norm": 1.0,
+    } | arguments  # fmt: skip
+    options = {"fogzo": dict(OPTIONS)} if issubclass(kind, FogzoMixin) else {}
+    args = transformers.TrainingArguments(**given)
+    return kind(model=model or network(), args=args, train_dataset=rows(), **options)
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+
+
+def sgd(model):
+    """Linear in the gradients, so that what rounding makes of small ones stays small."""
+    return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+def by_hand(clip=1.0, size=8, micro=1, optimizer_of=adamw):
+    """The same steps without a Trainer."""
+    model, data = network(), rows()
+    fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS)
+    optimizer, losses = optimizer_of(model), []
+    for step in range(STEPS):
+        tokens = torch.stack([row["input_ids"] for row in data[step * size : (step + 1) * size]])
+        optimizer.zero_grad()
+        parts = tokens.chunk(micro)
+        for probe in fogzo.probes():
+            with probe:
+                for part in probe.batches(parts):
+                    probe.backward(model(input_ids=part, labels=part).loss / micro)
+        losses.append(float(fogzo.estimate_()))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return losses, weights_of(model)
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.05])
+def test_its_steps_are_those_of_a_loop_by_hand(tmp_path, clip):
+    """What is clipped is the estimate."""
+    model = network()
+    start, trainer = weights_of(model), trainer_of(tmp_path, model, max_grad_norm=clip)
+    trainer.optimizer = sgd(model)
+    trainer.train()
+    losses, weights = by_hand(clip, optimizer_of=sgd)
+    assert logged(trainer) == pytest.approx(losses, rel=1e-5)
+    for name, p in model.named_parameters():
+        moved = (weights[name] - start[name]).abs().max()
+        assert (p - weights[name]).abs().max() <= 2e-3 * moved, name
+    assert trainer.fogzo.steps == STEPS
+    assert not trainer.fogzo.pending
+
+
+def test_accumulation_is_one_step_of_all_micro_batches(tmp_path):
+    """Against a loop by hand over the same four, and near one batch of all."""
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    trainer.train()
+    losses, weights = by_hand(size=16, micro=4)
+    assert logged(trainer) == pytest.approx(losses, rel=1e-4)
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-3, atol=1e-5)
+    assert trainer.fogzo.steps == STEPS
+
+
+def test_without_probes_it_is_the_plain_trainer(tmp_path):
+    """start=1: the passes are straight-through ones, to the bit what the Trainer does alone."""
+    plain = trainer_of(tmp_path / "a", kind=transformers.Trainer)
+    ours = trainer_of(tmp_path / "b", kind=FogzoTrainer)
+    ours._options = {"kappa": 0.5, "start": 1.0}
+    for trainer in (plain, ours):
+        trainer.train()
+    assert logged(plain) == logged(ours)
+    theirs = weights_of(plain.model)
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
+def test_precision_and_checkpointing(tmp_path, options):
+    trainer = trainer_of(tmp_path, **options)
+    trainer.train()
+    losses, _ = by_hand()
+    assert logged(trainer) == pytest.approx(losses, rel=0.02 if "bf16" in options else 1e-4)
+    assert logged(trainer)[-1] < logged(trainer)[0]
+
+
+def test_logs_have_the_stats(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    for name in ("cosine", "difference", "guide_norm", "lost_norms", "alphas_at_floor"):
+        assert logged(trainer, f"fogzo_{name}")
+    assert logged(trainer, "fogzo_one_minus_beta") == sorted(logged(trainer, "fogzo_one_minus_beta"))
+    assert trainer.fogzo.stats()["lost_norms"] == 0
+
+
+def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path):
+    whole = trainer_of(tmp_path / "whole")
+    whole.train()
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    cut = trainer_of(tmp_path / "cut", **saved)
+    cut.train()
+    for later in ("checkpoint-4", "checkpoint-6"):
+        (tmp_path / "cut" / later).rename(tmp_path / later)
+    resumed = trainer_of(tmp_path / "cut", **saved)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.fogzo.steps == STEPS
+    expected = weights_of(whole.model)
+    assert all(torch.equal(p, expected[name]) for name, p in resumed.model.named_parameters())
+    assert logged(resumed)[-4:] == logged(whole)[-4:]
+
+
+def test_a_checkpoint_without_its_state_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    (tmp_path / "checkpoint-3" / STATE).unlink()
+    again = trainer_of(tmp_path)
+    before = weights_of(again.model)
+    with pytest.raises(
+        FileNotFoundError, match=f"resume_from_checkpoint must have {STATE}, got .*checkpoint-3"
+    ):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert before.keys() == weights_of(again.model).keys()
+
+
+def test_what_would_not_be_what_it_seems_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fogzo must not have total_steps"):
+        FogzoTrainer(model=network(), fogzo={"total_steps": 5, "kappa": 1.0})
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(
+        ValueError, match="model must be plain or DistributedDataParallel for FOGZO, got DataParallel"
+    ):
+        trainer._made(torch.nn.DataParallel(trainer.model))
+    for kind in ("DEEPSPEED", "FSDP"):
+        trainer.accelerator.state.distributed_type = accelerate.utils.DistributedType[kind]
+        with pytest.raises(ValueError, match=f"for FOGZO, got {kind}"):
+            trainer._made(trainer.model)
+
+
+def test_a_plain_trainer_with_a_fused_optimizer_says_what_is_missing(tmp_path):
+    model = network()
+    fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS)
+    trainer = trainer_of(tmp_path, model, transformers.Trainer)
+    trainer.optimizer = fk.AdamW(model.parameters(), lr=1e-3, fogzo=fogzo)
+    with pytest.raises(RuntimeError, match="step must follow the passes of fogzo"):
+        trainer.train()
+
+
+def test_a_fused_optimizer_takes_its_estimates(tmp_path):
+    model = network()
+    trainer = trainer_of(tmp_path, model)
+    trainer.optimizer = fk.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    trainer.train()
+    losses, _ = by_hand()
+    assert logged(trainer) == pytest.approx(losses, rel=1e-3)
+
+
+def worker(rank, folder, port):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    trainer = trainer_of(
+        folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo"
+    )
+    trainer.train()
+    found = {"parallel": type(trainer.model_wrapped).__name__, "losses": logged(trainer)}
+    torch.save(found | {"weights": weights_of(trainer.model)}, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Two micro-batches of 4 on each of two processes: 16 rows a step."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    mp.spawn(worker, (str(tmp_path), port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["parallel"] == "DistributedDataParallel"
+    assert all(torch.equal(w, second["weights"][name]) for name, w in first["weights"].items())
+    losses, _ = by_hand(size=16, micro=4)
+    assert first["losses"] == pytest.approx(losses, rel=1e-3)
