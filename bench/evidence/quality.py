@@ -100,6 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--presets", nargs="+", default=["fixed", "lsq", "quest"], choices=list(PRESETS))
     add("--methods", nargs="+", default=["ste", "fogzo", "late"], choices=list(METHODS))
     add("--steps", type=int, default=1000)
+    add("--search-steps", type=int, help="of the search; by default as many")
     add("--seeds", type=int, default=5)
     add("--first-seed", type=int, default=0)
     add("--rates", nargs=6, type=float, default=[1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2], help="of STE")
@@ -187,7 +188,7 @@ def cell(
 ) -> list[Result]:
     """All methods of a task and a preset: the search, then fresh seeds, then STE for the time of the others."""
     jobs = [
-        Job(task, preset, method, rate, kappa, seed, args.steps, pull)
+        Job(task, preset, method, rate, kappa, seed, args.search_steps or args.steps, pull)
         for method in args.methods
         for rate, kappa, pull in trials_of(args, method)
         for seed in SEARCH_SEEDS
@@ -195,7 +196,7 @@ def cell(
     found = run(jobs)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     chosen = [best_of([r for r in found if r.job.method == method]) for method in args.methods]
-    fresh = run([Job(**{**asdict(job), "seed": seed}) for job in chosen for seed in seeds])
+    fresh = run([Job(**{**asdict(job), "seed": seed, "steps": args.steps}) for job in chosen for seed in seeds])
     found += fresh
     seconds = {m: statistics.median(r.seconds for r in fresh if r.job.method == m) for m in args.methods}
     if "ste" in seconds:
