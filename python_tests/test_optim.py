@@ -379,3 +379,56 @@ def test_capture_is_refused_where_a_replay_would_be_wrong(generator, monkeypatch
         state.save()
     state.draws = False
     assert state.save().cuda == {}
+
+
+# ---- which parameters go into one call
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_parameters_that_join_late_have_steps_of_their_own(capturable, generator):
+    """In a group and in one that is added, and after a load: as PyTorch's own, parameter by parameter."""
+    start = [torch.randn(5, generator=generator) for _ in range(3)]
+    found = []
+    for kind in ("ours", "theirs"):
+        first, late, added = (t.clone().requires_grad_() for t in start)
+        options = {"lr": 0.1, "weight_decay": 0.01}
+        if kind == "ours":
+            optimizer = fk.AdamW([first, late], **options, capturable=capturable)
+        else:
+            optimizer = torch.optim.AdamW([first, late], **options)
+        grads = torch.Generator().manual_seed(1)
+        for step in range(9):
+            if step == 5:
+                optimizer.add_param_group({"params": [added]})
+            if step == 7 and kind == "ours":
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = fk.AdamW([first, late], **options, capturable=capturable)
+                optimizer.add_param_group({"params": [added]})
+                optimizer.load_state_dict(state)
+            for i, p in enumerate((first, late, added)):
+                g = torch.randn(5, generator=grads)
+                p.grad = g if step >= (0, 3, 5)[i] else None
+            optimizer.step()
+        found.append((first, late, added))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_groups_with_and_without_master_copies_stay_apart(generator):
+    """With the same numbers otherwise; betas may be a list."""
+    start = [torch.randn(6, generator=generator).bfloat16() for _ in range(3)]
+    parameters = [t.clone().requires_grad_() for t in start]
+    groups = [{"params": [p], "master_weights": i == 1} for i, p in enumerate(parameters)]
+    optimizer = fk.AdamW(groups, lr=1e-3, betas=[0.9, 0.99])
+    alone = [t.clone().requires_grad_() for t in start]
+    others = [fk.AdamW([p], lr=1e-3, betas=(0.9, 0.99), master_weights=i == 1) for i, p in enumerate(alone)]
+    for _ in range(3):
+        for p, q in zip(parameters, alone, strict=True):
+            p.grad = torch.randn(6, generator=generator).bfloat16()
+            q.grad = p.grad.clone()
+        optimizer.step()
+        for other in others:
+            other.step()
+    for p, q in zip(parameters, alone, strict=True):
+        assert torch.equal(p, q)
+    assert [("master" in optimizer.state[p]) for p in parameters] == [False, True, False]

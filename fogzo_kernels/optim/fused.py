@@ -59,6 +59,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.backend = fogzo.backend if backend is None and fogzo is not None else backend
         self._names = tuple(hyperparameters)
         self._empty: dict[torch.device, Tensor] = {}
+        self._calls_so_far = 0  # of step()
+        self._joined: dict[int, int] = {}  # by id of a parameter: at which of them its own steps began
         common = {"master_weights": master_weights, "capturable": capturable}
         super().__init__(params, {"lr": lr, **hyperparameters, **common})
 
@@ -120,6 +122,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._warn_of_restart()
             estimate = passes.collect()
             loss = estimate.loss
+        self._calls_so_far += 1
         first = True
         for call in list(self._calls(passes)):  # all are prepared before the first one writes
             self._run(call, passes, estimate, first)
@@ -198,7 +201,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 k, i = places.get(id(p), (None, 0))
                 view = in_memory(p) if k is None else estimated[k].weights[i].rows
                 lists = self._prepare(p, group, options.states, view)
-                alike = p.device, p.dtype, lists.grad.dtype, lists.number
+                alike = p.device, p.dtype, lists.grad.dtype, lists.number, lists.joined, lists.master is None
                 if k is None:
                     others.append((p, lists, alike))
                 else:
@@ -223,7 +226,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             lr.double() if isinstance(lr, Tensor) else arguments.lr(lr),
             hyperparameters,
             self._state_names()[: self._rule(group).states],
-            (id(lr) if isinstance(lr, Tensor) else lr, *hyperparameters.values()),
+            (id(lr) if isinstance(lr, Tensor) else lr, *map(repr, hyperparameters.values())),
         )
 
     def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Lists:
@@ -239,6 +242,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not state:
             device = p.device if capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.int64, device=device)
+            self._joined[id(p)] = self._calls_so_far
             if group["master_weights"] and p.dtype != torch.float32:
                 state["master"] = p.detach().float()
         elif any(name not in state for name in names) and group.get("dampening"):
@@ -253,11 +257,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not view(state[name]).is_contiguous():  # from a checkpoint of another layout
                 state[name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
             views.append(view(state[name]))
-        if capturable:
+        joined = 0
+        if capturable:  # only the device has the number: parameters that joined together have one
+            if id(p) not in self._joined:
+                self._joined[id(p)] = self._calls_so_far - int(state["step"])
+            joined = self._joined[id(p)]
             state["step"] += 1
         master = views.pop(0) if "master" in state else None
         number = 0 if capturable else int(state["step"]) + 1
-        return _Lists(view(p), view(grad), master, views, state["step"], number)
+        return _Lists(view(p), view(grad), master, views, state["step"], number, joined)
 
     # ---- one call
 
@@ -303,7 +311,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """PyTorch's own leaves out what a subclass adds, and a copy could not step."""
-        own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_empty")}
+        own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_empty", "_calls_so_far")}
+        own["_joined"] = {}  # of other parameters
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -325,6 +334,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if group.get(name):
                     raise ValueError(f"state_dict['param_groups'][{i}] must not have {name}, got {group[name]}")
         super().load_state_dict(state_dict)
+        self._joined.clear()
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, (p, group) in zip(ids, params, strict=True):
@@ -358,6 +368,7 @@ class _Lists(NamedTuple):
     states: list[Tensor]
     step: Tensor  # steps taken; not a view
     number: int  # of the coming step, or 0 if only the device knows it
+    joined: int  # the same for those with one number then
 
 
 class _Call:
