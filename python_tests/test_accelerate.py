@@ -6,22 +6,15 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import as_launched, fresh_accelerate, two_of  # noqa: F401
 from torch import nn
 
 import fogzo_kernels as fk
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """accelerate keeps its state for the whole process."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 def network(seed=0):
@@ -136,11 +129,7 @@ def test_a_resumed_run_goes_on_or_says_that_it_does_not(tmp_path, registered):
 
 
 def worker(rank, folder, port):
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    as_launched(rank, port)
     accelerator = accelerate.Accelerator(cpu=True)
     model = network()
     model[2].p = 0.0
@@ -156,13 +145,7 @@ def worker(rank, folder, port):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (str(tmp_path), port), nprocs=2)
-    (losses, weights), (others, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (losses, weights), (others, same) = two_of(worker, tmp_path)
     assert losses == others
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
     model = network()

@@ -1,30 +1,22 @@
 """transformers' Trainer, the real one: its steps are FOGZO's, accumulated, clipped, saved and resumed."""
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import as_launched, fresh_accelerate, two_of  # noqa: F401
 
 import fogzo_kernels as fk
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 from fogzo_kernels.integrations.trainer import STATE, FogzoMixin, FogzoTrainer  # noqa: E402
 
 STEPS, TOKENS = 6, 24
 OPTIONS = {"kappa": 0.5, "seed": 3}
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """accelerate keeps its state for the whole process."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 def network():
@@ -217,11 +209,7 @@ def test_a_fused_optimizer_takes_its_estimates(tmp_path):
 
 
 def worker(rank, folder, port):
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    as_launched(rank, port)
     trainer = trainer_of(
         folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, ddp_backend="gloo"
     )
@@ -234,11 +222,7 @@ def worker(rank, folder, port):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Two micro-batches of 4 on each of two processes: 16 rows a step."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (str(tmp_path), port), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = two_of(worker, tmp_path)
     assert first["parallel"] == "DistributedDataParallel"
     assert all(torch.equal(w, second["weights"][name]) for name, w in first["weights"].items())
     losses, _ = by_hand(size=16, micro=4)
