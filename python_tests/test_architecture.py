@@ -32,7 +32,7 @@ FLOORS = {
               " settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups fused adamw sgd pull"),
-    "integrations": (("spec", "nn", "train"), "__init__ transformers trainer"),
+    "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip

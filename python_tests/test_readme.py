@@ -14,7 +14,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = {"README.md", "docs/usage.md", "docs/models.md", "docs/frontends.md", "docs/loops.md"}
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LANGUAGES = {"python", "bibtex"}
-OPTIONAL = {"transformers", "accelerate"}  # what an example may need beside the package
+OPTIONAL = {"transformers", "accelerate", "lightning"}  # what an example may need beside the package
 
 
 def name_of(path):

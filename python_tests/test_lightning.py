@@ -1,0 +1,210 @@
+"""Lightning, the real package: its steps are FOGZO's, clipped, logged, saved and resumed."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import as_launched, two_of
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import fogzo_kernels as fk
+from fogzo_kernels.integrations.lightning import KEY, FogzoMixin
+
+L = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+STEPS, OPTIONS = 6, {"kappa": 0.5, "seed": 3}
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+
+
+class Rows(Dataset):
+    def __init__(self, count=8 * STEPS):
+        generator = torch.Generator().manual_seed(1)
+        self.x, self.y = (
+            torch.randn(count, 12, generator=generator),
+            torch.randint(4, (count,), generator=generator),
+        )
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i]
+
+
+class Plain(L.LightningModule):
+    def __init__(self, fused=False, rate=0.05):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+        fk.quantize_model(self.net, fk.presets.lsq(2))
+        self.fused, self.rate, self.seen = fused, rate, []
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.seen.append(float(loss.detach()))
+        self.ran_in = type(self.trainer.strategy.model).__name__
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        kind = fk.SGD if self.fused else torch.optim.SGD
+        return kind(self.parameters(), lr=self.rate)
+
+
+class Ours(FogzoMixin, Plain):
+    fogzo_options = OPTIONS
+
+
+def trainer_of(folder, **options):
+    given = {
+        "max_steps": STEPS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder),
+    } | options  # fmt: skip
+    return L.Trainer(**given)
+
+
+def fit(model, folder, ckpt_path=None, rows=None, batch=8, **options):
+    trainer = trainer_of(folder, **options)
+    trainer.fit(model, DataLoader(rows or Rows(), batch_size=batch), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def by_hand(clip=None):
+    model, data = Plain(), Rows()
+    fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS)
+    optimizer, losses = model.configure_optimizers(), []
+    for step in range(STEPS):
+        rows = slice(8 * step, 8 * step + 8)
+        optimizer.zero_grad()
+        losses.append(
+            fogzo.step(lambda rows=rows: F.cross_entropy(model.net(data.x[rows]), data.y[rows])).item()
+        )
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return losses, weights_of(model)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_its_steps_are_those_of_a_loop_by_hand(tmp_path, fused, clip):
+    model = Ours(fused)
+    trainer = fit(model, tmp_path, gradient_clip_val=clip)
+    losses, weights = by_hand(clip)
+    assert model.seen[::3] == pytest.approx(losses, rel=1e-6)
+    assert len(model.seen) == 3 * STEPS
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-5, atol=1e-6)
+    assert model.fogzo.steps == trainer.global_step == STEPS
+
+
+def test_what_is_logged_is_the_gradient_pass(tmp_path):
+    """Also in the mean over an epoch, which would count the probes."""
+    model = Ours()
+    trainer = fit(model, tmp_path, max_steps=-1, max_epochs=1)
+    losses, _ = by_hand()
+    assert float(trainer.callback_metrics["loss_epoch"]) == pytest.approx(sum(losses) / STEPS, rel=1e-6)
+    assert not model.probing
+
+
+def test_without_probes_it_is_the_plain_module(tmp_path):
+    class Late(Ours):
+        fogzo_options = OPTIONS | {"start": 1.0}
+
+    plain, late = Plain(), Late()
+    for model in (plain, late):
+        fit(model, tmp_path)
+    theirs = weights_of(plain)
+    assert plain.seen == late.seen
+    assert all(torch.equal(p, theirs[name]) for name, p in late.named_parameters())
+
+
+def test_bfloat16_trains(tmp_path):
+    model = Ours()
+    fit(model, tmp_path, precision="bf16-mixed")
+    assert model.seen[::3] == pytest.approx(by_hand()[0], rel=0.05)
+
+
+def half(folder, edit=lambda checkpoint: None):
+    """The checkpoint of a run after 3 steps."""
+    keep = L.callbacks.ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
+    fit(Ours(), folder, enable_checkpointing=True, callbacks=[keep])
+    path = folder / "kept/step=3.ckpt"
+    checkpoint = torch.load(path, weights_only=False)
+    edit(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+class Second(Rows):
+    """Those of the second half of the steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.y = self.x[24:], self.y[24:]
+
+
+def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path):
+    whole = Ours()
+    fit(whole, tmp_path)
+    model = Ours()
+    fit(model, tmp_path, ckpt_path=half(tmp_path), rows=Second())
+    assert model.seen == whole.seen[9:]
+    expected = weights_of(whole)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    assert model.fogzo.steps == STEPS
+
+
+def test_a_checkpoint_without_its_state_is_refused(tmp_path):
+    path = half(tmp_path, edit=lambda checkpoint: checkpoint.pop(KEY))
+    with pytest.raises(RuntimeError, match="the checkpoint that fit goes on from must have 'fogzo'"):
+        fit(Ours(), tmp_path, ckpt_path=path)
+
+
+def test_what_it_cannot_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be 1 for FOGZO, whose passes run all"):
+        fit(Ours(), tmp_path, accumulate_grad_batches=2, rows=Rows(8), max_epochs=1)
+    manual = Ours()
+    manual.automatic_optimization = False
+    with pytest.raises(ValueError, match="automatic_optimization must be True"):
+        fit(manual, tmp_path)
+
+    class Twice(Ours):
+        fogzo_options = OPTIONS | {"total_steps": 3}
+
+    with pytest.raises(ValueError, match="fogzo_options must not have total_steps"):
+        fit(Twice(), tmp_path)
+
+    class Silent(Ours):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    with pytest.raises(ValueError, match="training_step must return a loss in each pass of FOGZO, got None"):
+        fit(Silent(), tmp_path)
+
+
+def worker(rank, folder, port):
+    as_launched(rank, port)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "NODE_RANK": "0", "GROUP_RANK": "0"}
+    model = Ours()
+    fit(model, folder, batch=4, devices=2, strategy="ddp")
+    torch.save((model.ran_in, model.seen, weights_of(model)), os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+def test_two_processes_stay_one_model(tmp_path):
+    """Their losses differ, their weights do not, and are near those of one process."""
+    (kind, losses, weights), (_, others, same) = two_of(worker, tmp_path)
+    assert kind == "DistributedDataParallel"
+    assert losses != others
+    assert all(torch.equal(w, same[name]) for name, w in weights.items())
+    means = [(a + b) / 2 for a, b in zip(losses[::3], others[::3], strict=True)]
+    assert means == pytest.approx(by_hand()[0], rel=0.1)
