@@ -67,14 +67,15 @@ def of_demo(found: Found) -> str:
     return of_mlp(found, slice(2))
 
 
-def of_quality(found: Found) -> str:
-    results, steps = quality.results_of(found), found["arguments"]["steps"]
-    return f"{quality.table(results, steps)}\n\n{of_verdicts(found)}"
+def of_quality(*found: Found) -> str:
+    results, steps = [r for one in found for r in quality.results_of(one)], found[0]["arguments"]["steps"]
+    return f"{quality.table(results, steps)}\n\n{of_verdicts(*found)}"
 
 
-def of_verdicts(found: Found) -> str:
+def of_verdicts(*found: Found) -> str:
     """Without the table."""
-    said = quality.verdicts(quality.results_of(found), found["arguments"]["steps"])
+    results = [r for one in found for r in quality.results_of(one)]
+    said = quality.verdicts(results, found[0]["arguments"]["steps"])
     return "\n".join(f"- {line}" for line in said.splitlines())
 
 
@@ -208,7 +209,11 @@ SECTIONS = {
     "mnist": Section("README.md", (f"{RESULTS}/mnist.json",), of_demo),
     "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),
-    "quality": Section("docs/evidence.md", (f"{RESULTS}/quality.json",), of_quality),
+    "quality": Section(
+        "docs/evidence.md", (f"{RESULTS}/quality.json", f"{RESULTS}/quality-more.json"), of_quality
+    ),
+    "quality-again": Section("docs/evidence.md", (f"{RESULTS}/quality-again.json",), of_verdicts),
+    "sweep": Section("docs/evidence.md", (f"{RESULTS}/sweep.json",), of_sweep),
 }
 
 
