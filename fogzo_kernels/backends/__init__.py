@@ -162,11 +162,6 @@ def select(name: str | None, device: torch.device) -> Backend:
     check_name(name)
     if name is None and (asked := os.environ.get(VARIABLE)):
         name, source = asked, VARIABLE
-    return _select(name, source, device)
-
-
-@functools.cache  # but for what it raises
-def _select(name: str | None, source: str, device: torch.device) -> Backend:
     check_known(name, source)
     if name is None:
         name = next(n for n in names() if reason_unavailable(n, device) is None)
