@@ -19,7 +19,7 @@ from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import Layout
 from ..spec.straight_through import StraightThrough
-from ..spec.update import KINDS, UpdateRule, update_rule
+from ..spec.update import KINDS, UpdateRule
 from . import arguments, checks, memory
 from .arguments import TensorOrList
 from .listop import GRID, KEPT, NAMES, STATE, counters_of, list_op, run_checked, triples
@@ -105,7 +105,7 @@ def estimate_adamw_(
         RuntimeError: the backend is unavailable on the device.
     """
     beta1, beta2 = betas
-    rule = update_rule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
+    rule = UpdateRule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     losses = Losses(losses_plus, losses_minus, common.get("counters"))
     _tail(rule, states, latents, grads, alphas, losses, norm, (lr, optimizer_step), common)
@@ -170,7 +170,7 @@ def estimate_sgd_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    rule = update_rule(
+    rule = UpdateRule(
         "sgd", weight_decay=weight_decay, momentum=momentum, dampening=dampening, nesterov=nesterov
     )
     states = {"momentum_buffers": momentum_buffers}
@@ -213,7 +213,7 @@ def _tail(
 @functools.lru_cache(KEPT)  # a training loop gives the same one at every step
 def rule_of(kind: str, names: tuple[str, ...], values: tuple[float, ...], nesterov: bool) -> UpdateRule:
     """The rule that a schema writes as flat arguments."""
-    return update_rule(kind, **dict(zip(names, values, strict=True)), nesterov=nesterov)
+    return UpdateRule(kind, **dict(zip(names, values, strict=True)), nesterov=nesterov)
 
 
 def states_of(rule: UpdateRule, given: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
