@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -73,7 +72,7 @@ class UpdateRule:
             if not isinstance(betas, tuple | list) or len(betas) != 2:
                 raise ValueError(f"betas must be two numbers, got {betas!r}")
             own["beta1"], own["beta2"] = betas
-        return update_rule(kind, **own)
+        return cls(kind, **own)
 
     @property
     def variant(self) -> str:
@@ -87,21 +86,10 @@ class UpdateRule:
         """Float32 state tensors per parameter: exp_avg and exp_avg_sq, or a momentum buffer, or none."""
         return VARIANTS[self.variant]
 
-    @functools.cached_property
+    @property
     def hyperparameters(self) -> dict[str, float]:
         """What the arithmetic reads besides the variant, by name."""
         return {name: float(getattr(self, name)) for name in HYPERPARAMETERS}
-
-
-KEPT = functools.lru_cache(64, typed=True)(UpdateRule)
-
-
-def update_rule(kind: str, **numbers: Any) -> UpdateRule:
-    """An :class:`UpdateRule`, made once for the same numbers: a training loop gives them at every step."""
-    try:
-        return KEPT(kind, **numbers)
-    except TypeError:  # also of what has no hash, which the rule itself words
-        return UpdateRule(kind, **numbers)
 
 
 HYPERPARAMETERS = tuple(f.name for f in fields(UpdateRule) if f.type == "float")
