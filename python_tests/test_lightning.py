@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import as_launched, two_of
+from processes import as_launched, needs_gloo, two_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -162,6 +162,12 @@ def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path):
     assert model.fogzo.steps == STEPS
 
 
+def test_a_model_that_was_loaded_begins_a_run_of_its_own(tmp_path):
+    model = Ours.load_from_checkpoint(half(tmp_path), weights_only=False)
+    fit(model, tmp_path)
+    assert model.fogzo.steps == STEPS
+
+
 def test_a_checkpoint_without_its_state_is_refused(tmp_path):
     path = half(tmp_path, edit=lambda checkpoint: checkpoint.pop(KEY))
     with pytest.raises(RuntimeError, match="the checkpoint that fit goes on from must have 'fogzo'"):
@@ -199,7 +205,7 @@ def worker(rank, folder, port):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 def test_two_processes_stay_one_model(tmp_path):
     """Their losses differ, their weights do not, and are near those of one process."""
     (kind, losses, weights), (_, others, same) = two_of(worker, tmp_path)

@@ -90,13 +90,13 @@ class FogzoMixin:
         if "total_steps" in self.fogzo_options:
             raise ValueError("fogzo_options must not have total_steps, which the Trainer knows")
         fogzo = Fogzo(model, total_steps=int(trainer.estimated_stepping_batches), **self.fogzo_options)
-        if self._state is not None:
+        if trainer.global_step:  # else a model that was loaded begins a run of its own
+            if self._state is None:
+                raise RuntimeError(
+                    f"the checkpoint that fit goes on from must have {KEY!r}, got one without: FOGZO would"
+                    " begin again with beta = 1"
+                )
             fogzo.load_state_dict(self._state)
-        elif trainer.global_step:
-            raise RuntimeError(
-                f"the checkpoint that fit goes on from must have {KEY!r}, got one without: FOGZO would begin"
-                " again with beta = 1"
-            )
         return fogzo
 
     def on_fit_start(self: Any) -> None:
