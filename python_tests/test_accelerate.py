@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import as_launched, fresh_accelerate, two_of  # noqa: F401
+from processes import as_launched, fresh_accelerate, needs_gloo, two_of  # noqa: F401
 from torch import nn
 
 import fogzo_kernels as fk
@@ -143,7 +143,7 @@ def worker(rank, folder, port):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 def test_two_processes_take_the_steps_of_one(tmp_path):
     (losses, weights), (others, same) = two_of(worker, tmp_path)
     assert losses == others

@@ -1,5 +1,6 @@
 """Data parallel: two processes give the estimate of one with the whole batch."""
 
+import functools
 import os
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import needs_gloo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,30 +41,6 @@ def net(scale):
     return model
 
 
-def worker(rank, folder, scale):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    half = slice(0, 4) if rank == 0 else slice(4, 8)
-    found = train(DistributedDataParallel(net(scale)), half)
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
-@pytest.mark.parametrize("scale", SCALES)
-def test_two_processes_give_one_estimate(tmp_path, scale):
-    mp.spawn(worker, (str(tmp_path), scale), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    whole = train(net(scale), slice(0, 8))
-    for a, b, expected in zip(first, second, whole, strict=True):
-        for x, y, z in zip(a, b, expected, strict=True):
-            assert torch.equal(x, y)
-            torch.testing.assert_close(x, z, rtol=1e-3, atol=1e-5)
-
-
-# ---- who trains what
-
-
 def spawned(case, tmp_path, processes=2):
     """What each process found; an error of a process is its message."""
     mp.spawn(one_process, (case, str(tmp_path), processes), nprocs=processes)
@@ -78,6 +56,28 @@ def one_process(rank, case, folder, processes):
         found = f"{type(error).__name__}: {error}"
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
+
+
+def half(rank):
+    return slice(0, 4) if rank % 2 == 0 else slice(4, 8)
+
+
+def halves(scale, rank):
+    return train(DistributedDataParallel(net(scale)), half(rank))
+
+
+@needs_gloo
+@pytest.mark.parametrize("scale", SCALES)
+def test_two_processes_give_one_estimate(tmp_path, scale):
+    first, second = spawned(functools.partial(halves, scale), tmp_path)
+    whole = train(net(scale), slice(0, 8))
+    for a, b, expected in zip(first, second, whole, strict=True):
+        for x, y, z in zip(a, b, expected, strict=True):
+            assert torch.equal(x, y)
+            torch.testing.assert_close(x, z, rtol=1e-3, atol=1e-5)
+
+
+# ---- who trains what
 
 
 def steps_of(model, count=2, rows=slice(0, 8), before=lambda fogzo: None, **options):
@@ -134,7 +134,7 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 @pytest.mark.parametrize("what", DIFFERENCES)
 def test_processes_that_train_another_model_are_told(tmp_path, what):
     """All of them, in the first step, so that none waits for another."""
@@ -161,7 +161,7 @@ def diverging_late(rank):
     return None
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 def test_what_comes_apart_later_is_seen_in_the_next_hundredth_step(tmp_path):
     for step, message in spawned(diverging_late, tmp_path):
         assert step == 100
@@ -172,7 +172,7 @@ def plain_model(rank):
     return steps_of(net("fixed"))
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 def test_a_model_that_nothing_says_is_shared_must_say_so(tmp_path):
     for found in spawned(plain_model, tmp_path):
         assert found.startswith(
@@ -184,11 +184,7 @@ def alone(rank):
     return steps_of(net("fixed"), rows=half(rank), seed=rank, loss_reduction=None)
 
 
-def half(rank):
-    return slice(0, 4) if rank % 2 == 0 else slice(4, 8)
-
-
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 def test_models_of_their_own_are_trained_apart(tmp_path):
     """To the bit as without other processes, whatever seeds they have."""
     for rank, found in enumerate(spawned(alone, tmp_path)):
@@ -210,7 +206,7 @@ def two_groups(rank):
     return steps_of(model, rows=half(rank), seed=rank // 2)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 def test_losses_are_those_of_the_group_that_shares_the_model(tmp_path):
     """Two models of two processes each: as two processes by themselves."""
     four = spawned(two_groups, tmp_path, 4)

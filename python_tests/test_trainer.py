@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from processes import as_launched, fresh_accelerate, two_of  # noqa: F401
+from processes import as_launched, fresh_accelerate, needs_gloo, two_of  # noqa: F401
 
 import fogzo_kernels as fk
 
@@ -219,7 +219,7 @@ def worker(rank, folder, port):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+@needs_gloo
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Two micro-batches of 4 on each of two processes: 16 rows a step."""
     first, second = two_of(worker, tmp_path)

@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 J = TypeVar("J")
+K = TypeVar("K")
 R = TypeVar("R")
 DECAYS = ("cosine", "linear", "constant")
 EVERY = 5  # steps of a run between two words to the bar
@@ -70,6 +71,14 @@ def run(
                 bar.update(queue.get())
             time.sleep(0.1)
         return [result.get() for result in reversed(pending)]
+
+
+def best_of(losses: Iterable[tuple[K, float]]) -> K:
+    """What has the least mean loss; what has diverged once is the worst."""
+    groups: dict[K, list[float]] = {}
+    for what, loss in losses:
+        groups.setdefault(what, []).append(loss if math.isfinite(loss) else math.inf)
+    return min(groups, key=lambda what: statistics.mean(groups[what]))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -131,7 +131,7 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
     losses, start = [], time.process_time()
     for step in range(job.steps):
         if pull is not None:
-            pull.strength = (job.pull or 0.0) * max(2 * step / job.steps - 1, 0.0)
+            pull.strength = job.pull * max(2 * step / job.steps - 1, 0.0)
         optimizer.zero_grad()
         if fogzo is None:
             loss = task.loss(model, job.seed, step)
@@ -173,14 +173,8 @@ def trials_of(args: argparse.Namespace, method: str) -> list[Trial]:
 
 def best_of(results: Sequence[Result]) -> Job:
     """A job of the settings with the least mean validation loss; one that has diverged is the worst."""
-    groups: dict[Trial, list[Result]] = {}
-    for r in results:
-        groups.setdefault((r.job.rate, r.job.kappa, r.job.pull), []).append(r)
-
-    def mean(runs: list[Result]) -> float:
-        return statistics.mean(r.loss if math.isfinite(r.loss) else math.inf for r in runs)
-
-    return min(groups.values(), key=mean)[0].job
+    jobs = {(r.job.rate, r.job.kappa, r.job.pull): r.job for r in reversed(results)}  # the first of each
+    return jobs[pool.best_of(((r.job.rate, r.job.kappa, r.job.pull), r.loss) for r in results)]
 
 
 def cell(

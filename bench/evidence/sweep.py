@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -186,11 +185,8 @@ def settings_of(name: str) -> list[Setting]:
 
 
 def best_of(results: Sequence[Result]) -> float:
-    """The rate with the least mean loss; one that has diverged is the worst."""
-    rates: dict[float, list[float]] = {}
-    for r in results:
-        rates.setdefault(r.job.rate, []).append(r.loss if math.isfinite(r.loss) else math.inf)
-    return min(rates, key=lambda rate: statistics.mean(rates[rate]))
+    """The rate with the least mean loss."""
+    return pool.best_of((r.job.rate, r.loss) for r in results)
 
 
 def cell(result: Sequence[Result]) -> str:

@@ -172,8 +172,6 @@ def transformed(
 
 def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
     """A 0-dim tensor; ``device`` None allows the CPU as well as any device."""
-    if isinstance(t, Tensor) and t.dtype == dtype and t.ndim == 0 and device in (None, t.device):
-        return
     instance(name, t, Tensor)
     if t.dtype != dtype or t.ndim != 0:
         raise TypeError(f"{name} must be a 0-dim {named([dtype])} tensor, got {named([t.dtype])} {shape(t)}")

@@ -169,7 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _warn_of_restart(self) -> None:
         """In the first step of a Fogzo: was its state left behind where the optimizer was loaded?"""
-        if self.fogzo is None or capturing() or self.fogzo._steps:
+        if self.fogzo is None or self.fogzo._steps or capturing():
             return
         taken = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         if taken:
@@ -193,7 +193,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             options = self._options(group)
             found: dict[tuple[Any, ...], _Call] = {}
-            taken: dict[tuple[Any, ...], list[int]] = {}  # of a call's weights, in the order of parameters
             others: list[tuple[Tensor, _Lists, tuple[Any, ...]]] = []
             for p in group["params"]:
                 if p.grad is None:
@@ -205,17 +204,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if k is None:
                     others.append((p, lists, alike))
                 else:
-                    found.setdefault((*alike, k), _Call(options, lists.number)).add(lists)
-                    taken.setdefault((*alike, k), []).append(i)
-            for (*alike_, k), indices in taken.items():
-                whole = indices == list(range(len(estimated[k].weights)))
-                found[*alike_, k].quantized = estimated[k] if whole else estimated[k].part(indices)
+                    call = found.setdefault((*alike, k), _Call(options, lists.number))
+                    call.lists.append(lists)
+                    call.places.append(i)
+            for (*_, k), call in found.items():
+                call.quantized = estimated[k].part(call.places)
             for p, lists, alike in others:
                 # with estimated ones of their group, if any, in one call; else with all that is updated alike
-                there = (
-                    None if id(p) in alphas else next((c for k, c in found.items() if k[:-1] == alike), None)
-                )
-                (there or later.setdefault((*alike, *options.key), _Call(options, lists.number))).add(lists)
+                own = [] if id(p) in alphas else [c for key, c in found.items() if key[:-1] == alike]
+                call = own[0] if own else later.setdefault((*alike, *options.key), _Call(options, lists.number))
+                call.lists.append(lists)
             yield from found.values()
         yield from later.values()
 
@@ -377,10 +375,8 @@ class _Call:
     def __init__(self, options: _Options, number: int) -> None:
         self.options, self.number = options, number
         self.lists: list[_Lists] = []
+        self.places: list[int] = []  # of those that are estimated among the weights of the step's call
         self.quantized: Together | None = None
-
-    def add(self, lists: _Lists) -> None:
-        self.lists.append(lists)
 
 
 def in_memory(p: Tensor) -> View:

@@ -49,17 +49,17 @@ class Together:
         return [w.latent for w in self.weights]
 
     def split(self, by: Callable[[QuantizedWeight], T]) -> list[tuple[T, Together]]:
-        """Those for which ``by`` is the same; without a copy where it is so for all."""
+        """Those for which ``by`` is the same."""
         answers = [by(w) for w in self.weights]
-        if len(set(answers)) == 1:
-            return [(answers[0], self)]
         return [
             (one, self.part([i for i, answer in enumerate(answers) if answer == one]))
             for one in dict.fromkeys(answers)
         ]
 
     def part(self, places: Sequence[int]) -> Together:
-        """The weights at these places."""
+        """The weights at these places: this itself for all of them in their order."""
+        if list(places) == list(range(len(self.weights))):
+            return self
         found = Together(self.kind, [self.weights[i] for i in places], self.backend)
         found.grads = [self.grads[i] for i in places] if self.grads else []
         return found
