@@ -14,7 +14,7 @@ from .nn.linear import QuantLinear
 from .nn.products import set_compute_
 from .nn.report import Report
 from .optim.adamw import AdamW
-from .optim.groups import parameter_groups
+from .optim.groups import learned_alphas, parameter_groups
 from .optim.pull import GridPull
 from .optim.sgd import SGD
 from .spec import presets
@@ -46,6 +46,7 @@ __all__ = [
     "calibrate_",
     "calibrate_inputs_",
     "dequantize_model",
+    "learned_alphas",
     "parameter_groups",
     "presets",
     "quantize_model",

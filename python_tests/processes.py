@@ -1,4 +1,4 @@
-"""Processes as accelerate's launchers start them; and its state, which is that of a process."""
+"""Processes of gloo, plain and as accelerate's launchers start them; and its state, which is that of a process."""
 
 import os
 import socket
@@ -27,6 +27,23 @@ def two_of(worker, folder):
         port = s.getsockname()[1]
     mp.spawn(worker, (str(folder), port), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def spawned(case, folder, processes=2):
+    """What each of several processes found; an error of a process is its message."""
+    mp.spawn(one_process, (case, str(folder), processes), nprocs=processes)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+def one_process(rank, case, folder, processes):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    try:
+        found = case(rank)
+    except (RuntimeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
 
 
 @pytest.fixture

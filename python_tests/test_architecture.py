@@ -25,10 +25,10 @@ FLOORS = {
             " tail straight_through learned quantize hadamard"),
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
-           "__init__ scales inputs held quantized permuted linear"
+           "__init__ packed saved scales sharded inputs held quantized permuted linear"
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
-              "__init__ replay weights together reads outside gradients losses step"
+              "__init__ replay weights sharding together reads outside gradients losses step"
               " settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups fused adamw sgd pull"),

@@ -1,14 +1,12 @@
 """Data parallel: two processes give the estimate of one with the whole batch."""
 
 import functools
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from processes import needs_gloo
+from processes import needs_gloo, spawned
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,23 +37,6 @@ def net(scale):
     straight_through = fk.StraightThrough("identity", clip=False)
     fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(2), SCALES[scale], straight_through))
     return model
-
-
-def spawned(case, tmp_path, processes=2):
-    """What each process found; an error of a process is its message."""
-    mp.spawn(one_process, (case, str(tmp_path), processes), nprocs=processes)
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
-
-
-def one_process(rank, case, folder, processes):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    try:
-        found = case(rank)
-    except (RuntimeError, ValueError) as error:
-        found = f"{type(error).__name__}: {error}"
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
 
 
 def half(rank):

@@ -19,6 +19,7 @@ from .quantized import QuantizedModule
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
+from .sharded import begin_anew, reshard, whole
 from .sharing import check_shared, share_alphas, unwatch, watch
 from .twins import check_weight, twin_of, weights_of
 
@@ -71,6 +72,7 @@ def quantize_model(
         checks.instance("activation", activation, Quantizer)
         check_activation("activation", activation)
     check_known(backend)
+    reshard(model)
     choices = choose(model, quantizer, activation, rules, skip)
     chosen = [c for c in choices if c.quantizer is not None]
     if not chosen:
@@ -94,6 +96,7 @@ def quantize_model(
             backend=backend,
         )
     share_alphas(model)
+    begin_anew(model)
     fast_path.update(model)
     watch(model)
     pretrained.record(model)
@@ -124,7 +127,7 @@ def _planned(model: nn.Module, chosen: list[Choice]) -> list[tuple[Tensor, int]]
         if weight not in ids:
             ids[weight] = max(present, default=-1) + 1 + len(ids)
             name = f"{c.unit.names[0]}.weight" if c.unit.names[0] else "weight"
-            alphas[weight] = alpha_of(name, weight, twin.OUTPUTS, c.quantizer)
+            alphas[weight] = alpha_of(name, whole(weight), twin.OUTPUTS, c.quantizer)
         plan.append((alphas[weight].clone(), ids[weight]))
     return plan
 
@@ -187,6 +190,7 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
         TypeError, ValueError, RuntimeError: an argument is wrong, or a scale does not fit a weight; nothing has
             changed then.
     """
+    reshard(model)
     modules = _quantized(model, "calibrate")
     if scale is not None:
         checks.instance("scale", scale, Scale)
@@ -195,7 +199,7 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
     plan = []
     for m in modules:
         q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)
-        plan.append((q, alpha_of("weight", m.weight, m.OUTPUTS, q)))
+        plan.append((q, alpha_of("weight", whole(m.weight), m.OUTPUTS, q)))
     for m, (q, alpha) in zip(modules, plan, strict=True):
         m.quantizer = q
         m.set_alpha(alpha)
@@ -271,6 +275,11 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             then.
     """
     modules = _quantized(model, "dequantize")
+    if any(m.sharded is not None for m in modules):
+        raise ValueError(
+            "model must not be under fully_shard to be dequantized, got one that is: load its full state dict"
+            " into a quantized model of one process, and dequantize that"
+        )
     if not latents:
         for m in modules:
             memory.alphas([m.alpha], m.quantizer.grid.r)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +17,9 @@ from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from .held import Deferred, Held
 from .inputs import quantized_input, rotated
+from .saved import EXTRA_STATE, quantizers_as_state, saved_quantizers
 from .scales import HELD, alpha_of, hold_alphas, measure_
+from .sharded import ShardedRows, attach, whole
 
 if TYPE_CHECKING:
     from typing import Self
@@ -43,6 +44,7 @@ class QuantizedModule(nn.Module):
         activation: how the module's input is quantized, or None. FOGZO does not perturb it. A scale that is
             learned is a parameter ``input_alpha``.
         held: None, or what to run with during a pass of :class:`fogzo_kernels.Fogzo`.
+        sharded: under ``fully_shard``, the rows of the weight that this process holds, else None.
         alpha_least: of a learned alpha, a float32 buffer: where one that left its range is held.
     """
 
@@ -54,6 +56,7 @@ class QuantizedModule(nn.Module):
         "tensor_id",
         "backend",
         "held",
+        "sharded",
         "probe",
         "warned",
         "shares",
@@ -82,6 +85,7 @@ class QuantizedModule(nn.Module):
     tensor_id: int
     backend: str | None
     held: Held | None
+    sharded: ShardedRows | None = None
 
     # ---- from a plain module, and back
 
@@ -118,6 +122,7 @@ class QuantizedModule(nn.Module):
             module.register_parameter("input_alpha", nn.Parameter(none))
             module.register_buffer("input_alpha_least", none.clone())
         module.lay_out()
+        attach(module)
         return module
 
     @torch.no_grad()
@@ -168,6 +173,8 @@ class QuantizedModule(nn.Module):
 
     @probe.setter
     def probe(self, rows: Tensor | None) -> None:
+        if self.sharded is not None:
+            raise RuntimeError("probe must not be set under fully_shard: Fogzo lets processes exchange probes")
         self.held = None if rows is None else Held(self.weight, rows, probe=True)
 
     @property
@@ -193,6 +200,8 @@ class QuantizedModule(nn.Module):
             RuntimeError: inside a pass, the module has another weight than the one that is perturbed.
             ValueError: alpha requires grad, or is out of range.
         """
+        if self.sharded is not None:
+            return self.sharded.rows(self)
         held = self.held
         if held is not None:
             if held.weight is not self.weight:
@@ -262,7 +271,7 @@ class QuantizedModule(nn.Module):
         A row has the weight's other dimensions in their order. :func:`fogzo_kernels.dequantize` with ``alpha``
         gives its values; with a transform, those of the rotated weight.
         """
-        rows = self.rows(self.weight).contiguous()
+        rows = self.rows(whole(self.weight)).contiguous()
         self._measure(rows)
         out = torch.empty_like(rows, dtype=torch.int8)
         how = self.quantizer
@@ -272,7 +281,7 @@ class QuantizedModule(nn.Module):
     @torch.no_grad()
     def calibrate_(self) -> None:
         """Let the quantizer's scale make alpha anew, from the weight as it is now."""
-        self.set_alpha(alpha_of("weight", self.weight, self.OUTPUTS, self.quantizer))
+        self.set_alpha(alpha_of("weight", whole(self.weight), self.OUTPUTS, self.quantizer))
 
     @torch.no_grad()
     def set_alpha(self, alpha: Tensor) -> None:
@@ -305,6 +314,12 @@ class QuantizedModule(nn.Module):
         inputs = "" if self.activation is None else f"input levels={self.activation.grid.levels}"
         return ", ".join(filter(None, [super().extra_repr(), added, inputs]))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ever; ``fully_shard`` is seen by it, which asks modules with such a method to set the shard."""
+        super().__setattr__(name, value)
+        if name == "weight":
+            attach(self)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         names = self.own_tensors()
         before = {name: getattr(self, name).detach() for name in names}
@@ -315,6 +330,7 @@ class QuantizedModule(nn.Module):
                 now.data = before[name].to(now.device)
             if before[name].is_meta and not now.is_meta:  # it had no value: not to be taken for one
                 now.detach().fill_(math.nan)
+        attach(self)
         return self
 
     def own_tensors(self) -> list[str]:
@@ -343,10 +359,8 @@ class QuantizedModule(nn.Module):
             destination[prefix + "alpha"] = destination[prefix + "alpha"].clone()
 
     def get_extra_state(self) -> Tensor:
-        """The quantizers, as JSON in a uint8 tensor, so that formats of tensors alone can hold it."""
-        activation = self.activation and self.activation.to_dict()
-        text = json.dumps(self.quantizer.to_dict() | {"activation": activation}, sort_keys=True)
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        """The quantizers, as a tensor."""
+        return quantizers_as_state(self.quantizer, self.activation)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Check that a state dict's quantizer is that of this module.
@@ -400,6 +414,7 @@ class QuantizedModule(nn.Module):
         )
         missing_keys += [key for key in missing if not (plain and key in added)]
         self.lay_out()
+        attach(self)
         if plain and prefix + "weight" in state_dict and len(error_msgs) == failed:
             try:
                 self._loaded_plain()
@@ -426,25 +441,3 @@ class QuantizedModule(nn.Module):
                 " was not quantized: does it fit them? (A scale that is a function would be called again.)",
                 stacklevel=2,
             )
-
-
-EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
-
-
-def saved_quantizers(state: object) -> tuple[Quantizer, Quantizer | None]:
-    """The quantizers of weight and activation in an entry of a state dict.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8:
-        what = checks.named([state.dtype]) if isinstance(state, Tensor) else type(state).__name__
-        raise ValueError(f"the quantizer's state must be a uint8 tensor, got {what}")
-    text = bytes(state.flatten().tolist())
-    try:
-        found = json.loads(text)
-        saved = Quantizer.from_dict(found)
-        activation = found.get("activation")
-        return saved, None if activation is None else Quantizer.from_dict(activation)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the quantizer's state must be JSON, got {text!r}") from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale
 from .quantized import QuantizedModule
+from .sharded import local
 
 #: A module and the name of one of its parameters.
 Owner = tuple[nn.Module, str]
@@ -49,8 +50,8 @@ def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> Non
                 raise ValueError(_both(first, where))
             if mine[where] != quantizer:
                 raise ValueError(f"{first} and {where} are one parameter: rules must give both one quantizer")
-        if weight.numel() and not weight.is_meta:
-            key = (weight.device, weight.data_ptr())
+        if local(weight).numel() and not weight.is_meta:
+            key = (weight.device, local(weight).data_ptr())
             if key in memory:
                 raise ValueError(
                     f"{memory[key]} and {first} must not be two parameters with one memory: to tie them, let"

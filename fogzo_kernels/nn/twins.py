@@ -15,6 +15,7 @@ from .conv import QuantConv1d, QuantConv2d, QuantConv3d
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .quantized import QuantizedModule
+from .sharded import FSDPModule, local
 
 #: Which class a plain module becomes; subclasses of it stay as they are.
 QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {
@@ -73,12 +74,17 @@ def reason_against(module: nn.Module) -> str | None:
     if isinstance(module, QuantizedModule):
         return "it is quantized already"
     twin = twin_of(module)
+    if twin is None and isinstance(module, FSDPModule) and QUANTIZED.get(type(module).__mro__[2]):
+        raise ValueError(
+            f"model must be quantized before fully_shard is given a module by itself that is to be, got {module}"
+        )
     if twin is None:
         return made_anew(module) or f"{type(module).__name__} has no quantized form"
     weight = module._parameters.get("weight")
     if weight is None:
         return made_anew(module) or "its weight is no Parameter"
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+    sharded = local(weight) is not weight and type(local(weight)) is Tensor
+    if not sharded and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
         return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
     return twin.reason_against(module)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..nn.sharded import local
 from ..ops import arguments
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
@@ -154,13 +155,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_owned(self, passes: Step) -> None:
         """A weight of another optimizer would keep its straight-through gradient, unnoticed."""
         own = self._own()
-        still = [w.name for w in passes.weights if w.parameter.grad is not None and w.still_row is not None]
+        estimated = [w for w in passes.weights if w.parameter.grad is not None]
+        still = [w.name for w in estimated if any(m.still_row is not None for m in w.modules)]
         if passes.pairs and still:
             raise RuntimeError(
                 f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"
                 " its padding row would not keep still; call fogzo.estimate_() first"
             )
-        others = sum(w.parameter.grad is not None and id(w.parameter) not in own for w in passes.weights)
+        others = sum(id(w.parameter) not in own for w in estimated)
         if others:
             raise RuntimeError(
                 f"params must hold every quantized weight of fogzo, got all but {others}; for several"
@@ -386,7 +388,7 @@ def in_memory(p: Tensor) -> View:
         ValueError: it does not fill its memory.
     """
     if p.is_contiguous():
-        return lambda t: t
+        return local
     strides = p.stride()
     order = sorted(range(p.ndim), key=lambda d: -strides[d])
     if not p.permute(order).is_contiguous():

@@ -10,6 +10,21 @@ from ..nn.quantized import QuantizedModule
 from ..ops import checks
 
 
+def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
+    """The learned scales of a quantized model, of weights and inputs.
+
+    FSDP2 is to leave them whole in every process: ``fully_shard(..., ignored_params=learned_alphas(model))``. (It
+    is not to be told of those of a model that is quantized after.)
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    checks.instance("model", model, nn.Module)
+    modules = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    found = [t for m in modules for t in (m.alpha, getattr(m, "input_alpha", None))]
+    return {t for t in found if isinstance(t, nn.Parameter)}
+
+
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, alpha_lr: float | None = None
 ) -> list[dict[str, Any]]:
@@ -36,14 +51,13 @@ def parameter_groups(
     if alpha_lr is not None:
         checks.finite("alpha_lr", alpha_lr)
         rate["lr"] = alpha_lr
-    modules = [m for m in model.modules() if isinstance(m, QuantizedModule)]
-    ids = {id(t) for m in modules for t in (m.alpha, getattr(m, "input_alpha", None))}
+    learned = learned_alphas(model)
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     alphas: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
-            (alphas if id(p) in ids else decaying if p.ndim > 1 else others).append(p)
+            (alphas if p in learned else decaying if p.ndim > 1 else others).append(p)
     groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

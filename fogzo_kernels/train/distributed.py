@@ -29,54 +29,58 @@ class Peers:
         model: whose DistributedDataParallel, if it is or has one, names the group.
         process_group: says which it is otherwise, or None.
         reduction: of losses over it: ``"mean"``, ``"sum"``, or None where this process trains alone.
+        groups: of a sharded model, one for each dimension of its mesh.
 
     Raises:
         ValueError: ``reduction`` is another, a group has no use, or it is not known.
     """
 
     def __init__(
-        self, model: nn.Module, process_group: dist.ProcessGroup | None, reduction: str | None
-    ) -> None:
+        self, model: nn.Module, process_group: dist.ProcessGroup | None, reduction: str | None,
+        groups: Sequence[dist.ProcessGroup],
+    ) -> None:  # fmt: skip
         if reduction not in REDUCTIONS:
             raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {reduction!r}")
         if reduction is None and process_group is not None:
             raise ValueError("process_group must be None with loss_reduction=None, got a group")
+        if reduction is None and groups:
+            raise ValueError("loss_reduction must be 'mean' or 'sum' for a sharded model, got None")
         parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self.process_group, self.reduction = process_group, reduction
-        self._parallel = parallel[0] if parallel else None
+        self._parallel, self._sharded_over = parallel[0] if parallel else None, list(groups)
         self.due = True  # whether the coming step looks at what the others have
         self._static = (0, 0)  # digests of what stays, as of the last look
-        _ = self.group
+        _ = self.groups
 
     @property
-    def group(self) -> dist.ProcessGroup | None:
-        """Whose losses are one, or None for this process alone.
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those over all of which losses are one; none for this process alone.
 
         Raises:
             ValueError: there are several processes, and nothing says which of them train this model.
         """
         if self.reduction is None or not (dist.is_available() and dist.is_initialized()):
-            return None
+            return []
         if self.process_group is not None:
-            return self.process_group
+            return [self.process_group]
+        if self._sharded_over:
+            return self._sharded_over
         if self._parallel is not None:
-            return self._parallel.process_group
+            return [self._parallel.process_group]
         if dist.get_world_size() == 1:
-            return None
+            return []
         raise ValueError(
-            f"process_group must be given with {dist.get_world_size()} processes and a model that is not"
-            " DistributedDataParallel: those that train this model, whose losses are one"
+            f"process_group must be given with {dist.get_world_size()} processes and a model that is neither"
+            " DistributedDataParallel nor sharded: those that train this model, whose losses are one"
             " (torch.distributed.group.WORLD for all); or loss_reduction=None if this process trains it alone"
         )
 
     def reduce(self, losses: Tensor) -> None:
         """Losses of a step become those of the group, in place."""
-        group = self.group
-        if group is None:
-            return
-        dist.all_reduce(losses, group=group)
-        if self.reduction == "mean":
-            losses /= dist.get_world_size(group)
+        for group in self.groups:
+            dist.all_reduce(losses, group=group)
+            if self.reduction == "mean":
+                losses /= dist.get_world_size(group)
 
     @torch.no_grad()
     def check(self, settings: Settings, steps: int, weights: Sequence[QuantizedWeight]) -> None:
@@ -86,23 +90,24 @@ class Peers:
             RuntimeError: something differs. It is looked at in the first step of an estimator, in the first
                 after it has loaded a state, and in every hundredth.
         """
-        group = self.group
-        if group is None or capturing():
+        groups = self.groups
+        if not groups or capturing():
             return
         look = self.due or steps % EVERY == 0
         self.due = False
         device = weights[0].parameter.device
         values = torch.zeros((), dtype=torch.int64, device=device)
         if look:
-            kinds = [(w.name, w.tensor_id, w.latent.shape, w.latent.dtype, w.quantizer) for w in weights]
+            kinds = [(w.name, w.tensor_id, w.parameter.shape, w.parameter.dtype, w.quantizer) for w in weights]
             self._static = digest(repr(settings)), digest(repr(kinds))
             for w in weights:
-                for t in (w.latent, w.alpha):
+                for t in w.alike:
                     values += t.contiguous().view(BITS[t.element_size()]).sum(dtype=torch.int64)
         facts = [signed64(settings.seed), steps, *self._static]
         mine = torch.cat([torch.tensor(facts, device=device), values.view(1)])
         found = torch.cat([mine, ~mine])  # the greatest of ~x is that of the least x
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        for group in groups:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         if not look:
             return
         most, least = found[: len(FACTS)].tolist(), (~found[len(FACTS) :]).tolist()

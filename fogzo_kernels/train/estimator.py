@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends import select
+from ..nn.sharded import reshard
+from ..ops import checks
 from ..spec.noise import MAX_STEP, check_range
 from .device import DeviceState
 from .distributed import Peers
@@ -18,6 +20,7 @@ from .gradients import Gradients
 from .outside import Prints, changed, global_generators, seen_by
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
+from .sharding import Sharding, weight_of
 from .stats import Stats
 from .step import Pass, Step, warn_of
 from .together import hold_quantized, set_alphas
@@ -97,7 +100,9 @@ class Fogzo:
         capturable: bool = False,
         backend: str | None = None,
     ) -> None:
-        self.weights = quantized_weights(model)
+        checks.instance("model", model, nn.Module)
+        reshard(model)
+        self.weights = quantized_weights(model, weight_of)
         self.device = self.weights[0].parameter.device
         self.total_weights = sum(w.parameter.numel() for w in self.weights)
         self._settings = Settings(
@@ -117,7 +122,8 @@ class Fogzo:
                 "both_probes must be False with difference='forward', got True: a direction has one probe"
             )
         self._both_probes = both_probes
-        self._peers = Peers(model, process_group, loss_reduction)
+        self._sharding = Sharding(model, self.weights, loss_reduction)
+        self._peers = Peers(model, process_group, loss_reduction, self._sharding.groups)
         select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
@@ -292,6 +298,7 @@ class Fogzo:
         """
         self._forget("check")
         model = self._replay.model
+        self._sharding.between_passes()
         check_unchanged(model, list(model.modules()), self.weights)
         losses, found = [], list[str]()
         start = self._replay.save()
@@ -299,6 +306,7 @@ class Fogzo:
             set_alphas(self.weights, self.backend)
             for i in range(3):
                 self._replay.load(start)
+                self._sharding.between_passes()
                 hold_quantized(self.weights, self.backend)
                 before = self._all_seen_by(closure)
                 with torch.set_grad_enabled(i == 0):
@@ -307,6 +315,7 @@ class Fogzo:
         finally:
             for w in self.weights:
                 w.release()
+            self._sharding.between_passes()
             self._replay.load(start)
         said = [f"{name} is changed by a pass" for name in found]
         if not losses[0] == losses[1] == losses[2]:
@@ -376,6 +385,7 @@ class Fogzo:
 
     def _new_step(self) -> Step:
         model = self._replay.model
+        self._sharding.between_passes()
         modules = list(model.modules())  # one walk for all that asks
         check_unchanged(model, modules, self.weights)
         noise = self._noise()
@@ -386,7 +396,7 @@ class Fogzo:
             both=self._both_probes,
             counters=self._counters, replay=self._replay, gradients=self._gradients, watched=not self._watched,
             compared=not self._compared, counted=self._stats.wanted,
-            backend=self.backend, reduce=self._reduce, over=self._over,
+            backend=self.backend, sharding=self._sharding, reduce=self._reduce, over=self._over,
         )  # fmt: skip
 
     def _noise(self) -> dict[str, Any]:

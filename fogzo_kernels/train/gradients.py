@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..nn.sharded import local
 from .replay import capturing
 
 BACKWARD_IN_A_PASS = (
@@ -94,7 +95,7 @@ class Gradients:
         """
         if not capturing():
             for i, (p, name) in enumerate(zip(self.parameters, names, strict=True)):
-                if p.grad is not None and bool(p.grad.any()):
+                if p.grad is not None and bool(local(p.grad).any()):
                     what = ESTIMATED if self.is_estimate(i) else OUTSIDE.format(name)
                     raise RuntimeError(
                         f"model.zero_grad() (or the optimizer's) must be called before the next step: {what}"

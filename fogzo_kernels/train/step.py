@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from ..nn.sharded import local
 from ..ops import arguments
 from .gradients import Gradients
 from .losses import Estimate, PassLosses
 from .outside import Prints, changed, global_generators
 from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
+from .sharding import Sharding
 from .together import Together, set_alphas, together
 from .weights import QuantizedWeight
 
@@ -152,6 +154,7 @@ class Step:
         compared: whether to look for what passes do not see alike.
         counted: whether to count the codes that differ between probes.
         backend: of the ops.
+        sharding: of the model.
         reduce: reduces the losses over devices, in place.
         over: called once with this step when it has ended, and with whether its estimate was made.
     """
@@ -160,7 +163,8 @@ class Step:
         self, weights: list[QuantizedWeight], *, modules: Sequence[nn.Module], pairs: int,
         forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, replay: ReplayState,
         gradients: Gradients, watched: bool, compared: bool, counted: bool,
-        backend: str | None, reduce: Callable[[Tensor], None], over: Callable[[Step, bool], None],
+        backend: str | None, sharding: Sharding, reduce: Callable[[Tensor], None],
+        over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
         signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
@@ -183,7 +187,7 @@ class Step:
         self._modules = modules
         self._noise = drawn(noise)
         self._replay, self.gradients, self._backend = replay, gradients, backend
-        self._reduce, self._over = reduce, over
+        self._sharding, self._reduce, self._over = sharding, reduce, over
 
     @property
     def complete(self) -> bool:
@@ -237,6 +241,7 @@ class Step:
         except BaseException:
             for w in self.weights:
                 w.release()
+            self._sharding.between_passes()
             if self._after is not None:
                 self._replay.load(self._after)
             self.end()
@@ -250,6 +255,7 @@ class Step:
             torch.clear_autocast_cache()
             for w in self.weights:
                 w.release()
+            self._sharding.between_passes(failed)
             self._restore(one, failed)
             ok = not failed
         finally:
@@ -277,6 +283,7 @@ class Step:
             for is_due, alike in call.split(due.__contains__):
                 if is_due:
                     alike.finish_gradients()
+        self._sharding.reduce_inputs()
         if self.pairs and not failed:
             self._read_guide()
 
@@ -289,9 +296,10 @@ class Step:
                 " that the loss depends on?"
             )
         self._guides = versions(self.weights)
-        norm = guide_norm if len(self.calls) == 1 else guide_sumsq
+        alone = len(self.calls) == 1 and not self._sharding.groups
+        norm = guide_norm if alone else guide_sumsq
         found = [norm(c.grads, c.alphas, grid=c.kind.grid, backend=c.backend) for c in self.calls]
-        self._norm = found[0] if len(found) == 1 else torch.stack(found).sum().sqrt().float()
+        self._norm = found[0] if alone else self._sharding.summed(torch.stack(found).sum()).sqrt().float()
 
     def _write_probes(self, one: Pass) -> list[tuple[QuantizedWeight, Tensor]]:
         """The weights that take part, and the rows that they run this probe with.
@@ -379,6 +387,7 @@ class Step:
             "transform": call.kind.transform,
             "backend": call.backend,
             "tensor_ids": call.tensor_ids,
+            "layouts": call.layouts,
             **self._noise,
         }
 
@@ -417,7 +426,7 @@ def drawn(noise: dict[str, Any]) -> dict[str, Any]:
 
 def versions(weights: list[QuantizedWeight]) -> Versions:
     grads = [w.parameter.grad for w in weights]
-    return [(g, g._version) for g in grads if g is not None]
+    return [(g, local(g)._version) for g in grads if g is not None]
 
 
 def same(one: Versions, other: Versions) -> bool:

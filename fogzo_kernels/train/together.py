@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..functional import learned_backward_, quantize_, straight_through_backward_
 from ..nn.scales import hold_alphas, measure_
+from ..nn.sharded import measure_sharded_
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 from ..spec.straight_through import StraightThrough
+from .sharding import ShardedWeight, over_shards
 from .weights import QuantizedWeight
 
 T = TypeVar("T")
@@ -41,6 +43,8 @@ class Together:
         self.kind, self.weights, self.backend = kind, weights, backend
         self.alphas = [w.alpha for w in weights]
         self.tensor_ids = [w.tensor_id for w in weights]
+        layouts = [layout for w in weights if (layout := w.layout) is not None]
+        self.layouts = layouts or None  # of shards, which all are or none
         self.grads: list[Tensor] = []  # rows of ``.grad``, once :meth:`guided` has found them
 
     @property
@@ -106,7 +110,7 @@ class Together:
                 alike.grads, found, alike.latents, alike.alphas, factors=[m.alpha_factor for m in modules],
                 grid=how.grid, straight_through=how.straight_through, transform=how.transform, backend=backend,
             )  # fmt: skip
-            add_to_gradients([m.alpha for m in modules], found)
+            add_to_gradients([m.alpha for m in modules], over_shards(alike.weights, found))
 
 
 def add_to_gradients(tensors: list[Tensor], grads: list[Tensor]) -> None:
@@ -138,9 +142,10 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
         How many learned ones were out of range, 0-dim int64, or None if there are none.
     """
     calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    measure_sharded_([m for w in weights if isinstance(w, ShardedWeight) for m in w.modules], backend)
     for w in weights:
         scale = w.quantizer.scale
-        if isinstance(scale, MeasuredScale):
+        if isinstance(scale, MeasuredScale) and not isinstance(w, ShardedWeight):
             key = scale, w.quantizer.transform, w.parameter.dtype
             alphas, rows = calls.setdefault(key, ([], []))
             alphas += [m.alpha for m in w.modules]

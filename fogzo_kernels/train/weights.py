@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ class QuantizedWeight:
         """The parameter's rows."""
         rows = self.rows(self.parameter)
         return rows if rows is self.parameter else rows.detach()
+
+    @property
+    def alike(self) -> list[Tensor]:
+        """What all processes that train it have the same values of."""
+        return [self.latent, self.alpha]
+
+    @property
+    def layout(self) -> tuple[int, int, int] | None:
+        """Where the rows lie in the parameter, if they are not all of it."""
+        return None
 
     @property
     def still_row(self) -> int | None:
@@ -107,8 +117,12 @@ class QuantizedWeight:
             object.__setattr__(module, "held", held)  # nn.Module's own looks for parameters, which takes time
 
 
-def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
+def quantized_weights(model: nn.Module, of: Callable[..., QuantizedWeight]) -> list[QuantizedWeight]:
     """Every trainable quantized weight once, however many modules share it.
+
+    Args:
+        model: its modules are looked at.
+        of: makes a weight of its name and first module.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -116,7 +130,7 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             ids are not distinct; weights lie on several devices, or their eps in units of delta differ.
     """
     checks.instance("model", model, nn.Module)
-    weights = collected(model)
+    weights = collected(model, of)
     if not weights:
         raise ValueError(_none_of(model))
     for places in owners_of(model).values():
@@ -142,7 +156,9 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     return weights
 
 
-def collected(model: nn.Module) -> list[QuantizedWeight]:
+def collected(
+    model: nn.Module, of: Callable[..., QuantizedWeight] = QuantizedWeight
+) -> list[QuantizedWeight]:
     """The trainable weights of quantized modules as they are now.
 
     Raises:
@@ -169,7 +185,7 @@ def collected(model: nn.Module) -> list[QuantizedWeight]:
         if weight in found:
             found[weight].modules.append(m)
         else:
-            found[weight] = QuantizedWeight(name, m)
+            found[weight] = of(name, m)
     return list(found.values())
 
 

@@ -1,0 +1,181 @@
+"""Models under ``fully_shard``, whose weights a step has the rows of that this process holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..nn.quantized import QuantizedModule
+from ..nn.sharded import fsdp_modules, local, reshard
+from .weights import QuantizedWeight
+
+
+class ShardedWeight(QuantizedWeight):
+    """A quantized weight of which this process holds some rows.
+
+    A step's ops take and write these rows, as codes; its modules run with what FSDP gathers.
+    """
+
+    takes_codes = True
+
+    def __init__(self, name: str, module: QuantizedModule) -> None:
+        super().__init__(name, module)
+        assert module.sharded is not None
+        self.shard = module.sharded
+        self.shard.check(name)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return super().rows(local(tensor))
+
+    @property
+    def latent(self) -> Tensor:
+        return self.rows(self.parameter).detach()
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.shard.own(super().alpha)
+
+    @property
+    def alike(self) -> list[Tensor]:
+        return [m.alpha.detach() for m in self.modules[:1]]
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        return self.shard.layout
+
+    @property
+    def still_row(self) -> int | None:
+        row, here = super().still_row, local(self.parameter).shape[0]
+        return None if row is None or not 0 <= row - self.shard.first < here else row - self.shard.first
+
+    def guide(self) -> Tensor | None:
+        grad = self.parameter.grad
+        return None if grad is None else self.rows(grad)
+
+    def memory(self, which: int = 0) -> Tensor:
+        p, found = self.latent, self._memory[which]
+        if found is None or (found.shape, found.device) != (p.shape, p.device):
+            self._memory[which] = found = torch.empty_like(p, dtype=torch.int8)
+        return found
+
+    code_memory = memory
+
+    @property
+    def unwatched(self) -> bool:
+        """FSDP reduces dL/dQ, and only then can it be made g."""
+        return True
+
+    def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
+        self.deferred = deferred
+        self.shard.hold(rows)
+
+    def release(self) -> None:
+        self.shard.release()
+
+
+def weight_of(name: str, module: QuantizedModule) -> QuantizedWeight:
+    """A weight as a step has it."""
+    return QuantizedWeight(name, module) if module.sharded is None else ShardedWeight(name, module)
+
+
+class Sharding:
+    """What the processes of a sharded model do together in a step; nothing where the model is not sharded.
+
+    Args:
+        model: the root that ``fully_shard`` was given.
+        weights: its quantized weights.
+        reduction: of losses and gradients, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: some weights are sharded and others are not, or over other processes, or a learned alpha is.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: Sequence[QuantizedWeight], reduction: str | None
+    ) -> None:
+        sharded = [w for w in weights if isinstance(w, ShardedWeight)]
+        self._model, self._shard = model, sharded[0].shard if sharded else None
+        self._mean, self._inputs = reduction == "mean", list[Tensor]()
+        if not sharded:
+            return
+        other = next((w.name for w in weights if not isinstance(w, ShardedWeight)), None)
+        if other is not None:
+            raise ValueError(
+                f"model must have all its quantized weights under fully_shard, got {sharded[0].name} that is and"
+                f" {other} that is not"
+            )
+        mesh = sharded[0].parameter.device_mesh
+        for w in sharded:
+            if w.parameter.device_mesh != mesh:
+                raise ValueError(
+                    f"model must be sharded over one mesh, got {mesh} for {sharded[0].name} and"
+                    f" {w.parameter.device_mesh} for {w.name}"
+                )
+            for m in w.modules:
+                _check_module(w.name, m)
+        self._inputs = [m.input_alpha for w in sharded for m in w.modules if "input_alpha" in m._parameters]
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The processes that train the model, one group for each dimension of its mesh."""
+        mesh = self._shard.weight.device_mesh if self._shard is not None else None
+        return [] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim)]
+
+    def between_passes(self, failed: bool = False) -> None:
+        """Free what a pass gathered: the next one has other values."""
+        if self._shard is None:
+            return
+        for module in fsdp_modules(self._model) if failed else ():
+            if module._get_fsdp_state()._is_root:
+                module.reset_iter_state()
+        reshard(self._model)
+
+    def summed(self, squares: Tensor) -> Tensor:
+        """A sum over the rows of this process becomes that over all of them, in place."""
+        if self._shard is not None:
+            dist.all_reduce(squares, group=self._shard.group)
+        return squares
+
+    @torch.no_grad()
+    def reduce_inputs(self) -> None:
+        """Reduce the gradients of learned scales of inputs, which FSDP does not see."""
+        grads = [alpha.grad for alpha in self._inputs if alpha.grad is not None]
+        if not grads:
+            return
+        flat = torch.stack(grads)
+        for group in self.groups:
+            dist.all_reduce(flat, group=group)
+            if self._mean:
+                flat /= dist.get_world_size(group)
+        torch._foreach_copy_(grads, list(flat.unbind()))
+
+
+def _check_module(name: str, module: QuantizedModule) -> None:
+    """Raise unless a sharded weight's module has its alphas in every process, and multiplies values."""
+    prefix = name.removesuffix("weight")
+    for alpha in ("alpha", "input_alpha"):
+        if local(getattr(module, alpha, module.alpha)) is not getattr(module, alpha, module.alpha):
+            raise ValueError(
+                f"{prefix}{alpha} must be whole in every process, got a shard: give fully_shard"
+                " ignored_params=fk.learned_alphas(model), or call quantize_model after it"
+            )
+    if getattr(module, "product", None) is not None:
+        raise ValueError(f"{prefix[:-1]} must not multiply codes under fully_shard: set_compute_(model, None)")
+
+
+@torch.no_grad()
+def over_shards(weights: Sequence[QuantizedWeight], found: list[Tensor]) -> list[Tensor]:
+    """Gradients of alphas, of which a process has found what its rows add: summed over processes, and whole."""
+    sharded = [w for w in weights if isinstance(w, ShardedWeight)]
+    if not sharded:
+        return found
+    every = [torch.zeros_like(w.modules[0].alpha) for w in sharded]
+    for w, one, own in zip(sharded, every, found, strict=True):
+        w.shard.own(one).copy_(own)
+    flat = torch.cat([one.view(-1) for one in every])
+    dist.all_reduce(flat, group=sharded[0].shard.group)
+    parts = flat.split([one.numel() for one in every])
+    return [part.view_as(one) for part, one in zip(parts, every, strict=True)]

@@ -1,0 +1,130 @@
+"""Small models, their training and their weights, for tests of FSDP2; run in processes of their own, too."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fogzo_kernels as fk
+from fogzo_kernels.nn.sharded import whole
+
+STEPS = 20
+
+
+class Block(nn.Module):
+    """Linear layers and dropout; of 5 rows, the fourth of four processes has none."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, width), nn.Linear(width, 16)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        return x + self.down(self.dropout(torch.tanh(self.up(x))))
+
+
+class Net(nn.Module):
+    """Tied embedding and head, BatchNorm, one block that is checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(13, 16)
+        self.blocks = nn.ModuleList([Block(5), Block(16)])
+        self.norm = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 13, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = self.blocks[0](x)
+        x = checkpoint(self.blocks[1], x, use_reentrant=False)
+        return self.head(self.norm(x))
+
+
+class Images(nn.Module):
+    """Convolutions, of which one has groups, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(2, 6, 3), nn.Conv2d(6, 4, 1, groups=2)])
+        self.head = nn.Linear(4 * 4 * 4, 13)
+
+    def forward(self, tokens):
+        x = torch.stack([tokens, tokens.flip(0)], 1).float()[:, :, None, None] / 12 - 0.5
+        x = x * torch.linspace(-1, 1, 36).view(6, 6)
+        return self.head(self.blocks[1](torch.tanh(self.blocks[0](x))).flatten(1))
+
+
+IDENTITY = fk.StraightThrough("identity")
+SIGN, UNIFORM, SCALE = fk.Grid.sign(), fk.Grid.uniform, fk.Scale
+SMOOTH = fk.StraightThrough("tanh", clip=True, noise="gaussian")
+
+
+def quantizer(grid, scale, straight_through=IDENTITY, transform=None):
+    return fk.Quantizer(grid, scale, straight_through, transform=transform)
+
+
+#: By name: the model, its quantizer, options of Fogzo.
+CASES = {
+    "fixed": (Net, quantizer(UNIFORM(2), SCALE.fixed(0.3)), {}),
+    "learned row": (Net, fk.presets.lsq(2, "row"), {}),
+    "learned": (Net, fk.presets.lsq(2), {}),
+    "gaussian": (Net, quantizer(SIGN, SCALE.absmax("row"), SMOOTH), {"epsilon_scale": 0.5}),
+    "ternary": (Net, quantizer(fk.Grid.ternary(), SCALE.absmax()), {"directions": 2}),
+    "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), fk.StraightThrough("hardtanh")), {"difference": "forward"}),
+    "half_offset(8)": (Net, quantizer(fk.Grid.half_offset(8), SCALE.absmax("row")), {"start": 0.3}),
+    "rotated": (Net, quantizer(UNIFORM(2), SCALE.rms("row"), transform=fk.Hadamard(16)), {"every": 2}),
+    "images": (Images, quantizer(UNIFORM(2), SCALE.rms("row")), {"both_probes": True}),
+}
+
+
+ONLY_BEFORE = {"images"}  # whose modules fully_shard is given one by one
+
+
+def made(case, sharded=lambda model: None, before=True):
+    """A quantized model; ``sharded`` does what FSDP does, before or after it is quantized."""
+    kind, how, _ = CASES[case]
+    torch.manual_seed(0)
+    model = kind()
+    if not before:
+        sharded(model)
+    rules = [("blocks.0.down", quantizer(UNIFORM(2), SCALE.absmax("row")))] if how.transform else ()
+    fk.quantize_model(model, how, rules=rules)
+    if before:
+        sharded(model)
+    return model
+
+
+def batch_of(step, rows=slice(None)):
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(13, (8,), generator=generator)
+    return tokens[rows], (tokens * 5 % 13)[rows]
+
+
+def train(model, case, steps=STEPS, rows=slice(None), fused=True, first=0, fogzo=None, optimizer=None):
+    """Losses of a run. Those of the processes with the same rows must be those of one."""
+    fogzo = fogzo or fk.Fogzo(model, **{"total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2])
+    optimizer = optimizer or optimizer_of(model, fogzo if fused else None)
+    losses = []
+    torch.manual_seed(first)
+    for step in range(first, first + steps):
+        tokens, labels = batch_of(step, rows)
+        optimizer.zero_grad()
+        fogzo.run(lambda: F.cross_entropy(model(tokens), labels))  # noqa: B023
+        if not fused:
+            fogzo.estimate_()
+        optimizer.step()
+        losses.append(fogzo.stats()["loss"])
+    return losses
+
+
+def optimizer_of(model, fogzo):
+    groups = fk.parameter_groups(model, weight_decay=0.1, alpha_lr=1e-3)
+    options = {"fogzo": fogzo} if fogzo is not None else {}
+    return (fk.AdamW if options else torch.optim.AdamW)(groups, lr=1e-2, **options)
+
+
+def values_of(model):
+    """All parameters and buffers, whole."""
+    state = {name: whole(t) for name, t in model.state_dict().items()}
+    return {name: t.clone() for name, t in state.items()}
