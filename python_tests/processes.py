@@ -1,4 +1,4 @@
-"""Processes of gloo, plain and as accelerate's launchers start them; and its state, which is that of a process."""
+"""Processes of gloo, plain and as accelerate's launchers start them; and its state, that of a process."""
 
 import os
 import socket

@@ -57,6 +57,7 @@ class Images(nn.Module):
 
 IDENTITY = fk.StraightThrough("identity")
 SIGN, UNIFORM, SCALE = fk.Grid.sign(), fk.Grid.uniform, fk.Scale
+HARD = fk.StraightThrough("hardtanh")
 SMOOTH = fk.StraightThrough("tanh", clip=True, noise="gaussian")
 
 
@@ -71,7 +72,7 @@ CASES = {
     "learned": (Net, fk.presets.lsq(2), {}),
     "gaussian": (Net, quantizer(SIGN, SCALE.absmax("row"), SMOOTH), {"epsilon_scale": 0.5}),
     "ternary": (Net, quantizer(fk.Grid.ternary(), SCALE.absmax()), {"directions": 2}),
-    "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), fk.StraightThrough("hardtanh")), {"difference": "forward"}),
+    "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), HARD), {"difference": "forward"}),
     "half_offset(8)": (Net, quantizer(fk.Grid.half_offset(8), SCALE.absmax("row")), {"start": 0.3}),
     "rotated": (Net, quantizer(UNIFORM(2), SCALE.rms("row"), transform=fk.Hadamard(16)), {"every": 2}),
     "images": (Images, quantizer(UNIFORM(2), SCALE.rms("row")), {"both_probes": True}),
@@ -101,12 +102,12 @@ def batch_of(step, rows=slice(None)):
     return tokens[rows], (tokens * 5 % 13)[rows]
 
 
-def train(model, case, steps=STEPS, rows=slice(None), fused=True, first=0, fogzo=None, optimizer=None):
+def train(model, case, steps=STEPS, rows=slice(None), fused=True, first=0, own=0, fogzo=None, optimizer=None):
     """Losses of a run. Those of the processes with the same rows must be those of one."""
     fogzo = fogzo or fk.Fogzo(model, **{"total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2])
     optimizer = optimizer or optimizer_of(model, fogzo if fused else None)
     losses = []
-    torch.manual_seed(first)
+    torch.manual_seed(first + own)
     for step in range(first, first + steps):
         tokens, labels = batch_of(step, rows)
         optimizer.zero_grad()

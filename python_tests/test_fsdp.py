@@ -8,13 +8,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import needs_gloo, spawned
 from sharded_models import CASES, ONLY_BEFORE, STEPS, batch_of, made, optimizer_of, train, values_of
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.sharded import local, whole
+from fogzo_kernels.nn.sharded import local
 
 pytestmark = needs_gloo
 #: Of these the sums of a scale or its gradient are made in another order than in one process.
@@ -67,3 +66,248 @@ def test_many_processes_have_the_bits_of_one(tmp_path, processes):
             for name in values:
                 torch.testing.assert_close(values[name], state[name], **close, msg=f"{case} {how}: {name}")
             assert losses[-1] < losses[0]
+
+
+# ---- each process with a batch of its own
+
+
+def apart(rank):
+    """A run of FSDP2 and one of DDP, each process with its rows and its own dropout."""
+    count = 8 // dist.get_world_size()
+    rows = slice(rank * count, (rank + 1) * count)
+    found = []
+    for wrap in (shard, DistributedDataParallel):
+        model = made("learned row", shard if wrap is shard else lambda model: None)
+        model = model if wrap is shard else DistributedDataParallel(model)
+        losses = train(model, "learned row", rows=rows, first=0, own=rank)
+        found.append((losses, values_of(getattr(model, "module", model))))
+    return found
+
+
+def together(processes):
+    """The same in one process: rows one after the other in each pass, each with dropout of its own."""
+    model, count = made("learned row"), 8 // processes
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    optimizer = optimizer_of(model, fogzo)
+    states = [torch.manual_seed(rank).get_state() for rank in range(processes)]
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        before = list(states)
+        for probe in fogzo.probes():
+            with probe:
+                for rank in range(processes):
+                    tokens, labels = batch_of(step, slice(rank * count, (rank + 1) * count))
+                    torch.set_rng_state(before[rank])
+                    loss = F.cross_entropy(model(tokens), labels) / processes
+                    states[rank] = torch.get_rng_state() if probe.sign == 0 else states[rank]
+                    probe.backward(loss)
+        optimizer.step()
+        losses.append(fogzo.stats()["loss"])
+    return losses, values_of(model)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_batches_of_their_own_are_one_batch(tmp_path, processes):
+    expected, state = together(processes)
+    for found in spawned(apart, tmp_path, processes):
+        for losses, values in found:
+            torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+            for name in [name for name in values if name.endswith((".weight", ".alpha"))]:
+                torch.testing.assert_close(values[name], state[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+# ---- what is gathered
+
+
+class Counting:
+    """Counts what the collectives of FSDP send."""
+
+    def __init__(self):
+        self.sent = 0
+
+    def __enter__(self):
+        from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+        self._module, self._plain = collectives, collectives.foreach_all_gather
+        inputs = collectives._get_param_all_gather_inputs
+
+        def counted(parameters):
+            found = inputs(parameters)
+            for parameter, tensors in zip(parameters, found, strict=True):
+                if hasattr(local(parameter.sharded_param), "fsdp_pre_all_gather"):
+                    self.sent += sum(t.numel() * t.element_size() for t in tensors)
+            return found
+
+        self._inputs, collectives._get_param_all_gather_inputs = inputs, counted
+        return self
+
+    def __exit__(self, *_):
+        self._module._get_param_all_gather_inputs = self._inputs
+
+
+def gathered(rank):
+    """Bytes that this process sends in the passes of a step, by case, and elements of the weights."""
+    found = {}
+    for case in ("fixed", "ternary", "sign", "half_offset(8)"):
+        model = made(case, shard)
+        fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1)
+        tokens, labels = batch_of(0)
+        with Counting() as counting:
+            fogzo.run(lambda: F.cross_entropy(model(tokens), labels))  # noqa: B023
+        found[case] = counting.sent / fogzo.total_weights
+    return found
+
+
+def test_few_bits_are_gathered(tmp_path):
+    """Weights are gathered four times: forward, backward and two probes; in bfloat16, 2 bytes each time.
+
+    The root's stay gathered from forward to backward, and rows are filled up to as many on each process.
+    """
+    most = {"fixed": 2, "ternary": 2, "sign": 1, "half_offset(8)": 8}
+    for found in spawned(gathered, tmp_path):
+        for case, sent in found.items():
+            bytes_of_a_gather = most[case] / 8 / 2  # of two processes
+            assert 3 * bytes_of_a_gather <= sent <= 4.5 * bytes_of_a_gather, case
+            if case != "half_offset(8)":
+                assert sent <= 0.25 * (4 * 2 / 2)
+
+
+def mixed(rank):
+    """In bfloat16: what is gathered is Q(weight) rounded once; gradients and updates are float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = made("images", functools.partial(shard, mp_policy=policy))
+    losses = train(model, "images")
+    conv, grid = model.blocks[0], model.blocks[0].quantizer.grid
+    conv.unshard()
+    weight = conv.weight.detach().clone()
+    conv.reshard()
+    assert local(conv.weight).dtype == torch.float32
+    return losses, weight, fk.dequantize(conv.codes(), conv.alpha, grid=grid, dtype=torch.bfloat16)
+
+
+def test_mixed_precision(tmp_path):
+    expected, _ = one_process("images")
+    for losses, weight, values in spawned(mixed, tmp_path):
+        assert torch.equal(weight.flatten(1), values)
+        torch.testing.assert_close(losses, expected, rtol=0.1, atol=0.1)
+
+
+def compiled(rank):
+    def compiled_and_sharded(model):
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        shard(model)
+
+    model = made("learned row", compiled_and_sharded)
+    return train(model, "learned row"), values_of(model)
+
+
+def test_compiled_blocks(tmp_path):
+    expected, state = one_process("learned row")
+    for losses, values in spawned(compiled, tmp_path):
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+        for name in values:
+            torch.testing.assert_close(values[name], state[name], rtol=1e-3, atol=1e-4)
+
+
+# ---- what goes wrong
+
+
+def broken_probe(rank):
+    """A probe that fails leaves the model as it was, and training goes on with the bits of a run without it."""
+    model = made("learned row", shard)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    optimizer = optimizer_of(model, fogzo)
+    for broken in (0, 1, 2):  # the gradient pass and both probes
+        calls = iter(range(3))
+        before = torch.get_rng_state()
+
+        def closure(broken=broken, calls=calls):
+            loss = model(batch_of(0)[0]).sum()
+            if next(calls) == broken:
+                raise KeyError("broken")
+            return loss
+
+        with pytest.raises(KeyError, match="broken"):
+            fogzo.run(closure)
+        assert broken or torch.equal(torch.get_rng_state(), before)
+        optimizer.zero_grad()
+    model.norm.reset_running_stats()
+    return train(model, "learned row", fogzo=fogzo, optimizer=optimizer), values_of(model)
+
+
+def test_a_step_that_fails_leaves_nothing(tmp_path):
+    expected, state = one_process("learned row")
+    for losses, values in spawned(broken_probe, tmp_path):
+        assert losses == expected
+        assert all(torch.equal(values[name], state[name]) for name in values)
+
+
+def messages(rank):
+    found = {}
+
+    def says(name, error, run):
+        with pytest.raises(error) as caught:
+            run()
+        found[name] = str(caught.value)
+
+    def half(model):
+        fully_shard(model.blocks[0])
+
+    def with_alphas(model):
+        for part in (*model.blocks, model):
+            fully_shard(part)
+
+    def by_columns(model):
+        from torch.distributed.tensor import Shard
+
+        shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % 2 == 0 else None)
+
+    options = {"total_steps": 2, "kappa": 0.1}
+    says("half", ValueError, lambda: fk.Fogzo(made("fixed", half), process_group=dist.group.WORLD, **options))
+    says("alphas", ValueError, lambda: fk.Fogzo(made("learned row", with_alphas), **options))
+    says("columns", ValueError, lambda: fk.Fogzo(made("fixed", by_columns), **options))
+    says("alone", ValueError, lambda: fk.Fogzo(made("fixed", shard), loss_reduction=None, **options))
+    says("by itself", ValueError, lambda: made("images", shard, before=False))
+    model = made("fixed", shard)
+    says("part", RuntimeError, lambda: model.blocks[0].up(torch.randn(2, 16)))
+    says("probe", RuntimeError, lambda: setattr(model.blocks[0].up, "probe", torch.randn(5, 16)))
+    says("plain", ValueError, lambda: fk.dequantize_model(model))
+    with torch.no_grad():
+        model(batch_of(0)[0])
+    says("backward", RuntimeError, lambda: model(batch_of(0)[0]).sum().backward())
+    return found
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    for found in spawned(messages, tmp_path):
+        assert found["half"].startswith("model must have all its quantized weights under fully_shard")
+        assert found["alphas"].startswith("embed.alpha must be whole in every process, got a shard")
+        assert found["columns"].startswith("embed.weight must be sharded by its rows")
+        assert found["alone"] == "loss_reduction must be 'mean' or 'sum' for a sharded model, got None"
+        assert found["by itself"].startswith("model must be quantized before fully_shard is given one")
+        assert found["part"].startswith("weight must be gathered before it is used")
+        assert found["probe"].startswith("probe must not be set under fully_shard")
+        assert found["plain"].startswith("model must not be under fully_shard to be dequantized")
+        assert found["backward"].startswith("backward through a quantized weight under fully_shard must")
+
+
+def from_meta(rank):
+    """Made without values, sharded, then loaded, as large models are; rows do not divide."""
+    with torch.device("meta"):
+        model = made("fixed", shard)
+    model.to_empty(device="cpu")
+    whole_state = made("fixed").state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, whole_state, options=StateDictOptions(full_state_dict=True))
+    model.head.weight = model.embed.weight
+    return train(model, "fixed"), values_of(model)
+
+
+def test_a_model_from_meta(tmp_path):
+    expected, state = one_process("fixed")
+    for losses, values in spawned(from_meta, tmp_path):
+        assert losses == expected
+        assert all(torch.equal(values[name], state[name]) for name in values)

@@ -50,5 +50,5 @@ def unpack(packed: Tensor, count: int, grid: Grid) -> Tensor:
     """
     bits = width(grid)
     raised = torch.stack([packed >> shift for shift in range(0, 8, bits)], dim=-1)
-    codes = (raised & (2**bits - 1)).view(torch.int8) + grid.qmin
+    codes: Tensor = (raised & (2**bits - 1)).view(torch.int8) + grid.qmin
     return codes.flatten(-2)[..., :count]

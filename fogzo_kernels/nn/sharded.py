@@ -1,10 +1,10 @@
-"""Weights under FSDP2's ``fully_shard``: each process keeps some rows, and packed codes are what is gathered."""
+"""Weights under FSDP2's ``fully_shard``: each process keeps some rows, and packed codes are gathered."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, which of a DTensor every process is to ask for."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast("DTensor", tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class ShardedRows:
@@ -68,10 +68,11 @@ class ShardedRows:
             ValueError: it is not, or its values are kept on another device than that of the mesh.
         """
         cut = [p for p in self.weight.placements if not isinstance(p, Replicate)]
-        if [type(p) for p in cut] != [Shard] or cut[0].dim != 0 or self.module.OUTPUTS != 0:
+        if cut != [Shard(0)] or self.module.OUTPUTS != 0:
             raise ValueError(
-                f"{name} must be sharded by its rows, dimension 0 of an (outputs, inputs) weight, over one dimension"
-                f" of its mesh, got placements {self.weight.placements} of shape {tuple(self.weight.shape)}"
+                f"{name} must be sharded by its rows, dimension 0 of an (outputs, inputs) weight, over one"
+                f" dimension of its mesh, got placements {self.weight.placements} of shape"
+                f" {tuple(self.weight.shape)}"
             )
         if local(self.weight).device.type != self.weight.device_mesh.device_type:
             raise ValueError(f"{name} must not be offloaded, got it on {local(self.weight).device}")
@@ -118,6 +119,7 @@ class ShardedRows:
 
     def hold(self, codes: Tensor) -> None:
         """Let a pass run with these codes of the rows, int8, until :meth:`release`."""
+        attach(self.module)  # FSDP may have filled up a shard anew since
         self._held, self.in_pass = self._sent(codes), True
 
     def release(self) -> None:
@@ -303,8 +305,3 @@ def _combined(module: QuantizedModule, statistics: Tensor) -> Tensor:
         shares = torch.tensor(counts, dtype=torch.float64, device=statistics.device) / rows.weight.shape[0]
         whole = (statistics.double() ** power * shares).sum() ** (1 / power)
     return torch.clamp(scale.factor * (whole.float() + scale.add), min=scale.least)
-
-
-def sharded_of(modules: Sequence[nn.Module]) -> Iterator[ShardedRows]:
-    """The sharded weights of modules."""
-    return (rows for m in modules if (rows := getattr(m, "sharded", None)) is not None)

@@ -76,7 +76,7 @@ def reason_against(module: nn.Module) -> str | None:
     twin = twin_of(module)
     if twin is None and isinstance(module, FSDPModule) and QUANTIZED.get(type(module).__mro__[2]):
         raise ValueError(
-            f"model must be quantized before fully_shard is given a module by itself that is to be, got {module}"
+            f"model must be quantized before fully_shard is given one of its modules by itself, got {module}"
         )
     if twin is None:
         return made_anew(module) or f"{type(module).__name__} has no quantized form"

@@ -13,8 +13,8 @@ from ..ops import checks
 def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
     """The learned scales of a quantized model, of weights and inputs.
 
-    FSDP2 is to leave them whole in every process: ``fully_shard(..., ignored_params=learned_alphas(model))``. (It
-    is not to be told of those of a model that is quantized after.)
+    FSDP2 is to leave them whole in every process: ``fully_shard(..., ignored_params=learned_alphas(model))``,
+    where the model is quantized before.
 
     Raises:
         TypeError: ``model`` is not a module.

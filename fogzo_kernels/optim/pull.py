@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import hadamard_, quantize_
 from ..ops import checks
+from ..train.sharding import weight_of
 from ..train.together import Together, set_alphas, together
 from ..train.weights import quantized_weights
 
@@ -39,7 +40,7 @@ class GridPull:
     ) -> None:
         checks.instance("optimizer", optimizer, torch.optim.Optimizer)
         self.strength, self.backend = strength, backend
-        self._weights = {id(w.parameter): w for w in quantized_weights(model)}
+        self._weights = {id(w.parameter): w for w in quantized_weights(model, weight_of)}
         if not any(id(p) in self._weights for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer must hold quantized weights of the model, got none")
         self._handle = optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self.pull(optimizer))

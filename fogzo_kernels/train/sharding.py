@@ -93,9 +93,7 @@ class Sharding:
         ValueError: some weights are sharded and others are not, or over other processes, or a learned alpha is.
     """
 
-    def __init__(
-        self, model: nn.Module, weights: Sequence[QuantizedWeight], reduction: str | None
-    ) -> None:
+    def __init__(self, model: nn.Module, weights: Sequence[QuantizedWeight], reduction: str | None) -> None:
         sharded = [w for w in weights if isinstance(w, ShardedWeight)]
         self._model, self._shard = model, sharded[0].shard if sharded else None
         self._mean, self._inputs = reduction == "mean", list[Tensor]()
@@ -104,15 +102,15 @@ class Sharding:
         other = next((w.name for w in weights if not isinstance(w, ShardedWeight)), None)
         if other is not None:
             raise ValueError(
-                f"model must have all its quantized weights under fully_shard, got {sharded[0].name} that is and"
-                f" {other} that is not"
+                f"model must have all its quantized weights under fully_shard, got {sharded[0].name} that is"
+                f" and {other} that is not"
             )
-        mesh = sharded[0].parameter.device_mesh
+        mesh = sharded[0].shard.weight.device_mesh
         for w in sharded:
-            if w.parameter.device_mesh != mesh:
+            if w.shard.weight.device_mesh != mesh:
                 raise ValueError(
                     f"model must be sharded over one mesh, got {mesh} for {sharded[0].name} and"
-                    f" {w.parameter.device_mesh} for {w.name}"
+                    f" {w.shard.weight.device_mesh} for {w.name}"
                 )
             for m in w.modules:
                 _check_module(w.name, m)

@@ -156,9 +156,7 @@ def quantized_weights(model: nn.Module, of: Callable[..., QuantizedWeight]) -> l
     return weights
 
 
-def collected(
-    model: nn.Module, of: Callable[..., QuantizedWeight] = QuantizedWeight
-) -> list[QuantizedWeight]:
+def collected(model: nn.Module, of: Callable[..., QuantizedWeight] = QuantizedWeight) -> list[QuantizedWeight]:
     """The trainable weights of quantized modules as they are now.
 
     Raises:
