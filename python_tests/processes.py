@@ -1,5 +1,7 @@
 """Processes of gloo, plain and as accelerate's launchers start them; and its state, that of a process."""
 
+import importlib.util
+import multiprocessing
 import os
 import socket
 
@@ -8,7 +10,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+HEAVY = ("accelerate", "bench.evidence.train_lm", "transformers.models.llama.modeling_llama")
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
+
+
+def server():
+    """Starts processes that have loaded what most of them take."""
+    context = multiprocessing.get_context("forkserver")
+    names = ["fogzo_kernels", "torch.distributed.fsdp", *filter(importlib.util.find_spec, HEAVY)]
+    context.set_forkserver_preload(names)
+    return context
+
+
+def start(worker, args, count):
+    """Run it in so many processes, and wait for them."""
+    server()
+    mp.start_processes(worker, args, nprocs=count, start_method="forkserver")
 
 
 def as_launched(rank, port):
@@ -25,13 +42,13 @@ def two_of(worker, folder):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, (str(folder), port), nprocs=2)
+    start(worker, (str(folder), port), 2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def spawned(case, folder, processes=2):
     """What each of several processes found; an error of a process is its message."""
-    mp.spawn(one_process, (case, str(folder), processes), nprocs=processes)
+    start(one_process, (case, str(folder), processes), processes)
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 

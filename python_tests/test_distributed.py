@@ -157,7 +157,7 @@ def plain_model(rank):
 def test_a_model_that_nothing_says_is_shared_must_say_so(tmp_path):
     for found in spawned(plain_model, tmp_path):
         assert found.startswith(
-            "ValueError: process_group must be given with 2 processes and a model that is not"
+            "ValueError: process_group must be given with 2 processes and a model that is neither"
         )
 
 

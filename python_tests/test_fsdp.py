@@ -5,9 +5,16 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from processes import needs_gloo, spawned
 from sharded_models import CASES, ONLY_BEFORE, STEPS, batch_of, made, optimizer_of, train, values_of
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -299,8 +306,6 @@ def from_meta(rank):
         model = made("fixed", shard)
     model.to_empty(device="cpu")
     whole_state = made("fixed").state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
     set_model_state_dict(model, whole_state, options=StateDictOptions(full_state_dict=True))
     model.head.weight = model.embed.weight
     return train(model, "fixed"), values_of(model)
@@ -311,3 +316,54 @@ def test_a_model_from_meta(tmp_path):
     for losses, values in spawned(from_meta, tmp_path):
         assert losses == expected
         assert all(torch.equal(values[name], state[name]) for name in values)
+
+
+# ---- checkpoints
+
+
+def state_of(model, optimizer, fogzo):
+    weights, numbers = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": numbers, "fogzo": fogzo.state_dict()}
+
+
+def save_half_way(folder, rank):
+    model = made("learned row", shard)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    optimizer = optimizer_of(model, fogzo)
+    train(model, "learned row", STEPS // 2, fogzo=fogzo, optimizer=optimizer)
+    dcp.save(state_of(model, optimizer, fogzo), checkpoint_id=folder)
+
+
+def go_on(folder, rank):
+    torch.manual_seed(5)
+    model = made("learned row", shard)
+    with torch.no_grad():
+        for t in model.state_dict().values():
+            t.zero_() if t.is_floating_point() else None
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    optimizer = optimizer_of(model, fogzo)
+    state = state_of(model, optimizer, fogzo)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    fogzo.load_state_dict(state["fogzo"])
+    losses = train(model, "learned row", STEPS // 2, first=STEPS // 2, fogzo=fogzo, optimizer=optimizer)
+    return losses, values_of(model)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_any_number(tmp_path):
+    """To the bit, noise and all: in one process, in two and in four."""
+    model = made("learned row")
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    optimizer = optimizer_of(model, fogzo)
+    train(model, "learned row", STEPS // 2, fogzo=fogzo, optimizer=optimizer)
+    expected = train(model, "learned row", STEPS // 2, first=STEPS // 2, fogzo=fogzo, optimizer=optimizer)
+    folders = [tmp_path / name for name in ("save", "1", "2", "4")]
+    for folder in folders:
+        folder.mkdir()
+    spawned(functools.partial(save_half_way, tmp_path / "checkpoint"), folders[0])
+    for folder in folders[1:]:
+        for losses, values in spawned(
+            functools.partial(go_on, tmp_path / "checkpoint"), folder, int(folder.name)
+        ):
+            assert losses == expected
+            assert all(torch.equal(values[name], t) for name, t in values_of(model).items())

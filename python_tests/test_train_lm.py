@@ -2,7 +2,6 @@
 
 import csv
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import time
 
 import pytest
 import torch
+from processes import server
 
 from bench.evidence import record, text, train_lm
 
@@ -19,14 +19,6 @@ SMALL = [
     "--bytes", "200000", "--sample", "0",
 ]  # fmt: skip
 KILLS = 10
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Starts processes that have loaded all that a run takes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.evidence.train_lm", "transformers.models.llama.modeling_llama"])
-    return context
 
 
 def train(out, *options):
@@ -56,7 +48,7 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, server):
+def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path):
     """At moments of no choosing: while it builds, steps, logs or saves."""
     options = [
         "--steps",
@@ -74,7 +66,7 @@ def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, server):
     print(f"FOGZO_TEST_SEED={seed}")
     moments = random.Random(seed)
     for kill in range(KILLS):
-        run = server.Process(target=train, args=(tmp_path / "killed", *options, "--resume"))
+        run = server().Process(target=train, args=(tmp_path / "killed", *options, "--resume"))
         run.start()
         time.sleep(moments.uniform(0.05, 0.6))
         assert run.exitcode is None, f"it ended before kill {kill}"

@@ -1,14 +1,19 @@
-"""Train a byte-level LLaMA on any text, plain straight-through or by FOGZO, on one device.
+"""Train a byte-level LLaMA on any text, plain straight-through or by FOGZO, on one device or many.
 
 In DIR: checkpoint.pt, log.csv, and tensorboard/ where that is installed. ``--resume`` goes on from the
-checkpoint, also after a kill, to the bits of a run that was never stopped: on one device, with one number of
-threads. A signal to stop (Ctrl-C) ends the step, writes a checkpoint and leaves with status 1.
+checkpoint, also after a kill, to the bits of a run that was never stopped: with as many devices and threads. A
+signal to stop (Ctrl-C) ends the step, writes a checkpoint and leaves with status 1.
+
+On N devices: ``torchrun --nproc-per-node N -m bench.evidence.train_lm --parallel fsdp`` (or ``ddp``), and the
+rest as ever; --rows is still that of all of them. Checkpoints are then torch.distributed.checkpoint's, and go
+on with any number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import time
 from contextlib import contextmanager
@@ -24,10 +29,21 @@ import fogzo_kernels as fk
 
 from . import pool, record, text
 from .presets import PRESETS
+from .processes import WAYS, Processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: What may differ where a run goes on.
-FREE = ("out", "resume", "save_every", "log_every", "evaluate_every", "threads", "stop_after", "sample")
+FREE = (
+    "parallel",
+    "out",
+    "resume",
+    "save_every",
+    "log_every",
+    "evaluate_every",
+    "threads",
+    "stop_after",
+    "sample",
+)
 VALIDATION_BATCHES = 16
 STATS = ("difference", "noise_to_guide", "cosine", "code_changes", "alphas_at_floor", "lost_directions",
          "lost_norms", "bad_alphas")  # fmt: skip
@@ -43,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     add("--resume", action="store_true", help="go on from DIR's checkpoint, or begin if there is none")
+    add("--parallel", default="none", choices=WAYS, help="how the processes of torchrun share the model")
     add("--text", type=Path, nargs="+", help="files; by default Python's own sources")
     add("--bytes", type=int, default=8_000_000, help="of text, at most")
     add("--preset", default="lsq", choices=list(PRESETS), help="how weights are quantized")
@@ -79,8 +96,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "rows", "micro_batches", "save_every", "log_every", "evaluate_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
-    if args.rows % args.micro_batches:
-        parser.error(f"--rows must be a multiple of --micro-batches {args.micro_batches}, got {args.rows}")
+    parts = args.micro_batches * int(os.environ.get("WORLD_SIZE", "1"))
+    if args.rows % parts:
+        parser.error(f"--rows must be a multiple of {parts}, --micro-batches of each process, got {args.rows}")
     if not 0 <= args.seed < LIMIT:
         parser.error(f"--seed must be in 0..2^32 - 1, got {args.seed}")
     return args
@@ -96,6 +114,7 @@ class Run:
     """All that a step changes, and what it is made with."""
 
     args: argparse.Namespace
+    processes: Processes
     model: nn.Module
     optimizer: fk.AdamW
     fogzo: fk.Fogzo | None
@@ -104,21 +123,47 @@ class Run:
     seconds: float = 0.0  # in steps
     rates: list[float] = field(default_factory=list)  # of the groups, before their schedule
 
-    def state(self) -> dict[str, Any]:
+    def _told(self) -> dict[str, Any]:
+        return {"arguments": told(self.args), "step": self.step, "seconds": self.seconds}
+
+    def _others(self) -> dict[str, Any]:
+        """What it has beside model and optimizer; a byte-level LLaMA draws nothing in a step."""
         return {
-            "arguments": told(self.args), "step": self.step, "seconds": self.seconds,
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "fogzo": None if self.fogzo is None else self.fogzo.state_dict(),
             "generator": torch.get_rng_state(),
-        }  # fmt: skip
+        }
+
+    def save(self) -> None:
+        out, others = self.args.out, self._others()
+        if self.processes.way != "none":
+            self.processes.save(out, self._told(), self.model, self.optimizer, others)
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        record.save(out, self._told() | others | state)
 
     def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from what :func:`saved` found."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        if self.processes.way != "none":
+            state = self.processes.load(self.args.out, self.model, self.optimizer, self._others())
+        else:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.fogzo is not None:
             self.fogzo.load_state_dict(state["fogzo"])
         torch.set_rng_state(state["generator"].cpu())
-        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def saved(args: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
+    """The last checkpoint, or where processes share it, what it says of its run; None without one."""
+    shared, alone = processes.told(args.out), record.load(args.out, torch.device(processes.device))
+    found, other = (alone, shared) if processes.way == "none" else (shared, alone)
+    if other is not None:
+        raise SystemExit(
+            f"--parallel must be {'ddp or fsdp' if found is alone else 'none'}, as in the run whose checkpoint"
+            f" --out {args.out} has, got {args.parallel}"
+        )
+    return found
 
 
 def told(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +183,7 @@ def check_same(args: argparse.Namespace, state: dict[str, Any]) -> None:
         )
 
 
-def build(args: argparse.Namespace) -> Run:
+def build(args: argparse.Namespace, processes: Processes) -> Run:
     torch.manual_seed(args.seed)
     data = text.sources(args.bytes) if args.text is None else text.files(args.text, args.bytes)
     for name, part in data._asdict().items():
@@ -153,26 +198,32 @@ def build(args: argparse.Namespace) -> Run:
         fk.quantize_model(model, weights, activation=inputs, skip=["model.embed_tokens", "lm_head"])
     elif args.estimator == "fogzo":
         raise SystemExit("--preset must quantize for --estimator fogzo, got none")
-    model.to(args.device, DTYPES[args.dtype])
-    if args.estimator == "fogzo":
+    model.to(processes.device, DTYPES[args.dtype])
+    model = processes.shared(model, model.model.layers)
+    plain = args.estimator == "ste"
+    if not plain or (args.parallel == "fsdp" and preset is not None):  # whose passes gather codes
         fogzo = fk.Fogzo(
-            model, total_steps=args.steps, kappa=args.kappa, schedule=args.noise_schedule, start=args.start,
+            model, total_steps=args.steps, kappa=args.kappa, schedule=args.noise_schedule,
+            start=1.0 if plain else args.start,
             every=args.every, difference=args.difference, probe_share=args.probe_share,
             directions=args.directions, seed=args.seed,
         )  # fmt: skip
     groups = fk.parameter_groups(model, weight_decay=args.weight_decay, alpha_lr=args.alpha_rate * args.rate)
     masters = args.dtype != "fp32"
     optimizer = fk.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fogzo=fogzo, master_weights=masters)
-    return Run(args, model, optimizer, fogzo, data, rates=[group["lr"] for group in optimizer.param_groups])
+    return Run(
+        args, processes, model, optimizer, fogzo, data, rates=[group["lr"] for group in optimizer.param_groups]
+    )
 
 
 # ---- a step
 
 
 def batch_of(run: Run, step: int) -> Tensor:
-    """Rows of a step: a function of seed and step, so that no state of a loader is to be saved."""
+    """This process's rows: a function of seed and step, so that no state of a loader is to be saved."""
     generator = text.generator_of(run.args.seed, step)
-    return text.batch(run.data.train, run.args.rows, run.args.context, generator).to(run.args.device)
+    rows = text.batch(run.data.train, run.args.rows, run.args.context, generator)
+    return run.processes.own(rows).to(run.processes.device)
 
 
 def take_step(run: Run) -> Tensor:
@@ -184,11 +235,12 @@ def take_step(run: Run) -> Tensor:
     parts = batch_of(run, run.step).chunk(count)
     run.optimizer.zero_grad()
     if run.fogzo is None:
-        loss = torch.zeros((), device=args.device)
+        loss = torch.zeros((), device=run.processes.device)
         for rows in parts:
             part = run.model(rows, labels=rows).loss / count
             part.backward()
             loss += part.detach()
+        loss = run.processes.mean(loss)
     else:
         for probe in run.fogzo.probes():
             with probe:
@@ -197,7 +249,7 @@ def take_step(run: Run) -> Tensor:
     if args.clip:
         if run.fogzo is not None:
             loss = run.fogzo.estimate_()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
+        run.processes.clip_(run.model.parameters(), args.clip)
         run.optimizer.step()
     else:
         found = run.optimizer.step()
@@ -210,12 +262,13 @@ def take_step(run: Run) -> Tensor:
 def validation(run: Run) -> float:
     """Loss on the same rows for every run."""
     run.model.eval()
-    generator, total = torch.Generator().manual_seed(0), 0.0
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(())
     for _ in range(VALIDATION_BATCHES):
-        rows = text.batch(run.data.validation, run.args.rows, run.args.context, generator).to(run.args.device)
-        total += float(run.model(rows, labels=rows).loss)
+        rows = text.batch(run.data.validation, run.args.rows, run.args.context, generator)
+        rows = run.processes.own(rows).to(run.processes.device)
+        total += run.model(rows, labels=rows).loss.cpu()
     run.model.train()
-    return total / VALIDATION_BATCHES
+    return float(run.processes.mean(total)) / VALIDATION_BATCHES
 
 
 @torch.no_grad()
@@ -225,7 +278,7 @@ def sample(run: Run, count: int) -> str:
     generator = torch.Generator().manual_seed(run.args.seed)
     found = [ord("\n")]
     for _ in range(count):
-        rows = torch.tensor([found[-run.args.context :]], device=run.args.device)
+        rows = torch.tensor([found[-run.args.context :]], device=run.processes.device)
         weights = run.model(rows).logits[0, -1].float().softmax(0).cpu()
         found.append(int(torch.multinomial(weights, 1, generator=generator)))
     run.model.train()
@@ -261,12 +314,18 @@ def row_of(run: Run, loss: float, bar: tqdm[Any]) -> dict[str, float]:
         row |= {name: stats[name] for name in STATS}
     if run.step % args.evaluate_every == 0 or run.step == args.steps:
         row["validation_loss"] = validation(run)
-        bar.write(f"step {run.step}: validation loss {row['validation_loss']:.4f} nats a byte")
+        say(run.processes, bar, f"step {run.step}: validation loss {row['validation_loss']:.4f} nats a byte")
     bar.set_postfix(loss=f"{loss:.3f}")
     return row
 
 
-def advance(run: Run, log: record.Log, bar: tqdm[Any], asked: list[int]) -> bool:
+def say(processes: Processes, bar: tqdm[Any], text: str) -> None:
+    """Above the bar, once for all processes."""
+    if processes.first:
+        bar.write(text)
+
+
+def advance(run: Run, log: record.Log | None, bar: tqdm[Any], asked: list[int]) -> bool:
     """Steps until the last one, or until the process is asked to end: whether it was the last one."""
     args = run.args
     last = args.steps if args.stop_after is None else min(args.steps, run.step + args.stop_after)
@@ -280,41 +339,57 @@ def advance(run: Run, log: record.Log, bar: tqdm[Any], asked: list[int]) -> bool
         if any(due):
             if not math.isfinite(value):
                 raise SystemExit(f"the loss must be finite, got {value} in step {run.step}: a lower --rate?")
-            log.write(row_of(run, value, bar))
+            row = row_of(run, value, bar)
+            if log is not None:
+                log.write(row)
         bar.update()
-        if run.step % args.save_every == 0 or run.step == last or asked:
-            record.save(args.out, run.state())
-        if asked:
+        ending = run.processes.any(bool(asked))
+        if run.step % args.save_every == 0 or run.step == last or ending:
+            run.save()
+        if ending:
             return False
     return run.step == args.steps
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    with tqdm(total=args.steps, unit="step", disable=None, desc="building") as bar, stops() as asked:
+    processes = Processes(args.parallel, args.device)
+    try:
+        return trained(args, processes)
+    finally:
+        processes.close()
+
+
+def trained(args: argparse.Namespace, processes: Processes) -> int:
+    """The status to leave with."""
+    hidden = None if processes.first else True  # None: where nobody watches
+    with tqdm(total=args.steps, unit="step", disable=hidden, desc="building") as bar, stops() as asked:
         if args.threads:
             torch.set_num_threads(args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
-        state = record.load(args.out, torch.device(args.device))
+        state = saved(args, processes)
         if state is not None and not args.resume:
             raise SystemExit(f"--out must have no checkpoint, or be given with --resume, got {args.out}")
         if state is not None:
             check_same(args, state)
-        run = build(args)
+        run = build(args, processes)
         if state is not None:
             run.load(state)
             bar.update(run.step)
-        log = record.Log(args.out, COLUMNS, run.step)
-        if log.events is None and not run.step:
+        log = record.Log(args.out, COLUMNS, run.step) if processes.first else None
+        if log is not None and log.events is None and not run.step:
             bar.write("tensorboard is not installed; log.csv has all numbers")
         bar.set_description(f"{args.preset}, {args.estimator}")
         try:
             finished = advance(run, log, bar, asked)
         finally:
-            log.close()
-    if finished and args.sample:
-        print(f"--- {args.sample} bytes that it writes\n{sample(run, args.sample)}")
-    print(f"{args.out}: {run.step} of {args.steps} steps, {run.seconds:.0f} s")
+            if log is not None:
+                log.close()
+    written = sample(run, args.sample) if finished and args.sample else ""
+    if written and processes.first:
+        print(f"--- {args.sample} bytes that it writes\n{written}")
+    if processes.first:
+        print(f"{args.out}: {run.step} of {args.steps} steps, {run.seconds:.0f} s")
     return 0 if finished or not asked else 1
 
 

@@ -1,0 +1,131 @@
+"""The trainer of language models on many processes: what it ends with, and that no kill changes that."""
+
+import os
+import random
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from processes import needs_gloo, server
+from test_train_lm import KILLS, SMALL, rows, same, train
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from bench.evidence import record, train_lm
+from bench.evidence.processes import CHECKPOINT, Processes
+
+pytestmark = needs_gloo
+pytest.importorskip("transformers", reason="transformers is not installed")
+COUNT = 2
+
+
+def port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def as_process(rank, count, port, out, options):
+    """As torchrun starts one."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    raise SystemExit(train_lm.main(["--out", str(out), *SMALL, *options]))
+
+
+def started(out, options, count=COUNT):
+    at = port()
+    found = [server().Process(target=as_process, args=(r, count, at, out, options)) for r in range(count)]
+    for one in found:
+        one.start()
+    return found
+
+
+def run(out, options, count=COUNT):
+    """What each process left with."""
+    found = started(out, options, count)
+    for one in found:
+        one.join()
+    return [one.exitcode for one in found]
+
+
+def state(out, tmp_path):
+    """All that the last checkpoint holds, by names, whole."""
+    dcp_to_torch_save(out / CHECKPOINT, tmp_path / "whole.pt")
+    return {"step": 0, "all": torch.load(tmp_path / "whole.pt", weights_only=False)}
+
+
+@pytest.mark.slow_first
+def test_killed_ten_times_two_processes_end_with_the_same_bits(tmp_path):
+    """Both at once, at moments of no choosing: while they build, step, log, save or rename."""
+    options = ["--parallel", "fsdp", "--steps", "200", "--save-every", "3", "--log-every", "5",
+               "--evaluate-every", "50", "--kappa", "1.0"]  # fmt: skip
+    seed = int(os.environ.get("FOGZO_TEST_SEED", random.randrange(2**31)))
+    print(f"FOGZO_TEST_SEED={seed}")
+    moments = random.Random(seed)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for kill in range(KILLS):
+        found = started(killed, [*options, "--resume"])
+        time.sleep(moments.uniform(0.3, 1.5))
+        assert [one.exitcode for one in found] == [None] * COUNT, f"they ended before kill {kill}"
+        for one in found:
+            os.kill(one.pid, signal.SIGKILL)
+        for one in found:
+            one.join()
+    assert run(killed, [*options, "--resume"]) == [0] * COUNT
+    assert run(whole, options) == [0] * COUNT
+    assert same(state(killed, tmp_path), state(whole, tmp_path))
+    found, expected = rows(killed), rows(whole)
+    for name in ("step", "loss", "validation_loss", "learning_rate", "difference", "cosine"):
+        assert [row[name] for row in found] == [row[name] for row in expected]
+    assert sorted(path.name for path in killed.glob(f"{CHECKPOINT}*")) == [CHECKPOINT, f"{CHECKPOINT}-200"]
+
+
+def losses(out):
+    return [float(row["loss"]) for row in rows(out)]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--micro-batches", "2", "--clip", "0", "--preset", "lsq"],
+        ["--estimator", "ste"],
+        ["--estimator", "ste", "--preset", "none"],
+        ["--preset", "quest-w2a2", "--hidden", "128", "--difference", "forward"],
+    ],
+)
+def test_losses_are_those_of_one_process(way, options, tmp_path):
+    """And a run of two processes goes on with four, from a signal on."""
+    options = [*options, "--steps", "10", "--log-every", "1", "--rows", "8"]
+    assert train(tmp_path / "one", *options) == 0
+    out, shared = tmp_path / "many", [*options, "--parallel", way]
+    assert run(out, [*shared, "--stop-after", "5"]) == [0] * COUNT
+    assert run(out, [*shared, "--resume"], 4) == [0] * 4
+    torch.testing.assert_close(losses(out), losses(tmp_path / "one"), rtol=3e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "way", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "none", "--parallel must be ddp or fsdp with 2 processes, got none"),
+        ({}, "fsdp", "--parallel fsdp must be run by torchrun --nproc-per-node N -m ..., got no torchrun"),
+    ],
+)
+def test_what_processes_do_is_said(environment, way, message, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=message):
+        Processes(way, "cpu")
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    assert train(tmp_path, "--steps", "2") == 0
+    assert run(tmp_path, ["--steps", "2", "--parallel", "ddp", "--resume"]) == [1] * COUNT
+    (tmp_path / record.CHECKPOINT).unlink()
+    assert run(tmp_path, ["--steps", "2", "--parallel", "ddp"]) == [0] * COUNT
+    with pytest.raises(SystemExit, match="--parallel must be ddp or fsdp, as in the run whose checkpoint"):
+        train(tmp_path, "--steps", "2", "--resume")
