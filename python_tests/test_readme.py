@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-WITH_EXAMPLES = {"README.md", "docs/usage.md", "docs/models.md", "docs/frontends.md", "docs/loops.md"}
+WITH_EXAMPLES = {"README.md", "docs/usage.md", "docs/models.md", "docs/frontends.md", "docs/loops.md",
+                 "docs/devices.md"}  # fmt: skip
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LANGUAGES = {"python", "bibtex"}
 OPTIONAL = {"transformers", "accelerate", "lightning"}  # what an example may need beside the package
@@ -37,10 +38,16 @@ EXAMPLES = [
 
 
 def run(code, folder):
-    """What it prints, in a Python of its own, without what this one was started with."""
+    """What it prints, in a Python of its own, without what this one was started with.
+
+    What wants to be started by torchrun is, as two processes.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (folder / "example.py").write_text(code)
+    how = [*launcher, "example.py"] if "# torchrun" in code else ["-c", code]
     left_out = ("TRITON_INTERPRET", "FOGZO_BACKEND")
     env = {k: v for k, v in os.environ.items() if k not in left_out} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *how], cwd=folder, env=env, capture_output=True, text=True)
     missing = re.search(r"No module named '(\w+)'", done.stderr)
     if missing and missing[1] in OPTIONAL:
         pytest.skip(f"{missing[1]} is not installed")
