@@ -6,10 +6,12 @@ from itertools import islice
 import pytest
 import torch
 from cuda_on_host.build import install
+from interpreted import patch_once
 
 if not torch.cuda.is_available():  # before anything imports Triton or CUDA: they run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
     install()
+    patch_once()
 os.environ.pop("FOGZO_BACKEND", None)
 
 from hypothesis import settings

@@ -344,6 +344,14 @@ main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
 # ---- CUDA
 
 
+EVERY = "FOGZO_EVERY_ARCHITECTURE"
+#: nvcc takes two minutes for each.
+ARCHITECTURES = [90, *(
+    pytest.param(arch, marks=pytest.mark.skipif(not os.environ.get(EVERY), reason=f"{EVERY} is not set"))
+    for arch in (80, 100)
+)]  # fmt: skip
+
+
 @functools.cache
 def cuda_rows(arch):
     """By name. Compiled once per state of the sources."""
@@ -353,7 +361,7 @@ def cuda_rows(arch):
 
 
 @pytest.mark.slow_first  # nvcc compiles all kernels
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
     rows = cuda_rows(arch)
     assert len(rows) > 250
@@ -409,7 +417,7 @@ def test_quantizers_leave_memory_the_limit():
     assert rows["learned_kernel bf16 bf16 bf16 row identity_clipped"]["margin"] >= 1.5
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_ptxas_reports_no_spill(arch):
     """Neither stores nor loads nor a stack, for each kernel; and PTX is there for what comes later."""
     if (reason := cuda.unavailable()) is not None:
