@@ -1,5 +1,6 @@
 """Lightning, the real package: its steps are FOGZO's, clipped, logged, saved and resumed."""
 
+import functools
 import os
 
 import pytest
@@ -174,14 +175,85 @@ def test_a_checkpoint_without_its_state_is_refused(tmp_path):
         fit(Ours(), tmp_path, ckpt_path=path)
 
 
-def test_what_it_cannot_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="accumulate_grad_batches must be 1 for FOGZO, whose passes run all"):
-        fit(Ours(), tmp_path, accumulate_grad_batches=2, rows=Rows(8), max_epochs=1)
-    manual = Ours()
-    manual.automatic_optimization = False
-    with pytest.raises(ValueError, match="automatic_optimization must be True"):
-        fit(manual, tmp_path)
+def by_parts(parts=2, clip=None, **options):
+    """By hand, with the micro-batches of each step in each pass."""
+    model, data = Plain(), Rows()
+    fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS | options)
+    optimizer, losses = model.configure_optimizers(), []
+    for step in range(STEPS):
+        rows = torch.arange(8 * step, 8 * step + 8).chunk(parts)
+        optimizer.zero_grad()
+        for probe in fogzo.probes():
+            with probe:
+                for part in probe.batches(rows):
+                    loss = F.cross_entropy(model.net(data.x[part]), data.y[part])
+                    losses.append(float(loss.detach()))
+                    probe.backward(loss / parts)
+        fogzo.estimate_()
+        optimizer.step()
+    return losses, weights_of(model)
 
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_micro_batches_are_kept_until_the_last(tmp_path, share):
+    class Sharing(Ours):
+        fogzo_options = OPTIONS | {"probe_share": share}
+
+    model = Sharing()
+    trainer = fit(model, tmp_path, batch=4, accumulate_grad_batches=2)
+    losses, weights = by_parts(probe_share=share)
+    assert model.seen == pytest.approx(losses, rel=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-5, atol=1e-6)
+    assert model.fogzo.steps == trainer.global_step == STEPS
+    assert "training_step" not in vars(model)
+
+
+class Manual(Ours):
+    """Takes its steps itself, each pass by micro-batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for probe in self.fogzo.probes():
+            with probe:
+                for x, y in zip(*(t.chunk(2) for t in batch), strict=True):
+                    loss = F.cross_entropy(self.net(x), y)
+                    self.seen.append(float(loss.detach()))
+                    probe.backward(loss / 2)
+        self.fogzo.estimate_()
+        optimizer.step()
+
+
+def test_manual_optimization(tmp_path):
+    model = Manual()
+    trainer = fit(model, tmp_path)
+    losses, weights = by_parts()
+    assert model.seen == losses
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert model.fogzo.steps == trainer.global_step == STEPS
+
+
+def manual_worker(rank, folder, port):
+    as_launched(rank, port)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "NODE_RANK": "0", "GROUP_RANK": "0"}
+    with pytest.raises(ValueError, match="of a single device with manual optimization, got DDPStrategy"):
+        fit(Manual(), folder, batch=4, devices=2, strategy="ddp")
+    torch.save(True, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@needs_gloo
+def test_manual_optimization_of_two_processes_is_refused(tmp_path):
+    """Nothing would exchange their gradients."""
+    assert two_of(manual_worker, tmp_path) == [True, True]
+
+
+def test_what_it_cannot_run_is_refused(tmp_path):
     class Twice(Ours):
         fogzo_options = OPTIONS | {"total_steps": 3}
 
@@ -196,11 +268,11 @@ def test_what_it_cannot_run_is_refused(tmp_path):
         fit(Silent(), tmp_path)
 
 
-def worker(rank, folder, port):
+def worker(rank, folder, port, parts=1):
     as_launched(rank, port)
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "NODE_RANK": "0", "GROUP_RANK": "0"}
     model = Ours()
-    fit(model, folder, batch=4, devices=2, strategy="ddp")
+    fit(model, folder, batch=4 // parts, devices=2, strategy="ddp", accumulate_grad_batches=parts)
     torch.save((model.ran_in, model.seen, weights_of(model)), os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -214,3 +286,13 @@ def test_two_processes_stay_one_model(tmp_path):
     assert all(torch.equal(w, same[name]) for name, w in weights.items())
     means = [(a + b) / 2 for a, b in zip(losses[::3], others[::3], strict=True)]
     assert means == pytest.approx(by_hand()[0], rel=0.1)
+
+
+@needs_gloo
+def test_two_processes_exchange_gradients_of_all_micro_batches(tmp_path):
+    (_, _, weights), (_, _, same) = two_of(functools.partial(worker, parts=2), tmp_path)
+    assert all(torch.equal(w, same[name]) for name, w in weights.items())
+    (tmp_path / "whole").mkdir()
+    (_, _, expected), _ = two_of(worker, tmp_path / "whole")
+    for name, w in weights.items():
+        torch.testing.assert_close(w, expected[name], rtol=1e-3, atol=1e-4)

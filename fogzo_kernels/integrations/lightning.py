@@ -1,8 +1,10 @@
-"""FogzoMixin: a LightningModule whose steps of automatic optimization are FOGZO's."""
+"""FogzoMixin: a LightningModule whose steps are FOGZO's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..train.estimator import Fogzo
+from ..train.step import Pass
 
 KEY = "fogzo"  # in a checkpoint
 
@@ -18,28 +21,40 @@ KEY = "fogzo"  # in a checkpoint
 class FogzoMixin:
     """Put before ``LightningModule``: ``class Mine(FogzoMixin, L.LightningModule)``.
 
-    Each pass of a step runs ``training_step``. Then the gradients are the estimate, and Lightning clips, steps
-    and saves as ever. What ``training_step`` logs is taken from the gradient pass alone; whatever else it
-    changes (a metric's state, say) it changes in each pass, unless it asks :attr:`probing`.
+    Each pass of a step runs ``training_step``, with ``accumulate_grad_batches`` for all its micro-batches when
+    the last has come. Then the gradients are the estimate, and Lightning clips, steps and saves as ever. What
+    ``training_step`` logs is taken from the gradient pass alone; whatever else it changes (a metric's state,
+    say) it changes in each pass, unless it asks :attr:`probing`. With manual optimization, ``training_step``
+    runs the passes of :attr:`fogzo` itself, on one device.
 
     Set :attr:`fogzo_options` before ``fit``: options of :class:`Fogzo` but for ``total_steps``, which is the
     Trainer's ``estimated_stepping_batches``. The model is one from ``quantize_model``. Any optimizer will do.
 
     Raises:
-        ValueError: at the first step, for what FOGZO cannot run: ``accumulate_grad_batches`` above 1, manual
-            optimization, a gradient scaler, a strategy that is neither DDP nor of one device.
+        ValueError: at the first step, for what FOGZO cannot run: a gradient scaler, a strategy that is neither
+            DDP nor of one device, or is DDP with manual optimization.
         RuntimeError: at the first step, the checkpoint that ``fit`` goes on from has no state of FOGZO.
 
     Attributes:
         fogzo_options: of :class:`Fogzo`.
-        fogzo: from the first step of ``fit``; None before.
+        fogzo: the estimator of the ``fit`` that runs or ran last.
         probing: whether ``training_step`` runs in a probe, without gradients.
     """
 
     fogzo_options: Mapping[str, Any] = MappingProxyType({})
-    fogzo: Fogzo | None = None
     probing = False
     _state: dict[str, Any] | None = None  # from a checkpoint
+    _fogzo: Fogzo | None = None
+    _held: tuple[Any, ...] = ()  # the arguments of training_step of micro-batches that have come
+    _in_passes = False
+
+    @property
+    def fogzo(self: Any) -> Fogzo:
+        """Made where it is asked for first, in ``training_step`` or by the first step."""
+        if self._fogzo is None:
+            object.__setattr__(self, "_fogzo", self._made())  # it holds the model, and is no part of it
+        found: Fogzo = self._fogzo
+        return found
 
     def optimizer_step(
         self: Any,
@@ -50,9 +65,10 @@ class FogzoMixin:
     ) -> None:
         """A step of the optimizer, which begins with the passes."""
         closure: Any = optimizer_closure
-        if self.fogzo is None:
-            object.__setattr__(self, "fogzo", self._made())  # it holds the model, and is no part of it
         fogzo: Fogzo = self.fogzo
+        held, self._held = self._held, ()
+        again = [partial(closure._step_fn.func, dict(enumerate(arguments))) for arguments in held]
+        steps = [*again, closure._step_fn]
 
         @torch.enable_grad()
         def passes() -> Tensor:
@@ -60,33 +76,52 @@ class FogzoMixin:
                 closure._zero_grad_fn()
             for probe in fogzo.probes():
                 with probe:
-                    self.probing = probe.sign != 0
+                    self._in_passes, self.probing = True, probe.sign != 0
                     try:
-                        output = closure._step_fn()
-                        if output.closure_loss is None:
-                            raise ValueError("training_step must return a loss in each pass of FOGZO, got None")
-                        probe.backward(output.closure_loss)
+                        for step in probe.batches(steps):
+                            output = self._run(probe, step, last=step is steps[-1])
                     finally:
-                        self.probing = False
+                        self._in_passes = self.probing = False
                 if probe.sign == 0:
                     closure._result = output  # what Lightning asks of the closure
             return fogzo.estimate_()
 
         super().optimizer_step(epoch, batch_idx, optimizer, passes)  # type: ignore[misc]
 
+    def _run(self: Any, probe: Pass, step: Callable[[], Any], last: bool) -> Any:
+        """One micro-batch of a pass; gradients are exchanged with the last."""
+        model = self.trainer.strategy.model
+        alone = probe.sign == 0 and not last and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if alone else nullcontext():
+            output = step()
+            if output.closure_loss is None:
+                raise ValueError("training_step must return a loss in each pass of FOGZO, got None")
+            probe.backward(output.closure_loss)
+        return output
+
+    def _or_later(self: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+        """``training_step``, but with more micro-batches to come it keeps what it was given, and gives 0."""
+
+        def training_step(*arguments: Any) -> Any:
+            if self._in_passes or not self.trainer.fit_loop._should_accumulate():
+                return step(*arguments)
+            self._held = (*self._held, arguments)
+            return torch.zeros((), device=self.device, requires_grad=True)
+
+        return training_step
+
     def _made(self: Any) -> Fogzo:
         trainer = self.trainer
         model: nn.Module = trainer.strategy.model
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "accumulate_grad_batches must be 1 for FOGZO, whose passes run all micro-batches of a step, got"
-                f" {trainer.accumulate_grad_batches}"
-            )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(f"precision must need no gradient scaler for FOGZO, got {trainer.precision!r}")
-        if model is not self and not isinstance(model, DistributedDataParallel):
+        shared = self.automatic_optimization and isinstance(model, DistributedDataParallel)
+        if model is not self and not shared:
             name = type(trainer.strategy).__name__
-            raise ValueError(f"strategy must be DDP or of a single device for FOGZO, got {name}")
+            raise ValueError(
+                "strategy must be DDP or of a single device for FOGZO, of a single device with manual"
+                f" optimization, got {name}"
+            )
         if "total_steps" in self.fogzo_options:
             raise ValueError("fogzo_options must not have total_steps, which the Trainer knows")
         fogzo = Fogzo(model, total_steps=int(trainer.estimated_stepping_batches), **self.fogzo_options)
@@ -101,16 +136,22 @@ class FogzoMixin:
 
     def on_fit_start(self: Any) -> None:
         """Another ``fit`` is another run."""
-        if not self.automatic_optimization:
-            raise ValueError("automatic_optimization must be True for FOGZO's mixin, got False")
-        object.__setattr__(self, "fogzo", None)
+        object.__setattr__(self, "_fogzo", None)
+        self._held = ()
+        if self.automatic_optimization and self.trainer.accumulate_grad_batches != 1:
+            object.__setattr__(self, "training_step", self._or_later(type(self).training_step.__get__(self)))
         super().on_fit_start()  # type: ignore[misc]
+
+    def on_fit_end(self: Any) -> None:
+        """What was put before ``training_step`` goes."""
+        self.__dict__.pop("training_step", None)
+        super().on_fit_end()  # type: ignore[misc]
 
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         """Its state goes with the model's."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        if self.fogzo is not None:
-            checkpoint[KEY] = self.fogzo.state_dict()
+        if self._fogzo is not None:
+            checkpoint[KEY] = self._fogzo.state_dict()
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         """Kept until the first step."""
