@@ -12,11 +12,12 @@ demo_PACKAGES := scikit-learn tqdm matplotlib tensorboard mlxtend
 triton_PACKAGES := triton
 transformers_PACKAGES := transformers
 loops_PACKAGES := accelerate lightning
+export_PACKAGES := compressed-tensors gguf
 test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors
 lint_PACKAGES := ruff mypy clang-format check-jsonschema
 package_PACKAGES := build twine
 TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transformers $(VENV)/has-loops \
-  $(VENV)/has-demo
+  $(VENV)/has-export $(VENV)/has-demo
 
 .PHONY: demo test lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:

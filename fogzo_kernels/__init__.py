@@ -4,6 +4,9 @@ Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Infor
 2025, arXiv 2510.23926.
 """
 
+import importlib
+from typing import Any
+
 from . import functional
 from .backends import available_backends
 from .functional import *  # noqa: F403  the public ops: functional.__all__
@@ -53,3 +56,10 @@ __all__ = [
     "set_compute_",
 ]
 __all__ += functional.__all__
+
+
+def __getattr__(name: str) -> Any:
+    """``export`` takes libraries that training does not need: it is imported when it is asked for."""
+    if name == "export":
+        return importlib.import_module(".export", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

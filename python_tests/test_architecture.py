@@ -33,6 +33,8 @@ FLOORS = {
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups fused adamw sgd pull"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
+    "export": (("spec", "ops.checks", "functional", "nn", "integrations.transformers"),
+               "files integers blocks plain compressed llama freeze __init__ __main__"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip

@@ -129,3 +129,22 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     assert run(tmp_path, ["--steps", "2", "--parallel", "ddp"]) == [0] * COUNT
     with pytest.raises(SystemExit, match="--parallel must be ddp or fsdp, as in the run whose checkpoint"):
         train(tmp_path, "--steps", "2", "--resume")
+
+
+@pytest.mark.parametrize("way", ["none", "fsdp"])
+def test_a_run_is_exported(way, tmp_path):
+    """What the trainer leaves, of one process or many, by the command: with the loss of the run."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM
+
+    from fogzo_kernels.export.__main__ import main, read
+
+    options = ["--steps", "4", "--parallel", way]
+    out = tmp_path / "run"
+    assert (train(out, *options) if way == "none" else max(run(out, options))) == 0
+    assert main([str(out), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]) == 0
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = read(out)(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(tokens).logits
+    assert torch.equal(found, expected)

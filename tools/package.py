@@ -21,6 +21,7 @@ NEEDED = ("torch", "numpy", "scipy", "triton", "pytest", "pytest-xdist", "hypoth
 OF_THE_TREE = (
     "architecture", "bench", "bench_gpu", "bench_kernels", "bench_step", "compilers", "cuda",
     "frontends", "outside_backends", "project", "quality", "readme", "report", "sass", "sweep", "train_lm",
+    "train_lm_parallel",
 )  # fmt: skip
 LEFT_OUT = (".gitignore",)  # of the sdist
 

@@ -376,7 +376,10 @@ def trained(args: argparse.Namespace, processes: Processes) -> int:
         if state is not None:
             run.load(state)
             bar.update(run.step)
-        log = record.Log(args.out, COLUMNS, run.step) if processes.first else None
+        log = None
+        if processes.first:
+            log = record.Log(args.out, COLUMNS, run.step)
+            getattr(run.model, "module", run.model).config.save_pretrained(args.out)  # for what reads the run
         if log is not None and log.events is None and not run.step:
             bar.write("tensorboard is not installed; log.csv has all numbers")
         bar.set_description(f"{args.preset}, {args.estimator}")

@@ -1,0 +1,8 @@
+"""What was trained here, in files that others load; each on the library that owns its format."""
+
+from .compressed import compressed_tensors
+from .freeze import freeze_scales_
+from .llama import gguf
+from .plain import load, safetensors
+
+__all__ = ["compressed_tensors", "freeze_scales_", "gguf", "load", "safetensors"]

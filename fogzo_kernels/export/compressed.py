@@ -1,0 +1,120 @@
+"""compressed_tensors: what transformers' ``from_pretrained`` and vLLM load (``pack-quantized``)."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.linear import QuantLinear
+from ..nn.quantized import QuantizedModule
+from .files import whole_folder
+from .integers import bits_of, check_exact, integers, own_names, quantized_in
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a quantized transformers model in the format ``pack-quantized`` of compressed-tensors.
+
+    ``AutoModelForCausalLM.from_pretrained(folder)`` has the same logits bit for bit, in the model's dtype; vLLM
+    loads the folder too. A tokenizer is to be saved beside it. Codes of a grid with an offset are written as
+    odd numbers at half of delta, in a bit more.
+
+    Args:
+        model: as :func:`quantize_model` made it from a model of transformers.
+        folder: new, empty, or an export of before, which is replaced. It is there whole or not at all.
+
+    Raises:
+        TypeError, ValueError: the format cannot hold the model; the message names the module and the reason.
+            Nothing is written then.
+        FileNotFoundError, FileExistsError, OSError: the folder cannot be written; what was there stays.
+        ModuleNotFoundError: ``compressed-tensors`` is not installed.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from safetensors.torch import save_file
+
+    modules = quantized_in(model)
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise TypeError(f"model must be one of transformers, with a config, got {type(model).__name__}")
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    for name, m in modules.items():
+        check_fits(name, m, tied)
+    dtype = next(iter(modules.values())).weight.dtype
+    tensors: dict[str, Tensor] = {}
+    for name, m in modules.items():
+        found = integers(m)
+        check_exact(name, found.scale, dtype)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(found.numbers.to(torch.int8), found.bits)
+        scale = found.scale.reshape(1) if found.scale.numel() == 1 else found.scale
+        tensors[f"{name}.weight_scale"] = scale.to(dtype).contiguous()
+        tensors[f"{name}.weight_shape"] = torch.tensor(m.weight.shape)
+    tensors |= dense(model, modules, tied)
+    written = {**config.to_dict(), "quantization_config": quantization_of(model, modules)}
+    with whole_folder(folder, CONFIG) as place:
+        (place / CONFIG).write_text(json.dumps(written, indent=1, default=str))
+        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(place)
+
+
+def check_fits(name: str, module: QuantizedModule, tied: bool) -> None:
+    """Raise unless the format can hold a module."""
+    reason = None
+    if not isinstance(module, QuantLinear):
+        reason = f"it holds linear layers only, got {type(module).__name__}"
+    elif module.quantizer.transform is not None:
+        reason = f"it has no transforms, got {module.quantizer.transform}"
+    elif module.activation is not None:
+        reason = "quantized inputs are not written"
+    elif bits_of(module.quantizer.grid) > 8:
+        reason = f"{module.quantizer.grid} takes 9 bits as odd numbers, and it has 8"
+    elif tied and name == "lm_head":
+        reason = "transformers does not load a head that is quantized and tied to the embedding"
+    elif module.weight.shape[1] % max(module.alpha.numel() // module.weight.shape[0], 1):
+        reason = "groups must divide a row"
+    if reason is not None:
+        raise ValueError(f"{name} must fit compressed-tensors: {reason}")
+
+
+def dense(model: nn.Module, modules: dict[str, QuantizedModule], tied: bool) -> dict[str, Tensor]:
+    """What is not quantized, as the model has it; a tied head is the embedding's."""
+    own = {key for name, m in modules.items() for key in own_names(name, m)}
+    left = {} if not tied else {"lm_head.weight"}
+    return {
+        name: t.detach().cpu().contiguous().clone()
+        for name, t in model.state_dict().items()
+        if name not in own and name not in left
+    }
+
+
+def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> dict[str, Any]:
+    """The entry of config.json: a group of modules for each scheme."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    schemes: dict[str, tuple[QuantizationArgs, list[str]]] = {}
+    for name, m in modules.items():
+        rows, count = m.weight.shape[0], m.alpha.numel()
+        how: dict[str, Any] = {"strategy": "tensor" if count == 1 and rows > 1 else "channel"}
+        if count > rows:
+            how = {"strategy": "group", "group_size": m.weight.numel() // count}
+        args = QuantizationArgs(
+            num_bits=max(bits_of(m.quantizer.grid), 2), type="int", symmetric=True, dynamic=False, **how
+        )
+        schemes.setdefault(args.model_dump_json(), (args, []))[1].append(name)
+    left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in modules]
+    found: dict[str, Any] = QuantizationConfig(
+        config_groups={
+            f"group_{i}": QuantizationScheme(targets=names, weights=args, format="pack-quantized")
+            for i, (args, names) in enumerate(schemes.values())
+        },
+        format="pack-quantized",
+        quantization_status="compressed",  # or the loader keeps random weights without a word
+        ignore=left,
+    ).model_dump(mode="json")
+    return found

@@ -1,0 +1,92 @@
+"""A quantized weight as integers and scales: what every format writes, each in its own way."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.quantized import QuantizedModule
+from ..nn.saved import EXTRA_STATE
+from ..ops import checks
+from ..spec.grid import Grid
+
+
+class Integers(NamedTuple):
+    """Values are ``scale * numbers``, exactly, in float32.
+
+    Attributes:
+        numbers: int16, (rows, columns).
+        scale: float32, (rows or 1, groups of a row).
+        bits: of two's complement that hold any number of the grid.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+    bits: int
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.numbers.shape[1] // self.scale.shape[1]
+
+    def values(self) -> Tensor:
+        """float32, (rows, columns)."""
+        return self.scale.repeat_interleave(self.group, dim=1) * self.numbers
+
+
+def factor(grid: Grid) -> float:
+    """What alpha is multiplied by: odd numbers stand for codes with an offset of a half."""
+    return grid.r / (2 if grid.offset else 1)
+
+
+def range_of(grid: Grid) -> tuple[int, int]:
+    """The least and the greatest number of a grid."""
+    low, high = (2 * c + 1 if grid.offset else c for c in (grid.qmin, grid.qmax))
+    return low, high
+
+
+def bits_of(grid: Grid) -> int:
+    """Of two's complement for the numbers of a grid."""
+    low, high = range_of(grid)
+    return next(b for b in range(1, 10) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1))
+
+
+def integers(module: QuantizedModule) -> Integers:
+    """Those of a module's weight, on the CPU; of a rotated weight, in the basis in which it is quantized."""
+    grid, codes = module.quantizer.grid, module.codes().cpu().to(torch.int16)
+    rows, columns = codes.shape
+    alpha = module.alpha.detach().float().cpu()
+    scale = (alpha * factor(grid)).reshape(1 if alpha.numel() == 1 else rows, -1)
+    assert columns % scale.shape[1] == 0
+    return Integers(2 * codes + 1 if grid.offset else codes, scale, bits_of(grid))
+
+
+def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
+    """The quantized modules of a model, by name.
+
+    Raises:
+        TypeError, ValueError: it is not a model, or has none.
+    """
+    checks.instance("model", model, nn.Module)
+    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    if not found:
+        raise ValueError("model must have quantized modules to export, got none: call quantize_model first")
+    return found
+
+
+def own_names(name: str, module: QuantizedModule) -> set[str]:
+    """Keys of a state dict that a quantized module has for its weight, and those that a plain one has not."""
+    prefix = f"{name}." if name else ""
+    return {prefix + key for key in ("weight", EXTRA_STATE, *module.own_tensors())}
+
+
+def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless a format's dtype holds a scale as it is."""
+    if torch.equal(scale.to(dtype).float(), scale):
+        return
+    raise ValueError(
+        f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would be"
+        f" rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you get"
+    )

@@ -1,0 +1,168 @@
+"""gguf: a quantized LLaMA as llama.cpp loads it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..nn.quantized import QuantizedModule
+from .blocks import BLOCKS, Block
+from .files import whole_file
+from .integers import check_exact, integers, quantized_in, range_of
+
+TOKENIZERS = ("none", "bytes")
+F32 = 0  # the file type of one whose matrices are of several
+
+
+def gguf(
+    model: nn.Module, file: str | os.PathLike[str], *, block: str | None = None, tokenizer: str = "none"
+) -> None:
+    """Write a quantized LLaMA as GGUF; what is not quantized is float32.
+
+    Its values are those of the model, bit for bit, where scales are float16 numbers (:func:`freeze_scales_`).
+    llama.cpp rounds a product's inputs to 8 bits, so its logits are near the model's, not the same.
+
+    Args:
+        model: ``LlamaForCausalLM`` of transformers, as :func:`quantize_model` made it.
+        file: there whole or not at all; one that is there is replaced.
+        block: ``"Q1_0"``, ``"Q2_0"``, ``"TQ2_0"``, ``"Q2_K"``, ``"Q4_0"`` or ``"Q8_0"`` for all quantized
+            weights; None takes for each the first of these that holds its grid and divides its groups.
+        tokenizer: ``"none"``, or ``"bytes"`` for a vocabulary of 256 bytes.
+
+    Raises:
+        TypeError, ValueError: the format cannot hold the model; the message names the module and the reason.
+            Nothing is written then.
+        OSError: the file cannot be written; one that was there stays.
+        ModuleNotFoundError: ``gguf`` is not installed.
+    """
+    import gguf as library
+
+    modules = quantized_in(model)
+    config: Any = getattr(model, "config", None)
+    check_model(model, config, block, tokenizer)
+    names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tied = bool(config.tie_word_embeddings)
+    chosen = {name: block_for(name, m, block) for name, m in modules.items()}
+    types = {one.file_type for one in chosen.values()}
+    with whole_file(file) as place:
+        writer: Any = library.GGUFWriter(str(place), "llama")
+        describe(writer, config, tokenizer, types.pop() if len(types) == 1 else F32, library)
+        for key, t in model.state_dict().items():
+            name, _, last = key.rpartition(".")
+            if last not in ("weight", "bias") or (tied and name == "lm_head"):
+                continue
+            target = f"{names.get_name(name)}.{last}"
+            order = order_of(name, t.shape[0], config)
+            m = modules.get(name) if last == "weight" else None
+            if m is None:
+                writer.add_tensor(target, np.ascontiguousarray(t.detach().float().cpu().numpy()[order]))
+                continue
+            rows = encoded(m, chosen[name], order)
+            # as int8 the shape is taken as it is given: the library does not know the newest types
+            writer.add_tensor(
+                target, rows.view(np.int8), raw_shape=tuple(m.weight.shape), raw_dtype=chosen[name].number
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def check_model(model: nn.Module, config: Any, block: str | None, tokenizer: str) -> None:
+    """Raise unless it is a LLaMA that the format can describe."""
+    if getattr(config, "model_type", None) != "llama" or not hasattr(model, "lm_head"):
+        raise TypeError(f"model must be a LlamaForCausalLM of transformers, got {type(model).__name__}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"model must have plain rotary positions for GGUF, got {rope}")
+    if block is not None and block not in BLOCKS:
+        raise ValueError(f"block must be None or one of {', '.join(BLOCKS)}, got {block!r}")
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
+    if tokenizer == "bytes" and config.vocab_size != 256:
+        raise ValueError(f"tokenizer must be 'none' unless there are 256 tokens, got {config.vocab_size}")
+
+
+def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
+    """The block that a weight is written in.
+
+    Raises:
+        ValueError: none holds it.
+    """
+    how = module.quantizer
+    if how.transform is not None or module.activation is not None:
+        what = how.transform or "a quantized input"
+        raise ValueError(f"{name} must have neither transform nor quantized inputs for GGUF, got {what}")
+    found = integers(module)
+    check_exact(name, found.scale, torch.float16)
+    low, high = range_of(how.grid)
+    fitting = [
+        key for key, one in BLOCKS.items()
+        if one.holds(low, high, bool(how.grid.offset)) and found.group % one.size == 0
+    ]  # fmt: skip
+    if not fitting or (asked is not None and asked not in fitting):
+        sizes = ", ".join(f"{key} of {one.size}" for key, one in BLOCKS.items())
+        raise ValueError(
+            f"{name} must fit a block of GGUF{'' if asked is None else ' ' + asked}, got {how.grid} with groups"
+            f" of {found.group}: blocks that hold the grid must divide a group ({sizes}), got"
+            f" {', '.join(fitting) or 'none'} that would"
+        )
+    return BLOCKS[asked or fitting[0]]
+
+
+def encoded(module: QuantizedModule, block: Block, order: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Rows of blocks, in the order of the file."""
+    found = integers(module)
+    scale = found.scale.expand(found.numbers.shape[0], -1)
+    return np.ascontiguousarray(block.encode(_numpy(found.numbers)[order], _numpy(scale)[order]))
+
+
+def _numpy(t: Tensor) -> NDArray[Any]:
+    found: NDArray[Any] = t.numpy()
+    return found
+
+
+def order_of(name: str, rows: int, config: Any) -> NDArray[np.int64]:
+    """Rows as llama.cpp wants them: of q and k, transformers' halves of a head become pairs."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        name.rpartition(".")[2]
+    )
+    found = np.arange(rows)
+    return found if heads is None else found.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def describe(writer: Any, config: Any, tokenizer: str, file_type: int, library: Any) -> None:
+    """What stands in the file beside its tensors."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_file_type(file_type)
+    if tokenizer == "none":
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<0x{i:02X}>".encode() for i in range(256)])  # a token's number is its byte
+    writer.add_token_scores([0.0] * 256)
+    writer.add_token_types([library.TokenType.BYTE] * 256)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)

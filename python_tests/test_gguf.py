@@ -1,0 +1,171 @@
+"""GGUF files, by a reader and decoders of their own: each block holds Q(weight), bit for bit."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exported import GRIDS, llama, mlp, quantizer, spans, values_of
+
+import fogzo_kernels as fk
+from fogzo_kernels import export
+
+
+def gguf_of(path):
+    """Type, shape and bytes of each tensor, as the format's description has them."""
+    data, at = Path(path).read_bytes(), 0
+
+    def take(form):
+        nonlocal at
+        found = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return found[0] if len(found) == 1 else found
+
+    def text():
+        nonlocal at
+        length = take("Q")
+        at += length
+        return data[at - length : at].decode()
+
+    def value(kind):
+        forms = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+        if kind == 8:
+            return text()
+        if kind == 9:
+            kind, count = take("I"), take("Q")
+            return [value(kind) for _ in range(count)]
+        return take(forms[kind])
+
+    assert data[:4] == b"GGUF"
+    at = 4
+    version, tensors, pairs = take("I"), take("Q"), take("Q")
+    assert version == 3
+    known = {}
+    for _ in range(pairs):
+        name = text()
+        known[name] = value(take("I"))
+    infos = {}
+    for _ in range(tensors):
+        name = text()
+        shape = [take("Q") for _ in range(take("I"))][::-1]
+        infos[name] = shape, take("I"), take("Q")
+    start = -(-at // 32) * 32
+    sizes = {0: (1, 4), 2: (32, 18), 8: (32, 34), 10: (256, 84), 35: (256, 66), 41: (128, 18), 42: (64, 18)}
+    found = {}
+    for name, (shape, kind, offset) in infos.items():
+        size, count = sizes[kind]
+        length = int(np.prod(shape)) // size * count
+        raw = np.frombuffer(data, np.uint8, length, start + offset)
+        found[name] = DECODERS[kind](raw.reshape(-1, count)).reshape(shape)
+    return known, found
+
+
+def half(raw):
+    return raw.copy().view(np.float16).astype(np.float32)
+
+
+def pairs_of(raw, steps):
+    """2-bit codes of which ``steps`` lie in one byte, 32 bytes at a time."""
+    parts = raw.reshape(len(raw), -1, 1, 32)
+    return (
+        np.concatenate([(parts >> 2 * i) & 3 for i in range(steps)], 2).reshape(len(raw), -1).astype(np.float32)
+    )
+
+
+def two_bits(raw):
+    return np.stack([(raw >> 2 * i) & 3 for i in range(4)], -1).reshape(len(raw), -1).astype(np.float32)
+
+
+def k_quant(b):
+    scale, least = (np.repeat(part.astype(np.float32), 16, 1) for part in (b[:, :16] & 15, b[:, :16] >> 4))
+    return half(b[:, 80:82]) * scale * pairs_of(b[:, 16:80], 4) - half(b[:, 82:]) * least
+
+
+DECODERS = {
+    0: lambda b: b.copy().view(np.float32),
+    2: lambda b: half(b[:, :2]) * (np.concatenate([b[:, 2:] & 15, b[:, 2:] >> 4], 1).astype(np.float32) - 8),
+    8: lambda b: half(b[:, :2]) * b[:, 2:].copy().view(np.int8),
+    10: k_quant,
+    35: lambda b: half(b[:, 64:]) * (pairs_of(b[:, :64], 4) - 1),
+    41: lambda b: half(b[:, :2]) * (np.unpackbits(b[:, 2:], 1, bitorder="little") * 2.0 - 1).astype(np.float32),
+    42: lambda b: half(b[:, :2]) * (two_bits(b[:, 2:]) - 1),
+}
+#: Of each grid, the blocks that hold it.
+HELD_BY = {
+    "uniform(2)": ["Q2_0", "TQ2_0", "Q4_0", "Q8_0"], "uniform(4)": ["Q4_0", "Q8_0"], "uniform(8)": ["Q8_0"],
+    "ternary": ["Q2_0", "TQ2_0"], "sign": ["Q1_0", "Q2_0"], "half_offset(1)": ["Q1_0"],
+    "half_offset(2)": ["Q2_K", "Q4_0", "Q8_0"], "half_offset(4)": ["Q8_0"],
+}  # fmt: skip
+NAMES = {
+    "blk.0.attn_q": "self_attn.q_proj", "blk.0.attn_k": "self_attn.k_proj", "blk.0.attn_v": "self_attn.v_proj",
+    "blk.0.attn_output": "self_attn.o_proj", "blk.0.ffn_up": "mlp.up_proj", "blk.0.ffn_down": "mlp.down_proj",
+    "blk.0.ffn_gate": "mlp.gate_proj",
+}  # fmt: skip
+
+
+def pairs(weight, heads):
+    """Rows of q and k as llama.cpp has them: of a head, those of both halves in turns."""
+    size = weight.shape[0] // heads
+    order = [h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return weight[order]
+
+
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+@pytest.mark.parametrize(
+    ("name", "block"), [(name, block) for name, blocks in HELD_BY.items() for block in (None, *blocks)]
+)
+def test_blocks_hold_q_of_the_weight(name, block, scale, tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    model = llama(quantizer(GRIDS[name], scale), hidden=256)
+    export.freeze_scales_(model, torch.float16)
+    assert spans(model)
+    export.gguf(model, tmp_path / "out.gguf", block=block)
+    known, found = gguf_of(tmp_path / "out.gguf")
+    assert known["general.architecture"] == "llama"
+    assert known["llama.attention.head_count_kv"] == 2
+    for target, source in NAMES.items():
+        expected = values_of(model.model.layers[0].get_submodule(source))
+        heads = {"blk.0.attn_q": 4, "blk.0.attn_k": 2}.get(target)
+        expected = expected if heads is None else pairs(expected, heads)
+        assert np.array_equal(found[f"{target}.weight"], expected.numpy()), target
+    plain_ones = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
+    for target, source in plain_ones.items():
+        expected = model.get_submodule(source).weight.detach().numpy()
+        assert np.array_equal(found[f"{target}.weight"], expected)
+
+
+def test_groups_embeddings_tied_heads_and_bytes(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    model = llama(fk.presets.lsq(2, 64), tie=True, skip=())
+    export.freeze_scales_(model, torch.float16)
+    export.gguf(model, tmp_path / "out.gguf", tokenizer="bytes")
+    known, found = gguf_of(tmp_path / "out.gguf")
+    assert np.array_equal(found["token_embd.weight"], values_of(model.model.embed_tokens).numpy())
+    assert "output.weight" not in found
+    assert known["tokenizer.ggml.tokens"][65] == "<0x41>"
+    assert known["general.file_type"] == 41
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": "Q2_K"}, "q_proj must fit a block of GGUF Q2_K, got Grid"),
+        ({"block": "Q3"}, "block must be None or one of Q1_0, Q2_0, TQ2_0, Q2_K, Q4_0, Q8_0, got 'Q3'"),
+        ({"tokenizer": "bpe"}, "tokenizer must be one of none, bytes, got 'bpe'"),
+    ],
+)
+def test_what_gguf_cannot_hold_is_named(options, message, tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    model = llama(quantizer(GRIDS["uniform(2)"]))
+    with pytest.raises(ValueError, match=r"q_proj.alpha must be a number of .*float16"):
+        export.gguf(model, tmp_path / "out.gguf")
+    export.freeze_scales_(model, torch.float16)
+    with pytest.raises(ValueError, match=message):
+        export.gguf(model, tmp_path / "out.gguf", **options)
+    rotated = llama(quantizer(GRIDS["uniform(2)"], transform=fk.Hadamard(32)))
+    with pytest.raises(ValueError, match="must have neither transform nor quantized inputs for GGUF"):
+        export.gguf(rotated, tmp_path / "out.gguf")
+    with pytest.raises(TypeError, match="model must be a LlamaForCausalLM of transformers, got Sequential"):
+        export.gguf(mlp(GRIDS["uniform(2)"], "row"), tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
