@@ -14,12 +14,13 @@ transformers_PACKAGES := transformers
 loops_PACKAGES := accelerate lightning
 export_PACKAGES := compressed-tensors gguf
 test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors
+llama-cpp_PACKAGES := llama-cpp-python
 lint_PACKAGES := ruff mypy clang-format check-jsonschema
 package_PACKAGES := build twine
 TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transformers $(VENV)/has-loops \
   $(VENV)/has-export $(VENV)/has-demo
 
-.PHONY: demo test lint format bench gpu fuzz sanitize package clean
+.PHONY: demo test test-gguf lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one pip at a time
 
@@ -29,6 +30,10 @@ demo: $(VENV)/built $(VENV)/has-demo
 # one test at a time to each worker, the long ones first: see conftest.py
 test: $(TESTABLE)
 	$(BIN)/python -m pytest -n auto --maxschedchunk 1
+
+# llama.cpp is built for it, which takes minutes
+test-gguf: $(TESTABLE) $(VENV)/has-llama-cpp
+	$(BIN)/python -m pytest -s python_tests/test_llama_cpp.py
 
 lint: $(VENV)/has-lint
 	$(BIN)/ruff check .

@@ -190,8 +190,8 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
         TypeError, ValueError, RuntimeError: an argument is wrong, or a scale does not fit a weight; nothing has
             changed then.
     """
-    reshard(model)
     modules = _quantized(model, "calibrate")
+    reshard(model)
     if scale is not None:
         checks.instance("scale", scale, Scale)
         if any(LearnedScale in (type(scale), type(m.quantizer.scale)) for m in modules):
