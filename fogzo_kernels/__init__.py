@@ -5,7 +5,7 @@ Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Infor
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import functional
 from .backends import available_backends
@@ -58,8 +58,12 @@ __all__ = [
 __all__ += functional.__all__
 
 
-def __getattr__(name: str) -> Any:
-    """``export`` takes libraries that training does not need: it is imported when it is asked for."""
-    if name == "export":
-        return importlib.import_module(".export", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from . import export as export
+else:
+
+    def __getattr__(name: str) -> Any:
+        """``export`` takes libraries that training does not need: it is imported when it is asked for."""
+        if name == "export":
+            return importlib.import_module(".export", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

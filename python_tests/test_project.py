@@ -39,7 +39,9 @@ def test_one_python_version():
         assert re.findall(r'python-version: "(.*)"', text) == [f"3.{minor}"]
 
 
-@pytest.mark.parametrize("name", ["demo", "triton", "transformers", "loops", "test", "lint", "package"])
+@pytest.mark.parametrize(
+    "name", ["demo", "triton", "transformers", "loops", "export", "llama-cpp", "test", "lint", "package"]
+)
 def test_make_installs_what_the_extra_names(name):
     extra = [re.match(r"[\w-]+", package)[0] for package in EXTRAS[name]]
     assert packages(name) == [package for package in extra if package != "fogzo_kernels"]
