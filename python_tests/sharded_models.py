@@ -97,6 +97,22 @@ def made(case, sharded=lambda model: None, before=True):
     return model
 
 
+def with_inputs(sharded=lambda model: None):
+    """Learned scales of inputs, too, whose gradients FSDP does not see; and a pull to the grid."""
+    torch.manual_seed(0)
+    model = Net()
+    fk.quantize_model(model, fk.presets.lsq(2, "row"), activation=fk.presets.lsq(4))
+    fk.calibrate_inputs_(model, lambda: model(batch_of(0)[0]))
+    model.norm.reset_running_stats()
+    sharded(model)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    optimizer = optimizer_of(model, fogzo)
+    fk.GridPull(model, optimizer, 1.0)
+    tokens, labels = batch_of(0)
+    found = fogzo.check(lambda: F.cross_entropy(model(tokens), labels))
+    return train(model, "fixed", fogzo=fogzo, optimizer=optimizer), values_of(model), found
+
+
 def batch_of(step, rows=slice(None)):
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(13, (8,), generator=generator)
@@ -128,6 +144,9 @@ def optimizer_of(model, fogzo):
 
 
 def values_of(model):
-    """All parameters and buffers, whole."""
-    state = {name: whole(t) for name, t in model.state_dict().items()}
-    return {name: t.clone() for name, t in state.items()}
+    """All parameters and buffers, whole, and what it says in evaluation."""
+    state = {name: whole(t).clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        state["logits"] = model.eval()(batch_of(99)[0])
+    model.train()
+    return state

@@ -8,7 +8,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from processes import needs_gloo, spawned
-from sharded_models import CASES, ONLY_BEFORE, STEPS, batch_of, made, optimizer_of, train, values_of
+from sharded_models import (
+    CASES,
+    ONLY_BEFORE,
+    STEPS,
+    batch_of,
+    made,
+    optimizer_of,
+    train,
+    values_of,
+    with_inputs,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -73,6 +83,19 @@ def test_many_processes_have_the_bits_of_one(tmp_path, processes):
             for name in values:
                 torch.testing.assert_close(values[name], state[name], **close, msg=f"{case} {how}: {name}")
             assert losses[-1] < losses[0]
+
+
+def of_inputs(rank):
+    return with_inputs(shard)
+
+
+def test_inputs_checks_and_a_pull(tmp_path):
+    expected, state, said = with_inputs()
+    assert said == []
+    for losses, values, found in spawned(of_inputs, tmp_path):
+        assert found == said
+        assert losses == expected
+        assert all(torch.equal(values[name], state[name]) for name in values)
 
 
 # ---- each process with a batch of its own
