@@ -34,7 +34,7 @@ FLOORS = {
               "__init__ groups fused adamw sgd pull"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
     "export": (("spec", "ops.checks", "functional", "nn", "integrations.transformers"),
-               "files integers blocks plain compressed llama freeze __init__ __main__"),
+               "files integers blocks ao plain compressed llama freeze __init__ __main__"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim", "export"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip

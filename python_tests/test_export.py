@@ -88,6 +88,36 @@ def test_what_compressed_tensors_cannot_hold_is_named(tmp_path):
     assert (tmp_path / "mine").read_text() == "kept"
 
 
+# ---- torchao
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", GRIDS)
+def test_torchao_has_the_same_outputs(name, dtype):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    for scale in SCALES:
+        model = llama(quantizer(GRIDS[name], scale), dtype=dtype)
+        export.freeze_scales_(model, dtype)
+        expected = logits(model)
+        assert export.torchao(model) is model
+        up = model.model.layers[0].mlp.up_proj
+        assert type(up) is nn.Linear
+        assert type(up.weight.data).__name__ == "IntxUnpackedToInt8Tensor"
+        assert torch.equal(logits(model), expected), scale
+
+
+def test_what_torchao_cannot_hold_is_named():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    two = quantizer(GRIDS["uniform(2)"])
+    model = llama(two, skip=("lm_head",))
+    with pytest.raises(ValueError, match="embed_tokens must fit torchao's tensor: it stands for linear layers"):
+        export.torchao(model)
+    assert isinstance(model.model.layers[0].mlp.up_proj, fk.QuantLinear)
+    rotated = llama(quantizer(GRIDS["uniform(2)"], transform=fk.Hadamard(32)))
+    with pytest.raises(ValueError, match="it has neither transforms nor these inputs, got Hadamard"):
+        export.torchao(rotated)
+
+
 # ---- plain safetensors
 
 

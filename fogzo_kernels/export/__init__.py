@@ -1,8 +1,9 @@
 """What was trained here, in files that others load; each on the library that owns its format."""
 
+from .ao import torchao
 from .compressed import compressed_tensors
 from .freeze import freeze_scales_
 from .llama import gguf
 from .plain import load, safetensors
 
-__all__ = ["compressed_tensors", "freeze_scales_", "gguf", "load", "safetensors"]
+__all__ = ["compressed_tensors", "freeze_scales_", "gguf", "load", "safetensors", "torchao"]

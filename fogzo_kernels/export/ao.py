@@ -1,0 +1,67 @@
+"""torchao: codes in its tensor subclass, for torch.export and what torchao lowers to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.linear import QuantLinear
+from ..nn.quantized import QuantizedModule
+from .integers import check_exact, quantized_in
+
+
+@torch.no_grad()
+def torchao(model: nn.Module) -> nn.Module:
+    """Turn quantized linear layers into plain ones whose weights are torchao's ``IntxUnpackedToInt8Tensor``.
+
+    A code takes a byte, and a grid with an offset has a zero point of minus that. Outputs are those of the model,
+    bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to go on training it.
+
+    Args:
+        model: as :func:`quantize_model` made it, all of whose quantized modules are linear.
+
+    Returns:
+        ``model``, in place; where it is a quantized layer itself, that layer, now a plain one.
+
+    Raises:
+        TypeError, ValueError: torchao's tensor cannot hold a module; the message names it and the reason.
+            Nothing has changed then.
+        ModuleNotFoundError: ``torchao`` is not installed.
+    """
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    modules = quantized_in(model)
+    plan: list[tuple[QuantizedModule, Any]] = []
+    for name, m in modules.items():
+        check_fits(name, m)
+        codes, grid, weight = m.codes(), m.quantizer.grid, m.weight
+        delta = m.alpha.detach() * grid.r
+        check_exact(name, delta, weight.dtype)
+        rows, columns = weight.shape
+        delta = delta.reshape(1 if delta.numel() == 1 else rows, -1)
+        block = [rows // delta.shape[0], columns // delta.shape[1]]
+        zero = torch.full_like(delta, -grid.offset)
+        bits = max((grid.levels - 1).bit_length(), 2)
+        plan.append((m, IntxUnpackedToInt8Tensor(
+            codes, delta.to(weight.dtype), zero.to(weight.dtype), getattr(torch, f"int{bits}"), block,
+            weight.dtype, None,
+        )))  # fmt: skip
+    for m, found in plan:
+        m.to_plain()
+        m.weight = nn.Parameter(found, requires_grad=False)
+    return model
+
+
+def check_fits(name: str, module: QuantizedModule) -> None:
+    """Raise unless torchao's tensor can stand for a module's weight."""
+    reason = None
+    if not isinstance(module, QuantLinear):
+        reason = f"it stands for linear layers, got {type(module).__name__}"
+    elif module.quantizer.transform is not None or module.activation is not None:
+        reason = (
+            f"it has neither transforms nor these inputs, got {module.quantizer.transform or 'quantized ones'}"
+        )
+    if reason is not None:
+        raise ValueError(f"{name} must fit torchao's tensor: {reason}")
