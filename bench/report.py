@@ -210,7 +210,9 @@ SECTIONS = {
     "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),
     "quality": Section(
-        "docs/evidence.md", (f"{RESULTS}/quality.json", f"{RESULTS}/quality-more.json"), of_quality
+        "docs/evidence.md",
+        tuple(f"{RESULTS}/{name}.json" for name in ("quality", "quality-more", "quality-pull")),
+        of_quality,
     ),
     "quality-again": Section("docs/evidence.md", (f"{RESULTS}/quality-again.json",), of_verdicts),
     "sweep": Section("docs/evidence.md", (f"{RESULTS}/sweep.json",), of_sweep),

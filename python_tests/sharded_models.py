@@ -27,10 +27,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Tied embedding and head, BatchNorm, one block that is checkpointed."""
 
-    def __init__(self):
+    def __init__(self, width=5):
         super().__init__()
         self.embed = nn.Embedding(13, 16)
-        self.blocks = nn.ModuleList([Block(5), Block(16)])
+        self.blocks = nn.ModuleList([Block(width), Block(16 if width == 5 else width)])
         self.norm = nn.BatchNorm1d(16)
         self.head = nn.Linear(16, 13, bias=False)
         self.head.weight = self.embed.weight

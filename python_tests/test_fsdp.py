@@ -12,6 +12,7 @@ from sharded_models import (
     CASES,
     ONLY_BEFORE,
     STEPS,
+    Net,
     batch_of,
     made,
     optimizer_of,
@@ -27,10 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.sharded import local
+from fogzo_kernels.nn.sharded import local, whole
 
 pytestmark = needs_gloo
 #: Of these the sums of a scale or its gradient are made in another order than in one process.
@@ -300,6 +302,8 @@ def messages(rank):
     says("columns", ValueError, lambda: fk.Fogzo(made("fixed", by_columns), **options))
     says("alone", ValueError, lambda: fk.Fogzo(made("fixed", shard), loss_reduction=None, **options))
     says("by itself", ValueError, lambda: made("images", shard, before=False))
+    says("measured", ValueError, lambda: fk.Fogzo(made("ternary", cut, before=False), **options))
+    says("cut", ValueError, lambda: fk.Fogzo(made("learned row", cut), **options))
     model = made("fixed", shard)
     says("part", RuntimeError, lambda: model.blocks[0].up(torch.randn(2, 16)))
     says("probe", RuntimeError, lambda: setattr(model.blocks[0].up, "probe", torch.randn(5, 16)))
@@ -317,6 +321,9 @@ def test_what_cannot_be_is_said(tmp_path):
         assert found["columns"].startswith("embed.weight must be sharded by its rows")
         assert found["alone"] == "loss_reduction must be 'mean' or 'sum' for a sharded model, got None"
         assert found["by itself"].startswith("model must be quantized before fully_shard is given one")
+        parallel = "blocks.0.up.weight must be, for tensor parallelism, "
+        assert found["measured"].startswith(f"{parallel}with a fixed or learned scale, got Scale.absmax()")
+        assert found["cut"].startswith(f"{parallel}quantized after parallelize_module")
         assert found["part"].startswith("weight must be gathered before it is used")
         assert found["probe"].startswith("probe must not be set under fully_shard")
         assert found["plain"].startswith("model must not be under fully_shard to be dequantized")
@@ -390,3 +397,45 @@ def test_a_checkpoint_of_two_processes_goes_on_in_any_number(tmp_path):
         ):
             assert losses == expected
             assert all(torch.equal(values[name], t) for name, t in values_of(model).items())
+
+
+# ---- tensor parallelism
+
+
+def cut(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def in_parts(scale, rank):
+    return parallel_run(scale, cut)
+
+
+def parallel_run(scale, sharded=lambda model: None):
+    torch.manual_seed(0)
+    model = Net(16)
+    for block in model.blocks:
+        block.dropout.p = 0.0  # between the two layers each process would draw for its columns
+    sharded(model)
+    fk.quantize_model(model, fk.presets.lsq(2, scale), skip=["embed", "head"])
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    optimizer = optimizer_of(model, fogzo)
+    losses = train(model, "learned row", fogzo=fogzo, optimizer=optimizer)
+    tokens, labels = batch_of(0)
+    optimizer.zero_grad()
+    F.cross_entropy(model(tokens), labels).backward()  # plain straight-through, outside a step
+    grads = {name: whole(p.grad) for name, p in model.named_parameters()}
+    return losses, values_of(model), grads
+
+
+@pytest.mark.parametrize("scale", ["tensor", "row", 8])
+def test_tensor_parallelism(tmp_path, scale):
+    """Rows of one layer and columns of the next on each process: the noise of one, up to float's sums."""
+    expected, state, grads = parallel_run(scale)
+    for losses, values, found in spawned(functools.partial(in_parts, scale), tmp_path):
+        torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+        for name in [name for name in values if name.endswith((".weight", ".alpha"))]:
+            torch.testing.assert_close(values[name], state[name], rtol=1e-2, atol=1e-3, msg=name)
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, grads[name], rtol=1e-2, atol=1e-4, msg=name)

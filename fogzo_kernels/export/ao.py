@@ -16,8 +16,8 @@ from .integers import check_exact, quantized_in
 def torchao(model: nn.Module) -> nn.Module:
     """Turn quantized linear layers into plain ones whose weights are torchao's ``IntxUnpackedToInt8Tensor``.
 
-    A code takes a byte, and a grid with an offset has a zero point of minus that. Outputs are those of the model,
-    bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to go on training it.
+    A code takes a byte, and a grid with an offset has a zero point of minus that. Outputs are those of the
+    model, bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to train on.
 
     Args:
         model: as :func:`quantize_model` made it, all of whose quantized modules are linear.

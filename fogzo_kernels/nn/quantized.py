@@ -17,9 +17,10 @@ from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from .held import Deferred, Held
 from .inputs import quantized_input, rotated
+from .parallel import as_parts, part_and_alpha
 from .saved import EXTRA_STATE, quantizers_as_state, saved_quantizers
 from .scales import HELD, alpha_of, hold_alphas, measure_
-from .sharded import ShardedRows, attach, whole
+from .sharded import ShardedRows, attach, attach_again, local, whole
 
 if TYPE_CHECKING:
     from typing import Self
@@ -122,7 +123,6 @@ class QuantizedModule(nn.Module):
             module.register_parameter("input_alpha", nn.Parameter(none))
             module.register_buffer("input_alpha_least", none.clone())
         module.lay_out()
-        attach(module)
         return module
 
     @torch.no_grad()
@@ -202,29 +202,35 @@ class QuantizedModule(nn.Module):
         """
         if self.sharded is not None:
             return self.sharded.rows(self)
+        held, weight = self.held, self.weight
+        if held is not None and held.weight is not weight:
+            raise RuntimeError(
+                "weight must be the parameter that Fogzo perturbs, inside a pass, got another tensor:"
+                " functional_call with other weights, say, would run with values that are not theirs"
+            )
+        if local(weight) is weight:
+            return self._quantized(weight, self.alpha)
+        return as_parts(weight, self._quantized(*part_and_alpha(self, watched=held is None)))
+
+    def _quantized(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """Rows of a weight, or of the part of it that is here, with its scales."""
         held = self.held
-        if held is not None:
-            if held.weight is not self.weight:
-                raise RuntimeError(
-                    "weight must be the parameter that Fogzo perturbs, inside a pass, got another tensor:"
-                    " functional_call with other weights, say, would run with values that are not theirs"
-                )
-            if held.probe:
-                return held.values(self.alpha, self.quantizer.grid)
+        if held is not None and held.probe:
+            return held.values(alpha, self.quantizer.grid)
         learned = isinstance(self.quantizer.scale, LearnedScale)
         if self.alpha.requires_grad and not learned:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
         if held is not None and held.deferred:
-            found: Tensor = Deferred.apply(self.rows(self.weight), self.alpha, held.rows)
+            found: Tensor = Deferred.apply(self.rows(weight), alpha, held.rows)
             return found
-        rows = self.rows(self.weight).contiguous()
+        rows = self.rows(weight).contiguous()
         if learned and held is None:
             hold_alphas([self], ("alpha",))
         elif held is None:
             self._measure(rows)
         return quantize(
             rows,
-            self.alpha,
+            alpha,
             alpha_factor=self.alpha_factor if learned else 1.0,
             grid=self.quantizer.grid,
             straight_through=self.quantizer.straight_through,
@@ -330,7 +336,7 @@ class QuantizedModule(nn.Module):
                 now.data = before[name].to(now.device)
             if before[name].is_meta and not now.is_meta:  # it had no value: not to be taken for one
                 now.detach().fill_(math.nan)
-        attach(self)
+        attach_again(self)
         return self
 
     def own_tensors(self) -> list[str]:
@@ -414,7 +420,7 @@ class QuantizedModule(nn.Module):
         )
         missing_keys += [key for key in missing if not (plain and key in added)]
         self.lay_out()
-        attach(self)
+        attach_again(self)
         if plain and prefix + "weight" in state_dict and len(error_msgs) == failed:
             try:
                 self._loaded_plain()

@@ -108,6 +108,10 @@ class ShardedRows:
             return tensor
         return tensor[self.first : self.first + local(self.weight).shape[0]]
 
+    def put(self, tensor: Tensor, own: Tensor) -> None:
+        """Write what belongs to these rows."""
+        self.own(tensor).copy_(own)
+
     @property
     def layout(self) -> tuple[int, int, int]:
         """Where the rows lie among the weight's elements (docs/contract.md, section 2)."""
@@ -223,6 +227,12 @@ def attach(module: QuantizedModule) -> None:
     object.__setattr__(module, "sharded", rows)
 
 
+def attach_again(module: QuantizedModule) -> None:
+    """The same where the shard may have been made anew."""
+    if module.sharded is not None:
+        attach(module)
+
+
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """Those that ``fully_shard`` was given."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -241,7 +251,11 @@ def begin_anew(model: nn.Module) -> None:
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [state._fsdp_param_group] if groups is None else groups:
             for parameter in group.fsdp_params if group is not None else ():
-                if hasattr(local(parameter.sharded_param), HOOKS[0]):
+                info = parameter._module_info
+                owners = [m for m in (info.module, *info.shared_modules) if hasattr(m, "sharded")]
+                for module in owners if info.param_name == "weight" else ():
+                    attach(module)
+                if owners and hasattr(local(parameter.sharded_param), HOOKS[0]):
                     parameter._init_extensions()
                     parameter.all_gather_outputs = []
                     parameter.__dict__.pop("_unsharded_param", None)

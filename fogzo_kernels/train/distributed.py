@@ -30,6 +30,7 @@ class Peers:
         process_group: says which it is otherwise, or None.
         reduction: of losses over it: ``"mean"``, ``"sum"``, or None where this process trains alone.
         groups: of a sharded model, one for each dimension of its mesh.
+        alike: whether these have one batch, and so one loss, as under tensor parallelism.
 
     Raises:
         ValueError: ``reduction`` is another, a group has no use, or it is not known.
@@ -37,7 +38,7 @@ class Peers:
 
     def __init__(
         self, model: nn.Module, process_group: dist.ProcessGroup | None, reduction: str | None,
-        groups: Sequence[dist.ProcessGroup],
+        groups: Sequence[dist.ProcessGroup], alike: bool,
     ) -> None:  # fmt: skip
         if reduction not in REDUCTIONS:
             raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {reduction!r}")
@@ -47,6 +48,7 @@ class Peers:
             raise ValueError("loss_reduction must be 'mean' or 'sum' for a sharded model, got None")
         parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self.process_group, self.reduction = process_group, reduction
+        self._alike = alike
         self._parallel, self._sharded_over = parallel[0] if parallel else None, list(groups)
         self.due = True  # whether the coming step looks at what the others have
         self._static = (0, 0)  # digests of what stays, as of the last look
@@ -79,7 +81,7 @@ class Peers:
         """Losses of a step become those of the group, in place."""
         for group in self.groups:
             dist.all_reduce(losses, group=group)
-            if self.reduction == "mean":
+            if self.reduction == "mean" or self._alike:
                 losses /= dist.get_world_size(group)
 
     @torch.no_grad()

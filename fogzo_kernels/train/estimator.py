@@ -123,7 +123,9 @@ class Fogzo:
             )
         self._both_probes = both_probes
         self._sharding = Sharding(model, self.weights, loss_reduction)
-        self._peers = Peers(model, process_group, loss_reduction, self._sharding.groups)
+        self._peers = Peers(
+            model, process_group, loss_reduction, self._sharding.groups, self._sharding.parallel
+        )
         select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)

@@ -9,7 +9,18 @@ from torch import Tensor
 from .weights import QuantizedWeight
 
 #: Nodes of the autograd graph that show the same elements in another shape.
-VIEWS = ("Permute", "View", "T", "Transpose", "ReshapeAlias", "Clone", "UnsafeView", "Unsqueeze", "Squeeze")
+VIEWS = (
+    "Permute",
+    "View",
+    "T",
+    "Transpose",
+    "ReshapeAlias",
+    "Clone",
+    "UnsafeView",
+    "Unsqueeze",
+    "Squeeze",
+    "_ToTorchTensor",
+)
 #: Parts of the names of nodes that may read a weight: the quantizer's own, and a compiled graph, which is
 #: opaque and not looked into.
 ALLOWED = ("fogzo_quantize", "QuantizedBackward", "DeferredBackward", "CompiledFunction", "ApplyTemplate")

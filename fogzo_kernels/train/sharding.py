@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..nn.parallel import Part
 from ..nn.quantized import QuantizedModule
 from ..nn.sharded import fsdp_modules, local, reshard
 from .weights import QuantizedWeight
@@ -76,9 +78,47 @@ class ShardedWeight(QuantizedWeight):
         self.shard.release()
 
 
+class ParallelWeight(QuantizedWeight):
+    """A quantized weight under tensor parallelism, of which this process has, and multiplies by, a part."""
+
+    def __init__(self, name: str, module: QuantizedModule) -> None:
+        super().__init__(name, module)
+        self.shard = Part.of(name, module)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return super().rows(local(tensor))
+
+    @property
+    def latent(self) -> Tensor:
+        return self.rows(self.parameter).detach()
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.shard.own(super().alpha)
+
+    @property
+    def alike(self) -> list[Tensor]:
+        return [m.alpha.detach() for m in self.modules[:1]]
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        return self.shard.layout
+
+    def guide(self) -> Tensor | None:
+        grad = self.parameter.grad
+        return None if grad is None else self.rows(grad)
+
+    @property
+    def unwatched(self) -> bool:
+        return True
+
+
 def weight_of(name: str, module: QuantizedModule) -> QuantizedWeight:
     """A weight as a step has it."""
-    return QuantizedWeight(name, module) if module.sharded is None else ShardedWeight(name, module)
+    if module.sharded is not None:
+        return ShardedWeight(name, module)
+    plain = local(module.weight) is module.weight
+    return QuantizedWeight(name, module) if plain else ParallelWeight(name, module)
 
 
 class Sharding:
@@ -94,24 +134,29 @@ class Sharding:
     """
 
     def __init__(self, model: nn.Module, weights: Sequence[QuantizedWeight], reduction: str | None) -> None:
-        sharded = [w for w in weights if isinstance(w, ShardedWeight)]
+        sharded = [w for w in weights if isinstance(w, ShardedWeight | ParallelWeight)]
         self._model, self._shard = model, sharded[0].shard if sharded else None
         self._mean, self._inputs = reduction == "mean", list[Tensor]()
+        self.parallel = any(isinstance(w, ParallelWeight) for w in sharded)
+        self._mesh: Any = None
         if not sharded:
             return
-        other = next((w.name for w in weights if not isinstance(w, ShardedWeight)), None)
+        other = next((w.name for w in weights if type(w) is not type(sharded[0])), None)
         if other is not None:
+            how = "parallelize_module" if self.parallel else "fully_shard"
             raise ValueError(
-                f"model must have all its quantized weights under fully_shard, got {sharded[0].name} that is"
+                f"model must have all its quantized weights under {how}, got {sharded[0].name} that is"
                 f" and {other} that is not"
             )
-        mesh = sharded[0].shard.weight.device_mesh
-        for w in sharded:
-            if w.shard.weight.device_mesh != mesh:
+        meshes = [(w.name, w.parameter.device_mesh) for w in sharded]  # type: ignore[attr-defined]
+        self._mesh = meshes[0][1]
+        for name, mesh in meshes:
+            if mesh != self._mesh:
                 raise ValueError(
-                    f"model must be sharded over one mesh, got {mesh} for {sharded[0].name} and"
-                    f" {w.shard.weight.device_mesh} for {w.name}"
+                    f"model must be sharded over one mesh, got {self._mesh} for {meshes[0][0]} and {mesh} for"
+                    f" {name}"
                 )
+        for w in sharded:
             for m in w.modules:
                 _check_module(w.name, m)
         self._inputs = [m.input_alpha for w in sharded for m in w.modules if "input_alpha" in m._parameters]
@@ -119,12 +164,11 @@ class Sharding:
     @property
     def groups(self) -> list[dist.ProcessGroup]:
         """The processes that train the model, one group for each dimension of its mesh."""
-        mesh = self._shard.weight.device_mesh if self._shard is not None else None
-        return [] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim)]
+        return [] if self._mesh is None else [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
 
     def between_passes(self, failed: bool = False) -> None:
         """Free what a pass gathered: the next one has other values."""
-        if self._shard is None:
+        if self._shard is None or self.parallel:
             return
         for module in fsdp_modules(self._model) if failed else ():
             if module._get_fsdp_state()._is_root:
@@ -167,12 +211,12 @@ def _check_module(name: str, module: QuantizedModule) -> None:
 @torch.no_grad()
 def over_shards(weights: Sequence[QuantizedWeight], found: list[Tensor]) -> list[Tensor]:
     """Gradients of alphas, of which a process has found what its rows add: summed over processes, and whole."""
-    sharded = [w for w in weights if isinstance(w, ShardedWeight)]
+    sharded = [w for w in weights if isinstance(w, ShardedWeight | ParallelWeight)]
     if not sharded:
         return found
     every = [torch.zeros_like(w.modules[0].alpha) for w in sharded]
     for w, one, own in zip(sharded, every, found, strict=True):
-        w.shard.own(one).copy_(own)
+        w.shard.put(one, own)
     flat = torch.cat([one.view(-1) for one in every])
     dist.all_reduce(flat, group=sharded[0].shard.group)
     parts = flat.split([one.numel() for one in every])
