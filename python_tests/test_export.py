@@ -258,6 +258,15 @@ def test_frozen_scales_are_numbers_of_the_dtype(dtype):
         export.freeze_scales_(model, torch.int8)
 
 
+def test_a_frozen_model_is_saved_and_loaded(tmp_path):
+    import fogzo_kernels.integrations.transformers  # noqa: F401  reads it
+
+    model = llama(fk.presets.lsq(2, "row"))
+    export.freeze_scales_(model, torch.float16)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
+
+
 def test_streams_of_any_width():
     for grid in GRIDS.values():
         codes = torch.randint(grid.qmin, grid.qmax + 1, (3, 13)).to(torch.int8)

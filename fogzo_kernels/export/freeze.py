@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..nn import pretrained
 from ..ops import checks
 from ..spec.scale import LearnedScale, Scale
 from .integers import quantized_in
@@ -50,3 +51,4 @@ def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
         else:
             m.alpha.copy_(alpha)
         m.quantizer = replace(m.quantizer, scale=Scale.fixed(alpha))
+    pretrained.record(model)

@@ -171,7 +171,7 @@ class Sharding:
         if self._shard is None or self.parallel:
             return
         for module in fsdp_modules(self._model) if failed else ():
-            if module._get_fsdp_state()._is_root:
+            if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):  # newer ones
                 module.reset_iter_state()
         reshard(self._model)
 
