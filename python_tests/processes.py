@@ -14,10 +14,17 @@ HEAVY = ("accelerate", "bench.evidence.train_lm", "transformers.models.llama.mod
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 
 
+def is_there(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # nor is what it is in
+        return False
+
+
 def server():
     """Starts processes that have loaded what most of them take."""
     context = multiprocessing.get_context("forkserver")
-    names = ["fogzo_kernels", "torch.distributed.fsdp", *filter(importlib.util.find_spec, HEAVY)]
+    names = ["fogzo_kernels", "torch.distributed.fsdp", *filter(is_there, HEAVY)]
     context.set_forkserver_preload(names)
     return context
 
