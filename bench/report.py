@@ -215,6 +215,7 @@ SECTIONS = {
         of_quality,
     ),
     "quality-again": Section("docs/evidence.md", (f"{RESULTS}/quality-again.json",), of_verdicts),
+    "quality-long": Section("docs/evidence.md", (f"{RESULTS}/quality-long.json",), of_quality),
     "sweep": Section("docs/evidence.md", (f"{RESULTS}/sweep.json",), of_sweep),
 }
 
