@@ -161,7 +161,7 @@ class Counting:
     def __enter__(self):
         from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 
-        self._module, self._plain = collectives, collectives.foreach_all_gather
+        self._module = collectives
         inputs = collectives._get_param_all_gather_inputs
 
         def counted(parameters):

@@ -31,10 +31,6 @@ class Integers(NamedTuple):
         """Columns that share a scale."""
         return self.numbers.shape[1] // self.scale.shape[1]
 
-    def values(self) -> Tensor:
-        """float32, (rows, columns)."""
-        return self.scale.repeat_interleave(self.group, dim=1) * self.numbers
-
 
 def factor(grid: Grid) -> float:
     """What alpha is multiplied by: odd numbers stand for codes with an offset of a half."""

@@ -11,23 +11,14 @@ from torch import Tensor, nn
 
 from ..nn.parallel import Part
 from ..nn.quantized import QuantizedModule
-from ..nn.sharded import fsdp_modules, local, reshard
+from ..nn.sharded import ShardedRows, fsdp_modules, local
 from .weights import QuantizedWeight
 
 
-class ShardedWeight(QuantizedWeight):
-    """A quantized weight of which this process holds some rows.
+class PartOfWeight(QuantizedWeight):
+    """A quantized weight of which this process has a part, as rows; scales and layout are those of the part."""
 
-    A step's ops take and write these rows, as codes; its modules run with what FSDP gathers.
-    """
-
-    takes_codes = True
-
-    def __init__(self, name: str, module: QuantizedModule) -> None:
-        super().__init__(name, module)
-        assert module.sharded is not None
-        self.shard = module.sharded
-        self.shard.check(name)
+    shard: ShardedRows | Part
 
     def rows(self, tensor: Tensor) -> Tensor:
         return super().rows(local(tensor))
@@ -48,14 +39,35 @@ class ShardedWeight(QuantizedWeight):
     def layout(self) -> tuple[int, int, int]:
         return self.shard.layout
 
+    def guide(self) -> Tensor | None:
+        grad = self.parameter.grad
+        return None if grad is None else self.rows(grad)
+
+    @property
+    def unwatched(self) -> bool:
+        """Processes exchange dL/dQ, and only then can it be made g."""
+        return True
+
+
+class ShardedWeight(PartOfWeight):
+    """One under ``fully_shard``.
+
+    A step's ops take and write its rows, as codes; its modules run with what FSDP gathers.
+    """
+
+    takes_codes = True
+    shard: ShardedRows
+
+    def __init__(self, name: str, module: QuantizedModule) -> None:
+        super().__init__(name, module)
+        assert module.sharded is not None
+        self.shard = module.sharded
+        self.shard.check(name)
+
     @property
     def still_row(self) -> int | None:
         row, here = super().still_row, local(self.parameter).shape[0]
         return None if row is None or not 0 <= row - self.shard.first < here else row - self.shard.first
-
-    def guide(self) -> Tensor | None:
-        grad = self.parameter.grad
-        return None if grad is None else self.rows(grad)
 
     def memory(self, which: int = 0) -> Tensor:
         p, found = self.latent, self._memory[which]
@@ -65,11 +77,6 @@ class ShardedWeight(QuantizedWeight):
 
     code_memory = memory
 
-    @property
-    def unwatched(self) -> bool:
-        """FSDP reduces dL/dQ, and only then can it be made g."""
-        return True
-
     def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
         self.deferred = deferred
         self.shard.hold(rows)
@@ -78,39 +85,12 @@ class ShardedWeight(QuantizedWeight):
         self.shard.release()
 
 
-class ParallelWeight(QuantizedWeight):
-    """A quantized weight under tensor parallelism, of which this process has, and multiplies by, a part."""
+class ParallelWeight(PartOfWeight):
+    """One under tensor parallelism, where this process multiplies by its part."""
 
     def __init__(self, name: str, module: QuantizedModule) -> None:
         super().__init__(name, module)
         self.shard = Part.of(name, module)
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        return super().rows(local(tensor))
-
-    @property
-    def latent(self) -> Tensor:
-        return self.rows(self.parameter).detach()
-
-    @property
-    def alpha(self) -> Tensor:
-        return self.shard.own(super().alpha)
-
-    @property
-    def alike(self) -> list[Tensor]:
-        return [m.alpha.detach() for m in self.modules[:1]]
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        return self.shard.layout
-
-    def guide(self) -> Tensor | None:
-        grad = self.parameter.grad
-        return None if grad is None else self.rows(grad)
-
-    @property
-    def unwatched(self) -> bool:
-        return True
 
 
 def weight_of(name: str, module: QuantizedModule) -> QuantizedWeight:
@@ -134,8 +114,9 @@ class Sharding:
     """
 
     def __init__(self, model: nn.Module, weights: Sequence[QuantizedWeight], reduction: str | None) -> None:
-        sharded = [w for w in weights if isinstance(w, ShardedWeight | ParallelWeight)]
-        self._model, self._shard = model, sharded[0].shard if sharded else None
+        sharded = [w for w in weights if isinstance(w, PartOfWeight)]
+        self._shard = sharded[0].shard if sharded else None
+        self._fsdp = fsdp_modules(model) if sharded else []  # none under tensor parallelism
         self._mean, self._inputs = reduction == "mean", list[Tensor]()
         self.parallel = any(isinstance(w, ParallelWeight) for w in sharded)
         self._mesh: Any = None
@@ -168,12 +149,11 @@ class Sharding:
 
     def between_passes(self, failed: bool = False) -> None:
         """Free what a pass gathered: the next one has other values."""
-        if self._shard is None or self.parallel:
-            return
-        for module in fsdp_modules(self._model) if failed else ():
+        for module in self._fsdp if failed else ():
             if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):  # newer ones
                 module.reset_iter_state()
-        reshard(self._model)
+        for module in self._fsdp:
+            module.reshard()
 
     def summed(self, squares: Tensor) -> Tensor:
         """A sum over the rows of this process becomes that over all of them, in place."""
@@ -211,7 +191,7 @@ def _check_module(name: str, module: QuantizedModule) -> None:
 @torch.no_grad()
 def over_shards(weights: Sequence[QuantizedWeight], found: list[Tensor]) -> list[Tensor]:
     """Gradients of alphas, of which a process has found what its rows add: summed over processes, and whole."""
-    sharded = [w for w in weights if isinstance(w, ShardedWeight | ParallelWeight)]
+    sharded = [w for w in weights if isinstance(w, PartOfWeight)]
     if not sharded:
         return found
     every = [torch.zeros_like(w.modules[0].alpha) for w in sharded]
