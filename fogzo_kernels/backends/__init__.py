@@ -124,6 +124,12 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
     return backend if isinstance(backend, str) else backend.unavailable(device)
 
 
+def running(name: str, device: torch.device) -> Backend | None:
+    """The backend, if it can run on ``device``."""
+    backend = load(name)
+    return None if isinstance(backend, str) or backend.unavailable(device) is not None else backend
+
+
 def available_backends(device: str | torch.device | None = None) -> dict[str, str | None]:
     """Each backend's name -> None, or the reason why it is unavailable.
 
@@ -139,7 +145,7 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
 
 def check_name(name: str | None) -> None:
     """Raise unless it is a name or None; whether it is a known one is for :func:`check_known`."""
-    if not isinstance(name, str | None):
+    if name is not None and not isinstance(name, str):
         raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
 
 
@@ -159,12 +165,11 @@ def select(name: str | None, device: torch.device) -> Backend:
         RuntimeError: the named backend is unavailable there; the message says why.
     """
     source = "backend"
-    check_name(name)
     if name is None and (asked := os.environ.get(VARIABLE)):
         name, source = asked, VARIABLE
-    check_known(name, source)
     if name is None:
-        name = next(n for n in names() if reason_unavailable(n, device) is None)
+        return next(found for n in names() if (found := running(n, device)) is not None)
+    check_known(name, source)
     reason = reason_unavailable(name, device)
     if reason is not None:
         raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")

@@ -19,7 +19,7 @@ TensorOrList = Tensor | Sequence[Tensor]
 
 def tensors(name: str, given: TensorOrList) -> list[Tensor]:
     """A list of tensors; a bare tensor is a list of one."""
-    if not isinstance(given, Tensor | Sequence):
+    if type(given) is not list and not isinstance(given, Tensor | Sequence):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}")
     found = [given] if isinstance(given, Tensor) else list(given)
     for kind in set(map(type, found)):

@@ -14,7 +14,7 @@ from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, memory
 from .arguments import TensorOrList
-from .listop import GRID, list_op, run_checked
+from .listop import GRID, grid_of, list_op, run_checked
 
 
 def learned_backward_(
@@ -101,7 +101,7 @@ def op(
         return check()
     run_checked(
         select(backend, latents[0].device), check, "learned_backward_", grads, alpha_grads, grads, latents,
-        alphas, Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), factors, block,
+        alphas, grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), factors, block,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def backward(
 
     run_checked(
         select(backend, latent.device), check, "learned_backward_", [out], [alpha_grad], [grad], [latent],
-        [alpha], Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), [factor],
+        [alpha], grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), [factor],
         block,
     )  # fmt: skip
     return out, alpha_grad

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
+from ..spec.grid import Grid
 from ..spec.noise import Layout
 
 KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
@@ -39,7 +40,10 @@ class ListOp:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or watched() or not plain(args):
             return self.op(*map(detached, args))
-        with torch.no_grad():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                found = self.run(*args)
+        else:
             found = self.run(*args)
         for i in self.mutated:
             torch.autograd.graph.increment_version(args[i])
@@ -67,20 +71,19 @@ def watched() -> bool:
     )
 
 
-PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+#: Types of arguments, none of them a subclass of Tensor with an idea of its own.
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, list, str, int, float, bool, type(None)}
 
 
 def plain(args: Sequence[Any]) -> bool:
     """No tensor is of a subclass, which may have its own idea of an op; lists hold data, on no meta device."""
-    kinds: set[type] = set()
+    kinds = set(map(type, args))
     for argument in args:
-        if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
-            if argument[0].is_meta:
-                return False
+        if isinstance(argument, list) and argument:
             kinds.update(map(type, argument))
-        else:
-            kinds.add(type(argument))
-    return {kind for kind in kinds if issubclass(kind, Tensor)} <= PLAIN
+            if isinstance(argument[0], Tensor) and argument[0].is_meta:
+                return False
+    return kinds <= PLAIN or not any(issubclass(kind, Tensor) for kind in kinds - PLAIN)
 
 
 def run_checked(backend: Backend, check: Callable[[], None], op: str, *args: Any) -> Any:
@@ -103,6 +106,10 @@ def run_checked(backend: Backend, check: Callable[[], None], op: str, *args: Any
 def counters_of(counters: Sequence[Tensor]) -> Tensor | None:
     """An optional output, which a schema writes as a list."""
     return counters[0] if counters else None
+
+
+#: The grid that a schema writes as flat arguments.
+grid_of = functools.lru_cache(KEPT)(Grid)
 
 
 # ---- layouts, three numbers in a row for each tensor

@@ -15,7 +15,7 @@ from ..spec.noise import MAX_DIRECTION, Layout, check_range
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, memory
 from .arguments import TensorOrList
-from .listop import GRID, NAMES, STATE, list_op, run_checked, triples
+from .listop import GRID, NAMES, STATE, grid_of, list_op, run_checked, triples
 
 
 def perturb_quantize_(
@@ -137,7 +137,7 @@ def op(
     memory.numbers(draw, mix)
     run_checked(
         select(backend, norm.device), check, "perturb_quantize_", plus, minus, latents, grads, alphas, draw,
-        mix, direction, Grid(qmin, qmax, offset, r), block,
+        mix, direction, grid_of(qmin, qmax, offset, r), block,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, learned, memory, straight_through
 from .arguments import TensorOrList
-from .listop import GRID, list_op, run_checked
+from .listop import GRID, grid_of, list_op, run_checked
 
 # ---- a list, into given memory
 
@@ -75,7 +75,7 @@ def list_quantize(
         return check()
     run_checked(
         select(backend, latents[0].device), check, "quantize_", out, latents, alphas,
-        Grid(qmin, qmax, offset, r), block,
+        grid_of(qmin, qmax, offset, r), block,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def op(
     checks.latents_and_alphas([latent], [alpha], block)
     memory.alphas([alpha], r)
     out = torch.empty_like(latent)
-    select(backend, latent.device).quantize_([out], [latent], [alpha], Grid(qmin, qmax, offset, r), block)
+    select(backend, latent.device).quantize_([out], [latent], [alpha], grid_of(qmin, qmax, offset, r), block)
     return out
 
 

@@ -14,7 +14,7 @@ from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, memory
 from .arguments import TensorOrList
-from .listop import GRID, list_op, run_checked
+from .listop import GRID, grid_of, list_op, run_checked
 
 
 def straight_through_backward_(
@@ -76,7 +76,7 @@ def op(
         return check()
     run_checked(
         select(backend, latents[0].device), check, "straight_through_backward_", grads, grads, latents, alphas,
-        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
+        grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def backward(
 
     run_checked(
         select(backend, latent.device), check, "straight_through_backward_", [out], [grad], [latent], [alpha],
-        Grid(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
+        grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
     )  # fmt: skip
     return out
 

@@ -22,7 +22,7 @@ from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
 from . import arguments, checks, memory
 from .arguments import TensorOrList
-from .listop import GRID, KEPT, NAMES, STATE, counters_of, list_op, run_checked, triples
+from .listop import GRID, KEPT, NAMES, STATE, counters_of, grid_of, list_op, run_checked, triples
 
 
 class NoiseOptions(TypedDict):
@@ -299,7 +299,7 @@ def op(
     used = update._replace(states=update.states[: rule.states])
     run_checked(
         select(backend, norm.device), check, "estimate_update_", latents, quantized, grads, alphas, draw, mix,
-        losses, Grid(qmin, qmax, offset, r), used, block,
+        losses, grid_of(qmin, qmax, offset, r), used, block,
     )  # fmt: skip
 
 

@@ -199,6 +199,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             options = self._options(group)
             found: dict[tuple[Any, ...], _Call] = {}
+            first: dict[tuple[Any, ...], _Call] = {}  # of those that are estimated, for others that are alike
             others: list[tuple[Tensor, _Lists, tuple[Any, ...]]] = []
             for p in group["params"]:
                 if p.grad is None:
@@ -209,16 +210,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 alike = p.device, p.dtype, lists.grad.dtype, lists.number, lists.joined, lists.master is None
                 if k is None:
                     others.append((p, lists, alike))
-                else:
-                    call = found.setdefault((*alike, k), _Call(options, lists.number))
-                    call.lists.append(lists)
-                    call.places.append(i)
+                    continue
+                if (call := found.get((*alike, k))) is None:
+                    call = found[*alike, k] = _Call(options, lists.number)
+                    first.setdefault(alike, call)
+                call.lists.append(lists)
+                call.places.append(i)
             for (*_, k), call in found.items():
                 call.quantized = estimated[k].part(call.places)
             for p, lists, alike in others:
                 # with estimated ones of their group, if any, in one call; else with all that is updated alike
-                own = [] if id(p) in alphas else [c for key, c in found.items() if key[:-1] == alike]
-                call = own[0] if own else later.setdefault((*alike, *options.key), _Call(options, lists.number))
+                call = None if id(p) in alphas else first.get(alike)
+                if call is None and (call := later.get((*alike, *options.key))) is None:
+                    call = later[*alike, *options.key] = _Call(options, lists.number)
                 call.lists.append(lists)
             yield from found.values()
         yield from later.values()
@@ -235,11 +239,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Lists:
         """Make the state. Gradient and state come to lie in memory as the parameter does, for ``view``."""
-        grad = p.grad
+        grad, latent = p.grad, view(p)
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"params must have dense gradients, got a sparse one of shape {tuple(p.shape)}")
-        if not view(grad).is_contiguous():
+        seen = no_view if latent is p else view
+        if not seen(grad).is_contiguous():
             p.grad = grad = torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad)
         state = self.state[p]
         capturable = group["capturable"]
@@ -249,27 +254,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._joined[id(p)] = self._calls_so_far
             if group["master_weights"] and p.dtype != torch.float32:
                 state["master"] = p.detach().float()
-        elif any(name not in state for name in names) and group.get("dampening"):
+        elif group.get("dampening") and any(name not in state for name in names):
             raise ValueError(
                 "momentum must not be raised from 0 where dampening is not 0: a buffer starts undampened"
             )
-        for name in names:  # also of a momentum that was 0 until now
-            if name not in state:
-                state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         views = []
         for name in ("master", *names) if "master" in state else names:
-            if not view(state[name]).is_contiguous():  # from a checkpoint of another layout
-                state[name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(state[name])
-            views.append(view(state[name]))
-        joined = 0
+            one = state.get(name)
+            if one is None:  # also of a momentum that was 0 until now
+                one = state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+            if not seen(one).is_contiguous():  # from a checkpoint of another layout
+                one = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(one)
+                state[name] = one
+            views.append(seen(one))
+        joined, step = 0, state["step"]
         if capturable:  # only the device has the number: parameters that joined together have one
             if id(p) not in self._joined:
-                self._joined[id(p)] = self._calls_so_far - int(state["step"])
+                self._joined[id(p)] = self._calls_so_far - int(step)
             joined = self._joined[id(p)]
-            state["step"] += 1
+            step += 1
         master = views.pop(0) if "master" in state else None
-        number = 0 if capturable else int(state["step"]) + 1
-        return _Lists(view(p), view(grad), master, views, state["step"], number, joined)
+        number = 0 if capturable else int(step) + 1
+        return _Lists(latent, seen(grad), master, views, step, number, joined)
 
     # ---- one call
 
@@ -383,6 +389,11 @@ class _Call:
         self.lists: list[_Lists] = []
         self.places: list[int] = []  # of those that are estimated among the weights of the step's call
         self.quantized: Together | None = None
+
+
+def no_view(tensor: Tensor) -> Tensor:
+    """As it is."""
+    return tensor
 
 
 def in_memory(p: Tensor) -> View:

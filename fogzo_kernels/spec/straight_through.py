@@ -7,6 +7,7 @@ A straight-through estimator replaces a step function by its mean under noise,
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -69,6 +70,7 @@ class StraightThrough:
         return "identity_trust" if self.clip == "trust" else "identity_clipped"
 
     @classmethod
+    @functools.cache
     def of_variant(cls, name: str) -> StraightThrough:
         """The one of this :attr:`variant`, with the noise that belongs to it."""
         if name not in FORMS:
