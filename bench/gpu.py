@@ -57,7 +57,7 @@ MEASURE = 240  # seconds that the stages before the benchmarks leave to them and
 #: A LLaMA of 31 M quantized weights, 8,192 tokens in 4 micro-batches.
 STEP = (
     "--model", "llama", "--hidden", "512", "--layers", "12", "--rows", "16", "--context", "512", "--dtype",
-    "bf16", "--turns", "12", "--methods", "fogzo", "both-probes", "forward", "forward-half", "eager",
+    "bf16", "--turns", "12", "--methods", "fogzo", "one-by-one", "forward", "forward-half", "eager",
 )  # fmt: skip
 OVERRUN = 25  # seconds: the timing under way at its end, the plot
 REFUSED = (

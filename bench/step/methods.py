@@ -18,7 +18,7 @@ from .models import Setting, Task
 #: Options of Fogzo by method; STE has none.
 FOGZO: dict[str, dict[str, Any]] = {
     "fogzo": {},
-    "both-probes": {"both_probes": True},
+    "one-by-one": {"both_probes": False},
     "forward": {"difference": "forward"},
     "half": {"probe_share": 0.5},
     "forward-half": {"difference": "forward", "probe_share": 0.5},

@@ -55,8 +55,9 @@ class Fogzo:
         every: FOGZO in every k-th step, plain STE between.
         probe_share: share of a step's micro-batches that probes run, for less work and more variance; the
             gradient pass runs all. Use :meth:`probes` and :meth:`Pass.batches` with it.
-        both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, which takes one quantized copy
-            more. The bits are the same.
+        both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, the second one into a quantized
+            copy that is there for the probes alone; False writes one after the other into the same memory. The
+            bits are the same. A forward difference has no second one.
         replay: what passes must see alike beside PyTorch's generators and the model's buffers: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
             ``load_state_dict``, and NumPy's generators.
@@ -93,7 +94,7 @@ class Fogzo:
         difference: str = "central",
         every: int = 1,
         probe_share: float = 1.0,
-        both_probes: bool = False,
+        both_probes: bool = True,
         replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str | None = "mean",
@@ -117,11 +118,8 @@ class Fogzo:
             every=every,
             probe_share=probe_share,
         )
-        if both_probes and difference == "forward":
-            raise ValueError(
-                "both_probes must be False with difference='forward', got True: a direction has one probe"
-            )
-        self._both_probes = both_probes
+        checks.instance("both_probes", both_probes, bool)
+        self._both_probes = both_probes and difference == "central"
         self._sharding = Sharding(model, self.weights, loss_reduction)
         self._peers = Peers(
             model, process_group, loss_reduction, self._sharding.groups, self._sharding.parallel

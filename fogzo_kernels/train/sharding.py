@@ -69,10 +69,10 @@ class ShardedWeight(PartOfWeight):
         row, here = super().still_row, local(self.parameter).shape[0]
         return None if row is None or not 0 <= row - self.shard.first < here else row - self.shard.first
 
-    def memory(self, which: int = 0) -> Tensor:
-        p, found = self.latent, self._memory[which]
+    def memory(self) -> Tensor:
+        p, found = self.latent, self._memory
         if found is None or (found.shape, found.device) != (p.shape, p.device):
-            self._memory[which] = found = torch.empty_like(p, dtype=torch.int8)
+            self._memory = found = torch.empty_like(p, dtype=torch.int8)
         return found
 
     code_memory = memory

@@ -145,7 +145,8 @@ class Step:
         pairs: of probes, n; 0 for a plain straight-through step.
         forward: whether differences are forward ones: of probes, only those with + are run.
         share: of the micro-batches, those that probes run.
-        both: whether the probes of a direction are written at once, into memory of their own.
+        both: whether the probes of a direction are written at once, the second one into memory that is taken for
+            it; a step has room for it, as activations are kept in the gradient pass alone.
         noise: which noise and how much, as the ops take it: seed, step, one_minus_beta, epsilon_scale.
         counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
         replay: of the model.
@@ -307,16 +308,14 @@ class Step:
         Codes and values are calls of their own.
         """
         assert self._norm is not None
-        if self.both and one.sign < 0:
-            return self._minus
-        found: list[tuple[QuantizedWeight, Tensor]] = []
-        self._minus = []
+        found, self._minus = self._minus, []
+        if found:
+            return found
         for call in self.calls:
             for codes, alike in call.split(lambda w: w.takes_codes):
                 weights = alike.weights
-                memory = [w.code_memory if codes else w.memory for w in weights]
-                out = [rows() for rows in memory]
-                other = [rows(1) for rows in memory] if self.both else None
+                out = [w.code_memory() if codes else w.memory() for w in weights]
+                other = [torch.empty_like(rows) for rows in out] if self.both else None
                 perturb_quantize_(
                     out if one.sign > 0 else other, other if one.sign > 0 else out, alike.latents, alike.grads,
                     alike.alphas, self._norm, direction=one.direction, **self.options(alike),

@@ -19,14 +19,14 @@ class QuantizedWeight:
     """A quantized parameter, the modules that share it, and the memory of its quantized values.
 
     Ops take it, its gradient and what belongs to its elements as rows, views of the memory that is there.
-    Its memory holds rows of what a pass runs with: Q(parameter) or a probe, or both probes of a direction.
+    Its memory holds rows of what a pass runs with: Q(parameter) or a probe.
     """
 
     def __init__(self, name: str, module: QuantizedModule) -> None:
         self.name = name  # of the first module that has it
         self.parameter, self.tensor_id = module.weight, module.tensor_id
         self.modules = [module]
-        self._memory: list[Tensor | None] = [None, None]
+        self._memory: Tensor | None = None
         self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -75,11 +75,11 @@ class QuantizedWeight:
         """How it is quantized."""
         return self.modules[0].quantizer
 
-    def memory(self, which: int = 0) -> Tensor:
+    def memory(self) -> Tensor:
         """Rows for Q(parameter), made anew where the parameter has changed its shape, dtype or device."""
-        p, found = self.latent, self._memory[which]
+        p, found = self.latent, self._memory
         if found is None or (found.shape, found.dtype, found.device) != (p.shape, p.dtype, p.device):
-            self._memory[which] = found = torch.empty_like(p)
+            self._memory = found = torch.empty_like(p)
         return found
 
     @property
@@ -87,9 +87,9 @@ class QuantizedWeight:
         """Whether all its modules multiply codes, so that a probe is written as such."""
         return all(getattr(m, "product", None) is not None for m in self.modules)
 
-    def code_memory(self, which: int = 0) -> Tensor:
+    def code_memory(self) -> Tensor:
         """Rows for a probe's int8 codes, in a part of the same memory."""
-        found = self.memory(which)
+        found = self.memory()
         return found.view(-1).view(torch.int8)[: found.numel()].view(found.shape)
 
     # ---- what its modules run with
