@@ -347,9 +347,11 @@ class QuantizedModule(nn.Module):
 
     def learned_alphas(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Those of these names that are learned and have a value, each with where it is held."""
-        found = [(self.alpha, self.alpha_least)] if "alpha_least" in self._buffers and "alpha" in names else []
-        if "input_alpha" in names and self.input_is_calibrated:
-            found.append((self.input_alpha, self.input_alpha_least))
+        found = []
+        for name in names:
+            least = self._buffers.get(f"{name}_least")
+            if least is not None and (name == "alpha" or self.input_is_calibrated):
+                found.append((getattr(self, name), least))
         return found
 
     def share_alpha(self, first: QuantizedModule) -> None:

@@ -106,6 +106,13 @@ def rotated_rows(
     return out
 
 
+def in_a_row(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of all."""
+    if all(t.shape == tensors[0].shape for t in tensors):
+        return torch.stack([*tensors]).view(-1)
+    return torch.cat([*map(Tensor.flatten, tensors)])
+
+
 @torch.no_grad()
 def share_at_floor(modules: Sequence[Any]) -> float:
     """The share of alphas that lie at the least value that they may have, of those that move; NaN without any.
@@ -134,18 +141,19 @@ def hold_alphas(modules: Sequence[Any], names: Sequence[str] = ("alpha", "input_
         names: which of their alphas, where they are learned.
 
     Returns:
-        How many, 0-dim int64 on their device, where nothing waits for it; None if there are none.
+        How many, 0-dim int64 on their device, where nothing waits for it; None if there are none, as is seen on
+        the CPU.
     """
     pairs = {id(alpha): (alpha, least) for m in modules for alpha, least in m.learned_alphas(names)}
     if not pairs:
         return None
     alphas, lows = zip(*pairs.values(), strict=True)
-    now, least = (torch.cat([*map(Tensor.flatten, tensors)]) for tensors in (alphas, lows))
-    out = ~((now >= least) & (now <= memory.alpha_range(2)[1]))  # NaN too
-    count = out.sum()
+    now, least, most = in_a_row(alphas), in_a_row(lows), memory.alpha_range(2)[1]
     seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
-    if seen and not int(count):
-        return count
+    if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=most)):
+        return None
+    out = ~((now >= least) & (now <= most))  # NaN too
+    count = out.sum()
     parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
     torch._foreach_copy_([*alphas], [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
     if seen:

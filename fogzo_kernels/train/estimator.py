@@ -24,7 +24,7 @@ from .sharding import Sharding, weight_of
 from .stats import Stats
 from .step import Pass, Step, warn_of
 from .together import hold_quantized, set_alphas
-from .weights import check_unchanged, quantized_weights
+from .weights import check_unchanged, modules_of, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
 
@@ -55,9 +55,9 @@ class Fogzo:
         every: FOGZO in every k-th step, plain STE between.
         probe_share: share of a step's micro-batches that probes run, for less work and more variance; the
             gradient pass runs all. Use :meth:`probes` and :meth:`Pass.batches` with it.
-        both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, the second one into a quantized
-            copy that is there for the probes alone; False writes one after the other into the same memory. The
-            bits are the same. A forward difference has no second one.
+        both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, the second one into a copy of
+            the quantized weights that is there for the probes alone; False writes one after the other into the
+            same memory. The bits are the same. A forward difference has no second one.
         replay: what passes must see alike beside PyTorch's generators and the model's buffers: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
             ``load_state_dict``, and NumPy's generators.
@@ -386,7 +386,7 @@ class Fogzo:
     def _new_step(self) -> Step:
         model = self._replay.model
         self._sharding.between_passes()
-        modules = list(model.modules())  # one walk for all that asks
+        modules = modules_of(model)  # one walk for all that asks
         check_unchanged(model, modules, self.weights)
         noise = self._noise()
         return Step(

@@ -7,8 +7,8 @@ in. A tensor's version would not do: clipping changes it too.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from enum import Enum, auto
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,14 @@ OUTSIDE = (
 )
 
 
+class Source(Enum):
+    """Where gradients come from that are accumulated now."""
+
+    OUTSIDE = auto()
+    PASS = auto()  # in which nobody accumulates,
+    BACKWARD = auto()  # but the backward of the gradient pass
+
+
 class Gradients:
     """Watches the gradients of parameters.
 
@@ -39,7 +47,7 @@ class Gradients:
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
         self._outside: set[int] = set()  # accumulated into outside the passes since then
         self.received: set[int] = set()  # places that a backward of the step has accumulated into
-        self._in_pass = self._in_backward = False
+        self.come_from = Source.OUTSIDE
         this = weakref.ref(self)
         for i, p in enumerate(self.parameters):
 
@@ -56,24 +64,14 @@ class Gradients:
         return Gradients, (self.parameters,)
 
     def _accumulated(self, i: int) -> None:
-        if self._in_backward:
+        if self.come_from is Source.BACKWARD:
             self._estimates.pop(i, None)
             self._outside.discard(i)
             self.received.add(i)
-        elif self._in_pass:
+        elif self.come_from is Source.PASS:
             raise RuntimeError(BACKWARD_IN_A_PASS)
         else:
             self._outside.add(i)
-
-    @contextmanager
-    def in_pass(self, backward: bool) -> Iterator[None]:
-        """The gradient pass, in which nobody accumulates, or with ``backward`` its own backward."""
-        before = self._in_pass, self._in_backward
-        self._in_pass, self._in_backward = True, backward
-        try:
-            yield
-        finally:
-            self._in_pass, self._in_backward = before
 
     def left_estimates(self) -> None:
         """What the gradients hold now is the estimate of a step, or the gradient that it leaves as it is."""

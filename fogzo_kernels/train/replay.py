@@ -91,15 +91,15 @@ class ReplayState:
                     else "a step must be run before one is captured in a CUDA graph"
                 )
             devices = set()
-        owners = [m for m in modules if m._buffers]
-        quantized = [m for m in owners if isinstance(m, QuantizedModule)]
-        read_only = {id(m._buffers.get(name)) for m in quantized for name in m.own_tensors()}
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in owners
-            for name, buffer in module._buffers.items()
-            if buffer is not None and id(buffer) not in read_only  # a user's buffer may have that name too
-        ]
+        found, read_only = [], set()
+        for module in modules:
+            if module._buffers:
+                found += [
+                    (module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None
+                ]
+                if isinstance(module, QuantizedModule):
+                    read_only |= {id(module._buffers.get(name)) for name in module.own_tensors()}
+        buffers = [(*one, one[2].clone()) for one in found if id(one[2]) not in read_only]
         cuda = {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
         others = [copy.deepcopy(state_methods("replay", o)[0]()) for o in self.others]
         return Snapshot(torch.get_rng_state(), cuda, buffers, others)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
 from ..nn.sharded import local
 from ..ops import arguments
-from .gradients import Gradients
+from .gradients import Gradients, Source
 from .losses import Estimate, PassLosses
 from .outside import Prints, changed, global_generators
 from .reads import check_reads
@@ -50,7 +50,7 @@ class Pass:
         self.losses = 0  # how many
         self.done = False
         self._step: Step | None = step  # None when the step has ended
-        self._mode: Any = None
+        self._grad_mode: bool | None = None  # before it was entered; None outside of it
 
     def batches(self, micro_batches: Sequence[T]) -> Iterator[T]:
         """The micro-batches that the pass runs: all in the gradient pass, and in probes the first ones.
@@ -101,8 +101,11 @@ class Pass:
                 )
             if step.watched:
                 check_reads(loss, step.weights)
-            with step.gradients.in_pass(backward=True):
+            step.gradients.come_from = Source.BACKWARD
+            try:
                 loss.backward()
+            finally:
+                step.gradients.come_from = Source.PASS
         value = loss.detach().reshape(())
         if self.loss is None:
             self.loss = step.losses.slot(self.direction, self.sign).copy_(value)
@@ -113,7 +116,7 @@ class Pass:
             step.losses.base.copy_(self.loss)
 
     def _running(self, caller: str) -> Step:
-        if self._mode is None or self._step is None:
+        if self._grad_mode is None or self._step is None:
             raise RuntimeError(f"probe.{caller} must be called inside `with probe:`")
         return self._step
 
@@ -121,17 +124,19 @@ class Pass:
         if self._step is None or self._step.active or self.done:
             raise RuntimeError("a pass must be entered once, in the order that probes() gives")
         self._step.enter(self)
-        self._mode = ExitStack()
-        self._mode.enter_context(torch.enable_grad() if self.sign == 0 else torch.no_grad())
-        self._mode.enter_context(self._step.gradients.in_pass(backward=False))
+        self._step.gradients.come_from = Source.PASS
+        self._grad_mode = torch.is_grad_enabled()
+        torch.set_grad_enabled(self.sign == 0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._step is not None
-        self._mode.__exit__(kind, value, traceback)
-        self._mode = None
+        assert self._grad_mode is not None
+        torch.set_grad_enabled(self._grad_mode)
+        self._grad_mode = None
+        self._step.gradients.come_from = Source.OUTSIDE
         self._step.exit(self, failed=kind is not None)
         self.done = kind is None
 
@@ -145,8 +150,8 @@ class Step:
         pairs: of probes, n; 0 for a plain straight-through step.
         forward: whether differences are forward ones: of probes, only those with + are run.
         share: of the micro-batches, those that probes run.
-        both: whether the probes of a direction are written at once, the second one into memory that is taken for
-            it; a step has room for it, as activations are kept in the gradient pass alone.
+        both: whether the probes of a direction are written at once, the second one into memory that is taken
+            for it: there is room, as activations are kept in the gradient pass alone.
         noise: which noise and how much, as the ops take it: seed, step, one_minus_beta, epsilon_scale.
         counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
         replay: of the model.
@@ -217,6 +222,7 @@ class Step:
             )
         return self.shared if one.sign else count
 
+    @torch.no_grad()
     def enter(self, one: Pass) -> None:
         torch.clear_autocast_cache()
         try:
@@ -231,8 +237,8 @@ class Step:
                 self.calls = together(self.weights, self._backend)
                 for call in self.calls:
                     call.quantize()
-                for w in self.weights:
-                    w.use(w.memory(), probe=False, deferred=w.unwatched)
+                    for w, rows in zip(call.weights, call.memory, strict=True):
+                        w.use(rows, probe=False, deferred=w.unwatched)
             else:
                 assert self._before is not None
                 probes = self._write_probes(one)
@@ -249,6 +255,7 @@ class Step:
             raise
         self.active = True
 
+    @torch.no_grad()
     def exit(self, one: Pass, failed: bool) -> None:
         self.active = False
         ok = False
@@ -288,7 +295,6 @@ class Step:
         if self.pairs and not failed:
             self._read_guide()
 
-    @torch.no_grad()
     def _read_guide(self) -> None:
         """The norm over all gradients."""
         if not self.calls:
@@ -314,7 +320,7 @@ class Step:
         for call in self.calls:
             for codes, alike in call.split(lambda w: w.takes_codes):
                 weights = alike.weights
-                out = [w.code_memory() if codes else w.memory() for w in weights]
+                out = [w.code_memory() for w in weights] if codes else alike.memory
                 other = [torch.empty_like(rows) for rows in out] if self.both else None
                 perturb_quantize_(
                     out if one.sign > 0 else other, other if one.sign > 0 else out, alike.latents, alike.grads,

@@ -46,6 +46,7 @@ class Together:
         layouts = [layout for w in weights if (layout := w.layout) is not None]
         self.layouts = layouts or None  # of shards, which all are or none
         self.grads: list[Tensor] = []  # rows of ``.grad``, once :meth:`guided` has found them
+        self.memory = [w.memory() for w in weights]  # for what a pass runs with
 
     @property
     def latents(self) -> list[Tensor]:
@@ -54,11 +55,11 @@ class Together:
 
     def split(self, by: Callable[[QuantizedWeight], T]) -> list[tuple[T, Together]]:
         """Those for which ``by`` is the same."""
-        answers = [by(w) for w in self.weights]
-        return [
-            (one, self.part([i for i, answer in enumerate(answers) if answer == one]))
-            for one in dict.fromkeys(answers)
-        ]
+        answers = list(map(by, self.weights))
+        kinds = dict.fromkeys(answers)
+        if len(kinds) == 1:
+            return [(answers[0], self)]
+        return [(one, self.part([i for i, answer in enumerate(answers) if answer == one])) for one in kinds]
 
     def part(self, places: Sequence[int]) -> Together:
         """The weights at these places: this itself for all of them in their order."""
@@ -84,13 +85,11 @@ class Together:
 
         For one pass: what a weight becomes then may show in no version, as where ``parameter.data`` is written.
         """
-        out = [w.memory() for w in self.weights]
         quantize_(
-            out, self.latents, self.alphas, grid=self.kind.grid, transform=self.kind.transform,
+            self.memory, self.latents, self.alphas, grid=self.kind.grid, transform=self.kind.transform,
             backend=self.backend,
         )  # fmt: skip
 
-    @torch.no_grad()
     def finish_gradients(self) -> None:
         """Make g of dL/dQ in ``.grad``, and the gradients of learned alphas.
 
@@ -139,7 +138,7 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
     """Make alphas that move those of the step: measure them, those of one scale in one call; hold learned ones.
 
     Returns:
-        How many learned ones were out of range, 0-dim int64, or None if there are none.
+        How many learned ones were out of range, 0-dim int64, or None as :func:`hold_alphas`.
     """
     calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     measure_sharded_([m for w in weights if isinstance(w, ShardedWeight) for m in w.modules], backend)

@@ -114,7 +114,7 @@ class QuantizedWeight:
 
     def _hold(self, held: Held | None) -> None:
         for module in self.modules:
-            object.__setattr__(module, "held", held)  # nn.Module's own looks for parameters, which takes time
+            module.__dict__["held"] = held  # setattr of nn.Module looks for parameters, which takes time
 
 
 def quantized_weights(model: nn.Module, of: Callable[..., QuantizedWeight]) -> list[QuantizedWeight]:
@@ -212,6 +212,17 @@ def _check_alike(w: QuantizedWeight) -> None:
                 f"{w.name} must have one quantizer, alpha and tensor_id in all modules that share it, got"
                 f" {first} and {m}: tie weights before quantize_model, and calibrate_ the whole model"
             )
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """As ``model.modules()``, without the names, which take most of the time that a step would give to it."""
+    found, seen = [model], {model}
+    for module in found:  # grows
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 def _is_as_it_was(module: nn.Module, w: QuantizedWeight) -> bool:
