@@ -113,13 +113,15 @@ def with_inputs(sharded=lambda model: None):
     return train(model, "fixed", fogzo=fogzo, optimizer=optimizer), values_of(model), found
 
 
-def batch_of(step, rows=slice(None)):
+def batch_of(step, rows=slice(None), count=8):
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(13, (8,), generator=generator)
+    tokens = torch.randint(13, (count,), generator=generator)
     return tokens[rows], (tokens * 5 % 13)[rows]
 
 
-def train(model, case, steps=None, rows=slice(None), fused=True, first=0, own=0, fogzo=None, optimizer=None):
+def train(
+    model, case, steps=None, rows=slice(None), count=8, fused=True, first=0, own=0, fogzo=None, optimizer=None
+):  # fmt: skip
     """Losses of a run. Those of the processes with the same rows must be those of one."""
     fogzo = fogzo or fk.Fogzo(model, **{"total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2])
     optimizer = optimizer or optimizer_of(model, fogzo if fused else None)
@@ -127,7 +129,7 @@ def train(model, case, steps=None, rows=slice(None), fused=True, first=0, own=0,
     steps = steps or (STEPS if case in LONG else 8)
     torch.manual_seed(first + own)
     for step in range(first, first + steps):
-        tokens, labels = batch_of(step, rows)
+        tokens, labels = batch_of(step, rows, count)
         optimizer.zero_grad()
         fogzo.run(lambda: F.cross_entropy(model(tokens), labels))  # noqa: B023
         if not fused:

@@ -347,12 +347,9 @@ class QuantizedModule(nn.Module):
 
     def learned_alphas(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Those of these names that are learned and have a value, each with where it is held."""
-        found = []
-        for name in names:
-            least = self._buffers.get(f"{name}_least")
-            if least is not None and (name == "alpha" or self.input_is_calibrated):
-                found.append((getattr(self, name), least))
-        return found
+        there = [name for name in names if f"{name}_least" in self._buffers]
+        ready = [name for name in there if name == "alpha" or self.input_is_calibrated]
+        return [(getattr(self, name), getattr(self, f"{name}_least")) for name in ready]
 
     def share_alpha(self, first: QuantizedModule) -> None:
         """Train the same alpha as another module that has the same weight."""
