@@ -172,7 +172,7 @@ def test_fused_training_is_estimate_then_optimizer(backend, name, directions, ge
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_seven_launches(name, generator, monkeypatch):
-    """One for Q and g each, two for the norm, one for the probes, two for the estimate and the update, of all."""
+    """One each for Q, g and probes, two each for the norm and for estimate and update."""
     backend = pytest.importorskip("fogzo_kernels.backends.triton")
     device = device_of("triton")
     if reason := backend.unavailable(device):
