@@ -12,9 +12,10 @@ namespace fogzo::cpu {
 #endif
 namespace {
 
-constexpr int kWidth = 8;     // floats of a vector
-constexpr int64_t kGroup = 8; // Philox calls of a block
-constexpr int kAtOnce = 3;    // vectors of them that the registers hold
+constexpr int kWidth = 8;                 // floats of a vector
+constexpr int64_t kGroup = 8;             // Philox calls of a block
+constexpr int kAtOnce = 3;                // vectors of them that the registers hold
+constexpr bool kFetchedWhileDrawn = true; // float32 operands of perturb; a tenth faster from memory on Zen
 
 enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
 

@@ -13,9 +13,10 @@ namespace fogzo::cpu {
 #endif
 namespace {
 
-constexpr int kWidth = 16;     // floats of a vector
-constexpr int64_t kGroup = 16; // Philox calls of a block
-constexpr int kAtOnce = 4;     // vectors of them that the registers hold
+constexpr int kWidth = 16;                 // floats of a vector
+constexpr int64_t kGroup = 16;             // Philox calls of a block
+constexpr int kAtOnce = 4;                 // vectors of them that the registers hold
+constexpr bool kFetchedWhileDrawn = false; // operands of perturb, see avx2.cpp; not measured here
 
 enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
 

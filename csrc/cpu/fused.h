@@ -226,11 +226,15 @@ void perturb_run(const Item &item, const Perturbation &p, const Stream &stream, 
     scales.table = table_of_values<O>(codes_by_place(kernel.qmin), scales.delta, scales.shift);
   const void *const latent = item.latent.data, *const grad = item.grad.data;
   const Outputs to = out;
+  constexpr bool fetched = kFetchedWhileDrawn && L == Dtype::float32 && G == Dtype::float32;
   RunNoise<D, kernel.PAIRS> noise;
   for (int64_t i = run.begin; i < run.end;) {
     const int64_t count = drawn_at(run, i);
-    noise.draw(stream, run.chunk_at(i), count);
-    // nothing is prefetched: of so many streams, what is fetched early delays what is due
+    Operands operands;
+    if (fetched)
+      operands = {static_cast<const float *>(latent) + i, static_cast<const float *>(grad) + i};
+    noise.draw(stream, run.chunk_at(i), count, operands);
+    // nothing is prefetched for later: of so many streams, what is fetched early delays what is due
 #pragma GCC unroll 1
     for (int64_t h = 0; h < count; ++h, i += 2 * kWidth) {
       F m0, m1;

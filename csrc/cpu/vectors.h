@@ -93,12 +93,30 @@ inline __attribute__((always_inline)) void philox_calls(const Stream &stream, de
     halves_of<PAIRS>(w[u], halves + 2 * u);
 }
 
+// Float32 operands of the elements whose noise is drawn; null: none. They come from memory meanwhile, a few
+// lines at a time: a prefetch that waits for a buffer holds up what follows it.
+struct Operands {
+  const float *first = nullptr, *second = nullptr;
+
+  void prefetch(int64_t elements) {
+    if (!first)
+      return;
+    for (int64_t i = 0; i < elements; i += 64 / int64_t(sizeof(float))) {
+      __builtin_prefetch(first + i);
+      __builtin_prefetch(second + i);
+    }
+    first += elements, second += elements;
+  }
+};
+
 // The halves of `vectors` of calls of the run from `chunk` on, two of each. Apart from what is done with them:
 // so all registers are there for several calls at once, and for that.
 template <bool PAIRS>
-__attribute__((noinline)) void draw_halves(const Stream &stream, uint64_t chunk, int64_t vectors, H *halves) {
+__attribute__((noinline)) void draw_halves(const Stream &stream, uint64_t chunk, int64_t vectors, H *halves,
+                                           Operands operands) {
   auto chunks = chunks_from<PAIRS>(chunk).part[0];
   for (; vectors >= kAtOnce; vectors -= kAtOnce, halves += 2 * kAtOnce) {
+    operands.prefetch(kAtOnce * kCalls * 8);
     philox_calls<PAIRS, kAtOnce>(stream, chunks, halves);
     chunks = plus(chunks, kAtOnce * kCalls);
   }
@@ -225,8 +243,8 @@ template <Distribution D, bool PAIRS> struct RunNoise {
   H halves[kDrawn];
   F parts[in_parts<D> ? 2 * kDrawn : 1];
 
-  void draw(const Stream &stream, uint64_t chunk, int64_t count) {
-    draw_halves<PAIRS>(stream, chunk, count / 2, halves);
+  void draw(const Stream &stream, uint64_t chunk, int64_t count, const Operands &operands = {}) {
+    draw_halves<PAIRS>(stream, chunk, count / 2, halves, operands);
     if constexpr (in_parts<D>) {
 #pragma GCC unroll 1
       for (int64_t h = 0; h < count; ++h)
