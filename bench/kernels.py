@@ -163,9 +163,9 @@ def left(unit: Unit, reason: str) -> Row:
 
 
 def measure_unit(
-    unit: Unit, args: argparse.Namespace, effort: timing.Effort
-) -> tuple[timing.Measurement, int | None, float | None]:
-    """Time, extra memory in bytes, and on a GPU the host's time in one of our calls."""
+    unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams: timing.Streams | None = None
+) -> tuple[list[timing.Measurement], int | None, float | None]:
+    """Time, with streams also theirs; extra memory in bytes; on a GPU the host's time in one of our calls."""
     case, device = unit.case, args.device
     kernels = 1 if unit.kind in (OURS, "compile") else 10 * case.tensors
     plan = timing.rounds(case.bytes, device, kernels, effort.sets)
@@ -174,7 +174,9 @@ def measure_unit(
         calls = [c.call(case, o, args.backend) for o in sets]
     else:
         calls = baseline(unit.kind, case, sets)
-    found = timing.measure(calls, plan, device, effort)
+    found = (
+        streams.beside((calls, plan), case.bytes) if streams else [timing.measure(calls, plan, device, effort)]
+    )
     extra = timing.extra_bytes(calls[0], device)
     host = timing.host_seconds(calls[0]) if unit.kind == OURS and device.type == "cuda" else None
     return found, extra, host
@@ -234,8 +236,7 @@ def first_line(error: Exception) -> str:
 
 def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams: timing.Streams) -> Row:
     case = unit.case
-    copy, triad = (streams.measured(kind, case.bytes) for kind in ("copy", "triad"))
-    found, extra, host = measure_unit(unit, args, effort)
+    (found, copy, triad), extra, host = measure_unit(unit, args, effort, streams)
     return {
         "op": case.op,
         "backend": args.backend,
@@ -250,7 +251,7 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
         "median_s": found.median,
         "q25": found.q25,
         "q75": found.q75,
-        "samples": found.samples,
+        "samples": len(found.seconds),
         "timing": found.timing,
         "cache": found.cache,
         "elements_per_s": case.elements / found.median,
@@ -258,9 +259,9 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
         "copy_s": copy.median,
         "copy_timing": copy.timing,
         "copy_gb_per_s": case.bytes / copy.median / 1e9,
-        "share_of_copy": copy.median / found.median,
+        "share_of_copy": copy.of(found),
         "triad_s": triad.median,
-        "share_of_triad": triad.median / found.median,
+        "share_of_triad": triad.of(found),
         "extra_bytes_per_element": per_element(extra, case),
         "host_s": host,
     }
@@ -276,7 +277,7 @@ def add_shares(rows: dict[c.Case, Row]) -> None:
 
 
 def add_baseline(row: Row, unit: Unit, args: argparse.Namespace, effort: timing.Effort) -> None:
-    found, extra, _ = measure_unit(unit, args, effort)
+    (found,), extra, _ = measure_unit(unit, args, effort)
     row[f"{unit.kind}_s"] = found.median
     row[f"{unit.kind}_timing"] = f"{found.timing}, {found.cache}"
     row[f"{unit.kind}_extra_bytes_per_element"] = per_element(extra, unit.case)

@@ -2,6 +2,7 @@
 
 A sample is a run of calls that go round over several sets of operands, larger than the cache together.
 On a GPU it is the replay of one CUDA graph between two events, so that the host's time is not in it.
+On a CPU, whose memory others may share, what is compared is measured in turns, a sample each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle, islice
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -55,9 +57,15 @@ class Measurement:
     median: float
     q25: float
     q75: float
-    samples: int
+    seconds: Sequence[float]  # of each sample
     timing: str  # "graph", "events" or "host"
     cache: str
+
+    def of(self, other: Measurement) -> float:
+        """Its time over that of another one; where both were measured in turns, the median over turns."""
+        if self.timing != "host":
+            return self.median / other.median
+        return statistics.median(map(truediv, self.seconds, other.seconds))
 
 
 @lru_cache
@@ -85,31 +93,47 @@ def rounds(bytes_moved: int, device: torch.device, kernels: int = 1, most: int =
     return Rounds(sets, calls, "cold" if sets * bytes_moved >= 2 * cache else "warm")
 
 
+Timed = tuple[Sequence[Call], Rounds]
+
+
 def measure(calls: Sequence[Call], plan: Rounds, device: torch.device, effort: Effort) -> Measurement:
     """Time of one call, of which there is one for every set of operands."""
+    return measure_all([(calls, plan)], device, effort)[0]
+
+
+def measure_all(all_timed: Sequence[Timed], device: torch.device, effort: Effort) -> list[Measurement]:
+    """The same of several, on a CPU in turns."""
     with torch.no_grad():
         if device.type == "cuda":
-            seconds, timing = on_gpu(calls, plan, effort)
+            samples = [on_gpu(calls, plan, effort) for calls, plan in all_timed]
         else:
-            seconds, timing = on_cpu(calls, plan, effort), "host"
-    q25, _, q75 = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Measurement(statistics.median(seconds), q25, q75, len(seconds), timing, plan.cache)
+            samples = [(seconds, "host") for seconds in on_cpu(all_timed, effort)]
+    found = []
+    for (_, plan), (seconds, timing) in zip(all_timed, samples, strict=True):
+        q25, median, q75 = statistics.quantiles(seconds, n=4, method="inclusive")
+        found.append(Measurement(median, q25, q75, seconds, timing, plan.cache))
+    return found
 
 
-def on_cpu(calls: Sequence[Call], plan: Rounds, effort: Effort) -> list[float]:
-    begin = time.perf_counter()
-    for call in calls:  # so that every page is there
-        call()
-    each = (time.perf_counter() - begin) / len(calls)
-    count = min(math.ceil(SAMPLE_SECONDS / each), plan.calls)
-    turn, seconds, begin = cycle(calls), [], time.perf_counter()
-    while wanted(len(seconds), time.perf_counter() - begin, effort):
-        chosen = list(islice(turn, count))
-        start = time.perf_counter()
-        for call in chosen:
+def on_cpu(all_timed: Sequence[Timed], effort: Effort) -> list[list[float]]:
+    counts = []
+    for calls, plan in all_timed:
+        begin = time.perf_counter()
+        for call in calls:  # so that every page is there
             call()
-        seconds.append((time.perf_counter() - start) / count)
-    return seconds
+        each = (time.perf_counter() - begin) / len(calls)
+        counts.append(min(math.ceil(SAMPLE_SECONDS / each), plan.calls))
+    turns = [cycle(calls) for calls, _ in all_timed]
+    found: list[list[float]] = [[] for _ in all_timed]
+    begin = time.perf_counter()
+    while wanted(len(found[0]), (time.perf_counter() - begin) / len(found), effort):
+        for turn, count, seconds in zip(turns, counts, found, strict=True):
+            chosen = list(islice(turn, count))
+            start = time.perf_counter()
+            for call in chosen:
+                call()
+            seconds.append((time.perf_counter() - start) / count)
+    return found
 
 
 def on_gpu(calls: Sequence[Call], plan: Rounds, effort: Effort) -> tuple[list[float], str]:
@@ -192,28 +216,31 @@ def extra_bytes(call: Call, device: torch.device) -> int | None:
 STREAMS = {"copy": 2, "triad": 3}  # arrays of each
 
 
-FRESH = 10  # seconds
-
-
 class Streams:
-    """Times of plain streams that read and write so many bytes in all, measured once on a GPU.
+    """Plain streams that read and write so many bytes in all.
 
-    On a CPU, whose memory others may share, a time serves for FRESH seconds. ``copy`` reads one float32 array
-    and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
+    ``copy`` reads one float32 array and writes one; ``triad`` (STREAM's) reads two, a + s b, and writes one.
     """
 
     def __init__(self, device: torch.device, effort: Effort) -> None:
         self.device, self.effort = device, effort
-        self.found: dict[tuple[str, int], tuple[float, Measurement]] = {}
+        self.found: dict[int, list[Measurement]] = {}
 
-    def measured(self, kind: str, bytes_moved: int) -> Measurement:
-        key, now = (kind, bytes_moved), time.monotonic()
-        if key not in self.found or (self.device.type == "cpu" and now - self.found[key][0] > FRESH):
-            plan = rounds(bytes_moved, self.device, most=self.effort.sets)
-            numel = max(bytes_moved // (4 * STREAMS[kind]), 1)
-            calls = [self.call(kind, numel) for _ in range(plan.sets)]
-            self.found[key] = now, measure(calls, plan, self.device, self.effort)
-        return self.found[key][1]
+    def timed(self, bytes_moved: int) -> list[Timed]:
+        """A copy and a triad."""
+        plan = rounds(bytes_moved, self.device, most=self.effort.sets)
+        return [
+            ([self.call(kind, max(bytes_moved // (4 * arrays), 1)) for _ in range(plan.sets)], plan)
+            for kind, arrays in STREAMS.items()
+        ]
+
+    def beside(self, timed: Timed, bytes_moved: int) -> list[Measurement]:
+        """Times of what moves so many bytes, of a copy and of a triad; those are measured once on a GPU."""
+        if self.device.type != "cuda":
+            return measure_all([timed, *self.timed(bytes_moved)], self.device, self.effort)
+        if bytes_moved not in self.found:
+            self.found[bytes_moved] = measure_all(self.timed(bytes_moved), self.device, self.effort)
+        return [measure(*timed, self.device, self.effort), *self.found[bytes_moved]]
 
     def call(self, kind: str, numel: int) -> Call:
         out = torch.empty(numel, device=self.device)
