@@ -98,11 +98,14 @@ def losses(out):
     ],
 )
 def test_losses_are_those_of_one_process(way, options, tmp_path):
-    """And a run of two processes goes on with four, from a signal on."""
-    options = [*options, "--steps", "10", "--log-every", "1", "--rows", "8"]
+    """And a run of two processes goes on with four, from a signal on. Sums are rounded in another order.
+
+    Few steps: a code of an input that rounding turned into its neighbour changes all that follows.
+    """
+    options = [*options, "--steps", "6", "--log-every", "1", "--rows", "8"]
     assert train(tmp_path / "one", *options) == 0
     out, shared = tmp_path / "many", [*options, "--parallel", way]
-    assert run(out, [*shared, "--stop-after", "5"]) == [0] * COUNT
+    assert run(out, [*shared, "--stop-after", "3"]) == [0] * COUNT
     assert run(out, [*shared, "--resume"], 4) == [0] * 4
     torch.testing.assert_close(losses(out), losses(tmp_path / "one"), rtol=3e-3, atol=0)
 
