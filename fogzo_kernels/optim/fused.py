@@ -254,7 +254,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._joined[id(p)] = self._calls_so_far
             if group["master_weights"] and p.dtype != torch.float32:
                 state["master"] = p.detach().float()
-        elif group.get("dampening") and any(name not in state for name in names):
+        elif group.get("dampening") and any(state.get(name) is None for name in names):
             raise ValueError(
                 "momentum must not be raised from 0 where dampening is not 0: a buffer starts undampened"
             )
