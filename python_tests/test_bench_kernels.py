@@ -101,6 +101,18 @@ def test_shares_are_of_turns():
     assert slower[1].of(slower[0]) == 2
 
 
+def test_a_row_has_the_shares_of_its_turns(monkeypatch):
+    own, copy, triad = (
+        timing.Measurement(9.0, 9.0, 9.0, seconds, "host", "cold")
+        for seconds in ([2, 4, 8], [1, 2, 4], [3, 6, 12])
+    )
+    monkeypatch.setattr(kernels, "measure_unit", lambda *_: ([own, copy, triad], None, None))
+    args = kernels.parse(SMALL)
+    unit = kernels.units_of(args)[0][0]
+    row = kernels.row_of(unit, args, timing.QUICK, timing.Streams(CPU, timing.QUICK))
+    assert (row["share_of_copy"], row["share_of_triad"]) == (0.5, 1.5)
+
+
 def test_lists_of_one_size():
     case = cases.Case("perturb", "fp32", "uniform", 10, 1000, equal=True)
     o = cases.operands(case, torch.device("cpu"))

@@ -216,6 +216,8 @@ def test_both_probes_are_one_call(monkeypatch):
         if both:
             assert not {t.data_ptr() for t in plus} & {t.data_ptr() for t in minus}
             assert all(w.memory().data_ptr() == t.data_ptr() for w, t in zip(fogzo.weights, plus, strict=True))
+    with pytest.raises(TypeError, match="both_probes must be a bool, got int"):
+        make(both_probes=1)
 
 
 def test_every_third_step_has_probes():

@@ -124,12 +124,6 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
     return backend if isinstance(backend, str) else backend.unavailable(device)
 
 
-def running(name: str, device: torch.device) -> Backend | None:
-    """The backend, if it can run on ``device``."""
-    backend = load(name)
-    return None if isinstance(backend, str) or backend.unavailable(device) is not None else backend
-
-
 def available_backends(device: str | torch.device | None = None) -> dict[str, str | None]:
     """Each backend's name -> None, or the reason why it is unavailable.
 
@@ -168,11 +162,12 @@ def select(name: str | None, device: torch.device) -> Backend:
     if name is None and (asked := os.environ.get(VARIABLE)):
         name, source = asked, VARIABLE
     if name is None:
-        return next(found for n in names() if (found := running(n, device)) is not None)
-    check_known(name, source)
-    reason = reason_unavailable(name, device)
-    if reason is not None:
-        raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
+        name = next(n for n in names() if reason_unavailable(n, device) is None)
+    else:
+        check_known(name, source)
+        reason = reason_unavailable(name, device)
+        if reason is not None:
+            raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
     backend = load(name)
     assert not isinstance(backend, str)
     return backend

@@ -106,13 +106,6 @@ def rotated_rows(
     return out
 
 
-def in_a_row(tensors: Sequence[Tensor]) -> Tensor:
-    """The elements of all."""
-    if all(t.shape == tensors[0].shape for t in tensors):
-        return torch.stack([*tensors]).view(-1)
-    return torch.cat([*map(Tensor.flatten, tensors)])
-
-
 @torch.no_grad()
 def share_at_floor(modules: Sequence[Any]) -> float:
     """The share of alphas that lie at the least value that they may have, of those that move; NaN without any.
@@ -148,7 +141,7 @@ def hold_alphas(modules: Sequence[Any], names: Sequence[str] = ("alpha", "input_
     if not pairs:
         return None
     alphas, lows = zip(*pairs.values(), strict=True)
-    now, least, most = in_a_row(alphas), in_a_row(lows), memory.alpha_range(2)[1]
+    now, least, most = memory.in_a_row(alphas), memory.in_a_row(lows), memory.alpha_range(2)[1]
     seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
     if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=most)):
         return None

@@ -47,12 +47,17 @@ def alphas(alphas: Tensors, r: int) -> None:
     if not alphas or alphas[0].device.type != "cpu":  # they lie on one device
         return
     low, high = alpha_range(r)
-    flat = set(map(Tensor.dim, alphas)) == {1}
-    found = torch.cat(list(alphas if flat else map(Tensor.flatten, alphas)))
-    if not in_range(found, low, high):
+    if not in_range(in_a_row(alphas), low, high):
         i = next(i for i, alpha in enumerate(alphas) if not in_range(alpha, low, high))
         least, most = map(float, torch.aminmax(alphas[i]))
         raise ValueError(f"alphas[{i}] must be finite, > 0 and in {low:g}..{high:g}, got {least:g}..{most:g}")
+
+
+def in_a_row(tensors: Tensors) -> Tensor:
+    """The elements of all, of one tensor or more."""
+    if all(t.shape == tensors[0].shape for t in tensors):
+        return torch.stack([*tensors]).view(-1)
+    return torch.cat([*map(Tensor.flatten, tensors)])
 
 
 def in_range(t: Tensor, low: float, high: float) -> bool:

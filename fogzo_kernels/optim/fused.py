@@ -243,7 +243,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"params must have dense gradients, got a sparse one of shape {tuple(p.shape)}")
-        seen = no_view if latent is p else view
+        seen = local if latent is p else view
         if not seen(grad).is_contiguous():
             p.grad = grad = torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad)
         state = self.state[p]
@@ -258,14 +258,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "momentum must not be raised from 0 where dampening is not 0: a buffer starts undampened"
             )
+        for name in names:  # also of a momentum that was 0 until now
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         views = []
         for name in ("master", *names) if "master" in state else names:
-            one = state.get(name)
-            if one is None:  # also of a momentum that was 0 until now
-                one = state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+            one = state[name]
             if not seen(one).is_contiguous():  # from a checkpoint of another layout
-                one = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(one)
-                state[name] = one
+                one = state[name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(one)
             views.append(seen(one))
         joined, step = 0, state["step"]
         if capturable:  # only the device has the number: parameters that joined together have one
@@ -389,11 +389,6 @@ class _Call:
         self.lists: list[_Lists] = []
         self.places: list[int] = []  # of those that are estimated among the weights of the step's call
         self.quantized: Together | None = None
-
-
-def no_view(tensor: Tensor) -> Tensor:
-    """As it is."""
-    return tensor
 
 
 def in_memory(p: Tensor) -> View:
