@@ -164,12 +164,12 @@ def of_traffic(before: Found, now: Found) -> str:
         if row["bytes"] is None:
             continue
         cells = [
-            " → ".join(f"{one[name] / size:.{digits}f}" for one in (old.get(method), row) if one is not None)
-            for name, size, digits in (
-                ("calls", 1, 0),
-                ("bytes", 1e6, 1),
-                ("bytes_in_passes", 1e6, 1),
-                ("peak_bytes", 1e6, 1),
+            " → ".join(f"{one[name] / size:{shown}}" for one in (old.get(method), row) if one is not None)
+            for name, size, shown in (
+                ("calls", 1, "g"),
+                ("bytes", 1e6, ".1f"),
+                ("bytes_in_passes", 1e6, ".1f"),
+                ("peak_bytes", 1e6, ".1f"),
             )
         ]
         lines.append(f"| {' | '.join([method, *cells])} |")
