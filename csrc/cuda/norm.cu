@@ -23,6 +23,7 @@ template <int Threads> FOGZO_DEVICE double block_sum(double x) {
     if (thread() < half)
       sums[thread()] += sums[thread() + half];
   }
+  barrier(); // the compiler may load it in every thread
   return thread() ? 0.0 : sums[0];
 }
 

@@ -1,0 +1,566 @@
+// Runs a kernel block by block. All threads of a block that stand at one instruction execute it together.
+#include "memory.h"
+
+#include <random>
+
+namespace ptx {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr Cell kPoison = 0x7FFDEAD17FFDEAD1ull; // a NaN as float and double: what a register holds that nobody wrote
+constexpr int kNowhere = std::numeric_limits<int>::max();
+
+enum class State : uint8_t { ready, stalled, waiting, ended }; // stalled: until the others of its warp arrive
+
+class Block {
+public:
+  Block(Program &program, const Launch &launch)
+      : program_(program), launch_(launch), threads_(launch.threads), warps_((threads_ + kWarp - 1) / kWarp),
+        lanes_(warps_ * kWarp), cells_(size_t(program.registers) * lanes_),
+        memory_(program, launch, lanes_), random_(launch.order),
+        here_(lanes_), acting_(lanes_), state_(lanes_), at_(lanes_), warp_barriers_(warps_) {}
+
+  void run(int64_t number) {
+    begin(number);
+    while (choose())
+      segment();
+  }
+
+private:
+  Cell *cells(int reg) { return reg < 0 ? nullptr : cells_.data() + size_t(reg) * lanes_; }
+
+  void begin(int64_t number) {
+    number_ = number;
+    barriers_ = 0;
+    std::fill(cells_.begin(), cells_.end(), kPoison);
+    for (auto [reg, value] : program_.constants)
+      std::fill_n(cells(reg), lanes_, value);
+    for (auto [reg, offset] : program_.parameters)
+      std::fill_n(cells(reg), lanes_, memory_.parameter(offset));
+    for (auto [reg, offset] : program_.locals)
+      for (int l = 0; l < lanes_; ++l)
+        cells(reg)[l] = memory_.local(l, offset);
+    for (const auto &[reg, name] : program_.specials)
+      for (int l = 0; l < lanes_; ++l)
+        cells(reg)[l] = special(name, l);
+    memory_.begin_block();
+    std::fill(warp_barriers_.begin(), warp_barriers_.end(), 0);
+    for (int l = 0; l < lanes_; ++l) {
+      state_[l] = l < threads_ ? State::ready : State::ended;
+      at_[l] = 0;
+    }
+  }
+
+  Cell special(const std::string &name, int lane) const {
+    if (name == "%tid.x")
+      return lane;
+    if (name == "%ntid.x")
+      return threads_;
+    if (name == "%ctaid.x")
+      return number_;
+    if (name == "%nctaid.x")
+      return launch_.blocks;
+    if (name == "%laneid")
+      return lane % kWarp;
+    if (name == "%tid.y" || name == "%tid.z" || name == "%ctaid.y" || name == "%ctaid.z")
+      return 0;
+    if (name == "%ntid.y" || name == "%ntid.z" || name == "%nctaid.y" || name == "%nctaid.z")
+      return 1;
+    throw std::runtime_error("no code for the special register " + name);
+  }
+
+  // ---- which threads run next
+
+  // Those that stand at the first instruction where any is ready, of all warps or of a random one. False: all have ended.
+  bool choose() {
+    first_ = 0, last_ = threads_;
+    if (launch_.order)
+      choose_warp();
+    int place = kNowhere, ready = 0;
+    for (int l = first_; l < last_; ++l)
+      if (state_[l] == State::ready)
+        place = std::min(place, at_[l]), ++ready;
+    if (!ready)
+      return open_barrier();
+    int count = 0;
+    for (int l = first_; l < last_; ++l) {
+      here_[l] = state_[l] <= State::stalled && at_[l] == place;
+      if (here_[l])
+        state_[l] = State::ready, ++count;
+    }
+    place_ = place;
+    full_ = count == last_ - first_;
+    ++program_.segments;
+    program_.divergent += count != ready;
+    return true;
+  }
+
+  void choose_warp() {
+    std::vector<int> ready;
+    for (int l = 0; l < threads_; ++l)
+      if (state_[l] == State::ready && (ready.empty() || ready.back() != l / kWarp))
+        ready.push_back(l / kWarp);
+    if (ready.empty())
+      return;
+    first_ = ready[random_() % ready.size()] * kWarp;
+    last_ = std::min(first_ + kWarp, threads_);
+  }
+
+  // Nobody is ready: lets all go on that wait at one barrier. False: all have ended.
+  bool open_barrier() {
+    int waiting = 0, ended = 0, place = -1;
+    for (int l = 0; l < threads_; ++l) {
+      ended += state_[l] == State::ended;
+      if (state_[l] == State::waiting) {
+        if (++waiting > 1 && at_[l] != place)
+          throw std::runtime_error("threads of a block wait at different barriers: lines " + line_of(place) + " and " +
+                                   line_of(at_[l]));
+        place = at_[l];
+      }
+    }
+    if (ended == threads_)
+      return false;
+    if (waiting != threads_)
+      throw std::runtime_error("deadlock: " + std::to_string(waiting) + " threads wait at a barrier, " +
+                               std::to_string(threads_ - waiting - ended) + " for others of their warp, and " +
+                               std::to_string(ended) + " have ended");
+    ++barriers_;
+    for (int l = 0; l < threads_; ++l)
+      state_[l] = State::ready;
+    return choose();
+  }
+
+  std::string line_of(int place) const { return std::to_string(program_.code[place - 1].line); }
+
+  // ---- running them
+
+  // Until they part, wait or end, or may meet others.
+  void segment() {
+    for (bool first = true;; first = false) {
+      if (!first && !full_ && program_.targets[place_])
+        return leave();
+      Instruction &x = program_.code[place_];
+      Lanes lanes = acting(x);
+      if (x.kind == Kind::branch) {
+        if (!branch(x))
+          return;
+        continue;
+      }
+      if (x.kind == Kind::end)
+        return end(lanes);
+      if (x.kind == Kind::barrier)
+        return arrive(x, lanes);
+      if (collective(x.kind) && !gather(x, lanes))
+        return;
+      count(x, lanes);
+      execute(x, lanes);
+      ++place_;
+    }
+  }
+
+  // The threads here whose predicate holds.
+  Lanes acting(const Instruction &x) {
+    if (x.predicate < 0 || x.kind == Kind::branch)
+      return {first_, last_, here_.data(), full_};
+    const Cell *predicate = cells(x.predicate);
+    bool all = full_;
+    for (int l = first_; l < last_; ++l) {
+      acting_[l] = here_[l] && (uint8_t(predicate[l]) != 0) != x.negated;
+      all &= acting_[l] != 0;
+    }
+    return {first_, last_, acting_.data(), all};
+  }
+
+  // They stand where they are, for choose() to find. Whoever waited for them may try again.
+  void leave() {
+    for (int l = first_; l < last_; ++l)
+      if (here_[l])
+        at_[l] = place_;
+    wake();
+  }
+
+  void wake() {
+    for (int l = 0; l < threads_; ++l)
+      if (state_[l] == State::stalled)
+        state_[l] = State::ready;
+  }
+
+  // Whether all go on together.
+  bool branch(const Instruction &x) {
+    if (x.predicate < 0) {
+      place_ = x.target;
+      if (full_)
+        return true;
+      leave();
+      return false;
+    }
+    const Cell *predicate = cells(x.predicate);
+    int taken = 0, count = 0;
+    for (int l = first_; l < last_; ++l) {
+      if (!here_[l])
+        continue;
+      const bool goes = (uint8_t(predicate[l]) != 0) != x.negated;
+      at_[l] = goes ? x.target : place_ + 1;
+      taken += goes;
+      ++count;
+    }
+    if (full_ && (taken == 0 || taken == count)) {
+      place_ = taken ? x.target : place_ + 1;
+      return true;
+    }
+    wake();
+    return false;
+  }
+
+  void end(const Lanes &lanes) {
+    for (int l = first_; l < last_; ++l) {
+      if (!here_[l])
+        continue;
+      at_[l] = place_ + 1;
+      if (lanes.mask[l])
+        state_[l] = State::ended;
+    }
+    wake();
+  }
+
+  // bar.sync is aligned: the threads of a warp come to it together.
+  void arrive(const Instruction &x, const Lanes &lanes) {
+    for (int w = first_ / kWarp; w * kWarp < last_; ++w) {
+      int come = 0, all = 0;
+      for (int l = w * kWarp; l < std::min((w + 1) * kWarp, threads_); ++l)
+        come += lanes.mask[l], ++all;
+      if (come && come != all)
+        refuse(x, "some threads of a warp come to a barrier without the others");
+    }
+    for (int l = first_; l < last_; ++l) {
+      if (!here_[l])
+        continue;
+      at_[l] = place_ + 1;
+      if (lanes.mask[l])
+        state_[l] = State::waiting;
+    }
+    wake();
+  }
+
+  static bool collective(Kind kind) {
+    return kind == Kind::warp_barrier || kind == Kind::shuffle || kind == Kind::reduce || kind == Kind::vote ||
+           kind == Kind::load_matrix || kind == Kind::store_matrix;
+  }
+
+  // A warp-wide instruction names its threads in its last operand. Those of a warp that is not complete wait. False:
+  // nobody is left here.
+  bool gather(const Instruction &x, Lanes &lanes) {
+    const Cell *members = cells(x.operand[x.operands - 1]);
+    bool left = false;
+    for (int w = first_ / kWarp; w * kWarp < last_; ++w) {
+      uint32_t come = 0, named = 0;
+      for (int l = 0; l < kWarp; ++l)
+        if (const int lane = w * kWarp + l; lane < last_ && lanes.mask[lane])
+          come |= 1u << l, named |= uint32_t(members[lane]);
+      if (!come)
+        continue;
+      if (come & ~named)
+        refuse(x, "a thread executes it that its mask does not name");
+      for (int l = 0; l < kWarp; ++l)
+        if (named >> l & 1 && state_[w * kWarp + l] == State::ended)
+          refuse(x, "its mask names a thread that has ended");
+      if (named != come) {
+        left = true;
+        stall(w, come);
+      } else {
+        ++warp_barriers_[w];
+      }
+    }
+    if (!left)
+      return true;
+    full_ = lanes.full = false;
+    return std::any_of(here_.begin() + first_, here_.begin() + last_, [](uint8_t h) { return h; });
+  }
+
+  void stall(int warp, uint32_t come) {
+    for (int l = 0; l < kWarp; ++l) {
+      const int lane = warp * kWarp + l;
+      if (!(come >> l & 1))
+        continue;
+      here_[lane] = acting_[lane] = 0;
+      at_[lane] = place_;
+      state_[lane] = State::stalled;
+    }
+  }
+
+  // ---- instructions
+
+  void execute(const Instruction &x, const Lanes &lanes) {
+    Cell *result[kMaxOperands], *operand[kMaxOperands];
+    for (int i = 0; i < x.results; ++i)
+      result[i] = cells(x.result[i]);
+    for (int i = 0; i < x.operands; ++i)
+      operand[i] = cells(x.operand[i]);
+    switch (x.kind) {
+    case Kind::arithmetic:
+      return x.run(result, operand, lanes);
+    case Kind::pack:
+      return for_each(lanes, [&](int l) { pack(x, result, operand, l); });
+    case Kind::unpack:
+      return for_each(lanes, [&](int l) { unpack(x, result, operand, l); });
+    case Kind::load:
+    case Kind::store:
+    case Kind::add:
+      return access(x, result, operand, lanes);
+    case Kind::shuffle:
+      return shuffle(x, result, operand, lanes);
+    case Kind::reduce:
+    case Kind::vote:
+      return reduce(x, result, operand, lanes);
+    case Kind::load_matrix:
+    case Kind::store_matrix:
+      return matrices(x, result, operand, lanes);
+    case Kind::warp_barrier:
+    case Kind::branch:
+    case Kind::end:
+    case Kind::barrier:
+      return;
+    }
+  }
+
+  static Cell low(Cell cell, int bytes) { return bytes == 8 ? cell : cell & ((Cell(1) << 8 * bytes) - 1); }
+
+  static void pack(const Instruction &x, Cell **result, Cell **operand, int l) {
+    Cell found = 0;
+    for (int i = 0; i < x.operands; ++i)
+      found |= low(operand[i][l], x.width) << 8 * x.width * i;
+    result[0][l] = found;
+  }
+
+  static void unpack(const Instruction &x, Cell **result, Cell **operand, int l) {
+    const Cell whole = operand[0][l];
+    for (int i = 0; i < x.results; ++i)
+      if (result[i])
+        result[i][l] = low(whole >> 8 * x.width * i, x.width);
+  }
+
+  Actor actor(int lane, bool atomic = false) const {
+    Actor who{};
+    who.block = memory_.block(number_);
+    who.barriers = barriers_;
+    who.warp_barriers = warp_barriers_[lane / kWarp];
+    who.lane = lane;
+    who.atomic = atomic;
+    return who;
+  }
+
+  uint8_t *bytes_at(const Instruction &x, uint64_t address, int bytes, bool writes, const Actor &who) {
+    if (x.space == Space::shared)
+      return memory_.at_shared(address, bytes, writes, who, x);
+    return memory_.at(address, bytes, writes, who, x);
+  }
+
+  void access(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
+    const int bytes = x.width * x.count;
+    for_each(lanes, [&](int l) {
+      const bool writes = x.kind != Kind::load;
+      uint8_t *at = bytes_at(x, operand[0][l] + x.immediate, bytes, writes, actor(l, x.kind == Kind::add));
+      for (int i = 0; i < x.count; ++i, at += x.width) {
+        if (x.kind == Kind::store) {
+          std::memcpy(at, &operand[1 + i][l], x.width);
+          continue;
+        }
+        Cell value = 0;
+        std::memcpy(&value, at, x.width);
+        if (x.kind == Kind::add) {
+          const Cell sum = value + operand[1][l];
+          std::memcpy(at, &sum, x.width);
+        } else if (x.is_signed && x.width < 8 && value >> (8 * x.width - 1)) {
+          value |= ~Cell(0) << 8 * x.width;
+        }
+        if (i < x.results && result[i])
+          result[i][l] = value;
+      }
+    });
+  }
+
+  // PTX ISA, "shfl.sync": the second operand is the distance or lane, the third holds bounds of segments.
+  void shuffle(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
+    const std::vector<Cell> from(operand[0], operand[0] + lanes_);
+    enum { up, down, butterfly, index };
+    for_each(lanes, [&](int l) {
+      const int lane = l % kWarp, b = operand[1][l] & 31, bounds = int(operand[2][l]);
+      const int segment = bounds >> 8 & 31, most = (lane & segment) | (bounds & 31 & ~segment);
+      int source = 0;
+      bool inside = false;
+      switch (x.immediate) {
+      case up:
+        source = lane - b;
+        inside = source >= most;
+        break;
+      case down:
+        source = lane + b;
+        inside = source <= most;
+        break;
+      case butterfly:
+        source = lane ^ b;
+        inside = source <= most;
+        break;
+      case index:
+        source = (lane & segment) | (b & ~segment);
+        inside = source <= most;
+        break;
+      }
+      const int chosen = l - lane + (inside ? source : lane);
+      if (!lanes.mask[chosen])
+        refuse(x, "it reads from a thread that does not take part");
+      result[0][l] = uint32_t(from[chosen]);
+      if (x.results > 1 && result[1])
+        result[1][l] = inside;
+    });
+  }
+
+  void reduce(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
+    for (int w = lanes.first / kWarp; w * kWarp < lanes.last; ++w) {
+      const int begin = w * kWarp, end = std::min(begin + kWarp, lanes.last);
+      uint32_t found = 0, come = 0;
+      for (int l = begin; l < end; ++l) {
+        if (!lanes.mask[l])
+          continue;
+        const uint32_t value = uint32_t(operand[0][l]);
+        if (x.kind == Kind::vote)
+          found |= uint32_t(uint8_t(value) != 0) << (l - begin);
+        else
+          found = come ? joined(int(x.immediate), found, value) : value;
+        come |= 1u << (l - begin);
+      }
+      enum { ballot, any, all };
+      if (x.kind == Kind::vote && x.immediate != ballot)
+        found = x.immediate == any ? found != 0 : found == come;
+      for (int l = begin; l < end; ++l)
+        if (lanes.mask[l])
+          result[0][l] = found;
+    }
+  }
+
+  static uint32_t joined(int how, uint32_t a, uint32_t b) {
+    enum { add, max_signed, min_signed, max, min, bit_or, bit_and, bit_xor };
+    switch (how) {
+    case add:
+      return a + b;
+    case max_signed:
+      return uint32_t(std::max(int32_t(a), int32_t(b)));
+    case min_signed:
+      return uint32_t(std::min(int32_t(a), int32_t(b)));
+    case max:
+      return std::max(a, b);
+    case min:
+      return std::min(a, b);
+    case bit_or:
+      return a | b;
+    case bit_and:
+      return a & b;
+    case bit_xor:
+      return a ^ b;
+    }
+    return 0;
+  }
+
+  // ldmatrix and stmatrix: 8 by 8 halves. Lane 8 k + r has the address of row r of matrix k. Of each matrix a lane holds
+  // two neighbours, of row lane / 4, or of that column where it is transposed.
+  void matrices(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
+    const bool loads = x.kind == Kind::load_matrix, transposed = x.is_signed;
+    for (int w = lanes.first / kWarp; w * kWarp < lanes.last; ++w) {
+      const int first = w * kWarp;
+      if (!lanes.mask[first])
+        continue;
+      for (int k = 0; k < x.count; ++k)
+        for (int row = 0; row < 8; ++row) {
+          const int owner = first + 8 * k + row;
+          uint8_t *at = bytes_at(x, operand[0][owner] + x.immediate, 16, !loads, actor(owner));
+          for (int column = 0; column < 8; ++column, at += 2) {
+            const int i = transposed ? column : row, j = transposed ? row : column;
+            const int lane = first + 4 * i + j / 2, shift = 16 * (j % 2);
+            if (loads) {
+              uint16_t half;
+              std::memcpy(&half, at, 2);
+              Cell &cell = result[k][lane];
+              cell = (cell & (0xFFFF0000u >> shift)) | Cell(half) << shift;
+            } else {
+              const uint16_t half = uint16_t(operand[1 + k][lane] >> shift);
+              std::memcpy(at, &half, 2);
+            }
+          }
+        }
+    }
+  }
+
+  // ---- counting
+
+  void count(const Instruction &x, const Lanes &lanes) {
+    Count &c = program_.counts[place_];
+    const bool global = (x.kind == Kind::load || x.kind == Kind::store || x.kind == Kind::add) && x.space == Space::generic;
+    if (lanes.full && !global) {
+      c.lanes += lanes.last - lanes.first;
+      c.warps += (lanes.last - lanes.first + kWarp - 1) / kWarp;
+      return;
+    }
+    const Cell *address = global ? cells(x.operand[0]) : nullptr;
+    const int bytes = x.width * x.count;
+    for (int w = lanes.first / kWarp; w * kWarp < lanes.last; ++w) {
+      int active = 0;
+      sectors_.clear();
+      for (int l = w * kWarp; l < std::min((w + 1) * kWarp, lanes.last); ++l) {
+        if (!lanes.mask[l])
+          continue;
+        ++active;
+        if (global)
+          note_sectors(address[l] + x.immediate, bytes);
+      }
+      c.lanes += active;
+      c.warps += active > 0;
+      if (global && active) {
+        ++c.requests;
+        c.sectors += sectors_.size();
+        c.bytes += uint64_t(active) * bytes;
+      }
+    }
+  }
+
+  // Of 32 bytes; those of neighbours are found at the end.
+  void note_sectors(uint64_t address, int bytes) {
+    for (uint64_t sector = address / 32; sector <= (address + bytes - 1) / 32; ++sector)
+      if (std::find(sectors_.rbegin(), sectors_.rend(), sector) == sectors_.rend())
+        sectors_.push_back(sector);
+  }
+
+  Program &program_;
+  const Launch &launch_;
+  const int threads_, warps_, lanes_;
+  std::vector<Cell> cells_; // by register, then by lane
+  Memory memory_;
+  std::mt19937_64 random_;
+  int64_t number_ = 0;
+  uint64_t barriers_ = 0;
+
+  // The group that runs: its lanes lie from first_ up to last_, all of them where it is full.
+  int first_ = 0, last_ = 0, place_ = 0;
+  bool full_ = false;
+  std::vector<uint8_t> here_, acting_;
+
+  std::vector<State> state_;
+  std::vector<int> at_; // where each thread goes on
+  std::vector<uint64_t> warp_barriers_;
+  std::vector<uint64_t> sectors_;
+};
+
+} // namespace
+
+void run(Program &program, const Launch &launch) {
+  if (program.targets.size() != program.code.size() + 1) {
+    program.targets.assign(program.code.size() + 1, 0);
+    for (const Instruction &x : program.code)
+      if (x.kind == Kind::branch)
+        program.targets[x.target] = 1;
+  }
+  Block block(program, launch);
+  for (int64_t number = 0; number < launch.blocks; ++number)
+    block.run(number);
+}
+
+} // namespace ptx
