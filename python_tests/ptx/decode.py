@@ -12,6 +12,7 @@ from .build import executor
 from .text import SIZES, Body, Brace, Declaration, Instruction, Label, Module, Variable, statements, variables
 
 SPECIAL = re.compile(r"%(?:n?tid|n?ctaid)\.[xyz]|%laneid")
+OTHER_SPECIAL = re.compile(r"%(?:.*\.[xyzw]|n?(?:warp|sm|grid|cluster)\w*id|clock\w*|globaltimer\w*|lanemask\w*|pm\d|env\w+|\w+_size)")
 SHUFFLES = {"up": 0, "down": 1, "bfly": 2, "idx": 3}
 REDUCTIONS = {
     "add.s32": 0, "add.u32": 0, "max.s32": 1, "min.s32": 2, "max.u32": 3, "min.u32": 4, "or.b32": 5, "and.b32": 6,
@@ -189,6 +190,8 @@ class Kernel:
         self.program.registers += 1
         if SPECIAL.fullmatch(name):
             self._specials.append((register, name))
+        elif OTHER_SPECIAL.fullmatch(name):
+            raise ValueError(f"no code for the special register {name}")
         elif name.startswith("%") or "@" in name:
             pass
         elif name in self._symbols:

@@ -226,6 +226,12 @@ void conversions() {
   define<float, double>("cvt.rn.f32.f64", [](double a) { return canonical(float(a)); });
   define<float, uint16_t>("cvt.f32.bf16", [](uint16_t a) { return from_bfloat16(a); });
   define<float, uint16_t>("cvt.f32.f16", [](uint16_t a) { return from_float16(a); });
+  define<double, uint16_t>("cvt.f64.bf16", [](uint16_t a) { return canonical(double(from_bfloat16(a))); });
+  define<double, uint16_t>("cvt.f64.f16", [](uint16_t a) { return canonical(double(from_float16(a))); });
+  define<uint32_t, uint32_t>("abs.bf16x2", [](uint32_t a) { return a & 0x7FFF7FFF; });
+  define<uint32_t, uint32_t>("abs.f16x2", [](uint32_t a) { return a & 0x7FFF7FFF; });
+  define<uint16_t, uint16_t>("abs.bf16", [](uint16_t a) { return uint16_t(a & 0x7FFF); });
+  define<uint16_t, uint16_t>("abs.f16", [](uint16_t a) { return uint16_t(a & 0x7FFF); });
   define<uint16_t, float>("cvt.rn.bf16.f32", [](float a) { return to_bfloat16(a); });
   define<uint16_t, float>("cvt.rn.f16.f32", [](float a) { return to_float16(a); });
   // The first operand goes into the upper half.

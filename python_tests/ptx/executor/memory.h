@@ -44,8 +44,8 @@ public:
   uint64_t block(int64_t number) const { return first_block_ + number; }
   void begin_block() { std::fill(shared_.begin(), shared_.end(), 0xFF); } // NaN
 
-  // The bytes at an address that `actor` reads or writes. Throws where it may not.
-  uint8_t *at(uint64_t address, int bytes, bool writes, const Actor &actor, const Instruction &x) {
+  // The bytes at an address that `actor` reads or writes; `data`: those that a store brings. Throws where it may not.
+  uint8_t *at(uint64_t address, int bytes, bool writes, const uint8_t *data, const Actor &actor, const Instruction &x) {
     if (address % bytes)
       refuse(x, "an address is not aligned to its " + std::to_string(bytes) + " bytes");
     const uint64_t own = local(actor.lane, 0);
@@ -53,13 +53,15 @@ public:
       return reinterpret_cast<uint8_t *>(address);
     Range &range = range_of(address, bytes, x);
     if (!range.constant)
-      check_race(range.shadow, address - range.begin, bytes, writes, actor, first_block_, x, "global");
+      check_race(range.shadow, address - range.begin, bytes, writes, changes(address, data, bytes), actor, first_block_, x,
+                 "global");
     else if (writes)
       refuse(x, "a store into constant memory");
     return reinterpret_cast<uint8_t *>(address);
   }
 
-  uint8_t *at_shared(uint64_t address, int bytes, bool writes, const Actor &actor, const Instruction &x) {
+  uint8_t *at_shared(uint64_t address, int bytes, bool writes, const uint8_t *data, const Actor &actor,
+                     const Instruction &x) {
     address = uint32_t(address);
     if (address + bytes > shared_.size())
       refuse(x, "an access lies outside of shared memory");
@@ -67,8 +69,10 @@ public:
       refuse(x, "an address in shared memory is not aligned to its " + std::to_string(bytes) + " bytes");
     if (!writes && !shared_shadow_.written(address, bytes, actor.block))
       refuse(x, "a load from shared memory that nobody wrote");
-    check_race(shared_shadow_, address, bytes, writes, actor, actor.block, x, "shared");
-    return shared_.data() + address;
+    uint8_t *found = shared_.data() + address;
+    check_race(shared_shadow_, address, bytes, writes, changes(uint64_t(found), data, bytes), actor, actor.block, x,
+               "shared");
+    return found;
   }
 
 private:
@@ -79,9 +83,13 @@ private:
     bool holds(uint64_t address, int bytes) const { return address >= begin && address + bytes <= end; }
   };
 
-  static void check_race(Shadow &shadow, size_t offset, int bytes, bool writes, const Actor &actor, uint64_t first,
-                         const Instruction &x, const char *space) {
-    if (!(writes ? shadow.write(offset, bytes, actor, first) : shadow.read(offset, bytes, actor, first)))
+  static bool changes(uint64_t address, const uint8_t *data, int bytes) {
+    return !data || std::memcmp(reinterpret_cast<const void *>(address), data, bytes);
+  }
+
+  static void check_race(Shadow &shadow, size_t offset, int bytes, bool writes, bool changes, const Actor &actor,
+                         uint64_t first, const Instruction &x, const char *space) {
+    if (!(writes ? shadow.write(offset, bytes, actor, first, changes) : shadow.read(offset, bytes, actor, first)))
       refuse(x, std::string("a race in ") + space +
                     " memory: another thread touches the same bytes, and no barrier orders the two");
   }

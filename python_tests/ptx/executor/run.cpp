@@ -349,34 +349,44 @@ private:
     return who;
   }
 
-  uint8_t *bytes_at(const Instruction &x, uint64_t address, int bytes, bool writes, const Actor &who) {
+  uint8_t *bytes_at(const Instruction &x, uint64_t address, int bytes, bool writes, const uint8_t *data,
+                    const Actor &who) {
     if (x.space == Space::shared)
-      return memory_.at_shared(address, bytes, writes, who, x);
-    return memory_.at(address, bytes, writes, who, x);
+      return memory_.at_shared(address, bytes, writes, data, who, x);
+    return memory_.at(address, bytes, writes, data, who, x);
   }
 
   void access(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
     const int bytes = x.width * x.count;
+    uint8_t data[32];
     for_each(lanes, [&](int l) {
-      const bool writes = x.kind != Kind::load;
-      uint8_t *at = bytes_at(x, operand[0][l] + x.immediate, bytes, writes, actor(l, x.kind == Kind::add));
-      for (int i = 0; i < x.count; ++i, at += x.width) {
-        if (x.kind == Kind::store) {
-          std::memcpy(at, &operand[1 + i][l], x.width);
-          continue;
-        }
-        Cell value = 0;
-        std::memcpy(&value, at, x.width);
-        if (x.kind == Kind::add) {
-          const Cell sum = value + operand[1][l];
-          std::memcpy(at, &sum, x.width);
-        } else if (x.is_signed && x.width < 8 && value >> (8 * x.width - 1)) {
-          value |= ~Cell(0) << 8 * x.width;
-        }
-        if (i < x.results && result[i])
-          result[i][l] = value;
+      const uint64_t address = operand[0][l] + x.immediate;
+      if (x.kind == Kind::store) {
+        for (int i = 0; i < x.count; ++i)
+          std::memcpy(data + x.width * i, &operand[1 + i][l], x.width);
+        std::memcpy(bytes_at(x, address, bytes, true, data, actor(l)), data, bytes);
+      } else if (x.kind == Kind::add) {
+        uint8_t *at = bytes_at(x, address, bytes, true, nullptr, actor(l, true));
+        const Cell before = value_at(at, x);
+        const Cell sum = before + operand[1][l];
+        std::memcpy(at, &sum, bytes);
+        if (x.results && result[0])
+          result[0][l] = before;
+      } else {
+        const uint8_t *at = bytes_at(x, address, bytes, false, nullptr, actor(l));
+        for (int i = 0; i < x.count; ++i, at += x.width)
+          if (result[i])
+            result[i][l] = value_at(at, x);
       }
     });
+  }
+
+  static Cell value_at(const uint8_t *at, const Instruction &x) {
+    Cell value = 0;
+    std::memcpy(&value, at, x.width);
+    if (x.is_signed && x.width < 8 && value >> (8 * x.width - 1))
+      value |= ~Cell(0) << 8 * x.width;
+    return value;
   }
 
   // PTX ISA, "shfl.sync": the second operand is the distance or lane, the third holds bounds of segments.
@@ -472,7 +482,7 @@ private:
       for (int k = 0; k < x.count; ++k)
         for (int row = 0; row < 8; ++row) {
           const int owner = first + 8 * k + row;
-          uint8_t *at = bytes_at(x, operand[0][owner] + x.immediate, 16, !loads, actor(owner));
+          uint8_t *at = bytes_at(x, operand[0][owner] + x.immediate, 16, !loads, nullptr, actor(owner));
           for (int column = 0; column < 8; ++column, at += 2) {
             const int i = transposed ? column : row, j = transposed ? row : column;
             const int lane = first + 4 * i + j / 2, shift = 16 * (j % 2);

@@ -35,11 +35,15 @@ public:
     }
     return safe;
   }
-  bool write(size_t at, int count, const Actor &actor, uint64_t first) {
+  // `changes`: else the bytes are there already. Threads may store the same value side by side, as Triton lets them do
+  // where a tile has fewer elements than a block has threads.
+  bool write(size_t at, int count, const Actor &actor, uint64_t first, bool changes) {
     bool safe = true;
     for (Mark *mark = marks_ + at, *end = mark + count; mark != end; ++mark) {
-      safe &= ordered(mark->writer, actor, first) && ordered(mark->reader, actor, first);
-      mark->writer = actor;
+      const bool follows = ordered(mark->writer, actor, first) && ordered(mark->reader, actor, first);
+      safe &= follows || !changes;
+      if (follows || changes)
+        mark->writer = actor;
     }
     return safe;
   }

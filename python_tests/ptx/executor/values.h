@@ -74,8 +74,10 @@ template <class Int, class Float> Int saturated(Float x) {
 // fma rounded towards minus infinity. The error of the product and that of the sum are exact in double.
 inline float fma_down(float a, float b, float c) {
   const float nearest = std::fma(a, b, c);
-  if (!std::isfinite(nearest))
-    return canonical(nearest);
+  if (!std::isfinite(nearest)) {
+    const bool overflow = nearest > 0 && std::isfinite(a) && std::isfinite(b) && std::isfinite(c);
+    return overflow ? std::numeric_limits<float>::max() : canonical(nearest);
+  }
   const double product = double(a) * double(b); // exact: 48 bits
   const double sum = product + double(c), high = sum - product;
   const double error = (product - (sum - high)) + (double(c) - high); // two-sum
