@@ -20,7 +20,7 @@ package_PACKAGES := build twine
 TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transformers $(VENV)/has-loops \
   $(VENV)/has-export $(VENV)/has-demo
 
-.PHONY: demo test test-gguf lint format bench gpu fuzz sanitize package clean
+.PHONY: demo test test-oldest test-gguf lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one pip at a time
 
@@ -30,6 +30,27 @@ demo: $(VENV)/built $(VENV)/has-demo
 # one test at a time to each worker, the long ones first: see conftest.py
 test: $(TESTABLE)
 	$(BIN)/python -m pytest -n auto --maxschedchunk 1
+
+# The oldest torch that pyproject.toml allows, in an environment of its own: the native module is built with its
+# headers, and runs the tests of the `cpu` backend. They are copied, so that nothing of the checkout is imported.
+OLDEST := build/oldest
+OLDEST_TORCH := 2.11.0
+OLDEST_TESTS := cpu native learned_native vectors ops update measure
+test-oldest: $(OLDEST)/base
+	rm -rf $(OLDEST)/package $(OLDEST)/tests
+	FOGZO_BUILD_CUDA=0 $(OLDEST)/bin/python setup.py -q build \
+	  --build-temp $(OLDEST)/temp --build-lib $(OLDEST)/package
+	cp -r python_tests $(OLDEST)/tests
+	PYTHONPATH=$(CURDIR)/$(OLDEST)/package $(OLDEST)/bin/pytest -q -n auto -o pythonpath= -k "cpu or native" \
+	  $(OLDEST_TESTS:%=$(OLDEST)/tests/test_%.py)
+
+# torch says itself which setuptools and Triton go with it
+$(OLDEST)/base: constraints.txt Makefile
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|setuptools|triton)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+	  torch==$(OLDEST_TORCH) setuptools wheel pybind11 ninja $(test_PACKAGES)
+	touch $@
 
 # llama.cpp is built for it, which takes minutes
 test-gguf: $(TESTABLE) $(VENV)/has-llama-cpp

@@ -11,7 +11,7 @@ import sys
 from glob import glob
 
 import pybind11
-from setuptools import setup
+from setuptools import __version__, setup
 from torch.utils.cpp_extension import CppExtension
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # isolated builds do not have it there
@@ -51,7 +51,11 @@ native = CppExtension(
 
 cuda = build_cuda.extension(DEBUG)
 
+# pyproject.toml cannot state the license for every setuptools: before 77 they refuse what later ones ask for
+license_keyword = "license_expression" if int(__version__.split(".")[0]) >= 77 else "license"
+
 setup(
+    **{license_keyword: "MIT"},
     ext_modules=[native, *([cuda] if cuda else [])],
-    cmdclass={"build_ext": build_cuda.BuildNative.with_options(use_ninja=True)},
+    cmdclass={"build_ext": build_cuda.BuildNative},
 )

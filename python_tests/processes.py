@@ -62,6 +62,7 @@ def spawned(case, folder, processes=2):
 def one_process(rank, case, folder, processes):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    dist.barrier()  # a process that ends before the others are connected fails them
     try:
         found = case(rank)
     except (RuntimeError, ValueError) as error:

@@ -121,15 +121,58 @@ def test_what_a_build_runs_on(architectures, capability, expected):
     assert cuda.runs_on(architectures, *capability) is expected
 
 
-def test_unavailable_says_why(monkeypatch):
-    monkeypatch.setattr(cuda, "ON_HOST", False)
+class Driver:
+    """In the place of torch.cuda: two GPUs, the second one older than the build."""
+
+    def __init__(self, monkeypatch):
+        self.asked, self.current = [], 0
+        monkeypatch.setattr(cuda, "ON_HOST", False)
+        monkeypatch.setattr(cuda._cuda, "build_info", lambda: {"nvcc": "13.0", "architectures": "8.0 9.0"})
+        for name in ("is_available", "get_device_capability", "current_device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        cuda.unavailable_on.cache_clear()
+
+    def is_available(self):
+        self.asked.append("is_available")
+        return self.current is not None
+
+    def get_device_capability(self, device):
+        self.asked.append(device)
+        return (9, 0) if torch.device(device).index == 0 else (7, 5)
+
+    def current_device(self):
+        return self.current
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    yield Driver(monkeypatch)
+    cuda.unavailable_on.cache_clear()  # what it said of these devices
+
+
+def test_unavailable_says_why(driver):
     assert cuda.unavailable(torch.device("cpu")) == "it needs a CUDA device"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr(cuda._cuda, "build_info", lambda: {"nvcc": "13.0", "architectures": "8.0 9.0"})
-    reason = cuda.unavailable(torch.device("cuda", 0))
+    assert cuda.unavailable(torch.device("cuda", 0)) is None
+    reason = cuda.unavailable(torch.device("cuda", 1))
     assert "built for 8.0 9.0" in reason
     assert "TORCH_CUDA_ARCH_LIST=7.5" in reason
+
+
+def test_the_driver_is_asked_once_for_each_device(driver):
+    for _ in range(3):
+        for device in (torch.device("cuda", 0), torch.device("cuda", 1)):
+            cuda.unavailable(device)
+    assert driver.asked.count(torch.device("cuda", 0)) == driver.asked.count(torch.device("cuda", 1)) == 1
+    assert len(driver.asked) == 4
+
+
+def test_a_device_without_a_number_is_the_current_one(driver):
+    device = torch.device("cuda")
+    assert cuda.unavailable(device) is None
+    driver.current = 1
+    assert "TORCH_CUDA_ARCH_LIST=7.5" in cuda.unavailable(device)
+    driver.current = None
+    assert cuda.unavailable(device) == "PyTorch finds no CUDA device"
 
 
 def test_a_gpu_takes_triton_and_then_cuda():

@@ -1,7 +1,11 @@
 """What several files of the project say, they say alike: versions, packages, lists of tests."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +40,48 @@ def test_one_python_version():
     assert re.search(r"CIBW_BUILD: cp3(\d+)-\*", WHEELS)[1] == str(minor)
     for workflow in ("ci.yml", "wheels.yml"):
         text = (ROOT / ".github/workflows" / workflow).read_text()
-        assert re.findall(r'python-version: "(.*)"', text) == [f"3.{minor}"]
+        assert set(re.findall(r'python-version: "(.*)"', text)) == {f"3.{minor}"}
+
+
+def test_one_oldest_torch():
+    (oldest,) = re.findall(r"^torch>=(.+)$", "\n".join(PROJECT["project"]["dependencies"]), re.MULTILINE)
+    assert f"torch>={oldest}" in PROJECT["build-system"]["requires"]
+    assert f'"torch>={oldest}"' in WHEELS
+    assert re.search(r'^TORCH_TARGET = "(.*)"', (ROOT / "setup.py").read_text(), re.MULTILINE)[1] == oldest
+    assert re.search(r"^OLDEST_TORCH := (.*)\.0$", MAKEFILE, re.MULTILINE)[1] == oldest
+    assert f"PyTorch {oldest} or newer" in (ROOT / "README.md").read_text()
+    assert "make test-oldest" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+def test_the_oldest_torch_runs_tests_that_are_there():
+    names = re.search(r"^OLDEST_TESTS := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+    assert [name for name in names if not (ROOT / f"python_tests/test_{name}.py").exists()] == []
+    assert set(names).isdisjoint(OF_THE_TREE)
+
+
+#: What setuptools 61 takes under [project], which is the first to read it; before 77 a license is a table.
+KNOWN_TO_SETUPTOOLS_61 = {
+    "name", "version", "description", "readme", "requires-python", "classifiers", "dependencies",
+    "optional-dependencies", "dynamic",
+}  # fmt: skip
+
+
+def test_any_setuptools_reads_the_project():
+    assert "setuptools>=61" in PROJECT["build-system"]["requires"]
+    assert '"setuptools>=61"' in WHEELS
+    assert '"setuptools>=61"' in (ROOT / "README.md").read_text()
+    assert set(PROJECT["project"]) <= KNOWN_TO_SETUPTOOLS_61
+    assert PROJECT["project"]["dynamic"] == ["license"]
+
+
+def test_metadata_names_the_license(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "FOGZO_BUILD_CUDA": "0"}, check=True)
+    (written,) = tmp_path.glob("*.egg-info/PKG-INFO")
+    new = int(metadata.version("setuptools").split(".")[0]) >= 77
+    lines = written.read_text().splitlines()
+    assert ("License-Expression: MIT" if new else "License: MIT") in lines
+    assert "License-File: LICENSE" in lines
 
 
 @pytest.mark.parametrize(

@@ -120,25 +120,25 @@ private:
     const auto handle = torch::stable::detail::to<StringHandle>(value);
     size_t length = 0;
     const char *data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
     const std::string found(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return found;
   }
 
   template <class T, class Convert> std::vector<T> list(Convert convert) {
     const auto handle = torch::stable::detail::to<StableListHandle>(*next_++);
     size_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(handle, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(handle, &size));
     std::vector<T> found;
     found.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue value = 0;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(handle, i, &value));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(handle, i, &value));
       found.push_back(convert(value));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(handle));
     return found;
   }
 

@@ -6,6 +6,7 @@ The native module knows nothing of PyTorch: it gets addresses, the device's numb
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,14 @@ def unavailable(device: torch.device) -> str | None:
         return None if device.type == "cpu" else "its kernels were compiled for the CPU, to be tested"
     if device.type != "cuda":
         return "it needs a CUDA device"
+    if device.index is None and torch.cuda.is_available():  # the current one, which may be another next time
+        device = torch.device("cuda", torch.cuda.current_device())
+    return unavailable_on(device)
+
+
+@functools.cache  # every op asks, and the driver's answer stays
+def unavailable_on(device: torch.device) -> str | None:
+    """Of one GPU."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     architectures = _cuda.build_info()["architectures"]

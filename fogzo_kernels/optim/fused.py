@@ -272,7 +272,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             if id(p) not in self._joined:
                 self._joined[id(p)] = self._calls_so_far - int(step)
             joined = self._joined[id(p)]
-            step += 1
         master = views.pop(0) if "master" in state else None
         number = 0 if capturable else int(step) + 1
         return _Lists(latent, seen(grad), master, views, step, number, joined)
@@ -281,13 +280,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _run(self, call: _Call, passes: Step | None, estimate: Estimate | None, first: bool) -> None:
         lists, options = call.lists, call.options
-        device = lists[0].latent.device
+        device, steps = lists[0].latent.device, [one.step for one in lists]
+        if not call.number:  # the op reads the coming number on the device
+            torch._foreach_add_(steps, 1)
         states = [[one.states[i] for one in lists] for i in range(len(options.states))]
         unused = [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
         masters = None if lists[0].master is None else [one.master for one in lists]
         common: dict[str, Any] = {
             "lr": options.lr,
-            "optimizer_step": call.number or lists[0].step,
+            "optimizer_step": call.number or steps[0],
             "masters": masters,
             **options.hyperparameters,
         }
@@ -310,7 +311,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     counters=counters, **noise,
                 )  # fmt: skip
         if call.number:
-            torch._foreach_add_([one.step for one in lists], 1)
+            torch._foreach_add_(steps, 1)
 
     def _nothing(self, device: torch.device) -> Tensor:
         if device not in self._empty:

@@ -19,6 +19,7 @@ REDUCTIONS = ("mean", "sum", None)
 EVERY = 100  # steps from one look at what the others have to the next: reading it waits for the device
 #: What all processes must have in common, in the order in which it is compared.
 FACTS = ("seed", "number of steps taken", "settings", "quantized weights", "values of the weights")
+STEPS = FACTS.index("number of steps taken")
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -51,7 +52,7 @@ class Peers:
         self._alike = alike
         self._parallel, self._sharded_over = parallel[0] if parallel else None, list(groups)
         self.due = True  # whether the coming step looks at what the others have
-        self._static = (0, 0)  # digests of what stays, as of the last look
+        self._facts: Tensor | None = None  # of this process, from its last look
         _ = self.groups
 
     @property
@@ -98,15 +99,10 @@ class Peers:
         look = self.due or steps % EVERY == 0
         self.due = False
         device = weights[0].parameter.device
-        values = torch.zeros((), dtype=torch.int64, device=device)
-        if look:
-            kinds = [(w.name, w.tensor_id, w.parameter.shape, w.parameter.dtype, w.quantizer) for w in weights]
-            self._static = digest(repr(settings)), digest(repr(kinds))
-            for w in weights:
-                for t in w.alike:
-                    values += t.contiguous().view(BITS[t.element_size()]).sum(dtype=torch.int64)
-        facts = [signed64(settings.seed), steps, *self._static]
-        mine = torch.cat([torch.tensor(facts, device=device), values.view(1)])
+        # kept on the device between looks: to copy them there waits for it
+        known = None if look else self._facts
+        mine = self._facts = facts_of(settings, weights) if known is None else known.to(device)
+        mine[STEPS].fill_(steps)
         found = torch.cat([mine, ~mine])  # the greatest of ~x is that of the least x
         for group in groups:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
@@ -120,6 +116,17 @@ class Peers:
                     f"all processes of a group must have one {name}, got others on some{shown}. This one has"
                     f" {settings}, {steps} steps taken and {len(weights)} quantized weights"
                 )
+
+
+def facts_of(settings: Settings, weights: Sequence[QuantizedWeight]) -> Tensor:
+    """What FACTS names of this process, int64, on the weights' device; the number of steps is 0."""
+    kinds = [(w.name, w.tensor_id, w.parameter.shape, w.parameter.dtype, w.quantizer) for w in weights]
+    known = signed64(settings.seed), 0, digest(repr(settings)), digest(repr(kinds)), 0
+    facts = torch.tensor(known, device=weights[0].parameter.device)
+    for w in weights:
+        for t in w.alike:
+            facts[-1] += t.contiguous().view(BITS[t.element_size()]).sum(dtype=torch.int64)
+    return facts
 
 
 def digest(text: str) -> int:
