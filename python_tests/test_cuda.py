@@ -21,7 +21,7 @@ cuda = pytest.importorskip("fogzo_kernels.backends.cuda")
 native = cuda._cuda
 WHERE, PLAN, DTYPES, GRID = (0, 0), (0, 0, 0, True, False), ("float32",) * 3, (0, 1, 0, 1)
 DRAW = ("uniform", 1.0, ((0, 1), (0, 2), (0, 0.5)))
-LOSSES = (0, 0, 0, 0, 0, 1.0)
+LOSSES, SUMS = (0, 0, 0, 0, 0, 1.0), (0, 0, 0)
 HYPERPARAMETERS = UpdateRule("sgd").hyperparameters
 CELLS, MEASURE = (0, 0, 0, 0, 0), ("rms", 1, 0, 0)
 
@@ -42,7 +42,7 @@ def test_each_op_with_a_transform_names_a_wrong_block():
         lambda block: native.estimate_update(
             WHERE, PLAN, DTYPES, False, False, draw, losses, GRID, optimizer, 0, block),
         lambda block: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "identity", block),
-        lambda block: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "identity", 0, block),
+        lambda block: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "identity", SUMS, block),
     ]  # fmt: skip
     for call in calls:
         for block in (-16, 1, 100, 2048):
@@ -76,8 +76,10 @@ def test_build_info_names_compiler_and_architectures():
         (lambda: native.noise(WHERE, PLAN, DRAW, 65536), "direction must be in 0..65535, got 65536"),
         (lambda: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "sine", 0),
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
-        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "sine", 0, 0),
+        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "sine", SUMS, 0),
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
+        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "identity", (0, 0, -1), 0),
+         "number of crossing alphas must be in 0..2147483647, got -1"),
         (lambda: native.estimate_gradient(WHERE, PLAN, "float32", DRAW, (0, 0, -1, *LOSSES[3:]), 1, 0, 0),
          "number of losses must be in 0..65536, got -1"),
         (lambda: native.measure_alphas(WHERE, CELLS, "float32", ("median", 1, 0, 0), 0),
@@ -183,13 +185,13 @@ def test_a_gpu_takes_triton_and_then_cuda():
 @pytest.mark.skipif(not native.ON_HOST, reason="the kernels are compiled for a GPU")
 def test_a_wide_access_that_is_not_aligned_is_an_error_on_the_host():
     """So that the suite shows one: a plan that calls a misaligned tensor aligned."""
-    latent, out = torch.zeros(17)[1:], torch.zeros(16, dtype=torch.int8)
+    latent, out = torch.zeros(4097)[1:], torch.zeros(4096, dtype=torch.int8)
     alpha = torch.ones(1)
     p = plans.build_plan((latent.device, ((latent.data_ptr(),), (), (out.data_ptr(),), (), (alpha.data_ptr(),),
-                                          (), (), ()), (16,), (1,), (), (), ()))  # fmt: skip
-    fast = plans.COLUMNS.index("FAST")
-    assert p.table[fast] == 0
-    p.table[fast] = 16
+                                          (), (), ()), (4096,), (1,), (), (), ()))  # fmt: skip
+    aligned = plans.COLUMNS.index("ALIGNED")
+    assert p.table[aligned] == 0
+    p.table[aligned] = 1
     with pytest.raises(RuntimeError, match="an access of 16 bytes is not aligned"):
         native.quantize(WHERE, cuda.planned(p), ("float32", "float32", "int8"), (-2, 1, 0.0, 1), 0)
 

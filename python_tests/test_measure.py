@@ -323,8 +323,8 @@ def test_cells_are_packed_or_cut():
     assert [row["PACK"] for row in rows] == [1, SPAN, SPAN // 100, 1]
     assert [row["FIRST"] for row in rows] == [0, 9, 10, 17]
     assert p.owner[: p.programs].tolist() == [0] * 9 + [1] + [2] * 7 + [3]
-    assert p.owner[p.place : p.place + p.seconds].tolist() == [0] * 3
-    assert (p.programs, p.seconds, p.place) == (18, 3, 20)
+    assert p.second.tolist() == [0] * 3
+    assert (p.programs, p.seconds) == (18, 3)
     assert [row["THREADS"] for row in rows] == [128, 1, 8, 128]
     assert [row["WIDTH"] for row in rows] == [2048, 16, 16, 2048]
     assert [row["ALIGNED"] for row in rows] == [0, 1, 0, 1]

@@ -49,7 +49,7 @@ def test_a_row_holds_what_its_columns_say():
     assert [(row["TENSOR_ID"], row["NUMEL"], row["FIRST"]) for row in (one, two)] == [(3, 40, 0), (4, 40, 1)]
     assert (one["INNER"], one["SKIP"]) == (40, 0)
     assert (two["OFFSET"], two["INNER"], two["SKIP"]) == (16, 8, 16)
-    assert (two["SCALES"], two["SCALE_LENGTH"]) == (5, 8)
+    assert (two["SPAN"], two["SCALE_LENGTH"]) == (plans.SHORTEST, 8)
     assert found.owner.tolist() == [0, 1]
     assert (found.programs, found.per_tensor, found.shard) == (2, False, True)
 
@@ -78,6 +78,51 @@ def test_a_row_of_learned_scales():
     assert memory.tolist() == [7.0] * 7 + [0.0] * 2
     assert plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, -2.0, 3.0]) is found
     assert plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, 2.0, 3.0]) is not found
+
+
+@pytest.mark.parametrize(("numels", "span"), [
+    ([], 2048), ([0, 1], 2048), ([2**21 - 2048], 2048), ([2**21], 2048), ([2**22 - 4096], 2048),
+    ([2**22], 4096), ([2**23], 8192), ([2**23] * 2, 16384), ([5] * 1024, 16384), ([2**33], 16384),
+])  # fmt: skip
+def test_spans_are_as_long_as_enough_programs_let_them_be(numels, span):
+    assert plans.span_of(numels) == span
+
+
+def test_owners_have_their_programs():
+    assert plans.owners([2, 0, 3, 1]).tolist() == [0, 0, 2, 2, 2, 3]
+    assert plans.owners([]).tolist() == []
+
+
+@pytest.mark.parametrize("length", [1, 8, 100, 1024, 2047, 2048, 2049, 3000, 4096, 5000, 20480, 61440])
+@pytest.mark.parametrize("count", [1, 2, 7, 30])
+def test_a_program_is_named_once_where_an_alpha_begins_that_others_hold(length, count):
+    row = {"NUMEL": length * count, "SCALE_LENGTH": length, "SPAN": 2048, "FIRST": 5}
+    ends = [((i * length) // 2048, ((i + 1) * length - 1) // 2048) for i in range(count)]
+    found = plans.crossing(row)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [5 + first for first, last in ends if first < last]
+
+
+def test_nothing_crosses_in_a_tensor_without_elements():
+    assert plans.crossing({"NUMEL": 0, "SCALE_LENGTH": 1, "SPAN": 2048, "FIRST": 5}).tolist() == []
+
+
+def test_a_plan_that_is_not_of_learned_scales_has_no_crossing_alphas():
+    given = lists(2, 5000)
+    assert plans.plan(given["latents"], **given).crossing.numel() == 0
+    alphas = [torch.ones(1) for _ in range(2)]
+    found = plans.learned_plan(*(given[n] for n in ("grads",)), alphas, *given.values(), alphas, [1.0, 1.0])
+    assert found.crossing.tolist() == [0, 3]
+    assert found.crossing.data_ptr() % 16 == 0
+
+
+def test_a_tensor_that_is_not_aligned_still_goes_by_chunks():
+    memory = torch.zeros(49)
+    found = plans.plan([memory[:40]], latents=[memory[:40]], grads=[memory[1:41]])
+    (row,) = entries(found)
+    assert (row["ALIGNED"], row["FAST"], found.aligned) == (0, 40, False)
+    (row,) = entries(plans.plan([memory[:40]], latents=[memory[:40]], alphas=[memory[48:]]))
+    assert (row["ALIGNED"], row["FAST"]) == (1, 40)  # alphas are read one by one
 
 
 def test_the_last_plans_are_kept(monkeypatch):
@@ -114,7 +159,7 @@ def test_what_a_capture_uploads_is_its_own_and_is_read_from_memory_that_stays(mo
     first = plans.plan(given["latents"], **given)
     assert plans._plans == plans._captured == {}
     left = plans._arena[0].numel()
-    assert left == 1000 - (2 * len(plans.COLUMNS) + 1)
+    assert left == 1000 - (2 * len(plans.COLUMNS) + 2)
     (words,) = plans._uploads.values()
     expected = words.clone()
     again = plans.plan(given["latents"], **given)  # of another graph: the same words serve
@@ -153,7 +198,7 @@ def test_a_capture_without_a_warm_up_says_so(monkeypatch, capture):
         plans.plan(given["latents"], **given)
     plans.replenish(pinned=False)
     with pytest.raises(
-        RuntimeError, match="must have at most 100 words until the next op outside a capture, got 123"
+        RuntimeError, match="must have at most 100 words until the next op outside a capture, got 130"
     ):
         plans.plan(many["latents"], **many)
     plans.plan(given["latents"], **given)

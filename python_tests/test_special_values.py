@@ -139,5 +139,56 @@ def test_a_name_that_nobody_knows_is_refused(backend, device, ops, name, make):
     chosen = backends.load(backend)
     for op in ops:
         getattr(chosen, op)(*calls(device)[op])  # it is the name that is refused
-        with pytest.raises(Exception, match="unheard"):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - a compiler wraps the one that names it
             getattr(chosen, op)(*calls(device, **{name: make()})[op])
+        error = caught.value
+        while error.__cause__ is not None:
+            error = error.__cause__
+        assert "unheard" in str(error)
+
+
+# ---- alphas that are no scales: counted once each, whoever reads them
+
+#: Tensors and their alphas: of several programs of a GPU, of lengths that 8 does not divide, of two programs.
+LAYOUTS = [
+    ((3000,), ()), ((3, 1024), (3, 1)), ((2, 2500), (2, 1)), ((5, 10), (5, 1)), ((2, 4096), (2, 32)),
+    ((3, 16), (3, 2)), ((2, 2058), (2, 3)), ((9,), (9,)), ((4101,), (1,)), ((), ()), ((2500, 4), (2500, 4)),
+]  # fmt: skip
+ROTATED = [((3, 1024), (3, 1)), ((2, 4096), (2, 32)), ((5008,), ()), ((5, 16), (5, 1))]
+EMPTY = ((0, 16), (0, 1)), ((0, 16), ())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])  # cpu refuses them
+def test_bad_alphas_are_counted_once(backend, block, kept, generator):
+    device, bad = device_of(backend), torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, -1.0])
+    if (reason := fk.available_backends(device)[backend]) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    chosen, grid = backends.load(backend), fk.Grid.uniform(2)
+    layouts, alphas, expected = [*(ROTATED if block else LAYOUTS), *EMPTY], [], 0
+    for shape, scales in layouts:
+        alpha = torch.rand(scales, generator=generator) + 0.1
+        flat, count = alpha.view(-1), int(torch.randint(0, 4, (), generator=generator))
+        for i in torch.randperm(alpha.numel(), generator=generator)[:count].tolist():
+            flat[i] = bad[int(torch.randint(0, len(bad), (), generator=generator))]
+        flat[-1:] = bad[0]
+        expected += int((~((alpha > 0) & alpha.isfinite())).sum()) if 0 not in shape else 0
+        alphas.append(alpha.to(device))
+    i64, f64 = (lambda x, d=d: torch.tensor(x, dtype=d) for d in (torch.int64, torch.float64))
+    numels = [torch.Size(shape).numel() for shape, _ in layouts]
+    draw = Draw("uniform", i64(1), i64(2), [*range(len(layouts))], [(0, max(n, 1), max(n, 1)) for n in numels])
+    mix = Mix(torch.tensor(1.0, device=device), f64(0.5), 0.3)
+    counters = torch.tensor([5, 6, 7], device=device)
+    plus = torch.full((1,), float("nan") if kept else 1.0, device=device)
+    losses = Losses(plus, torch.zeros(1, device=device), counters)
+    grads = [torch.ones(shape, device=device) for shape, _ in layouts]
+    chosen.estimate_gradient_(grads, alphas, draw, mix, losses, 1, block)
+    assert counters.tolist() == [5 + kept, 6, 7 + expected]
+    latents, first, second = (
+        [torch.ones(s, device=device) for s, _ in [*layouts, ((7,), ())]] for _ in range(3)
+    )
+    grads = [torch.ones_like(t) for t in latents]  # the last one has no alpha
+    update = Update(UpdateRule("adamw"), f64(0.1), i64(1), [], [first, second])
+    chosen.estimate_update_(latents, [], grads, alphas, draw, mix, losses, grid, update, block)
+    assert counters.tolist() == [5 + 2 * kept, 6, 7 + 2 * expected]

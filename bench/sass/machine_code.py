@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import triton
 
+CHUNK = 8  # elements that a thread reads or writes at once
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -101,7 +102,8 @@ def split(
     )
     if not inside:
         return Counter(op for _, op, _ in code), Counter(), code
-    start, end = max(inside, key=lambda x: x[1] - x[0])
+    streaming = [one for one in inside if not by_elements(code, one)] or inside
+    start, end = max(streaming, key=lambda x: x[1] - x[0])
     shuffles = [a for a, op, _ in code if op.startswith("SHFL")]
     inner = [(first, last) for first, last in loops if start < first and last < end]
     transforms = [
@@ -121,6 +123,12 @@ def split(
     others = [one for one in inside if one[1] < start]  # of branches that a program takes instead
     before = [(a, op) for a, op, _ in code if a < start]
     return Counter(op for a, op in before if not any(o[0] <= a <= o[1] for o in others)), loop, code
+
+
+def by_elements(code: list[tuple[int, str, str]], loop: tuple[int, int]) -> bool:
+    """Whether it takes a chunk's elements one by one where memory is not aligned."""
+    ops = [op for address, op, _ in code if loop[0] <= address <= loop[1]]
+    return any(sum(op.startswith(one) and bits_of(op) < 64 for op in ops) >= CHUNK for one in ("LDG", "STG"))
 
 
 def leftovers(loops: list[tuple[int, int]], loads: list[tuple[int, str]]) -> list[tuple[int, int]]:

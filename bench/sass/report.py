@@ -44,6 +44,7 @@ class Variant(NamedTuple):
     directions: int | None = None  # of an estimate; in the fused tail None is 1
     master: bool = False
     block: int = 0  # elements of one of the Hadamard transform
+    aligned: bool = True  # each tensor begins at a multiple of 16 bytes
 
     def __str__(self) -> str:
         fields = (self.latent, self.grad, self.out, self.distribution, self.signs, self.scale, self.kind)
@@ -51,6 +52,7 @@ class Variant(NamedTuple):
         flags = {
             f"n={self.directions}": self.directions is not None, "shard": self.shard,
             "master": self.master, "device": not self.host, f"block={self.block}": self.block > 0,
+            "unaligned": not self.aligned,
         }  # fmt: skip
         return " ".join([*words, *(name for name, on in flags.items() if on)])
 

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fogzo_kernels.backends.triton import hadamard, launch, learned, perturb, tail
+from fogzo_kernels.backends.triton import hadamard, launch, learned, norm, perturb, tail
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
 from fogzo_kernels.backends.triton.hadamard import hadamard_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
@@ -42,7 +42,7 @@ KERNELS = {
 }  # fmt: skip
 #: Types of a kernel's arguments where they are not fp32.
 TYPES = {
-    "table": "*i64", "owner": "*i32", "partial": "*fp64", "norm": "*fp32", "coef": "*fp32",
+    "table": "*i64", "owner": "*i32", "crossing": "*i32", "partial": "*fp64", "norm": "*fp32", "coef": "*fp32",
     "losses_plus": "*fp32", "losses_minus": "*fp32", "counters": "*i64", "one_minus_beta": "*fp64",
     "seed": "*i64", "step": "*i64", "direction": "i32", "n": "i32", "count": "i32", "out": "*fp32",
     "lr": "*fp64", "decay_rate": "i64", "log_beta1": "i64", "log_beta2": "i64", "keep": "i64",
@@ -84,10 +84,28 @@ def variants() -> Iterator[Variant]:
                 for scale in UNITS:
                     yield Variant("learned_kernel", latent, latent, out, scale=scale, kind=kind)
     yield Variant("learned_sum_kernel")
+    yield from unaligned_variants()
     for block in BLOCKS:
         for dtype in ("bf16", "fp32"):
             yield Variant("hadamard_kernel", dtype, None, dtype, block=block)
         yield from rotated_variants(block)
+
+
+def unaligned_variants() -> Iterator[Variant]:
+    """Of lists in which some tensor does not begin at a multiple of 16 bytes."""
+    for dtype in ("bf16", "fp32"):
+        yield Variant("sumsq_kernel", grad=dtype, scale="row", aligned=False)
+        yield Variant("perturb_kernel", dtype, dtype, dtype, "uniform", "both", "row", aligned=False)
+        yield Variant(
+            "estimate_kernel", grad=dtype, distribution="uniform", scale="row", directions=1, aligned=False
+        )
+        yield Variant(
+            "update_kernel", "fp32", dtype, dtype, "uniform", scale="row", kind="adamw", aligned=False
+        )
+        yield Variant("quantize_kernel", dtype, dtype, dtype, scale="row", kind="identity_trust", aligned=False)
+        yield Variant(
+            "learned_kernel", dtype, dtype, dtype, scale="row", kind="identity_clipped", aligned=False
+        )
 
 
 def rotated_variants(block: int) -> Iterator[Variant]:
@@ -149,17 +167,18 @@ def constants_of(variant: Variant) -> dict[str, object]:
         launch.DTYPES.get(DTYPES.get(name or "")) for name in (variant.latent, variant.grad, variant.out)
     )
     found: dict[str, object] = {
-        "SPAN": SPAN, "TILE": tile_of(variant), "DIST": variant.distribution, "SHARD": variant.shard,
-        "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True, "WRITE_MINUS": variant.signs == "both",
-        "KIND": variant.kind, "RULE": variant.kind, "MASTER": variant.master, "NOISE_SCALE": 0.5,
-        "BLOCK": variant.block, "ROOT": True, "ONE": variant.directions == 1, "LATENT_T": latent,
-        "GRAD_T": grad, "OUT_T": out, "DATA_T": grad, "STATISTIC": variant.kind,
-        "UNIT": UNITS.get(variant.scale or ""),
+        "SPAN": SPAN, "TILE": tile_of(variant), "ALIGNED": variant.aligned, "DIST": variant.distribution,
+        "SHARD": variant.shard, "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True,
+        "WRITE_MINUS": variant.signs == "both", "KIND": variant.kind, "RULE": variant.kind,
+        "MASTER": variant.master, "NOISE_SCALE": 0.5, "BLOCK": variant.block, "ROOT": True,
+        "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad, "OUT_T": out, "DATA_T": grad,
+        "STATISTIC": variant.kind, "UNIT": UNITS.get(variant.scale or ""),
     }  # fmt: skip
     if variant.kernel == "quantize_kernel" and variant.kind is None:
         found["GRAD_T"] = latent
-    if variant.kernel in ("sum_kernel", "join_kernel", "learned_sum_kernel"):
-        found["BLOCK"] = 1024
+    sums = {"sum_kernel": norm.SUM_BLOCK, "learned_sum_kernel": learned.SUM_BLOCK, "join_kernel": 1024}
+    if variant.kernel in sums:
+        found["BLOCK"] = sums[variant.kernel]
     if variant.host:
         found["one_minus_beta"] = None
     return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}
@@ -177,7 +196,8 @@ def options_of(variant: Variant) -> dict[str, int]:
         "learned_kernel": learned.registers_of(unit, kind, variant.block),
         "perturb_kernel": perturb.registers_of(DTYPES.get(variant.out or ""), variant.block),
     }.get(variant.kernel)
-    return {"num_warps": NUM_WARPS} | ({"maxnreg": registers} if registers else {})
+    warps = norm.SUM_WARPS if variant.kernel == "sum_kernel" else NUM_WARPS
+    return {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
 
 
 def compile_variant(variant: Variant, arch: int = 90) -> Report:

@@ -25,7 +25,7 @@ FOGZO_DEVICE void estimate_chunks(const Estimate &p, const EstimateNames &names,
   float acc[Count][kChunk] = {};
 #pragma unroll
   for (int k = 0; k < Count; ++k)
-    raw[k] = load_chunk(grad, c + k * kThreads, dtype);
+    raw[k] = load_chunk<(Count > 1)>(grad, c + k * kThreads, dtype);
 #pragma unroll 1
   for (int i = 0; i < p.directions; ++i) {
     const float B = *global(names.B + i);
@@ -47,7 +47,7 @@ FOGZO_DEVICE void estimate_chunks(const Estimate &p, const EstimateNames &names,
 #pragma unroll
     for (int j = 0; j < kChunk; ++j)
       g[j] = estimate_of(names.A, g[j], inv, acc[k][j]);
-    store_chunk(grad, c + k * kThreads, g, dtype);
+    store_chunk<(Count > 1)>(grad, c + k * kThreads, g, dtype);
   }
 }
 
@@ -69,25 +69,29 @@ FOGZO_DEVICE void estimate_rest(const Estimate &p, const Part &part, const Estim
 }
 
 template <Distribution D, Dtype G, bool Plain>
-FOGZO_KERNEL(kThreads, Plain ? 6 : 4)
-estimate_kernel(FOGZO_PARAMETER Estimate p) {
-  const Part part = part_of(p.tables);
-  count_bad_alphas(p.counters, part);
-  if (p.coefficients[1] != 0.0f)
-    return;
-  const EstimateNames names{keys_of<Plain>(p.source), step_of<Plain>(p.source), uint32_t(part[TENSOR_ID]),
-                            p.coefficients[0], p.coefficients + kEstimateCoefficients};
+FOGZO_DEVICE void estimate_part(const Estimate &p, const Part &part) {
+  const EstimateNames names = estimate_names<Plain>(p, part);
   const Layout layout = layout_of<Plain>(part);
   const Scales scales = scales_of<Plain>(part, p.r);
   char *grad = part.address(GRAD, bytes_of(G));
-  const int chunks = part.chunks();
+  const int chunks = part.chunks(), wide = part.aligned() ? chunks : 0;
   int c = thread();
 #pragma unroll 1
-  for (; c + kThreads < chunks; c += 2 * kThreads)
+  for (; c + kThreads < wide; c += 2 * kThreads)
     estimate_chunks<D, 2, Plain>(p, names, layout, scales, grad, c, G);
-  if (c < chunks)
+#pragma unroll 1
+  for (; c < chunks; c += kThreads)
     estimate_chunks<D, 1, Plain>(p, names, layout, scales, grad, c, G);
   estimate_rest<D>(p, part, names, G);
+}
+
+template <Distribution D, Dtype G, bool Plain>
+FOGZO_KERNEL(kThreads, Plain ? 6 : 4)
+estimate_kernel(FOGZO_PARAMETER Estimate p) {
+  const Part part = part_of(p.tables);
+  if (p.coefficients[1] == 0.0f)
+    estimate_part<D, G, Plain>(p, part);
+  count_bad_alphas<Plain>(p.counters, part);
 }
 
 using EstimateKernel = void (*)(Estimate);

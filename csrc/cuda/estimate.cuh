@@ -24,6 +24,11 @@ struct EstimateNames {
   const float *B;
 };
 
+template <bool Plain> FOGZO_DEVICE EstimateNames estimate_names(const Estimate &p, const Part &part) {
+  return {keys_of<Plain>(p.source), step_of<Plain>(p.source), uint32_t(part[TENSOR_ID]), p.coefficients[0],
+          p.coefficients + kEstimateCoefficients};
+}
+
 using RotatedEstimateKernel = void (*)(Rotated<Estimate>);
 
 // The kernel around a transform (rotated_estimate.cuh).

@@ -11,25 +11,6 @@ struct Hadamard {
   float factor;
 };
 
-// Chunk c of the block. Where the tensors are not aligned, by elements.
-template <bool Aligned>
-FOGZO_DEVICE void load(const Part &part, const char *in, int c, Dtype dtype, float (&x)[kChunk]) {
-  if (Aligned)
-    return widen(load_chunk(in, c, dtype), dtype, x);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] = load_element(part.pointer<void>(LATENT), part.begin + c * kChunk + i, dtype);
-}
-
-template <bool Aligned>
-FOGZO_DEVICE void store(const Part &part, char *out, int c, Dtype dtype, const float (&x)[kChunk]) {
-  if (Aligned)
-    return store_chunk(out, c, x, dtype);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    store_element(part.pointer<void>(PLUS), part.begin + c * kChunk + i, x[i], dtype);
-}
-
 template <int Block> FOGZO_DEVICE void transform(float (&x)[kChunk], float factor) {
   constexpr int kThreadsOfBlock = Block / kChunk;
   static_assert(Block >= kChunk && kThreadsOfBlock <= kThreads, "a turn of the threads has whole blocks");
@@ -59,12 +40,12 @@ FOGZO_DEVICE void transform_all(const Part &part, Dtype latent_t, Dtype out_t, f
 #pragma unroll
     for (int k = 0; k < Count; ++k)
       if (c + k * kThreads < chunks)
-        load<Aligned>(part, in, c + k * kThreads, latent_t, x[k]);
+        load_widened<Aligned>(in, c + k * kThreads, latent_t, x[k]);
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
       transform<Block>(x[k], factor);
       if (c + k * kThreads < chunks)
-        store<Aligned>(part, out, c + k * kThreads, out_t, x[k]);
+        store_chunk<Aligned>(out, c + k * kThreads, x[k], out_t);
     }
   }
 }
@@ -72,7 +53,7 @@ FOGZO_DEVICE void transform_all(const Part &part, Dtype latent_t, Dtype out_t, f
 template <int Block, Dtype L, Dtype O> FOGZO_KERNEL(kThreads, 8) hadamard_kernel(FOGZO_PARAMETER Hadamard p) {
   const Dtype latent_t = actual<L>(p.dtypes.latent), out_t = actual<O>(p.dtypes.out);
   const Part part = part_of(p.tables);
-  if (part[FAST])
+  if (part.aligned())
     transform_all<Block, 2, true>(part, latent_t, out_t, p.factor);
   else
     transform_all<Block, 1, false>(part, latent_t, out_t, p.factor);

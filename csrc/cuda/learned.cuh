@@ -15,7 +15,7 @@ struct Learned {
   Tables tables;
   Grid grid;
   Dtypes dtypes;
-  double *partial; // two for each block
+  AlphaSums sums;
 };
 
 // The elements that share alpha number `index`, and those of them that the block holds.
@@ -38,16 +38,12 @@ FOGZO_DEVICE void write_alpha_grad(const Part &part, int64_t index, double sum) 
   *global(part.pointer<float>(ALPHA_GRAD) + index) = float(factor * sum);
 }
 
-struct Plus {
-  FOGZO_DEVICE double operator()(double a, double b) const { return a + b; }
-};
-
 // What the block has of the sum of an alpha's gradient: one thread writes it.
 FOGZO_DEVICE void write_sum(const Learned &p, const Part &part, const Cell &cell, double sum) {
   if (cell.began_before())
-    *global(p.partial + 2 * block()) = sum;
+    *global(p.sums.partial + 2 * block()) = sum;
   else if (cell.goes_on())
-    *global(p.partial + 2 * block() + 1) = sum;
+    *global(p.sums.partial + 2 * block() + 1) = sum;
   else
     write_alpha_grad(part, cell.index, sum);
 }
@@ -67,6 +63,6 @@ FOGZO_DEVICE float learned(float &g, float theta, const Scale &scale, const Grid
 }
 
 // The second launch.
-void write_long_sums(const Where &where, const Plan &plan, const Learned &p);
+void write_long_sums(const Where &where, const Learned &p);
 
 } // namespace fogzo::cuda

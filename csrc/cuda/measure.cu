@@ -56,7 +56,7 @@ FOGZO_DEVICE double chunks_total(const char *data, int c, int step, double total
   Raw raw[Count];
 #pragma unroll
   for (int k = 0; k < Count; ++k)
-    raw[k] = load_chunk(data, c + k * step, T);
+    raw[k] = load_chunk<true>(data, c + k * step, T);
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
     float x[kChunk];

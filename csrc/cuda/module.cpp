@@ -29,6 +29,7 @@ using GridArgument = std::tuple<double, double, double, double>;          // qmi
 using DtypesArgument = std::tuple<std::string, std::string, std::string>; // latents, gradients, outputs
 // name of the rule, hyperparameters by name, lr, count
 using OptimizerArgument = std::tuple<std::string, std::map<std::string, double>, DoubleArgument, LongArgument>;
+using SumsArgument = std::tuple<uintptr_t, uintptr_t, int64_t>; // partial, crossing, how many of these
 // table, owner, second owner, blocks, second blocks
 using CellPlanArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
 using MeasureArgument = std::tuple<std::string, double, double, double>; // statistic, factor, add, least
@@ -55,6 +56,12 @@ CellPlan cell_plan_of(const CellPlanArgument &a) {
   constexpr int64_t limit = int64_t(1) << 31;
   return {pointer<const int64_t>(table), pointer<const int32_t>(owner), pointer<const int32_t>(second_owner),
           in_range(blocks, limit, "plan's blocks"), in_range(second_blocks, limit, "plan's second blocks")};
+}
+
+AlphaSums sums_of(const SumsArgument &a) {
+  const auto [partial, crossing, count] = a;
+  return {pointer<double>(partial), pointer<const int32_t>(crossing),
+          in_range(count, int64_t(1) << 31, "number of crossing alphas")};
 }
 
 template <class T> Scalar<T> scalar_of(const std::tuple<uintptr_t, T> &a) {
@@ -182,9 +189,10 @@ void define_ops(py::module_ &m) {
   });
   m.def("learned_backward",
         [](const WhereArgument &where, const PlanArgument &plan, const DtypesArgument &dtypes,
-           const GridArgument &grid, const std::string &straight_through, uintptr_t partial, int64_t block) {
+           const GridArgument &grid, const std::string &straight_through, const SumsArgument &partial,
+           int64_t block) {
           const auto kind = value_of<StraightThrough>(straight_through, "straight_through");
-          const auto sums = pointer<double>(partial);
+          const AlphaSums sums = sums_of(partial);
           if (const int size = transform_of(block))
             rotated_learned_backward(where_of(where), plan_of(plan), dtypes_of(dtypes), grid_of(grid), kind,
                                      sums, size);

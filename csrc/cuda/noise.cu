@@ -26,7 +26,7 @@ template <Distribution D> FOGZO_KERNEL(kThreads, 8) noise_kernel(FOGZO_PARAMETER
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
       m[i] *= p.scale;
-    store_chunk(out, c, m, Dtype::float32);
+    store_chunk<true>(out, c, m, Dtype::float32);
   }
   const int64_t end = part.end();
 #pragma unroll 1

@@ -1,31 +1,17 @@
 // The guide norm: sum of (delta g)^2, 8 squares in float32 and the rest in float64. Two launches and no
 // atomics, so that the sum has the same bits in every run.
 #include "launch.cuh"
-#include "tiles.cuh"
+#include "teams.cuh"
 
 namespace fogzo::cuda {
 
-constexpr int kSumThreads = 256; // of the block that adds the partial sums
+constexpr int kSumThreads = 512; // of the block that adds the partial sums, 16 of them on their way to each
 
 struct SumSquares {
   Tables tables;
   float r;
   double *partial;
 };
-
-// Sum over the block's threads, by a tree of a fixed shape; for thread 0, and 0 for the others, which must
-// not read what it writes.
-template <int Threads> FOGZO_DEVICE double block_sum(double x) {
-  FOGZO_SHARED double sums[Threads];
-  sums[thread()] = x;
-  for (int half = Threads / 2; half; half /= 2) {
-    barrier();
-    if (thread() < half)
-      sums[thread()] += sums[thread() + half];
-  }
-  barrier(); // the compiler may load it in every thread
-  return thread() ? 0.0 : sums[0];
-}
 
 FOGZO_DEVICE double chunk_squares(const Raw &raw, Dtype dtype, float delta) {
   float g[kChunk], sum = 0.0f;
@@ -38,13 +24,13 @@ FOGZO_DEVICE double chunk_squares(const Raw &raw, Dtype dtype, float delta) {
   return double(sum);
 }
 
+// One after the other, so that the sum has the same bits for any Count.
 template <int Count, bool Plain>
-FOGZO_DEVICE double squares(const char *grad, const Scales &scales, int c, Dtype dtype) {
+FOGZO_DEVICE double squares(const char *grad, const Scales &scales, int c, Dtype dtype, double sum) {
   Raw g[Count];
-  double sum = 0.0;
 #pragma unroll
   for (int k = 0; k < Count; ++k)
-    g[k] = load_chunk(grad, c + k * kThreads, dtype);
+    g[k] = load_chunk<(Count > 1)>(grad, c + k * kThreads, dtype);
 #pragma unroll
   for (int k = 0; k < Count; ++k)
     sum += chunk_squares(g[k], dtype, chunk_scale<Plain>(scales, c + k * kThreads).delta);
@@ -55,22 +41,22 @@ template <Dtype G, bool Plain> FOGZO_KERNEL(kThreads, 8) sumsq_kernel(FOGZO_PARA
   const Part part = part_of(p.tables);
   const char *grad = part.address(GRAD, bytes_of(G));
   const Scales scales = scales_of<Plain>(part, p.r);
-  const int chunks = part.chunks();
+  const int chunks = part.chunks(), wide = part.aligned() ? chunks : 0;
   double sum = 0.0;
   int c = thread();
 #pragma unroll 1
-  for (; c + 3 * kThreads < chunks; c += 4 * kThreads)
-    sum += squares<4, Plain>(grad, scales, c, G);
+  for (; c + 3 * kThreads < wide; c += 4 * kThreads)
+    sum = squares<4, Plain>(grad, scales, c, G, sum);
 #pragma unroll 1
   for (; c < chunks; c += kThreads)
-    sum += squares<1, Plain>(grad, scales, c, G);
+    sum = squares<1, Plain>(grad, scales, c, G, sum);
   const int64_t end = part.end();
 #pragma unroll 1
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads) {
     const double h = load_element(part.pointer<void>(GRAD), j, G) * element_scale(part, j, p.r).delta;
     sum += h * h;
   }
-  sum = block_sum<kThreads>(sum);
+  sum = over_team(sum, kThreads, Plus());
   if (thread() == 0)
     *global(p.partial + block()) = sum;
 }
@@ -84,10 +70,10 @@ struct Sum {
 
 FOGZO_KERNEL(kSumThreads, 1) sum_kernel(FOGZO_PARAMETER Sum p) {
   double sum = 0.0;
-#pragma unroll 8
+#pragma unroll 16
   for (int64_t i = thread(); i < p.count; i += kSumThreads)
-    sum += p.partial[i];
-  sum = block_sum<kSumThreads>(sum);
+    sum += *global(p.partial + i);
+  sum = over_team<kSumThreads>(sum, kSumThreads, Plus());
   if (thread())
     return;
   if (p.root)

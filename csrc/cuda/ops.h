@@ -13,8 +13,8 @@ enum class Dtype { FOGZO_DTYPES(FOGZO_ENUMERATOR) any }; // any: known when it r
 
 // Columns of a row of the table (fogzo_kernels/plans.py), in order.
 #define FOGZO_COLUMNS                                                                                          \
-  LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, FIRST, OFFSET, INNER, SKIP, SCALES, SCALE_LENGTH,  \
-      INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2, ALPHA_GRAD, FACTOR
+  LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, ALIGNED, FIRST, OFFSET, INNER, SKIP, SPAN,         \
+      SCALE_LENGTH, INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2, ALPHA_GRAD, FACTOR
 
 enum Column { FOGZO_COLUMNS, COLUMNS };
 
@@ -25,7 +25,7 @@ namespace cells {
 enum Column { FOGZO_CELL_COLUMNS, COLUMNS };
 } // namespace cells
 
-constexpr int kSpan = 16384;  // elements of a block
+constexpr int kSpan = 16384;  // elements of a block in a reduction over cells, and the most elsewhere
 constexpr int kThreads = 128; // of a block
 constexpr int kWarp = 32;     // threads that run together
 constexpr int kChunk = 8;     // elements of a Philox call
@@ -35,7 +35,7 @@ struct Where {
   uintptr_t stream;
 };
 
-// A plan: what each block works on.
+// A plan: what each block works on, as long as its row's SPAN says.
 struct Plan {
   const int64_t *table;
   const int32_t *owner;
@@ -43,7 +43,15 @@ struct Plan {
   bool per_tensor, shard;
 };
 
-// The same of a reduction over cells; the second launch joins what pieces of long cells come to.
+// Sums of the gradients of alphas that several blocks hold: two for each block; and those blocks, `count` of
+// them, in which such an alpha begins.
+struct AlphaSums {
+  double *partial;
+  const int32_t *crossing;
+  int64_t count;
+};
+
+// The same as a plan of a reduction over cells; the second launch joins what pieces of long cells come to.
 struct CellPlan {
   const int64_t *table;
   const int32_t *owner, *second_owner;
@@ -110,11 +118,10 @@ void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes,
 void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid, int block);
 void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                                StraightThrough kind, int block);
-// partial: two for each block
 void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                      StraightThrough kind, double *partial);
+                      StraightThrough kind, const AlphaSums &sums);
 void rotated_learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                              StraightThrough kind, double *partial, int block);
+                              StraightThrough kind, const AlphaSums &sums, int block);
 
 // partial: one for each block, null where there is no second launch
 void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const Measure &measure,

@@ -90,8 +90,8 @@ FOGZO_DEVICE void perturb_chunks(const Perturb &p, const Names &names, const Ope
   Raw theta[Count], g[Count];
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
-    theta[k] = load_chunk(at.latent, c + k * kThreads, latent_t);
-    g[k] = load_chunk(at.grad, c + k * kThreads, grad_t);
+    theta[k] = load_chunk<(Count > 1)>(at.latent, c + k * kThreads, latent_t);
+    g[k] = load_chunk<(Count > 1)>(at.grad, c + k * kThreads, grad_t);
   }
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
@@ -100,9 +100,9 @@ FOGZO_DEVICE void perturb_chunks(const Perturb &p, const Names &names, const Ope
     float plus[kChunk], minus[kChunk];
     perturbed<D, Plain>(p, names, chunk_number<Plain>(at.layout, one), scale, theta[k], g[k], latent_t, grad_t,
                         plus, minus);
-    store_quantized(at.out, one, plus, scale.delta, p.grid, out_t);
+    store_quantized<(Count > 1)>(at.out, one, plus, scale.delta, p.grid, out_t);
     if (Both)
-      store_quantized(at.other, one, minus, scale.delta, p.grid, out_t);
+      store_quantized<(Count > 1)>(at.other, one, minus, scale.delta, p.grid, out_t);
   }
 }
 
@@ -121,12 +121,13 @@ perturb_kernel(FOGZO_PARAMETER Perturb p) {
                            part.address(MINUS, bytes_of(out_t)),
                            layout_of<Plain>(part),
                            scales_of<Plain>(part, p.grid.r)};
-  const int chunks = part.chunks();
+  const int chunks = part.chunks(), wide = part.aligned() ? chunks : 0;
   int c = thread();
 #pragma unroll 1
-  for (; c + kThreads < chunks; c += 2 * kThreads)
+  for (; c + kThreads < wide; c += 2 * kThreads)
     perturb_chunks<2, D, Both, Plain>(p, names, at, c, latent_t, grad_t, out_t);
-  if (c < chunks)
+#pragma unroll 1
+  for (; c < chunks; c += kThreads)
     perturb_chunks<1, D, Both, Plain>(p, names, at, c, latent_t, grad_t, out_t);
   perturb_rest<D, Plain>(p, part, names, Both, latent_t, grad_t, out_t);
 }

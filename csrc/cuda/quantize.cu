@@ -16,7 +16,7 @@ FOGZO_DEVICE void quantize_chunks(const Quantize &p, const Scales &scales, const
   Raw raw[Count];
 #pragma unroll
   for (int k = 0; k < Count; ++k)
-    raw[k] = load_chunk(latent, c + k * kThreads, latent_t);
+    raw[k] = load_chunk<(Count > 1)>(latent, c + k * kThreads, latent_t);
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
     float x[kChunk];
@@ -25,7 +25,7 @@ FOGZO_DEVICE void quantize_chunks(const Quantize &p, const Scales &scales, const
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
       x[i] = position(x[i], scale.inv, p.grid);
-    store_quantized(out, c + k * kThreads, x, scale.delta, p.grid, out_t);
+    store_quantized<(Count > 1)>(out, c + k * kThreads, x, scale.delta, p.grid, out_t);
   }
 }
 
@@ -35,12 +35,13 @@ template <Dtype L, Dtype O> FOGZO_KERNEL(kThreads, 8) quantize_kernel(FOGZO_PARA
   const Scales scales = scales_of<false>(part, p.grid.r);
   const char *latent = part.address(LATENT, bytes_of(latent_t));
   char *out = part.address(PLUS, bytes_of(out_t));
-  const int chunks = part.chunks();
+  const int chunks = part.chunks(), wide = part.aligned() ? chunks : 0;
   int c = thread();
 #pragma unroll 1
-  for (; c + kThreads < chunks; c += 2 * kThreads)
+  for (; c + kThreads < wide; c += 2 * kThreads)
     quantize_chunks<2>(p, scales, latent, out, c, latent_t, out_t);
-  if (c < chunks)
+#pragma unroll 1
+  for (; c < chunks; c += kThreads)
     quantize_chunks<1>(p, scales, latent, out, c, latent_t, out_t);
   const int64_t end = part.end();
 #pragma unroll 1
@@ -57,10 +58,9 @@ FOGZO_DEVICE float derived(float g, float theta, const Scale &scale, const Grid 
   return g * derivative_of<Kind>(theta, scale, {grid.qmin, grid.qmax, grid.offset}, grid.r);
 }
 
-template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kernel(FOGZO_PARAMETER Quantize p) {
-  const Dtype latent_t = actual<T>(p.dtypes.latent), grad_t = actual<T>(p.dtypes.grad);
-  const Dtype out_t = actual<T>(p.dtypes.out);
-  const Part part = part_of(p.tables);
+template <StraightThrough Kind, bool Aligned>
+FOGZO_DEVICE void backward_chunks(const Quantize &p, const Part &part, Dtype latent_t, Dtype grad_t,
+                                  Dtype out_t) {
   const Scales scales = scales_of<false>(part, p.grid.r);
   const char *latent = part.address(LATENT, bytes_of(latent_t)), *grad = part.address(GRAD, bytes_of(grad_t));
   char *out = part.address(PLUS, bytes_of(out_t));
@@ -68,15 +68,25 @@ template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kern
 #pragma unroll 1
   for (int c = thread(); c < chunks; c += kThreads) {
     float theta[kChunk], g[kChunk];
-    const Raw raw = load_chunk(latent, c, latent_t), raw_g = load_chunk(grad, c, grad_t);
+    const Raw raw = load_chunk<Aligned>(latent, c, latent_t), raw_g = load_chunk<Aligned>(grad, c, grad_t);
     widen(raw, latent_t, theta);
     widen(raw_g, grad_t, g);
     const Scale scale = chunk_scale<false>(scales, c);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
       g[i] = derived<Kind>(g[i], theta[i], scale, p.grid);
-    store_chunk(out, c, g, out_t);
+    store_chunk<Aligned>(out, c, g, out_t);
   }
+}
+
+template <StraightThrough Kind, Dtype T> FOGZO_KERNEL(kThreads, 8) backward_kernel(FOGZO_PARAMETER Quantize p) {
+  const Dtype latent_t = actual<T>(p.dtypes.latent), grad_t = actual<T>(p.dtypes.grad);
+  const Dtype out_t = actual<T>(p.dtypes.out);
+  const Part part = part_of(p.tables);
+  if (part.aligned())
+    backward_chunks<Kind, true>(p, part, latent_t, grad_t, out_t);
+  else
+    backward_chunks<Kind, false>(p, part, latent_t, grad_t, out_t);
   const int64_t end = part.end();
 #pragma unroll 1
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads) {
@@ -109,8 +119,8 @@ FOGZO_DEVICE void rotated_quantize(const Rotated<Quantize> &p, const Part &part,
       x[1][i] = position(x[1][i], scale.inv, p.op.grid);
     }
     if (c.some) {
-      store_codes<Aligned>(out, c.first, x[0], scale.delta, p.op.grid, out_t);
-      store_codes<Aligned>(out, c.second, x[1], scale.delta, p.op.grid, out_t);
+      store_quantized<Aligned>(out, c.first, x[0], scale.delta, p.op.grid, out_t);
+      store_quantized<Aligned>(out, c.second, x[1], scale.delta, p.op.grid, out_t);
     }
   }
 }
@@ -120,7 +130,7 @@ FOGZO_KERNEL(kThreads, 8)
 rotated_quantize_kernel(FOGZO_PARAMETER Rotated<Quantize> p) {
   const Dtype latent_t = actual<L>(p.op.dtypes.latent), out_t = actual<O>(p.op.dtypes.out);
   const Part part = part_of(p.op.tables);
-  if (part[FAST])
+  if (part.aligned())
     rotated_quantize<Far, true>(p, part, latent_t, out_t);
   else
     rotated_quantize<Far, false>(p, part, latent_t, out_t);
@@ -150,8 +160,8 @@ FOGZO_DEVICE void rotated_backward(const Rotated<Quantize> &p, const Part &part,
     }
     rotate<Far>(g, p.rotation);
     if (c.some) {
-      store_floats<Aligned>(out, c.first, g[0], t.out);
-      store_floats<Aligned>(out, c.second, g[1], t.out);
+      store_chunk<Aligned>(out, c.first, g[0], t.out);
+      store_chunk<Aligned>(out, c.second, g[1], t.out);
     }
   }
 }
@@ -162,7 +172,7 @@ rotated_backward_kernel(FOGZO_PARAMETER Rotated<Quantize> p) {
   const Dtypes &given = p.op.dtypes;
   const Dtypes types{actual<T>(given.latent), actual<T>(given.grad), actual<T>(given.out)};
   const Part part = part_of(p.op.tables);
-  if (part[FAST])
+  if (part.aligned())
     rotated_backward<Kind, Far, true>(p, part, types);
   else
     rotated_backward<Kind, Far, false>(p, part, types);

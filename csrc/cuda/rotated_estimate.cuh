@@ -34,7 +34,7 @@ FOGZO_DEVICE void rotated_estimate(const Rotated<Estimate> &p, const Part &part,
 #pragma unroll 1
   for (int turn = 0; turn < chunks; turn += kPairs) {
     const TwoChunks c = two_chunks(p.rotation, turn, chunks);
-    const Raw raw[2]{load_raw<Aligned>(grad, c.first, dtype), load_raw<Aligned>(grad, c.second, dtype)};
+    const Raw raw[2]{load_chunk<Aligned>(grad, c.first, dtype), load_chunk<Aligned>(grad, c.second, dtype)};
     const float inv = chunk_scale<false>(scales, c.first).inv; // of both: a block has one
     float x[2][kChunk] = {};
     noise_sum_of_two<D>(p.op, names, chunk_number<false>(layout, c.first), p.rotation.half, x);
@@ -53,8 +53,8 @@ FOGZO_DEVICE void rotated_estimate(const Rotated<Estimate> &p, const Part &part,
       g[1][i] = std::fma(names.A, g[1][i], x[1][i]);
     }
     if (c.some) {
-      store_floats<Aligned>(grad, c.first, g[0], dtype);
-      store_floats<Aligned>(grad, c.second, g[1], dtype);
+      store_chunk<Aligned>(grad, c.first, g[0], dtype);
+      store_chunk<Aligned>(grad, c.second, g[1], dtype);
     }
   }
 }
@@ -63,16 +63,15 @@ template <Distribution D, Dtype G, bool Far>
 FOGZO_KERNEL(kThreads, 4)
 rotated_estimate_kernel(FOGZO_PARAMETER Rotated<Estimate> p) {
   const Part part = part_of(p.op.tables);
-  count_bad_alphas(p.op.counters, part);
-  if (p.op.coefficients[1] != 0.0f)
-    return;
-  const EstimateNames names{keys_of<false>(p.op.source), step_of<false>(p.op.source), uint32_t(part[TENSOR_ID]),
-                            p.op.coefficients[0], p.op.coefficients + kEstimateCoefficients};
-  const Dtype dtype = actual<G>(p.op.dtype);
-  if (part[FAST])
-    rotated_estimate<D, Far, true>(p, part, names, dtype);
-  else
-    rotated_estimate<D, Far, false>(p, part, names, dtype);
+  if (p.op.coefficients[1] == 0.0f) {
+    const EstimateNames names = estimate_names<false>(p.op, part);
+    const Dtype dtype = actual<G>(p.op.dtype);
+    if (part.aligned())
+      rotated_estimate<D, Far, true>(p, part, names, dtype);
+    else
+      rotated_estimate<D, Far, false>(p, part, names, dtype);
+  }
+  count_bad_alphas<false>(p.op.counters, part);
 }
 
 // float32 and bfloat16 are compiled for blocks within a warp; any other pair is told when it runs.

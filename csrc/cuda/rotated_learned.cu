@@ -13,7 +13,7 @@ struct Team {
 
 FOGZO_DEVICE Team team_for(const Part &part) {
   const int64_t length = part[SCALE_LENGTH];
-  const int pairs = int((length < kSpan ? length : kSpan) / (2 * kChunk));
+  const int pairs = int(length < part.span ? length : part.span) / (2 * kChunk);
   int threads = 1;
   while (threads < pairs && threads < kThreads)
     threads *= 2;
@@ -61,8 +61,8 @@ FOGZO_DEVICE double terms_of_thread(const Rotated<Learned> &p, const Part &part,
     rotate<Far>(g, rotation);
     if (some) {
       sum += double(first) + double(second);
-      store_floats<Aligned>(out, c, g[0], t.out);
-      store_floats<Aligned>(out, c + rotation.half, g[1], t.out);
+      store_chunk<Aligned>(out, c, g[0], t.out);
+      store_chunk<Aligned>(out, c + rotation.half, g[1], t.out);
     }
   }
   return sum;
@@ -88,7 +88,7 @@ rotated_learned_kernel(FOGZO_PARAMETER Rotated<Learned> p) {
   const Dtypes &given = p.op.dtypes;
   const Dtypes types{actual<T>(given.latent), actual<T>(given.grad), actual<T>(given.out)};
   const Part part = part_of(p.op.tables);
-  if (part[FAST])
+  if (part.aligned())
     rotated_learned<Kind, Far, true>(p, part, types);
   else
     rotated_learned<Kind, Far, false>(p, part, types);
@@ -105,13 +105,13 @@ template <StraightThrough Kind> void (*rotated_learned_for(const Dtypes &t, int 
 }
 
 void rotated_learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                              StraightThrough kind, double *partial, int block) {
-  const Learned p{tables_of(plan), grid, dtypes, partial};
+                              StraightThrough kind, const AlphaSums &sums, int block) {
+  const Learned p{tables_of(plan), grid, dtypes, sums};
   with_value(kind, [&](auto S) {
     launch_with_barriers("rotated_learned_kernel", rotated_learned_for<decltype(S)::value>(dtypes, block),
                          where, plan.blocks, kThreads, Rotated<Learned>{p, rotation_of(block)});
   });
-  write_long_sums(where, plan, p);
+  write_long_sums(where, p);
 }
 
 } // namespace fogzo::cuda

@@ -46,8 +46,8 @@ FOGZO_DEVICE void store_two(char *out, const TwoChunks &c, float (&x)[2][kChunk]
   }
   if (!c.some)
     return;
-  store_codes<Aligned>(out, c.first, x[0], scale.delta, grid, dtype);
-  store_codes<Aligned>(out, c.second, x[1], scale.delta, grid, dtype);
+  store_quantized<Aligned>(out, c.first, x[0], scale.delta, grid, dtype);
+  store_quantized<Aligned>(out, c.second, x[1], scale.delta, grid, dtype);
 }
 
 template <Distribution D, bool Both, bool Far, bool Aligned>
@@ -64,9 +64,9 @@ FOGZO_DEVICE void rotated_perturb(const Rotated<Perturb> &p, const Part &part, D
 #pragma unroll 1
   for (int turn = 0; turn < chunks; turn += kPairs) {
     const TwoChunks c = two_chunks(p.rotation, turn, chunks);
-    const Raw theta[2]{load_raw<Aligned>(latent, c.first, latent_t),
-                       load_raw<Aligned>(latent, c.second, latent_t)};
-    const Raw g[2]{load_raw<Aligned>(grad, c.first, grad_t), load_raw<Aligned>(grad, c.second, grad_t)};
+    const Raw theta[2]{load_chunk<Aligned>(latent, c.first, latent_t),
+                       load_chunk<Aligned>(latent, c.second, latent_t)};
+    const Raw g[2]{load_chunk<Aligned>(grad, c.first, grad_t), load_chunk<Aligned>(grad, c.second, grad_t)};
     const Scale scale = chunk_scale<false>(scales, c.first); // of both: a block has one
     const float along = op.eps * (names.a * scale.delta) * scale.delta;
     float x[2][kChunk], u[2][kChunk];
@@ -86,7 +86,7 @@ rotated_perturb_kernel(FOGZO_PARAMETER Rotated<Perturb> p) {
   const Dtype latent_t = actual<L>(p.op.dtypes.latent), grad_t = actual<G>(p.op.dtypes.grad);
   const Dtype out_t = actual<O>(p.op.dtypes.out);
   const Part part = part_of(p.op.tables);
-  if (part[FAST])
+  if (part.aligned())
     rotated_perturb<D, Both, Far, true>(p, part, latent_t, grad_t, out_t);
   else
     rotated_perturb<D, Both, Far, false>(p, part, latent_t, grad_t, out_t);

@@ -29,13 +29,13 @@ FOGZO_DEVICE void rotated_step(const Tail &p, const Part &part, const TailNames 
       theta[i] = stepped<Adamw>(names.update, theta[i], G, first[i], second[i]);
     }
     if (some) {
-      store_floats<Aligned>(weight, c, theta, names.theta_t);
+      store_chunk<Aligned>(weight, c, theta, names.theta_t);
       if (names.master)
-        store_floats<Aligned>(latent, c, theta, names.latent_t);
+        store_chunk<Aligned>(latent, c, theta, names.latent_t);
       if (has_first)
-        store_floats<Aligned>(first_at, c, first, Dtype::float32);
+        store_chunk<Aligned>(first_at, c, first, Dtype::float32);
       if (Adamw)
-        store_floats<Aligned>(second_at, c, second, Dtype::float32);
+        store_chunk<Aligned>(second_at, c, second, Dtype::float32);
     }
   }
 #pragma unroll
@@ -77,8 +77,8 @@ FOGZO_DEVICE void rotated_update(const Rotated<Tail> &p, const Part &part, const
     }
     if (c.some) {
       char *out = part.address(PLUS, bytes_of(names.out_t));
-      store_codes<Aligned>(out, c.first, x[0], scale.delta, p.op.grid, names.out_t);
-      store_codes<Aligned>(out, c.second, x[1], scale.delta, p.op.grid, names.out_t);
+      store_quantized<Aligned>(out, c.first, x[0], scale.delta, p.op.grid, names.out_t);
+      store_quantized<Aligned>(out, c.second, x[1], scale.delta, p.op.grid, names.out_t);
     }
   }
 }
@@ -88,17 +88,19 @@ FOGZO_KERNEL(kThreads, 3)
 rotated_update_kernel(FOGZO_PARAMETER Rotated<Tail> p) {
   constexpr Dtype any = Dtype::any;
   const Part part = part_of(p.op.tables);
-  count_bad_alphas(p.op.counters, part);
   const TailNames names = tail_names<false, any, any, any>(p.op, part);
-  if (names.quantized && part[FAST])
-    return rotated_update<D, Adamw, true>(p, part, names);
-  if (names.quantized)
-    return rotated_update<D, Adamw, false>(p, part, names);
+  if (names.quantized) {
+    if (part.aligned())
+      rotated_update<D, Adamw, true>(p, part, names);
+    else
+      rotated_update<D, Adamw, false>(p, part, names);
+    return count_bad_alphas<false>(p.op.counters, part);
+  }
   const Layout layout = layout_of<false>(part);
   const int chunks = part.chunks();
 #pragma unroll 1
   for (int c = thread(); c < chunks; c += kThreads)
-    update_chunk<D, Adamw, false>(p.op, part, names, layout, Scales{}, c);
+    update_chunk<D, Adamw, false, false>(p.op, part, names, layout, Scales{}, c);
   const int64_t end = part.end();
 #pragma unroll 1
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads)

@@ -31,18 +31,24 @@ template <Distribution D, bool Adamw, bool Plain, Dtype L, Dtype G, Dtype O>
 FOGZO_KERNEL(kThreads, 4)
 update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.tables);
-  count_bad_alphas(p.counters, part);
   const TailNames names = tail_names<Plain, L, G, O>(p, part);
   const Layout layout = layout_of<Plain>(part);
   const Scales scales = names.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
   const int chunks = part.chunks();
+  if (part.aligned()) {
 #pragma unroll 1
-  for (int c = thread(); c < chunks; c += kThreads)
-    update_chunk<D, Adamw, Plain>(p, part, names, layout, scales, c);
+    for (int c = thread(); c < chunks; c += kThreads)
+      update_chunk<D, Adamw, Plain, true>(p, part, names, layout, scales, c);
+  } else {
+#pragma unroll 1
+    for (int c = thread(); c < chunks; c += kThreads)
+      update_chunk<D, Adamw, Plain, false>(p, part, names, layout, scales, c);
+  }
   const int64_t end = part.end();
 #pragma unroll 1
   for (int64_t j = part.rest() + thread(); j < end; j += kThreads)
     update_element<D, Adamw>(p, part, names, j);
+  count_bad_alphas<Plain>(p.counters, part);
 }
 
 using TailKernel = void (*)(Tail);

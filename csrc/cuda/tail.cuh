@@ -91,19 +91,19 @@ FOGZO_DEVICE void sum_noise(const Tail &p, const TailNames &names, int64_t chunk
 }
 
 // One chunk's latents, gradients and states.
-template <Distribution D, bool Adamw, bool Plain>
+template <Distribution D, bool Adamw, bool Plain, bool Aligned>
 FOGZO_DEVICE void update_chunk(const Tail &p, const Part &part, const TailNames &names, const Layout &layout,
                                const Scales &scales, int c) {
   const bool has_first = Adamw || names.update.rule != Rule::sgd;
   char *weight = part.address(names.master ? MINUS : LATENT, bytes_of(names.theta_t));
   char *first_at = part.address(STATE_1, 4), *second_at = part.address(STATE_2, 4);
   Raw raw_first{}, raw_second{};
-  const Raw raw = load_chunk(weight, c, names.theta_t);
-  const Raw raw_g = load_chunk(part.address(GRAD, bytes_of(names.grad_t)), c, names.grad_t);
+  const Raw raw = load_chunk<Aligned>(weight, c, names.theta_t);
+  const Raw raw_g = load_chunk<Aligned>(part.address(GRAD, bytes_of(names.grad_t)), c, names.grad_t);
   if (has_first)
-    raw_first = load_chunk(first_at, c, Dtype::float32);
+    raw_first = load_chunk<Aligned>(first_at, c, Dtype::float32);
   if (Adamw)
-    raw_second = load_chunk(second_at, c, Dtype::float32);
+    raw_second = load_chunk<Aligned>(second_at, c, Dtype::float32);
   float theta[kChunk], g[kChunk], first[kChunk], second[kChunk], acc[kChunk] = {};
   sum_noise<D, Plain>(p, names, chunk_number<Plain>(layout, c), acc);
   widen(raw, names.theta_t, theta);
@@ -117,22 +117,24 @@ FOGZO_DEVICE void update_chunk(const Tail &p, const Part &part, const TailNames 
       const float G = names.noisy ? estimate_of(names.A, g[i], scale.inv, acc[i]) : g[i];
       theta[i] = stepped<Adamw>(names.update, theta[i], G, first[i], second[i]);
     }
-    store_chunk(weight, c, theta, names.theta_t);
+    store_chunk<Aligned>(weight, c, theta, names.theta_t);
     if (names.master)
-      store_chunk(part.address(LATENT, bytes_of(names.latent_t)), c, theta, names.latent_t);
+      store_chunk<Aligned>(part.address(LATENT, bytes_of(names.latent_t)), c, theta, names.latent_t);
     if (has_first)
-      store_chunk(first_at, c, first, Dtype::float32);
+      store_chunk<Aligned>(first_at, c, first, Dtype::float32);
     if (Adamw)
-      store_chunk(second_at, c, second, Dtype::float32);
+      store_chunk<Aligned>(second_at, c, second, Dtype::float32);
   } else if (names.master) { // the latent stays, and may differ from its master
-    widen(load_chunk(part.address(LATENT, bytes_of(names.latent_t)), c, names.latent_t), names.latent_t, theta);
+    widen(load_chunk<Aligned>(part.address(LATENT, bytes_of(names.latent_t)), c, names.latent_t),
+          names.latent_t, theta);
   }
   if (!p.quantized || !names.quantized)
     return;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
     theta[i] = position(stored(theta[i], names.latent_t), scale.inv, p.grid);
-  store_quantized(part.address(PLUS, bytes_of(names.out_t)), c, theta, scale.delta, p.grid, names.out_t);
+  store_quantized<Aligned>(part.address(PLUS, bytes_of(names.out_t)), c, theta, scale.delta, p.grid,
+                           names.out_t);
 }
 
 template <Distribution D, bool Adamw>

@@ -5,16 +5,20 @@
 
 namespace fogzo::cuda {
 
-// What the team's threads hold, joined two by two in an order that is fixed by its size; for the first of them.
-// `join` does not care which comes first. Every thread of the block must come here.
-template <class Join> FOGZO_DEVICE double over_team(double x, int threads, Join join) {
+struct Plus {
+  FOGZO_DEVICE double operator()(double a, double b) const { return a + b; }
+};
+
+// What the team's threads hold, joined in an order that is fixed by its size; for the first of them alone.
+// `join` does not care which comes first. Every thread of the block, which has `Threads`, must come here.
+template <int Threads = kThreads, class Join> FOGZO_DEVICE double over_team(double x, int threads, Join join) {
 #pragma unroll
   for (int bit = 1; bit < kWarp; bit *= 2)
     if (bit < threads)
       x = join(x, from_warp(x, bit));
   if (threads <= kWarp)
     return x;
-  FOGZO_SHARED double held[kThreads / kWarp];
+  FOGZO_SHARED double held[Threads / kWarp];
   barrier(); // until nobody reads what the call before this one left
   if (thread() % kWarp == 0)
     held[thread() / kWarp] = x;

@@ -1,8 +1,8 @@
 // Where a block works, and the chunks of 8 elements that its threads hold.
 //
-// A block takes kSpan consecutive elements of one tensor, which a row of the plan's table describes
-// (Column). Full chunks of an aligned tensor, up to the row's FAST, go by 16-byte accesses, two chunks a
-// thread and turn; the rest, at most 7 elements of an aligned tensor, element by element.
+// A block takes a span of consecutive elements of one tensor, which a row of the plan's table describes
+// (Column). Full chunks, up to the row's FAST, go two a thread and turn, by 16-byte accesses where memory is
+// aligned; the rest, most often at most 7 elements, element by element.
 #pragma once
 
 #include "hardware.cuh"
@@ -22,16 +22,18 @@ inline Tables tables_of(const Plan &plan) { return {plan.table, plan.owner}; }
 struct Part {
   const int64_t *row;
   int64_t begin; // of the block, in the tensor
+  int span;      // elements of a block
 
   FOGZO_DEVICE int64_t operator[](Column column) const { return row[column]; }
   FOGZO_DEVICE int64_t end() const {
-    const int64_t last = begin + kSpan, numel = row[NUMEL];
+    const int64_t last = begin + span, numel = row[NUMEL];
     return last < numel ? last : numel;
   }
+  FOGZO_DEVICE bool aligned() const { return row[ALIGNED] != 0; }
   // Full chunks, and the first element of the rest.
   FOGZO_DEVICE int chunks() const {
     const int64_t left = row[FAST] - begin;
-    return int((left < 0 ? 0 : left < kSpan ? left : kSpan) / kChunk);
+    return int(left < 0 ? 0 : left < span ? left : span) / kChunk;
   }
   FOGZO_DEVICE int64_t rest() const { return begin > row[FAST] ? begin : row[FAST]; }
   // Address of the block's first element; of an operand that is absent, null or unused.
@@ -41,10 +43,12 @@ struct Part {
   template <class T> FOGZO_DEVICE T *pointer(Column column) const { return reinterpret_cast<T *>(row[column]); }
 };
 
-FOGZO_DEVICE Part part_of(const Tables &tables) {
-  const int64_t *row = tables.table + int64_t(tables.owner[block()]) * COLUMNS;
-  return {row, (block() - row[FIRST]) * kSpan};
+FOGZO_DEVICE Part part_of(const Tables &tables, int64_t number) {
+  const int64_t *row = tables.table + int64_t(tables.owner[number]) * COLUMNS;
+  return {row, (number - row[FIRST]) * row[SPAN], int(row[SPAN])};
 }
+
+FOGZO_DEVICE Part part_of(const Tables &tables) { return part_of(tables, block()); }
 
 // n / d for 0 <= n < 2^31, given plans.divisor(d)
 FOGZO_DEVICE uint32_t divide(uint32_t n, int64_t packed) {
@@ -78,7 +82,9 @@ FOGZO_DEVICE int64_t element_number(const Part &part, int64_t j) {
 
 // ---- scales
 
-// 1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation
+// 1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation. The compiler makes
+// rcp.rn.f32 of the same instructions, though PTX only promises that an approximation is within one ulp, from
+// which the step is right for all mantissas but that of all ones (python_tests/test_reciprocal.py).
 FOGZO_DEVICE float reciprocal(float x) {
   const float y = fast_rcp(x);
   return std::fma(y, std::fma(-x, y, 1.0f), y);
@@ -127,7 +133,27 @@ struct Raw {
   Words4 low, high;
 };
 
-FOGZO_DEVICE Raw load_chunk(const char *base, int c, Dtype dtype) {
+// Of a tensor all chunks lie aligned to 16 bytes, or none: a gradient may begin anywhere in a bucket of many. A
+// loop over chunks is compiled for rows whose tensors all do, and for others, where each tensor is looked at.
+// Noise is drawn by the chunk in both.
+FOGZO_DEVICE bool lies_aligned(const void *at) { return uintptr_t(at) % 16 == 0; }
+
+FOGZO_DEVICE Raw load_elements(const char *base, int c, Dtype dtype) {
+  uint32_t words[8] = {};
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t j = int64_t(c) * kChunk + i;
+    if (dtype == Dtype::float32)
+      words[i] = *global(reinterpret_cast<const uint32_t *>(base) + j);
+    else
+      words[i / 2] |= uint32_t(*global(reinterpret_cast<const uint16_t *>(base) + j)) << 16 * (i & 1);
+  }
+  return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
+}
+
+template <bool Aligned> FOGZO_DEVICE Raw load_chunk(const char *base, int c, Dtype dtype) {
+  if (!Aligned && !lies_aligned(base))
+    return load_elements(base, c, dtype);
   const char *at = base + int64_t(c) * (kChunk * bytes_of(dtype));
   return {load16(at), dtype == Dtype::float32 ? load16(at + 16) : Words4{}};
 }
@@ -156,22 +182,14 @@ FOGZO_DEVICE void widen(const Raw &raw, Dtype dtype, float (&x)[kChunk]) {
   }
 }
 
+template <bool Aligned>
+FOGZO_DEVICE void load_widened(const char *base, int c, Dtype dtype, float (&x)[kChunk]) {
+  widen(load_chunk<Aligned>(base, c, dtype), dtype, x);
+}
+
 FOGZO_DEVICE uint32_t pack(float even, float odd, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? pack_bfloat16(even, odd) : pack_float16(even, odd);
 }
-
-FOGZO_DEVICE void store_chunk(char *base, int c, const float (&x)[kChunk], Dtype dtype) {
-  char *at = base + int64_t(c) * (kChunk * bytes_of(dtype));
-  if (dtype == Dtype::float32) {
-    store16(at, {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])});
-    store16(at + 16, {bits_of(x[4]), bits_of(x[5]), bits_of(x[6]), bits_of(x[7])});
-  } else {
-    store16(at, {pack(x[0], x[1], dtype), pack(x[2], x[3], dtype), pack(x[4], x[5], dtype),
-                 pack(x[6], x[7], dtype)});
-  }
-}
-
-// ---- single elements
 
 FOGZO_DEVICE float load_element(const void *base, int64_t j, Dtype dtype) {
   if (dtype == Dtype::float32)
@@ -186,6 +204,24 @@ FOGZO_DEVICE void store_element(void *base, int64_t j, float x, Dtype dtype) {
     *global(static_cast<float *>(base) + j) = x;
   else
     *global(static_cast<uint16_t *>(base) + j) = uint16_t(pack(x, 0.0f, dtype));
+}
+
+template <bool Aligned>
+FOGZO_DEVICE void store_chunk(char *base, int c, const float (&x)[kChunk], Dtype dtype) {
+  if (!Aligned && !lies_aligned(base)) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      store_element(base, int64_t(c) * kChunk + i, x[i], dtype);
+    return;
+  }
+  char *at = base + int64_t(c) * (kChunk * bytes_of(dtype));
+  if (dtype == Dtype::float32) {
+    store16(at, {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])});
+    store16(at + 16, {bits_of(x[4]), bits_of(x[5]), bits_of(x[6]), bits_of(x[7])});
+  } else {
+    store16(at, {pack(x[0], x[1], dtype), pack(x[2], x[3], dtype), pack(x[4], x[5], dtype),
+                 pack(x[6], x[7], dtype)});
+  }
 }
 
 // ---- quantized outputs
@@ -207,20 +243,28 @@ FOGZO_DEVICE uint32_t four_bytes(float a, float b, float c, float d) {
 }
 
 // Codes, or values, of a chunk's positions y.
+template <bool Aligned>
 FOGZO_DEVICE void store_quantized(char *base, int c, const float (&y)[kChunk], float delta, const Grid &grid,
                                   Dtype dtype) {
   float x[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
     x[i] = shifted_code(y[i], grid);
-  if (dtype == Dtype::int8)
-    return store8(base + int64_t(c) * kChunk, four_bytes(x[0], x[1], x[2], x[3]),
-                  four_bytes(x[4], x[5], x[6], x[7]));
+  if (dtype == Dtype::int8) {
+    const uint32_t low = four_bytes(x[0], x[1], x[2], x[3]), high = four_bytes(x[4], x[5], x[6], x[7]);
+    char *at = base + int64_t(c) * kChunk;
+    if (Aligned || lies_aligned(base))
+      return store8(at, low, high);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      *global(at + i) = char((i < 4 ? low : high) >> 8 * (i & 3));
+    return;
+  }
   const float shift = delta * grid.offset;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
     x[i] = value_of(x[i], delta, shift);
-  store_chunk(base, c, x, dtype);
+  store_chunk<Aligned>(base, c, x, dtype);
 }
 
 FOGZO_DEVICE void store_quantized_element(void *base, int64_t j, float y, float delta, const Grid &grid,
@@ -234,14 +278,23 @@ FOGZO_DEVICE void store_quantized_element(void *base, int64_t j, float y, float 
 
 // ---- counters
 
-// Alphas that are not finite or not > 0, counted by the first block of each tensor.
-FOGZO_DEVICE void count_bad_alphas(int64_t *counters, const Part &part) {
-  if (!counters || part.begin || !part[ALPHA])
+// Alphas that are not finite or not > 0, each counted by the block that holds its first element: at the end of
+// a kernel, when its loop has read them. Only what is wrong costs an access to the counters. Plain: one alpha.
+template <bool Plain> FOGZO_DEVICE void count_bad_alphas(int64_t *counters, const Part &part) {
+  if (!counters || !part[ALPHA] || (Plain && part.begin))
     return;
   const float *alpha = part.pointer<const float>(ALPHA);
-  for (int64_t i = thread(); i < part[SCALES]; i += kThreads)
-    if (const float x = *global(alpha + i); !(x > 0.0f && x < INFINITY))
-      add_one(counters + 2);
+  const int64_t length = part[SCALE_LENGTH];
+  const int64_t first = Plain ? 0 : (part.begin + length - 1) / length;
+  const int count = Plain ? 1 : int((part.end() + length - 1) / length - first);
+  int bad = 0;
+#pragma unroll 4
+  for (int i = thread(); i < count; i += kThreads) {
+    const float x = *global(alpha + first + i);
+    bad += !(x > 0.0f && x < INFINITY);
+  }
+  for (; bad; --bad)
+    add_one(counters + 2);
 }
 
 // position_of() of element.h, given the grid in this form

@@ -2,16 +2,18 @@
 
 Where cells are short, a program takes PACK whole ones, as many as lie in SPAN elements. One that is longer is
 cut into PIECES of SPAN elements, a program for each; what these come to is joined in a second launch, which has
-a program for each such cell. Both depend on sizes alone, so that sums have the same bits in every list.
+a program for each such cell. Both depend on the sizes of a cell alone, so that sums have the same bits in every
+list: SPAN is not shorter for a short list, as it is in plans.py.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .plans import SPAN, Tensors, kept, upload
+from .plans import SPAN, Tensors, kept, owners, upload
 
 COLUMNS = (
     "DATA", "ALPHA",  # addresses
@@ -34,10 +36,10 @@ Key = tuple[object, ...]
 
 class CellPlan(NamedTuple):
     table: Tensor  # int64, (tensors, len(COLUMNS)), flat
-    owner: Tensor  # int32: the row of each program, and from `place` on those of the second launch
+    owner: Tensor  # int32: the row of each program
     programs: int
-    place: int
-    seconds: int  # programs of the second launch
+    second: Tensor  # the same of the second launch
+    seconds: int  # its programs
 
 
 def plan(tensors: Tensors, alphas: Tensors) -> CellPlan:
@@ -51,18 +53,17 @@ def plan(tensors: Tensors, alphas: Tensors) -> CellPlan:
 
 def build(key: Key, tensors: Tensors, alphas: Tensors, captured: bool) -> CellPlan:
     entries: list[int] = []
-    owner: list[int] = []
-    second: list[int] = []
-    for i, (t, alpha) in enumerate(zip(tensors, alphas, strict=True)):
-        row = row_of(t, alpha, len(owner), len(second))
+    programs, seconds = [0], [0]
+    for t, alpha in zip(tensors, alphas, strict=True):
+        row = row_of(t, alpha, sum(programs), sum(seconds))
         entries += [row[name] for name in COLUMNS]
         cells, pieces = row["CELLS"], row["PIECES"]
-        owner += [i] * (cells * pieces if pieces > 1 else -(-cells // row["PACK"]))
-        second += [i] * (cells if pieces > 1 else 0)
-    place = len(owner) + -len(owner) % 4  # aligned to 16 bytes
-    owners = owner + [0] * (place - len(owner)) + second
-    table, on_device = upload(key, tensors[0].device, entries, owners, captured)
-    return CellPlan(table, on_device, len(owner), place, len(second))
+        programs.append(cells * pieces if pieces > 1 else -(-cells // row["PACK"]))
+        seconds.append(cells if pieces > 1 else 0)
+    first, second = owners(programs[1:]), owners(seconds[1:])
+    words = torch.tensor(entries, dtype=torch.int64)
+    table, owner, joining = upload(key, tensors[0].device, words, first, second, captured)
+    return CellPlan(table, owner, first.numel(), joining, second.numel())
 
 
 def row_of(t: Tensor, alpha: Tensor, first: int, second: int) -> dict[str, int]:

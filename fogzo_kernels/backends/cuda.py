@@ -228,8 +228,7 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
     """Write max(factor * (statistic + add), least) of each cell: one launch, and one for cells in pieces."""
     device, p = tensors[0].device, cells.plan(tensors, alphas)
     partial = torch.empty(p.programs if p.seconds else 0, dtype=torch.float64, device=device)
-    second = p.owner.data_ptr() + p.place * p.owner.element_size()
-    planned = p.table.data_ptr(), p.owner.data_ptr(), second, p.programs, p.seconds
+    planned = p.table.data_ptr(), p.owner.data_ptr(), p.second.data_ptr(), p.programs, p.seconds
     with on(device):
         _cuda.measure_alphas(where(device), planned, name_of(tensors), tuple(measure), partial.data_ptr())
 
@@ -238,15 +237,15 @@ def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
-    """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
+    """Write g * h'(theta), and the gradients of the alphas: a launch, and one for those of several programs."""
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
     device, dtypes = latents[0].device, (name_of(latents), name_of(grads), name_of(out))
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
+    sums = partial.data_ptr(), p.crossing.data_ptr(), p.crossing.numel()
     with on(device):
         _cuda.learned_backward(
-            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, partial.data_ptr(),
-            block,
-        )  # fmt: skip
+            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, sums, block
+        )
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:

@@ -1,6 +1,6 @@
 """Plans: a table of the tensors' addresses on the device, built once and kept while they stay.
 
-The kernels of a GPU backend work on a list of tensors in one launch. A program takes SPAN consecutive
+The kernels of a GPU backend work on a list of tensors in one launch. A program takes a span of consecutive
 elements of one tensor: ``owner`` names its row in ``table``, and COLUMNS is what a row holds.
 
 A plan is a pure function of its key, so it never goes stale. How long one lives:
@@ -10,15 +10,17 @@ A plan is a pure function of its key, so it never goes stale. How long one lives
 - Built while a graph is captured, it lies in memory of that graph, which uploads it again at every replay,
   and is not kept here. What the upload reads, pinned memory of the host, stays for good, once for each key.
 
-So graphs that are captured again of the same tensors cost nothing more; of others, a row of 160 bytes for
+So graphs that are captured again of the same tensors cost nothing more; of others, a row of 168 bytes for
 each tensor and 4 bytes for each program.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,10 +31,12 @@ from ..spec.noise import Layout
 COLUMNS = (
     "LATENT", "GRAD", "PLUS", "MINUS", "ALPHA",  # addresses
     "TENSOR_ID", "NUMEL",
-    "FAST",  # elements in aligned full chunks of 8
+    "FAST",  # elements in full chunks of 8 that are those of the noise, each under one alpha
+    "ALIGNED",  # 1: its tensors begin at multiples of 16 bytes
     "FIRST",  # first program of the tensor
     "OFFSET", "INNER", "SKIP",  # layout; SKIP = stride - inner
-    "SCALES", "SCALE_LENGTH",  # alphas, and elements that share one
+    "SPAN",  # elements of a program
+    "SCALE_LENGTH",  # elements that share an alpha
     "INNER_DIVISOR", "SCALE_DIVISOR",  # in chunks, packed by divisor()
     "STATE_1", "STATE_2",  # addresses of the optimizer's state
     "ALPHA_GRAD",  # address of the gradient of a learned alpha
@@ -40,8 +44,9 @@ COLUMNS = (
 )  # fmt: skip
 #: In the order of a key.
 ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "ALPHA", "STATE_1", "STATE_2", "ALPHA_GRAD")
-BY_ELEMENT = ("ALPHA", "ALPHA_GRAD")  # need not be aligned to chunks
-SPAN = 16384  # elements per program
+BY_CHUNK = tuple(name for name in ADDRESSES if name not in ("ALPHA", "ALPHA_GRAD"))
+SPAN, SHORTEST = 16384, 2048  # elements of a program: the most, and the fewest, which are one tile
+ENOUGH = 1024  # programs, about 8 for each SM of the largest GPUs: then spans need not be shorter
 PLANS_KEPT = 256
 
 Tensors = Sequence[Tensor]
@@ -56,6 +61,8 @@ class Plan(NamedTuple):
     table: Tensor  # int64, (tensors, len(COLUMNS)), flat
     owner: Tensor  # int32, (programs,): the row of each program
     programs: int
+    crossing: Tensor  # int32: programs in which an alpha begins that others hold too, for learned scales
+    aligned: bool  # every tensor begins at a multiple of 16 bytes
     per_tensor: bool  # every alpha has one element
     scale_lengths: frozenset[int]  # numbers of elements that share an alpha
     shard: bool  # some layout skips elements
@@ -142,24 +149,51 @@ def divisor(d: int) -> int:
     return ((1 << shift) // d + 1) << 6 | shift
 
 
+def span_of(numels: Sequence[int]) -> int:
+    """Elements of a program: of a small list so few that all of a GPU has work."""
+    span = SPAN
+    while span > SHORTEST and sum(-(-numel // span) for numel in numels) < ENOUGH:
+        span //= 2
+    return span
+
+
 def build_plan(key: Key, captured: bool = False) -> Plan:
     """Table and owners of a key, on its device."""
-    numels, scales = key[2:4]
-    rows: list[dict[str, int]] = []
-    owner: list[int] = []
-    for i, numel in enumerate(numels):
-        rows.append(row_of(key, i, len(owner)))
-        owner += [i] * -(-numel // SPAN)
-    table, owners = upload(key, key[0], [row[name] for row in rows for name in COLUMNS], owner, captured)
+    addresses, numels, scales = key[1:4]
+    span = span_of(numels)
+    counts = [-(-numel // span) for numel in numels]
+    firsts = [*accumulate(counts, initial=0)]
+    rows = [row_of(key, i, span, firsts[i]) for i in range(len(numels))]
+    learned = addresses[ADDRESSES.index("ALPHA_GRAD")]
+    cross = torch.cat([crossing(row) for row in rows]) if learned else torch.empty(0, dtype=torch.int32)
+    entries = torch.tensor([row[name] for row in rows for name in COLUMNS], dtype=torch.int64)
+    table, owner, cross = upload(key, key[0], entries, owners(counts), cross, captured)
+    aligned = all(row["ALIGNED"] for row in rows)
     per_tensor, shard = all(s == 1 for s in scales), any(row["SKIP"] for row in rows)
     lengths = frozenset(row["SCALE_LENGTH"] for row in rows if row["NUMEL"])
-    return Plan(table, owners, len(owner), per_tensor, lengths, shard)
+    return Plan(table, owner, firsts[-1], cross, aligned, per_tensor, lengths, shard)
 
 
-def row_of(key: Key, i: int, first: int) -> dict[str, int]:
+def owners(counts: Sequence[int]) -> Tensor:
+    """The row of each program, where row i has ``counts[i]`` programs."""
+    return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(
+        torch.tensor(counts, dtype=torch.int64)
+    )
+
+
+def crossing(row: dict[str, int]) -> Tensor:
+    """The programs of a row in which an alpha begins that goes on in the next program."""
+    numel, length, span, first = (row[name] for name in ("NUMEL", "SCALE_LENGTH", "SPAN", "FIRST"))
+    if length > span:
+        return (first + torch.arange(0, numel, length) // span).int()
+    period = length // math.gcd(length, span)  # where each so many programs meet the next one, an alpha ends
+    meetings = torch.arange(1, max(-(-numel // span), 1) if period > 1 else 1, dtype=torch.int32)
+    return first - 1 + meetings[meetings % period != 0]
+
+
+def row_of(key: Key, i: int, span: int, first: int) -> dict[str, int]:
     """Row of tensor i, whose first program is ``first``, by column."""
     _, addresses, numels, scales, tensor_ids, layouts, factors = key
-    pointers = {name: ts[i] if i < len(ts) else 0 for name, ts in zip(ADDRESSES, addresses, strict=True)}
     numel = numels[i]
     count = scales[i] if i < len(scales) else 1
     offset, inner, stride = layouts[i] if i < len(layouts) else (0, max(numel, 1), max(numel, 1))
@@ -167,22 +201,23 @@ def row_of(key: Key, i: int, first: int) -> dict[str, int]:
     if inner == numel:
         stride = inner
     length = max(numel // max(count, 1), 1)
-    aligned = (
-        all(address % 16 == 0 for name, address in pointers.items() if name not in BY_ELEMENT)
-        and offset % 8 == 0
+    whole = (
+        offset % 8 == 0
         and (inner == numel or (inner % 8 == 0 and stride % 8 == 0))
         and (count == 1 or length % 8 == 0)
     )
+    pointers = {name: ts[i] if i < len(ts) else 0 for name, ts in zip(ADDRESSES, addresses, strict=True)}
     return {
         **pointers,
         "TENSOR_ID": tensor_ids[i] if i < len(tensor_ids) else 0,
         "NUMEL": numel,
-        "FAST": numel & ~7 if aligned else 0,
+        "FAST": numel & ~7 if whole else 0,
+        "ALIGNED": int(all(pointers[name] % 16 == 0 for name in BY_CHUNK)),
         "FIRST": first,
         "OFFSET": offset,
         "INNER": inner,
         "SKIP": stride - inner,
-        "SCALES": count,
+        "SPAN": span,
         "SCALE_LENGTH": length,
         "INNER_DIVISOR": divisor(max(inner // 8, 1)),
         "SCALE_DIVISOR": divisor(max(length // 8, 1)),
@@ -204,24 +239,25 @@ _uploads: dict[Any, Tensor] = {}  # what graphs read again at every replay
 
 
 def upload(
-    key: Any, device: torch.device | None, entries: list[int], owner: list[int], captured: bool
-) -> tuple[Tensor, Tensor]:
-    """Table and owners on the device, by one copy that the host does not wait for."""
-    words = len(entries) + (len(owner) + 1) // 2
+    key: Any, device: torch.device | None, entries: Tensor, first: Tensor, second: Tensor, captured: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The int64 entries and two lists of int32 on the device, by one copy that the host does not wait for."""
+    sizes = entries.numel(), -(-first.numel() // 2), -(-second.numel() // 2)
+    words = [size + size % 2 for size in sizes]  # each begins at a multiple of 16 bytes
     on_gpu = device is not None and device.type == "cuda"
-    if captured:
-        host = _uploads[key] if key in _uploads else filled(from_arena(words), entries, owner)
-        _uploads[key] = host
+    if captured and key in _uploads:
+        host = _uploads[key]
     else:
-        host = filled(torch.empty(words, dtype=torch.int64, pin_memory=on_gpu), entries, owner)
+        total = sum(words)
+        host = from_arena(total) if captured else torch.empty(total, dtype=torch.int64, pin_memory=on_gpu)
+        for part, given in zip(host.split(words), (entries, first, second), strict=True):
+            part.view(given.dtype)[: given.numel()] = given
+        if captured:
+            _uploads[key] = host
     there = host.to(device, non_blocking=True) if on_gpu else host
-    return there[: len(entries)], there[len(entries) :].view(torch.int32)
-
-
-def filled(host: Tensor, entries: list[int], owner: list[int]) -> Tensor:
-    host[: len(entries)] = torch.tensor(entries, dtype=torch.int64)
-    host[len(entries) :].view(torch.int32)[: len(owner)] = torch.tensor(owner, dtype=torch.int32)
-    return host
+    table, *lists = there.split(words)
+    owner, other = (part.view(torch.int32) for part in lists)
+    return table[: sizes[0]], owner[: first.numel()], other[: second.numel()]
 
 
 def replenish(pinned: bool) -> None:

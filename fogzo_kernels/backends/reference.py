@@ -201,7 +201,8 @@ def coefficients(
     B = (c * torch.sqrt(omb) * DISTRIBUTIONS[draw.distribution]).float()
     norm_lost = ~torch.isfinite(mix.norm)
     if losses.counters is not None:
-        bad = sum((~(torch.isfinite(x) & (x > 0))).sum() for x in alphas)
+        used = [x for x, g in zip(alphas, grads, strict=False) if g.numel()]
+        bad = sum((~(torch.isfinite(x) & (x > 0))).sum() for x in used)
         losses.counters.add_(
             torch.stack([(~finite).sum(), norm_lost.long(), torch.as_tensor(bad, device=device)])
         )

@@ -108,7 +108,11 @@ def approx_cos_sin(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation."""
+    """1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation.
+
+    The compiler makes rcp.rn.f32 of the same instructions, though PTX only promises that an approximation is
+    within one ulp, from which the step is right for all mantissas but that of all ones (test_reciprocal.py).
+    """
     y = approx_rcp(x)
     if INTERPRET:  # already the correctly rounded quotient
         return y
@@ -268,39 +272,83 @@ def element_sum(e, names, B, n, DIST: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, left, TILE: tl.constexpr):
-    """Even and odd elements as float32, the first ``left``.
-
-    Four-byte elements come as two halves of a chunk, so that a thread holds 8 consecutive elements
-    whatever the dtype, with 16-byte accesses.
-    """
-    if ptr.dtype.element_ty.primitive_bitwidth == 32:
-        offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
-        low = tl.load(ptr + offs, mask=offs < left)
-        high = tl.load(ptr + offs + 4, mask=offs + 4 < left)
-        x = tl.permute(tl.join(low, high), (0, 2, 1))
+def is_wide(ptr, ALIGNED: tl.constexpr):
+    """Whether 16 bytes lie aligned there. ALIGNED: they do for each tensor of the list."""
+    if ALIGNED:
+        return True
     else:
-        offs = tl.arange(0, TILE)
-        x = tl.load(ptr + offs, mask=offs < left).to(tl.float32)
-    return tl.split(x.reshape([TILE // 2, 2]))
+        return (ptr.to(tl.int64) & 15) == 0
 
 
 @triton.jit
-def store_tile(ptr, even, odd, left, TILE: tl.constexpr):
-    """Store float32 values in the pointer's dtype, the first ``left``."""
-    DTYPE: tl.constexpr = ptr.dtype.element_ty
-    x = tl.join(even, odd)
-    if DTYPE.primitive_bitwidth == 32:
-        low, high = tl.split(tl.permute(x.reshape([TILE // 8, 2, 4]), (0, 2, 1)))
-        offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
-        tl.store(ptr + offs, low, mask=offs < left)
-        tl.store(ptr + offs + 4, high, mask=offs + 4 < left)
-    elif DTYPE.primitive_bitwidth == 8:  # 8 bytes a thread; wider would go through shared memory
-        offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(ptr + offs, convert(x.reshape([TILE // 8, 8]), DTYPE), mask=offs < left)
+def load_tile(ptr, begin, start, left, TILE: tl.constexpr, ALIGNED: tl.constexpr, OTHER: tl.constexpr = None):
+    """Even and odd elements as float32, the first ``left`` from ``begin`` + ``start`` on.
+
+    A thread holds 8 consecutive elements whatever the dtype. By accesses of 16 bytes, if they lie aligned: of
+    four-byte elements as two halves of a chunk. Else by accesses of one element. OTHER stands for the rest.
+    """
+    if is_wide(ptr, ALIGNED):
+        at = tl.multiple_of(ptr + begin + start, 16)
+        if ptr.dtype.element_ty.primitive_bitwidth == 32:
+            offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
+            low = tl.load(at + offs, mask=offs < left, other=OTHER)
+            high = tl.load(at + offs + 4, mask=offs + 4 < left, other=OTHER)
+            x = tl.permute(tl.join(low, high), (0, 2, 1))
+        else:
+            offs = tl.arange(0, TILE)
+            x = tl.load(at + offs, mask=offs < left, other=OTHER).to(tl.float32)
+        even, odd = tl.split(x.reshape([TILE // 2, 2]))
     else:
-        offs = tl.arange(0, TILE)
-        tl.store(ptr + offs, convert(x.reshape([TILE]), DTYPE), mask=offs < left)
+        even = load_every_second(ptr + begin, start, left, 0, TILE, OTHER)
+        odd = load_every_second(ptr + begin, start, left, 1, TILE, OTHER)
+    return even, odd
+
+
+@triton.jit
+def load_every_second(ptr, start, left, ODD: tl.constexpr, TILE: tl.constexpr, OTHER: tl.constexpr):
+    """The even elements of each chunk, or the odd ones, one by one."""
+    offs = tl.arange(0, TILE // 8) * 8
+    at, some = ptr + (start + offs + ODD), offs < left
+    x0, x1 = tl.load(at, mask=some, other=OTHER), tl.load(at + 2, mask=some, other=OTHER)
+    x2, x3 = tl.load(at + 4, mask=some, other=OTHER), tl.load(at + 6, mask=some, other=OTHER)
+    return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([TILE // 2]).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, begin, start, even, odd, left, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store float32 values in the pointer's dtype, as load_tile reads them."""
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    if is_wide(ptr, ALIGNED):
+        at = tl.multiple_of(ptr + begin + start, 16)
+        x = tl.join(even, odd)
+        if DTYPE.primitive_bitwidth == 32:
+            low, high = tl.split(tl.permute(x.reshape([TILE // 8, 2, 4]), (0, 2, 1)))
+            offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
+            tl.store(at + offs, low, mask=offs < left)
+            tl.store(at + offs + 4, high, mask=offs + 4 < left)
+        elif DTYPE.primitive_bitwidth == 8:  # 8 bytes a thread; wider would go through shared memory
+            offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+            tl.store(at + offs, convert(x.reshape([TILE // 8, 8]), DTYPE), mask=offs < left)
+        else:
+            offs = tl.arange(0, TILE)
+            tl.store(at + offs, convert(x.reshape([TILE]), DTYPE), mask=offs < left)
+    else:
+        store_every_second(ptr + begin, start, even, left, 0, TILE)
+        store_every_second(ptr + begin, start, odd, left, 1, TILE)
+
+
+@triton.jit
+def store_every_second(ptr, start, x, left, ODD: tl.constexpr, TILE: tl.constexpr):
+    """The even elements of each chunk, or the odd ones, one by one."""
+    x02, x13 = tl.split(convert(x, ptr.dtype.element_ty).reshape([TILE // 8, 2, 2]))
+    x0, x2 = tl.split(x02)
+    x1, x3 = tl.split(x13)
+    offs = tl.arange(0, TILE // 8) * 8
+    at, some = ptr + (start + offs + ODD), offs < left
+    tl.store(at, x0, mask=some)
+    tl.store(at + 2, x1, mask=some)
+    tl.store(at + 4, x2, mask=some)
+    tl.store(at + 6, x3, mask=some)
 
 
 @triton.jit

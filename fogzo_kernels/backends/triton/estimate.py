@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...spec.call import Draw, Losses, Mix
-from ..plans import SPAN, plan
+from ..plans import plan
 from .elements import (
     convert,
     element_sum,
@@ -20,7 +20,7 @@ from .elements import (
     tile_noise,
     tile_sum,
 )
-from .hadamard import rest_step, rotated, rotated_halves
+from .hadamard import rotated_halves
 from .launch import DTYPES, TILE, Tensors, launch, named
 from .losses import count_bad_alphas, loss_arguments, read_losses
 from .tables import (
@@ -36,7 +36,6 @@ from .tables import (
     names_of,
     pointer,
     program_row,
-    tile_at,
     tiled_part,
 )
 
@@ -60,7 +59,7 @@ def coefficients_kernel(
 
 @triton.jit(do_not_specialize=["seed", "step", "n"])
 def estimate_kernel(
-    table, owner, counters, seed, step, coef, n, r, SPAN: tl.constexpr, TILE: tl.constexpr,
+    table, owner, counters, seed, step, coef, n, r, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     DIST: tl.constexpr, GRAD_T: tl.constexpr, PER_TENSOR: tl.constexpr, SHARD: tl.constexpr,
     ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -68,12 +67,10 @@ def estimate_kernel(
 
     BLOCK: of the transform that brings the sum back from where the noise is, or 0.
     """
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
     grad = pointer(row, "GRAD", GRAD_T)
     alpha = pointer(row, "ALPHA", tl.float32)
-    if counters is not None:
-        count_bad_alphas(counters, alpha, tl.where(begin == 0, entry(row, "SCALES"), 0), TILE // 8)
     A, B0 = tl.load(coef + A_AT), tl.load(coef + B_AT)
     end = tl.where(tl.load(coef + KEEP_AT) != 0, begin, end)
     if PER_TENSOR:
@@ -84,7 +81,7 @@ def estimate_kernel(
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
-        g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
+        g0, g1 = load_tile(grad, begin, start, left, TILE, ALIGNED)
         local = chunks_from(begin, start, TILE)
         chunk = chunk_numbers(local, layout, SHARD)
         if ONE:
@@ -96,16 +93,17 @@ def estimate_kernel(
             inv = per_pair(reciprocal(chunk_delta(alpha, local, length, r, chunks)), TILE)
         acc0, acc1 = product(acc0, inv, BLOCK != 0), product(acc1, inv, BLOCK != 0)
         acc0, acc1 = rotated_halves(acc0, acc1, BLOCK, TILE)
-        store_tile(tile_at(grad, begin, start), fma(g0, A, acc0), fma(g1, A, acc1), left, TILE)
-    SUB: tl.constexpr = rest_step(TILE, BLOCK)
+        store_tile(grad, begin, start, fma(g0, A, acc0), fma(g1, A, acc1), left, TILE, ALIGNED)
+    SUB: tl.constexpr = TILE // 8  # without a transform: all elements of one with it go by tiles
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
         acc = element_sum(element_numbers(j, row), names, coef + B_AT, n, DIST)
         inv_e = reciprocal(element_delta(alpha, j, row, r, mask))
         g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-        moved = rotated(product(acc, inv_e, BLOCK != 0), BLOCK, SUB)
-        tl.store(grad + j, convert(fma(g, A, moved), GRAD_T), mask=mask)
+        tl.store(grad + j, convert(fma(g, A, acc * inv_e), GRAD_T), mask=mask)
+    if counters is not None:
+        count_bad_alphas(counters, row, begin, PER_TENSOR)
 
 
 def estimate_gradient_(
@@ -120,7 +118,7 @@ def estimate_gradient_(
         return
     p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
     launch(
-        estimate_kernel, p.programs, device, p.table, p.owner, counters, *names, coef, n, float(r), SPAN=SPAN,
-        TILE=TILE, DIST=draw.distribution, GRAD_T=DTYPES[grads[0].dtype], PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, ONE=n == 1, BLOCK=block,
+        estimate_kernel, p.programs, device, p.table, p.owner, counters, *names, coef, n, float(r),
+        TILE=TILE, ALIGNED=p.aligned, DIST=draw.distribution, GRAD_T=DTYPES[grads[0].dtype],
+        PER_TENSOR=p.per_tensor, SHARD=p.shard, ONE=n == 1, BLOCK=block,
     )  # fmt: skip

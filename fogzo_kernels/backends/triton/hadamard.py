@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from ...spec import hadamard as spec
-from ..plans import SPAN, plan
-from .elements import convert, fma, load_tile, store_tile
+from ..plans import plan
+from .elements import fma, load_tile, store_tile
 from .launch import DTYPES, TILE, Tensors, launch, rounded
-from .tables import left_in_tile, pointer, program_row, tile_at, tiled_part
+from .tables import left_in_tile, pointer, program_row, tiled_part
 
 #: By block, float32. A constexpr, whose value is part of a compiled kernel's key.
 FACTORS = tl.constexpr({block: rounded(spec.factor(block)) for block in spec.BLOCKS})
@@ -62,40 +62,29 @@ def rotated_halves(even, odd, BLOCK: tl.constexpr, TILE: tl.constexpr):
     return even, odd
 
 
-@triton.constexpr_function
-def rest_step(tile, block):
-    """Elements that a kernel takes at a time where they do not go by tiles: whole blocks."""
-    return max(tile // 8, block)
-
-
 @triton.jit
 def hadamard_kernel(
-    table, owner, SPAN: tl.constexpr, TILE: tl.constexpr, LATENT_T: tl.constexpr, OUT_T: tl.constexpr,
+    table, owner, TILE: tl.constexpr, ALIGNED: tl.constexpr, LATENT_T: tl.constexpr, OUT_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """H LATENT into PLUS, which may be LATENT: each element is stored after all of its block are loaded.
 
-    A program and its tiles begin where a block does. A tensor is aligned, and goes by tiles, or it is not, and
-    goes the same way by accesses of one element.
+    A program and its tiles begin where a block does, and all elements go by tiles.
     """
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     latent, out = pointer(row, "LATENT", LATENT_T), pointer(row, "PLUS", OUT_T)
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
-        even, odd = load_tile(tile_at(latent, begin, start), left, TILE)
+        even, odd = load_tile(latent, begin, start, left, TILE, ALIGNED)
         even, odd = rotated_halves(even, odd, BLOCK, TILE)
-        store_tile(tile_at(out, begin, start), even, odd, left, TILE)
-    for start in tl.range(tl.maximum(begin, fast), end, TILE):
-        j = start + tl.arange(0, TILE)
-        x = tl.load(latent + j, mask=j < end, other=0.0).to(tl.float32)
-        tl.store(out + j, convert(rotated(x, BLOCK, TILE), OUT_T), mask=j < end)
+        store_tile(out, begin, start, even, odd, left, TILE, ALIGNED)
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
     """Write the Hadamard transform of each block: one launch."""
     p = plan(tensors, latents=tensors, plus=out)
     launch(
-        hadamard_kernel, p.programs, tensors[0].device, p.table, p.owner, SPAN=SPAN, TILE=TILE,
+        hadamard_kernel, p.programs, tensors[0].device, p.table, p.owner, TILE=TILE, ALIGNED=p.aligned,
         LATENT_T=DTYPES[tensors[0].dtype], OUT_T=DTYPES[out[0].dtype], BLOCK=block, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -34,11 +34,13 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
+def launch(
+    kernel, programs: int, device: torch.device, *args: object, warps: int = NUM_WARPS, **kwargs: object
+) -> None:
     """Launch on the tensors' device and its current stream; nothing for no programs."""
     if programs:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*args, **kwargs, num_warps=NUM_WARPS)
+            kernel[(programs,)](*args, **kwargs, num_warps=warps)
 
 
 # ---- kernel arguments

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.straight_through import StraightThrough
-from ..plans import SPAN, Plan, learned_plan
+from ..plans import Plan, learned_plan
 from .elements import (
     Grid,
     alpha_slope_of,
@@ -22,7 +22,7 @@ from .elements import (
     scale_per_pair,
     store_tile,
 )
-from .hadamard import rest_step, rotated, rotated_halves
+from .hadamard import rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch
 from .tables import (
     chunk_delta,
@@ -33,12 +33,12 @@ from .tables import (
     left_in_tile,
     pointer,
     program_row,
-    tile_at,
     tiled_part,
 )
 
 #: Chunks of 8 elements by which alphas are shared, that their sums take together.
 WIDE, MIDDLE = tl.constexpr(128), tl.constexpr(16)
+SUM_BLOCK = 2048  # programs whose sums are on their way at once
 
 
 @triton.jit
@@ -98,8 +98,9 @@ def write_rest(row, partial, begin, end, total, WRITTEN: tl.constexpr):
 
 @triton.jit
 def learned_tiles(
-    row, partial, begin, end, fast, grid, r, TILE: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr,
-    OUT_T: tl.constexpr, KIND: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    row, partial, begin, end, fast, grid, r, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What goes by tiles. Returns the sum of the alpha at hand."""
     latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
@@ -113,16 +114,16 @@ def learned_tiles(
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left, chunks = left_in_tile(start, tiled, TILE), chunks_from(begin, start, TILE)
-        t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
+        t0, t1 = load_tile(latent, begin, start, left, TILE, ALIGNED)
         t0, t1 = rotated_halves(t0, t1, BLOCK, TILE)
-        g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
+        g0, g1 = load_tile(grad, begin, start, left, TILE, ALIGNED)
         if UNIT != 0:
             delta = chunk_delta(alpha, chunks, divisor, r, (fast >> 3).to(tl.uint32))
             scale = scale_per_pair(scale_of(delta, grid), TILE)
         q0, term0 = backward_of(g0, t0, scale, grid, KIND, BLOCK)
         q1, term1 = backward_of(g1, t1, scale, grid, KIND, BLOCK)
         q0, q1 = rotated_halves(q0, q1, BLOCK, TILE)
-        store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
+        store_tile(out, begin, start, q0, q1, left, TILE, ALIGNED)
         terms = tl.sum((term0 + term1).reshape([SUB, 4]), 1)
         terms = tl.where(tl.arange(0, SUB) < (left >> 3), terms, 0.0).to(tl.float64)
         if UNIT == 0:
@@ -145,7 +146,7 @@ def learned_tiles(
 
 @triton.jit
 def learned_kernel(
-    table, owner, partial, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
+    table, owner, partial, offset, qmin, qmax, r, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -155,36 +156,36 @@ def learned_kernel(
     An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: that of
     the alpha which began in an earlier program, and that of the one which begins in this one and goes on.
     """
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     grid, length = Grid(offset, qmin, qmax, r), entry(row, "SCALE_LENGTH")
     if UNIT is not None:
         carry = learned_tiles(
-            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, UNIT, BLOCK
+            row, partial, begin, end, fast, grid, r, TILE, ALIGNED, LATENT_T, GRAD_T, OUT_T, KIND, UNIT, BLOCK
         )
     elif length % (8 * WIDE) == 0:
         carry = learned_tiles(
-            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, WIDE, BLOCK
+            row, partial, begin, end, fast, grid, r, TILE, ALIGNED, LATENT_T, GRAD_T, OUT_T, KIND, WIDE, BLOCK
         )
     elif length % (8 * MIDDLE) == 0:
         carry = learned_tiles(
-            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, MIDDLE, BLOCK
+            row, partial, begin, end, fast, grid, r, TILE, ALIGNED, LATENT_T, GRAD_T, OUT_T, KIND, MIDDLE, BLOCK
         )
     else:
         carry = learned_tiles(
-            row, partial, begin, end, fast, grid, r, TILE, LATENT_T, GRAD_T, OUT_T, KIND, 1, BLOCK
+            row, partial, begin, end, fast, grid, r, TILE, ALIGNED, LATENT_T, GRAD_T, OUT_T, KIND, 1, BLOCK
         )
     latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
     out, alpha = pointer(row, "PLUS", OUT_T), pointer(row, "ALPHA", tl.float32)
-    REST: tl.constexpr = rest_step(TILE, BLOCK)
+    REST: tl.constexpr = TILE // 8  # without a transform: all elements of one with it go by tiles
     place = tl.arange(0, REST)
     for start in tl.range(tl.maximum(begin, fast), end, REST):
         j = start + place
         some = j < end
         one = scale_of(element_delta(alpha, j, row, r, some), grid)
-        theta = rotated(tl.load(latent + j, mask=some, other=0.0).to(tl.float32), BLOCK, REST)
+        theta = tl.load(latent + j, mask=some, other=0.0).to(tl.float32)
         g = tl.load(grad + j, mask=some, other=0.0).to(tl.float32)
-        q, term = backward_of(g, theta, one, grid, KIND, BLOCK)
-        tl.store(out + j, convert(rotated(q, BLOCK, REST), OUT_T), mask=some)
+        q, term = backward_of(g, theta, one, grid, KIND, 0)
+        tl.store(out + j, convert(q, OUT_T), mask=some)
         terms = tl.where(some, term, 0.0).to(tl.float64)
         if UNIT == 0:
             carry += tl.sum(terms, 0)
@@ -197,19 +198,18 @@ def learned_kernel(
 
 
 @triton.jit
-def learned_sum_kernel(table, owner, partial, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The program in which an alpha begins that goes on behind it adds the sums of all that hold it."""
-    row, begin, end, _fast = program_row(table, owner, SPAN)
-    length = entry(row, "SCALE_LENGTH")
+def learned_sum_kernel(table, owner, crossing, partial, BLOCK: tl.constexpr):
+    """Adds the sums of all programs that hold the alpha which begins in one of them and goes on behind it."""
+    here = tl.load(crossing + tl.program_id(0)).to(tl.int64)
+    row, _begin, end, _fast = program_row(table, owner, here)
+    length, span = entry(row, "SCALE_LENGTH"), entry(row, "SPAN")
     index = (end - 1) // length
-    if (index * length >= begin) & ((index + 1) * length > end):
-        here = tl.program_id(0).to(tl.int64)
-        stop = entry(row, "FIRST") + ((index + 1) * length - 1) // SPAN + 1
-        acc = tl.zeros([BLOCK], tl.float64)
-        for start in tl.range(here + 1, stop, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            acc += tl.load(partial + 2 * i, mask=i < stop, other=0.0)
-        write_alpha_grad(row, index, tl.load(partial + 2 * here + 1) + tl.sum(acc, 0), True)
+    stop = entry(row, "FIRST") + ((index + 1) * length - 1) // span + 1
+    acc = tl.zeros([BLOCK], tl.float64)
+    for start in tl.range(here + 1, stop, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        acc += tl.load(partial + 2 * i, mask=i < stop, other=0.0)
+    write_alpha_grad(row, index, tl.load(partial + 2 * here + 1) + tl.sum(acc, 0), True)
 
 
 def registers_of(unit: int | None, kind: str, block: int) -> int | None:
@@ -235,14 +235,16 @@ def learned_backward_(
     straight_through: StraightThrough, factors: Sequence[float],
     block: int,
 ) -> None:  # fmt: skip
-    """Write g * h'(theta), and the gradients of the alphas: two launches, no atomics."""
+    """Write g * h'(theta), and the gradients of the alphas: a launch, and one for those of several programs."""
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
     device = latents[0].device
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
     unit, kind = unit_of(p), straight_through.variant
     launch(
-        learned_kernel, p.programs, device, p.table, p.owner, partial, **grid_of(grid), SPAN=SPAN, TILE=TILE,
-        LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[out[0].dtype],
-        KIND=kind, UNIT=unit, BLOCK=block, maxnreg=registers_of(unit, kind, block),
+        learned_kernel, p.programs, device, p.table, p.owner, partial, **grid_of(grid), TILE=TILE,
+        ALIGNED=p.aligned, LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
+        OUT_T=DTYPES[out[0].dtype], KIND=kind, UNIT=unit, BLOCK=block, maxnreg=registers_of(unit, kind, block),
     )  # fmt: skip
-    launch(learned_sum_kernel, p.programs, device, p.table, p.owner, partial, SPAN=SPAN, BLOCK=512)
+    launch(
+        learned_sum_kernel, p.crossing.numel(), device, p.table, p.owner, p.crossing, partial, BLOCK=SUM_BLOCK
+    )

@@ -214,6 +214,6 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
         DATA_T=DTYPES[tensors[0].dtype], STATISTIC=statistic,
     )  # fmt: skip
     launch(
-        join_kernel, p.seconds, device, p.table, p.owner[p.place :], partial, *rule, BLOCK=1024,
+        join_kernel, p.seconds, device, p.table, p.second, partial, *rule, BLOCK=1024,
         STATISTIC=statistic,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec.call import Draw
-from ..plans import SPAN, plan
+from ..plans import plan
 from .elements import element_noise, store_tile, tile_noise
 from .launch import TILE, launch, named, noise_scale, rounded
 from .tables import (
@@ -21,18 +21,17 @@ from .tables import (
     names_of,
     pointer,
     program_row,
-    tile_at,
     tiled_part,
 )
 
 
 @triton.jit(do_not_specialize=["seed", "step", "direction"])
 def noise_kernel(
-    table, owner, seed, step, direction, scale, SPAN: tl.constexpr, TILE: tl.constexpr,
+    table, owner, seed, step, direction, scale, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     DIST: tl.constexpr, SHARD: tl.constexpr,
 ):  # fmt: skip
     """u = C m into PLUS, float32."""
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
     out = pointer(row, "PLUS", tl.float32)
     layout = layout_of(row, SHARD)
@@ -41,7 +40,7 @@ def noise_kernel(
         left = left_in_tile(start, tiled, TILE)
         chunk = chunk_numbers(chunks_from(begin, start, TILE), layout, SHARD)
         m0, m1 = tile_noise(chunk, names, direction, TILE, DIST)
-        store_tile(tile_at(out, begin, start), m0 * scale, m1 * scale, left, TILE)
+        store_tile(out, begin, start, m0 * scale, m1 * scale, left, TILE, ALIGNED)
     SUB: tl.constexpr = TILE // 8
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
@@ -55,6 +54,6 @@ def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tenso
     p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
     launch(
         noise_kernel, p.programs, device, p.table, p.owner, *named(draw), direction, rounded(noise_scale(draw)),
-        SPAN=SPAN, TILE=TILE, DIST=draw.distribution, SHARD=p.shard,
+        TILE=TILE, ALIGNED=p.aligned, DIST=draw.distribution, SHARD=p.shard,
     )  # fmt: skip
     return out

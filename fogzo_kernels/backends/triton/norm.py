@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plans import SPAN, plan
+from ..plans import plan
+from .elements import load_tile
 from .launch import DTYPES, TILE, Tensors, launch
 from .tables import (
     chunk_delta,
@@ -17,18 +18,19 @@ from .tables import (
     left_in_tile,
     pointer,
     program_row,
-    tile_at,
     tiled_part,
 )
+
+SUM_BLOCK, SUM_WARPS = 8192, 16  # of the program that adds what the others leave
 
 
 @triton.jit
 def sumsq_kernel(
-    table, owner, partial, r, SPAN: tl.constexpr, TILE: tl.constexpr, GRAD_T: tl.constexpr,
+    table, owner, partial, r, TILE: tl.constexpr, ALIGNED: tl.constexpr, GRAD_T: tl.constexpr,
     PER_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """Sum of (delta g)^2 of a program's elements: 8 squares in float32, the rest in float64."""
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     grad = pointer(row, "GRAD", GRAD_T)
     alpha = pointer(row, "ALPHA", tl.float32)
     if PER_TENSOR:
@@ -39,11 +41,10 @@ def sumsq_kernel(
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
-        offs = tl.arange(0, TILE)
-        g = tl.load(tile_at(grad, begin, start) + offs, mask=offs < left, other=0.0)
+        g0, g1 = load_tile(grad, begin, start, left, TILE, ALIGNED, 0.0)
         if not PER_TENSOR:
             delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)[:, None]
-        h = g.to(tl.float32).reshape([TILE // 8, 8]) * delta
+        h = tl.join(g0, g1).reshape([TILE // 8, 8]) * delta
         acc += tl.sum(h * h, axis=1).to(tl.float64)
     SUB: tl.constexpr = TILE // 8
     tail = tl.zeros([SUB], tl.float64)
@@ -57,7 +58,10 @@ def sumsq_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def sum_kernel(partial, count, out, BLOCK: tl.constexpr, ROOT: tl.constexpr):
-    """One program adds the partial sums in a fixed order: the same bits every run. ROOT: the norm."""
+    """One program adds the partial sums in a fixed order: the same bits every run. ROOT: the norm.
+
+    BLOCK of them are on their way at once: what a single program can fetch is bound by how long it waits.
+    """
     acc = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(0, count, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -75,8 +79,8 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
     out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
     launch(
-        sumsq_kernel, p.programs, device, p.table, p.owner, partial, float(r), SPAN=SPAN, TILE=TILE,
+        sumsq_kernel, p.programs, device, p.table, p.owner, partial, float(r), TILE=TILE, ALIGNED=p.aligned,
         GRAD_T=DTYPES[grads[0].dtype], PER_TENSOR=p.per_tensor,
     )  # fmt: skip
-    launch(sum_kernel, 1, device, partial, p.programs, out, BLOCK=1024, ROOT=root)
+    launch(sum_kernel, 1, device, partial, p.programs, out, BLOCK=SUM_BLOCK, ROOT=root, warps=SUM_WARPS)
     return out

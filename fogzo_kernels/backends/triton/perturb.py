@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.call import Draw, Mix
-from ..plans import SPAN, plan
+from ..plans import plan
 from .elements import (
     Grid,
     convert,
@@ -24,7 +24,7 @@ from .elements import (
     store_tile,
     tile_noise,
 )
-from .hadamard import rest_step, rotated, rotated_halves
+from .hadamard import rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch, mixed, named, rounded
 from .tables import (
     chunk_delta,
@@ -40,7 +40,6 @@ from .tables import (
     names_of,
     pointer,
     program_row,
-    tile_at,
     tiled_part,
 )
 
@@ -56,7 +55,7 @@ def registers_of(out: torch.dtype, block: int) -> int | None:
 @triton.jit(do_not_specialize=["seed", "step", "direction"])
 def perturb_kernel(
     table, owner, seed, step, one_minus_beta, norm, direction, sqrt_beta, noise_scale, eps, offset,
-    qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr, DIST: tl.constexpr,
+    qmin, qmax, r, TILE: tl.constexpr, ALIGNED: tl.constexpr, DIST: tl.constexpr,
     NOISE_SCALE: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
     WRITE_PLUS: tl.constexpr, WRITE_MINUS: tl.constexpr, PER_TENSOR: tl.constexpr,
     SHARD: tl.constexpr, BLOCK: tl.constexpr,
@@ -65,7 +64,7 @@ def perturb_kernel(
 
     With a transform, BLOCK > 0: v = b m, and theta moves along g by +-eps a delta^2 before it is rotated.
     """
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     grid = Grid(offset, qmin, qmax, r)
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
     guide, b = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
@@ -82,8 +81,8 @@ def perturb_kernel(
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
-        g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
-        t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
+        g0, g1 = load_tile(grad, begin, start, left, TILE, ALIGNED)
+        t0, t1 = load_tile(latent, begin, start, left, TILE, ALIGNED)
         local = chunks_from(begin, start, TILE)
         m0, m1 = tile_noise(chunk_numbers(local, layout, SHARD), names, direction, TILE, DIST)
         if not PER_TENSOR:
@@ -101,7 +100,7 @@ def perturb_kernel(
                 z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
             q0 = output_of(fma(v0, eps, z0), scale, grid, OUT_T)
             q1 = output_of(fma(v1, eps, z1), scale, grid, OUT_T)
-            store_tile(tile_at(plus, begin, start), q0, q1, left, TILE)
+            store_tile(plus, begin, start, q0, q1, left, TILE, ALIGNED)
         if WRITE_MINUS:
             if BLOCK:
                 along = -eps * gam * scale.delta
@@ -109,9 +108,10 @@ def perturb_kernel(
                 z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
             q0 = output_of(fma(v0, -eps, z0), scale, grid, OUT_T)
             q1 = output_of(fma(v1, -eps, z1), scale, grid, OUT_T)
-            store_tile(tile_at(minus, begin, start), q0, q1, left, TILE)
-    row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
-    SUB: tl.constexpr = rest_step(TILE, BLOCK)
+            store_tile(minus, begin, start, q0, q1, left, TILE, ALIGNED)
+    # read again, so that no registers are kept over the loop
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
+    SUB: tl.constexpr = TILE // 8  # without a transform: all elements of one with it go by tiles
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
@@ -120,18 +120,11 @@ def perturb_kernel(
         g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
         theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
         one = scale_of(d, grid)
-        if BLOCK:
-            v = m * b
-        else:
-            v, z = fma(g, a * d, m * b), position(theta, one, grid)
+        v, z = fma(g, a * d, m * b), position(theta, one, grid)
         if WRITE_PLUS:
-            if BLOCK:
-                z = position(rotated(fma(g, eps * (a * d) * d, theta), BLOCK, SUB), one, grid)
             q = output_of(fma(v, eps, z), one, grid, OUT_T)
             tl.store(plus + j, convert(q, OUT_T), mask=mask)
         if WRITE_MINUS:
-            if BLOCK:
-                z = position(rotated(fma(g, -eps * (a * d) * d, theta), BLOCK, SUB), one, grid)
             q = output_of(fma(v, -eps, z), one, grid, OUT_T)
             tl.store(minus + j, convert(q, OUT_T), mask=mask)
 
@@ -150,7 +143,7 @@ def perturb_quantize_(
     out = (plus or minus)[0].dtype
     launch(
         perturb_kernel, p.programs, mix.norm.device, p.table, p.owner, *named(draw), direction=direction,
-        **mixed(draw, mix), eps=rounded(mix.epsilon), **grid_of(grid), SPAN=SPAN, TILE=TILE,
+        **mixed(draw, mix), eps=rounded(mix.epsilon), **grid_of(grid), TILE=TILE, ALIGNED=p.aligned,
         DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
         OUT_T=DTYPES[out], WRITE_PLUS=bool(plus), WRITE_MINUS=bool(minus), PER_TENSOR=p.per_tensor,
         SHARD=p.shard, BLOCK=block, maxnreg=registers_of(out, block),

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.straight_through import StraightThrough
-from ..plans import SPAN, plan
+from ..plans import plan
 from .elements import (
     Grid,
     convert,
@@ -20,7 +20,7 @@ from .elements import (
     scale_per_pair,
     store_tile,
 )
-from .hadamard import rest_step, rotated, rotated_halves
+from .hadamard import rotated_halves
 from .launch import DTYPES, TILE, Tensors, grid_of, launch
 from .tables import (
     chunk_delta,
@@ -30,14 +30,13 @@ from .tables import (
     left_in_tile,
     pointer,
     program_row,
-    tile_at,
     tiled_part,
 )
 
 
 @triton.jit
 def quantize_kernel(
-    table, owner, offset, qmin, qmax, r, SPAN: tl.constexpr, TILE: tl.constexpr,
+    table, owner, offset, qmin, qmax, r, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr, KIND: tl.constexpr,
     PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +44,7 @@ def quantize_kernel(
 
     With a transform, BLOCK > 0: Q(x), or H(g h'(x)), of x = H(theta).
     """
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     grid = Grid(offset, qmin, qmax, r)
     latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
     out = pointer(row, "PLUS", OUT_T)
@@ -57,7 +56,7 @@ def quantize_kernel(
     tiled = tiled_part(begin, end, fast)
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
-        t0, t1 = load_tile(tile_at(latent, begin, start), left, TILE)
+        t0, t1 = load_tile(latent, begin, start, left, TILE, ALIGNED)
         t0, t1 = rotated_halves(t0, t1, BLOCK, TILE)
         if not PER_TENSOR:
             delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)
@@ -66,22 +65,22 @@ def quantize_kernel(
             q0 = output_of(position(t0, scale, grid), scale, grid, OUT_T)
             q1 = output_of(position(t1, scale, grid), scale, grid, OUT_T)
         else:
-            g0, g1 = load_tile(tile_at(grad, begin, start), left, TILE)
+            g0, g1 = load_tile(grad, begin, start, left, TILE, ALIGNED)
             q0 = product(g0, derivative_of(t0, scale, grid, KIND), BLOCK != 0)
             q1 = product(g1, derivative_of(t1, scale, grid, KIND), BLOCK != 0)
             q0, q1 = rotated_halves(q0, q1, BLOCK, TILE)
-        store_tile(tile_at(out, begin, start), q0, q1, left, TILE)
-    SUB: tl.constexpr = rest_step(TILE, BLOCK)
+        store_tile(out, begin, start, q0, q1, left, TILE, ALIGNED)
+    SUB: tl.constexpr = TILE // 8  # without a transform: all elements of one with it go by tiles
     for start in tl.range(tl.maximum(begin, fast), end, SUB):
         j = start + tl.arange(0, SUB)
         mask = j < end
         one = scale_of(element_delta(alpha, j, row, r, mask), grid)
-        theta = rotated(tl.load(latent + j, mask=mask, other=0.0).to(tl.float32), BLOCK, SUB)
+        theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
         if KIND is None:
             q = output_of(position(theta, one, grid), one, grid, OUT_T)
         else:
             g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-            q = rotated(product(g, derivative_of(theta, one, grid, KIND), BLOCK != 0), BLOCK, SUB)
+            q = g * derivative_of(theta, one, grid, KIND)
         tl.store(out + j, convert(q, OUT_T), mask=mask)
 
 
@@ -104,7 +103,7 @@ def _launch(
 ) -> None:  # fmt: skip
     p = plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
     launch(
-        quantize_kernel, p.programs, latents[0].device, p.table, p.owner, **grid_of(grid), SPAN=SPAN, TILE=TILE,
-        LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[(grads or latents)[0].dtype],
+        quantize_kernel, p.programs, latents[0].device, p.table, p.owner, **grid_of(grid), TILE=TILE,
+        ALIGNED=p.aligned, LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[(grads or latents)[0].dtype],
         OUT_T=DTYPES[out[0].dtype], KIND=kind, PER_TENSOR=p.per_tensor, BLOCK=block,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Device functions: what a kernel reads of its plan and of the step's scalars (backends/plans.py).
 
-A program works on SPAN consecutive elements of one tensor. ``owner`` names its tensor, a row of
-``table`` says where that lies (plans.COLUMNS). Aligned full chunks of 8 elements, up to the row's FAST,
-go tile by tile; the rest, at most 7 elements of an aligned tensor, element by element.
+A program works on a span of consecutive elements of one tensor. ``owner`` names its tensor, a row of
+``table`` says where that lies (plans.COLUMNS). Full chunks of 8 elements, up to the row's FAST, go tile by
+tile; the rest, most often at most 7 elements, element by element.
 """
 
 from __future__ import annotations
@@ -48,24 +48,18 @@ def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def program_row(table, owner, SPAN: tl.constexpr):
+def program_row(table, owner, program):
     """The program's row, its elements [begin, end) and how many of the tensor go by tiles."""
-    pid = tl.program_id(0)
-    row = table + tl.load(owner + pid).to(tl.int64) * WIDTH
-    begin = (pid - entry(row, "FIRST")) * SPAN
-    return row, begin, tl.minimum(begin + SPAN, entry(row, "NUMEL")), entry(row, "FAST")
+    row = table + tl.load(owner + program).to(tl.int64) * WIDTH
+    span = entry(row, "SPAN")
+    begin = (program - entry(row, "FIRST")) * span
+    return row, begin, tl.minimum(begin + span, entry(row, "NUMEL")), entry(row, "FAST")
 
 
 @triton.jit
 def tiled_part(begin, end, fast):
     """How many of the program's elements go by tiles: 32 bits, whatever the tensor's size."""
     return tl.maximum(tl.minimum(end, fast) - begin, 0).to(tl.int32)
-
-
-@triton.jit
-def tile_at(ptr, begin, start):
-    """Where a tile begins, aligned. To say so in the function that it is given to would have no effect."""
-    return tl.multiple_of(ptr + begin + start, 16)
 
 
 @triton.jit

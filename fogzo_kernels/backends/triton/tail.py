@@ -16,7 +16,7 @@ import triton.language as tl
 from ...spec import grid as spec
 from ...spec.call import Draw, Losses, Mix, Update
 from ...spec.update import VARIANTS, UpdateRule
-from ..plans import SPAN, bits, plan
+from ..plans import bits, plan
 from .elements import (
     Grid,
     convert,
@@ -31,7 +31,7 @@ from .elements import (
     store_tile,
     tile_sum,
 )
-from .hadamard import rest_step, rotated, rotated_halves
+from .hadamard import rotated_halves
 from .launch import (
     DTYPES,
     Tensors,
@@ -56,7 +56,6 @@ from .tables import (
     names_of,
     pointer,
     program_row,
-    tile_at,
     tiled_part,
 )
 
@@ -230,9 +229,8 @@ def tail_of(names, coef, n, quantized, grid, rest):
 def update_rest(
     row, begin, end, tail, SUB: tl.constexpr, DIST: tl.constexpr, LATENT_T: tl.constexpr,
     GRAD_T: tl.constexpr, OUT_T: tl.constexpr, MASTER: tl.constexpr, RULE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pass, element by element: the last ones of a tensor, and unaligned tensors."""
+    """The pass, element by element, without a transform: all elements of a tensor with it go by tiles."""
     THETA_T: tl.constexpr = tl.float32 if MASTER else LATENT_T
     p = arrays_of(row, LATENT_T, GRAD_T, MASTER)
     for start in tl.range(begin, end, SUB):
@@ -249,14 +247,13 @@ def update_rest(
         acc = element_sum(element_numbers(j, row), tail.names, tail.coef + B_AT, tail.directions, DIST)
         delta = element_delta(p.alpha, j, row, tail.grid.r, mask & tail.quantized)
         scale = scale_of(delta, tail.grid)
-        acc = rotated(product(acc, scale.inv, BLOCK != 0), BLOCK, SUB)
-        G = tl.where(tail.noisy, fma(g, tail.A, acc), g)
+        G = tl.where(tail.noisy, fma(g, tail.A, acc * scale.inv), g)
         new, m, v = stepped(theta, G, m, v, tail.scalars, RULE)
         if OUT_T is not None:
             stored = theta
             if MASTER:
                 stored = tl.load(p.latent + j, mask=mask & (tail.skip != 0), other=0.0).to(tl.float32)
-            latent = rotated(next_latent(new, stored, tail, LATENT_T), BLOCK, SUB)
+            latent = next_latent(new, stored, tail, LATENT_T)
             q = quantized_of(latent, scale, tail.grid, OUT_T)
             tl.store(pointer(row, "PLUS", OUT_T) + j, convert(q, OUT_T), mask=mask & tail.quantized)
         tl.store(p.weight + j, convert(new, THETA_T), mask=write)
@@ -271,19 +268,16 @@ def update_rest(
 @triton.jit(do_not_specialize=["seed", "step", "n"])
 def update_kernel(
     table, owner, counters, seed, step, coef, n, offset, qmin, qmax, r, first_weight, second_weight,
-    second_decay, eps, weight_decay, momentum, SPAN: tl.constexpr, TILE: tl.constexpr,
+    second_decay, eps, weight_decay, momentum, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     DIST: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
     MASTER: tl.constexpr, RULE: tl.constexpr, PER_TENSOR: tl.constexpr, SHARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """G, then the optimizer's step in place, then Q(theta) into PLUS unless OUT_T is None."""
-    row, begin, end, fast = program_row(table, owner, SPAN)
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
     names = names_of(seed, step, entry(row, "TENSOR_ID"))
     p = arrays_of(row, LATENT_T, GRAD_T, MASTER)
     quantized = entry(row, "ALPHA") != 0
-    if counters is not None:
-        scales = tl.where(quantized & (begin == 0), entry(row, "SCALES"), 0)
-        count_bad_alphas(counters, p.alpha, scales, TILE // 8)
     grid = Grid(offset, qmin, qmax, r)
     rest = first_weight, second_weight, second_decay, eps, weight_decay, momentum
     tail = tail_of(names, coef, n, quantized, grid, rest)
@@ -297,13 +291,13 @@ def update_kernel(
     for start in tl.range(0, tiled, TILE):
         left = left_in_tile(start, tiled, TILE)
         written = tl.multiple_of(tl.where(tail.skip, 0, left), 8)
-        g0, g1 = load_tile(tile_at(p.grad, begin, start), left, TILE)
-        t0, t1 = load_tile(tile_at(p.weight, begin, start), left, TILE)
+        g0, g1 = load_tile(p.grad, begin, start, left, TILE, ALIGNED)
+        t0, t1 = load_tile(p.weight, begin, start, left, TILE, ALIGNED)
         m0, m1, v0, v1 = t0, t1, t0, t1
         if states_of(RULE) >= 1:
-            m0, m1 = load_tile(tile_at(p.first, begin, start), left, TILE)
+            m0, m1 = load_tile(p.first, begin, start, left, TILE, ALIGNED)
         if states_of(RULE) == 2:
-            v0, v1 = load_tile(tile_at(p.second, begin, start), left, TILE)
+            v0, v1 = load_tile(p.second, begin, start, left, TILE, ALIGNED)
         local = chunks_from(begin, start, TILE)
         chunk = chunk_numbers(local, layout, SHARD)
         acc0, acc1 = tile_sum(g0, g1, chunk, names, coef + B_AT, tail.directions, TILE, DIST)
@@ -319,24 +313,25 @@ def update_kernel(
         if OUT_T is not None:
             s0, s1 = t0, t1
             if MASTER:  # a skipped step leaves the latent, which may differ from its master
-                s0, s1 = load_tile(tile_at(p.latent, begin, start), left - written, TILE)
+                s0, s1 = load_tile(p.latent, begin, start, left - written, TILE, ALIGNED)
             s0, s1 = next_latent(n0, s0, tail, LATENT_T), next_latent(n1, s1, tail, LATENT_T)
             s0, s1 = rotated_halves(s0, s1, BLOCK, TILE)
             q0 = quantized_of(s0, scale, tail.grid, OUT_T)
             q1 = quantized_of(s1, scale, tail.grid, OUT_T)
-            out = tile_at(pointer(row, "PLUS", OUT_T), begin, start)
-            store_tile(out, q0, q1, tl.where(quantized, left, 0), TILE)
-        store_tile(tile_at(p.weight, begin, start), n0, n1, written, TILE)
+            out = pointer(row, "PLUS", OUT_T)
+            store_tile(out, begin, start, q0, q1, tl.where(quantized, left, 0), TILE, ALIGNED)
+        store_tile(p.weight, begin, start, n0, n1, written, TILE, ALIGNED)
         if MASTER:
-            store_tile(tile_at(p.latent, begin, start), n0, n1, written, TILE)
+            store_tile(p.latent, begin, start, n0, n1, written, TILE, ALIGNED)
         if states_of(RULE) >= 1:
-            store_tile(tile_at(p.first, begin, start), m0, m1, written, TILE)
+            store_tile(p.first, begin, start, m0, m1, written, TILE, ALIGNED)
         if states_of(RULE) == 2:
-            store_tile(tile_at(p.second, begin, start), v0, v1, written, TILE)
-    row, begin, end, fast = program_row(table, owner, SPAN)  # read again: no registers kept over the loop
-    begin = tl.maximum(begin, fast)
-    SUB: tl.constexpr = rest_step(TILE, BLOCK)
-    update_rest(row, begin, end, tail, SUB, DIST, LATENT_T, GRAD_T, OUT_T, MASTER, RULE, BLOCK)
+            store_tile(p.second, begin, start, v0, v1, written, TILE, ALIGNED)
+    # read again, so that no registers are kept over the loop
+    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
+    update_rest(row, tl.maximum(begin, fast), end, tail, TILE // 8, DIST, LATENT_T, GRAD_T, OUT_T, MASTER, RULE)
+    if counters is not None:
+        count_bad_alphas(counters, row, begin, PER_TENSOR)
 
 
 # ---- host
@@ -398,8 +393,9 @@ def estimate_update_(
     )  # fmt: skip
     launch(
         update_kernel, p.programs, device, p.table, p.owner, counters, *names, coef, n, **grid_of(grid),
-        **scalars_of(rule), SPAN=SPAN, TILE=TILE, DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype],
-        GRAD_T=DTYPES[grads[0].dtype], OUT_T=DTYPES[quantized[0].dtype] if quantized else None,
-        MASTER=bool(update.masters), RULE=rule.variant, PER_TENSOR=p.per_tensor,
+        **scalars_of(rule), TILE=TILE, ALIGNED=p.aligned, DIST=draw.distribution,
+        LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
+        OUT_T=DTYPES[quantized[0].dtype] if quantized else None, MASTER=bool(update.masters),
+        RULE=rule.variant, PER_TENSOR=p.per_tensor,
         SHARD=p.shard, BLOCK=block, maxnreg=registers_of(block),
     )  # fmt: skip
