@@ -84,9 +84,11 @@ def watch_plans() -> None:
 
     @functools.wraps(kept)
     def noted(*args: Any, **kwargs: Any) -> Any:
+        tensors = getattr(_local, "tensors", None)
+        before = len(tensors or ())
         found = kept(*args, **kwargs)
-        if getattr(_local, "tensors", None) is not None:
-            _local.tensors += tensors_in(found)
+        if tensors is not None:
+            tensors[before:] = tensors_in(found)  # not the larger memory that they are parts of
         return found
 
     plans.kept = cells.kept = noted
