@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-LOST = 3  # exit status: the call has ended what the device held of this process
+from .lost import LOST, alive, told
+
 PATIENCE = 90  # seconds for a call before it counts as one that hangs
 
 
@@ -88,17 +89,6 @@ class Place:
 REFERENCE = Place(torch.device("cpu"), "reference")
 
 
-def alive(device: torch.device) -> bool:
-    """Whether the device still answers this process."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
-
-
 def compared(check, place: Place) -> list[str]:
     """What differs between a place and the reference in a call."""
     found = check.results(place)
@@ -120,8 +110,7 @@ def run_share(args: argparse.Namespace) -> int:
         try:
             lines = compared(mine[i], place)
         except Exception as error:
-            told = str(error).strip().splitlines() or [""]
-            print(f"failed: {mine[i].name}: {type(error).__name__}: {told[0]}", flush=True)
+            print(f"failed: {mine[i].name}: {told(error)}", flush=True)
             if not alive(place.device):
                 return LOST
         else:

@@ -26,9 +26,9 @@ import fogzo_kernels as fk
 
 from . import cases as c
 from . import timing
-from .agree import LOST, alive
 from .baselines import KINDS, baseline
 from .findings import OURS, Findings, Row, Unit, case_of, named, resumed
+from .lost import LOST, DeviceLostError, alive, told
 from .machine import machine
 
 EXPONENTS = {"cuda": (28, 24, 20, 16, 10), "cpu": (22, 20, 16, 10)}
@@ -192,10 +192,6 @@ def effort_of(args: argparse.Namespace) -> timing.Effort:
     return timing.REHEARSAL if args.rehearse else timing.QUICK if args.quick else timing.Effort()
 
 
-class DeviceLostError(Exception):
-    """The device does not answer this process any more."""
-
-
 def run(args: argparse.Namespace) -> tuple[Findings, list[Unit]]:
     """What was found, and the units that were asked for.
 
@@ -242,7 +238,7 @@ def attempt(
         else:
             add_baseline(found.rows[args.backend, unit.case], unit, args, effort)
     except Exception as error:
-        found.failed.append(named(unit, args.backend, f"{type(error).__name__}: {first_line(error)}"))
+        found.failed.append(named(unit, args.backend, told(error)))
         if not alive(args.device):
             raise DeviceLostError from error
     finally:
@@ -251,10 +247,6 @@ def attempt(
         if unit.case.bytes >= LARGE_BYTES:
             gc.collect()
         torch.cuda.empty_cache()
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams: timing.Streams) -> Row:
@@ -394,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found, units = run(args)
     except DeviceLostError as error:
-        print(f"the device was lost: {first_line(error.__cause__ or error)}", flush=True)
+        print(f"the device was lost: {told(error.__cause__ or error)}", flush=True)
         return LOST
     asked = {unit.case for unit in units}
     rows = [row for (backend, case), row in found.rows.items() if backend == args.backend and case in asked]

@@ -408,7 +408,7 @@ def test_rows_are_written_as_they_come_and_a_lost_device_ends_the_run(monkeypatc
     assert kernels.main([*chosen, "--json", str(path)]) == 3
     assert counts == [(1, "quantize")]
     assert [row["op"] for row in json.loads(path.read_text())["failed"]] == ["quantize"]
-    assert "the device was lost: an illegal memory access" in capsys.readouterr().out
+    assert "the device was lost: RuntimeError: an illegal memory access" in capsys.readouterr().out
     assert kernels.main([*chosen, "--json", str(path), "--resume"]) == 1
     assert [row["op"] for row in json.loads(path.read_text())["rows"]] == ["norm", "measure"]
 
