@@ -41,7 +41,9 @@ Results = dict[str, tuple[Sequence[Tensor], Rule]]  # by the operand's name
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor], rule: Rule) -> str | None:
     """The first element that is further away than the rule allows, and how many are; None if none is."""
-    pairs = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in zip(found, expected, strict=True)]
+    pairs = [
+        (a.detach().cpu().double(), b.detach().cpu().double()) for a, b in zip(found, expected, strict=True)
+    ]
     largest = max((b[b.isfinite()].abs().max().item() for _, b in pairs if b.isfinite().any()), default=0.0)
     wrong, first = 0, ""
     for i, (a, b) in enumerate(pairs):

@@ -1,7 +1,7 @@
 """Calls of every op on small operands of awkward sizes, and how their results agree with the reference's.
 
-``bench.agree`` compares them; ``bench.sanitize`` runs them for a memory checker to watch. So every operand is an
-allocation of its own, of exactly its size.
+``bench.agree`` compares them; ``bench.sanitize`` runs them for a memory checker to watch. So every operand is
+an allocation of its own, of exactly its size.
 """
 
 from __future__ import annotations
@@ -115,7 +115,10 @@ def benchmarked(case: c.Case, place: Place) -> Results:
     if case.op == "learned":
         return {"grads": (o.grads, EQUAL), "alpha_grads": (found, rule)}
     if case.op.startswith("estimate"):
-        return {"grads": (o.grads, estimate(o.grads[0].dtype, case.distribution)), "counters": ([o.counters], EQUAL)}
+        return {
+            "grads": (o.grads, estimate(o.grads[0].dtype, case.distribution)),
+            "counters": ([o.counters], EQUAL),
+        }
     if case.op in ("adamw", "sgd"):
         lists = {name: getattr(o, name) for name in ("latents", "first", "second", "plus")}
         rule = Rule(relative=2.0**-16, of_largest=estimate(torch.float32, case.distribution).of_largest)
@@ -126,7 +129,10 @@ def benchmarked(case: c.Case, place: Place) -> Results:
 
 def lists() -> Iterator[Call]:
     for case in combinations():
-        plain = case.distribution in ("uniform", "none") or (case.op, case.distribution) == ("perturb", "gaussian")
+        plain = case.distribution in ("uniform", "none") or (case.op, case.distribution) == (
+            "perturb",
+            "gaussian",
+        )
         few = case.dtypes == "bf16" and plain
         yield Call(f"{case.op} {case.dtypes} {case.distribution}", partial(benchmarked, case), few)
 
@@ -135,7 +141,8 @@ def tail(op: str, dtypes: str, masters: bool, place: Place) -> Results:
     """The fused tail without losses: G is g, and all that it makes of it is equal."""
     latent, grad, out = c.DTYPES[dtypes]
     theta, g = (
-        [place.random(n, dtype=dtype, scale=scale) for n in SIZES] for dtype, scale in ((latent, 0.5), (grad, 1e-2))
+        [place.random(n, dtype=dtype, scale=scale) for n in SIZES]
+        for dtype, scale in ((latent, 0.5), (grad, 1e-2))
     )
     state = [[place.full(t.shape, 1e-3) for t in theta] for _ in range(2 if op == "adamw" else 1)]
     plus = [place.full(t.shape, 99, out) for t in theta]
@@ -154,7 +161,13 @@ def tail(op: str, dtypes: str, masters: bool, place: Place) -> Results:
 
 def tails() -> Iterator[Call]:
     for op in ("adamw", "sgd"):
-        for dtypes, masters in (("bf16", False), ("bf16", True), ("mixed", False), ("fp32", False), ("int8", False)):
+        for dtypes, masters in (
+            ("bf16", False),
+            ("bf16", True),
+            ("mixed", False),
+            ("fp32", False),
+            ("int8", False),
+        ):
             name = f"{op} {dtypes}{' with masters' * masters}, no losses"
             yield Call(name, partial(tail, op, dtypes, masters), few=op == "adamw" and masters)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Findings:
     rows: dict[tuple[str, c.Case], Row] = field(default_factory=dict)
     left_out: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
+    kept: int = 0  # how many were left out by earlier runs
     begun: Row | None = None  # the unit that is being measured
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -61,17 +63,21 @@ def is_of(one: Row, unit: Unit, backend: str) -> bool:
     return (one["kind"], one["backend"], case_of(one)) == (unit.kind, backend, unit.case)
 
 
-def resumed(path: Path, units: list[Unit], backend: str) -> Findings:
-    """What a file holds. The unit that an earlier process ended with has failed; what was left out is tried."""
+def resumed(path: Path, again: Collection[Unit], backend: str) -> Findings:
+    """What a file holds. The unit that an earlier process ended with has failed.
+
+    Args:
+        again: what this run says something of, if an earlier one has left it out.
+    """
     if not path.exists():
         return Findings()
     text = json.loads(path.read_text())
     found = Findings({(row["backend"], case_of(row)): row for row in text["rows"]}, failed=text["failed"])
-    tried = {(unit.kind, unit.case) for unit in units}
     found.left_out = [
         one for one in text["left_out"]
-        if one["backend"] != backend or (one["kind"], case_of(one)) not in tried
+        if one["backend"] != backend or Unit(case_of(one), one["kind"]) not in again
     ]  # fmt: skip
+    found.kept = len(found.left_out)
     if text["begun"]:
         found.failed.append({**text["begun"], "reason": "the process ended while it was measured"})
     return found

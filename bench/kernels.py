@@ -2,8 +2,8 @@
 
 These streams, eager PyTorch, MeZO's loop and torch.compile are timed in the same run (bench/baselines.py says
 what each is, bench/timing.py how). The most important rows come first; what the time did not suffice
-for is listed at the end. The file of ``--json`` is written after every row. ``--resume`` goes on with it: in it are
-the rows of several runs and backends, and what ended an earlier process is not tried again.
+for is listed at the end. The file of ``--json`` is written after every row. ``--resume`` goes on with it: in it
+are the rows of several runs and backends, and what ended an earlier process is not tried again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -83,6 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sizes is None:
         exponents = (QUICK_EXPONENTS if args.quick else EXPONENTS)[args.device.type]
         args.sizes = [2**e for e in exponents]
+    if args.resume and args.json is None:
+        parser.error("--resume must come with --json, which it goes on with")
     if args.no_baselines:
         args.baselines = []
     elif args.quick:
@@ -131,7 +132,9 @@ def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
             left_out.append(left(Unit(case, OURS), f"too few elements for {case.tensors} tensors"))
             continue
         if not cut_by(case, max(case.scale_length, 1)) or not cut_by(case, max(case.block, 1)):
-            left_out.append(left(Unit(case, OURS), "the tensors' sizes are no multiples of scale length and block"))
+            left_out.append(
+                left(Unit(case, OURS), "the tensors' sizes are no multiples of scale length and block")
+            )
             continue
         units.append(Unit(case, OURS))
         if case.scale_length or case.block:
@@ -202,7 +205,8 @@ def run(args: argparse.Namespace) -> tuple[Findings, list[Unit]]:
     effort = effort_of(args)
     streams = timing.Streams(args.device, effort)
     units, left_out = units_of(args)
-    found = resumed(args.json, units, args.backend) if args.resume else Findings()
+    again = {*units, *(Unit(case_of(row), row["kind"]) for row in left_out)}
+    found = resumed(args.json, again, args.backend) if args.resume else Findings()
     found.left_out += left_out
     found.machine = machine(args.device) | ({"rehearsal": True} if args.rehearse else {})
     for unit in tqdm(units, unit="timing", disable=None):
@@ -392,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for (backend, case), row in found.rows.items() if backend == args.backend and case in asked]
     failed = [row for row in found.failed if row["backend"] == args.backend and case_of(row) in asked]
     print(table(rows))
-    print(account(rows, [row for row in found.left_out if row["backend"] == args.backend], failed))
+    print(account(rows, found.left_out[found.kept :], failed))
     save(args, found)
     if args.plot:
         from .plots import plot

@@ -60,7 +60,7 @@ def kernels() -> str:
 
 
 def commit() -> str:
-    """Of the checkout, with a + where files differ from it; outside of one the variable COMMIT, or "unknown"."""
+    """Of the checkout, with a + where files differ from it; without git the variable COMMIT, or "unknown"."""
 
     def said(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
@@ -125,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bytes", type=int, default=STREAM_BYTES, help="that a copy moves; by default 2^31")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch finds no CUDA GPU")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     print(json.dumps({**machine(device), "tools": tools(), **bandwidth(device, args.bytes)}), flush=True)

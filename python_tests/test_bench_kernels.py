@@ -137,7 +137,19 @@ def test_scales_of_groups(tmp_path, capsys):
 
 def test_scales_and_transforms_against_the_plain_op(tmp_path, capsys):
     """Speed over that of one scale, and over that without a transform, of the same run."""
-    chosen = ["--ops", "quantize", "measure", "--dtypes", "fp32", "--scale-length", "0", "64", "--block", "0", "32"]
+    chosen = [
+        "--ops",
+        "quantize",
+        "measure",
+        "--dtypes",
+        "fp32",
+        "--scale-length",
+        "0",
+        "64",
+        "--block",
+        "0",
+        "32",
+    ]
     many = [*SMALL, *chosen, "--baselines", "eager", "--tensors", "1", "--budget", "inf"]
     assert kernels.main([*many, "--json", str(tmp_path / "k.json")]) == 0
     rows = json.loads((tmp_path / "k.json").read_text())["rows"]
@@ -371,9 +383,13 @@ def test_a_run_goes_on_with_the_rows_of_another(monkeypatch, tmp_path):
     chosen += ["--json", str(path), "--resume"]
     assert kernels.main([*chosen, "--no-baselines", "--ops", "norm"]) == 0
     first = json.loads(path.read_text())
-    first["begun"] = findings.named(findings.Unit(case("measure", elements=2**9), "fogzo"), "reference", "begun")
+    first["begun"] = findings.named(
+        findings.Unit(case("measure", elements=2**9), "fogzo"), "reference", "begun"
+    )
     first["rows"].append({**first["rows"][0], "backend": "another"})
-    first["left_out"] = [findings.named(findings.Unit(case("quantize", elements=2**9), "fogzo"), "reference", "x")]
+    first["left_out"] = [
+        findings.named(findings.Unit(case("quantize", elements=2**9), "fogzo"), "reference", "x")
+    ]
     path.write_text(json.dumps(first))
     measured, original = [], kernels.measure_unit
     monkeypatch.setattr(kernels, "measure_unit", lambda u, *rest: measured.append(u) or original(u, *rest))
@@ -433,7 +449,9 @@ def test_groups_that_do_not_cut_a_list_are_left_out():
 
 def test_times_of_backends_for_a_gpu_on_the_cpu_are_refused():
     for backend in ("triton", "cuda"):
-        with pytest.raises(SystemExit, match=f"backend {backend} must have a CUDA device: its times on the CPU"):
+        with pytest.raises(
+            SystemExit, match=f"backend {backend} must have a CUDA device: its times on the CPU"
+        ):
             kernels.main(["--device", "cpu", "--backend", backend])
     with pytest.raises(SystemExit, match=r"backend must be one of .*, got 'fast'"):
         kernels.main(["--device", "cpu", "--backend", "fast"])

@@ -131,7 +131,18 @@ def test_a_method_that_fails_is_left_out(lost, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(measure, "method_of", broken)
     monkeypatch.setattr(measure, "alive", lambda _: not lost)
-    chosen = [*SMALL, "--model", "mlp", "--methods", "half", "forward", "one-by-one", "--turns", "8", "--no-traffic"]
+    chosen = [
+        *SMALL,
+        "--model",
+        "mlp",
+        "--methods",
+        "half",
+        "forward",
+        "one-by-one",
+        "--turns",
+        "8",
+        "--no-traffic",
+    ]
     status = program.main([*chosen, "--json", str(path)])
     reason = "RuntimeError: an illegal memory access"
     found = json.loads(path.read_text())

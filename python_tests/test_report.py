@@ -1,10 +1,11 @@
 """The tables of the documents are those of the result files."""
 
 import json
+import shutil
 
 import pytest
 
-from bench import base, report
+from bench import base, machine, report
 
 
 def test_documents_are_up_to_date():
@@ -91,3 +92,33 @@ def test_ratios_are_of_turns_beside_each_other():
 def test_an_unknown_commit_is_named():
     with pytest.raises(SystemExit, match="rev-parse --verify no-such-commit"):
         report.main(["--base", "no-such-commit"])
+
+
+# ---- where results are from
+
+
+def test_sources_are_known_without_git(tmp_path, monkeypatch):
+    shutil.copytree(report.ROOT / "csrc", tmp_path / "csrc")
+    for name in ("setup.py", "build_cuda.py", "cuda_units.py"):
+        shutil.copy(report.ROOT / name, tmp_path)
+    shutil.copytree(
+        report.ROOT / "fogzo_kernels",
+        tmp_path / "fogzo_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    assert machine.sources(tmp_path) == machine.sources()
+    path = tmp_path / "csrc/element.h"
+    path.write_text(path.read_text() + "\n")
+    assert machine.sources(tmp_path) != machine.sources()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert machine.commit() == "abc1234"
+    monkeypatch.delenv("COMMIT")
+    assert machine.commit() == "unknown"
+
+
+def test_a_result_without_a_commit_names_its_sources():
+    known = {"commit": "abc1234", "sources": "0123456789ab"}
+    assert report.origin(known) == "commit abc1234"
+    assert report.origin({**known, "commit": "unknown"}) == "sources 0123456789ab"
+    assert report.origin({"commit": "unknown"}) == "commit unknown"

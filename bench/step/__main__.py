@@ -58,6 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="leave out the methods that failed, as the file of --json says")
     add("--plot", type=Path, metavar="FILE", help="write a plot")
     args = parser.parse_args(argv)
+    if args.resume and args.json is None:
+        parser.error("--resume must come with --json, which it goes on with")
     peers = [name for name in args.methods if name in PEERS]
     if peers and (args.compiled or args.activation_bits):
         if args.methods != list(METHODS):
