@@ -36,7 +36,7 @@ COMPILE_SECONDS = 30  # with less left, torch.compile is not begun
 #: Of a row: its speed over that of the same op without scales of groups, and without a transform.
 SHARES = ("share_of_one_scale", "share_of_no_transform")
 LARGE_BYTES = 2**28  # operands that a reference cycle must not keep
-PATIENCE = 150  # seconds on a GPU for a unit before it counts as one that hangs
+PATIENCE = 40  # seconds on a GPU for a unit before it counts as one that hangs, beside those to compile it
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -235,7 +235,8 @@ def attempt(
     """Measure a unit; what goes wrong is recorded, and the others follow."""
     on_gpu = args.device.type == "cuda"
     if on_gpu:
-        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        compiling = 4 * COMPILE_SECONDS if unit.kind == "compile" else 0
+        faulthandler.dump_traceback_later(PATIENCE + compiling, exit=True)
     try:
         if unit.kind == OURS:
             found.rows[args.backend, unit.case] = row_of(unit, args, effort, streams)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 LOST = 3  # exit status of a program that ends for this, and that --resume can go on with
 
@@ -15,6 +18,8 @@ def alive(device: torch.device) -> bool:
     """Whether it still does."""
     if device.type != "cuda":
         return True
+    import torch  # which takes seconds, and only those that compute need it
+
     try:
         torch.cuda.synchronize(device)
     except RuntimeError:

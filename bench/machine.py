@@ -93,7 +93,7 @@ def tools() -> dict[str, str]:
             found[name] = "not there"
             continue
         try:
-            said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5).stdout
         except (OSError, subprocess.TimeoutExpired) as error:
             said = str(error)
         lines = [line.strip() for line in said.splitlines() if "ersion" in line or "release" in line]

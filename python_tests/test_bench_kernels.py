@@ -137,19 +137,8 @@ def test_scales_of_groups(tmp_path, capsys):
 
 def test_scales_and_transforms_against_the_plain_op(tmp_path, capsys):
     """Speed over that of one scale, and over that without a transform, of the same run."""
-    chosen = [
-        "--ops",
-        "quantize",
-        "measure",
-        "--dtypes",
-        "fp32",
-        "--scale-length",
-        "0",
-        "64",
-        "--block",
-        "0",
-        "32",
-    ]
+    scales = ["--scale-length", "0", "64", "--block", "0", "32"]
+    chosen = ["--ops", "quantize", "measure", "--dtypes", "fp32", *scales]
     many = [*SMALL, *chosen, "--baselines", "eager", "--tensors", "1", "--budget", "inf"]
     assert kernels.main([*many, "--json", str(tmp_path / "k.json")]) == 0
     rows = json.loads((tmp_path / "k.json").read_text())["rows"]
@@ -338,10 +327,8 @@ def test_no_budget_says_what_is_left_out(tmp_path, capsys):
 
 
 def test_what_cannot_be_measured_is_left_out_with_a_reason():
-    arguments = kernels.parse(
-        ["--device", "cpu", "--sizes", "2^16", "2^10", "--ops", "norm", "--dtypes", "bf16"]
-    )
-    units, left_out = kernels.units_of(arguments)
+    chosen = ["--device", "cpu", "--sizes", "2^16", "2^10", "--ops", "norm", "--dtypes", "bf16"]
+    units, left_out = kernels.units_of(kernels.parse(chosen))
     assert [unit.kind for unit in units[:4]] == ["fogzo", "eager", "loop", "fogzo"]
     assert units[0].case.elements == 2**16
     assert [unit.kind for unit in units].count("compile") == 1
@@ -370,10 +357,8 @@ def test_an_op_that_fails_is_reported_and_changes_the_exit_status(monkeypatch, t
     found = json.loads((tmp_path / "k.json").read_text())
     assert [row["op"] for row in found["rows"]] == ["norm"]
     assert found["failed"][0]["reason"] == "RuntimeError: no such kernel"
-    assert (
-        "failed: fogzo quantize fp32 none 1 tensors 2^9: RuntimeError: no such kernel"
-        in capsys.readouterr().out
-    )
+    said = "failed: fogzo quantize fp32 none 1 tensors 2^9: RuntimeError: no such kernel"
+    assert said in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_the_rows_of_another(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ FILES = (
 )  # fmt: skip
 LOG_BYTES = 12 * 2**20  # of one log; what comes later is left out
 #: What runs a module in a dry run, in the place of a device.
-EXECUTOR = ("bench.gpu.rehearsal",)
+EXECUTOR = ("ptx",)
 TIMEOUT = 124  # exit status of what was stopped at its limit
 GRACE = 8  # seconds for a process that was asked to end, to say what it has found
 
