@@ -48,7 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     for file in FILES:
         (results / file).unlink(missing_ok=True)
     session = Session(results, args.budget, args.dry_run)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # what is ignored here, as in the background of a shell, would be ignored by every process below
+    handlers = {
+        signal.SIGTERM: lambda *_: sys.exit(128 + signal.SIGTERM),
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         go(session, args.stages)
     except NoGpuError:
@@ -60,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         session.stop()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"wrote {results}/summary.md", flush=True)
     return int(any(outcome.state == "failed" for outcome in session.outcomes))
 

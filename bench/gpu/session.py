@@ -153,7 +153,7 @@ class Session:
         except subprocess.TimeoutExpired:
             status = TIMEOUT
             if gently:
-                process.send_signal(signal.SIGINT)
+                os.killpg(process.pid, signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=GRACE)
         finally:
