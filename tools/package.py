@@ -20,8 +20,8 @@ NEEDED = ("torch", "numpy", "scipy", "triton", "pytest", "pytest-xdist", "hypoth
 #: Tests of the source tree, not of what is installed.
 OF_THE_TREE = (
     "architecture", "bench", "bench_agree", "bench_gpu", "bench_kernels", "bench_step", "compilers", "cuda",
-    "frontends", "gpu", "outside_backends", "project", "quality", "readme", "report", "sass", "sweep", "train_lm",
-    "train_lm_parallel",
+    "frontends", "gpu", "outside_backends", "project", "quality", "readme", "report", "sass", "sweep",
+    "train_lm", "train_lm_parallel",
 )  # fmt: skip
 LEFT_OUT = (".gitignore",)  # of the sdist
 

@@ -63,8 +63,18 @@ class NoGpuError(Exception):
     """There is nothing to run on."""
 
 
+def info(session: Session) -> None:
+    """Versions, and which backends run here."""
+    found = session.stage("info", session.module("fogzo_kernels.info"), 30.0)
+    session.info = found.text
+    for name, said in re.findall(r"^  (\w+) +(available|unavailable: .+)$", found.text, re.MULTILINE):
+        session.backends[name] = said.removeprefix("available") and said.removeprefix("unavailable: ")
+
+
 def usable(session: Session, stage: str) -> list[str]:
     """The backends that run here; the others are noted as skipped, with their reason."""
+    if not session.backends:  # the stage that builds was not asked for
+        info(session)
     for backend in BACKENDS:
         if reason := session.backends.get(backend, "unknown: python -m fogzo_kernels.info did not say"):
             session.note(f"{stage} {backend}", "skipped", note=reason)
@@ -109,10 +119,7 @@ def build(session: Session, limit: float) -> None:
             session.stage("build without CUDA", command, rest, FOGZO_BUILD_CUDA="0", **target)
 
     session.beside(native, lambda: compare(session, "triton", limit))
-    found = session.stage("info", session.module("fogzo_kernels.info"), min(30.0, session.left()))
-    session.info = found.text
-    for name, said in re.findall(r"^  (\w+) +(available|unavailable: .+)$", found.text, re.MULTILINE):
-        session.backends[name] = said.removeprefix("available") and said.removeprefix("unavailable: ")
+    info(session)
 
 
 def compare(session: Session, backend: str, limit: float) -> None:
