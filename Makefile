@@ -86,7 +86,8 @@ sanitize: $(TESTABLE)
 package: $(VENV)/has-package
 	$(BIN)/python tools/package.py
 
-# On a machine with a GPU, PyTorch and Triton: with its own Python, downloading nothing.
+# On a machine with a GPU, PyTorch and Triton: with its own Python, downloading nothing. All goes to the folder
+# RESULTS, in at most BUDGET seconds, 540 by default; COMMIT names the sources where git is not at hand
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(RESULTS),--results $(RESULTS))
 

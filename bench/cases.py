@@ -164,6 +164,7 @@ class Operands(NamedTuple):
     norm: Tensor
     losses_plus: Tensor
     losses_minus: Tensor
+    counters: Tensor  # as training passes them
 
 
 def flat_list(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
@@ -208,6 +209,7 @@ def operands(case: Case, device: torch.device, seed: int = 0, sizes: list[int] |
         norm=torch.tensor(1e-3 * ALPHA * math.sqrt(case.elements), device=device),
         losses_plus=1.25 + 0.01 * torch.arange(n, device=device, dtype=torch.float32),
         losses_minus=1.24 - 0.01 * torch.arange(n, device=device, dtype=torch.float32),
+        counters=torch.zeros(3, dtype=torch.int64, device=device),
     )
 
 
@@ -229,14 +231,17 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
         how["transform"] = fk.Hadamard(case.block)
     common = {"straight_through": straight_through(case), **how, **names}
     losses = o.losses_plus, o.losses_minus
-    tail = {"lr": LR, "weight_decay": WEIGHT_DECAY, "optimizer_step": OPTIMIZER_STEP, "quantized": o.plus}
+    tail = {
+        "lr": LR, "weight_decay": WEIGHT_DECAY, "optimizer_step": OPTIMIZER_STEP, "quantized": o.plus,
+        "counters": o.counters,
+    }  # fmt: skip
     if case.op == "norm":
         return lambda: fk.guide_norm(o.grads, o.alphas, grid=GRID, backend=backend)
     if case.op in ("perturb", "perturb_both"):
         minus = o.minus or None
         return lambda: fk.perturb_quantize_(o.plus, minus, o.latents, o.grads, o.alphas, o.norm, **common)
     if case.op in ("estimate", "estimate_n4"):
-        return lambda: fk.estimate_gradient_(o.grads, *losses, o.alphas, o.norm, **common)
+        return lambda: fk.estimate_gradient_(o.grads, *losses, o.alphas, o.norm, counters=o.counters, **common)
     if case.op == "adamw":
         return lambda: fk.estimate_adamw_(
             o.latents, o.grads, o.first, o.second, *losses, o.alphas, o.norm, betas=BETAS, eps=EPS,

@@ -2,21 +2,21 @@
 
 These streams, eager PyTorch, MeZO's loop and torch.compile are timed in the same run (bench/baselines.py says
 what each is, bench/timing.py how). The most important rows come first; what the time did not suffice
-for is listed at the end.
+for is listed at the end. The file of ``--json`` is written after every row. ``--resume`` goes on with it: in it
+are the rows of several runs and backends, and what ended an earlier process is not tried again.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
-import json
 import math
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -26,24 +26,17 @@ import fogzo_kernels as fk
 from . import cases as c
 from . import timing
 from .baselines import KINDS, baseline
+from .findings import OURS, Findings, Row, Unit, case_of, named, resumed
+from .lost import LOST, DeviceLostError, alive, told
 from .machine import machine
 
-OURS = "fogzo"
 EXPONENTS = {"cuda": (28, 24, 20, 16, 10), "cpu": (22, 20, 16, 10)}
 QUICK_EXPONENTS = {"cuda": (24, 16), "cpu": (16,)}
 COMPILE_SECONDS = 30  # with less left, torch.compile is not begun
 #: Of a row: its speed over that of the same op without scales of groups, and without a transform.
 SHARES = ("share_of_one_scale", "share_of_no_transform")
 LARGE_BYTES = 2**28  # operands that a reference cycle must not keep
-SAVE_SECONDS = 15  # between writes of the file while measuring
-Row = dict[str, Any]
-
-
-class Unit(NamedTuple):
-    """One thing to time."""
-
-    case: c.Case
-    kind: str  # OURS, or a baseline's
+PATIENCE = 40  # seconds on a GPU for a unit before it counts as one that hangs, beside those to compile it
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +68,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--baselines", nargs="*", default=list(KINDS), choices=KINDS)
     add("--quick", action="store_true", help="few repeats, small sizes, no torch.compile")
     add("--budget", type=float, default=600.0, help="seconds, by default 600; inf for everything")
+    add("--until", type=float, default=math.inf, metavar="TIME", help="stop then, in seconds since 1970")
     add("--json", type=Path, metavar="FILE", help="write rows and machine")
+    add("--resume", action="store_true", help="go on with the file of --json, if it is there")
+    add("--rehearse", action="store_true",
+        help="two samples of each, which say nothing: for make gpu's dry run, where backends for a GPU run on"
+        " the CPU")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="write a plot")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
@@ -84,6 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sizes is None:
         exponents = (QUICK_EXPONENTS if args.quick else EXPONENTS)[args.device.type]
         args.sizes = [2**e for e in exponents]
+    if args.resume and args.json is None:
+        parser.error("--resume must come with --json, which it goes on with")
     if args.no_baselines:
         args.baselines = []
     elif args.quick:
@@ -100,12 +100,12 @@ def size_of(text: str) -> int:
     return size
 
 
-def check_backend(backend: str, device: torch.device) -> None:
+def check_backend(backend: str, device: torch.device, rehearse: bool) -> None:
     """Leave with the reason if the backend cannot be timed there."""
-    if backend == "triton" and device.type == "cpu":
+    if backend in ("triton", "cuda") and device.type == "cpu" and not rehearse:
         raise SystemExit(
-            "backend triton on the CPU is Triton's interpreter, far too slow to time:"
-            " use --backend cpu or reference, or a CUDA device"
+            f"backend {backend} must have a CUDA device: its times on the CPU, where tests run it, say nothing;"
+            " use --backend cpu or reference"
         )
     found = fk.available_backends(device)
     if backend not in found:
@@ -119,6 +119,10 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
     """All units, the most important first, and what is left out from the start, with the reason."""
+
+    def left(unit: Unit, reason: str) -> Row:
+        return named(unit, args.backend, reason)
+
     units, left_out = [], []
     for case in c.cases(
         args.ops, args.dtypes, args.distributions, args.tensors, args.sizes, args.equal, args.scale_length,
@@ -126,6 +130,11 @@ def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
     ):  # fmt: skip
         if case.tensors > 1 and case.elements < c.SMALLEST * case.tensors:
             left_out.append(left(Unit(case, OURS), f"too few elements for {case.tensors} tensors"))
+            continue
+        if not cut_by(case, max(case.scale_length, 1)) or not cut_by(case, max(case.block, 1)):
+            left_out.append(
+                left(Unit(case, OURS), "the tensors' sizes are no multiples of scale length and block")
+            )
             continue
         units.append(Unit(case, OURS))
         if case.scale_length or case.block:
@@ -155,8 +164,8 @@ def importance(unit: Unit, args: argparse.Namespace) -> int:
     return sum(off)
 
 
-def left(unit: Unit, reason: str) -> Row:
-    return {"kind": unit.kind, **asdict(unit.case), "reason": reason}
+def cut_by(case: c.Case, length: int) -> bool:
+    return length == 1 or all(size % length == 0 for size in c.sizes_of(case))
 
 
 # ---- measuring
@@ -182,56 +191,67 @@ def measure_unit(
     return found, extra, host
 
 
-@dataclass
-class Findings:
-    """What was measured, what was left out and why, what failed."""
-
-    rows: dict[c.Case, Row] = field(default_factory=dict)
-    left_out: list[Row] = field(default_factory=list)
-    failed: list[Row] = field(default_factory=list)
+def effort_of(args: argparse.Namespace) -> timing.Effort:
+    return timing.REHEARSAL if args.rehearse else timing.QUICK if args.quick else timing.Effort()
 
 
-def run(args: argparse.Namespace) -> Findings:
-    saved = time.monotonic()
-    deadline = saved + args.budget
-    effort = timing.QUICK if args.quick else timing.Effort()
+def run(args: argparse.Namespace) -> tuple[Findings, list[Unit]]:
+    """What was found, and the units that were asked for.
+
+    Raises:
+        DeviceLostError: a kernel has ended what the device held of this process; the file has all until then.
+    """
+    start = time.monotonic()
+    effort = effort_of(args)
     streams = timing.Streams(args.device, effort)
     units, left_out = units_of(args)
-    found = Findings(left_out=left_out)
+    again = {*units, *(Unit(case_of(row), row["kind"]) for row in left_out)}
+    found = resumed(args.json, again, args.backend) if args.resume else Findings()
+    found.left_out += left_out
+    found.machine = machine(args.device) | ({"rehearsal": True} if args.rehearse else {})
     for unit in tqdm(units, unit="timing", disable=None):
-        spare = deadline - time.monotonic()
+        if found.has(unit, args.backend):
+            continue
+        spare = min(start + args.budget - time.monotonic(), args.until - time.time())
         if spare <= (COMPILE_SECONDS if unit.kind == "compile" else 0):
-            found.left_out.append(left(unit, "no time left"))
-        elif unit.kind != OURS and unit.case not in found.rows:
-            found.left_out.append(left(unit, "the op itself has no time to compare with"))
+            found.left_out.append(named(unit, args.backend, "no time left"))
+        elif unit.kind != OURS and (args.backend, unit.case) not in found.rows:
+            found.left_out.append(named(unit, args.backend, "the op itself has no time to compare with"))
         else:
-            attempt(unit, args, effort, streams, found)
-        if args.json and time.monotonic() - saved > SAVE_SECONDS:
+            found.begun = named(unit, args.backend, "begun")
             save(args, found)
-            saved = time.monotonic()
+            try:
+                attempt(unit, args, effort, streams, found)
+            finally:
+                found.begun = None
+                save(args, found)
     add_shares(found.rows)
-    return found
+    return found, units
 
 
 def attempt(
     unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams: timing.Streams, found: Findings
 ) -> None:
     """Measure a unit; what goes wrong is recorded, and the others follow."""
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        compiling = 4 * COMPILE_SECONDS if unit.kind == "compile" else 0
+        faulthandler.dump_traceback_later(PATIENCE + compiling, exit=True)
     try:
         if unit.kind == OURS:
-            found.rows[unit.case] = row_of(unit, args, effort, streams)
+            found.rows[args.backend, unit.case] = row_of(unit, args, effort, streams)
         else:
-            add_baseline(found.rows[unit.case], unit, args, effort)
+            add_baseline(found.rows[args.backend, unit.case], unit, args, effort)
     except Exception as error:
-        found.failed.append(left(unit, f"{type(error).__name__}: {first_line(error)}"))
-    if args.device.type == "cuda":
+        found.failed.append(named(unit, args.backend, told(error)))
+        if not alive(args.device):
+            raise DeviceLostError from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if on_gpu:
         if unit.case.bytes >= LARGE_BYTES:
             gc.collect()
         torch.cuda.empty_cache()
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams: timing.Streams) -> Row:
@@ -241,6 +261,7 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
         "op": case.op,
         "backend": args.backend,
         "distribution": case.distribution,
+        "dtypes": case.dtypes,
         **case.names(),
         "tensors": case.tensors,
         "equal": case.equal,
@@ -267,13 +288,13 @@ def row_of(unit: Unit, args: argparse.Namespace, effort: timing.Effort, streams:
     }
 
 
-def add_shares(rows: dict[c.Case, Row]) -> None:
+def add_shares(rows: dict[tuple[str, c.Case], Row]) -> None:
     """Speed over that of one alpha for the tensor, and over that without a transform, where these are there."""
-    for case, row in rows.items():
+    for (backend, case), row in rows.items():
         for share, without in zip(SHARES, ({"scale_length": 0}, {"block": 0}), strict=True):
             plain = replace(case, **without)
-            if plain != case and plain in rows:
-                row[share] = rows[plain]["median_s"] / row["median_s"]
+            if plain != case and (backend, plain) in rows:
+                row[share] = rows[backend, plain]["median_s"] / row["median_s"]
 
 
 def add_baseline(row: Row, unit: Unit, args: argparse.Namespace, effort: timing.Effort) -> None:
@@ -362,33 +383,35 @@ def account(rows: list[Row], left_out: list[Row], failed: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 1 where an op of this package failed."""
+    """0, 1 where an op of this package failed, or 3 where the device was lost and --resume can go on."""
     args = parse(argv)
-    check_backend(args.backend, args.device)
+    check_backend(args.backend, args.device, args.rehearse)
     if not math.isinf(args.budget):
         print(f"at most about {args.budget:.0f} s; --budget inf measures everything", flush=True)
-    found = run(args)
-    rows = list(found.rows.values())
+    try:
+        found, units = run(args)
+    except DeviceLostError as error:
+        print(f"the device was lost: {told(error.__cause__ or error)}", flush=True)
+        return LOST
+    asked = {unit.case for unit in units}
+    rows = [row for (backend, case), row in found.rows.items() if backend == args.backend and case in asked]
+    failed = [row for row in found.failed if row["backend"] == args.backend and case_of(row) in asked]
     print(table(rows))
-    print(account(rows, found.left_out, found.failed))
-    if args.json:
-        save(args, found)
+    print(account(rows, found.left_out[found.kept :], failed))
+    save(args, found)
     if args.plot:
         from .plots import plot
 
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot(rows, args.plot, machine(args.device)["device"])
-    return int(any(row["kind"] == OURS for row in found.failed))
+        plot(rows, args.plot, found.machine["device"])
+    return int(any(row["kind"] == OURS for row in failed))
 
 
 def save(args: argparse.Namespace, found: Findings) -> None:
-    """Write what there is; while measuring too, so that a stop loses little."""
-    arguments = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
-    arguments |= {"device": args.device.type, "budget": str(args.budget)}
-    text = {"machine": machine(args.device), "arguments": arguments, "rows": list(found.rows.values()),
-            "left_out": found.left_out, "failed": found.failed}  # fmt: skip
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(text, indent=1))
+    if args.json:
+        arguments = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
+        arguments |= {"device": args.device.type, "budget": str(args.budget), "until": str(args.until)}
+        found.save(args.json, arguments)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", default="bf16", choices=list(c.DTYPES))
     parser.add_argument("--distribution", default="uniform", choices=c.DISTRIBUTIONS)
     parser.add_argument("--backend", default="triton")
+    parser.add_argument("--device", default="cuda", help="cpu: the calls alone, without a profiler")
     args = parser.parse_args(argv)
+    on_gpu = args.device != "cpu"
     for op in args.ops:
         case = c.Case(op, args.dtypes, args.distribution, 1, args.elements)
-        call = c.call(case, c.operands(case, torch.device("cuda")), args.backend)
+        call = c.call(case, c.operands(case, torch.device(args.device)), args.backend)
         call()  # compiles
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
         call()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
 
 
 if __name__ == "__main__":

@@ -42,12 +42,19 @@ def provenance(section: Section, found: list[Found]) -> str:
         m = one["machine"]
         threads = f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if "threads" in m else ""
         threads += f", {m['kernels']} kernels" if "kernels" in m else ""
-        when = f"commit {m['commit']}, {m['date']}" if "commit" in m else "before commits were noted"
+        when = f"{origin(m)}, {m['date']}" if "commit" in m else "before commits were noted"
         lines.append(
             f"[{Path(name).name}]({up}{name}): {m['device']}{threads}, Python {m['python']}, PyTorch"
             f" {m['torch']}; {when}"
         )
     return "\n".join(f"{line}." for line in lines)
+
+
+def origin(machine: dict[str, Any]) -> str:
+    """The commit, or where git was not at hand the hash of the sources (bench/machine.py)."""
+    if machine["commit"] == "unknown" and "sources" in machine:
+        return f"sources {machine['sources']}"
+    return f"commit {machine['commit']}"
 
 
 # ---- tables

@@ -39,6 +39,7 @@ class Effort:
 
 
 QUICK = Effort(seconds=0.02, least=3, most=20, sets=4)
+REHEARSAL = Effort(seconds=0.0, least=2, most=2, sets=1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fogzo_kernels as fk
-from bench import baselines, cases, kernels, timing
+from bench import baselines, cases, findings, kernels, timing
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -137,19 +137,8 @@ def test_scales_of_groups(tmp_path, capsys):
 
 def test_scales_and_transforms_against_the_plain_op(tmp_path, capsys):
     """Speed over that of one scale, and over that without a transform, of the same run."""
-    chosen = [
-        "--ops",
-        "quantize",
-        "measure",
-        "--dtypes",
-        "fp32",
-        "--scale-length",
-        "0",
-        "64",
-        "--block",
-        "0",
-        "32",
-    ]
+    scales = ["--scale-length", "0", "64", "--block", "0", "32"]
+    chosen = ["--ops", "quantize", "measure", "--dtypes", "fp32", *scales]
     many = [*SMALL, *chosen, "--baselines", "eager", "--tensors", "1", "--budget", "inf"]
     assert kernels.main([*many, "--json", str(tmp_path / "k.json")]) == 0
     rows = json.loads((tmp_path / "k.json").read_text())["rows"]
@@ -338,10 +327,8 @@ def test_no_budget_says_what_is_left_out(tmp_path, capsys):
 
 
 def test_what_cannot_be_measured_is_left_out_with_a_reason():
-    arguments = kernels.parse(
-        ["--device", "cpu", "--sizes", "2^16", "2^10", "--ops", "norm", "--dtypes", "bf16"]
-    )
-    units, left_out = kernels.units_of(arguments)
+    chosen = ["--device", "cpu", "--sizes", "2^16", "2^10", "--ops", "norm", "--dtypes", "bf16"]
+    units, left_out = kernels.units_of(kernels.parse(chosen))
     assert [unit.kind for unit in units[:4]] == ["fogzo", "eager", "loop", "fogzo"]
     assert units[0].case.elements == 2**16
     assert [unit.kind for unit in units].count("compile") == 1
@@ -370,15 +357,87 @@ def test_an_op_that_fails_is_reported_and_changes_the_exit_status(monkeypatch, t
     found = json.loads((tmp_path / "k.json").read_text())
     assert [row["op"] for row in found["rows"]] == ["norm"]
     assert found["failed"][0]["reason"] == "RuntimeError: no such kernel"
-    assert (
-        "failed: fogzo quantize fp32 none 1 tensors 2^9: RuntimeError: no such kernel"
-        in capsys.readouterr().out
+    said = "failed: fogzo quantize fp32 none 1 tensors 2^9: RuntimeError: no such kernel"
+    assert said in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_rows_of_another(monkeypatch, tmp_path):
+    """What is there is not measured again; rows of other backends stay; what ended a process has failed."""
+    path = tmp_path / "k.json"
+    chosen = [*SMALL, "--ops", "norm", "measure", "quantize", "--dtypes", "fp32", "--budget", "inf"]
+    chosen += ["--json", str(path), "--resume"]
+    assert kernels.main([*chosen, "--no-baselines", "--ops", "norm"]) == 0
+    first = json.loads(path.read_text())
+    first["begun"] = findings.named(
+        findings.Unit(case("measure", elements=2**9), "fogzo"), "reference", "begun"
     )
+    first["rows"].append({**first["rows"][0], "backend": "another"})
+    first["left_out"] = [
+        findings.named(findings.Unit(case("quantize", elements=2**9), "fogzo"), "reference", "x")
+    ]
+    path.write_text(json.dumps(first))
+    measured, original = [], kernels.measure_unit
+    monkeypatch.setattr(kernels, "measure_unit", lambda u, *rest: measured.append(u) or original(u, *rest))
+    assert kernels.main([*chosen, "--baselines", "eager"]) == 1
+    assert [(unit.case.op, unit.kind) for unit in measured] == [
+        ("quantize", "fogzo"), ("norm", "eager"), ("quantize", "eager"),
+    ]  # fmt: skip
+    found = json.loads(path.read_text())
+    rows = {(row["backend"], row["op"]): row for row in found["rows"]}
+    assert [*rows] == [("reference", "norm"), ("another", "norm"), ("reference", "quantize")]
+    assert rows["another", "norm"] == first["rows"][1]
+    assert rows["reference", "norm"]["median_s"] == first["rows"][0]["median_s"]
+    assert "ratio_eager" in rows["reference", "norm"]
+    (failed,) = found["failed"]
+    assert (failed["op"], failed["reason"]) == ("measure", "the process ended while it was measured")
+    assert [row["op"] for row in found["left_out"]] == ["measure"]  # its baseline
+    assert found["begun"] is None
+    assert [*tmp_path.iterdir()] == [path]
 
 
-def test_the_interpreter_is_refused():
-    with pytest.raises(SystemExit, match="interpreter, far too slow"):
-        kernels.main(["--device", "cpu", "--backend", "triton"])
+def test_rows_are_written_as_they_come_and_a_lost_device_ends_the_run(monkeypatch, tmp_path, capsys):
+    path, counts = tmp_path / "k.json", []
+
+    def broken(*_, **__):
+        held = json.loads(path.read_text())
+        counts.append((len(held["rows"]), held["begun"]["op"]))
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(fk, "quantize_", broken)
+    monkeypatch.setattr(kernels, "alive", lambda _: False)
+    chosen = [*SMALL, "--ops", "norm", "quantize", "measure", "--dtypes", "fp32", "--no-baselines"]
+    assert kernels.main([*chosen, "--json", str(path)]) == 3
+    assert counts == [(1, "quantize")]
+    assert [row["op"] for row in json.loads(path.read_text())["failed"]] == ["quantize"]
+    assert "the device was lost: RuntimeError: an illegal memory access" in capsys.readouterr().out
+    assert kernels.main([*chosen, "--json", str(path), "--resume"]) == 1
+    assert [row["op"] for row in json.loads(path.read_text())["rows"]] == ["norm", "measure"]
+
+
+@pytest.mark.parametrize("op", ["estimate", "estimate_n4", "adamw", "sgd"])
+def test_losses_come_with_counters(op):
+    """As in training, where they cost time."""
+    one = case(op, elements=64)
+    o = cases.operands(one, CPU)
+    o.losses_plus.fill_(float("nan"))
+    cases.call(one, o, "reference")()
+    assert o.counters.tolist() == [one.spec.directions, 0, 0]
+
+
+def test_groups_that_do_not_cut_a_list_are_left_out():
+    arguments = ["--device", "cpu", "--sizes", "2^20", "--tensors", "1", "300", "--scale-length", "0", "128"]
+    units, left_out = kernels.units_of(kernels.parse([*arguments, "--ops", "adamw", "--dtypes", "bf16"]))
+    assert {(u.case.tensors, u.case.scale_length) for u in units} == {(1, 0), (1, 128), (300, 0)}
+    reason = "the tensors' sizes are no multiples of scale length and block"
+    assert {row["tensors"] for row in left_out if row["reason"] == reason} == {300}
+
+
+def test_times_of_backends_for_a_gpu_on_the_cpu_are_refused():
+    for backend in ("triton", "cuda"):
+        with pytest.raises(
+            SystemExit, match=f"backend {backend} must have a CUDA device: its times on the CPU"
+        ):
+            kernels.main(["--device", "cpu", "--backend", backend])
     with pytest.raises(SystemExit, match=r"backend must be one of .*, got 'fast'"):
         kernels.main(["--device", "cpu", "--backend", "fast"])
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import fogzo_kernels as fk
+from bench.lost import LOST
 from bench.step import __main__ as program
-from bench.step import models
+from bench.step import measure, models
 from bench.step.materialized import Materialized, Mezo
 from bench.step.measure import Row
 from bench.step.methods import Clock, method_of
@@ -109,6 +110,58 @@ def test_other_ways_to_run_a_model(options):
     step = method("fogzo", *options)
     for _ in range(2):
         step(Clock(CPU))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_method_that_fails_is_left_out(lost, monkeypatch, tmp_path, capsys):
+    """Its reason is kept, times of the others are written before the end, and a lost device ends the run."""
+    path, original, written = tmp_path / "step.json", measure.method_of, []
+
+    def broken(name, *rest):
+        step, steps = original(name, *rest), []
+
+        def breaking(clock):
+            steps.append(1)
+            if len(steps) == (6 if name == "half" else 11):  # the second turn, and the seventh
+                written.extend(json.loads(path.read_text())["rows"] if path.exists() else [])
+                raise RuntimeError("an illegal memory access\nand more")
+            step(clock)
+
+        return breaking if name in ("half", "forward") else step
+
+    monkeypatch.setattr(measure, "method_of", broken)
+    monkeypatch.setattr(measure, "alive", lambda _: not lost)
+    chosen = [
+        *SMALL,
+        "--model",
+        "mlp",
+        "--methods",
+        "half",
+        "forward",
+        "one-by-one",
+        "--turns",
+        "8",
+        "--no-traffic",
+    ]
+    status = program.main([*chosen, "--json", str(path)])
+    reason = "RuntimeError: an illegal memory access"
+    found = json.loads(path.read_text())
+    assert [one["method"] for one in found["failed"]] == (["half"] if lost else ["half", "forward"])
+    assert {one["reason"] for one in found["failed"]} == {reason}
+    if lost:
+        assert status == LOST
+        monkeypatch.setattr(measure, "method_of", original)
+        assert program.main([*chosen, "--json", str(path), "--resume"]) == 1
+        found = json.loads(path.read_text())
+        assert [row["method"] for row in found["rows"]] == ["ste", "forward", "one-by-one"]
+        return
+    assert status == 1
+    assert f"failed: half: {reason}" in capsys.readouterr().out
+    assert [row["method"] for row in found["rows"]] == ["ste", "one-by-one"]
+    assert {len(row["seconds"]) for row in found["rows"]} == {8}
+    assert [(row["method"], len(row["seconds"])) for row in written] == [
+        ("ste", 4), ("forward", 4), ("one-by-one", 4),
+    ]  # fmt: skip
 
 
 # ---- what a step moves

@@ -1,10 +1,11 @@
 """The tables of the documents are those of the result files."""
 
 import json
+import shutil
 
 import pytest
 
-from bench import base, report
+from bench import base, machine, report
 
 
 def test_documents_are_up_to_date():
@@ -68,16 +69,21 @@ TINY = {
 }  # fmt: skip
 
 
+def folders():
+    """Git's trees, whose commits may change meanwhile."""
+    return [line.split()[0] for line in base.git("worktree", "list").splitlines()]
+
+
 def test_a_commit_is_measured_beside_this_checkout(monkeypatch, capsys):
     """Nothing of it is left behind, in the folder of temporary files or in git's list of trees."""
     monkeypatch.setattr(base, "PROGRAMS", TINY)
-    trees = base.git("worktree", "list")
+    trees = folders()
     assert report.main(["--base", "HEAD", "--rounds", "2"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "| | base, ms | this, ms | times as fast | range |"
     whats = [line.split(" | ")[0].removeprefix("| ") for line in said[2:]]
     assert whats == ["quantize, cpu, none, float32, -, float32", "step, ste", "step, fogzo"]
-    assert base.git("worktree", "list") == trees
+    assert folders() == trees
 
 
 def test_ratios_are_of_turns_beside_each_other():
@@ -91,3 +97,33 @@ def test_ratios_are_of_turns_beside_each_other():
 def test_an_unknown_commit_is_named():
     with pytest.raises(SystemExit, match="rev-parse --verify no-such-commit"):
         report.main(["--base", "no-such-commit"])
+
+
+# ---- where results are from
+
+
+def test_sources_are_known_without_git(tmp_path, monkeypatch):
+    shutil.copytree(report.ROOT / "csrc", tmp_path / "csrc")
+    for name in ("setup.py", "build_cuda.py", "cuda_units.py"):
+        shutil.copy(report.ROOT / name, tmp_path)
+    shutil.copytree(
+        report.ROOT / "fogzo_kernels",
+        tmp_path / "fogzo_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    assert machine.sources(tmp_path) == machine.sources()
+    path = tmp_path / "csrc/element.h"
+    path.write_text(path.read_text() + "\n")
+    assert machine.sources(tmp_path) != machine.sources()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert machine.commit() == "abc1234"
+    monkeypatch.delenv("COMMIT")
+    assert machine.commit() == "unknown"
+
+
+def test_a_result_without_a_commit_names_its_sources():
+    known = {"commit": "abc1234", "sources": "0123456789ab"}
+    assert report.origin(known) == "commit abc1234"
+    assert report.origin({**known, "commit": "unknown"}) == "sources 0123456789ab"
+    assert report.origin({"commit": "unknown"}) == "commit unknown"

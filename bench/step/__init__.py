@@ -9,6 +9,9 @@ After that, of each method: ``calls`` of this package's ops in a step and the by
 inside of passes (Q and its backward) and outside of them, with their time by op (on a GPU each waits for its
 end, so that its parts sum to more than a step); ``launches`` of kernels, whoever's, on a GPU; and ``peak``, the
 most memory that PyTorch held for weights, gradients, optimizer, probes and activations of three steps.
+
+The file of ``--json`` is written after every fourth turn. A method that fails is left out, with its reason;
+where it takes the device with it, ``--resume`` measures the others anew.
 """
 
 import os

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 import bench.step
 
+from ..lost import LOST, DeviceLostError
 from ..machine import machine
-from .measure import WARM, measured, rounded
+from .measure import WARM, Row, measured, rounded
 from .methods import METHODS, PEERS
 from .models import DTYPES, SHAPES, Setting
 from .report import Found, parts, plot, table
@@ -53,8 +55,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=None, help="of PyTorch, on a CPU")
     add("--no-traffic", action="store_true", help="times alone: no memory, calls and bytes")
     add("--json", type=Path, metavar="FILE", help="write rows and machine")
+    add("--resume", action="store_true", help="leave out the methods that failed, as the file of --json says")
     add("--plot", type=Path, metavar="FILE", help="write a plot")
     args = parser.parse_args(argv)
+    if args.resume and args.json is None:
+        parser.error("--resume must come with --json, which it goes on with")
     peers = [name for name in args.methods if name in PEERS]
     if peers and (args.compiled or args.activation_bits):
         if args.methods != list(METHODS):
@@ -70,7 +75,12 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     return [Setting(**{**rest, **dict(zip(AXES, one, strict=True))}) for one in values]
 
 
-def write(args: argparse.Namespace, found: Found, where: dict[str, Any], path: Path) -> None:
+Failed = dict[Setting, dict[str, str]]  # reasons by method
+
+
+def write(args: argparse.Namespace, found: Found, failed: Failed, where: dict[str, Any]) -> None:
+    if args.json is None:
+        return
     varying = varying_of(args)
     given = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
     rows = [
@@ -78,16 +88,35 @@ def write(args: argparse.Namespace, found: Found, where: dict[str, Any], path: P
         for setting, rows in found
         for row in rows
     ]
-    whole = {"machine": where, "arguments": given, "rows": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    reasons = [
+        {**{name: getattr(setting, name) for name in AXES}, "method": method, "reason": reason}
+        for setting, methods in failed.items()
+        for method, reason in methods.items()
+    ]
+    whole = {"machine": where, "arguments": given, "rows": rows, "failed": reasons}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def failed_before(args: argparse.Namespace, settings: list[Setting]) -> Failed:
+    """What the file says."""
+    reasons = json.loads(args.json.read_text())["failed"] if args.resume and args.json.exists() else []
+    return {
+        setting: {
+            one["method"]: one["reason"]
+            for one in reasons
+            if all(getattr(setting, name) == one[name] for name in AXES)
+        }
+        for setting in settings
+    }
 
 
 def varying_of(args: argparse.Namespace) -> list[str]:
     return [name for name in AXES if len(getattr(args, name)) > 1]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """0, 1 where a method failed, or 3 where the device was lost and --resume can go on."""
     args = parse(argv)
     if (
         args.compiled
@@ -96,17 +125,32 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings, found, where = settings_of(args), Found(), machine(torch.device(args.device))
+    failed = failed_before(args, settings)
     with tqdm(total=len(settings) * (WARM + rounded(args.turns)), unit="turn", disable=None) as bar:
         for setting in settings:
-            rows = measured(setting, args.methods, args.turns, bar.update, traffic=not args.no_traffic)
+
+            def advance(rows: list[Row], setting: Setting = setting) -> None:
+                bar.update()
+                if rows[0].seconds and len(rows[0].seconds) % WARM == 0:
+                    write(args, [*found, (setting, rows)], failed, where)
+
+            try:
+                rows = measured(
+                    setting, args.methods, args.turns, failed[setting], advance, traffic=not args.no_traffic
+                )
+            except DeviceLostError as error:
+                write(args, found, failed, where)
+                print(f"the device was lost: {error.__cause__}", flush=True)
+                return LOST
             found.append((setting, rows))
             said = ", ".join(f"{name} {getattr(setting, name)}" for name in varying_of(args))
-            bar.write("\n".join(filter(None, [said, table(rows), parts(rows)])))
-            if args.json:
-                write(args, found, where, args.json)  # what is measured is kept, whatever comes after
+            lost = "\n".join(f"failed: {name}: {reason}" for name, reason in failed[setting].items())
+            bar.write("\n".join(filter(None, [said, table(rows), parts(rows), lost])))
+            write(args, found, failed, where)  # what is measured is kept, whatever comes after
     if args.plot:
         plot(found, varying_of(args), args.plot)
+    return int(any(failed.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

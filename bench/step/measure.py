@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .methods import PEERS, Clock, method_of
+from ..lost import DeviceLostError, alive, told
+from .methods import PEERS, Clock, Step, method_of
 from .models import Setting, task_of
 from .traffic import launches_of, peak_of, traffic_of
 
@@ -53,28 +54,63 @@ def rounded(turns: int) -> int:
 
 
 def measured(
-    setting: Setting, methods: Sequence[str], turns: int, advance: Callable[[], Any], traffic: bool = True
-) -> list[Row]:
-    """A row for each method, STE's first; ``advance`` is called after each turn."""
+    setting: Setting, methods: Sequence[str], turns: int, failed: dict[str, str],
+    advance: Callable[[list[Row]], Any], traffic: bool = True,
+) -> list[Row]:  # fmt: skip
+    """A row for each method, STE's first.
+
+    Args:
+        failed: reasons by method; these are not measured, and those that fail are added.
+        advance: called after each turn with the rows, whose times are whole after every fourth.
+
+    Raises:
+        DeviceLostError: a method that failed has taken the device with it.
+        Exception: STE failed, with which all are compared.
+    """
     device, task = torch.device(setting.device), task_of(setting)
-    rows = {name: Row(name) for name in ["ste", *(name for name in methods if name != "ste")]}
-    for name, row in rows.items() if traffic else ():
-        row.peak_bytes = peak_of(partial(method_of, name, task, setting), device)
-    steps = {name: method_of(name, task, setting) for name in rows}
-    for turn in range(WARM + rounded(turns)):
-        for name, step in steps.items():
-            clock = Clock(device)
-            start = clock.now()
-            step(clock)
-            seconds = clock.now() - start
-            if turn >= WARM:
-                rows[name].seconds.append(seconds)
-                rows[name].rest.append(seconds - clock.passes)
-        advance()
-    for name, row in rows.items() if traffic else ():
+    names = [name for name in dict.fromkeys(["ste", *methods]) if name not in failed]
+    rows, steps = {name: Row(name) for name in names}, dict[str, Step]()
+
+    def each(work: Callable[[str, Row], None]) -> None:
+        for name in list(rows):
+            try:
+                work(name, rows[name])
+            except Exception as error:
+                failed[name] = told(error)
+                if not alive(device):
+                    raise DeviceLostError from error
+                if name == "ste":
+                    raise
+                del rows[name]
+                steps.pop(name, None)
+
+    def make(name: str, row: Row) -> None:
+        if traffic:
+            row.peak_bytes = peak_of(partial(method_of, name, task, setting), device)
+        steps[name] = method_of(name, task, setting)
+
+    def take(name: str, row: Row) -> None:
+        clock = Clock(device)
+        start = clock.now()
+        steps[name](clock)
+        seconds = clock.now() - start
+        row.seconds.append(seconds)
+        row.rest.append(seconds - clock.passes)
+
+    def count(name: str, row: Row) -> None:
         row.launches = launches_of(steps[name], device)
         if name not in PEERS:
             found = traffic_of(steps[name], device, WARM)
             row.calls, row.bytes, row.bytes_in_passes = found.calls, found.bytes, found.bytes_in_passes
             row.parts = found.seconds
+
+    each(make)
+    for turn in range(WARM + rounded(turns)):
+        each(take)
+        if turn == WARM - 1:  # they were warm-up
+            for row in rows.values():
+                row.seconds, row.rest = [], []
+        advance(list(rows.values()))
+    if traffic:
+        each(count)
     return list(rows.values())
