@@ -24,6 +24,17 @@ def test_lists_that_are_not_aligned_stay_in_registers(dtype):
         assert row["margin"] > 1, name
 
 
+def test_the_loop_for_what_is_not_aligned_is_not_counted():
+    """Though it is longer, and has the same wide accesses for those tensors that are aligned."""
+    wide = ["LDG.E.128 R4, [R8]", "FFMA R5, R5, R5", "STG.E.128 [R8], R4", "@P1 BRA 0x10"]
+    single = ["LDG.E.128 R4, [R8]", *["LDG.E.U16 R4, [R8]"] * 8, "FADD R5, R5, R5", "STG.E.128 [R8], R4"]
+    lines = ["MOV R1, R2", *wide, *single, "@P1 BRA 0x50", "EXIT"]
+    text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    prologue, loop, _ = machine_code.split(text, 1)
+    assert prologue == {"MOV": 1}
+    assert loop == {"LDG.E.128": 1, "FFMA": 1, "STG.E.128": 1, "BRA": 1}
+
+
 RECIPROCAL = r"""
 #include <cmath>
 #include <cstdint>

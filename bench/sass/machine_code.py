@@ -79,7 +79,8 @@ def split(
 
     A loop inside it takes ``stages`` turns where it shuffles and has no loop inside, as that over the
     stages of a transform, and else ``directions``. Where loops inside load 128 bits, those that load less
-    often at a time are for what these leave: they take no turn.
+    often at a time are for what these leave: they take no turn. Of loops beside each other one that takes
+    elements one by one is for memory that is not aligned, and not the tile loop.
     """
     pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
     code = [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, text, re.MULTILINE) if op != "NOP"]
@@ -102,7 +103,8 @@ def split(
     )
     if not inside:
         return Counter(op for _, op, _ in code), Counter(), code
-    streaming = [one for one in inside if not by_elements(code, one)] or inside
+    wide = [one for one in inside if not by_elements(code, one)]
+    streaming = [one for one in inside if any(one[0] <= a and b <= one[1] for a, b in wide)] or inside
     start, end = max(streaming, key=lambda x: x[1] - x[0])
     shuffles = [a for a, op, _ in code if op.startswith("SHFL")]
     inner = [(first, last) for first, last in loops if start < first and last < end]

@@ -146,11 +146,13 @@ FOGZO_DEVICE void rotated_backward(const Rotated<Quantize> &p, const Part &part,
 #pragma unroll 1
   for (int turn = 0; turn < chunks; turn += kPairs) {
     const TwoChunks c = two_chunks(p.rotation, turn, chunks);
-    float x[2][kChunk], g[2][kChunk];
+    float x[2][kChunk], g[2][kChunk] = {};
     load_widened<Aligned>(latent, c.first, t.latent, x[0]);
     load_widened<Aligned>(latent, c.second, t.latent, x[1]);
-    load_widened<Aligned>(grad, c.first, t.grad, g[0]);
-    load_widened<Aligned>(grad, c.second, t.grad, g[1]);
+    if (c.some) { // else the block's first chunk, which its own thread may be writing
+      load_widened<Aligned>(grad, c.first, t.grad, g[0]);
+      load_widened<Aligned>(grad, c.second, t.grad, g[1]);
+    }
     const Scale scale = chunk_scale<false>(scales, c.first); // of both: a block has one
     rotate<Far>(x, p.rotation);
 #pragma unroll

@@ -34,7 +34,8 @@ FOGZO_DEVICE void rotated_estimate(const Rotated<Estimate> &p, const Part &part,
 #pragma unroll 1
   for (int turn = 0; turn < chunks; turn += kPairs) {
     const TwoChunks c = two_chunks(p.rotation, turn, chunks);
-    const Raw raw[2]{load_chunk<Aligned>(grad, c.first, dtype), load_chunk<Aligned>(grad, c.second, dtype)};
+    const Raw raw[2]{c.some ? load_chunk<Aligned>(grad, c.first, dtype) : Raw{},
+                     c.some ? load_chunk<Aligned>(grad, c.second, dtype) : Raw{}};
     const float inv = chunk_scale<false>(scales, c.first).inv; // of both: a block has one
     float x[2][kChunk] = {};
     noise_sum_of_two<D>(p.op, names, chunk_number<false>(layout, c.first), p.rotation.half, x);

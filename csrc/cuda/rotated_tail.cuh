@@ -9,7 +9,7 @@ namespace fogzo::cuda {
 
 // A chunk's step, given its rotated noise in x; then x is the latent as it is stored.
 template <bool Adamw, bool Aligned>
-FOGZO_DEVICE void rotated_step(const Tail &p, const Part &part, const TailNames &names, int c, bool some,
+FOGZO_DEVICE void rotated_step(const Tail &p, const Part &part, const TailNames &names, int c,
                                float (&x)[kChunk]) {
   const bool has_first = Adamw || names.update.rule != Rule::sgd;
   char *weight = part.address(names.master ? MINUS : LATENT, bytes_of(names.theta_t));
@@ -28,15 +28,13 @@ FOGZO_DEVICE void rotated_step(const Tail &p, const Part &part, const TailNames 
       const float G = names.noisy ? std::fma(names.A, g[i], x[i]) : g[i];
       theta[i] = stepped<Adamw>(names.update, theta[i], G, first[i], second[i]);
     }
-    if (some) {
-      store_chunk<Aligned>(weight, c, theta, names.theta_t);
-      if (names.master)
-        store_chunk<Aligned>(latent, c, theta, names.latent_t);
-      if (has_first)
-        store_chunk<Aligned>(first_at, c, first, Dtype::float32);
-      if (Adamw)
-        store_chunk<Aligned>(second_at, c, second, Dtype::float32);
-    }
+    store_chunk<Aligned>(weight, c, theta, names.theta_t);
+    if (names.master)
+      store_chunk<Aligned>(latent, c, theta, names.latent_t);
+    if (has_first)
+      store_chunk<Aligned>(first_at, c, first, Dtype::float32);
+    if (Adamw)
+      store_chunk<Aligned>(second_at, c, second, Dtype::float32);
   }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
@@ -65,8 +63,10 @@ FOGZO_DEVICE void rotated_update(const Rotated<Tail> &p, const Part &part, const
       }
       rotate<true>(x, p.rotation);
     }
-    rotated_step<Adamw, Aligned>(p.op, part, names, c.first, c.some, x[0]);
-    rotated_step<Adamw, Aligned>(p.op, part, names, c.second, c.some, x[1]);
+    if (c.some) { // else the block's first chunk, which its own thread may be writing
+      rotated_step<Adamw, Aligned>(p.op, part, names, c.first, x[0]);
+      rotated_step<Adamw, Aligned>(p.op, part, names, c.second, x[1]);
+    }
     if (!p.op.quantized)
       continue;
     rotate<true>(x, p.rotation);

@@ -27,8 +27,10 @@ FOGZO_KERNEL(1, 1) update_coefficients_kernel(FOGZO_PARAMETER UpdateCoefficients
   p.out[ROOT_AT] = step_root(o.rule, o.hyperparameters, count);
 }
 
+// Of dtypes that are told when it runs with one alpha, one block less on a multiprocessor, or some spill 4
+// bytes.
 template <Distribution D, bool Adamw, bool Plain, Dtype L, Dtype G, Dtype O>
-FOGZO_KERNEL(kThreads, 4)
+FOGZO_KERNEL(kThreads, (Plain && L == Dtype::any ? 3 : 4))
 update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.tables);
   const TailNames names = tail_names<Plain, L, G, O>(p, part);

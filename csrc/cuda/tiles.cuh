@@ -84,7 +84,7 @@ FOGZO_DEVICE int64_t element_number(const Part &part, int64_t j) {
 
 // 1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation. The compiler makes
 // rcp.rn.f32 of the same instructions, though PTX only promises that an approximation is within one ulp, from
-// which the step is right for all mantissas but that of all ones (python_tests/test_reciprocal.py).
+// which the step is right for all mantissas but that of all ones (python_tests/test_machine_code.py).
 FOGZO_DEVICE float reciprocal(float x) {
   const float y = fast_rcp(x);
   return std::fma(y, std::fma(-x, y, 1.0f), y);

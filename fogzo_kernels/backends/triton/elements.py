@@ -111,7 +111,7 @@ def reciprocal(x):
     """1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation.
 
     The compiler makes rcp.rn.f32 of the same instructions, though PTX only promises that an approximation is
-    within one ulp, from which the step is right for all mantissas but that of all ones (test_reciprocal.py).
+    within one ulp, from which the step is right for all mantissas but that of all ones (test_machine_code.py).
     """
     y = approx_rcp(x)
     if INTERPRET:  # already the correctly rounded quotient
