@@ -1,6 +1,5 @@
 """Processes of gloo, plain and as accelerate's launchers start them; and its state, that of a process."""
 
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -11,22 +10,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-HEAVY = ("accelerate", "bench.evidence.train_lm", "transformers.models.llama.modeling_llama")
+#: What takes long to load, by the module that shows that the tests at hand take it.
+HEAVY = {
+    "accelerate": "accelerate", "lightning": "lightning.pytorch",
+    "transformers": "transformers.models.llama.modeling_llama", "bench.evidence.train_lm": "torch.utils.tensorboard",
+}  # fmt: skip
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 
 
-def is_there(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # nor is what it is in
-        return False
-
-
 def server():
-    """Starts processes that have loaded what most of them take."""
+    """Starts processes that have loaded what most of them take; what is not installed is passed over."""
     context = multiprocessing.get_context("forkserver")
-    names = ["fogzo_kernels", "torch.distributed.fsdp", *filter(is_there, HEAVY)]
-    context.set_forkserver_preload(names)
+    heavy = [name for shown, taken in HEAVY.items() if shown in sys.modules for name in (shown, taken)]
+    context.set_forkserver_preload(["pytest", "fogzo_kernels", "torch.distributed.fsdp", *heavy])
     return context
 
 
