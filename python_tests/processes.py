@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 #: What takes long to load, by the module that shows that the tests at hand take it.
 HEAVY = {
     "accelerate": "accelerate", "lightning": "lightning.pytorch",
-    "transformers": "transformers.models.llama.modeling_llama", "bench.evidence.train_lm": "torch.utils.tensorboard",
+    "transformers": "transformers.models.llama.modeling_llama",
+    "bench.evidence.train_lm": "torch.utils.tensorboard",
 }  # fmt: skip
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 
@@ -72,7 +73,7 @@ def one_process(rank, case, folder, processes):
 
 
 def die_after(calls, seconds):
-    """Kill this process so many calls of functions from here, and then so long after: in Python's code or below it.
+    """Kill this process so many calls of functions from here, and so long after the last: in C++, maybe.
 
     Calls are counted, because a fast machine and a slow one would be elsewhere at the same time.
     """

@@ -49,7 +49,7 @@ def rows(out):
 
 
 def moments():
-    """When each of the processes dies: in which of its steps, 0 while it builds; after how many calls; how late."""
+    """When each process dies: in which of its steps (0: before), after how many calls, how long after."""
     seed = int(os.environ.get("FOGZO_TEST_SEED", random.randrange(2**31)))
     print(f"FOGZO_TEST_SEED={seed}")
     drawn = random.Random(seed)
