@@ -170,7 +170,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b)[:m, :n]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def adds_exactly() -> bool:
     """Whether ``torch._int_mm`` is right on this CPU.
 
