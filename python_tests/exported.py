@@ -1,5 +1,7 @@
 """Small models of every grid and scale, for the tests of what is exported."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -37,9 +39,10 @@ def llama(how, tie=False, dtype=torch.float32, skip=("lm_head", "model.embed_tok
     return model
 
 
-def logits(model):
+def logits(model, tokens=TOKENS):
+    """Of a copy, whose weights are aligned: a file's lie anywhere in it, and the bits of a product may tell."""
     with torch.no_grad():
-        return model(TOKENS).logits
+        return copy.deepcopy(model)(tokens).logits
 
 
 def values_of(module):

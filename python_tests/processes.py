@@ -1,31 +1,29 @@
 """Processes of gloo, plain and as accelerate's launchers start them; and its state, that of a process."""
 
-import importlib.util
 import multiprocessing
 import os
-import socket
+import signal
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-HEAVY = ("accelerate", "bench.evidence.train_lm", "transformers.models.llama.modeling_llama")
+#: What takes long to load, by the module that shows that the tests at hand take it.
+HEAVY = {
+    "accelerate": "accelerate", "lightning": "lightning.pytorch",
+    "transformers": "transformers.models.llama.modeling_llama",
+    "bench.evidence.train_lm": "torch.utils.tensorboard",
+}  # fmt: skip
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 
 
-def is_there(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # nor is what it is in
-        return False
-
-
 def server():
-    """Starts processes that have loaded what most of them take."""
+    """Starts processes that have loaded what most of them take; what is not installed is passed over."""
     context = multiprocessing.get_context("forkserver")
-    names = ["fogzo_kernels", "torch.distributed.fsdp", *filter(is_there, HEAVY)]
-    context.set_forkserver_preload(names)
+    heavy = [name for shown, taken in HEAVY.items() if shown in sys.modules for name in (shown, taken)]
+    context.set_forkserver_preload(["pytest", "fogzo_kernels", "torch.distributed.fsdp", *heavy])
     return context
 
 
@@ -35,21 +33,25 @@ def start(worker, args, count):
     mp.start_processes(worker, args, nprocs=count, start_method="forkserver")
 
 
-def as_launched(rank, port):
-    """Process ``rank`` of two on the CPU."""
+def meeting_point():
+    """Where launched processes find each other while this is held: on a port that no other program can take."""
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def as_launched(rank, port, count=2):
+    """Process ``rank`` of so many on the CPU, as torchrun starts one: it joins whoever holds the port."""
     torch.set_num_threads(1)
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
 
 
 def two_of(worker, folder):
     """What each of two processes left in ``folder`` as RANK.pt; a worker takes rank, folder and port."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    start(worker, (str(folder), port), 2)
+    point = meeting_point()
+    start(worker, (str(folder), point.port), 2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -69,6 +71,22 @@ def one_process(rank, case, folder, processes):
         found = f"{type(error).__name__}: {error}"
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
+
+
+def die_after(calls, seconds):
+    """Kill this process so many calls of functions from here, and so long after the last: in C++, maybe.
+
+    Calls are counted, because a fast machine and a slow one would be elsewhere at the same time.
+    """
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls -= event in ("call", "c_call")
+        if calls <= 0:
+            sys.setprofile(None)
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM kills, as nobody handles it
+
+    sys.setprofile(count)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Products of int8 codes in linear layers: those of the values, and the same gradients."""
 
 import copy
+import os
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import start
 from torch import nn
 
 import fogzo_kernels as fk
@@ -92,6 +94,20 @@ def test_codes_multiply_exactly(data):
     assert torch.equal(int_mm(a, b.t()).long(), a.long() @ b.long().t())
 
 
+def of_a_lesser_processor(rank, isa):
+    """Products of the largest codes and others, where oneDNN takes no more than this instruction set."""
+    os.environ["ONEDNN_MAX_CPU_ISA"] = isa  # read at its first use
+    a, b = torch.randint(-128, 128, (7, 70), dtype=torch.int8), torch.full((5, 70), 127, dtype=torch.int8)
+    a[0], a[1], b[1:3] = 127, -128, torch.randint(-128, 128, (2, 70), dtype=torch.int8)
+    assert torch.equal(int_mm(a, b.t()).long(), a.long() @ b.long().t())
+
+
+@pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "ALL"])
+def test_codes_multiply_exactly_on_any_processor(isa):
+    """Without VNNI oneDNN adds pairs of products in 16 bits, and cuts off what is larger."""
+    start(of_a_lesser_processor, (isa,), 1)
+
+
 def test_long_rows_do_not_overflow():
     a = torch.full((1, 70_000), -128, dtype=torch.int8)
     assert multiplied(a, a, 0.5, 0.5).item() == torch.tensor(70_000 * 127.5**2).float().item()
@@ -110,7 +126,7 @@ def test_autocast_compile_and_no_bias():
     x = torch.randn(4, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert codes(x).dtype == values(x).dtype == torch.bfloat16
-    torch.testing.assert_close(torch.compile(codes, backend="aot_eager")(x), values(x))
+    torch.testing.assert_close(torch.compile(codes, backend="aot_eager", fullgraph=True)(x), values(x))
     assert "int8 products" in str(codes)
     plain = fk.dequantize_model(codes)
     assert type(plain) is nn.Linear

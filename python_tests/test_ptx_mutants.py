@@ -27,10 +27,17 @@ def integers(most, *shape):
 
 
 def norm(backend):
-    """Of (delta g)^2 in float64; exact."""
-    grads = [integers(1400, 5, 1024)]
-    found = fk.guide_sumsq(grads, [torch.ones(1)], grid=GRID, backend=backend)
-    return found.item() == (grads[0].double() * GRID.r).square().sum().item()
+    """Of (delta g)^2 in float64; exact. The second tensor goes element by element."""
+    grads, alphas = [integers(1400, 5, 1024), integers(2**19, 3, 341)], [torch.ones(5, 1), torch.ones(3, 1)]
+    found = fk.guide_sumsq(grads, alphas, grid=GRID, backend=backend)
+    return found.item() == sum((g.double() * GRID.r).square().sum().item() for g in grads)
+
+
+def many(backend):
+    """The sum of as many partial sums as the last kernel takes at once."""
+    grads = list(integers(2**19, 8192, 1).unbind())
+    found = fk.guide_sumsq(grads, [torch.ones(1)] * len(grads), grid=GRID, backend=backend)
+    return found.item() == (torch.cat(grads).double() * GRID.r).square().sum().item()
 
 
 def transformed(backend):
@@ -116,8 +123,8 @@ def places(kernel, pattern):
 
 CASES = [
     (norm, "sumsq_kernel", BARRIER), (norm, "sumsq_kernel", DISTANCE), (norm, "sumsq_kernel", ADDRESS),
-    (norm, "sumsq_kernel", PREDICATE), (norm, "sumsq_kernel", ONE_LESS), (norm, "sum_kernel", BARRIER),
-    (norm, "sum_kernel", DISTANCE), (transformed, "hadamard_kernel", BARRIER),
+    (norm, "sumsq_kernel", PREDICATE), (norm, "sumsq_kernel", ONE_LESS), (many, "sum_kernel", BARRIER),
+    (many, "sum_kernel", DISTANCE), (transformed, "hadamard_kernel", BARRIER),
     (transformed, "hadamard_kernel", DISTANCE), (transformed, "hadamard_kernel", ADDRESS),
     (learned, "learned_kernel", DISTANCE), (perturbed, "perturb_kernel", PREDICATE),
     (perturbed, "perturb_kernel", ADDRESS),

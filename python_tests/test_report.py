@@ -1,5 +1,6 @@
 """The tables of the documents are those of the result files."""
 
+import functools
 import json
 import shutil
 
@@ -69,21 +70,20 @@ TINY = {
 }  # fmt: skip
 
 
-def folders():
-    """Git's trees, whose commits may change meanwhile."""
-    return [line.split()[0] for line in base.git("worktree", "list").splitlines()]
-
-
 def test_a_commit_is_measured_beside_this_checkout(monkeypatch, capsys):
     """Nothing of it is left behind, in the folder of temporary files or in git's list of trees."""
+    turns, measured = [], functools.cache(base.measure)  # once for each side, which takes long
     monkeypatch.setattr(base, "PROGRAMS", TINY)
-    trees = folders()
+    monkeypatch.setattr(base, "measure", lambda tree: turns.append(tree) or measured(tree))
     assert report.main(["--base", "HEAD", "--rounds", "2"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "| | base, ms | this, ms | times as fast | range |"
     whats = [line.split(" | ")[0].removeprefix("| ") for line in said[2:]]
     assert whats == ["quantize, cpu, none, float32, -, float32", "step, ste", "step, fogzo"]
-    assert folders() == trees
+    other = turns[0]
+    assert turns == [other, base.ROOT] * 2
+    assert not other.exists()
+    assert str(other) not in base.git("worktree", "list")  # which may show trees of other programs
 
 
 def test_ratios_are_of_turns_beside_each_other():

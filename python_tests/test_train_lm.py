@@ -5,11 +5,10 @@ import math
 import os
 import random
 import signal
-import time
 
 import pytest
 import torch
-from processes import server
+from processes import die_after, server
 
 from bench.evidence import record, text, train_lm
 
@@ -19,6 +18,7 @@ SMALL = [
     "--bytes", "200000", "--sample", "0",
 ]  # fmt: skip
 KILLS = 10
+MOST_STEPS, CALLS = 9, 25_000  # a step has 7,000 calls or more, a save 14,000: at most 12 steps for each kill
 
 
 def train(out, *options):
@@ -48,30 +48,46 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path):
-    """At moments of no choosing: while it builds, steps, logs or saves."""
-    options = [
-        "--steps",
-        "600",
-        "--save-every",
-        "7",
-        "--log-every",
-        "5",
-        "--evaluate-every",
-        "60",
-        "--kappa",
-        "1.0",
-    ]
+def moments():
+    """When each process dies: in which of its steps (0: before), after how many calls, how long after."""
     seed = int(os.environ.get("FOGZO_TEST_SEED", random.randrange(2**31)))
     print(f"FOGZO_TEST_SEED={seed}")
-    moments = random.Random(seed)
-    for kill in range(KILLS):
-        run = server().Process(target=train, args=(tmp_path / "killed", *options, "--resume"))
+    drawn = random.Random(seed)
+    for _ in range(KILLS):
+        step = drawn.choice([0, 0, 0, *range(1, MOST_STEPS)])
+        yield step, drawn.randrange(1, CALLS), drawn.uniform(1e-6, 3e-3)
+
+
+def die_in(step, calls, seconds):
+    """Let this process die at such a moment of its run."""
+    take_step = train_lm.take_step
+
+    def counted(run):
+        nonlocal step
+        step -= 1
+        if step == 0:
+            die_after(calls, seconds)
+        return take_step(run)
+
+    train_lm.take_step = counted
+    if step == 0:
+        die_after(calls, seconds)
+
+
+def killed(moment, out, options):
+    die_in(*moment)
+    train(out, *options)
+
+
+def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path):
+    """At moments of no choosing: while it builds, steps, logs or saves."""
+    options = ["--steps", "120", "--save-every", "7", "--log-every", "5", "--evaluate-every", "30",
+               "--kappa", "1.0"]  # fmt: skip
+    for moment in moments():
+        run = server().Process(target=killed, args=(moment, tmp_path / "killed", [*options, "--resume"]))
         run.start()
-        time.sleep(moments.uniform(0.05, 0.6))
-        assert run.exitcode is None, f"it ended before kill {kill}"
-        os.kill(run.pid, signal.SIGKILL)
         run.join()
+        assert run.exitcode == -signal.SIGALRM, f"it ended before it was killed: {moment}"
     assert train(tmp_path / "killed", *options, "--resume") == 0
     assert train(tmp_path / "whole", *options) == 0
     assert same(state(tmp_path / "killed"), state(tmp_path / "whole"))

@@ -1,15 +1,12 @@
 """The trainer of language models on many processes: what it ends with, and that no kill changes that."""
 
-import os
-import random
 import signal
-import socket
-import time
 
 import pytest
 import torch
-from processes import needs_gloo, server
-from test_train_lm import KILLS, SMALL, rows, same, train
+from exported import logits
+from processes import as_launched, meeting_point, needs_gloo, server
+from test_train_lm import SMALL, die_in, moments, rows, same, train
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from bench.evidence import record, train_lm
@@ -20,32 +17,28 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 COUNT = 2
 
 
-def port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def as_process(rank, count, port, out, options):
-    """As torchrun starts one."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
+def as_process(rank, count, port, out, options, moment):
+    as_launched(rank, port, count)
+    if moment is not None:
+        die_in(*moment)
     raise SystemExit(train_lm.main(["--out", str(out), *SMALL, *options]))
 
 
-def started(out, options, count=COUNT):
-    at = port()
-    found = [server().Process(target=as_process, args=(r, count, at, out, options)) for r in range(count)]
+def run(out, options, count=COUNT, dying=None, moment=None):
+    """What each process left with. One may die, and the others are killed as soon as it has."""
+    point = meeting_point()
+    found = [
+        server().Process(
+            target=as_process, args=(rank, count, point.port, out, options, moment if rank == dying else None)
+        )
+        for rank in range(count)
+    ]
     for one in found:
         one.start()
-    return found
-
-
-def run(out, options, count=COUNT):
-    """What each process left with."""
-    found = started(out, options, count)
+    if dying is not None:
+        found[dying].join()
+        for one in found:
+            one.kill()
     for one in found:
         one.join()
     return [one.exitcode for one in found]
@@ -60,27 +53,20 @@ def state(out, tmp_path):
 @pytest.mark.slow_first
 def test_killed_ten_times_two_processes_end_with_the_same_bits(tmp_path):
     """Both at once, at moments of no choosing: while they build, step, log, save or rename."""
-    options = ["--parallel", "fsdp", "--steps", "200", "--save-every", "3", "--log-every", "5",
-               "--evaluate-every", "50", "--kappa", "1.0"]  # fmt: skip
-    seed = int(os.environ.get("FOGZO_TEST_SEED", random.randrange(2**31)))
-    print(f"FOGZO_TEST_SEED={seed}")
-    moments = random.Random(seed)
+    options = ["--parallel", "fsdp", "--steps", "120", "--save-every", "3", "--log-every", "5",
+               "--evaluate-every", "30", "--kappa", "1.0"]  # fmt: skip
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    for kill in range(KILLS):
-        found = started(killed, [*options, "--resume"])
-        time.sleep(moments.uniform(0.3, 1.5))
-        assert [one.exitcode for one in found] == [None] * COUNT, f"they ended before kill {kill}"
-        for one in found:
-            os.kill(one.pid, signal.SIGKILL)
-        for one in found:
-            one.join()
+    for kill, moment in enumerate(moments()):
+        dying = kill % COUNT
+        left = run(killed, [*options, "--resume"], dying=dying, moment=moment)
+        assert left[dying] == -signal.SIGALRM, f"it ended before it was killed: {moment}"
     assert run(killed, [*options, "--resume"]) == [0] * COUNT
     assert run(whole, options) == [0] * COUNT
     assert same(state(killed, tmp_path), state(whole, tmp_path))
     found, expected = rows(killed), rows(whole)
     for name in ("step", "loss", "validation_loss", "learning_rate", "difference", "cosine"):
         assert [row[name] for row in found] == [row[name] for row in expected]
-    assert sorted(path.name for path in killed.glob(f"{CHECKPOINT}*")) == [CHECKPOINT, f"{CHECKPOINT}-200"]
+    assert sorted(path.name for path in killed.glob(f"{CHECKPOINT}*")) == [CHECKPOINT, f"{CHECKPOINT}-120"]
 
 
 def losses(out):
@@ -147,7 +133,5 @@ def test_a_run_is_exported(way, tmp_path):
     assert (train(out, *options) if way == "none" else max(run(out, options))) == 0
     assert main([str(out), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]) == 0
     tokens = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = read(out)(tokens).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(tokens).logits
-    assert torch.equal(found, expected)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), tokens)
+    assert torch.equal(found, logits(read(out), tokens))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes as disabled_modes
 
 from ..functional import learned_backward_, quantize_, straight_through_backward_
 from ..ops import checks
@@ -161,8 +163,25 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     there is one product to a sum (2.13: the strides of such a matrix are ambiguous).
     """
     (m, k), n = a.shape, b.shape[1]
-    if not a.is_cuda and k > 1:
-        return torch._int_mm(a, b)
+    if not a.is_cuda:
+        return torch._int_mm(a, b) if k > 1 and adds_exactly() else (a.double() @ b.double()).to(torch.int32)
     more_rows, more, more_columns = max(17 - m, 0), -k % 8, -n % 8
     a, b = F.pad(a, (0, more, 0, more_rows)), F.pad(b.t(), (0, more, 0, more_columns)).t()
     return torch._int_mm(a, b)[:m, :n]
+
+
+@torch.compiler.assume_constant_result
+def adds_exactly() -> bool:
+    """Whether ``torch._int_mm`` is right on this CPU.
+
+    Without VNNI, x86 adds two products in 16 bits, which hold no more than 2^15 - 1. oneDNN does so, as
+    https://uxlfoundation.github.io/oneDNN/dev_guide_int8_computations.html says.
+    """
+    return _adds_exactly()
+
+
+@functools.cache
+def _adds_exactly() -> bool:
+    with disabled_modes():  # a trace may be the first to ask
+        a, b = torch.full((17, 64), 127, dtype=torch.int8), torch.full((16, 64), -128, dtype=torch.int8)
+        return bool((torch._int_mm(a, b.t()) == -64 * 127 * 128).all())
