@@ -22,7 +22,7 @@ CASES = [
     *((fk.Grid.sign(), kind) for kind in SIGNS),
 ]  # fmt: skip
 IDS = [f"{s.variant}-{g.levels}-{g.offset}" for g, s in CASES]
-#: Programs of a GPU take 2048 to 16384 elements, tasks of the CPU 32768: alphas within one, cut by one, over many.
+#: Programs of a GPU take 2048 to 16384 elements, tasks of the CPU 32768: alphas within one, cut, over many.
 SHAPES = [
     ((5, 24), (5, 1)), ((4, 64), (4, 8)), ((3, 7), (3, 1)), ((6, 6), (6, 3)), ((9,), ()), ((8,), (1,)),
     ((1,), ()), ((), ()), ((4, 5, 8), (4,)), ((4, 5, 8), (4, 5)), ((3, 8), (3, 8)), ((2, 3), (2, 3)),

@@ -34,13 +34,11 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def launch(
-    kernel, programs: int, device: torch.device, *args: object, warps: int = NUM_WARPS, **kwargs: object
-) -> None:
+def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
     """Launch on the tensors' device and its current stream; nothing for no programs."""
     if programs:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*args, **kwargs, num_warps=warps)
+            kernel[(programs,)](*args, **{"num_warps": NUM_WARPS, **kwargs})
 
 
 # ---- kernel arguments

@@ -82,5 +82,5 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
         sumsq_kernel, p.programs, device, p.table, p.owner, partial, float(r), TILE=TILE, ALIGNED=p.aligned,
         GRAD_T=DTYPES[grads[0].dtype], PER_TENSOR=p.per_tensor,
     )  # fmt: skip
-    launch(sum_kernel, 1, device, partial, p.programs, out, BLOCK=SUM_BLOCK, ROOT=root, warps=SUM_WARPS)
+    launch(sum_kernel, 1, device, partial, p.programs, out, BLOCK=SUM_BLOCK, ROOT=root, num_warps=SUM_WARPS)
     return out
