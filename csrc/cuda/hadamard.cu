@@ -73,7 +73,7 @@ void hadamard(const Where &where, const Plan &plan, const Dtypes &dtypes, int bl
   switch (block) {
 #define FOGZO_CASE(size)                                                                                       \
   case size:                                                                                                   \
-    return launch_with_barriers("hadamard_kernel", hadamard_for<size>(dtypes), where, plan.blocks, kThreads, p);
+    return launch("hadamard_kernel", hadamard_for<size>(dtypes), where, plan.blocks, kThreads, p);
     FOGZO_BLOCKS(FOGZO_CASE)
 #undef FOGZO_CASE
   }

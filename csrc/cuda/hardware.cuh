@@ -1,12 +1,7 @@
-// What the hardware does in one instruction, under plain names. The tests compile the kernels for the
-// CPU with on_host.h (python_tests/cuda_on_host), which has the same names in plain C++.
+// What the hardware does in one instruction, under plain names.
 #pragma once
 
 #include "../element.h"
-
-#if defined(FOGZO_ON_HOST)
-#include "on_host.h"
-#else
 
 #include <cuda_runtime.h>
 
@@ -104,5 +99,3 @@ FOGZO_DEVICE void add_one(int64_t *counter) {
 }
 
 } // namespace fogzo::cuda
-
-#endif

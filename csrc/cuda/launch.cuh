@@ -8,10 +8,6 @@
 #include <string>
 #include <type_traits>
 
-#if defined(FOGZO_ON_HOST)
-#include "on_host_launch.h"
-#else
-
 namespace fogzo::cuda {
 
 inline void check(cudaError_t status, const char *kernel) {
@@ -38,13 +34,4 @@ void launch(const char *name, void (*kernel)(P), const Where &where, int64_t blo
         name);
 }
 
-// The same, of a kernel whose threads wait for each other.
-template <class P>
-void launch_with_barriers(const char *name, void (*kernel)(P), const Where &where, int64_t blocks, int threads,
-                          const std::remove_const_t<P> &parameters) {
-  launch(name, kernel, where, blocks, threads, parameters);
-}
-
 } // namespace fogzo::cuda
-
-#endif

@@ -95,14 +95,14 @@ template <StraightThrough Kind> void (*learned_for(const Dtypes &t))(Learned) {
 }
 
 void write_long_sums(const Where &where, const Learned &p) {
-  launch_with_barriers("learned_sum_kernel", learned_sum_kernel, where, p.sums.count, kThreads, p);
+  launch("learned_sum_kernel", learned_sum_kernel, where, p.sums.count, kThreads, p);
 }
 
 void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
                       StraightThrough kind, const AlphaSums &sums) {
   const Learned p{tables_of(plan), grid, dtypes, sums};
   with_value(kind, [&](auto S) {
-    launch_with_barriers("learned_kernel", learned_for<decltype(S)::value>(dtypes), where, plan.blocks,
+    launch("learned_kernel", learned_for<decltype(S)::value>(dtypes), where, plan.blocks,
                          kThreads, p);
   });
   write_long_sums(where, p);

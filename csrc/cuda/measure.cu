@@ -144,9 +144,9 @@ void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const 
       kernel = measure_kernel<s, b16>;
     else if (data == f16)
       kernel = measure_kernel<s, f16>;
-    launch_with_barriers("measure_kernel", kernel, where, plan.blocks, kThreads,
+    launch("measure_kernel", kernel, where, plan.blocks, kThreads,
                          MeasureCells{plan.table, plan.owner, measure, partial});
-    launch_with_barriers("join_kernel", join_kernel<s>, where, plan.second_blocks, kThreads,
+    launch("join_kernel", join_kernel<s>, where, plan.second_blocks, kThreads,
                          MeasureCells{plan.table, plan.second_owner, measure, partial});
   });
 }

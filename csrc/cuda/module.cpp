@@ -220,10 +220,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("SPAN") = kSpan;
   m.attr("ESTIMATE_COEFFICIENTS") = kEstimateCoefficients;
   m.attr("UPDATE_COEFFICIENTS") = kUpdateCoefficients;
-#if defined(FOGZO_ON_HOST)
-  m.attr("ON_HOST") = true;
-#else
-  m.attr("ON_HOST") = false;
-#endif
   define_ops(m);
 }

@@ -91,8 +91,8 @@ void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, doub
     kernel = plan.per_tensor ? sumsq_kernel<b16, true> : sumsq_kernel<b16, false>;
   else if (grad == f16)
     kernel = plan.per_tensor ? sumsq_kernel<f16, true> : sumsq_kernel<f16, false>;
-  launch_with_barriers("sumsq_kernel", kernel, where, plan.blocks, kThreads, p);
-  launch_with_barriers("sum_kernel", sum_kernel, where, 1, kSumThreads, Sum{partial, plan.blocks, out, root});
+  launch("sumsq_kernel", kernel, where, plan.blocks, kThreads, p);
+  launch("sum_kernel", sum_kernel, where, 1, kSumThreads, Sum{partial, plan.blocks, out, root});
 }
 
 } // namespace fogzo::cuda

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -29,14 +29,10 @@ except ImportError as error:  # the message becomes the reason shown
     raise ImportError("it is not built; FOGZO_BUILD_CUDA=1 builds it, with nvcc") from error
 
 Tensors = Sequence[Tensor]
-#: The kernels are compiled for the CPU, by the tests.
-ON_HOST: bool = _cuda.ON_HOST
 
 
 def unavailable(device: torch.device) -> str | None:
     """None on a CUDA device that the kernels were built for."""
-    if ON_HOST:
-        return None if device.type == "cpu" else "its kernels were compiled for the CPU, to be tested"
     if device.type != "cuda":
         return "it needs a CUDA device"
     if device.index is None and torch.cuda.is_available():  # the current one, which may be another next time
@@ -73,29 +69,32 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
 
 def where(device: torch.device) -> tuple[int, int]:
     """The device's number and its current stream."""
-    if ON_HOST:
-        return 0, 0
     index = torch.cuda.current_device() if device.index is None else device.index
     return index, torch.cuda.current_stream(device).cuda_stream
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Makes it current where it is not."""
-    return nullcontext() if ON_HOST else torch.cuda.device(device)
+    return torch.cuda.device(device)
 
 
 def planned(p: Plan) -> tuple[int, int, int, bool, bool]:
     return p.table.data_ptr(), p.owner.data_ptr(), p.programs, p.per_tensor, p.shard
 
 
+def on_host(t: Tensor) -> bool:
+    """Whether the host can read a scalar without waiting for the device."""
+    return t.device.type == "cpu"
+
+
 def integer(t: Tensor) -> tuple[int, int]:
-    """A device tensor is read by the kernel, by its address; a CPU one by the host, without a sync."""
-    return (0, int(t)) if t.device.type == "cpu" else (t.data_ptr(), 0)
+    """A scalar's address, for the kernel to read, or its value."""
+    return (0, int(t)) if on_host(t) else (t.data_ptr(), 0)
 
 
 def number(t: Tensor) -> tuple[int, float]:
-    """A device tensor, float64, as its address; a CPU one as its value."""
-    return (0, float(t)) if t.device.type == "cpu" else (t.data_ptr(), 0.0)
+    """The same of a float64."""
+    return (0, float(t)) if on_host(t) else (t.data_ptr(), 0.0)
 
 
 Drawn = tuple[str, float, tuple[tuple[int, int], tuple[int, int], tuple[int, float]]]

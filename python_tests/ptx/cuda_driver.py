@@ -12,8 +12,8 @@ from pathlib import Path
 from . import launches
 from .build import built_cuda, load, nvcc_missing
 from .decode import Kernel
-from .memory import touchable, watch
-from .modes import ARCH, FUSE, number
+from .memory import runs_on_cpu, touchable, watch
+from .modes import ARCH, FUSE, number, on_device
 from .text import Module
 
 NAME = "fogzo_kernels._cuda"
@@ -30,9 +30,11 @@ def install() -> str | None:
     sys.modules[NAME] = load(NAME, module)
     from fogzo_kernels.backends import cuda as backend
 
-    backend.unavailable = lambda device: None if device.type == "cpu" else "compiled PTX runs on the CPU here"
+    backend.unavailable = runs_on_cpu(backend.unavailable)
     backend.where = lambda device: (0, 0)
     backend.on = lambda device: nullcontext()
+    if on_device():
+        backend.on_host = lambda t: False
     watch(backend)
     return None
 

@@ -66,6 +66,16 @@ def watched(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def runs_on_cpu(unavailable: Callable[[torch.device], str | None]) -> Callable[[torch.device], str | None]:
+    """A backend's ``unavailable``, for which the CPU is a device, too."""
+
+    @functools.wraps(unavailable)
+    def reason(device: torch.device) -> str | None:
+        return None if device.type == "cpu" else unavailable(device)
+
+    return reason
+
+
 def watch(backend: ModuleType) -> None:
     """Watch every op of a backend, and the plans that it keeps."""
     from fogzo_kernels import backends

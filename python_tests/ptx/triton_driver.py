@@ -16,7 +16,7 @@ from triton.runtime import driver
 from . import launches
 from .build import ROOT
 from .decode import Kernel
-from .memory import touchable, watch
+from .memory import runs_on_cpu, touchable, watch
 from .modes import ARCH, FUSE, number, on_device
 from .text import Module
 
@@ -101,12 +101,10 @@ def install() -> None:
     backends["nvidia"] = Backend(Compiler, Driver)
     driver.set_active(Driver())
     from fogzo_kernels.backends import triton as backend
-    from fogzo_kernels.backends.triton import launch, noise, perturb
+    from fogzo_kernels.backends.triton import launch
 
     assert not triton.knobs.runtime.interpret
-    backend.unavailable = lambda device: None if device.type == "cpu" else "compiled PTX runs on the CPU here"
+    backend.unavailable = runs_on_cpu(backend.unavailable)
     if on_device():
-        for module in (launch, noise, perturb):
-            if hasattr(module, "host_or_device"):
-                module.host_or_device = lambda t: t
+        launch.on_host = lambda t: False
     watch(backend)

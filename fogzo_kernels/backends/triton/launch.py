@@ -49,9 +49,14 @@ def rounded(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
+def on_host(t: Tensor) -> bool:
+    """Whether the host can read a scalar without waiting for the device."""
+    return t.device.type == "cpu"
+
+
 def host_or_device(t: Tensor) -> Scalar:
-    """A device tensor is read by the kernel; a CPU one by the host, without a sync."""
-    return int(t) if t.device.type == "cpu" and not triton.knobs.runtime.interpret else t
+    """A scalar's value, or the tensor for the kernel to read."""
+    return int(t) if on_host(t) and not triton.knobs.runtime.interpret else t
 
 
 def bits_or_device(t: Tensor) -> Scalar:
@@ -75,7 +80,7 @@ def mixed(draw: Draw, mix: Mix) -> dict[str, object]:
     """N, and sqrt(beta) and sqrt(1 - beta) C, or what the kernel makes them of."""
     scale, omb = noise_scale(draw), mix.one_minus_beta
     found: dict[str, object] = {"norm": mix.norm, "NOISE_SCALE": scale}
-    if omb.device.type != "cpu":
+    if not on_host(omb):
         return found | {"one_minus_beta": omb, "sqrt_beta": 0.0, "noise_scale": 0.0}
     root, size = math.sqrt(1.0 - float(omb)), math.sqrt(float(omb)) * scale
     return found | {"one_minus_beta": None, "sqrt_beta": rounded(root), "noise_scale": rounded(size)}

@@ -101,12 +101,15 @@ inline double share(double result) {
 }
 inline float within_relative(double y, double bound) { return canonical(flushed(float(y * (1 + share(y) * bound)))); }
 inline float within_absolute(double y, double bound) { return canonical(flushed(float(y + share(y) * bound))); }
-inline float within_ulps(double y, double ulps) {
-  float r = float(y);
-  if (std::isfinite(r) && r != 0)
-    for (int i = int(std::lround(share(y) * ulps)); i; i += i < 0 ? 1 : -1)
-      r = std::nextafterf(r, i < 0 ? -INFINITY : INFINITY);
-  return canonical(flushed(r));
+inline float within_ulps(double y, int ulps) {
+  float found = float(y);
+  if (std::isfinite(found) && found != 0) {
+    const float away = share(y) < 0 ? -INFINITY : INFINITY, ulp = std::nextafterf(std::fabs(found), INFINITY) - std::fabs(found);
+    for (int i = int(std::lround(std::fabs(share(y)) * ulps)); i > 0; --i)
+      if (const float next = std::nextafterf(found, away); std::fabs(double(next) - y) <= double(ulp) * ulps)
+        found = next;
+  }
+  return canonical(flushed(found));
 }
 // Of doubles: the upper half of the bits alone.
 inline double upper_half(double y) { return std::bit_cast<double>(std::bit_cast<uint64_t>(y) & 0xFFFFFFFF00000000ull); }
