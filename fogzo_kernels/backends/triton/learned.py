@@ -132,13 +132,13 @@ def learned_tiles(
             unit = tl.arange(0, SUB // UNIT)
             if UNIT > 1:
                 terms = tl.sum(terms.reshape([SUB // UNIT, UNIT]), 1)
-            chunk = ((begin + start) >> 3) + unit * UNIT
-            index = divide(chunk, divisor).to(tl.int64)
-            inside = (chunk - index * (length >> 3)) // UNIT
+            chunk = (begin >> 3).to(tl.uint32) + ((start >> 3) + unit * UNIT).to(tl.uint32)
+            index = divide(chunk, divisor)
+            inside = (chunk - index * (length >> 3).to(tl.uint32)) // UNIT
             # a rest of elements follows the chunks of an only alpha: none of them is the last
-            count = tl.where(length % 8 == 0, length // (8 * UNIT), 0)
+            count = tl.where(length % 8 == 0, length // (8 * UNIT), 0).to(tl.uint32)
             some = unit * (8 * UNIT) < left
-            carry = write_sums(row, partial, begin, terms, carry, unit, some, index, inside, count)
+            carry = write_sums(row, partial, begin, terms, carry, unit, some, index.to(tl.int64), inside, count)
     if UNIT == 0:
         carry = tl.sum(acc, 0)
     return carry
