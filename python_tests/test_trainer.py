@@ -47,7 +47,8 @@ def trainer_of(folder, model=None, kind=InOrder, **arguments):
     given = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 3e-3,
         "lr_scheduler_type": "constant", "use_cpu": True, "report_to": [], "disable_tqdm": True,
-        "logging_steps": 1, "save_strategy": "no", "weight_decay": 0.0, "max_grad_norm": 1.0,
+        "logging_steps": 1, "save_strategy": "no", "optim": "adamw_torch", "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
     } | arguments  # fmt: skip
     options = {"fogzo": dict(OPTIONS)} if issubclass(kind, FogzoMixin) else {}
     args = transformers.TrainingArguments(**given)
@@ -68,10 +69,14 @@ def sgd(model):
 
 
 def by_hand(clip=1.0, size=8, micro=1, optimizer_of=adamw):
-    """The same steps without a Trainer."""
+    """The same steps without a Trainer, to the bit: losses are sums over the count of all, as it makes them.
+
+    Another rounding would sooner or later move a code, and what follows would not be close at all.
+    """
     model, data = network(), rows()
     fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS)
     optimizer, losses = optimizer_of(model), []
+    count = torch.tensor(size * (TOKENS - 1))  # of predictions in a step
     for step in range(STEPS):
         tokens = torch.stack([row["input_ids"] for row in data[step * size : (step + 1) * size]])
         optimizer.zero_grad()
@@ -79,7 +84,8 @@ def by_hand(clip=1.0, size=8, micro=1, optimizer_of=adamw):
         for probe in fogzo.probes():
             with probe:
                 for part in probe.batches(parts):
-                    probe.backward(model(input_ids=part, labels=part).loss / micro)
+                    given = {"input_ids": part, "labels": part, "num_items_in_batch": count}
+                    probe.backward(model(**given, use_cache=False).loss)  # as it does: of other strides
         losses.append(float(fogzo.estimate_()))
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -94,26 +100,23 @@ def logged(trainer, name="loss"):
 def test_its_steps_are_those_of_a_loop_by_hand(tmp_path, clip):
     """What is clipped is the estimate."""
     model = network()
-    start, trainer = weights_of(model), trainer_of(tmp_path, model, max_grad_norm=clip)
+    trainer = trainer_of(tmp_path, model, max_grad_norm=clip)
     trainer.optimizer = sgd(model)
     trainer.train()
     losses, weights = by_hand(clip, optimizer_of=sgd)
-    assert logged(trainer) == pytest.approx(losses, rel=1e-5)
-    for name, p in model.named_parameters():
-        moved = (weights[name] - start[name]).abs().max()
-        assert (p - weights[name]).abs().max() <= 2e-3 * moved, name
+    assert logged(trainer) == losses
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert trainer.fogzo.steps == STEPS
     assert not trainer.fogzo.pending
 
 
 def test_accumulation_is_one_step_of_all_micro_batches(tmp_path):
-    """Against a loop by hand over the same four, and near one batch of all."""
+    """Against a loop by hand over the same four."""
     trainer = trainer_of(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
     trainer.train()
     losses, weights = by_hand(size=16, micro=4)
-    assert logged(trainer) == pytest.approx(losses, rel=1e-4)
-    for name, p in trainer.model.named_parameters():
-        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-3, atol=1e-5)
+    assert logged(trainer) == losses
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
     assert trainer.fogzo.steps == STEPS
 
 
