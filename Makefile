@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py build_cuda.py cuda_units.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu csrc/cuda/*.cpp)
-CXX_SOURCES := $(filter-out setup.py build_cuda.py cuda_units.py,$(NATIVE)) $(wildcard python_tests/cuda_on_host/*.h)
+CXX_SOURCES := $(filter-out setup.py build_cuda.py cuda_units.py,$(NATIVE)) \
+	$(wildcard python_tests/ptx/executor/*.h python_tests/ptx/executor/*.cpp python_tests/ptx/cuda/*.cpp)
 
 # What a target needs beside torch and the build tools; pyproject.toml has the same as extras
 demo_PACKAGES := scikit-learn tqdm matplotlib tensorboard mlxtend
@@ -13,12 +14,13 @@ triton_PACKAGES := triton
 transformers_PACKAGES := transformers
 loops_PACKAGES := accelerate lightning
 export_PACKAGES := numpy safetensors compressed-tensors gguf torchao
+cuda_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-runtime
 test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors
 llama-cpp_PACKAGES := llama-cpp-python
 lint_PACKAGES := ruff mypy clang-format check-jsonschema
 package_PACKAGES := build twine
 TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transformers $(VENV)/has-loops \
-  $(VENV)/has-export $(VENV)/has-demo
+  $(VENV)/has-export $(VENV)/has-demo $(VENV)/has-cuda
 
 .PHONY: demo test test-oldest test-gguf lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
@@ -27,9 +29,10 @@ TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transf
 demo: $(VENV)/built $(VENV)/has-demo
 	$(BIN)/python -m bench.evidence.mlp
 
-# one test at a time to each worker, the long ones first: see conftest.py
+# The compiled GPU kernels run on the CPU (python_tests/ptx). One test at a time to each worker, the long ones first
 test: $(TESTABLE)
-	$(BIN)/python -m pytest -n auto --maxschedchunk 1
+	PYTHONPATH=python_tests $(BIN)/python -m ptx.build
+	$(BIN)/python -m pytest -n auto --maxschedchunk 1 --durations 10
 
 # The oldest torch that pyproject.toml allows, in an environment of its own: the native module is built with its
 # headers, and runs the tests of the `cpu` backend. They are copied, so that nothing of the checkout is imported.

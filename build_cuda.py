@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -31,9 +32,11 @@ NVCC_FLAGS = [
 
 
 def find_nvcc() -> str | None:
-    """Of CUDA_HOME, or else of the path."""
+    """Of CUDA_HOME, or else of the path, or else of the Python package nvidia-cuda-nvcc."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    for candidate in (f"{home}/bin/nvcc" if home else None, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+    packaged = sorted(glob(f"{sysconfig.get_paths()['purelib']}/nvidia/cu*/bin/nvcc"))
+    known = (f"{home}/bin/nvcc" if home else None, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
+    for candidate in (*known, *packaged[-1:]):
         if candidate and os.access(candidate, os.X_OK):
             return candidate
     return None
@@ -107,7 +110,8 @@ def extension(debug: bool) -> Extension | None:
         return None
     nvcc = find_nvcc()
     assert nvcc is not None
-    libraries = [f"{Path(nvcc).resolve().parents[1]}/lib64", "/usr/local/cuda/lib64"]
+    home = Path(nvcc).resolve().parents[1]
+    libraries = [f"{home}/lib64", f"{home}/lib", "/usr/local/cuda/lib64"]
     return Extension(
         NAME,
         ["csrc/cuda/module.cpp"],

@@ -18,9 +18,9 @@ if not torch.cuda.is_available():  # before anything imports Triton or CUDA: the
         patch_once()
     MISSING = ptx.install(triton=not INTERPRETED)
 
-from hypothesis import settings
+from hypothesis import settings  # noqa: E402
 
-import fogzo_kernels as fk
+import fogzo_kernels as fk  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors; tests run over processes
 

@@ -13,7 +13,11 @@ FORMATS = {"f16": (5, 10), "bf16": (8, 7), "f32": (8, 23), "f64": (11, 52)}  # b
 
 
 def width(kind: str) -> int:
-    return 8 if kind == "pred" else int(re.sub(r"\D*", "", kind.removesuffix("x2"))) * (2 if kind.endswith("x2") else 1)
+    return (
+        8
+        if kind == "pred"
+        else int(re.sub(r"\D*", "", kind.removesuffix("x2"))) * (2 if kind.endswith("x2") else 1)
+    )
 
 
 def signed(x: Bits, bits: int) -> int:
@@ -130,7 +134,7 @@ def root(a: Bits, kind: str) -> Bits:
     scale = 4**1100  # its integer root has far more bits than the result
     whole = math.isqrt(magnitude.numerator * scale // magnitude.denominator)
     exact = whole * whole * magnitude.denominator == magnitude.numerator * scale
-    return encoded(Fraction(2 * whole + (not exact), 2 ** 1101), kind)
+    return encoded(Fraction(2 * whole + (not exact), 2**1101), kind)
 
 
 def order(a: Bits, b: Bits, kind: str) -> int | None:
@@ -364,8 +368,10 @@ def conversion(parts: list[str]) -> Model:
 
 # ---- operands
 
-INTEGER_EDGES = (0, 1, 2, 3, 7, 8, 15, 31, 32, 33, 63, 64, 127, 128, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF,
-                 0x80000000, 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFFFFFFFFFF)  # fmt: skip
+INTEGER_EDGES = (
+    0, 1, 2, 3, 7, 8, 15, 31, 32, 33, 63, 64, 127, 128, 255, 256, 2**15 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31,
+    2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1,
+)  # fmt: skip
 #: Zero, denormals, the least and greatest normal numbers, ties of conversions, bounds of integers.
 FLOAT_EDGES = (0.0, 1.0, 1.5, 2.5, 0.5, 3.0, 1 / 3, 255.5, 256.0, 65504.0, 65519.0, 65520.0, 32767.5, 65535.5,
                2.0**31 - 1, 2.0**31, 2.0**32, 2.0**63, 2.0**64, 1e-40, 2.0**-149, 2.0**-126, 2.0**-24, 2.0**-25,
@@ -384,7 +390,7 @@ def edges(kind: str) -> list[Bits]:
 
 
 def operands(kinds: list[str], generator: np.random.Generator, rows: int = 256) -> list[np.ndarray]:
-    """Edges against each other, then random bits and numbers; the bits of a register above a value are random."""
+    """Edges, random bits and random numbers. The bits of a register above its value are random."""
     columns = []
     for kind in kinds:
         known = np.array(edges(kind), np.uint64)
@@ -392,7 +398,9 @@ def operands(kinds: list[str], generator: np.random.Generator, rows: int = 256) 
         noise = generator.integers(0, 2**64, rows, np.uint64, endpoint=False)
         if kind in ("f32", "f64"):
             near = generator.standard_normal(rows).astype(np.float32 if kind == "f32" else np.float64)
-            noise = np.where(generator.random(rows) < 0.5, near.view(f"u{width(kind) // 8}").astype(np.uint64), noise)
+            noise = np.where(
+                generator.random(rows) < 0.5, near.view(f"u{width(kind) // 8}").astype(np.uint64), noise
+            )
         column = np.where(generator.random(rows) < 0.6, column, noise)
         if kind == "pred":
             column = column & np.uint64(1)

@@ -32,7 +32,7 @@ add.s64 %rd9, %rd1, %rd7;
 
 
 def lanes(body: str, given: np.ndarray, outside: str = "", order: int = 0) -> np.ndarray:
-    """Run ``body`` once in each thread: %rd2 is its word of ``given``, and what %rd3 is in the end is returned."""
+    """Run ``body`` in each thread, which has its word of ``given`` in %rd2. Returns %rd3 of each thread."""
     one = kernel(f"{PLACES}\nld.global.b64 %rd2, [%rd8];\n{body}\nst.global.b64 [%rd9], %rd3;", outside)
     out = np.full(len(given), 0xDEAD, np.uint64)
     run(one, given.astype(np.uint64), out, threads=len(given), order=order)

@@ -8,6 +8,7 @@ import pytest
 from test_sass import PROGRAM, run_code
 
 from bench.sass import cuda, machine_code
+from build_cuda import find_nvcc
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -74,7 +75,7 @@ def test_the_compiler_rounds_a_reciprocal_correctly_by_the_same_step(tmp_path, a
         pytest.skip(f"nothing can be compiled for a GPU: {reason}")
     source, cubin = tmp_path / "reciprocal.cu", tmp_path / "reciprocal.cubin"
     source.write_text('extern "C" __global__ void f(float *x) { *x = __frcp_rn(*x); }')
-    subprocess.run(["nvcc", f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)], check=True)
+    subprocess.run([find_nvcc(), f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)], check=True)
     code = machine_code.split(machine_code.dumps(cubin)[0], 1)[2]
     start = next(i for i, (_, op, _) in enumerate(code) if op == "MUFU.RCP")  # of numbers that are not extreme
     (_, x), *rest = [(op, operands.strip()) for _, op, operands in code[start : start + 4]]

@@ -1,4 +1,7 @@
-"""The executor of PTX: what is no arithmetic (that is in test_ptx_opcodes.py), and every fault that it must find."""
+"""The executor of PTX: memory, warps, control, and every fault that it must find.
+
+test_ptx_opcodes.py has the arithmetic.
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +30,9 @@ def test_load_and_store_of_a_type(kind):
     body = f"{PLACES}\nld.global.{kind} %x0, [%rd8+{8 - size}];\nst.global.b64 [%rd9], %x0;"
     out = np.zeros(32, np.uint64)
     run(kernel(body), given, out)
-    expected = [int.from_bytes(given[8 * i + 8 - size : 8 * i + 8], "little", signed=kind[0] == "s") for i in range(32)]
+    expected = [
+        int.from_bytes(given[8 * i + 8 - size : 8 * i + 8], "little", signed=kind[0] == "s") for i in range(32)
+    ]
     assert out.tolist() == [x % 2**64 for x in expected]
     narrow = np.full(32 * 8, 99, np.uint8)
     run(kernel(f"{PLACES}\nld.global.b64 %x0, [%rd8];\nst.global.{kind} [%rd9], %x0;"), given, narrow)
@@ -35,7 +40,9 @@ def test_load_and_store_of_a_type(kind):
     assert (narrow.reshape(32, 8)[:, size:] == 99).all()
 
 
-@pytest.mark.parametrize(("count", "kind"), [(2, "b8"), (4, "b16"), (2, "f32"), (4, "u32"), (2, "b64"), (8, "b32")])
+@pytest.mark.parametrize(
+    ("count", "kind"), [(2, "b8"), (4, "b16"), (2, "f32"), (4, "u32"), (2, "b64"), (8, "b32")]
+)
 def test_vectors(count, kind):
     size = int(kind[1:]) // 8
     names = ", ".join(f"%x{i}" for i in range(count))
@@ -100,7 +107,8 @@ def test_constant_arrays_local_memory_and_parameters():
 
 
 def test_parameters_lie_at_their_alignment():
-    text = f"""{HEADER}.visible .entry k(.param .u32 a, .param .f64 b, .param .align 4 .b8 c[6], .param .u64 out)
+    text = f"""{HEADER}
+    .visible .entry k(.param .u32 a, .param .f64 b, .param .align 4 .b8 c[6], .param .u64 out)
     {{ ld.param.u32 %r0, [a]; ld.param.f64 %fd0, [b]; ld.param.u16 %rs0, [c+4]; ld.param.u64 %rd0, [out];
     st.global.u32 [%rd0], %r0; st.global.f64 [%rd0+8], %fd0; st.global.u16 [%rd0+16], %rs0; ret; }}"""
     one, out = Kernel(Module(text), "k"), np.zeros(3, np.uint64)
@@ -110,7 +118,11 @@ def test_parameters_lie_at_their_alignment():
 
 
 def test_additions_in_memory():
-    body = f"{PLACES}\natom.global.gpu.relaxed.add.u64 %rd3, [%rd0], 3;\nred.global.add.u32 [%rd0+8], 2;\nst.global.b64 [%rd9], %rd3;"
+    body = f"""{PLACES}
+    atom.global.gpu.relaxed.add.u64 %rd3, [%rd0], 3;
+    red.global.add.u32 [%rd0+8], 2;
+    st.global.b64 [%rd9], %rd3;
+    """
     given, out = np.array([5, 7], np.uint64), np.zeros(32, np.uint64)
     run(kernel(body), given, out)
     assert given.tolist() == [5 + 96, 7 + 64]
@@ -137,7 +149,9 @@ def test_shuffles(way, distance, segment):
         assert (x & 0xFFFFFFFF, x >> 32) == (100 + (source if inside else lane), int(inside)), lane
 
 
-@pytest.mark.parametrize("how", ["add.s32", "add.u32", "max.s32", "min.s32", "max.u32", "min.u32", "or.b32", "and.b32", "xor.b32"])
+@pytest.mark.parametrize(
+    "how", ["add.s32", "add.u32", "max.s32", "min.s32", "max.u32", "min.u32", "or.b32", "and.b32", "xor.b32"]
+)
 def test_reductions_of_a_warp(how):
     given = low(np.random.default_rng(3).integers(0, 2**64, 32, np.uint64))
     as_type = given.astype(np.uint32).view(np.int32 if how.endswith("s32") else np.uint32).astype(object)
@@ -151,9 +165,14 @@ def test_votes():
     body = "setp.gt.u64 %p1, %rd2, 20;\n"
     assert (lanes(body + "vote.sync.ballot.b32 %rd3, %p1, 0xffffffff;", LANES) == 0xFFE00000).all()
     for how, limit, expected in (("any", 30, 1), ("any", 31, 0), ("all", 0, 0)):
-        found = lanes(f"setp.gt.u64 %p1, %rd2, {limit};\nvote.sync.{how}.pred %p2, %p1, -1;\nselp.b64 %rd3, 1, 0, %p2;", LANES)
+        found = lanes(
+            f"setp.gt.u64 %p1, %rd2, {limit};\nvote.sync.{how}.pred %p2, %p1, -1;\nselp.b64 %rd3, 1, 0, %p2;",
+            LANES,
+        )
         assert (found == expected).all()
-    found = lanes("setp.ge.u64 %p1, %rd2, 0;\nvote.sync.all.pred %p2, %p1, -1;\nselp.b64 %rd3, 1, 0, %p2;", LANES)
+    found = lanes(
+        "setp.ge.u64 %p1, %rd2, 0;\nvote.sync.all.pred %p2, %p1, -1;\nselp.b64 %rd3, 1, 0, %p2;", LANES
+    )
     assert (found == 1).all()
 
 
@@ -193,7 +212,13 @@ def test_matrices(transposed):
 
 
 def test_packing():
-    body = "mov.b64 {%r1, %r2}, %rd2;\nmov.b32 {%x1, %x2}, %r1;\nmov.b32 %r3, {%x2, %x1};\nmov.b64 {_, %r4}, %rd2;\nmov.b64 %rd3, {%r4, %r3};"
+    body = """
+    mov.b64 {%r1, %r2}, %rd2;
+    mov.b32 {%x1, %x2}, %r1;
+    mov.b32 %r3, {%x2, %x1};
+    mov.b64 {_, %r4}, %rd2;
+    mov.b64 %rd3, {%r4, %r3};
+    """
     found = lanes(body, WORDS)
     expected = [w >> 32 | (w >> 16 & 0xFFFF) << 32 | (w & 0xFFFF) << 48 for w in WORDS.tolist()]
     assert found.tolist() == expected
@@ -263,7 +288,9 @@ def test_calls_and_scopes():
     call.uni (retval0), twice_and, (param0, param1);
     ld.param.b64 {result}, [retval0]; }
     """
-    body = call.replace("{other}", "100").replace("{result}", "%rd5") + call.replace("{other}", "%rd5").replace("{result}", "%rd3")
+    body = call.replace("{other}", "100").replace("{result}", "%rd5") + call.replace("{other}", "%rd5").replace(
+        "{result}", "%rd3"
+    )
     f = lambda a, b: (a if a > 9 else 2 * a) + b  # noqa: E731
     body += "{ .reg .b64 %rd3; mov.b64 %rd3, 77; }"
     assert lanes(body, LANES, outside).tolist() == [f(x, f(x, 100)) for x in range(32)]
@@ -271,8 +298,8 @@ def test_calls_and_scopes():
 
 def test_numbers_of_threads_and_blocks():
     body = """
-    mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mov.u32 %r3, %nctaid.x; mov.u32 %r4, %laneid;
-    mov.u32 %r5, %tid.y; mov.u32 %r6, %ntid.z;
+    mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mov.u32 %r3, %nctaid.x;
+    mov.u32 %r4, %laneid; mov.u32 %r5, %tid.y; mov.u32 %r6, %ntid.z;
     mad.lo.s32 %r7, %r1, %r2, %r0;
     mul.wide.u32 %rd2, %r7, 4;
     add.s64 %rd2, %rd2, %rd0;
@@ -289,8 +316,10 @@ def test_numbers_of_threads_and_blocks():
 def test_products_are_fused_where_ptx_lets_them_be():
     code = """
     mul.f32 %f1, %a, %b; add.f32 %f2, %f1, %c; sub.f32 %f3, %c, %f1; sub.f32 %f4, %f1, %c;
-    mul.rn.f32 %f5, %a, %b; add.f32 %f6, %f5, %c; add.rn.f32 %f7, %f1, %c; mul.f32 %a, %a, %b; add.f32 %f8, %a, %c;
-    mul.f32 %f9, %b, %b; mul.f32 %f10, %c, %c; add.f32 %f11, %f9, %f10; add.f32 %f1, %c, %c; add.f32 %f12, %f1, %c;
+    mul.rn.f32 %f5, %a, %b; add.f32 %f6, %f5, %c; add.rn.f32 %f7, %f1, %c;
+    mul.f32 %a, %a, %b; add.f32 %f8, %a, %c;
+    mul.f32 %f9, %b, %b; mul.f32 %f10, %c, %c; add.f32 %f11, %f9, %f10;
+    add.f32 %f1, %c, %c; add.f32 %f12, %f1, %c;
     """
     text = f"{HEADER}.visible .entry k()\n{{\n{code}\nret;\n}}\n"
     from ptx.text import statements
@@ -314,10 +343,13 @@ def test_products_are_fused_where_ptx_lets_them_be():
 
 
 @pytest.mark.parametrize("line", [
-    "add.f16 %x1, %x2, %x3;", "add.rz.f32 %f1, %f2, %f3;", "fma.rn.relu.f32 %f1, %f2, %f3, %f4;", "ld.global.cs.b32 %r1, [%rd0];",
-    "atom.global.max.u32 %r1, [%rd0], 1;", "bar.sync 1;", "bar.red.popc.u32 %r1, 0, %p1;", "vote.sync.uni.pred %p1, %p2, -1;",
-    "shfl.sync.bfly.b64 %rd1, %rd2, 1, 31, -1;", "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 %f1, %f2, %f3, %f4;",
-    "cvta.shared.u64 %rd1, %rd2;", "setp.lo.u32 %p1, %r1, %r2;", "ld.global.v4.b32 {%r1, %r2}, [%rd0];", "redux.sync.fmin.f32 %f1, %f2, -1;",
+    "add.f16 %x1, %x2, %x3;", "add.rz.f32 %f1, %f2, %f3;", "fma.rn.relu.f32 %f1, %f2, %f3, %f4;",
+    "ld.global.cs.b32 %r1, [%rd0];", "atom.global.max.u32 %r1, [%rd0], 1;", "bar.sync 1;",
+    "bar.red.popc.u32 %r1, 0, %p1;", "vote.sync.uni.pred %p1, %p2, -1;",
+    "shfl.sync.bfly.b64 %rd1, %rd2, 1, 31, -1;",
+    "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 %f1, %f2, %f3, %f4;",
+    "cvta.shared.u64 %rd1, %rd2;", "setp.lo.u32 %p1, %r1, %r2;", "ld.global.v4.b32 {%r1, %r2}, [%rd0];",
+    "redux.sync.fmin.f32 %f1, %f2, -1;",
     "ldmatrix.sync.aligned.m8n16.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%r0];", "membar.gl;", "add.s32 %r1, %r2;",
 ])  # fmt: skip
 def test_an_instruction_without_code_is_named(line):
@@ -334,6 +366,7 @@ def test_a_special_register_without_code_is_named():
 
 SHARED = ".shared .align 8 .b8 room[1024];\n"
 TO_SHARED = "mov.b32 %r9, room;\nshl.b32 %r1, %r0, 2;\nadd.s32 %r2, %r9, %r1;\n"
+LOW_HALF, SHUFFLE = "setp.lt.u32 %p1, %r0, 16;\n", "shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;\n"
 FAULTS = {
     "outside of every tensor": ("ld.global.b32 %r3, [%rd0+256];", ""),
     "bytes lies outside": ("st.global.b32 [%rd9+-256], 1;", ""),
@@ -342,18 +375,23 @@ FAULTS = {
     "outside of shared": ("st.shared.b32 [1024], 1;", ""),
     "shared memory is not aligned": (TO_SHARED + "st.shared.b32 [%r2+2], 1;", SHARED),
     "that nobody wrote": (TO_SHARED + "ld.shared.b32 %r3, [%r2];", SHARED),
-    "constant memory": ("mov.u64 %rd5, table;\nst.global.b32 [%rd5], 1;", ".const .align 4 .b32 table[1] = {3};"),
+    "constant memory": (
+        "mov.u64 %rd5, table;\nst.global.b32 [%rd5], 1;", ".const .align 4 .b32 table[1] = {3};"),
     "race in global": ("st.global.b32 [%rd1], %r0;", ""),
-    "race in shared": (TO_SHARED + "st.shared.b32 [%r2], 1;\nbar.sync 0;\nst.shared.b32 [%r2], 2;\nxor.b32 %r2, %r2, 128;\nld.shared.b32 %r3, [%r2];", SHARED),
+    "race in shared": (
+        TO_SHARED + "st.shared.b32 [%r2], 1;\nbar.sync 0;\nst.shared.b32 [%r2], 2;\n"
+        "xor.b32 %r2, %r2, 128;\nld.shared.b32 %r3, [%r2];", SHARED),
     "without the others": ("setp.lt.u32 %p1, %r0, 16;\n@%p1 bar.sync 0;", ""),
     "at different barriers": (
         "setp.lt.u32 %p1, %r0, 32;\n@%p1 bra $low;\nbar.sync 0;\nbra $end;\n$low:\nbar.sync 0;\n$end:", ""),
     "and 32 have ended": ("setp.lt.u32 %p1, %r0, 32;\n@%p1 ret;\nbar.sync 0;", ""),
     "for others of their warp": (
-        "setp.lt.u32 %p1, %r0, 16;\n@%p1 bra $low;\nbar.warp.sync -1;\nbra $end;\n$low:\nshfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;\n$end:", ""),
-    "thread that has ended": ("setp.lt.u32 %p1, %r0, 16;\n@%p1 ret;\nshfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;", ""),
+        f"{LOW_HALF}@%p1 bra $low;\nbar.warp.sync -1;\nbra $end;\n$low:\n{SHUFFLE}$end:", ""),
+    "thread that has ended": (f"{LOW_HALF}@%p1 ret;\n{SHUFFLE}", ""),
     "that its mask does not name": ("shfl.sync.bfly.b32 %r3, %r0, 1, 31, 0xffff;", ""),
-    "does not take part": ("setp.lt.u32 %p1, %r0, 48;\n@%p1 bra $end;\nshfl.sync.bfly.b32 %r3, %r0, 16, 31, 0xffff0000;\n$end:", ""),
+    "does not take part": (
+        "setp.lt.u32 %p1, %r0, 48;\n@%p1 bra $end;\nshfl.sync.bfly.b32 %r3, %r0, 16, 31, 0xffff0000;\n$end:",
+        ""),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Mutants: real kernels with one instruction changed. The executor's checks, or the numbers, find each of them."""
+"""Real kernels with one instruction changed: the executor's checks, or the numbers, find each of them."""
 
 import re
 
@@ -20,8 +20,10 @@ GRID = fk.Grid.uniform(4)
 
 
 def integers(most, *shape):
-    """Up to ``most``. Eight of them, or their squares, have an exact sum in float32 that fills it, so that further
-    sums fill both halves of a float64."""
+    """Up to ``most``, so that eight of them, or of their squares, have an exact sum in float32.
+
+    Further sums then fill both halves of a float64.
+    """
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     return torch.randint(-most, most, shape, generator=generator).float()
 
@@ -112,7 +114,9 @@ def places(kernel, pattern):
     """Starts of the matches in instructions that the last launches executed."""
     rows = kernel.program.counts()
     everybody = max(row[3] for row in rows)
-    lines = {row[1] for row in rows if row[3] and (row[3] < everybody or "@" not in pattern)}  # a predicate that is used
+    lines = {
+        row[1] for row in rows if row[3] and (row[3] < everybody or "@" not in pattern)
+    }  # a predicate that is used
     body = kernel.module.text
     entry = body.index(f".entry {kernel.name}")
     end = body.find(".entry", entry + 1)
@@ -146,7 +150,9 @@ def test_every_mutant_is_found(backend, op, kernel, change, changed):
     for one in real:
         for place in places(one, pattern):
             count += 1
-            made = changed(one.name, lambda text, at=place: text[:at] + re.sub(pattern, replacement, text[at:], count=1))
+            made = changed(
+                one.name, lambda text, at=place: text[:at] + re.sub(pattern, replacement, text[at:], count=1)
+            )
             try:
                 if op(backend):
                     line = one.module.text.count("\n", 0, place) + 1

@@ -8,7 +8,7 @@ from ptx_programs import apply
 
 OPCODES = dict(executor().opcodes())
 EXACT = [name for name in OPCODES if model(name) is not None]
-#: Of approximate instructions: the function, and the bound of PTX: relative, absolute or in units of the last place.
+#: The function of each approximate instruction, and the error that PTX allows it.
 BOUNDS = {
     "rcp": (lambda a: 1 / a, "ulp", 1), "sqrt": (np.sqrt, "relative", 2.0**-23),
     "rsqrt": (lambda a: 1 / np.sqrt(a), "relative", 2.0**-22), "lg2": (np.log2, "either", 2.0**-22),
@@ -45,7 +45,11 @@ def test_approximation(opcode, mode, generator):
         executor().approximate(0)
     found = bits.astype(np.uint32).view(np.float32).astype(np.float64)
     expected = f(*(x.astype(np.float64) for x in given))
-    scale = {"absolute": 1, "relative": np.abs(expected), "ulp": np.spacing(np.abs(expected.astype(np.float32)))}
+    scale = {
+        "absolute": 1,
+        "relative": np.abs(expected),
+        "ulp": np.spacing(np.abs(expected.astype(np.float32))),
+    }
     absolute = (given[0] > 0.5) & (given[0] < 2)
     scale["either"] = np.where(absolute, 1, np.abs(expected))
     error = np.abs(found - expected) / scale[how]

@@ -1,20 +1,20 @@
 """The CUDA kernels: compiled by nvcc, all of an architecture at once.
 
-Cubins lie in build/cubins under a hash of the sources and of nvcc's version, with what ptxas said of them.
+Cubins lie beside the PTX that they are made of, with a log of what ptxas said of them.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cuda_units import Unit, units
+from build_cuda import find_nvcc
+from cuda_units import Unit, compiled, once, parallel, run, units
 from fogzo_kernels.spec import noise, scale, straight_through
 from fogzo_kernels.spec.dtypes import OUTPUTS
 
@@ -22,9 +22,6 @@ from ..cases import short
 from .machine_code import Report, dumps, report_of, usages
 from .report import SPAN, Row, Variant, row_of_report
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc/cuda"
-FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 #: In the order of the C++ enumerations, by whose numbers a mangled name tells its template arguments.
 DISTRIBUTIONS = tuple(noise.DISTRIBUTIONS)
 DTYPES = (*map(short, OUTPUTS), "any")
@@ -49,47 +46,24 @@ BLOCK, STAGES = "128", 3
 
 def unavailable() -> str | None:
     """None, or why nothing can be compiled or read."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on the path"
+    if find_nvcc() is None:
+        return "nvcc was not found: install nvidia-cuda-nvcc, or set CUDA_HOME"
     return None if shutil.which("c++filt") else "c++filt is not on the path"
 
 
-def digest() -> str:
-    """Of what the cubins depend on."""
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    found = hashlib.sha256(f"{version} {FLAGS}".encode())
-    for path in sorted([*(ROOT / "csrc").glob("*.h"), *SOURCES.glob("*.*h"), *SOURCES.glob("*.cu")]):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
-
-
 def compile_all(arch: int) -> Path:
-    """A folder with a cubin, its PTX and ptxas's report, a .log, for each source."""
-    folder = ROOT / "build/cubins" / digest() / str(arch)
-    folder.mkdir(parents=True, exist_ok=True)
-    for unit in units():
-        with (folder / f"{unit.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / f"{unit.name}.log").exists():
-                compile_one(unit, arch, folder)
+    """A folder with PTX, a cubin and ptxas's report, a .log, for each source."""
+    folder, nvcc = compiled(arch), find_nvcc()
+    assert nvcc is not None
+    ptxas = str(Path(nvcc).with_name("ptxas"))
+
+    def assemble(unit: Unit) -> None:
+        ptx, cubin = folder / f"{unit.name}.ptx", folder / f"{unit.name}.cubin"
+        command = (ptxas, "-v", f"-arch=sm_{arch}", str(ptx), "-o", str(cubin))
+        once(folder / f"{unit.name}.log", lambda path: path.write_text(run(*command)))
+
+    parallel([partial(assemble, unit) for unit in units()])
     return folder
-
-
-def compile_one(unit: Unit, arch: int, folder: Path) -> None:
-    keep = folder / f"{unit.name}.steps"
-    keep.mkdir(exist_ok=True)
-    cubin = folder / f"{unit.name}.cubin"
-    command = ["nvcc", *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas=-v", "--keep"]
-    result = subprocess.run(
-        [*command, f"--keep-dir={keep}", *unit.defines, str(unit.source), "-o", str(cubin)],
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode:
-        raise RuntimeError(f"nvcc failed on {unit.name} for sm_{arch}:\n{result.stderr[-4000:]}")
-    shutil.copy(next(keep.glob("*.ptx")), folder / f"{unit.name}.ptx")
-    shutil.rmtree(keep)
-    (folder / f"{unit.name}.log").write_text(result.stdout + result.stderr)  # last: now all is there
 
 
 def spills(folder: Path) -> dict[str, int]:

@@ -114,9 +114,8 @@ void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const D
       tables_of(plan), source_of(draw.step), coefficients, int(losses.n), r, losses.counters, grad};
   with_value(draw.distribution, [&](auto D) {
     if (block)
-      return launch("rotated_estimate_kernel",
-                                  rotated_estimate_for<decltype(D)::value>(grad, block), where, plan.blocks,
-                                  kThreads, Rotated<Estimate>{p, rotation_of(block)});
+      return launch("rotated_estimate_kernel", rotated_estimate_for<decltype(D)::value>(grad, block), where,
+                    plan.blocks, kThreads, Rotated<Estimate>{p, rotation_of(block)});
     launch("estimate_kernel", estimate_for<decltype(D)::value>(grad, plain), where, plan.blocks, kThreads, p);
   });
 }

@@ -102,8 +102,7 @@ void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes
                       StraightThrough kind, const AlphaSums &sums) {
   const Learned p{tables_of(plan), grid, dtypes, sums};
   with_value(kind, [&](auto S) {
-    launch("learned_kernel", learned_for<decltype(S)::value>(dtypes), where, plan.blocks,
-                         kThreads, p);
+    launch("learned_kernel", learned_for<decltype(S)::value>(dtypes), where, plan.blocks, kThreads, p);
   });
   write_long_sums(where, p);
 }

@@ -145,9 +145,9 @@ void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const 
     else if (data == f16)
       kernel = measure_kernel<s, f16>;
     launch("measure_kernel", kernel, where, plan.blocks, kThreads,
-                         MeasureCells{plan.table, plan.owner, measure, partial});
+           MeasureCells{plan.table, plan.owner, measure, partial});
     launch("join_kernel", join_kernel<s>, where, plan.second_blocks, kThreads,
-                         MeasureCells{plan.table, plan.second_owner, measure, partial});
+           MeasureCells{plan.table, plan.second_owner, measure, partial});
   });
 }
 

@@ -21,9 +21,8 @@ void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes
                   dtypes};
   with_value(draw.distribution, [&](auto D) {
     if (block)
-      return launch("rotated_perturb_kernel",
-                                  rotated_perturb_for<decltype(D)::value>(dtypes, both, block), where,
-                                  plan.blocks, kThreads, Rotated<Perturb>{p, rotation_of(block)});
+      return launch("rotated_perturb_kernel", rotated_perturb_for<decltype(D)::value>(dtypes, both, block),
+                    where, plan.blocks, kThreads, Rotated<Perturb>{p, rotation_of(block)});
     launch("perturb_kernel", perturb_for<decltype(D)::value>(dtypes, both, plain), where, plan.blocks, kThreads,
            p);
   });

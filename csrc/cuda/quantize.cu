@@ -207,8 +207,8 @@ void (*rotated_quantize_for(const Dtypes &t, int block))(Rotated<Quantize>) {
 void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid, int block) {
   const Quantize p{tables_of(plan), grid, dtypes};
   if (block)
-    return launch("rotated_quantize_kernel", rotated_quantize_for(dtypes, block), where,
-                                plan.blocks, kThreads, Rotated<Quantize>{p, rotation_of(block)});
+    return launch("rotated_quantize_kernel", rotated_quantize_for(dtypes, block), where, plan.blocks, kThreads,
+                  Rotated<Quantize>{p, rotation_of(block)});
   constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, i8 = Dtype::int8, any = Dtype::any;
   const auto is = [&](Dtype latent, Dtype out) { return dtypes.latent == latent && dtypes.out == out; };
   void (*kernel)(Quantize) = quantize_kernel<any, any>;
@@ -234,9 +234,8 @@ void straight_through_backward(const Where &where, const Plan &plan, const Dtype
   const Quantize p{tables_of(plan), grid, dtypes};
   with_value(kind, [&](auto S) {
     if (block)
-      return launch("rotated_backward_kernel",
-                                  rotated_backward_for<decltype(S)::value>(dtypes, block), where, plan.blocks,
-                                  kThreads, Rotated<Quantize>{p, rotation_of(block)});
+      return launch("rotated_backward_kernel", rotated_backward_for<decltype(S)::value>(dtypes, block), where,
+                    plan.blocks, kThreads, Rotated<Quantize>{p, rotation_of(block)});
     launch("backward_kernel", backward_for<decltype(S)::value>(dtypes), where, plan.blocks, kThreads, p);
   });
 }

@@ -108,8 +108,8 @@ void rotated_learned_backward(const Where &where, const Plan &plan, const Dtypes
                               StraightThrough kind, const AlphaSums &sums, int block) {
   const Learned p{tables_of(plan), grid, dtypes, sums};
   with_value(kind, [&](auto S) {
-    launch("rotated_learned_kernel", rotated_learned_for<decltype(S)::value>(dtypes, block),
-                         where, plan.blocks, kThreads, Rotated<Learned>{p, rotation_of(block)});
+    launch("rotated_learned_kernel", rotated_learned_for<decltype(S)::value>(dtypes, block), where, plan.blocks,
+           kThreads, Rotated<Learned>{p, rotation_of(block)});
   });
   write_long_sums(where, p);
 }

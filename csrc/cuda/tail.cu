@@ -93,8 +93,8 @@ void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes,
   with_value(draw.distribution, [&](auto which) {
     constexpr Distribution D = decltype(which)::value;
     if (block)
-      return launch("rotated_update_kernel", rotated_update_for<D>(adamw), where, plan.blocks,
-                                  kThreads, Rotated<Tail>{p, rotation_of(block)});
+      return launch("rotated_update_kernel", rotated_update_for<D>(adamw), where, plan.blocks, kThreads,
+                    Rotated<Tail>{p, rotation_of(block)});
     const TailKernel kernel = adamw ? update_for<D, true>(dtypes, plain) : update_for<D, false>(dtypes, plain);
     launch("update_kernel", kernel, where, plan.blocks, kThreads, p);
   });

@@ -1,12 +1,16 @@
-"""Runs on the CPU the PTX that Triton and nvcc make of the GPU kernels: what ships is what is tested.
+"""Runs on the CPU the PTX that Triton and nvcc make of the GPU kernels: the tests run the code that ships.
 
-``text.py`` reads PTX, ``decode.py`` makes a program of a kernel, and the C++ in ``executor/`` runs it: all threads of
-a block, with every instruction's documented result. Each launch is checked. It may touch no byte outside the op's
-tensors, no address that is not aligned, no shared memory that nobody wrote. Two threads may not race. A warp may not
-diverge at a barrier, and no thread may wait for one that has ended. A kernel that fails a check raises ``RuntimeError``
-with the line of its PTX.
+``text.py`` reads PTX. ``decode.py`` makes a program of a kernel. The C++ in ``executor/`` runs all threads of a
+block, and gives each instruction the result that the PTX manual states. It checks every launch:
 
-``triton_driver.py`` puts the executor in the place of Triton's GPU, ``cuda_driver.py`` in the place of CUDA's runtime.
+- a thread touches no byte outside of the op's tensors, and no address that is not aligned;
+- it reads no shared memory that nobody wrote;
+- two threads do not race, in shared or in global memory;
+- a warp does not diverge at a barrier or a shuffle, and no thread waits for one that has ended.
+
+A kernel that fails a check raises ``RuntimeError`` with the line of its PTX.
+
+``triton_driver.py`` takes the place of Triton's GPU, ``cuda_driver.py`` the place of CUDA's runtime.
 ``modes.py`` lists what can be varied. ``python -m ptx MODULE ARGUMENTS`` runs any module so.
 """
 

@@ -12,11 +12,13 @@ from .build import executor
 from .text import SIZES, Body, Brace, Declaration, Instruction, Label, Module, Variable, statements, variables
 
 SPECIAL = re.compile(r"%(?:n?tid|n?ctaid)\.[xyz]|%laneid")
-OTHER_SPECIAL = re.compile(r"%(?:.*\.[xyzw]|n?(?:warp|sm|grid|cluster)\w*id|clock\w*|globaltimer\w*|lanemask\w*|pm\d|env\w+|\w+_size)")
+OTHER_SPECIAL = re.compile(
+    r"%(?:.*\.[xyzw]|n?(?:warp|sm|grid|cluster)\w*id|clock\w*|globaltimer\w*|lanemask\w*|pm\d|env\w+|\w+_size)"
+)
 SHUFFLES = {"up": 0, "down": 1, "bfly": 2, "idx": 3}
 REDUCTIONS = {
-    "add.s32": 0, "add.u32": 0, "max.s32": 1, "min.s32": 2, "max.u32": 3, "min.u32": 4, "or.b32": 5, "and.b32": 6,
-    "xor.b32": 7,
+    "add.s32": 0, "add.u32": 0, "max.s32": 1, "min.s32": 2, "max.u32": 3, "min.u32": 4, "or.b32": 5,
+    "and.b32": 6, "xor.b32": 7,
 }  # fmt: skip
 VOTES = {"ballot.b32": 0, "any.pred": 1, "all.pred": 2}
 SPACES = {"global": "generic", "shared": "shared", "param": "parameter", "local": "local", "const": "generic"}
@@ -88,7 +90,9 @@ class Kernel:
 
     def _constant_array(self, v: Variable) -> int:
         assert v.bytes is not None
-        data = b"".join((literal(x) & (1 << 8 * SIZES[v.type]) - 1).to_bytes(SIZES[v.type], "little") for x in v.values)
+        data = b"".join(
+            (literal(x) & (1 << 8 * SIZES[v.type]) - 1).to_bytes(SIZES[v.type], "little") for x in v.values
+        )
         buffer = ctypes.create_string_buffer(data.ljust(v.bytes, b"\0") + bytes(16))
         start = aligned(ctypes.addressof(buffer), 16)
         ctypes.memmove(start, data, len(data))
@@ -123,7 +127,9 @@ class Kernel:
         if text.startswith(".reg"):
             for name in re.split(r"[,\s]+", text.split(None, 2)[2]):
                 if base := re.fullmatch(r"(%\w+)<(\d+)>", name):
-                    scope.names.update({f"{base[1]}{i}": f"{base[1]}{i}@{self._inlined}" for i in range(int(base[2]))})
+                    scope.names.update(
+                        {f"{base[1]}{i}": f"{base[1]}{i}@{self._inlined}" for i in range(int(base[2]))}
+                    )
                 else:
                     scope.names[name] = f"{name}@{self._inlined}"
         elif text.startswith(".param"):

@@ -1,7 +1,7 @@
-"""What the assembler may do: a product and a sum, neither of which says how it rounds, become one fma.
+"""Makes one fma of a product and a sum, where PTX lets the assembler do so.
 
-PTX leaves ``mul.f32`` and ``add.f32`` without ``.rn`` to ptxas. A kernel that must round twice says ``.rn``; one that
-does not must be right either way.
+PTX leaves ``mul.f32`` and ``add.f32`` without ``.rn`` to ptxas. A kernel that must round twice says ``.rn``.
+Any other kernel must be right either way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ def fuse(code: list[Instruction | Label], mode: int) -> int:
         found += fused or [one]
         count += fused is not None
         forget(one, products)
-        if operation == "mul" and kind in FLOATS and one.predicate is None and one.operands[0] not in one.operands[1:]:
+        if (
+            operation == "mul"
+            and kind in FLOATS
+            and one.predicate is None
+            and one.operands[0] not in one.operands[1:]
+        ):
             products[one.operands[0]] = one.operands[1], one.operands[2]
     code[:] = found
     return count

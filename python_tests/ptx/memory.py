@@ -1,7 +1,7 @@
-"""What a launch may touch: the tensors of the op that it belongs to.
+"""Which memory a launch may touch: the tensors of its op.
 
-An op's own tensors are its arguments. Those that it makes, as room for partial sums, are seen as it makes them. Its
-plan's tables are seen where they are kept. A kernel that touches anything else fails.
+These are the op's arguments, the tensors that it makes (room for partial sums), and the tables of its plan. A
+kernel that touches anything else fails.
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ class Launcher:
         given = [a for a, t in zip(args, self.types, strict=True) if t != "constexpr"]
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
         scratch = [0] * (len(kernel.parameters) - len(values))  # addresses of scratch memory, which it has not
-        launches.run(kernel, x * y * z, self.threads, kernel.pack(values + scratch), self.shared, touchable(given))
+        launches.run(
+            kernel, x * y * z, self.threads, kernel.pack(values + scratch), self.shared, touchable(given)
+        )
 
 
 class Driver(DriverBase):

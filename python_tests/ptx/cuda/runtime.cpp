@@ -29,8 +29,8 @@ void **__cudaRegisterFatBinary(void *) {
 }
 void __cudaRegisterFatBinaryEnd(void **) {}
 void __cudaUnregisterFatBinary(void **) {}
-void __cudaRegisterFunction(void **, const char *host, char *, const char *name, int, void *, void *, void *, void *,
-                            int *) {
+void __cudaRegisterFunction(void **, const char *host, char *, const char *name, int, void *, void *, void *,
+                            void *, int *) {
   kernels()[host] = name;
 }
 
@@ -38,7 +38,8 @@ void __cudaRegisterFunction(void **, const char *host, char *, const char *name,
 int cudaLaunchKernel(const void *host, Size blocks, Size threads, void **arguments, size_t shared, void *) {
   py::gil_scoped_acquire hold;
   py::module_::import("ptx.cuda_driver")
-      .attr("launch")(kernels().at(host), blocks.x, threads.x, reinterpret_cast<uintptr_t>(arguments[0]), shared);
+      .attr("launch")(kernels().at(host), blocks.x, threads.x, reinterpret_cast<uintptr_t>(arguments[0]),
+                      shared);
   return 0;
 }
 

@@ -121,15 +121,12 @@ void floats_of_32_bits() {
   define<float, float, float>("min.NaN.f32", [](float a, float b) { return minimum_nan(a, b); });
   define<float, float, float>("max.NaN.f32", [](float a, float b) { return maximum_nan(a, b); });
   define<float, float, float, float>("fma.rm.f32", [](float a, float b, float c) { return fma_down(a, b, c); });
-  define<float, float, float>("add.ftz.f32", [](float a, float b) {
-    return canonical(flushed(flushed(a) + flushed(b)));
-  });
-  define<float, float, float>("sub.ftz.f32", [](float a, float b) {
-    return canonical(flushed(flushed(a) - flushed(b)));
-  });
-  define<float, float, float>("mul.ftz.f32", [](float a, float b) {
-    return canonical(flushed(flushed(a) * flushed(b)));
-  });
+  define<float, float, float>("add.ftz.f32",
+                              [](float a, float b) { return canonical(flushed(flushed(a) + flushed(b))); });
+  define<float, float, float>("sub.ftz.f32",
+                              [](float a, float b) { return canonical(flushed(flushed(a) - flushed(b))); });
+  define<float, float, float>("mul.ftz.f32",
+                              [](float a, float b) { return canonical(flushed(flushed(a) * flushed(b))); });
   define<float, float, float, float>("fma.rn.ftz.f32", [](float a, float b, float c) {
     return canonical(flushed(std::fma(flushed(a), flushed(b), flushed(c))));
   });
@@ -163,28 +160,23 @@ void pairs_of_floats() {
 void approximations() {
   for (Name f : {std::string(), std::string(".ftz")}) {
     define<float, float>("rcp.approx" + f + ".f32", [](float a) { return within_ulps(1.0 / flushed(a), 1); });
-    define<float, float>("sqrt.approx" + f + ".f32", [](float a) {
-      return within_relative(std::sqrt(double(flushed(a))), 0x1p-23);
-    });
-    define<float, float>("rsqrt.approx" + f + ".f32", [](float a) {
-      return within_relative(1 / std::sqrt(double(flushed(a))), 0x1p-22);
-    });
+    define<float, float>("sqrt.approx" + f + ".f32",
+                         [](float a) { return within_relative(std::sqrt(double(flushed(a))), 0x1p-23); });
+    define<float, float>("rsqrt.approx" + f + ".f32",
+                         [](float a) { return within_relative(1 / std::sqrt(double(flushed(a))), 0x1p-22); });
     define<float, float>("lg2.approx" + f + ".f32", [](float a) {
       const double y = std::log2(double(flushed(a)));
       return a > 0.5f && a < 2.0f ? within_absolute(y, 0x1p-22) : within_relative(y, 0x1p-22);
     });
-    define<float, float>("ex2.approx" + f + ".f32", [](float a) {
-      return within_relative(std::exp2(double(flushed(a))), 0x1p-22);
-    });
+    define<float, float>("ex2.approx" + f + ".f32",
+                         [](float a) { return within_relative(std::exp2(double(flushed(a))), 0x1p-22); });
     define<float, float>("sin.approx" + f + ".f32", [](float a) {
       return within_absolute(std::sin(double(flushed(a))), 0x1.6A09E6p-21); // 2^-20.5
     });
-    define<float, float>("cos.approx" + f + ".f32", [](float a) {
-      return within_absolute(std::cos(double(flushed(a))), 0x1.6A09E6p-21);
-    });
-    define<float, float, float>("div.full" + f + ".f32", [](float a, float b) {
-      return within_ulps(double(a) / double(b), 2);
-    });
+    define<float, float>("cos.approx" + f + ".f32",
+                         [](float a) { return within_absolute(std::cos(double(flushed(a))), 0x1.6A09E6p-21); });
+    define<float, float, float>("div.full" + f + ".f32",
+                                [](float a, float b) { return within_ulps(double(a) / double(b), 2); });
   }
   define<double, double>("rcp.approx.ftz.f64", [](double a) { return upper_half(1 / a); });
   define<double, double>("rsqrt.approx.ftz.f64", [](double a) { return upper_half(1 / std::sqrt(a)); });
@@ -235,12 +227,10 @@ void conversions() {
   define<uint16_t, float>("cvt.rn.bf16.f32", [](float a) { return to_bfloat16(a); });
   define<uint16_t, float>("cvt.rn.f16.f32", [](float a) { return to_float16(a); });
   // The first operand goes into the upper half.
-  define<uint32_t, float, float>("cvt.rn.bf16x2.f32", [](float a, float b) {
-    return uint32_t(to_bfloat16(a)) << 16 | to_bfloat16(b);
-  });
-  define<uint32_t, float, float>("cvt.rn.f16x2.f32", [](float a, float b) {
-    return uint32_t(to_float16(a)) << 16 | to_float16(b);
-  });
+  define<uint32_t, float, float>(
+      "cvt.rn.bf16x2.f32", [](float a, float b) { return uint32_t(to_bfloat16(a)) << 16 | to_bfloat16(b); });
+  define<uint32_t, float, float>(
+      "cvt.rn.f16x2.f32", [](float a, float b) { return uint32_t(to_float16(a)) << 16 | to_float16(b); });
   define<float, float>("cvt.rni.f32.f32", [](float a) { return canonical(std::nearbyint(a)); });
   define<float, float>("cvt.rzi.f32.f32", [](float a) { return canonical(std::trunc(a)); });
   define<double, double>("cvt.rni.f64.f64", [](double a) { return canonical(std::nearbyint(a)); });

@@ -12,12 +12,13 @@ namespace ptx {
   throw std::runtime_error("line " + std::to_string(x.line) + ", " + x.opcode + ": " + what);
 }
 
-// All of a launch: tensors, constant arrays, parameters and local memory, which lie where their addresses say, and the
-// shared memory of the block at hand, whose addresses count from its start.
+// All of a launch: tensors, constant arrays, parameters and local memory, which lie where their addresses say,
+// and the shared memory of the block at hand, whose addresses count from its start.
 class Memory {
 public:
   Memory(const Program &program, const Launch &launch, int lanes)
-      : parameters_(launch.parameters), local_bytes_(program.local_bytes), local_(size_t(local_bytes_) * lanes + 16) {
+      : parameters_(launch.parameters), local_bytes_(program.local_bytes),
+        local_(size_t(local_bytes_) * lanes + 16) {
     const size_t shared = program.shared_bytes + launch.dynamic_shared;
     size_t bytes = shared;
     for (auto [begin, end] : launch.memory)
@@ -44,8 +45,10 @@ public:
   uint64_t block(int64_t number) const { return first_block_ + number; }
   void begin_block() { std::fill(shared_.begin(), shared_.end(), 0xFF); } // NaN
 
-  // The bytes at an address that `actor` reads or writes; `data`: those that a store brings. Throws where it may not.
-  uint8_t *at(uint64_t address, int bytes, bool writes, const uint8_t *data, const Actor &actor, const Instruction &x) {
+  // The bytes at an address that `actor` reads or writes; `data`: those that a store brings. Throws where it
+  // may not.
+  uint8_t *at(uint64_t address, int bytes, bool writes, const uint8_t *data, const Actor &actor,
+              const Instruction &x) {
     if (address % bytes)
       refuse(x, "an address is not aligned to its " + std::to_string(bytes) + " bytes");
     const uint64_t own = local(actor.lane, 0);
@@ -53,8 +56,8 @@ public:
       return reinterpret_cast<uint8_t *>(address);
     Range &range = range_of(address, bytes, x);
     if (!range.constant)
-      check_race(range.shadow, address - range.begin, bytes, writes, changes(address, data, bytes), actor, first_block_, x,
-                 "global");
+      check_race(range.shadow, address - range.begin, bytes, writes, changes(address, data, bytes), actor,
+                 first_block_, x, "global");
     else if (writes)
       refuse(x, "a store into constant memory");
     return reinterpret_cast<uint8_t *>(address);
@@ -70,8 +73,8 @@ public:
     if (!writes && !shared_shadow_.written(address, bytes, actor.block))
       refuse(x, "a load from shared memory that nobody wrote");
     uint8_t *found = shared_.data() + address;
-    check_race(shared_shadow_, address, bytes, writes, changes(uint64_t(found), data, bytes), actor, actor.block, x,
-               "shared");
+    check_race(shared_shadow_, address, bytes, writes, changes(uint64_t(found), data, bytes), actor,
+               actor.block, x, "shared");
     return found;
   }
 
@@ -87,9 +90,10 @@ private:
     return !data || std::memcmp(reinterpret_cast<const void *>(address), data, bytes);
   }
 
-  static void check_race(Shadow &shadow, size_t offset, int bytes, bool writes, bool changes, const Actor &actor,
-                         uint64_t first, const Instruction &x, const char *space) {
-    if (!(writes ? shadow.write(offset, bytes, actor, first, changes) : shadow.read(offset, bytes, actor, first)))
+  static void check_race(Shadow &shadow, size_t offset, int bytes, bool writes, bool changes,
+                         const Actor &actor, uint64_t first, const Instruction &x, const char *space) {
+    if (!(writes ? shadow.write(offset, bytes, actor, first, changes)
+                 : shadow.read(offset, bytes, actor, first)))
       refuse(x, std::string("a race in ") + space +
                     " memory: another thread touches the same bytes, and no barrier orders the two");
   }

@@ -20,13 +20,21 @@ std::vector<std::pair<std::string, int>> names_of_opcodes() {
 }
 
 const std::map<std::string, Kind> &kinds() {
-  static const std::map<std::string, Kind> all{
-      {"arithmetic", Kind::arithmetic}, {"pack", Kind::pack},         {"unpack", Kind::unpack},
-      {"branch", Kind::branch},         {"end", Kind::end},           {"barrier", Kind::barrier},
-      {"load", Kind::load},             {"store", Kind::store},       {"add", Kind::add},
-      {"shuffle", Kind::shuffle},       {"reduce", Kind::reduce},     {"vote", Kind::vote},
-      {"ldmatrix", Kind::load_matrix},  {"stmatrix", Kind::store_matrix},
-      {"warp_barrier", Kind::warp_barrier}};
+  static const std::map<std::string, Kind> all{{"arithmetic", Kind::arithmetic},
+                                               {"pack", Kind::pack},
+                                               {"unpack", Kind::unpack},
+                                               {"branch", Kind::branch},
+                                               {"end", Kind::end},
+                                               {"barrier", Kind::barrier},
+                                               {"load", Kind::load},
+                                               {"store", Kind::store},
+                                               {"add", Kind::add},
+                                               {"shuffle", Kind::shuffle},
+                                               {"reduce", Kind::reduce},
+                                               {"vote", Kind::vote},
+                                               {"ldmatrix", Kind::load_matrix},
+                                               {"stmatrix", Kind::store_matrix},
+                                               {"warp_barrier", Kind::warp_barrier}};
   return all;
 }
 
@@ -45,9 +53,9 @@ int fill(std::array<int, kMaxOperands> &place, const std::vector<int> &registers
   return int(registers.size());
 }
 
-void add(Program &program, const std::string &kind, const std::string &opcode, int line, int predicate, bool negated,
-         const std::vector<int> &results, const std::vector<int> &operands, int64_t immediate, int target, int width,
-         int count, bool is_signed, const std::string &space) {
+void add(Program &program, const std::string &kind, const std::string &opcode, int line, int predicate,
+         bool negated, const std::vector<int> &results, const std::vector<int> &operands, int64_t immediate,
+         int target, int width, int count, bool is_signed, const std::string &space) {
   Instruction x{};
   x.kind = kinds().at(kind);
   x.opcode = opcode;
@@ -81,13 +89,14 @@ std::vector<Row> counts(const Program &program) {
   std::vector<Row> rows;
   for (size_t i = 0; i < program.code.size(); ++i) {
     const Count &c = program.counts[i];
-    rows.emplace_back(program.code[i].opcode, program.code[i].line, c.warps, c.lanes, c.requests, c.sectors, c.bytes);
+    rows.emplace_back(program.code[i].opcode, program.code[i].line, c.warps, c.lanes, c.requests, c.sectors,
+                      c.bytes);
   }
   return rows;
 }
 
-void run_launch(Program &program, int64_t blocks, int threads, const std::string &parameters, int dynamic_shared,
-                std::vector<std::pair<uint64_t, uint64_t>> memory, uint64_t order) {
+void run_launch(Program &program, int64_t blocks, int threads, const std::string &parameters,
+                int dynamic_shared, std::vector<std::pair<uint64_t, uint64_t>> memory, uint64_t order) {
   if (int(parameters.size()) != program.parameter_bytes)
     throw std::invalid_argument("the kernel has " + std::to_string(program.parameter_bytes) +
                                 " bytes of parameters, got " + std::to_string(parameters.size()));

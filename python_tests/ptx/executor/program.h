@@ -10,8 +10,23 @@
 
 namespace ptx {
 
-enum class Kind { arithmetic, pack, unpack, branch, end, barrier, warp_barrier, load, store, add, shuffle, reduce,
-                  vote, load_matrix, store_matrix };
+enum class Kind {
+  arithmetic,
+  pack,
+  unpack,
+  branch,
+  end,
+  barrier,
+  warp_barrier,
+  load,
+  store,
+  add,
+  shuffle,
+  reduce,
+  vote,
+  load_matrix,
+  store_matrix
+};
 enum class Space { generic, shared, parameter, local };
 
 constexpr int kMaxOperands = 10;
@@ -63,8 +78,9 @@ struct Launch {
   int threads;
   std::string parameters; // bytes
   int dynamic_shared = 0;
-  std::vector<std::pair<uint64_t, uint64_t>> memory; // what the kernel may touch, [begin, end), sorted, disjoint
-  uint64_t order = 0;                                // seed of a random order of warps; 0: all in step
+  std::vector<std::pair<uint64_t, uint64_t>>
+      memory;         // what the kernel may touch, [begin, end), sorted, disjoint
+  uint64_t order = 0; // seed of a random order of warps; 0: all in step
 };
 
 // Throws std::runtime_error that names the line and what is wrong.

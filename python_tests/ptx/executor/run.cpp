@@ -1,13 +1,13 @@
 // Runs a kernel block by block. All threads of a block that stand at one instruction execute it together.
-#include "memory.h"
+#include "counting.h"
 
 #include <random>
 
 namespace ptx {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr Cell kPoison = 0x7FFDEAD17FFDEAD1ull; // a NaN as float and double: what a register holds that nobody wrote
+constexpr Cell kPoison =
+    0x7FFDEAD17FFDEAD1ull; // a NaN as float and double: what a register holds that nobody wrote
 constexpr int kNowhere = std::numeric_limits<int>::max();
 
 enum class State : uint8_t { ready, stalled, waiting, ended }; // stalled: until the others of its warp arrive
@@ -16,9 +16,9 @@ class Block {
 public:
   Block(Program &program, const Launch &launch)
       : program_(program), launch_(launch), threads_(launch.threads), warps_((threads_ + kWarp - 1) / kWarp),
-        lanes_(warps_ * kWarp), cells_(size_t(program.registers) * lanes_),
-        memory_(program, launch, lanes_), random_(launch.order),
-        here_(lanes_), acting_(lanes_), state_(lanes_), at_(lanes_), warp_barriers_(warps_) {}
+        lanes_(warps_ * kWarp), cells_(size_t(program.registers) * lanes_), memory_(program, launch, lanes_),
+        random_(launch.order), here_(lanes_), acting_(lanes_), state_(lanes_), at_(lanes_),
+        warp_barriers_(warps_) {}
 
   void run(int64_t number) {
     begin(number);
@@ -71,7 +71,8 @@ private:
 
   // ---- which threads run next
 
-  // Those that stand at the first instruction where any is ready, of all warps or of a random one. False: all have ended.
+  // Those that stand at the first instruction where any is ready, of all warps or of a random one. False: all
+  // have ended.
   bool choose() {
     first_ = 0, last_ = threads_;
     if (launch_.order)
@@ -113,8 +114,8 @@ private:
       ended += state_[l] == State::ended;
       if (state_[l] == State::waiting) {
         if (++waiting > 1 && at_[l] != place)
-          throw std::runtime_error("threads of a block wait at different barriers: lines " + line_of(place) + " and " +
-                                   line_of(at_[l]));
+          throw std::runtime_error("threads of a block wait at different barriers: lines " + line_of(place) +
+                                   " and " + line_of(at_[l]));
         place = at_[l];
       }
     }
@@ -152,7 +153,7 @@ private:
         return arrive(x, lanes);
       if (collective(x.kind) && !gather(x, lanes))
         return;
-      count(x, lanes);
+      counter_.count(x, lanes, x.operands ? cells(x.operand[0]) : nullptr, program_.counts[place_]);
       execute(x, lanes);
       ++place_;
     }
@@ -247,8 +248,8 @@ private:
            kind == Kind::load_matrix || kind == Kind::store_matrix;
   }
 
-  // A warp-wide instruction names its threads in its last operand. Those of a warp that is not complete wait. False:
-  // nobody is left here.
+  // A warp-wide instruction names its threads in its last operand. Those of a warp that is not complete wait.
+  // False: nobody is left here.
   bool gather(const Instruction &x, Lanes &lanes) {
     const Cell *members = cells(x.operand[x.operands - 1]);
     bool left = false;
@@ -314,7 +315,9 @@ private:
       return reduce(x, result, operand, lanes);
     case Kind::load_matrix:
     case Kind::store_matrix:
-      return matrices(x, result, operand, lanes);
+      return matrices(x, result, operand, lanes, [&](int lane, uint64_t address) {
+        return bytes_at(x, address, 16, x.kind == Kind::store_matrix, nullptr, actor(lane));
+      });
     case Kind::warp_barrier:
     case Kind::branch:
     case Kind::end:
@@ -389,156 +392,6 @@ private:
     return value;
   }
 
-  // PTX ISA, "shfl.sync": the second operand is the distance or lane, the third holds bounds of segments.
-  void shuffle(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
-    const std::vector<Cell> from(operand[0], operand[0] + lanes_);
-    enum { up, down, butterfly, index };
-    for_each(lanes, [&](int l) {
-      const int lane = l % kWarp, b = operand[1][l] & 31, bounds = int(operand[2][l]);
-      const int segment = bounds >> 8 & 31, most = (lane & segment) | (bounds & 31 & ~segment);
-      int source = 0;
-      bool inside = false;
-      switch (x.immediate) {
-      case up:
-        source = lane - b;
-        inside = source >= most;
-        break;
-      case down:
-        source = lane + b;
-        inside = source <= most;
-        break;
-      case butterfly:
-        source = lane ^ b;
-        inside = source <= most;
-        break;
-      case index:
-        source = (lane & segment) | (b & ~segment);
-        inside = source <= most;
-        break;
-      }
-      const int chosen = l - lane + (inside ? source : lane);
-      if (!lanes.mask[chosen])
-        refuse(x, "it reads from a thread that does not take part");
-      result[0][l] = uint32_t(from[chosen]);
-      if (x.results > 1 && result[1])
-        result[1][l] = inside;
-    });
-  }
-
-  void reduce(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
-    for (int w = lanes.first / kWarp; w * kWarp < lanes.last; ++w) {
-      const int begin = w * kWarp, end = std::min(begin + kWarp, lanes.last);
-      uint32_t found = 0, come = 0;
-      for (int l = begin; l < end; ++l) {
-        if (!lanes.mask[l])
-          continue;
-        const uint32_t value = uint32_t(operand[0][l]);
-        if (x.kind == Kind::vote)
-          found |= uint32_t(uint8_t(value) != 0) << (l - begin);
-        else
-          found = come ? joined(int(x.immediate), found, value) : value;
-        come |= 1u << (l - begin);
-      }
-      enum { ballot, any, all };
-      if (x.kind == Kind::vote && x.immediate != ballot)
-        found = x.immediate == any ? found != 0 : found == come;
-      for (int l = begin; l < end; ++l)
-        if (lanes.mask[l])
-          result[0][l] = found;
-    }
-  }
-
-  static uint32_t joined(int how, uint32_t a, uint32_t b) {
-    enum { add, max_signed, min_signed, max, min, bit_or, bit_and, bit_xor };
-    switch (how) {
-    case add:
-      return a + b;
-    case max_signed:
-      return uint32_t(std::max(int32_t(a), int32_t(b)));
-    case min_signed:
-      return uint32_t(std::min(int32_t(a), int32_t(b)));
-    case max:
-      return std::max(a, b);
-    case min:
-      return std::min(a, b);
-    case bit_or:
-      return a | b;
-    case bit_and:
-      return a & b;
-    case bit_xor:
-      return a ^ b;
-    }
-    return 0;
-  }
-
-  // ldmatrix and stmatrix: 8 by 8 halves. Lane 8 k + r has the address of row r of matrix k. Of each matrix a lane holds
-  // two neighbours, of row lane / 4, or of that column where it is transposed.
-  void matrices(const Instruction &x, Cell **result, Cell **operand, const Lanes &lanes) {
-    const bool loads = x.kind == Kind::load_matrix, transposed = x.is_signed;
-    for (int w = lanes.first / kWarp; w * kWarp < lanes.last; ++w) {
-      const int first = w * kWarp;
-      if (!lanes.mask[first])
-        continue;
-      for (int k = 0; k < x.count; ++k)
-        for (int row = 0; row < 8; ++row) {
-          const int owner = first + 8 * k + row;
-          uint8_t *at = bytes_at(x, operand[0][owner] + x.immediate, 16, !loads, nullptr, actor(owner));
-          for (int column = 0; column < 8; ++column, at += 2) {
-            const int i = transposed ? column : row, j = transposed ? row : column;
-            const int lane = first + 4 * i + j / 2, shift = 16 * (j % 2);
-            if (loads) {
-              uint16_t half;
-              std::memcpy(&half, at, 2);
-              Cell &cell = result[k][lane];
-              cell = (cell & (0xFFFF0000u >> shift)) | Cell(half) << shift;
-            } else {
-              const uint16_t half = uint16_t(operand[1 + k][lane] >> shift);
-              std::memcpy(at, &half, 2);
-            }
-          }
-        }
-    }
-  }
-
-  // ---- counting
-
-  void count(const Instruction &x, const Lanes &lanes) {
-    Count &c = program_.counts[place_];
-    const bool global = (x.kind == Kind::load || x.kind == Kind::store || x.kind == Kind::add) && x.space == Space::generic;
-    if (lanes.full && !global) {
-      c.lanes += lanes.last - lanes.first;
-      c.warps += (lanes.last - lanes.first + kWarp - 1) / kWarp;
-      return;
-    }
-    const Cell *address = global ? cells(x.operand[0]) : nullptr;
-    const int bytes = x.width * x.count;
-    for (int w = lanes.first / kWarp; w * kWarp < lanes.last; ++w) {
-      int active = 0;
-      sectors_.clear();
-      for (int l = w * kWarp; l < std::min((w + 1) * kWarp, lanes.last); ++l) {
-        if (!lanes.mask[l])
-          continue;
-        ++active;
-        if (global)
-          note_sectors(address[l] + x.immediate, bytes);
-      }
-      c.lanes += active;
-      c.warps += active > 0;
-      if (global && active) {
-        ++c.requests;
-        c.sectors += sectors_.size();
-        c.bytes += uint64_t(active) * bytes;
-      }
-    }
-  }
-
-  // Of 32 bytes; those of neighbours are found at the end.
-  void note_sectors(uint64_t address, int bytes) {
-    for (uint64_t sector = address / 32; sector <= (address + bytes - 1) / 32; ++sector)
-      if (std::find(sectors_.rbegin(), sectors_.rend(), sector) == sectors_.rend())
-        sectors_.push_back(sector);
-  }
-
   Program &program_;
   const Launch &launch_;
   const int threads_, warps_, lanes_;
@@ -556,7 +409,7 @@ private:
   std::vector<State> state_;
   std::vector<int> at_; // where each thread goes on
   std::vector<uint64_t> warp_barriers_;
-  std::vector<uint64_t> sectors_;
+  Counter counter_;
 };
 
 } // namespace

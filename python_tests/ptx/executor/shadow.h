@@ -1,4 +1,5 @@
-// Finds races: who touched each byte of memory last, and whether a barrier lies between that access and the next one.
+// Finds races: who touched each byte of memory last, and whether a barrier lies between that access and the
+// next one.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,8 @@
 
 namespace ptx {
 
-// A thread at a point of its run. Numbers of barriers tell what is ordered: within a block those of the block, within a
-// warp also its own warp-wide instructions.
+// A thread at a point of its run. Numbers of barriers tell what is ordered: within a block those of the block,
+// within a warp also its own warp-wide instructions.
 struct Actor {
   uint64_t block : 28; // over all launches, so that old marks need not be wiped; 0: nobody
   uint64_t barriers : 12, warp_barriers : 10, lane : 10, others : 2, atomic : 1;
@@ -25,8 +26,8 @@ public:
   Shadow() = default;
   Shadow(Mark *marks) : marks_(marks) {}
 
-  // Whether the access is safe: whatever came before it from other threads is ordered before it. Blocks below `first`
-  // are of the past.
+  // Whether the access is safe: whatever came before it from other threads is ordered before it. Blocks below
+  // `first` are of the past.
   bool read(size_t at, int count, const Actor &actor, uint64_t first) {
     bool safe = true;
     for (Mark *mark = marks_ + at, *end = mark + count; mark != end; ++mark) {
@@ -35,8 +36,8 @@ public:
     }
     return safe;
   }
-  // `changes`: else the bytes are there already. Threads may store the same value side by side, as Triton lets them do
-  // where a tile has fewer elements than a block has threads.
+  // `changes`: else the bytes are there already. Threads may store the same value side by side, as Triton lets
+  // them do where a tile has fewer elements than a block has threads.
   bool write(size_t at, int count, const Actor &actor, uint64_t first, bool changes) {
     bool safe = true;
     for (Mark *mark = marks_ + at, *end = mark + count; mark != end; ++mark) {

@@ -1,4 +1,5 @@
-// Numbers as PTX defines them. A register is a cell of 64 bits for each lane; a narrower value lies in its low bits.
+// Numbers as PTX defines them. A register is a cell of 64 bits for each lane; a narrower value lies in its low
+// bits.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +40,9 @@ inline uint16_t to_bfloat16(float x) {
   return x != x ? 0x7FFF : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 inline float from_bfloat16(uint16_t x) { return canonical(std::bit_cast<float>(uint32_t(x) << 16)); }
-inline uint16_t to_float16(float x) { return x != x ? 0x7FFF : std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+inline uint16_t to_float16(float x) {
+  return x != x ? 0x7FFF : std::bit_cast<uint16_t>(static_cast<_Float16>(x));
+}
 inline float from_float16(uint16_t x) { return canonical(float(std::bit_cast<_Float16>(x))); }
 
 // ---- minimum and maximum: a NaN gives way to a number, and -0 lies below +0
@@ -58,8 +61,8 @@ template <class T> T maximum(T a, T b) {
 template <class T> T minimum_nan(T a, T b) { return a != a || b != b ? canonical(a + b) : minimum(a, b); }
 template <class T> T maximum_nan(T a, T b) { return a != a || b != b ? canonical(a + b) : maximum(a, b); }
 
-// A float that is whole, as an integer. Beyond the type's range it saturates. A NaN gives the sign bit alone where the
-// float or the integer has 64 bits, else 0.
+// A float that is whole, as an integer. Beyond the type's range it saturates. A NaN gives the sign bit alone
+// where the float or the integer has 64 bits, else 0.
 template <class Int, class Float> Int saturated(Float x) {
   if (x != x)
     return sizeof(Int) == 8 || sizeof(Float) == 8 ? Int(Int(1) << (8 * sizeof(Int) - 1)) : Int(0);
@@ -81,14 +84,14 @@ inline float fma_down(float a, float b, float c) {
   const double product = double(a) * double(b); // exact: 48 bits
   const double sum = product + double(c), high = sum - product;
   const double error = (product - (sum - high)) + (double(c) - high); // two-sum
-  const double above = double(nearest) - sum;                          // exact: neighbours
+  const double above = double(nearest) - sum;                         // exact: neighbours
   return above > error ? std::nextafterf(nearest, -INFINITY) : nearest;
 }
 
 // ---- results of approximate instructions
 
-// 0: correctly rounded. 1, -1: moved by the bound that PTX documents, up or down. 2: by a share of it that depends on
-// the result alone, as the hardware's error does.
+// 0: correctly rounded. 1, -1: moved by the bound that PTX documents, up or down. 2: by a share of it that
+// depends on the result alone, as the hardware's error does.
 inline int approximation = 0;
 
 inline double share(double result) {
@@ -99,12 +102,15 @@ inline double share(double result) {
   h = (h ^ h >> 33) * 0xC4CEB9FE1A85EC53ull;
   return double(int64_t(h ^ h >> 33)) * 0x1p-63;
 }
-inline float within_relative(double y, double bound) { return canonical(flushed(float(y * (1 + share(y) * bound)))); }
+inline float within_relative(double y, double bound) {
+  return canonical(flushed(float(y * (1 + share(y) * bound))));
+}
 inline float within_absolute(double y, double bound) { return canonical(flushed(float(y + share(y) * bound))); }
 inline float within_ulps(double y, int ulps) {
   float found = float(y);
   if (std::isfinite(found) && found != 0) {
-    const float away = share(y) < 0 ? -INFINITY : INFINITY, ulp = std::nextafterf(std::fabs(found), INFINITY) - std::fabs(found);
+    const float away = share(y) < 0 ? -INFINITY : INFINITY,
+                ulp = std::nextafterf(std::fabs(found), INFINITY) - std::fabs(found);
     for (int i = int(std::lround(std::fabs(share(y)) * ulps)); i > 0; --i)
       if (const float next = std::nextafterf(found, away); std::fabs(double(next) - y) <= double(ulp) * ulps)
         found = next;
@@ -112,6 +118,8 @@ inline float within_ulps(double y, int ulps) {
   return canonical(flushed(found));
 }
 // Of doubles: the upper half of the bits alone.
-inline double upper_half(double y) { return std::bit_cast<double>(std::bit_cast<uint64_t>(y) & 0xFFFFFFFF00000000ull); }
+inline double upper_half(double y) {
+  return std::bit_cast<double>(std::bit_cast<uint64_t>(y) & 0xFFFFFFFF00000000ull);
+}
 
 } // namespace ptx
