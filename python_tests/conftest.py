@@ -1,6 +1,7 @@
 """Fixtures: every backend through one suite; tests that need a missing device say so and skip."""
 
 import os
+from collections import defaultdict
 from itertools import islice
 
 import ptx
@@ -8,6 +9,9 @@ import pytest
 import torch
 from interpreted import patch_once
 
+#: Set, it runs every combination of Triton's variants, and compiles CUDA for every architecture.
+EVERYTHING = "FOGZO_TEST_EVERYTHING"
+LEFT_OUT = pytest.StashKey[int]()
 INTERPRETED = os.environ.get("FOGZO_TRITON") == "interpreter"
 #: Why a GPU backend cannot be tested here.
 MISSING: dict[str, str] = {}
@@ -32,15 +36,49 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow_first: a test of a minute or so, started before the others")
 
 
-def pytest_collection_modifyitems(items):
-    """Long tests first, so that none of them is left for the end, when the other workers have nothing to do.
+def pytest_collection_modifyitems(config, items):
+    """Leaves out combinations of Triton's variants; lets long tests begin first.
 
-    Each is followed by a short one: pytest-xdist gives every worker two neighbours to begin with.
+    Each long test is followed by a short one: pytest-xdist gives every worker two neighbours to begin with.
     """
+    if EVERYTHING not in os.environ and not INTERPRETED and not torch.cuda.is_available():
+        left_out = combinations(items)
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[LEFT_OUT] = len(left_out)
+        left_out = set(left_out)
+        items[:] = [item for item in items if item not in left_out]
     slow = [item for item in items if item.get_closest_marker("slow_first")]
     others = iter([item for item in items if not item.get_closest_marker("slow_first")])
     items[:] = [item for first in slow for item in (first, *islice(others, 1))]
     items += others
+
+
+def combinations(items):
+    """Tests of Triton's kernels without which each value of each parameter is still tested.
+
+    A case costs Triton's compiler a second for each kernel that no case before it needed. The other backends test
+    every combination.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if params and params.get("backend") == "triton":
+            values = {(name, repr(value)) for name, value in params.items()}
+            cases[item.path, item.originalname].append((item, values))
+    left_out = []
+    for found in cases.values():
+        wanted = set().union(*(values for _, values in found))
+        while wanted:
+            best = max(found, key=lambda case: len(case[1] & wanted))
+            found.remove(best)
+            wanted -= best[1]
+        left_out += [item for item, _ in found]
+    return left_out
+
+
+def pytest_report_collectionfinish(config):
+    count = config.stash.get(LEFT_OUT, 0)
+    return f"{count} combinations of Triton's variants are left out: {EVERYTHING}=1 runs them" if count else []
 
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
