@@ -182,16 +182,17 @@ def share(found: dict[str, float] | None) -> str:
 
 
 def pipes_table(rows: list[Row]) -> str:
-    """Of bfloat16 with an alpha for each tensor."""
+    """Of bfloat16 with an alpha for each tensor; what rounds to 0.0 is left out."""
+    rows = [r for r in rows if dtypes_of(r) == {"bfloat16"} and r["aligned"] and not r["scale_length"]]
+    shown = [name for name in SHOWN if any(r["by_pipe"].get(name, 0) >= 0.05 for r in rows)]
     lines = [
-        f"| PTX instructions of a thread, an element | all | {' | '.join(SHOWN)} | active lanes |",
-        "|---" * (len(SHOWN) + 3) + "|",
+        f"| PTX instructions of a thread, an element | all | {' | '.join(shown)} | active threads |",
+        "|---" * (len(shown) + 3) + "|",
     ]
-    for row in rows:
-        if dtypes_of(row) == {"bfloat16"} and row["aligned"] and not row["scale_length"]:
-            cells = [f"{row['by_pipe'][p]:.1f}" if row["by_pipe"].get(p, 0) >= 0.05 else "" for p in SHOWN]
-            total, lanes = row["instructions_per_element"], row["lanes_per_instruction"]
-            lines.append(f"| {row['op']}, {row['backend']} | {total:.1f} | {' | '.join(cells)} | {lanes:.1f} |")
+    for r in rows:
+        cells = [f"{r['by_pipe'][name]:.1f}" if r["by_pipe"].get(name, 0) >= 0.05 else "" for name in shown]
+        cells = [f"{r['op']}, {r['backend']}", f"{r['instructions_per_element']:.1f}", *cells]
+        lines.append(f"| {' | '.join(cells)} | {r['lanes_per_instruction']:.1f} |")
     return "\n".join(lines)
 
 
