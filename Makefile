@@ -73,6 +73,7 @@ format: $(VENV)/has-lint
 
 bench: $(VENV)/built $(VENV)/has-triton $(VENV)/has-demo
 	$(BIN)/python -m bench.sass
+	$(BIN)/python -m bench.executed
 	$(BIN)/python -m bench.kernels --budget 300 --json bench/out/kernels.json --plot bench/out/kernels.png
 
 # Random and bad calls of the native ops for SECONDS

@@ -18,9 +18,11 @@ from typing import Any
 
 from .base import compare
 from .evidence import mlp, peers, quality, sweep
+from .executed import pipes_table, sectors_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/epyc-2-cores"
+EXECUTED = "bench/results/executed.json"
 BEGIN, END = "<!-- report: {} -->", "<!-- end of report -->"
 Found = dict[str, Any]
 
@@ -197,6 +199,14 @@ def of_peers(found: Found) -> str:
     return peers.table(found["rows"])
 
 
+def of_pipes(found: Found) -> str:
+    return pipes_table(found["rows"])
+
+
+def of_sectors(found: Found) -> str:
+    return sectors_table(found["rows"])
+
+
 SECTIONS = {
     "steps": Section(
         "docs/performance.md", (f"{RESULTS}/step.json", f"{RESULTS}/step-1-thread.json"), of_steps
@@ -213,6 +223,8 @@ SECTIONS = {
         "docs/performance.md", (f"{RESULTS}/kernels.json", f"{RESULTS}/kernels-avx2.json"), of_kernels
     ),
     "quantizers": Section("docs/performance.md", (f"{RESULTS}/quantizers.json",), of_kernels),
+    "executed": Section("docs/performance.md", (EXECUTED,), of_pipes),
+    "sectors": Section("docs/performance.md", (EXECUTED,), of_sectors),
     "mnist": Section("README.md", (f"{RESULTS}/mnist.json",), of_demo),
     "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),

@@ -7,7 +7,8 @@ import re
 from .session import TIMEOUT, Ended, last_line
 
 SECTIONS = (
-    "SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats",
+    "SpeedOfLight", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables", "SchedulerStats",
+    "WarpStateStats", "Occupancy", "LaunchStats",
 )  # fmt: skip
 REFUSED = (
     "Device not supported", "ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded",

@@ -142,6 +142,9 @@ private:
         return leave();
       Instruction &x = program_.code[place_];
       Lanes lanes = acting(x);
+      if (collective(x.kind) && !gather(x, lanes))
+        return;
+      counter_.count(x, lanes, x.operands ? cells(x.operand[0]) : nullptr, program_.counts[place_]);
       if (x.kind == Kind::branch) {
         if (!branch(x))
           return;
@@ -151,9 +154,6 @@ private:
         return end(lanes);
       if (x.kind == Kind::barrier)
         return arrive(x, lanes);
-      if (collective(x.kind) && !gather(x, lanes))
-        return;
-      counter_.count(x, lanes, x.operands ? cells(x.operand[0]) : nullptr, program_.counts[place_]);
       execute(x, lanes);
       ++place_;
     }
