@@ -170,7 +170,6 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b)[:m, :n]
 
 
-@torch.compiler.assume_constant_result
 def adds_exactly() -> bool:
     """Whether ``torch._int_mm`` is right on this CPU.
 
@@ -178,6 +177,10 @@ def adds_exactly() -> bool:
     https://uxlfoundation.github.io/oneDNN/dev_guide_int8_computations.html says.
     """
     return _adds_exactly()
+
+
+#: torch.compiler.assume_constant_result does only this, but loads all of the compiler with the package.
+adds_exactly._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
