@@ -22,7 +22,7 @@ package_PACKAGES := build twine
 TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transformers $(VENV)/has-loops \
   $(VENV)/has-export $(VENV)/has-demo $(VENV)/has-cuda
 
-.PHONY: demo test test-oldest test-gguf lint format bench gpu fuzz sanitize package clean
+.PHONY: demo test test-modes test-oldest test-gguf lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one pip at a time
 
@@ -33,6 +33,14 @@ demo: $(VENV)/built $(VENV)/has-demo
 test: $(TESTABLE)
 	PYTHONPATH=python_tests $(BIN)/python -m ptx.build
 	$(BIN)/python -m pytest -n auto --maxschedchunk 1 --durations 10
+
+# The compiled GPU kernels once in each mode of the executor but the default one
+MODES := ORDER=1 APPROXIMATE=1 APPROXIMATE=-1 APPROXIMATE=2 FUSE=1 FUSE=2 SCALARS=device ARCH=80 ARCH=100
+KERNEL_TESTS := vectors agreement ops update learned measure alphas hadamard transform special_values spans presets
+test-modes: $(TESTABLE)
+	for mode in $(MODES); do echo "FOGZO_PTX_$$mode"; \
+	  env FOGZO_PTX_$$mode $(BIN)/python -m pytest -q -n auto --maxschedchunk 1 -k "triton or cuda" \
+	  $(KERNEL_TESTS:%=python_tests/test_%.py) || exit 1; done
 
 # The oldest torch that pyproject.toml allows, in an environment of its own: the native module is built with its
 # headers, and runs the tests of the `cpu` backend. They are copied, so that nothing of the checkout is imported.

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from conftest import EVERYTHING
 
 from bench.cases import DTYPES, short
 from bench.sass import cuda
@@ -345,8 +346,8 @@ main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
 # ---- CUDA
 
 
-EVERY = "FOGZO_EVERY_ARCHITECTURE"  # nvcc takes two minutes for each
-ASKED = pytest.mark.skipif(EVERY not in os.environ, reason=f"{EVERY} is not set")
+#: nvcc takes two minutes for each.
+ASKED = pytest.mark.skipif(EVERYTHING not in os.environ, reason=f"{EVERYTHING} is not set")
 ARCHITECTURES = [pytest.param(80, marks=ASKED), 90, pytest.param(100, marks=ASKED)]
 
 
