@@ -6,8 +6,8 @@ a large list.
 
 PTX is not machine code: ptxas fuses, drops and schedules instructions, so ``python -m bench.sass`` tells better
 how many there are. PTX tells what static counts cannot: which paths run and how often, how many sectors of 32
-bytes a request of a warp touches, and where the threads of a warp part. An instruction whose condition holds in no thread of a warp is
-not counted.
+bytes a request of a warp touches, and where the threads of a warp part. An instruction whose condition holds in
+no thread of a warp is not counted.
 """
 
 from __future__ import annotations

@@ -37,16 +37,18 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out combinations of Triton's variants; lets long tests begin first.
-
-    Each long test is followed by a short one: pytest-xdist gives every worker two neighbours to begin with.
-    """
+    """Leaves out combinations of Triton's variants; lets long tests begin first."""
     if EVERYTHING not in os.environ and not INTERPRETED and not torch.cuda.is_available():
         left_out = combinations(items)
         config.hook.pytest_deselected(items=left_out)
         config.stash[LEFT_OUT] = len(left_out)
         left_out = set(left_out)
         items[:] = [item for item in items if item not in left_out]
+    long_first(items)
+
+
+def long_first(items):
+    """In place. A short test follows each: pytest-xdist gives every worker two neighbours to begin with."""
     slow = [item for item in items if item.get_closest_marker("slow_first")]
     others = iter([item for item in items if not item.get_closest_marker("slow_first")])
     items[:] = [item for first in slow for item in (first, *islice(others, 1))]
@@ -56,8 +58,8 @@ def pytest_collection_modifyitems(config, items):
 def combinations(items):
     """Tests of Triton's kernels without which each value of each parameter is still tested.
 
-    A case costs Triton's compiler a second for each kernel that no case before it needed. The other backends test
-    every combination.
+    A case costs Triton's compiler a second for each kernel that no case before it needed. The other backends
+    test every combination.
     """
     cases = defaultdict(list)
     for item in items:

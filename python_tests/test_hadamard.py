@@ -15,6 +15,7 @@ from tolerances import HALF_ULP, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
+from fogzo_kernels.backends import plans
 from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.spec.hadamard import BLOCKS, factor
 
@@ -203,7 +204,7 @@ def test_one_launch_for_a_list(monkeypatch, generator):
     monkeypatch.setattr(triton, "launch", lambda kernel, programs, *a, **k: launches.append(programs))
     x = torch.randn(20 * 1024, generator=generator)
     fk.hadamard_([x.clone(), x.clone()], [x, x], backend="triton")
-    assert launches == [4]
+    assert launches == [2 * 20 * 1024 // plans.SHORTEST]
 
 
 # ---- gradients and graphs

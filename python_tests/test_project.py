@@ -122,5 +122,5 @@ def item(name):
 )
 def test_long_tests_start_first_each_beside_a_short_one(collected, ordered):
     items = [item(name) for name in collected]
-    conftest.pytest_collection_modifyitems(items)
+    conftest.long_first(items)
     assert "".join(one.name for one in items) == ordered

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import GPU_BACKENDS, INTERPRETED, MISSING
+from conftest import INTERPRETED, MISSING
 from ptx import launches
 from ptx.decode import Kernel
 from ptx.text import Module
@@ -53,12 +53,12 @@ def transformed(backend):
 
 
 def learned(backend):
-    """The gradient of an alpha that a whole block shares, of integers."""
+    """The gradient of an alpha that several blocks share, of integers."""
     grad, found = integers(2**20, 3, 2048), []
     for name in (backend, "reference"):
-        out, alpha_grad = grad.clone(), torch.full((3, 1), float("nan"))
+        out, alpha_grad = grad.clone(), torch.full((1,), float("nan"))
         fk.learned_backward_(
-            out, alpha_grad, torch.zeros(3, 2048), torch.ones(3, 1), grid=fk.Grid.half_offset(2), factors=1.0,
+            out, alpha_grad, torch.zeros(3, 2048), torch.ones(1), grid=fk.Grid.half_offset(2), factors=1.0,
             straight_through=fk.StraightThrough("identity"), backend=name,
         )  # fmt: skip
         found.append((out, alpha_grad))
@@ -85,6 +85,7 @@ BARRIER = r"bar\.sync\s+0;", ""
 PREDICATE = r"@%p\d+ ((?:ld|st)\.global\.v)", r"\1"
 ADDRESS = r"((?:ld|st)\.global\.[\w.]+\s+(?:\{[^}]*\}, )?\[\s*%rd\d+)(?:\s*\+\s*0)?\s*\]", r"\1+4]"
 DISTANCE = r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*%r\d+,\s*)(\d+)", lambda m: f"{m[1]}{int(m[2]) // 2 or 2}"
+DISTANCE_IN_REGISTER = r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*%r\d+,\s*)(%r\d+)", r"\g<1>0"
 ONE_LESS = r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*%r\d+,\s*\d+,\s*31,\s*)(?:-1|0xffffffff)", r"\g<1>0x7fffffff"
 
 
@@ -125,19 +126,34 @@ def places(kernel, pattern):
             yield found.start()
 
 
+#: Op, kernel, change, and by backend how many mutants are no faults: a sum over threads, or a stage of a
+#: transform, begins with a barrier that waits for readers of the one before, and the first has none before it.
 CASES = [
-    (norm, "sumsq_kernel", BARRIER), (norm, "sumsq_kernel", DISTANCE), (norm, "sumsq_kernel", ADDRESS),
-    (norm, "sumsq_kernel", PREDICATE), (norm, "sumsq_kernel", ONE_LESS), (many, "sum_kernel", BARRIER),
-    (many, "sum_kernel", DISTANCE), (transformed, "hadamard_kernel", BARRIER),
-    (transformed, "hadamard_kernel", DISTANCE), (transformed, "hadamard_kernel", ADDRESS),
-    (learned, "learned_kernel", DISTANCE), (perturbed, "perturb_kernel", PREDICATE),
-    (perturbed, "perturb_kernel", ADDRESS),
-]  # fmt: skip
+    (norm, "sumsq_kernel", BARRIER, {"triton": 0, "cuda": 1}),
+    (norm, "sumsq_kernel", DISTANCE, {"triton": 0}),
+    (norm, "sumsq_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
+    (norm, "sumsq_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
+    (norm, "sumsq_kernel", ONE_LESS, {"triton": 0}),
+    (many, "sum_kernel", BARRIER, {"triton": 0, "cuda": 1}),
+    (many, "sum_kernel", DISTANCE, {"triton": 0}),
+    (many, "sum_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
+    (transformed, "hadamard_kernel", BARRIER, {"triton": 0, "cuda": 1}),
+    (transformed, "hadamard_kernel", DISTANCE, {"triton": 0}),
+    (transformed, "hadamard_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
+    (transformed, "hadamard_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
+    (learned, "learned_kernel", DISTANCE, {"triton": 0}),
+    (learned, "learned_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
+    (perturbed, "perturb_kernel", PREDICATE, {"triton": 0}),
+    (perturbed, "perturb_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
+]
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
-@pytest.mark.parametrize(("op", "kernel", "change"), CASES)
-def test_every_mutant_is_found(backend, op, kernel, change, changed):
+@pytest.mark.parametrize(
+    ("backend", "op", "kernel", "change", "harmless"),
+    [(backend, *rest, some[backend]) for *rest, some in CASES for backend in some],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_every_mutant_is_found(backend, op, kernel, change, harmless, changed):
     if reason := MISSING.get(backend):
         pytest.skip(f"backend {backend}: {reason}")
     load(backend)
@@ -160,5 +176,5 @@ def test_every_mutant_is_found(backend, op, kernel, change, changed):
             except (RuntimeError, ValueError):
                 pass
             assert made
-    print(f"{count} mutants")
-    assert not survivors, f"{len(survivors)} of {count}: {survivors[:5]}"
+    assert count > harmless
+    assert len(survivors) == harmless, f"{len(survivors)} of {count}: {survivors[:5]}"

@@ -1,7 +1,4 @@
-"""The machine code of the GPU kernels, compiled for GPUs that need not be there.
-
-Triton's one by one here; all of the CUDA kernels by nvcc, for every architecture, in the second half.
-"""
+"""The machine code of the GPU kernels, compiled for GPUs that need not be there: Triton's, then CUDA's."""
 
 import functools
 import itertools
