@@ -52,6 +52,7 @@ test-oldest: $(OLDEST)/base
 	FOGZO_BUILD_CUDA=0 $(OLDEST)/bin/python setup.py -q build \
 	  --build-temp $(OLDEST)/temp --build-lib $(OLDEST)/package
 	cp -r python_tests $(OLDEST)/tests
+	cp cuda_units.py $(OLDEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST)/package $(OLDEST)/bin/pytest -q -n auto -o pythonpath= -k "cpu or native" \
 	  $(OLDEST_TESTS:%=$(OLDEST)/tests/test_%.py)
 

@@ -30,7 +30,12 @@ def install(triton: bool = True) -> dict[str, str]:
         sys.path.insert(0, root)
     missing = {}
     from . import cuda_driver
+    from .build import executor
 
+    try:
+        executor()
+    except RuntimeError as error:
+        return dict.fromkeys(("cuda", "triton"), str(error))
     if reason := cuda_driver.install():
         missing["cuda"] = reason
     if triton:
