@@ -16,18 +16,12 @@ A kernel that fails a check raises ``RuntimeError`` with the line of its PTX.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 
 def install(triton: bool = True) -> dict[str, str]:
     """Let both GPU backends run on CPU tensors in this process, or CUDA's alone.
 
     Returns the backends that cannot, each with the reason. Call it before ``fogzo_kernels`` runs an op.
     """
-    root = str(Path(__file__).parents[2])
-    if root not in sys.path:
-        sys.path.insert(0, root)
     missing = {}
     from . import cuda_driver
     from .build import executor
