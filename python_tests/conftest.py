@@ -78,9 +78,20 @@ def combinations(items):
     return left_out
 
 
-def pytest_report_collectionfinish(config):
-    count = config.stash.get(LEFT_OUT, 0)
-    return f"{count} combinations of Triton's variants are left out: {EVERYTHING}=1 runs them" if count else []
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of one of pytest-xdist's workers, which all collect the same
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(LEFT_OUT, 0):
+        said = f"{count} combinations of Triton's variants are left out: {EVERYTHING}=1 runs them"
+        terminalreporter.write_line(said)
 
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
