@@ -27,7 +27,7 @@ def read_losses(B, counters, seed, step, mixture, norm, losses_plus, losses_minu
         c = (tl.load(losses_plus + i) - tl.load(losses_minus + i)) * half_inv_eps
         usable = is_finite(c)
         lost += tl.where(usable, 0, 1)
-        c = tl.where(usable, c, 0.0) / n
+        c = tl.div_rn(tl.where(usable, c, 0.0), tl.zeros([], tl.float32) + n)  # `/` may be 2 ulp off
         total += c * direction_sign(names, i)
         tl.store(B + i, c * b)
     norm_lost = tl.where((n > 0) & (is_finite(tl.load(norm)) == 0), 1, 0)
