@@ -55,6 +55,15 @@ def two_of(worker, folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+def leave():
+    """The end of a worker whose model is wrapped by DDP: the process ends with its group.
+
+    PyTorch 2.13 may wait for ever where a destroyed group is freed with the model: the freeing thread holds
+    Python's lock and waits for the group's own thread, which needs that lock.
+    """
+    dist.barrier()
+
+
 def spawned(case, folder, processes=2):
     """What each of several processes found; an error of a process is its message."""
     start(one_process, (case, str(folder), processes), processes)

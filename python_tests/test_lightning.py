@@ -5,9 +5,8 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from processes import as_launched, needs_gloo, two_of
+from processes import as_launched, leave, needs_gloo, two_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -244,7 +243,7 @@ def manual_worker(rank, folder, port):
     with pytest.raises(ValueError, match="of a single device with manual optimization, got DDPStrategy"):
         fit(Manual(), folder, batch=4, devices=2, strategy="ddp")
     torch.save(True, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    leave()
 
 
 @needs_gloo
@@ -274,7 +273,7 @@ def worker(rank, folder, port, parts=1):
     model = Ours()
     fit(model, folder, batch=4 // parts, devices=2, strategy="ddp", accumulate_grad_batches=parts)
     torch.save((model.ran_in, model.seen, weights_of(model)), os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    leave()
 
 
 @needs_gloo

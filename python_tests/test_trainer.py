@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
-from processes import as_launched, fresh_accelerate, needs_gloo, two_of  # noqa: F401
+from processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
 
 import fogzo_kernels as fk
 
@@ -219,7 +218,7 @@ def worker(rank, folder, port):
     trainer.train()
     found = {"parallel": type(trainer.model_wrapped).__name__, "losses": logged(trainer)}
     torch.save(found | {"weights": weights_of(trainer.model)}, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    leave()
 
 
 @needs_gloo
