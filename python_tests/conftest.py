@@ -34,6 +34,7 @@ settings.load_profile("default")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow_first: a test of a minute or so, started before the others")
+    config.addinivalue_line("markers", "every_combination: no case of it is left out by default")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -64,7 +65,7 @@ def combinations(items):
     cases = defaultdict(list)
     for item in items:
         params = getattr(item, "callspec", None) and item.callspec.params
-        if params and params.get("backend") == "triton":
+        if params and params.get("backend") == "triton" and not item.get_closest_marker("every_combination"):
             values = {(name, repr(value)) for name, value in params.items()}
             cases[item.path, item.originalname].append((item, values))
     left_out = []

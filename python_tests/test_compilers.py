@@ -90,7 +90,6 @@ UNKNOWN = [
     ("RULES", "X(lion, 1)", "cuda/tail.cu", "stepped() must know each rule"),
     ("RULES", "X(lion, 1)", "cpu/portable.cpp", "[-Werror=switch]"),
     ("BLOCKS", "X(2048)", "cpu/portable.cpp", "a tile holds whole blocks"),
-    ("BLOCKS", "X(4)", "cuda/hadamard.cu", "a turn of the threads has whole blocks"),
     ("BLOCKS", "X(2048)", "cuda/quantize.cu", "two warps must hold a block in pairs of chunks"),
 ]
 

@@ -13,6 +13,7 @@ import fogzo_kernels as fk
 from fogzo_kernels.backends import load
 
 pytestmark = [
+    pytest.mark.every_combination,
     pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, which takes no changed PTX"),
     pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter runs no PTX"),
 ]
@@ -50,19 +51,6 @@ def transformed(backend):
     expected = torch.full_like(x, float("nan"))
     fk.hadamard_(expected, x, block=1024, backend="reference")
     return torch.equal(out, expected)
-
-
-def learned(backend):
-    """The gradient of an alpha that several blocks share, of integers."""
-    grad, found = integers(2**20, 3, 2048), []
-    for name in (backend, "reference"):
-        out, alpha_grad = grad.clone(), torch.full((1,), float("nan"))
-        fk.learned_backward_(
-            out, alpha_grad, torch.zeros(3, 2048), torch.ones(1), grid=fk.Grid.half_offset(2), factors=1.0,
-            straight_through=fk.StraightThrough("identity"), backend=name,
-        )  # fmt: skip
-        found.append((out, alpha_grad))
-    return all(map(torch.equal, *found))
 
 
 def perturbed(backend):
@@ -141,8 +129,6 @@ CASES = [
     (transformed, "hadamard_kernel", DISTANCE, {"triton": 0}),
     (transformed, "hadamard_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
     (transformed, "hadamard_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
-    (learned, "learned_kernel", DISTANCE, {"triton": 0}),
-    (learned, "learned_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
     (perturbed, "perturb_kernel", PREDICATE, {"triton": 0}),
     (perturbed, "perturb_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
 ]
