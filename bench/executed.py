@@ -255,7 +255,7 @@ def compilers() -> str:
 
 
 def origin() -> dict[str, Any]:
-    """Where the rows are from: not of which processor, which changes nothing."""
+    """Where the rows come from. The processor is left out, because it changes no count."""
     found = machine(torch.device("cpu"))
     facts = {name: found[name] for name in ("python", "torch", "triton", "commit", "sources", "date")}
     return {"device": compilers(), **facts}

@@ -33,7 +33,7 @@ def case_of(row: Row) -> c.Case:
 
 @dataclass
 class Findings:
-    """What was measured, what was left out and why, what failed; a row for each backend and case."""
+    """A row for each backend and case: its times, or why it was left out, or how it failed."""
 
     rows: dict[tuple[str, c.Case], Row] = field(default_factory=dict)
     left_out: list[Row] = field(default_factory=list)

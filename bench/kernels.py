@@ -196,7 +196,7 @@ def effort_of(args: argparse.Namespace) -> timing.Effort:
 
 
 def run(args: argparse.Namespace) -> tuple[Findings, list[Unit]]:
-    """What was found, and the units that were asked for.
+    """Returns the findings, and every unit of the arguments.
 
     Raises:
         DeviceLostError: a kernel has ended what the device held of this process; the file has all until then.

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     for file in FILES:
         (results / file).unlink(missing_ok=True)
     session = Session(results, args.budget, args.dry_run)
-    # what is ignored here, as in the background of a shell, would be ignored by every process below
+    # a signal that this process ignores, as in the background of a shell, every child would ignore, too
     handlers = {
         signal.SIGTERM: lambda *_: sys.exit(128 + signal.SIGTERM),
         signal.SIGINT: signal.default_int_handler,

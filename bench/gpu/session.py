@@ -23,7 +23,7 @@ FILES = (
 LOG_BYTES = 12 * 2**20  # of one log; what comes later is left out
 #: What runs a module in a dry run, in the place of a device.
 EXECUTOR = ("ptx",)
-TIMEOUT = 124  # exit status of what was stopped at its limit
+TIMEOUT = 124  # exit status of a process that was stopped at its limit
 GRACE = 8  # seconds for a process that was asked to end, to say what it has found
 
 
@@ -121,7 +121,7 @@ class Session:
         self, stage: str, command: Sequence[str], limit: float, log: str = "log.txt", gently: bool = False,
         **environment: str,
     ) -> Ended:  # fmt: skip
-        """Run in a process group of its own, of which nothing is left after the limit.
+        """Run in a process group of its own. The limit ends the whole group.
 
         Args:
             gently: interrupt it first, so that it says what it has found so far.

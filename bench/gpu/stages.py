@@ -1,4 +1,4 @@
-"""The stages, in their order: what is worth most, and is needed by others, comes first."""
+"""The stages, in their order: the most useful results come first, after whatever they need."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def check(session: Session, tool: str, limit: float) -> None:
 
 
 def rest(session: Session, limit: float) -> None:
-    """With what is left: what users write without this package, races, other noise and dtypes."""
+    """In the time that is left: baselines, races, other noise and dtypes."""
     backends = usable(session, "rest")
     if backends:
         kernels(session, f"baselines {backends[0]}", backends[0], session.left() - 8, BASELINES)

@@ -1,4 +1,4 @@
-"""summary.md: what became of each stage, and what was found so far."""
+"""Writes summary.md: each stage's outcome, and all results so far."""
 
 from __future__ import annotations
 
