@@ -299,6 +299,8 @@ def model(opcode: str) -> Model | None:
         return Model([kind, kind, "pred"], kind, lambda a, b, p: a if p & 255 else b)
     if kind.endswith("x2"):
         return pairs(opcode.removesuffix("x2"))
+    if kind in FORMATS and parts[-2] == "f32":
+        return mixed(parts, kind)
     if kind in FORMATS:
         return floats(parts, kind)
     if kind == "pred":
@@ -335,6 +337,15 @@ def floats(parts: list[str], kind: str) -> Model:
     }  # fmt: skip
     f = functions[name]
     return Model([kind] * f.__code__.co_argcount, kind, lambda *a: flush(f(*map(flush, a))))
+
+
+def mixed(parts: list[str], kind: str) -> Model:
+    """Operands of 16 bits, but for the last one; the rest is an instruction of float32."""
+    wide = floats(parts[:-1], "f32")
+    count = len(wide.operands) - 1
+    return Model(
+        [kind] * count + ["f32"], "f32", lambda *a: wide(*(to_float(x, kind, "f32") for x in a[:-1]), a[-1])
+    )
 
 
 def pairs(opcode: str) -> Model:

@@ -134,6 +134,19 @@ void floats_of_32_bits() {
   define<float, float>("neg.ftz.f32", [](float a) { return flushed(-a); });
 }
 
+// Of sm_100: operands of 16 bits, which float holds exactly; the last one and the result have 32.
+template <float (*Widen)(uint16_t)> void mixed_floats(Name t) {
+  for (Name r : {std::string(), std::string(".rn")}) {
+    define<float, uint16_t, float>("add" + r + ".f32." + t,
+                                   [](uint16_t a, float b) { return canonical(Widen(a) + b); });
+    define<float, uint16_t, float>("sub" + r + ".f32." + t,
+                                   [](uint16_t a, float b) { return canonical(Widen(a) - b); });
+  }
+  define<float, uint16_t, uint16_t, float>("fma.rn.f32." + t, [](uint16_t a, uint16_t b, float c) {
+    return canonical(std::fma(Widen(a), Widen(b), c));
+  });
+}
+
 // Two floats in one register; the first lies in the lower half.
 template <class F> Cell both(F f) { return put(f(0)) | put(f(32)) << 32; }
 
@@ -300,6 +313,8 @@ void fill() {
   floats<float>(".f32");
   floats<double>(".f64");
   floats_of_32_bits();
+  mixed_floats<from_float16>("f16");
+  mixed_floats<from_bfloat16>("bf16");
   pairs_of_floats();
   approximations();
   conversions();
