@@ -5,7 +5,6 @@ import os
 import runpy
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import torch.multiprocessing as mp
 HEAVY = [
     "pytest", "fogzo_kernels", "torch.distributed.fsdp", "torch._dynamo", "transformers",
     "transformers.models.llama.modeling_llama", "accelerate", "lightning.pytorch", "torch.utils.tensorboard",
+    "triton.compiler",
 ]  # fmt: skip
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 
@@ -27,26 +27,30 @@ def server():
     return context
 
 
-def run_file(path):
-    """Runs a file in its folder, as ``python path`` does, and returns its exit status and output.
+def run_code(code, folder, *arguments, **environment):
+    """Runs a program in a folder, as ``python program.py`` does; returns its exit status and what it printed.
 
-    The process has loaded ``HEAVY`` before, which saves seconds.
+    Its process has loaded ``HEAVY`` before, which saves seconds, and no other variables or arguments.
     """
-    process = server().Process(target=as_main, args=(str(path),))
+    program = folder / "program.py"
+    program.write_text(code)
+    process = server().Process(target=as_main, args=(str(program), arguments, environment))
     process.start()
     process.join()
-    return process.exitcode, Path(f"{path}.out").read_text()
+    return process.exitcode, (folder / "output.txt").read_text()
 
 
-def as_main(path):
-    os.chdir(os.path.dirname(path))
+def as_main(program, arguments, environment):
+    os.chdir(os.path.dirname(program))
     for name in ("TRITON_INTERPRET", "FOGZO_BACKEND"):
         os.environ.pop(name, None)
-    with open(f"{path}.out", "wb") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-    sys.argv = [path]
-    runpy.run_path(path, run_name="__main__")
+    os.environ |= environment
+    with open("output.txt", "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = [program, *arguments]
+    sys.path[0] = os.path.dirname(program)
+    runpy.run_path(program, run_name="__main__")
 
 
 def start(worker, args, count):

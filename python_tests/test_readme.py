@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import run_file
+from processes import run_code
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -45,9 +45,9 @@ def run(code, folder):
 
     What wants to be started by torchrun is, as two processes.
     """
-    file = folder / "example.py"
-    file.write_text(code)
     if "# torchrun" in code:
+        file = folder / "example.py"
+        file.write_text(code)
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", file.name]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(
@@ -55,7 +55,7 @@ def run(code, folder):
         )
         status, output = done.returncode, done.stdout
     else:
-        status, output = run_file(file)
+        status, output = run_code(code, folder)
     missing = re.search(r"No module named '(\w+)'", output)
     if missing and missing[1] in OPTIONAL:
         pytest.skip(f"{missing[1]} is not installed")
