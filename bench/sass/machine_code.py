@@ -51,7 +51,7 @@ def read_cubin(cubin: bytes, directions: int = 1) -> Report:
 
 
 def dumps(cubin: bytes) -> tuple[str, str]:
-    """Machine code and resources of a file's kernels, as cuobjdump writes them; kept, as it takes half a second."""
+    """Machine code and resources of a file's kernels, as cuobjdump writes them; kept, as it takes long."""
 
     def make(path: Path) -> None:
         file = path.with_suffix(".cubin")
