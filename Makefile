@@ -25,6 +25,7 @@ TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transf
 .PHONY: demo test test-modes test-oldest test-gguf lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one pip at a time
+unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes
 
 demo: $(VENV)/built $(VENV)/has-demo
 	$(BIN)/python -m bench.evidence.mlp

@@ -3,14 +3,13 @@
 import functools
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import EVERYTHING, INTERPRETED
+from conftest import INTERPRETED
 from ptx.triton_driver import to_machine_code
 
 from bench.cases import DTYPES, short
@@ -331,7 +330,7 @@ def test_table_and_json(triton, tmp_path, capsys):
 
 
 #: nvcc takes two minutes for each.
-ASKED = pytest.mark.skipif(EVERYTHING not in os.environ, reason=f"{EVERYTHING} is not set")
+ASKED = pytest.mark.everything
 ARCHITECTURES = [pytest.param(80, marks=ASKED), 90, pytest.param(100, marks=ASKED)]
 
 
