@@ -162,6 +162,23 @@ def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path):
     assert model.fogzo.steps == STEPS
 
 
+def test_a_finished_run_goes_on_for_more_steps(tmp_path):
+    path = half(tmp_path)  # of a run of STEPS
+    with pytest.raises(ValueError, match=r"state\['total_steps'\] must be 9, got 6.* may_differ="):
+        fit(Ours(), tmp_path, ckpt_path=path, max_steps=9)
+
+    class Longer(Ours):
+        fogzo_options = OPTIONS | {"may_differ": ["total_steps"]}
+
+    model = Longer()
+    fit(model, tmp_path, ckpt_path=path, max_steps=9, rows=Rows(48 + 24))
+    assert model.fogzo.steps == 9
+    assert (
+        model.fogzo.one_minus_beta
+        == fk.Fogzo(model, total_steps=1, schedule="constant", **OPTIONS).one_minus_beta
+    )
+
+
 def test_a_model_that_was_loaded_begins_a_run_of_its_own(tmp_path):
     model = Ours.load_from_checkpoint(half(tmp_path), weights_only=False)
     fit(model, tmp_path)

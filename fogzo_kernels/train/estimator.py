@@ -207,23 +207,23 @@ class Fogzo:
         """Steps taken, counters and settings; with model and optimizer, all that a run needs."""
         return {"steps": self.steps, "counters": self._counters.clone(), **asdict(self._settings)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, may_differ: Sequence[str] = ()) -> None:
         """Continue a run: the next step is the one that would have come next there.
 
         Args:
             state: from :meth:`state_dict` of an object with the same settings.
+            may_differ: names of settings in which that object may differ from this one, whose own values stand:
+                ``["total_steps"]`` for more steps, ``["one_minus_beta"]`` where ``kappa`` is of other weights.
+                Steps taken and counters are those of the state.
 
         Raises:
             ValueError: a setting differs, or a key or value is wrong; nothing has changed then.
             RuntimeError: a pass of a step is running.
         """
-        settings = asdict(self._settings)
-        expected = {"steps", "counters", *settings}
+        expected = {"steps", "counters", *asdict(self._settings)}
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
-        for name, value in settings.items():
-            if state[name] != value:
-                raise ValueError(f"state[{name!r}] must be {value}, got {state[name]}")
+        self._settings.check_state(state, may_differ)
         steps, counters = int(state["steps"]), torch.as_tensor(state["counters"])
         check_range("state['steps']", steps, MAX_STEP)
         if counters.shape != self._counters.shape:
