@@ -28,7 +28,7 @@ FLOORS = {
            "__init__ packed saved scales sharded parallel inputs held quantized permuted linear"
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
-              "__init__ replay weights sharding together reads outside gradients losses step"
+              "__init__ uncompiled replay weights sharding together reads outside gradients losses step"
               " settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups fused adamw sgd pull"),

@@ -24,6 +24,7 @@ from .sharding import Sharding, weight_of
 from .stats import Stats
 from .step import Pass, Step, warn_of
 from .together import hold_quantized, set_alphas
+from .uncompiled import uncompiled
 from .weights import check_unchanged, modules_of, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
@@ -240,6 +241,7 @@ class Fogzo:
 
     # ---- a step
 
+    @uncompiled
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """Run all passes of one batch and leave the estimates in ``.grad``.
 
@@ -252,6 +254,7 @@ class Fogzo:
         self.run(closure)
         return self.estimate_()
 
+    @uncompiled
     def run(self, closure: Callable[[], Tensor]) -> None:
         """Run all passes of one batch; :meth:`estimate_`, or a fused optimizer's step, is to follow.
 
@@ -280,6 +283,7 @@ class Fogzo:
     def _all_seen_by(self, closure: Callable[[], Tensor]) -> Prints:
         return global_generators(self._replay.others) | self._seen_by(closure)
 
+    @uncompiled
     def check(self, closure: Callable[[], Tensor]) -> list[str]:
         """Run the passes of a step with eps = 0, where all must give one loss, and name what differs.
 
@@ -348,6 +352,7 @@ class Fogzo:
             if not (step.complete or step.active):
                 step.end()
 
+    @uncompiled
     @torch.no_grad()
     def estimate_(self) -> Tensor:
         """Replace the ``.grad`` of the quantized weights by the estimate; call after all passes.
@@ -383,6 +388,7 @@ class Fogzo:
                 raise RuntimeError(f"{caller}() must not be called inside a pass")
             self._step.end()
 
+    @uncompiled
     def _new_step(self) -> Step:
         model = self._replay.model
         self._sharding.between_passes()

@@ -23,6 +23,7 @@ from .reads import check_reads
 from .replay import ReplayState, Snapshot, capturing
 from .sharding import Sharding
 from .together import Together, set_alphas, together
+from .uncompiled import uncompiled
 from .weights import QuantizedWeight
 
 NOT_REPLAYED = (
@@ -78,6 +79,7 @@ class Pass:
                     f"each of probe.batches() must give one loss to probe.backward, got {self.losses - before}"
                 )
 
+    @uncompiled
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
 
@@ -120,6 +122,7 @@ class Pass:
             raise RuntimeError(f"probe.{caller} must be called inside `with probe:`")
         return self._step
 
+    @uncompiled
     def __enter__(self) -> Pass:
         if self._step is None or self._step.active or self.done:
             raise RuntimeError("a pass must be entered once, in the order that probes() gives")
@@ -129,6 +132,7 @@ class Pass:
         torch.set_grad_enabled(self.sign == 0)
         return self
 
+    @uncompiled
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
