@@ -148,10 +148,10 @@ def test_precision_and_checkpointing(tmp_path, options):
 def test_logs_have_the_stats(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.train()
-    for name in ("cosine", "difference", "guide_norm", "lost_norms", "alphas_at_floor"):
+    for name in ("cosine", "difference", "guide_norm", "lost_steps", "alphas_at_floor"):
         assert logged(trainer, f"fogzo_{name}")
     assert logged(trainer, "fogzo_one_minus_beta") == sorted(logged(trainer, "fogzo_one_minus_beta"))
-    assert trainer.fogzo.stats()["lost_norms"] == 0
+    assert trainer.fogzo.stats()["lost_steps"] == 0
 
 
 def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path):

@@ -27,7 +27,7 @@ from .together import hold_quantized, set_alphas
 from .uncompiled import uncompiled
 from .weights import check_unchanged, modules_of, quantized_weights
 
-COUNTERS = ("lost_directions", "lost_norms", "bad_alphas")
+COUNTERS = ("lost_directions", "lost_steps", "bad_alphas")
 
 
 class Fogzo:
@@ -78,6 +78,9 @@ class Fogzo:
         weights: the quantized weights of the model, each once.
         total_weights: d, the number of their elements.
         device: where they lie.
+        found_inf: float32, 0-dim, on that device: 1 after a gradient pass whose step is lost, else 0. PyTorch's
+            optimizers with ``fused=True`` skip such a step without a wait for the device, also in a CUDA graph,
+            after ``optimizer.found_inf = fogzo.found_inf``.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Fogzo:
         select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=self.device)
         self._steps = 0  # taken so far; the step number of the noise
         self._device_state = DeviceState(self.device, self._settings) if capturable else None
         self._replay = ReplayState(model, replay)
@@ -178,9 +182,10 @@ class Fogzo:
         return self._completed() is not None
 
     def diagnostics(self) -> dict[str, int]:
-        """Directions and norms lost to values that were not finite, and bad alphas; waits for the device.
+        """Steps and directions lost to values that were not finite, and bad alphas; waits for the device.
 
-        Learned alphas that were held in range count as bad, once for each step.
+        A step is lost whose loss, N or gradients are not finite. Learned alphas that were held in range count
+        as bad, once for each step.
         """
         return dict(zip(COUNTERS, self._counters.tolist(), strict=True))
 
@@ -201,7 +206,7 @@ class Fogzo:
             :meth:`diagnostics`. NaN where the step had no probes, or where none was taken.
         """
         counts = self.diagnostics()
-        self._stats.warn_of_lost(counts["lost_norms"])
+        self._stats.warn_of_lost(counts["lost_steps"])
         return self._stats.read(self.weights) | counts
 
     def state_dict(self) -> dict[str, Any]:
@@ -357,8 +362,11 @@ class Fogzo:
     def estimate_(self) -> Tensor:
         """Replace the ``.grad`` of the quantized weights by the estimate; call after all passes.
 
-        A direction whose losses are not finite is left out; if all are, or the guide norm is not
-        finite, ``.grad`` keeps the straight-through gradient. :meth:`diagnostics` counts both.
+        A direction whose losses are not finite is left out; if all are, ``.grad`` keeps the straight-through
+        gradient. A step whose gradient pass left a loss or a gradient that is not finite is lost: it has no
+        probes, and the next step is as if this batch had not been. Then ``.grad`` is NaN, as gradient scalers
+        look for, and the next step of any optimizer of PyTorch leaves the model's parameters and their state
+        alone. :meth:`diagnostics` counts both.
 
         Returns:
             The loss of the gradient pass, 0-dim float32.
@@ -400,9 +408,11 @@ class Fogzo:
             pairs=0 if noise["one_minus_beta"] is None else self.directions,
             forward=self._settings.difference == "forward", share=self._settings.probe_share,
             both=self._both_probes,
-            counters=self._counters, replay=self._replay, gradients=self._gradients, watched=not self._watched,
+            counters=self._counters, found_inf=self.found_inf, replay=self._replay, gradients=self._gradients,
+            watched=not self._watched,
             compared=not self._compared, counted=self._stats.wanted,
-            backend=self.backend, sharding=self._sharding, reduce=self._reduce, over=self._over,
+            backend=self.backend, sharding=self._sharding, reduce=self._reduce, agree=self._peers.agree,
+            over=self._over,
         )  # fmt: skip
 
     def _noise(self) -> dict[str, Any]:
@@ -424,11 +434,13 @@ class Fogzo:
             self._step = None
         if estimated:
             self._stats.note(step)
+            if step.lost:  # the next step has the number of this one
+                self._counters[1] += 1
+                self._stats.warn_of_lost(1)
+                return
             self._gradients.left_estimates()
-            if self.device.type == "cpu":
-                self._stats.warn_of_lost(int(self._counters[1]))
             self._watched = True
             self._compared |= step.pairs > 0
             if self._device_state is not None:
-                self._device_state.advance()
+                self._device_state.advance(1 if step.unknown is None else (~step.unknown).long())
             self._steps += 1

@@ -110,8 +110,16 @@ class ReplayState:
         torch.set_rng_state(snapshot.cpu)
         for device, state in snapshot.cuda.items():
             torch.cuda.set_rng_state(state, device)
-        for module, name, buffer, value in snapshot.buffers:
-            buffer.copy_(value)
-            module._buffers[name] = buffer  # a forward may have assigned another tensor
+        self.load_buffers(snapshot)
         for other, state in zip(self.others, snapshot.others, strict=True):
             state_methods("replay", other)[1](copy.deepcopy(state))
+
+    @torch.no_grad()
+    def load_buffers(self, snapshot: Snapshot, where: Tensor | None = None) -> None:
+        """Buffers alone as they were then; ``where`` is a 0-dim bool on the device, without a wait for it."""
+        for module, name, buffer, value in snapshot.buffers:
+            now = module._buffers[name]
+            if where is not None and now is not None and now.shape == value.shape:
+                value = torch.where(where.to(value.device), value, now)
+            buffer.copy_(value)
+            module._buffers[name] = buffer  # a forward may have assigned another tensor
