@@ -14,16 +14,16 @@ from ..backends import select
 from ..nn.sharded import reshard
 from ..ops import checks
 from ..spec.noise import MAX_STEP, check_range
+from .closures import Closures
 from .device import DeviceState
 from .distributed import Peers
 from .gradients import Gradients
-from .outside import Prints, changed, global_generators, seen_by
+from .outside import changed
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
 from .sharding import Sharding, weight_of
 from .stats import Stats
 from .step import Pass, Step, warn_of
-from .together import hold_quantized, set_alphas
 from .uncompiled import uncompiled
 from .weights import check_unchanged, modules_of, quantized_weights
 
@@ -136,6 +136,7 @@ class Fogzo:
         self._device_state = DeviceState(self.device, self._settings) if capturable else None
         self._replay = ReplayState(model, replay)
         self._step: Step | None = None  # from its first pass to its end
+        self._closures = Closures(self.weights, self._replay, self._sharding, backend)
         self._gradients = Gradients([w.parameter for w in self.weights])
         self._stats = Stats(seed, difference == "forward", self.total_weights)
         self._compared = False  # whether one with probes has looked for what passes do not see alike
@@ -275,18 +276,15 @@ class Fogzo:
                 " them yourself, `for batch in probe.batches(micro_batches)` in each pass of probes()"
             )
         look = not self._compared and self._settings.one_minus_beta_at(self._steps) is not None
-        before = self._seen_by(closure) if look else {}
+        before = self._closures.seen(closure, self) if look else {}
         for probe in self.probes():
+            step = self._step
+            assert step is not None
             with probe:
-                probe.backward(closure())
+                probe.backward(self._closures.loss(closure, step.snapshots[0]))
             if look and probe.sign == 0:
-                warn_of(changed(before, self._seen_by(closure)))
-
-    def _seen_by(self, closure: Callable[[], Tensor]) -> Prints:
-        return seen_by(closure, [self, self._replay.model, *self._replay.others])
-
-    def _all_seen_by(self, closure: Callable[[], Tensor]) -> Prints:
-        return global_generators(self._replay.others) | self._seen_by(closure)
+                names = changed(before, self._closures.seen(closure, self))
+                warn_of(self._closures.unlike(closure, names, step, self._peers.agree))
 
     @uncompiled
     def check(self, closure: Callable[[], Tensor]) -> list[str]:
@@ -309,27 +307,7 @@ class Fogzo:
         model = self._replay.model
         self._sharding.between_passes()
         check_unchanged(model, list(model.modules()), self.weights)
-        losses, found = [], list[str]()
-        start = self._replay.save()
-        try:
-            set_alphas(self.weights, self.backend)
-            for i in range(3):
-                self._replay.load(start)
-                self._sharding.between_passes()
-                hold_quantized(self.weights, self.backend)
-                before = self._all_seen_by(closure)
-                with torch.set_grad_enabled(i == 0):
-                    losses.append(float(closure().detach()))
-                found += [n for n in changed(before, self._all_seen_by(closure)) if n not in found]
-        finally:
-            for w in self.weights:
-                w.release()
-            self._sharding.between_passes()
-            self._replay.load(start)
-        said = [f"{name} is changed by a pass" for name in found]
-        if not losses[0] == losses[1] == losses[2]:
-            said.append(f"three passes with the same weights gave the losses {', '.join(map(str, losses))}")
-        return said
+        return self._closures.check(closure, self)
 
     def probes(self) -> Iterator[Pass]:
         """The passes of a step, to be run in order: the gradient pass, then + and - per direction.
