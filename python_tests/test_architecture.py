@@ -29,7 +29,7 @@ FLOORS = {
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
               "__init__ uncompiled replay weights sharding together reads outside lost gradients losses"
-              " received passes step closures settings device distributed stats estimator"),
+              " received passes step closures unmoved settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups memory scaling fused adamw sgd pull"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),

@@ -240,3 +240,28 @@ def test_check_takes_a_closure_that_differentiates():
     assert fogzo.check(lambda: pinn(model, X)) == []
     assert all(p.grad is None for p in model.parameters())
     fogzo.step(lambda: pinn(model, X))
+
+
+@pytest.mark.parametrize(
+    "preset", [p for p in PRESETS if p != "rotated"]
+)  # the transform is an op that torch.func refuses
+def test_torch_func_differentiates_too(preset):
+    """By its transforms, inside a pass: the same estimate."""
+
+    def slope(model):
+        z = X.clone().requires_grad_()
+        return torch.autograd.grad(model(z).sum(), z, create_graph=True)[0]
+
+    ways = [
+        slope,
+        lambda model: torch.func.grad(lambda z: model(z).sum())(X),
+        lambda model: torch.func.vmap(torch.func.grad(lambda z: model(z).sum()))(X),
+    ]
+    found = []
+    for way in ways:
+        model = network(PRESETS[preset])
+        estimator(model).step(lambda model=model, way=way: (way(model).sum(1) - 1).square().mean())
+        found.append([m.weight.grad for m in model if isinstance(m, nn.Linear)])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

@@ -25,6 +25,7 @@ from .sharding import Sharding, weight_of
 from .stats import Stats
 from .step import Pass, Step, warn_of
 from .uncompiled import uncompiled
+from .unmoved import UnmovedAlphas
 from .weights import check_unchanged, modules_of, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_steps", "bad_alphas")
@@ -139,6 +140,7 @@ class Fogzo:
         self._closures = Closures(self.weights, self._replay, self._sharding, backend)
         self._gradients = Gradients([w.parameter for w in self.weights])
         self._stats = Stats(seed, difference == "forward", self.total_weights)
+        self._unmoved = UnmovedAlphas()
         self._compared = False  # whether one with probes has looked for what passes do not see alike
         self._watched = False  # whether a step has looked for reads of the weights beside their modules
 
@@ -380,6 +382,7 @@ class Fogzo:
         self._sharding.between_passes()
         modules = modules_of(model)  # one walk for all that asks
         check_unchanged(model, modules, self.weights)
+        self._unmoved.begin(model, modules, self.weights)
         noise = self._noise()
         return Step(
             self.weights, modules=modules, noise=noise,
@@ -417,6 +420,7 @@ class Fogzo:
                 self._stats.warn_of_lost(1)
                 return
             self._gradients.left_estimates()
+            self._unmoved.end()
             self._watched = True
             self._compared |= step.pairs > 0
             if self._device_state is not None:
