@@ -67,6 +67,9 @@ class FogzoMixin:
     ) -> None:
         """A step of the optimizer, which begins with the passes."""
         closure: Any = optimizer_closure
+        if self.trainer.fit_loop._skip_backward:
+            closure()  # of StochasticWeightAveraging, for statistics of BatchNorm: no step
+            return
         fogzo: Fogzo = self.fogzo
         held, self._held = self._held, ()
         again = [partial(closure._step_fn.func, dict(enumerate(arguments))) for arguments in held]
@@ -105,7 +108,8 @@ class FogzoMixin:
         """``training_step``, but with more micro-batches to come it keeps what it was given, and gives 0."""
 
         def training_step(*arguments: Any) -> Any:
-            if self._in_passes or not self.trainer.fit_loop._should_accumulate():
+            loop = self.trainer.fit_loop
+            if self._in_passes or loop._skip_backward or not loop._should_accumulate():
                 return step(*arguments)
             self._held = (*self._held, arguments)
             return torch.zeros((), device=self.device, requires_grad=True)
