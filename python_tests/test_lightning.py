@@ -193,7 +193,7 @@ class OursNormed(FogzoMixin, Normed):
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("preset", ["lsq", "bitnet"])
 def test_averaged_weights_and_their_statistics(tmp_path, preset, accumulated):
-    """StochasticWeightAveraging runs an epoch without steps, for BatchNorm: no weight moves, each batch counts."""
+    """StochasticWeightAveraging runs an epoch without steps, for BatchNorm: no weight moves."""
     model, average = OursNormed(preset), L.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
     fit(model, tmp_path, max_steps=-1, max_epochs=3, callbacks=[average], accumulate_grad_batches=accumulated)
     assert model.fogzo.steps == 3 * STEPS // accumulated
