@@ -1,9 +1,14 @@
 """Losses with a derivative in them: PINNs, gradient penalties, forces. Each pass has the right value."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from processes import as_launched, leave, needs_gloo, two_of
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from training import QUANTIZER
 
 import fogzo_kernels as fk
@@ -265,3 +270,44 @@ def test_torch_func_differentiates_too(preset):
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+# ---- two processes
+
+
+def worker(rank, folder, port):
+    """With a list of losses that one process keeps: both look whether it matters, as forwards may wait for all."""
+    as_launched(rank, port)
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(network())
+    fogzo, kept = estimator(model), []
+    x = torch.linspace(-1, 1, 12 * 16).view(12, 16)[rank::2]
+
+    def closure():
+        loss = pinn(model, x)
+        if rank == 0:
+            kept.append(loss.item())
+        return loss
+
+    for _ in range(2):
+        model.zero_grad()
+        loss = fogzo.step(closure)
+    assert not rank or not kept
+    torch.save((loss, [p.grad for p in model.parameters()]), os.path.join(folder, f"{rank}.pt"))
+    leave()
+
+
+@needs_gloo
+def test_two_processes_differentiate(tmp_path):
+    (loss, grads), (same, others) = two_of(worker, tmp_path)
+    assert loss == same
+    assert all(map(torch.equal, grads, others))
+    model = network()
+    x = torch.linspace(-1, 1, 12 * 16).view(12, 16)
+    fogzo = estimator(model)
+    for _ in range(2):
+        model.zero_grad()
+        one = fogzo.step(lambda: (pinn(model, x[::2]) + pinn(model, x[1::2])) / 2)
+    assert float(one) == pytest.approx(float(loss), rel=1e-5)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
