@@ -276,7 +276,7 @@ def test_torch_func_differentiates_too(preset):
 
 
 def worker(rank, folder, port):
-    """With a list of losses that one process keeps: both look whether it matters, as forwards may wait for all."""
+    """With a list of losses that one process keeps: both look whether it matters, as one cannot alone."""
     as_launched(rank, port)
     dist.init_process_group("gloo")
     model = DistributedDataParallel(network())

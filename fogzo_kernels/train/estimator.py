@@ -36,8 +36,8 @@ class Fogzo:
 
     Each step runs the gradient pass, then, for each direction, a probe with weights
     Q(w + eps v) and one with Q(w - eps v), and replaces the straight-through gradients of the
-    quantized weights by the estimate. Probes run without autograd, see the same dropout masks,
-    and leave latents, buffers and generators as after a plain step; so does an exception.
+    quantized weights by the estimate. Probes run without autograd unless a closure differentiates, see the
+    same dropout masks, and leave latents, buffers and generators as after a plain step; so does an exception.
 
     Args:
         model: a module with trainable quantized weights, all on one device.
@@ -60,7 +60,8 @@ class Fogzo:
         both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, the second one into a copy of
             the quantized weights that is there for the probes alone; False writes one after the other into the
             same memory. The bits are the same. A forward difference has no second one.
-        replay: what passes must see alike beside PyTorch's generators and the model's buffers: objects with
+        replay: what passes must see alike beside PyTorch's generators, the model's buffers and the generators
+            that its modules have as attributes: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
             ``load_state_dict``, and NumPy's generators.
         process_group: with ``torch.distributed``, the processes that train this model together; None takes that
