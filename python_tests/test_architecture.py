@@ -28,10 +28,10 @@ FLOORS = {
            "__init__ packed saved scales sharded parallel inputs held quantized permuted linear"
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
-              "__init__ replay weights sharding together reads outside gradients losses step"
-              " settings device distributed stats estimator"),
+              "__init__ uncompiled replay weights sharding together reads outside lost gradients losses"
+              " received passes step closures unmoved settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
-              "__init__ groups fused adamw sgd pull"),
+              "__init__ groups memory scaling fused adamw sgd pull"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
     "export": (("spec", "ops.checks", "functional", "nn", "integrations.transformers"),
                "files integers blocks ao plain compressed llama freeze __init__ __main__"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -19,9 +20,10 @@ from ..train.losses import Estimate
 from ..train.replay import capturing
 from ..train.step import Step
 from ..train.together import Together
+from ..train.uncompiled import uncompiled
+from .memory import View, follow, in_memory
+from .scaling import Scaling
 
-#: How an op takes a parameter, and what has its shape: a view.
-View = Callable[[Tensor], Tensor]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 #: For parameters that take their gradient as it is, where nothing is drawn.
@@ -47,6 +49,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: of the op; None takes that of ``fogzo``, else the best available.
     """
 
+    #: Lets ``torch.amp.GradScaler.step`` hand its scale to the step, which divides losses and gradients by it.
+    _step_supports_amp_scaling = True
     KIND: ClassVar[str]  # of its UpdateRule
     OP: ClassVar[Callable[..., None]]  # of functional.py; the rule's state stands after the gradients
 
@@ -87,6 +91,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """In ``state``, as torch's own optimizer has them: the ops' names for lists, in the singular."""
         return [name.removesuffix("s") for name in KINDS[self.KIND]]
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of training.
@@ -94,6 +99,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         If the passes of ``fogzo`` were run (:meth:`Fogzo.probes`, :meth:`Fogzo.run`), with its estimate
         in place of the straight-through gradient; ``.grad`` stays as it was. Otherwise with ``.grad`` as
         it is, which for quantized weights must be an estimate (:meth:`Fogzo.estimate_`).
+
+        A step that is lost (:meth:`Fogzo.diagnostics`) changes nothing: no parameter, no state, no count. By
+        ``scaler.step(optimizer)`` of a ``torch.amp.GradScaler`` that scaled the losses of all passes, the step
+        divides them and ``.grad`` by the scale, and is skipped where the scaler found an overflow.
 
         Args:
             closure: with ``fogzo``, runs the model and returns the loss, and the step then runs the
@@ -104,9 +113,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             The loss where the step knows it, else None.
 
         Raises:
-            RuntimeError: with ``fogzo``, quantized weights hold the gradient of a backward outside its passes.
+            RuntimeError: with ``fogzo``, quantized weights hold the gradient of a backward outside its passes,
+                or a gradient scaler has unscaled that of passes; a scaler is to run a closure.
         """
         loss = None
+        scaling = Scaling.of(self)
+        pending = self.fogzo is not None and self.fogzo.pending
+        shared = self.fogzo is not None and getattr(self, "found_inf", None) is self.fogzo.found_inf
+        scaling.check(closure is not None, pending, shared)
         if closure is not None:
             with torch.enable_grad():
                 if self.fogzo is None:
@@ -121,16 +135,42 @@ class FusedOptimizer(torch.optim.Optimizer):
         else:
             self._check_owned(passes)
             self._warn_of_restart()
-            estimate = passes.collect()
+            passes.look_at(self._beside(passes), None if shared else scaling.found_inf)
+            estimate = passes.collect(scaling.scale)
             loss = estimate.loss
-        self._calls_so_far += 1
-        first = True
-        for call in list(self._calls(passes)):  # all are prepared before the first one writes
-            self._run(call, passes, estimate, first)
-            first = first and call.quantized is None
+        unknown = None if passes is None else passes.unknown
+        lost = passes is not None and passes.lost
+        if passes is None and scaling.found_inf is not None:
+            unknown = scaling.found_inf.reshape(()) != 0
+            if not capturing():
+                lost, unknown = bool(unknown), None
+        if not lost:
+            self._update(passes, estimate, scaling, unknown)
         if passes is not None:
             passes.finish()
         return loss
+
+    def _update(
+        self, passes: Step | None, estimate: Estimate | None, scaling: Scaling, unknown: Tensor | None
+    ) -> None:
+        """``unknown``: whether the step is lost, where only the device knows."""
+        calls = list(self._calls(passes))  # all are prepared before the first one writes
+        if scaling.scale is not None:
+            scaling.unscale_(self._grads())
+        self._calls_so_far += 1
+        first = True
+        for call in calls:
+            self._run(call, passes, estimate, first, unknown)
+            first = first and call.quantized is None
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _beside(self, passes: Step) -> list[Tensor]:
+        """Gradients of parameters that are not the model's, at which the passes did not look."""
+        looked_at = set(map(id, passes.parameters))
+        groups = (group["params"] for group in self.param_groups)
+        return [p.grad for params in groups for p in params if id(p) not in looked_at and p.grad is not None]
 
     def _own(self) -> set[int]:
         return {id(p) for group in self.param_groups for p in group["params"]}
@@ -203,6 +243,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             others: list[tuple[Tensor, _Lists, tuple[Any, ...]]] = []
             for p in group["params"]:
                 if p.grad is None:
+                    if id(p) in self._joined:  # its number of steps falls behind
+                        self._joined[id(p)] += 1
                     continue
                 k, i = places.get(id(p), (None, 0))
                 view = in_memory(p) if k is None else estimated[k].weights[i].rows
@@ -273,16 +315,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._joined[id(p)] = self._calls_so_far - int(step)
             joined = self._joined[id(p)]
         master = views.pop(0) if "master" in state else None
+        if master is not None:
+            follow(master, latent)
         number = 0 if capturable else int(step) + 1
         return _Lists(latent, seen(grad), master, views, step, number, joined)
 
     # ---- one call
 
-    def _run(self, call: _Call, passes: Step | None, estimate: Estimate | None, first: bool) -> None:
+    def _run(
+        self, call: _Call, passes: Step | None, estimate: Estimate | None, first: bool, unknown: Tensor | None
+    ) -> None:
         lists, options = call.lists, call.options
         device, steps = lists[0].latent.device, [one.step for one in lists]
         if not call.number:  # the op reads the coming number on the device
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1 if unknown is None else (~unknown).long().to(device))
         states = [[one.states[i] for one in lists] for i in range(len(options.states))]
         unused = [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
         masters = None if lists[0].master is None else [one.master for one in lists]
@@ -299,7 +345,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         if call.quantized is None:
             nothing = self._nothing(device)
-            update(nothing, nothing, [], torch.zeros((), device=device), backend=self.backend, **PLAIN)
+            norm = nothing.new_zeros(())
+            if unknown is not None:  # a norm that is not finite lets the op skip a step, if it has losses
+                nothing, norm = nothing.new_zeros(1), norm.masked_fill(unknown.to(device), math.nan)
+            update(nothing, nothing, [], norm, backend=self.backend, **PLAIN)
         else:
             assert passes is not None
             assert estimate is not None
@@ -315,7 +364,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _nothing(self, device: torch.device) -> Tensor:
         if device not in self._empty:
-            self._empty[device] = torch.empty(0, device=device)
+            self._empty[device] = torch.empty(0, dtype=torch.float32, device=device)
         return self._empty[device]
 
     # ---- state
@@ -390,20 +439,3 @@ class _Call:
         self.lists: list[_Lists] = []
         self.places: list[int] = []  # of those that are estimated among the weights of the step's call
         self.quantized: Together | None = None
-
-
-def in_memory(p: Tensor) -> View:
-    """How to see tensors that lie in memory as this one does, in the order of memory: elementwise all the same.
-
-    Raises:
-        ValueError: it does not fill its memory.
-    """
-    if p.is_contiguous():
-        return local
-    strides = p.stride()
-    order = sorted(range(p.ndim), key=lambda d: -strides[d])
-    if not p.permute(order).is_contiguous():
-        raise ValueError(
-            f"params must be dense in memory, got one of shape {tuple(p.shape)} with strides {strides}"
-        )
-    return lambda t: t.permute(order)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import hadamard_, quantize_
 from ..ops import checks
+from ..train.replay import capturing
 from ..train.sharding import weight_of
 from ..train.together import Together, set_alphas, together
 from ..train.weights import quantized_weights
@@ -68,6 +69,9 @@ class GridPull:
         """
         if not self._strength:
             return
+        lost = getattr(optimizer, "found_inf", None)  # in a step that was skipped it is not 0
+        if lost is None and capturing():
+            lost = getattr(getattr(optimizer, "fogzo", None), "found_inf", None)
         for group in optimizer.param_groups:
             weights = [w for p in group["params"] if p.grad is not None and (w := self._weights.get(id(p)))]
             if not weights:
@@ -77,6 +81,11 @@ class GridPull:
                 raise ValueError(
                     f"lr * strength must be at most 1, got {group['lr']:g} * {self._strength:g}: the pull would"
                     " lead beyond the grid point"
+                )
+            if lost is not None:
+                device = weights[0].parameter.device
+                share = torch.as_tensor(share, device=device).masked_fill(
+                    torch.as_tensor(lost).to(device, non_blocking=True).reshape(()) != 0, 0.0
                 )
             set_alphas(weights, self.backend)
             for alike in together(weights, self.backend):

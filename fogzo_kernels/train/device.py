@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..spec.noise import signed64
 from ..spec.schedule import linear
@@ -35,9 +36,9 @@ class DeviceState:
         self.step.fill_(step)
         self._schedule()
 
-    def advance(self) -> None:
-        """On to the next step; nothing waits for the device."""
-        self.step.add_(1)
+    def advance(self, by: int | Tensor = 1) -> None:
+        """On to the next step, or by 0 where only the device knows that one is lost; nothing waits for it."""
+        self.step.add_(by)
         self._schedule()
 
     def _schedule(self) -> None:

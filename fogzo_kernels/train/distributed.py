@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..spec.noise import signed64
+from .lost import BITS
 from .replay import capturing
 from .settings import Settings
 from .weights import QuantizedWeight
@@ -20,7 +21,6 @@ EVERY = 100  # steps from one look at what the others have to the next: reading 
 #: What all processes must have in common, in the order in which it is compared.
 FACTS = ("seed", "number of steps taken", "settings", "quantized weights", "values of the weights")
 STEPS = FACTS.index("number of steps taken")
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class Peers:
@@ -84,6 +84,11 @@ class Peers:
             dist.all_reduce(losses, group=group)
             if self.reduction == "mean" or self._alike:
                 losses /= dist.get_world_size(group)
+
+    def agree(self, flags: Tensor) -> None:
+        """Of each flag, int32, the greatest of the group, in place."""
+        for group in self.groups:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
 
     @torch.no_grad()
     def check(self, settings: Settings, steps: int, weights: Sequence[QuantizedWeight]) -> None:

@@ -1,13 +1,14 @@
 """Whose gradients the weights hold: those of a pass, an estimate, or of a backward elsewhere.
 
 Told by who accumulated into them, which a hook on each weight sees, and by which tensors an estimate was left
-in. A tensor's version would not do: clipping changes it too.
+in. A tensor's version would not do: clipping changes it too. Which weights take part in a step is not told by
+the hook: DistributedDataParallel writes the gradients of other processes without one.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 from typing import Any
 
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor
 
 from ..nn.sharded import local
+from .lost import bits, keep_from_optimizers
 from .replay import capturing
 
 BACKWARD_IN_A_PASS = (
     "backward must not be called inside a pass but by probe.backward(loss); a closure returns its loss, and the"
     " step calls backward"
 )
-ESTIMATED = ".grad still holds the last estimate"
+EDITED = (
+    ".grad must not change between the passes and the estimate; to unscale or clip it, call estimate_() first"
+)
+ESTIMATED = ".grad still holds the last estimate; zero_grad in the closure comes too late"
 OUTSIDE = (
     ".grad of {} holds that of a backward outside the passes, which would enter the guide and be lost; add such"
     " a loss to that of the closure"
@@ -47,7 +52,10 @@ class Gradients:
         self.parameters = list(parameters)
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
         self._outside: set[int] = set()  # accumulated into outside the passes since then
-        self.received: set[int] = set()  # places that a backward of the step has accumulated into
+        self._read: list[tuple[Tensor, int]] = []  # gradients as a step read them, each with its version
+        self._bits: Tensor | None = None  # and a sum over the bits of each
+        self.edited: Tensor | None = None  # whether they were edited, 0-dim bool that only the device knows yet
+        self._lost: Any = None  # keeps the gradients of a lost step from optimizers
         self.come_from = Source.OUTSIDE
         this = weakref.ref(self)
         for i, p in enumerate(self.parameters):
@@ -68,7 +76,6 @@ class Gradients:
         if self.come_from is Source.BACKWARD:
             self._estimates.pop(i, None)
             self._outside.discard(i)
-            self.received.add(i)
         elif self.come_from is Source.PASS:
             raise RuntimeError(BACKWARD_IN_A_PASS)
         else:
@@ -102,7 +109,55 @@ class Gradients:
                 )
         self._estimates.clear()
         self._outside.clear()
-        self.received.clear()
+        if self._lost is not None:
+            self._lost.remove()
+            self._lost = None
+
+    # ---- between the passes and the estimate
+
+    def lose(self, parameters: Iterable[Tensor]) -> None:
+        """The step is lost: no optimizer is to take its gradients of these parameters, until the next step."""
+        if self._lost is None:
+            self._lost = keep_from_optimizers(parameters)
+            if self._lost is not None:
+                weakref.finalize(self, self._lost.remove)
+
+    def note(self, rows: Sequence[Tensor]) -> None:
+        """From here to :meth:`check_unedited` nobody is to change these gradients of the weights."""
+        self._read = self._versions()
+        self._bits = bits(rows) if rows and not capturing() else None
+
+    def check_unedited(self, rows: Sequence[Tensor]) -> None:
+        """Raise if a gradient is another tensor, or has another version or other bits than it had.
+
+        Bits on a GPU are compared there, for :attr:`edited`: to look would wait for the probes.
+        """
+        now = self._versions()
+        same = len(now) == len(self._read) and all(
+            g is h and v == w for (g, v), (h, w) in zip(now, self._read, strict=True)
+        )
+        if same and self._bits is not None and not capturing():
+            if seen_at_once(self._bits):
+                same = torch.equal(self._bits, bits(rows))
+            else:
+                self.edited = (self._bits != bits(rows)).any()
+        if not same:
+            raise RuntimeError(EDITED)
+
+    def _versions(self) -> list[tuple[Tensor, int]]:
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        return [(g, local(g)._version) for g in grads]
+
+    def raise_if_edited(self, edited: bool) -> None:
+        """Raise if that of the last step, which its device has told by now, is so."""
+        self.edited = None
+        if edited:
+            raise RuntimeError(f"{EDITED} (of the step before this one, which moved no weights)")
+
+
+def seen_at_once(tensor: Tensor) -> bool:
+    """Whether to look at a tensor waits for nothing."""
+    return tensor.device.type == "cpu"
 
 
 @torch.no_grad()

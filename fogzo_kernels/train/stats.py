@@ -35,7 +35,7 @@ class Stats:
         self._estimate: Estimate | None = None
         self._noise_left: float | Tensor | None = None  # its 1 - beta
         self._number: int | Tensor = 0  # its own
-        self._warned = self._warned_of_lost = False  # that losses differ by rounding alone; of lost norms
+        self._warned = self._warned_of_lost = False  # that losses differ by rounding alone; of lost steps
 
     def note(self, step: Step) -> None:
         """Keep what a step found; numbers on its device are about to advance."""
@@ -46,10 +46,10 @@ class Stats:
         if step.changes is not None:
             self._changes, self.wanted = step.changes, False
 
-    def restart(self, lost_norms: int) -> None:
-        """There was no step, but so many lost norms in the run that goes on, which said so."""
+    def restart(self, lost_steps: int) -> None:
+        """There was no step, but so many lost steps in the run that goes on, which said so."""
         self._estimate, self._changes, self.wanted = None, None, True
-        self._warned_of_lost = bool(lost_norms)
+        self._warned_of_lost = bool(lost_steps)
 
     def read(self, weights: Sequence[QuantizedWeight]) -> dict[str, float]:
         """All of it, see :meth:`fogzo_kernels.Fogzo.stats`; waits for the device."""
@@ -85,13 +85,13 @@ class Stats:
         size = math.hypot(along, math.sqrt(noise * self.total_weights * sum(c * c for _, c in finite)))
         return along / size if size > 0 else math.nan
 
-    def warn_of_lost(self, norms: int) -> None:
-        """Once; on a GPU only stats() asks, as the answer waits for it."""
-        if norms and not self._warned_of_lost:
+    def warn_of_lost(self, steps: int) -> None:
+        """Once; of steps in a CUDA graph stats() asks, as the answer waits for it."""
+        if steps and not self._warned_of_lost:
             self._warned_of_lost = True
             warnings.warn(
-                "the straight-through gradients of a step were not finite, and .grad is as it was: a fused"
-                " optimizer leaves the weights alone then, but one of PyTorch would write NaN into them",
+                "the loss or a gradient of a step was not finite: the step is lost, and changes no weight and"
+                " no state. Such steps are counted in fogzo.diagnostics()['lost_steps'] and not said again",
                 stacklevel=3,
             )
 

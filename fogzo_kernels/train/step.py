@@ -6,20 +6,20 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import estimate_gradient_, guide_norm, guide_sumsq, perturb_quantize_
+from ..functional import estimate_gradient_, perturb_quantize_
 from ..nn.sharded import local
 from ..ops import arguments
-from .gradients import Gradients, Source
+from .gradients import Gradients
 from .losses import Estimate, PassLosses
+from .lost import look
 from .outside import Prints, changed, global_generators
-from .reads import check_reads
+from .passes import Pass as Pass
+from .received import finish_what_is_there, received
 from .replay import ReplayState, Snapshot, capturing
 from .sharding import Sharding
 from .together import Together, set_alphas, together
@@ -30,115 +30,12 @@ NOT_REPLAYED = (
     " that of two batches, masks or counts. Give generators and objects with a state to"
     " Fogzo(..., replay=[...]), and move the rest out of the pass; fogzo.check(closure) looks closer"
 )
-T = TypeVar("T")
-#: Gradients, each with the version of its data.
-Versions = list[tuple[Tensor, int]]
 
 
 def warn_of(names: list[str]) -> None:
     """Of what passes do not see alike, if there is any."""
     if names:
         warnings.warn(NOT_REPLAYED.format(" and ".join(names)), stacklevel=3)
-
-
-class Pass:
-    """One forward of a step: the gradient pass (``sign`` 0), or a probe at +eps or -eps."""
-
-    def __init__(self, step: Step, direction: int, sign: int) -> None:
-        self.direction, self.sign = direction, sign
-        self.loss: Tensor | None = None  # sum of the losses so far, 0-dim float32
-        self.losses = 0  # how many
-        self.done = False
-        self._step: Step | None = step  # None when the step has ended
-        self._grad_mode: bool | None = None  # before it was entered; None outside of it
-
-    def batches(self, micro_batches: Sequence[T]) -> Iterator[T]:
-        """The micro-batches that the pass runs: all in the gradient pass, and in probes the first ones.
-
-        Of K these are ``probe_share * K``, rounded up. Give the loss of each to :meth:`backward`, scaled as
-        ever (by 1/K for the mean): the factor of the share is put right by the step.
-
-        Args:
-            micro_batches: those of the step, the same in every pass.
-
-        Raises:
-            RuntimeError: outside ``with probe:``, for another number of them than in the gradient pass, or
-                where one of them gave no loss, or several.
-        """
-        step = self._running("batches")
-        if not isinstance(micro_batches, Sequence):
-            raise TypeError(
-                f"micro_batches must be a sequence, got {type(micro_batches).__name__}: every pass runs them"
-            )
-        for one in islice(micro_batches, step.batches_of(self, len(micro_batches))):
-            before = self.losses
-            yield one
-            if self.losses != before + 1:
-                raise RuntimeError(
-                    f"each of probe.batches() must give one loss to probe.backward, got {self.losses - before}"
-                )
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
-
-        Give every pass the same losses in the same order, scaled alike (by 1/K for K
-        micro-batches, or by a gradient scaler).
-        """
-        step = self._running("backward")
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must be a tensor of one element, got {what}")
-        if step.share < 1 and step.batches is None:
-            raise RuntimeError(
-                f"probe_share={step.share} must be used with the micro-batches of a step:"
-                " `for batch in probe.batches(micro_batches)` in each pass of probes()"
-            )
-        if self.sign == 0:
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    "loss must depend on the model's weights by autograd in the gradient pass, got one that is"
-                    " detached, or was made under no_grad"
-                )
-            if step.watched:
-                check_reads(loss, step.weights)
-            step.gradients.come_from = Source.BACKWARD
-            try:
-                loss.backward()
-            finally:
-                step.gradients.come_from = Source.PASS
-        value = loss.detach().reshape(())
-        if self.loss is None:
-            self.loss = step.losses.slot(self.direction, self.sign).copy_(value)
-        else:
-            self.loss.add_(value)
-        self.losses += 1
-        if self.sign == 0 and self.losses == step.shared:
-            step.losses.base.copy_(self.loss)
-
-    def _running(self, caller: str) -> Step:
-        if self._grad_mode is None or self._step is None:
-            raise RuntimeError(f"probe.{caller} must be called inside `with probe:`")
-        return self._step
-
-    def __enter__(self) -> Pass:
-        if self._step is None or self._step.active or self.done:
-            raise RuntimeError("a pass must be entered once, in the order that probes() gives")
-        self._step.enter(self)
-        self._step.gradients.come_from = Source.PASS
-        self._grad_mode = torch.is_grad_enabled()
-        torch.set_grad_enabled(self.sign == 0)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._step is not None
-        assert self._grad_mode is not None
-        torch.set_grad_enabled(self._grad_mode)
-        self._grad_mode = None
-        self._step.gradients.come_from = Source.OUTSIDE
-        self._step.exit(self, failed=kind is not None)
-        self.done = kind is None
 
 
 class Step:
@@ -154,6 +51,7 @@ class Step:
             for it: there is room, as activations are kept in the gradient pass alone.
         noise: which noise and how much, as the ops take it: seed, step, one_minus_beta, epsilon_scale.
         counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
+        found_inf: float32, 0-dim, beside them: becomes 1 where the step is lost, else 0.
         replay: of the model.
         gradients: of the weights, watched.
         watched: whether to look for reads of the weights beside their modules.
@@ -162,15 +60,16 @@ class Step:
         backend: of the ops.
         sharding: of the model.
         reduce: reduces the losses over devices, in place.
+        agree: reduces int32 flags to the greatest of the group, in place.
         over: called once with this step when it has ended, and with whether its estimate was made.
     """
 
     def __init__(
         self, weights: list[QuantizedWeight], *, modules: Sequence[nn.Module], pairs: int,
-        forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, replay: ReplayState,
-        gradients: Gradients, watched: bool, compared: bool, counted: bool,
+        forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, found_inf: Tensor,
+        replay: ReplayState, gradients: Gradients, watched: bool, compared: bool, counted: bool,
         backend: str | None, sharding: Sharding, reduce: Callable[[Tensor], None],
-        over: Callable[[Step, bool], None],
+        agree: Callable[[Tensor], None], over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
         signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
@@ -180,20 +79,23 @@ class Step:
         self.shared = 0  # how many of them probes run, too
         self.watched, self.compared, self.counted = watched, compared, counted
         self.changes: Tensor | None = None  # the share of codes that differ, 0-dim, where it was counted
+        self.leaves: dict[int, Tensor] = {}  # with ``compared``, whose gradient the gradient pass makes
+        self._left: list[tuple[Tensor, Tensor, int]] = []  # those gradients, and their versions
         self.active = False  # whether a pass is entered
         self.calls: list[Together] = []  # after the gradient pass, of the weights that take part
         self.losses = PassLosses(pairs, counters.device)
         self.found: Estimate | None = None  # once it was collected
+        self.lost = False  # whether the loss or a gradient is not finite, and so nothing is to change
+        self.unknown: Tensor | None = None  # the same, 0-dim bool, where only the device knows
         self._norm: Tensor | None = None
-        self._guides: Versions = []  # the gradients, as the norm saw them
         self._shared_generators: Prints = {}  # as the gradient pass found them
         self._before: Snapshot | None = None  # of the gradient pass
         self._after: Snapshot | None = None
-        self.weights, self.noise, self._counters = weights, noise, counters
+        self.weights, self.noise, self._counters, self._found_inf = weights, noise, counters, found_inf
         self._modules = modules
         self._noise = drawn(noise)
         self._replay, self.gradients, self._backend = replay, gradients, backend
-        self._sharding, self._reduce, self._over = sharding, reduce, over
+        self._sharding, self._reduce, self._agree, self._over = sharding, reduce, agree, over
 
     @property
     def complete(self) -> bool:
@@ -275,6 +177,8 @@ class Step:
         if one.sign:
             assert self._after is not None
             self._replay.load(self._after)
+            if not failed:
+                self.check_left("a probe")
             return
         assert self._before is not None
         if failed:
@@ -284,29 +188,97 @@ class Step:
                 warn_of(changed(self._shared_generators, global_generators(self._replay.others)))
             self._after = self._replay.save(self._modules)
             self._replay.compare(self._before, self._after)
-        self.calls = [guided for call in self.calls for guided in call.guided()]
-        received = self.gradients.received
-        due = {w for i, w in enumerate(self.weights) if w.deferred and i in received}
-        for call in self.calls:
-            for is_due, alike in call.split(due.__contains__):
-                if is_due:
-                    alike.finish_gradients()
-        self._sharding.reduce_inputs()
-        if self.pairs and not failed:
-            self._read_guide()
+        if failed:
+            finish_what_is_there(self.calls, self.losses.all.device)
+            self._sharding.reduce_inputs()
+        else:
+            self._go_on()
+            leaves = self.leaves | {id(p): p for p in self.parameters} if self.compared else {}
+            self._left = [(p, p.grad, local(p.grad)._version) for p in leaves.values() if p.grad is not None]
 
-    def _read_guide(self) -> None:
-        """The norm over all gradients."""
-        if not self.calls:
+    def check_left(self, who: str) -> None:
+        """Raise if the gradients that the gradient pass left are not there any more, or were written."""
+        if any(p.grad is not grad or local(grad)._version != version for p, grad, version in self._left):
+            self.end()
             raise RuntimeError(
-                "the gradient pass must leave a gradient for a quantized weight: is it the model of this Fogzo"
-                " that the loss depends on?"
+                f"zero_grad must be called before a step, not in the closure, which every pass runs: {who}"
+                " cleared or changed the gradients that the gradient pass had left"
             )
-        self._guides = versions(self.weights)
-        alone = len(self.calls) == 1 and not self._sharding.groups
-        norm = guide_norm if alone else guide_sumsq
-        found = [norm(c.grads, c.alphas, grid=c.kind.grid, backend=c.backend) for c in self.calls]
-        self._norm = found[0] if alone else self._sharding.summed(torch.stack(found).sum()).sqrt().float()
+
+    @property
+    def snapshots(self) -> tuple[Snapshot | None, Snapshot | None]:
+        """What the gradient pass began with, and what it left."""
+        return self._before, self._after
+
+    # ---- after the gradient pass
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All of the model, each once."""
+        return list(dict.fromkeys(p for m in self._modules for p in m._parameters.values() if p is not None))
+
+    def _go_on(self) -> None:
+        """With the weights that take part, or not at all: the step is lost."""
+        own = {w.parameter for w in self.weights}
+        found = received(
+            self.calls, self.weights, [p for p in self.parameters if p not in own], self.losses.all[0],
+            pairs=self.pairs, sharding=self._sharding, agree=self._agree, edited=self.gradients.edited,
+        )  # fmt: skip
+        self.gradients.raise_if_edited(found.edited)
+        self.calls, self._norm, self.unknown = found.calls, found.norm, found.unknown
+        self._found_inf.fill_(float(found.lost))
+        if found.lost:
+            self.lose()
+        elif self.unknown is not None:
+            self._lose_on_device(self.unknown)
+        elif self.pairs:
+            self.gradients.note(self._guides)
+
+    @property
+    def _guides(self) -> list[Tensor]:
+        return [grad for call in self.calls for grad in call.grads]
+
+    def lose(self) -> None:
+        """Nothing is to change: buffers are as before, gradients are left out, and no probe follows.
+
+        Generators stay as they are: a closure that draws its batch would draw the same one for ever.
+        """
+        assert self._before is not None
+        self.lost = True
+        self._found_inf.fill_(1)
+        for one in self.passes[1:]:
+            if not one.done:
+                one._step = None
+                self.passes.remove(one)
+        self._replay.load_buffers(self._before)
+        self.gradients.lose(self.parameters)
+
+    def _lose_on_device(self, lost: Tensor) -> None:
+        """In a capture: where a replay finds a step that is lost."""
+        assert self._before is not None
+        self._found_inf.copy_(lost)
+        self._replay.load_buffers(self._before, where=lost)
+        if self.pairs:
+            self._after = self._replay.save(self._modules)
+
+    def look_at(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> None:
+        """Lose the step if gradients of parameters beside the model are not finite, or a scaler says so.
+
+        A wait for the device, on which all processes of a group must agree, only if there is something to ask.
+        """
+        if self.lost or (not grads and found_inf is None):
+            return
+        device = self._counters.device
+        lost = ~look(grads, device)[1]
+        if found_inf is not None:
+            lost |= found_inf.to(device, non_blocking=True).reshape(()) != 0
+        flag = lost.int()
+        self._agree(flag)
+        if capturing():
+            self.unknown = flag.bool() if self.unknown is None else self.unknown | flag.bool()
+            self._lose_on_device(self.unknown)
+        elif flag.item():
+            self.lose()
 
     def _write_probes(self, one: Pass) -> list[tuple[QuantizedWeight, Tensor]]:
         """The weights that take part, and the rows that they run this probe with.
@@ -332,13 +304,32 @@ class Step:
 
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then finish
 
-    def collect(self) -> Estimate:
-        """Losses and norm; with ``torch.distributed``, losses reduced over the group."""
+    def collect(self, scale: Tensor | None = None) -> Estimate:
+        """Losses and norm; with ``torch.distributed``, losses reduced over the group.
+
+        Args:
+            scale: of the losses that passes were given; who owns the gradients divides them by it.
+        """
+        if scale is not None:
+            scale = scale.to(self._counters.device, non_blocking=True)
+        if self.lost:
+            none = self.losses.all[:0]
+            loss = self.losses.all[0] if scale is None else self.losses.all[0] / scale
+            self.found = Estimate(loss, none, none, None)
+            return self.found
         try:
             self._check_complete()
         except RuntimeError:
             self.end()
             raise
+        norm = self._norm
+        if self.gradients.edited is not None:
+            self.unknown = self.gradients.edited
+        if norm is not None and self.unknown is not None:
+            norm = norm.masked_fill(self.unknown, math.nan)
+        if scale is not None:
+            self.losses.all.div_(scale)
+            norm = None if norm is None else norm / scale
         self._reduce(self.losses.all)
         factor = 1.0
         if self.batches is None:
@@ -349,7 +340,7 @@ class Step:
             self.losses.warn_of_scales()
         if self.counted and self._norm is not None and not capturing():
             self.changes = self._code_changes(self._norm)
-        self.found = self.losses.collected(self.forward, factor, self._norm)
+        self.found = self.losses.collected(self.forward, factor, norm)
         return self.found
 
     @torch.no_grad()
@@ -378,11 +369,8 @@ class Step:
                 f"every pass must give a loss for each of its micro-batches, got {given[0]} in the gradient"
                 f" pass and {odd[0] if odd else wanted} in a probe"
             )
-        if self._norm is not None and not same(self._guides, versions(self.weights)):
-            raise RuntimeError(
-                ".grad must not change between the passes and the estimate; to unscale or clip it, call"
-                " estimate_() first"
-            )
+        if self.pairs:
+            self.gradients.check_unedited(self._guides)
 
     def options(self, call: Together) -> dict[str, Any]:
         """What perturbation and estimate must agree on, as the ops take it."""
@@ -405,7 +393,7 @@ class Step:
             self._counters[2] += counters[2]
 
     def replace_gradients(self, estimate: Estimate) -> None:
-        """Replace the ``.grad`` of the weights that take part by the estimate; without probes it stays."""
+        """Replace the ``.grad`` of the weights that take part by the estimate; it stays without probes."""
         if estimate.norm is None:
             return
         for i, call in enumerate(self.calls):
@@ -427,12 +415,3 @@ def drawn(noise: dict[str, Any]) -> dict[str, Any]:
     """Numbers of the noise as the tensors that ops take them by, made once a step, not for each call."""
     as_tensor = {"seed": arguments.seed, "step": arguments.step, "one_minus_beta": arguments.one_minus_beta}
     return {n: as_tensor[n](x) if n in as_tensor and x is not None else x for n, x in noise.items()}
-
-
-def versions(weights: list[QuantizedWeight]) -> Versions:
-    grads = [w.parameter.grad for w in weights]
-    return [(g, local(g)._version) for g in grads if g is not None]
-
-
-def same(one: Versions, other: Versions) -> bool:
-    return len(one) == len(other) and all(g is h and v == w for (g, v), (h, w) in zip(one, other, strict=True))

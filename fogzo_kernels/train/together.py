@@ -90,11 +90,15 @@ class Together:
             backend=self.backend,
         )  # fmt: skip
 
-    def finish_gradients(self) -> None:
+    def finish_gradients(self) -> list[tuple[QuantizedWeight, Tensor]]:
         """Make g of dL/dQ in ``.grad``, and the gradients of learned alphas.
 
         Both are linear in dL/dQ, so once for all micro-batches does.
+
+        Returns:
+            Weights whose alphas learn, and the gradients of these.
         """
+        alphas: list[tuple[QuantizedWeight, Tensor]] = []
         for learned, alike in self.split(lambda w: w.modules[0].alpha.requires_grad):
             how, backend = alike.kind, alike.backend
             if not learned:
@@ -109,13 +113,14 @@ class Together:
                 alike.grads, found, alike.latents, alike.alphas, factors=[m.alpha_factor for m in modules],
                 grid=how.grid, straight_through=how.straight_through, transform=how.transform, backend=backend,
             )  # fmt: skip
-            add_to_gradients([m.alpha for m in modules], over_shards(alike.weights, found))
+            alphas += zip(alike.weights, over_shards(alike.weights, found), strict=True)
+        return alphas
 
 
-def add_to_gradients(tensors: list[Tensor], grads: list[Tensor]) -> None:
-    """As a backward does."""
+def add_to_gradients(found: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """As a backward does, to each tensor its gradient."""
     there, added = [], []
-    for t, grad in zip(tensors, grads, strict=True):
+    for t, grad in found:
         if t.grad is None:
             t.grad = grad
         else:

@@ -1,0 +1,52 @@
+"""Gradient scalers around a fused step: what they say of it, as ``torch.amp.GradScaler`` says it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..nn.sharded import local
+
+
+class Scaling(NamedTuple):
+    """What a scaler has set on an optimizer around its step."""
+
+    scale: Tensor | None  # of losses and gradients; None where gradients are unscaled already
+    found_inf: Tensor | None  # not 0 where a gradient is not finite; None without a scaler
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> Scaling:
+        scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        return cls(scale, None if found is None else torch.as_tensor(found, dtype=torch.float32))
+
+    def check(self, closure: bool, passes: bool, own: bool) -> None:
+        """Raise where losses and gradients would not be scaled alike, before anything moves.
+
+        Args:
+            closure: whether the step is to run one.
+            passes: whether passes were run, whose estimate is still to be made.
+            own: whether ``found_inf`` is that of :class:`fogzo_kernels.Fogzo`, not of a scaler.
+        """
+        if closure and self.scale is not None:
+            raise RuntimeError(
+                "closure must be None under a gradient scaler, which looks at gradients before the step: call"
+                " fogzo.run(lambda: scaler.scale(...)) first, then scaler.step(optimizer)"
+            )
+        if passes and self.scale is None and self.found_inf is not None and not own:
+            raise RuntimeError(
+                "scaler.unscale_(optimizer) must not come between the passes and a fused step, whose losses are"
+                " scaled still: call fogzo.estimate_() before it"
+            )
+
+    @torch.no_grad()
+    def unscale_(self, grads: Iterable[Tensor]) -> None:
+        """Divide gradients by the scale, in place."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in map(local, grads):
+            by_device.setdefault(grad.device, []).append(grad)
+        for device, some in by_device.items():
+            assert self.scale is not None
+            torch._foreach_div_(some, self.scale.to(device, non_blocking=True))

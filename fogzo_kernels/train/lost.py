@@ -1,0 +1,96 @@
+"""What a look at gradients finds: whether they are 0, whether they are finite, whether they were edited.
+
+And gradients of a step that is lost, which no optimizer of PyTorch is to take.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from ..nn.sharded import local
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+HALVES = (torch.bfloat16, torch.float16)  # whose sums need another dtype
+
+
+@torch.no_grad()
+def look(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which tensors have an element that is not 0, and whether every element of all of them is finite.
+
+    Args:
+        tensors: gradients of any dtype, on any devices.
+        device: of the two results: bool, (len(tensors),) and 0-dim. A GPU is not waited for.
+    """
+    plain = [_numbers(local(t)) for t in tensors]
+    if all(t.device.type == "cpu" for t in plain):  # a sum takes a fifth of a norm's time
+        sums = [float(t.sum(dtype=torch.float32 if t.dtype in HALVES else None)) for t in plain]
+        some = [s != 0 or bool(t.any()) for s, t in zip(sums, plain, strict=True)]
+        finite = all(math.isfinite(s) or bool(t.isfinite().all()) for s, t in zip(sums, plain, strict=True))
+        return torch.tensor(some, dtype=torch.bool, device=device), torch.tensor(finite, device=device)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(plain):
+        kinds.setdefault((t.device, t.dtype), []).append(i)
+    norms: list[Tensor] = [torch.empty(0)] * len(plain)
+    finite_ = []
+    for (_, dtype), places in kinds.items():
+        wider = torch.float32 if dtype in HALVES else None
+        found = torch.stack(torch._foreach_norm([plain[i] for i in places], 1, dtype=wider))
+        finite_.append(found.isfinite().all().to(device, non_blocking=True))
+        for i, norm in zip(places, found.unbind(), strict=True):
+            norms[i] = norm.to(device, non_blocking=True) != 0
+    return torch.stack(norms), torch.stack(finite_).all()
+
+
+def _numbers(grad: Tensor) -> Tensor:
+    grad = grad._values() if grad.is_sparse else grad
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+@torch.no_grad()
+def bits(tensors: Sequence[Tensor]) -> Tensor:
+    """A sum over the bits of each contiguous tensor, int64, which an edit of any one element changes."""
+    return torch.stack([_sum_of_bits(t.view(-1)) for t in tensors])
+
+
+def _sum_of_bits(flat: Tensor) -> Tensor:
+    size = flat.element_size()
+    if (flat.numel() * size) % 8 == 0 and (flat.storage_offset() * size) % 8 == 0:
+        return flat.view(torch.int64).sum()  # without a copy in another dtype
+    return flat.view(BITS[size]).sum(dtype=torch.int64)
+
+
+@torch.no_grad()
+def keep_from_optimizers(parameters: Iterable[Tensor]) -> RemovableHandle | None:
+    """Fill gradients with NaN, and let every step of an optimizer leave them out until the handle is removed.
+
+    NaN is what gradient scalers look for. An optimizer of PyTorch passes over a parameter whose ``.grad`` is
+    None, its state and counts included; it is set to None when such an optimizer steps, as a scaler looks
+    before that. A gradient that was cleared or computed anew since then is left alone.
+
+    Returns:
+        None if there are no gradients.
+    """
+    lost = {}
+    for p in parameters:
+        if p.grad is not None:
+            _numbers(local(p.grad)).mul_(math.nan)
+            lost[id(p)] = weakref.ref(p.grad)
+    if not lost:
+        return None
+
+    def clear(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        own = [p for p in own if id(p) in lost and lost[id(p)]() is p.grad]
+        if own and not bool(look([p.grad for p in own], torch.device("cpu"))[1]):
+            for p in own:
+                p.grad = None
+
+    return register_optimizer_step_pre_hook(clear)
