@@ -71,8 +71,7 @@ def one_process(case, fused=True):
     return train(model, case, fused=fused), values_of(model)
 
 
-#: What four processes run by default: a part of what two do.
-SOME = ("learned row", "rotated", "images")
+SOME = ("learned row", "rotated", "images")  # what four processes run by default
 
 
 @pytest.mark.slow_first
