@@ -46,7 +46,7 @@ FREE = (
 )
 VALIDATION_BATCHES = 16
 STATS = ("difference", "noise_to_guide", "cosine", "code_changes", "alphas_at_floor", "lost_directions",
-         "lost_norms", "bad_alphas")  # fmt: skip
+         "lost_steps", "bad_alphas")  # fmt: skip
 COLUMNS = ["step", "loss", "validation_loss", "learning_rate", "seconds", "tokens_per_second", *STATS]
 LIMIT = 2**32  # of seeds
 
