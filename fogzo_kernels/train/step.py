@@ -208,9 +208,9 @@ class Step:
         self._found_inf.fill_(float(found.lost))
         if found.lost:
             self.lose()
-        elif self.unknown is not None:
+        if self.unknown is not None:
             self._lose_on_device(self.unknown)
-        elif self.pairs:
+        if self.pairs and not found.lost:
             self.gradients.note(self._guides)
 
     @property
