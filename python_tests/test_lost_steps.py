@@ -207,8 +207,8 @@ def test_optimizers_that_share_a_model():
         for number in numbers:
             x, y = batch(number)
             model.zero_grad()
-            fogzo.run(lambda x=x, y=y, n=number: (bad_gradient if n == 9 else infinite_loss)(model, x, y) if n > 8
-                      else F.cross_entropy(model(x), y))  # fmt: skip
+            loss = {9: bad_gradient, 10: infinite_loss}.get(number, lambda m, x, y: F.cross_entropy(m(x), y))
+            fogzo.run(lambda loss=loss, x=x, y=y: loss(model, x, y))
             for optimizer in (before, fused, after):
                 optimizer.step()
         return [model.state_dict(), *(o.state_dict() for o in (before, fused, after))]

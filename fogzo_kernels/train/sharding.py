@@ -150,7 +150,7 @@ class Sharding:
         return [] if self._mesh is None else [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
 
     def between_passes(self, failed: bool = False) -> None:
-        """Free what a pass gathered: the next one has other values, and sees the buffers of the first process."""
+        """Free what a pass gathered: the next has other values, and sees the buffers of the first process."""
         for replica in self._replicas:  # which leaves them alone after a forward without gradients
             replica.require_forward_param_sync = True
         for module in self._fsdp if failed else ():
