@@ -90,6 +90,7 @@ SECONDS := 60
 fuzz: $(TESTABLE)
 	mkdir -p build
 	$(BIN)/python python_tests/fuzzing.py --seconds $(SECONDS) --log build/fuzz.json
+	PYTHONPATH=. $(BIN)/python python_tests/loops.py --seconds $(SECONDS) --seed $$(date +%s)
 
 # The CPU part of the suite with the native module under the compiler's sanitizers
 sanitize: $(TESTABLE)
