@@ -23,7 +23,7 @@ def without_noise(monkeypatch):
 
 
 def without_a_look(monkeypatch):
-    monkeypatch.setattr("fogzo_kernels.train.received.look", lambda ts, device: (
+    monkeypatch.setattr("fogzo_kernels.train.received.look", lambda ts, device, zeros=True: (
         torch.ones(len(ts), dtype=torch.bool), torch.tensor(True)))  # fmt: skip
 
 

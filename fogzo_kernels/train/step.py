@@ -248,7 +248,7 @@ class Step:
         if self.lost or (not grads and found_inf is None):
             return
         device = self._counters.device
-        lost = ~look(grads, device)[1]
+        lost = ~look(grads, device, zeros=False)[1]
         if found_inf is not None:
             lost |= found_inf.to(device, non_blocking=True).reshape(()) != 0
         flag = lost.int()
