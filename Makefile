@@ -85,7 +85,7 @@ bench: $(VENV)/built $(VENV)/has-triton $(VENV)/has-demo
 	$(BIN)/python -m bench.executed
 	$(BIN)/python -m bench.kernels --budget 300 --json bench/out/kernels.json --plot bench/out/kernels.png
 
-# Random and bad calls of the native ops for SECONDS
+# Random and bad calls of the native ops, and random training loops, for SECONDS each
 SECONDS := 60
 fuzz: $(TESTABLE)
 	mkdir -p build
