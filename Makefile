@@ -12,19 +12,20 @@ CXX_SOURCES := $(filter-out setup.py build_cuda.py cuda_units.py,$(NATIVE)) \
 demo_PACKAGES := scikit-learn tqdm matplotlib tensorboard mlxtend
 triton_PACKAGES := triton
 transformers_PACKAGES := transformers
-loops_PACKAGES := accelerate lightning
+loops_PACKAGES := accelerate lightning peft
 export_PACKAGES := numpy safetensors compressed-tensors gguf torchao
 cuda_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvvm
 test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors
 llama-cpp_PACKAGES := llama-cpp-python
 lint_PACKAGES := ruff mypy clang-format check-jsonschema
 package_PACKAGES := build twine
-TESTABLE := $(VENV)/built $(VENV)/has-test $(VENV)/has-triton $(VENV)/has-transformers $(VENV)/has-loops \
-  $(VENV)/has-export $(VENV)/has-demo $(VENV)/has-cuda
+TESTED := test triton transformers loops export demo cuda
+TESTABLE := $(VENV)/built $(VENV)/has-all-tested
 
 .PHONY: demo test test-modes test-oldest test-gguf lint format bench gpu fuzz sanitize package clean
 .DELETE_ON_ERROR:
-.NOTPARALLEL:  # one pip at a time
+MAKEFLAGS += -j2  # packages are installed while the native module is built
+unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes
 
 demo: $(VENV)/built $(VENV)/has-demo
 	$(BIN)/python -m bench.evidence.mlp
@@ -111,6 +112,10 @@ $(VENV)/base: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel pybind11 ninja
 	touch $@
+
+$(VENV)/has-all-tested: $(VENV)/base
+	$(PIP) $(foreach name,$(TESTED),$($(name)_PACKAGES))
+	touch $(TESTED:%=$(VENV)/has-%) $@
 
 $(VENV)/has-%: $(VENV)/base
 	$(PIP) $($*_PACKAGES)

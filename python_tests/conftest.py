@@ -9,7 +9,7 @@ import pytest
 import torch
 from interpreted import patch_once
 
-#: Set, it runs every combination of Triton's variants, and compiles CUDA for every architecture.
+#: Set, it leaves out no test: every combination of Triton's variants, CUDA for every architecture, long runs.
 EVERYTHING = "FOGZO_TEST_EVERYTHING"
 LEFT_OUT = pytest.StashKey[int]()
 INTERPRETED = os.environ.get("FOGZO_TRITON") == "interpreter"
@@ -35,12 +35,15 @@ settings.load_profile("default")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow_first: a test of a minute or so, started before the others")
     config.addinivalue_line("markers", "every_combination: no case of it is left out by default")
+    config.addinivalue_line("markers", f"everything: left out unless {EVERYTHING} is set")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out combinations of Triton's variants; lets long tests begin first."""
-    if EVERYTHING not in os.environ and not INTERPRETED and not torch.cuda.is_available():
-        left_out = combinations(items)
+    """Leaves out what takes long and has its like among the others; lets long tests begin first."""
+    if EVERYTHING not in os.environ:
+        left_out = [item for item in items if item.get_closest_marker("everything")]
+        if not INTERPRETED and not torch.cuda.is_available():
+            left_out += combinations(items)
         config.hook.pytest_deselected(items=left_out)
         config.stash[LEFT_OUT] = len(left_out)
         left_out = set(left_out)
@@ -91,7 +94,8 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     if count := config.stash.get(LEFT_OUT, 0):
-        said = f"{count} combinations of Triton's variants are left out: {EVERYTHING}=1 runs them"
+        said = f"{count} tests are left out, most of them combinations of Triton's variants: {EVERYTHING}=1"
+        said += " runs them"
         terminalreporter.write_line(said)
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import fogzo_kernels as fk
 from fogzo_kernels.nn.sharded import whole
 
-STEPS = 20
+STEPS = 12
 LONG = {"learned row", "rotated"}
 
 

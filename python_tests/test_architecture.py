@@ -28,8 +28,8 @@ FLOORS = {
            "__init__ packed saved scales sharded parallel inputs held quantized permuted linear"
            " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
-              "__init__ replay weights sharding together reads outside lost gradients losses received passes"
-              " step settings device distributed stats estimator"),
+              "__init__ uncompiled replay weights sharding together reads outside lost gradients losses"
+              " received passes step closures unmoved settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups memory scaling fused adamw sgd pull"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow_first
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests run in it, or on a GPU")
-@pytest.mark.parametrize("name", ["vectors", "triton", "hadamard"])
+@pytest.mark.parametrize("name", ["vectors", "triton", pytest.param("hadamard", marks=pytest.mark.everything)])
 def test_a_file_of_tests_passes_in_it(name):
     pytest.importorskip("triton")
     command = [

@@ -191,6 +191,55 @@ def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path):
     assert model.fogzo.steps == STEPS
 
 
+def test_a_finished_run_goes_on_for_more_steps(tmp_path):
+    path = half(tmp_path)  # of a run of STEPS
+    with pytest.raises(ValueError, match=r"state\['total_steps'\] must be 9, got 6.* may_differ="):
+        fit(Ours(), tmp_path, ckpt_path=path, max_steps=9)
+
+    class Longer(Ours):
+        fogzo_options = OPTIONS | {"may_differ": ["total_steps"]}
+
+    model = Longer()
+    fit(model, tmp_path, ckpt_path=path, max_steps=9, rows=Rows(48 + 24))
+    assert model.fogzo.steps == 9
+    assert (
+        model.fogzo.one_minus_beta
+        == fk.Fogzo(model, total_steps=1, schedule="constant", **OPTIONS).one_minus_beta
+    )
+
+
+class Normed(Plain):
+    def __init__(self, preset="lsq"):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+        fk.quantize_model(self.net, {"lsq": fk.presets.lsq(2), "bitnet": fk.presets.bitnet()}[preset])
+
+
+class OursNormed(FogzoMixin, Normed):
+    fogzo_options = OPTIONS
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("preset", ["lsq", "bitnet"])
+def test_averaged_weights_and_their_statistics(tmp_path, preset, accumulated):
+    """StochasticWeightAveraging runs an epoch without steps, for BatchNorm: no weight moves."""
+    model, average = OursNormed(preset), L.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
+    fit(model, tmp_path, max_steps=-1, max_epochs=3, callbacks=[average], accumulate_grad_batches=accumulated)
+    assert model.fogzo.steps == 3 * STEPS // accumulated
+    assert not model.fogzo.pending
+    averaged = dict(average._average_model.named_parameters())
+    assert all(torch.equal(p, averaged[name]) for name, p in model.named_parameters())
+    norm = model.net[1]
+    found = norm.running_mean.clone(), norm.running_var.clone()
+    norm.reset_running_stats()
+    norm.momentum = None
+    with torch.no_grad():
+        for x, _ in DataLoader(Rows(), batch_size=8):
+            model.net.train()(x)
+    for one, other in zip(found, (norm.running_mean, norm.running_var), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_model_that_was_loaded_begins_a_run_of_its_own(tmp_path):
     model = Ours.load_from_checkpoint(half(tmp_path), weights_only=False)
     fit(model, tmp_path)

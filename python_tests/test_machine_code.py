@@ -1,25 +1,25 @@
 """Machine code beside the tables of test_sass.py: lists that are not aligned, and a reciprocal's rounding."""
 
-import json
 import shutil
 import subprocess
 
 import pytest
-from test_sass import PROGRAM, run_code
+from test_sass import triton, triton_rows  # noqa: F401
 
 from bench.sass import cuda, machine_code
 from build_cuda import find_nvcc
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_lists_that_are_not_aligned_stay_in_registers(dtype):
+def test_lists_that_are_not_aligned_stay_in_registers(triton, dtype):  # noqa: F811
     """Those of their tensors that are aligned have the same accesses."""
     names = [f"perturb_kernel {dtype} {dtype} {dtype} uniform both row",
              f"estimate_kernel {dtype} uniform row n=1",
              f"update_kernel fp32 {dtype} {dtype} uniform row adamw",
              f"quantize_kernel {dtype} {dtype} {dtype} row identity_trust"]  # fmt: skip
     names = [f"{name} unaligned" for name in names]
-    for name, row in json.loads(run_code(PROGRAM.format(arch=90, names=names))):
+    for name in names:
+        row = triton_rows(90)(name)
         assert (row["spill_bytes"], row["shared_bytes"], row["barriers"]) == (0, 0, 0), name
         assert row["load_bits"] == 128, name
         assert row["margin"] > 1, name
@@ -76,7 +76,7 @@ def test_the_compiler_rounds_a_reciprocal_correctly_by_the_same_step(tmp_path, a
     source, cubin = tmp_path / "reciprocal.cu", tmp_path / "reciprocal.cubin"
     source.write_text('extern "C" __global__ void f(float *x) { *x = __frcp_rn(*x); }')
     subprocess.run([find_nvcc(), f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)], check=True)
-    code = machine_code.split(machine_code.dumps(cubin)[0], 1)[2]
+    code = machine_code.split(machine_code.dumps(cubin.read_bytes())[0], 1)[2]
     start = next(i for i, (_, op, _) in enumerate(code) if op == "MUFU.RCP")  # of numbers that are not extreme
     (_, x), *rest = [(op, operands.strip()) for _, op, operands in code[start : start + 4]]
     y, x = (register.strip() for register in x.split(","))

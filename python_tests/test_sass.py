@@ -3,20 +3,22 @@
 import functools
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import EVERYTHING
+from conftest import INTERPRETED
+from ptx.triton_driver import to_machine_code
 
 from bench.cases import DTYPES, short
 from bench.sass import cuda
+from bench.sass.__main__ import main
+from bench.sass.machine_code import Report, split
+from bench.sass.report import Variant
 from build_cuda import find_nvcc, nvcc_version
+from cuda_units import digest, once
 from fogzo_kernels.spec import noise, scale
 
 ROOT = Path(__file__).parents[1]
@@ -104,27 +106,33 @@ CHOSEN = {
           "update_kernel fp32 fp32 fp32 uniform tensor momentum", "noise_kernel fp32 gaussian"],
 }  # fmt: skip
 
-PROGRAM = """
-import json
-from bench.sass import triton
-by_name = {{str(v): v for v in triton.variants()}}
-print(json.dumps([[name, triton.row(by_name[name], {arch})] for name in {names!r}]))
-"""
+
+@pytest.fixture(scope="module")
+def triton():
+    """The counts of Triton's kernels; here its compiler goes on to machine code."""
+    if INTERPRETED:
+        pytest.skip("Triton's interpreter makes no machine code")
+    with to_machine_code():
+        from bench.sass import triton
+
+        yield triton
 
 
-def run_code(code):
-    """In a process of its own: this one runs the kernels in the interpreter."""
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+@functools.cache
+def triton_rows(arch):
+    """By name, each compiled when it is asked for."""
+    from bench.sass import triton
+
+    found = {str(variant): variant for variant in triton.variants()}
+    return functools.cache(lambda name: triton.row(found[name], arch))
 
 
 @pytest.mark.parametrize(("arch", "names"), [
     *((arch, names[i : i + 8]) for arch, names in CHOSEN.items() for i in range(0, len(names), 8)),
 ])  # fmt: skip
-def test_streaming_kernels_stay_in_registers_and_in_budget(arch, names):
-    for name, row in json.loads(run_code(PROGRAM.format(arch=arch, names=names))):
+def test_streaming_kernels_stay_in_registers_and_in_budget(triton, arch, names):
+    for name in names:
+        row = triton_rows(arch)(name)
         assert set(row) >= KEYS
         assert (row["spill_bytes"], row["shared_bytes"], row["barriers"]) == (0, 0, 0), name
         assert row["load_bits"] == (None if "noise" in name else 128), name
@@ -135,12 +143,13 @@ def test_streaming_kernels_stay_in_registers_and_in_budget(arch, names):
             assert row["instructions_per_element"] <= BUDGETS.get(name, 85), name
 
 
-def test_reductions_compile_without_spills():
+def test_reductions_compile_without_spills(triton):
     names = ["sumsq_kernel bf16 tensor", "sumsq_kernel fp32 row", "sumsq_kernel bf16 row unaligned",
              "sum_kernel", "coefficients_kernel", "coefficients_kernel device", "learned_sum_kernel",
              "update_coefficients_kernel adamw device", "measure_kernel bf16 rms", "join_kernel rms",
              "measure_kernel fp32 absmax", "measure_kernel fp16 absmean"]  # fmt: skip
-    for name, row in json.loads(run_code(PROGRAM.format(arch=90, names=names))):
+    for name in names:
+        row = triton_rows(90)(name)
         assert row["spill_bytes"] == 0, name
         if name.startswith(("sumsq", "measure")):
             assert row["load_bits"] == 128
@@ -160,8 +169,9 @@ LEARNED = {
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_learned_scales_stay_in_registers_and_in_budget(arch):
-    for name, row in json.loads(run_code(PROGRAM.format(arch=arch, names=[*LEARNED]))):
+def test_learned_scales_stay_in_registers_and_in_budget(triton, arch):
+    for name in LEARNED:
+        row = triton_rows(arch)(name)
         assert row["spill_bytes"] == 0, name
         assert row["load_bits"] == 128, name
         if arch == 90:
@@ -170,12 +180,13 @@ def test_learned_scales_stay_in_registers_and_in_budget(arch):
             assert row["margin"] >= margin, name
 
 
-def test_the_transform_compiles_without_spills():
+def test_the_transform_compiles_without_spills(triton):
     """It goes between threads, so it may use shared memory and barriers."""
     names = [
         f"hadamard_kernel {k}" for k in ("bf16 bf16 block=16", "bf16 bf16 block=1024", "fp32 fp32 block=16")
     ]
-    for name, row in json.loads(run_code(PROGRAM.format(arch=90, names=names))):
+    for name in names:
+        row = triton_rows(90)(name)
         assert (row["spill_bytes"], row["load_bits"], row["store_bits"]) == (0, 128, 128), name
         assert row["margin"] > 1, name
 
@@ -225,28 +236,26 @@ def stated(label, rows):
     if len(names) == 1:
         assert cells[1:] == ["no noise", *[""] * (len(DISTRIBUTIONS) - 2)]
         cells = cells[:1]
-    found = [f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})" for row in (rows[n] for n in names)]
+    found = [f"{row['instructions_per_element']:.1f} ({row['margin']:.2f})" for row in map(rows, names)]
     assert cells == found, label
 
 
-def test_the_table_of_quantizers_states_what_triton_makes():
+def test_the_table_of_quantizers_states_what_triton_makes(triton):
     """For the Triton that it names; nothing spills."""
     if f"Triton {version('triton')}," not in PERFORMANCE.read_text():
         pytest.skip(f"the counts are for another Triton than {version('triton')}")
-    names = [name for name, _ in QUANTIZER_ROWS.values()]
-    found = dict(json.loads(run_code(PROGRAM.format(arch=90, names=names))))
     for label, (name, _) in QUANTIZER_ROWS.items():
-        assert found[name]["spill_bytes"] == 0, name
-        assert quantizer_table()[label][0] == quantizer_cell(found[name]), label
+        row = triton_rows(90)(name)
+        assert row["spill_bytes"] == 0, name
+        assert quantizer_table()[label][0] == quantizer_cell(row), label
 
 
 @pytest.mark.parametrize("label", TABLE_ROWS)
-def test_the_table_states_what_triton_makes(label):
+def test_the_table_states_what_triton_makes(triton, label):
     """For the Triton that it names."""
     if f"Triton {version('triton')}," not in PERFORMANCE.read_text():
         pytest.skip(f"the counts are for another Triton than {version('triton')}")
-    names = list(dict.fromkeys(TABLE_ROWS[label].format(d) for d in DISTRIBUTIONS))
-    stated(label, dict(json.loads(run_code(PROGRAM.format(arch=90, names=names)))))
+    stated(label, triton_rows(90))
 
 
 def test_every_row_of_the_tables_is_checked():
@@ -254,24 +263,20 @@ def test_every_row_of_the_tables_is_checked():
 
 
 @pytest.mark.parametrize(("variant", "message"), [
-    ('Variant("noise_kernel", out="fp32", distribution="cauchy")', "no code for distribution cauchy"),
-    ('Variant("quantize_kernel", "fp32", "fp32", "fp32", scale="row", kind="cubic")',
+    (Variant("noise_kernel", out="fp32", distribution="cauchy"), "no code for distribution cauchy"),
+    (Variant("quantize_kernel", "fp32", "fp32", "fp32", scale="row", kind="cubic"),
      "no code for straight-through kind cubic"),
-    ('Variant("update_coefficients_kernel", kind="lion")', "no code for rule lion"),
+    (Variant("update_coefficients_kernel", kind="lion"), "no code for rule lion"),
 ])  # fmt: skip
-def test_a_name_without_code_does_not_compile(variant, message):
-    found = run_code(f"""
-from bench.sass.report import Variant
-from bench.sass.triton import row
-from triton.errors import TritonError
-try:
-    row({variant}, 90)
-except TritonError as error:
+def test_a_name_without_code_does_not_compile(triton, variant, message):
+    from triton.errors import TritonError
+
+    with pytest.raises(TritonError) as raised:
+        triton.row(variant, 90)
+    error = raised.value
     while error.__cause__ is not None:
         error = error.__cause__
-    print(error)
-""")
-    assert message in found
+    assert message in str(error)
 
 
 def test_the_loop_is_counted_once_per_tile():
@@ -280,18 +285,12 @@ def test_the_loop_is_counted_once_per_tile():
              "STG.E.128 [R8], R4", "@!P0 BRA 0x20", "FMUL R1, R1, R1", "STG.E.U16 [R8], R4", "@P1 BRA 0x70",
              "EXIT", "NOP"]  # fmt: skip
     text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
-    found = run_code(f"""
-import json
-from bench.sass.machine_code import Report, split
-prologue, loop, code = split({text!r}, 4)
-report = Report(1, 0, 0, prologue, loop, 0)
-print(json.dumps([prologue, loop, report.weighted(8), report.width("STG"), len(code)]))
-""")
-    prologue, loop, weighted, width, instructions = json.loads(found)
+    prologue, loop, code = split(text, 4)
+    report = Report(1, 0, 0, prologue, loop, 0)
     assert prologue == {"S2R": 1, "MOV": 1}
     assert loop == {"FADD": 1, "IMAD": 4, "STG.E.128": 1, "BRA": 5}
-    assert Counter(weighted) == Counter(prologue) + Counter({op: 8 * n for op, n in loop.items()})
-    assert (width, instructions) == (128, 11)
+    assert report.weighted(8) == prologue + Counter({op: 8 * n for op, n in loop.items()})
+    assert (report.width("STG"), len(code)) == (128, 11)
 
 
 def test_only_the_loops_that_run_are_counted():
@@ -300,12 +299,7 @@ def test_only_the_loops_that_run_are_counted():
              "LDG.E.128 R4, [R8]", "FFMA R5, R5, R5", "@!P0 BRA 0x50", "LDG.E.U16 R4, [R8]", "DFMA R5, R5, R5",
              "@!P0 BRA 0x80", "STG.E.64 [R8], R4", "@P1 BRA 0x40", "EXIT"]  # fmt: skip
     text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
-    found = run_code(f"""
-import json
-from bench.sass.machine_code import split
-print(json.dumps(split({text!r}, 4)[:2]))
-""")
-    prologue, loop = json.loads(found)
+    prologue, loop, _ = split(text, 4)
     assert prologue == {"MOV": 1, "IADD3": 1}
     assert loop == {"MOV": 1, "LDG.E.128": 4, "FFMA": 4, "BRA": 4 + 1, "STG.E.64": 1}
 
@@ -316,24 +310,16 @@ def test_stages_of_a_transform_are_counted_by_themselves():
              "SHFL.BFLY PT, R4, R5, R6", "@!P0 BRA 0x40", "STG.E.128 [R8], R4", "@P1 BRA 0x10",
              "STG.E.U16 [R8], R4", "EXIT", "WARPSYNC R9", "MOV R7, R9", "BRA 0x50"]  # fmt: skip
     text = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
-    found = run_code(f"""
-import json
-from bench.sass.machine_code import split
-print(json.dumps(split({text!r}, 4, 3)[:2]))
-""")
-    prologue, loop = json.loads(found)
+    prologue, loop, _ = split(text, 4, 3)
     assert prologue == {"MOV": 1}
     assert loop == {"FADD": 1, "IMAD": 4, "BRA": 4 + 3 + 1, "BRA.DIV": 3, "SHFL.BFLY": 3, "STG.E.128": 1}
 
 
-def test_table_and_json(tmp_path):
-    code = f"""
-from bench.sass.__main__ import main
-main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
-      "--json", {str(tmp_path / "a" / "rows.json")!r}])
-"""
-    out = run_code(code)
-    rows = json.loads((tmp_path / "a" / "rows.json").read_text())
+def test_table_and_json(triton, tmp_path, capsys):
+    path = tmp_path / "a" / "rows.json"
+    main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel", "--json", str(path)])
+    out = capsys.readouterr().out
+    rows = json.loads(path.read_text())
     assert len(rows) == 5
     assert len({row["distribution"] for row in rows}) == 5
     assert all(set(row) >= KEYS for row in rows)
@@ -344,16 +330,22 @@ main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel",
 
 
 #: nvcc takes two minutes for each.
-ASKED = pytest.mark.skipif(EVERYTHING not in os.environ, reason=f"{EVERYTHING} is not set")
+ASKED = pytest.mark.everything
 ARCHITECTURES = [pytest.param(80, marks=ASKED), 90, pytest.param(100, marks=ASKED)]
 
 
 @functools.cache
 def cuda_rows(arch):
-    """By name. Compiled once per state of the sources."""
+    """By name. Compiled and counted once per state of the sources."""
     if (reason := cuda.unavailable()) is not None:
         pytest.skip(f"the CUDA kernels cannot be compiled: {reason}")
-    return {str(variant): row for variant, row in cuda.rows(arch)}
+    folder = cuda.compile_all(arch)
+    sources = digest((ROOT / "bench/sass").glob("*.py"))
+
+    def make(path):
+        path.write_text(json.dumps({str(variant): row for variant, row in cuda.rows(arch)}))
+
+    return json.loads(once(folder / f"rows-{sources}.json", make).read_text())
 
 
 @pytest.mark.slow_first  # nvcc compiles all kernels
@@ -443,6 +435,6 @@ def test_the_table_states_what_nvcc_makes():
     if named is None or not nvcc_version(find_nvcc()).startswith(f"{named.group(1)}."):
         pytest.skip("the counts are for another nvcc")
     for label in [*(f"CUDA: {label}" for label in TABLE_ROWS), *CUDA_ROWS]:
-        stated(label, rows)
+        stated(label, rows.__getitem__)
     for label, (_, name) in QUANTIZER_ROWS.items():
         assert quantizer_table()[label][1] == quantizer_cell(rows[name]), label

@@ -288,7 +288,7 @@ OUTSIDE = {
 DIFFER = set(OUTSIDE) - {with_batch_norm, with_metric}  # whose losses differ
 
 
-@pytest.mark.parametrize("trap", OUTSIDE)
+@pytest.mark.parametrize("trap", [t for t in OUTSIDE if t is not with_metric])
 def test_the_first_step_warns_of_what_it_cannot_replay(trap):
     model, fogzo, closure = setup()
     with pytest.warns(UserWarning, match=f"a pass of a step changes .*{OUTSIDE[trap]}"):
@@ -395,9 +395,8 @@ def test_what_is_given_is_replayed(seed):
         warnings.filterwarnings(
             "error", message="a pass of a step changes .*(rng|counter|generator|random|local)"
         )
-        warnings.filterwarnings("ignore", message="a pass of a step changes the variable 'seen'")
         fogzo.step(draws)
-    assert len(seen) == 3
+    assert len(seen) == 5  # with two runs that tell whether what it changes matters
     assert len(set(seen)) == 1
     model.zero_grad()
     fogzo.step(draws)

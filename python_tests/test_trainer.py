@@ -42,14 +42,14 @@ class InOrder(FogzoMixin, transformers.Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer_of(folder, model=None, kind=InOrder, **arguments):
+def trainer_of(folder, model=None, kind=InOrder, fogzo=OPTIONS, **arguments):
     given = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 3e-3,
         "lr_scheduler_type": "constant", "use_cpu": True, "report_to": [], "disable_tqdm": True,
         "logging_steps": 1, "save_strategy": "no", "optim": "adamw_torch", "weight_decay": 0.0,
         "max_grad_norm": 1.0,
     } | arguments  # fmt: skip
-    options = {"fogzo": dict(OPTIONS)} if issubclass(kind, FogzoMixin) else {}
+    options = {"fogzo": fogzo} if issubclass(kind, FogzoMixin) else {}
     args = transformers.TrainingArguments(**given)
     return kind(model=model or network(), args=args, train_dataset=rows(), **options)
 
@@ -67,16 +67,21 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
-def by_hand(clip=1.0, size=8, micro=1, optimizer_of=adamw):
+def by_hand(clip=1.0, size=8, micro=1, optimizer_of=adamw, lengths=(STEPS,)):
     """The same steps without a Trainer, to the bit: losses are sums over the count of all, as it makes them.
+
+    A run that goes on for more steps has several lengths.
 
     Another rounding would sooner or later move a code, and what follows would not be close at all.
     """
     model, data = network(), rows()
-    fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS)
+    fogzo = fk.Fogzo(model, total_steps=lengths[0], **OPTIONS)
     optimizer, losses = optimizer_of(model), []
     count = torch.tensor(size * (TOKENS - 1))  # of predictions in a step
-    for step in range(STEPS):
+    for step in range(lengths[-1]):
+        if step == lengths[0]:
+            state, fogzo = fogzo.state_dict(), fk.Fogzo(model, total_steps=lengths[-1], **OPTIONS)
+            fogzo.load_state_dict(state, may_differ=["total_steps"])
         tokens = torch.stack([row["input_ids"] for row in data[step * size : (step + 1) * size]])
         optimizer.zero_grad()
         parts = tokens.chunk(micro)
@@ -163,6 +168,22 @@ def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path):
     expected = weights_of(whole.model)
     assert all(torch.equal(p, expected[name]) for name, p in resumed.model.named_parameters())
     assert logged(resumed)[-4:] == logged(whole)[-4:]
+
+
+@pytest.mark.parametrize("longer", [{"max_steps": STEPS}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_finished_run_goes_on_for_more_steps(tmp_path, longer):
+    """From its end, in the Trainer's own way; without a word it is refused."""
+    short = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
+    short.train()
+    with pytest.raises(ValueError, match=r"state\['total_steps'\] must be \d+, got 4.* may_differ="):
+        trainer_of(tmp_path, **longer).train(resume_from_checkpoint=True)
+    resumed = trainer_of(tmp_path, fogzo={**OPTIONS, "may_differ": ["total_steps"]}, **longer)
+    resumed.train(resume_from_checkpoint=True)
+    total = resumed.state.max_steps
+    assert resumed.fogzo.steps == resumed.state.global_step == total > 4
+    expected = by_hand(lengths=(4, total))
+    assert logged(resumed)[-2:] == expected[0][-2:]
+    assert all(torch.equal(p, expected[1][name]) for name, p in resumed.model.named_parameters())
 
 
 def test_a_checkpoint_without_its_state_is_refused(tmp_path):

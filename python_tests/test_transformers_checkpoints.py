@@ -4,18 +4,15 @@ import copy
 import importlib
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_code
 from torch import nn
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.quantized import QuantizedModule
 
-ROOT = Path(__file__).parents[1]
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 hub = importlib.import_module("fogzo_kernels.integrations.transformers")
@@ -310,11 +307,11 @@ fk.dequantize_model(model, latents=True)
 warnings.simplefilter("error")
 fk.quantize_model(model, quantizer)
 """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "Unknown quantization type, got fogzo" in done.stderr
-    assert re.search(r"lm_head\.alpha +\| UNEXPECTED", done.stderr)
-    assert "model's config says that it was saved quantized, but it was loaded without its" in done.stderr
+    status, output = run_code(code, tmp_path)
+    assert status == 0, output
+    assert "Unknown quantization type, got fogzo" in output
+    assert re.search(r"lm_head\.alpha +\| UNEXPECTED", output)
+    assert "model's config says that it was saved quantized, but it was loaded without its" in output
 
 
 def test_a_latent_checkpoint_saved_again_does_not_pass_for_a_quantized_one(tmp_path, monkeypatch):

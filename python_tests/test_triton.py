@@ -1,14 +1,11 @@
 """The Triton backend's own: a name that its kernels have no code for is an error, never another one's code."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import device_of
+from processes import run_code
 
 import fogzo_kernels as fk
 from fogzo_kernels import backends
@@ -16,7 +13,6 @@ from fogzo_kernels.spec import noise, straight_through, update
 
 TritonError = pytest.importorskip("triton.errors").TritonError
 
-ROOT = Path(__file__).parents[1]
 DEVICE = device_of("triton")
 
 
@@ -109,7 +105,7 @@ def test_the_package_gives_the_functions_of_the_protocol():
     assert all(callable(getattr(backend, name)) for name in names)
 
 
-def key_of(order):
+def key_of(order, folder):
     """The compiler's key of a kernel, with the plan's columns in some order."""
     code = f"""
 from fogzo_kernels.backends import plans
@@ -117,13 +113,12 @@ plans.COLUMNS = {order}
 from fogzo_kernels.backends.triton.norm import sumsq_kernel
 print(sumsq_kernel.cache_key)
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return result.stdout
+    status, output = run_code(code, folder)
+    assert status == 0, output
+    return output
 
 
-def test_another_order_of_columns_is_compiled_anew():
+def test_another_order_of_columns_is_compiled_anew(tmp_path):
     """Or the compiler's cache on disk would give a kernel that reads other columns."""
-    assert key_of("plans.COLUMNS") == key_of("plans.COLUMNS")
-    assert key_of("plans.COLUMNS") != key_of("plans.COLUMNS[::-1]")
+    assert key_of("plans.COLUMNS", tmp_path) == key_of("plans.COLUMNS", tmp_path)
+    assert key_of("plans.COLUMNS", tmp_path) != key_of("plans.COLUMNS[::-1]", tmp_path)

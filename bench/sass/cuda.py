@@ -164,7 +164,7 @@ def dtypes(*numbers: str) -> tuple[str, ...]:
 
 def functions(cubin: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Mangled name, machine code, and registers, stack, shared and local bytes of each kernel."""
-    text, usage = dumps(cubin)
+    text, usage = dumps(cubin.read_bytes())
     numbers = {name: tuple(map(int, rest)) for name, *rest in usages(usage)}
     parts = re.split(r"^\s+Function : (\w+)$", text, flags=re.MULTILINE)
     for name, code in zip(parts[1::2], parts[2::2], strict=True):

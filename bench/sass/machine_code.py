@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
+
+from cuda_units import ROOT, once, run
 
 CHUNK = 8  # elements that a thread reads or writes at once
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -41,23 +43,25 @@ def bits_of(opcode: str) -> int:
 
 
 def read_cubin(cubin: bytes, directions: int = 1) -> Report:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text, usage = dumps(Path(file.name))
+    text, usage = dumps(cubin)
     found = usages(usage)
     if len(found) != 1:
         raise RuntimeError(f"cuobjdump must report the resources of one kernel, reported {usage}")
     return report_of(text, tuple(map(int, found[0][1:])), directions)
 
 
-def dumps(cubin: Path) -> tuple[str, str]:
-    """Machine code and resources of a file's kernels, as cuobjdump writes them."""
-    code, usage = (
-        subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True)
-        for flag in ("-sass", "-res-usage")
-    )
-    return code.stdout, usage.stdout + usage.stderr
+def dumps(cubin: bytes) -> tuple[str, str]:
+    """Machine code and resources of a file's kernels, as cuobjdump writes them; kept, as it takes long."""
+
+    def make(path: Path) -> None:
+        file = path.with_suffix(".cubin")
+        file.write_bytes(cubin)
+        path.write_text(json.dumps([run(str(CUOBJDUMP), flag, str(file)) for flag in ("-sass", "-res-usage")]))
+        file.unlink()
+
+    name = hashlib.sha256(cubin).hexdigest()[:16]
+    code, usage = json.loads(once(ROOT / f"build/sass/{name}.json", make).read_text())
+    return code, usage
 
 
 def usages(text: str) -> list[tuple[str, ...]]:

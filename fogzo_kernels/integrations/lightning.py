@@ -28,7 +28,9 @@ class FogzoMixin:
     runs the passes of :attr:`fogzo` itself, on one device.
 
     Set :attr:`fogzo_options` before ``fit``: options of :class:`Fogzo` but for ``total_steps``, which is the
-    Trainer's ``estimated_stepping_batches``. The model is one from ``quantize_model``. Any optimizer will do.
+    Trainer's ``estimated_stepping_batches``; and ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to
+    go on with other ones: ``["total_steps"]`` to train for more steps than the checkpoint's run. The model is
+    one from ``quantize_model``. Any optimizer will do.
 
     Raises:
         ValueError: at the first step, for what FOGZO cannot run: a strategy that is neither DDP nor of one
@@ -65,6 +67,9 @@ class FogzoMixin:
     ) -> None:
         """A step of the optimizer, which begins with the passes."""
         closure: Any = optimizer_closure
+        if self.trainer.fit_loop._skip_backward:
+            closure()  # of StochasticWeightAveraging, for statistics of BatchNorm: no step
+            return
         fogzo: Fogzo = self.fogzo
         held, self._held = self._held, ()
         again = [partial(closure._step_fn.func, dict(enumerate(arguments))) for arguments in held]
@@ -104,7 +109,8 @@ class FogzoMixin:
         """``training_step``, but with more micro-batches to come it keeps what it was given, and gives 0."""
 
         def training_step(*arguments: Any) -> Any:
-            if self._in_passes or not self.trainer.fit_loop._should_accumulate():
+            loop = self.trainer.fit_loop
+            if self._in_passes or loop._skip_backward or not loop._should_accumulate():
                 return step(*arguments)
             self._held = (*self._held, arguments)
             return torch.zeros((), device=self.device, requires_grad=True)
@@ -129,14 +135,16 @@ class FogzoMixin:
             )
         if "total_steps" in self.fogzo_options:
             raise ValueError("fogzo_options must not have total_steps, which the Trainer knows")
-        fogzo = Fogzo(model, total_steps=int(trainer.estimated_stepping_batches), **self.fogzo_options)
+        options = dict(self.fogzo_options)
+        may_differ = options.pop("may_differ", ())
+        fogzo = Fogzo(model, total_steps=int(trainer.estimated_stepping_batches), **options)
         if trainer.global_step:  # else a model that was loaded begins a run of its own
             if self._state is None:
                 raise RuntimeError(
                     f"the checkpoint that fit goes on from must have {KEY!r}, got one without: FOGZO would"
                     " begin again with beta = 1"
                 )
-            fogzo.load_state_dict(self._state)
+            fogzo.load_state_dict(self._state, may_differ=may_differ)
         return fogzo
 
     def on_fit_start(self: Any) -> None:

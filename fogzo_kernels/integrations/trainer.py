@@ -30,7 +30,9 @@ class FogzoMixin:
     ``fogzo_`` before the names. Any optimizer will do.
 
     Args:
-        fogzo: options of :class:`Fogzo` but for ``total_steps``, which is the Trainer's ``max_steps``.
+        fogzo: options of :class:`Fogzo` but for ``total_steps``, which is the Trainer's ``max_steps``; and
+            ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to resume with other ones:
+            ``["total_steps"]`` to train for more steps than the checkpoint's run.
         args, kwargs: as for the Trainer. The model is one from ``quantize_model``.
 
     Raises:
@@ -46,6 +48,7 @@ class FogzoMixin:
         if "total_steps" in fogzo:
             raise ValueError("fogzo must not have total_steps, which is the Trainer's max_steps")
         self._options = dict(fogzo)
+        self._may_differ = self._options.pop("may_differ", ())
         self.fogzo: Fogzo | None = None
         self._resumed: str | None = None  # the checkpoint's folder
         self._awaited = 1  # micro-batches of the step
@@ -110,7 +113,8 @@ class FogzoMixin:
                     f"resume_from_checkpoint must have {STATE}, got {self._resumed} without: FOGZO would begin"
                     " again with beta = 1"
                 )
-            fogzo.load_state_dict(torch.load(path, map_location=fogzo.device, weights_only=True))
+            state = torch.load(path, map_location=fogzo.device, weights_only=True)
+            fogzo.load_state_dict(state, may_differ=self._may_differ)
         return fogzo
 
     # ---- checkpoints and logs

@@ -29,10 +29,15 @@ class Held(NamedTuple):
 class Deferred(torch.autograd.Function):
     """Q(latent) that is there already. The latent's gradient is dL/dQ, and that of an alpha that learns 0."""
 
+    generate_vmap_rule = True  # for torch.func, with which a closure may differentiate
+
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, alpha: Tensor, quantized: Tensor) -> Tensor:
-        ctx.save_for_backward(alpha)
+    def forward(latent: Tensor, alpha: Tensor, quantized: Tensor) -> Tensor:
         return quantized.view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ from ..ops import checks
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale
+from ..spec.straight_through import NO_SECOND
 from .inputs import input_alpha
 from .linear import QuantLinear
 from .quantized import QuantizedModule
@@ -118,6 +119,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what follows writes in place, and would leave no graph of the mask
+            raise RuntimeError(NO_SECOND.format("products of codes (set_compute_)"))
         (grad,), (rows, alpha, codes, weight) = grads, ctx.saved_tensors
         how, factor, backend = ctx.options
         of_rows = of_alpha = of_weight = None

@@ -52,15 +52,13 @@ def optional(name: str, given: TensorOrList | None) -> list[Tensor]:
 def seed(given: int | Tensor) -> Tensor:
     if isinstance(given, Tensor):
         return given
-    check_range("seed", given, MAX_SEED)
-    return torch.tensor(signed64(given), dtype=torch.int64)
+    return torch.tensor(signed64(check_range("seed", given, MAX_SEED)), dtype=torch.int64)
 
 
 def step(given: int | Tensor) -> Tensor:
     if isinstance(given, Tensor):
         return given
-    check_range("step", given, MAX_STEP)
-    return torch.tensor(given, dtype=torch.int64)
+    return torch.tensor(check_range("step", given, MAX_STEP), dtype=torch.int64)
 
 
 def one_minus_beta(given: float | Tensor) -> Tensor:
@@ -80,8 +78,7 @@ def lr(given: float | Tensor) -> Tensor:
 def optimizer_step(given: int | Tensor) -> Tensor:
     if isinstance(given, Tensor):
         return given
-    check_range("optimizer_step", given, 2**63)
-    return torch.tensor(given, dtype=torch.int64)
+    return torch.tensor(check_range("optimizer_step", given, 2**63), dtype=torch.int64)
 
 
 def quantizer(grid: Grid, straight_through: StraightThrough) -> None:

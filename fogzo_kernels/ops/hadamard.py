@@ -40,7 +40,7 @@ def hadamard_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    check_block(block)
+    block = check_block(block)
     list_hadamard(arguments.tensors("out", out), arguments.tensors("tensors", tensors), block, backend)
 
 
@@ -96,7 +96,7 @@ def hadamard(x: Tensor, *, block: int = 128, backend: str | None = None) -> Tens
         RuntimeError: the backend is unavailable on the device.
     """
     checks.instance("x", x, Tensor)
-    check_block(block)
+    block = check_block(block)
     check_name(backend)
     found: Tensor = op(x, block, backend)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..backends import select
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
-from ..spec.straight_through import StraightThrough
+from ..spec.straight_through import NO_SECOND, StraightThrough
 from . import arguments, checks, memory
 from .arguments import TensorOrList
 from .listop import GRID, grid_of, list_op, run_checked
@@ -149,3 +150,10 @@ def _(
     out, alpha_grad = torch.empty_like(latent), torch.empty_like(alpha)
     check_lists([grad.contiguous()], [alpha_grad], [latent], [alpha], [factor], block)
     return out, alpha_grad
+
+
+def _second(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError(NO_SECOND.format("a learned scale"))
+
+
+backward.register_autograd(_second)

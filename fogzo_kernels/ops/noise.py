@@ -46,10 +46,10 @@ def noise(
         TypeError, ValueError: an argument is of the wrong type or out of range.
         RuntimeError: the backend is unavailable on the device.
     """
-    check_range("numel", numel, MAX_ELEMENT)
+    numel = check_range("numel", numel, MAX_ELEMENT)
     check_distribution(distribution)
-    check_range("direction", direction, MAX_DIRECTION)
-    check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
+    direction = check_range("direction", direction, MAX_DIRECTION)
+    tensor_id = check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
     check_name(backend)
     where = (0, max(numel, 1), max(numel, 1)) if layout is None else arguments.layout("layout", layout)
     device = torch.device(device)

@@ -71,7 +71,7 @@ def perturb_quantize_(
         RuntimeError: the backend is unavailable on the device.
     """
     arguments.quantizer(grid, straight_through)
-    check_range("direction", direction, MAX_DIRECTION)
+    direction = check_range("direction", direction, MAX_DIRECTION)
     latents = arguments.tensors("latents", latents)
     ids, where = arguments.names(tensor_ids, layouts, latents)
     op(

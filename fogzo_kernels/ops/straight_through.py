@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..backends import select
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
-from ..spec.straight_through import StraightThrough
+from ..spec.straight_through import FLAT, NO_SECOND, StraightThrough
 from . import arguments, checks, memory
 from .arguments import TensorOrList
 from .listop import GRID, grid_of, list_op, run_checked
@@ -121,3 +122,20 @@ def _(
 ) -> Tensor:  # fmt: skip
     check_lists([grad.contiguous()], [latent], [alpha], block)
     return torch.empty_like(latent)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, latent, alpha, *ctx.options = inputs
+    ctx.save_for_backward(latent, alpha)
+
+
+def _second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of a loss with a derivative in it: h' times the gradient again, as this is linear in ``grad``."""
+    variant, _, block = ctx.options[-3:]
+    if block or variant not in FLAT:
+        raise RuntimeError(NO_SECOND.format(f"a transformed {variant}" if block else variant))
+    latent, alpha = ctx.saved_tensors
+    return backward(grad, latent, alpha, *ctx.options), *[None] * (2 + len(ctx.options))
+
+
+backward.register_autograd(_second, setup_context=_setup)

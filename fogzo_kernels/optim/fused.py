@@ -20,6 +20,7 @@ from ..train.losses import Estimate
 from ..train.replay import capturing
 from ..train.step import Step
 from ..train.together import Together
+from ..train.uncompiled import uncompiled
 from .memory import View, follow, in_memory
 from .scaling import Scaling
 
@@ -90,6 +91,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """In ``state``, as torch's own optimizer has them: the ops' names for lists, in the singular."""
         return [name.removesuffix("s") for name in KINDS[self.KIND]]
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of training.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .noise import as_int
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -50,13 +52,13 @@ class Grid:
     @classmethod
     def uniform(cls, bits: int) -> Grid:
         """Two's complement grid of ``2**bits`` levels, ``bits`` in 2..8; 2 bits: -2 -1 0 1 alpha."""
-        _check_bits(bits, 2)
+        bits = _checked_bits(bits, 2)
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.0, 1)
 
     @classmethod
     def half_offset(cls, bits: int) -> Grid:
         """Symmetric grid without zero, ``bits`` in 1..8; 2 bits: -3/2 -1/2 1/2 3/2 alpha."""
-        _check_bits(bits, 1)
+        bits = _checked_bits(bits, 1)
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.5, 1)
 
     @classmethod
@@ -70,8 +72,8 @@ class Grid:
         return cls(-1, 1, 0.0, 1)
 
 
-def _check_bits(bits: int, low: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"bits must be an int, got {type(bits).__name__}")
-    if not low <= bits <= 8:
-        raise ValueError(f"bits must be in {low}..8, got {bits}")
+def _checked_bits(bits: int, low: int) -> int:
+    found = as_int("bits", bits)
+    if not low <= found <= 8:
+        raise ValueError(f"bits must be in {low}..8, got {found}")
+    return found

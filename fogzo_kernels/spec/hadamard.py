@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .noise import as_int
+
 #: How many elements a block may have.
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -14,12 +16,12 @@ def factor(block: int) -> float:
     return math.sqrt(1.0 / block)
 
 
-def check_block(block: int) -> None:
-    """Raise unless there are blocks of that size."""
-    if not isinstance(block, int) or isinstance(block, bool):
-        raise TypeError(f"block must be an int, got {type(block).__name__}")
-    if block not in BLOCKS:
-        raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {block}")
+def check_block(block: int) -> int:
+    """The int that ``block`` is; raise unless there are blocks of that size."""
+    found = as_int("block", block)
+    if found not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {found}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Hadamard:
     block: int = 128
 
     def __post_init__(self) -> None:
-        check_block(self.block)
+        object.__setattr__(self, "block", check_block(self.block))
 
 
 def block_of(transform: Hadamard | None) -> int:

@@ -19,6 +19,12 @@ def fixed(bits: int, alpha: Alpha) -> Quantizer:
     return Quantizer(Grid.uniform(bits), Scale.fixed(alpha), StraightThrough("identity"))
 
 
+def _checked_bits(bits: int) -> int:
+    if isinstance(bits, bool) or bits not in range(1, 9):
+        raise ValueError(f"bits must be an int in 1..8, got {bits!r}")
+    return int(bits)
+
+
 def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
     """``Grid.uniform(bits)``, for 1 bit ``Grid.sign()``, with a learned scale.
 
@@ -33,8 +39,7 @@ def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
     Raises:
         ValueError: an argument is out of range.
     """
-    if isinstance(bits, bool) or bits not in range(1, 9):
-        raise ValueError(f"bits must be an int in 1..8, got {bits!r}")
+    bits = _checked_bits(bits)
     if bits == 1:
         scale = Scale.learned(init=Scale.absmean(granularity))
         return Quantizer(Grid.sign(), scale, StraightThrough("hardtanh"))
@@ -86,8 +91,7 @@ def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quan
     Raises:
         TypeError, ValueError: an argument is out of range.
     """
-    if isinstance(bits, bool) or bits not in range(1, 9):
-        raise ValueError(f"bits must be an int in 1..8, got {bits!r}")
+    bits = _checked_bits(bits)
     scale = Scale.rms(granularity, factor=2 * CLIPS[bits - 1] / (2**bits - 1), add=1e-8)
     trust = StraightThrough("identity", clip="trust")
     return Quantizer(Grid.half_offset(bits), scale, trust, Hadamard(block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
+from .noise import as_int
 
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
 #: How many weights share an alpha: all, those of a row, or that many neighbours in a row.
@@ -195,7 +197,7 @@ class MeasuredScale(Scale):
     def __post_init__(self) -> None:
         if self.statistic not in STATISTICS:
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
-        check_granularity(self.granularity)
+        object.__setattr__(self, "granularity", checked_granularity(self.granularity))
         for name in ("factor", "add", "least"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -250,7 +252,7 @@ class LearnedScale(Scale):
 
     def __post_init__(self) -> None:
         if self.init is None:
-            check_granularity(self.granularity)
+            object.__setattr__(self, "granularity", checked_granularity(self.granularity))
         elif not isinstance(self.init, FixedScale | MeasuredScale):
             raise TypeError(f"init must be a fixed or measured Scale, got {type(self.init).__name__}")
 
@@ -278,14 +280,17 @@ def levels_above(grid: Grid) -> int:
     return max(grid.qmax, 1)
 
 
-def check_granularity(granularity: object) -> None:
-    """Raise unless it is "tensor", "row" or a group of 2 or more."""
-    if isinstance(granularity, str) and granularity in ("tensor", "row"):
-        return
-    if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 2:
+def checked_granularity(granularity: Any) -> Granularity:
+    """ "tensor", "row", or the int of a group; raise for anything else, and a group below 2."""
+    if granularity == "tensor":
+        return "tensor"
+    if granularity == "row":
+        return "row"
+    if isinstance(granularity, bool) or not isinstance(granularity, numbers.Integral) or granularity < 2:
         raise ValueError(
             f"granularity must be 'tensor', 'row' or an int >= 2, the size of a group, got {granularity!r}"
         )
+    return as_int("granularity", granularity)
 
 
 def check_alpha(alpha: object, expected: str) -> None:

@@ -30,6 +30,13 @@ FORMS: dict[str, tuple[str, bool | str]] = {
     **{kind: (kind, True) for kind in KINDS if kind != "identity"},
 }
 VARIANTS = tuple(FORMS)
+#: Those whose h' is 0 or 1, and so does not change with the latent.
+FLAT = ("identity", "identity_clipped", "identity_trust", "hardtanh")
+#: Where a loss differentiates twice and there is no formula for it.
+NO_SECOND = (
+    "the straight-through gradient of {} has no derivative: a loss that differentiates must not do so through"
+    " an input that is quantized so. Give these modules another activation, or none"
+)
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,18 @@ from ..backends import select
 from ..nn.sharded import reshard
 from ..ops import checks
 from ..spec.noise import MAX_STEP, check_range
+from .closures import Closures
 from .device import DeviceState
 from .distributed import Peers
 from .gradients import Gradients
-from .outside import Prints, changed, global_generators, seen_by
+from .outside import changed
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
 from .sharding import Sharding, weight_of
 from .stats import Stats
 from .step import Pass, Step, warn_of
-from .together import hold_quantized, set_alphas
+from .uncompiled import uncompiled
+from .unmoved import UnmovedAlphas
 from .weights import check_unchanged, modules_of, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_steps", "bad_alphas")
@@ -34,8 +36,8 @@ class Fogzo:
 
     Each step runs the gradient pass, then, for each direction, a probe with weights
     Q(w + eps v) and one with Q(w - eps v), and replaces the straight-through gradients of the
-    quantized weights by the estimate. Probes run without autograd, see the same dropout masks,
-    and leave latents, buffers and generators as after a plain step; so does an exception.
+    quantized weights by the estimate. Probes run without autograd unless a closure differentiates, see the
+    same dropout masks, and leave latents, buffers and generators as after a plain step; so does an exception.
 
     Args:
         model: a module with trainable quantized weights, all on one device.
@@ -58,7 +60,8 @@ class Fogzo:
         both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, the second one into a copy of
             the quantized weights that is there for the probes alone; False writes one after the other into the
             same memory. The bits are the same. A forward difference has no second one.
-        replay: what passes must see alike beside PyTorch's generators and the model's buffers: objects with
+        replay: what passes must see alike beside PyTorch's generators, the model's buffers and the generators
+            that its modules have as attributes: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
             ``load_state_dict``, and NumPy's generators.
         process_group: with ``torch.distributed``, the processes that train this model together; None takes that
@@ -135,8 +138,10 @@ class Fogzo:
         self._device_state = DeviceState(self.device, self._settings) if capturable else None
         self._replay = ReplayState(model, replay)
         self._step: Step | None = None  # from its first pass to its end
+        self._closures = Closures(self.weights, self._replay, self._sharding, backend)
         self._gradients = Gradients([w.parameter for w in self.weights])
         self._stats = Stats(seed, difference == "forward", self.total_weights)
+        self._unmoved = UnmovedAlphas()
         self._compared = False  # whether one with probes has looked for what passes do not see alike
         self._watched = False  # whether a step has looked for reads of the weights beside their modules
 
@@ -212,23 +217,23 @@ class Fogzo:
         """Steps taken, counters and settings; with model and optimizer, all that a run needs."""
         return {"steps": self.steps, "counters": self._counters.clone(), **asdict(self._settings)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, may_differ: Sequence[str] = ()) -> None:
         """Continue a run: the next step is the one that would have come next there.
 
         Args:
             state: from :meth:`state_dict` of an object with the same settings.
+            may_differ: names of settings in which that object may differ from this one, whose own values stand:
+                ``["total_steps"]`` for more steps, ``["one_minus_beta"]`` where ``kappa`` is of other weights.
+                Steps taken and counters are those of the state.
 
         Raises:
             ValueError: a setting differs, or a key or value is wrong; nothing has changed then.
             RuntimeError: a pass of a step is running.
         """
-        settings = asdict(self._settings)
-        expected = {"steps", "counters", *settings}
+        expected = {"steps", "counters", *asdict(self._settings)}
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
-        for name, value in settings.items():
-            if state[name] != value:
-                raise ValueError(f"state[{name!r}] must be {value}, got {state[name]}")
+        self._settings.check_state(state, may_differ)
         steps, counters = int(state["steps"]), torch.as_tensor(state["counters"])
         check_range("state['steps']", steps, MAX_STEP)
         if counters.shape != self._counters.shape:
@@ -245,6 +250,7 @@ class Fogzo:
 
     # ---- a step
 
+    @uncompiled
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """Run all passes of one batch and leave the estimates in ``.grad``.
 
@@ -257,6 +263,7 @@ class Fogzo:
         self.run(closure)
         return self.estimate_()
 
+    @uncompiled
     def run(self, closure: Callable[[], Tensor]) -> None:
         """Run all passes of one batch; :meth:`estimate_`, or a fused optimizer's step, is to follow.
 
@@ -272,19 +279,17 @@ class Fogzo:
                 " them yourself, `for batch in probe.batches(micro_batches)` in each pass of probes()"
             )
         look = not self._compared and self._settings.one_minus_beta_at(self._steps) is not None
-        before = self._seen_by(closure) if look else {}
+        before = self._closures.seen(closure, self) if look else {}
         for probe in self.probes():
+            step = self._step
+            assert step is not None
             with probe:
-                probe.backward(closure())
+                probe.backward(self._closures.loss(closure, step.snapshots[0]))
             if look and probe.sign == 0:
-                warn_of(changed(before, self._seen_by(closure)))
+                names = changed(before, self._closures.seen(closure, self))
+                warn_of(self._closures.unlike(closure, names, step, self._peers.agree))
 
-    def _seen_by(self, closure: Callable[[], Tensor]) -> Prints:
-        return seen_by(closure, [self, self._replay.model, *self._replay.others])
-
-    def _all_seen_by(self, closure: Callable[[], Tensor]) -> Prints:
-        return global_generators(self._replay.others) | self._seen_by(closure)
-
+    @uncompiled
     def check(self, closure: Callable[[], Tensor]) -> list[str]:
         """Run the passes of a step with eps = 0, where all must give one loss, and name what differs.
 
@@ -305,27 +310,7 @@ class Fogzo:
         model = self._replay.model
         self._sharding.between_passes()
         check_unchanged(model, list(model.modules()), self.weights)
-        losses, found = [], list[str]()
-        start = self._replay.save()
-        try:
-            set_alphas(self.weights, self.backend)
-            for i in range(3):
-                self._replay.load(start)
-                self._sharding.between_passes()
-                hold_quantized(self.weights, self.backend)
-                before = self._all_seen_by(closure)
-                with torch.set_grad_enabled(i == 0):
-                    losses.append(float(closure().detach()))
-                found += [n for n in changed(before, self._all_seen_by(closure)) if n not in found]
-        finally:
-            for w in self.weights:
-                w.release()
-            self._sharding.between_passes()
-            self._replay.load(start)
-        said = [f"{name} is changed by a pass" for name in found]
-        if not losses[0] == losses[1] == losses[2]:
-            said.append(f"three passes with the same weights gave the losses {', '.join(map(str, losses))}")
-        return said
+        return self._closures.check(closure, self)
 
     def probes(self) -> Iterator[Pass]:
         """The passes of a step, to be run in order: the gradient pass, then + and - per direction.
@@ -353,6 +338,7 @@ class Fogzo:
             if not (step.complete or step.active):
                 step.end()
 
+    @uncompiled
     @torch.no_grad()
     def estimate_(self) -> Tensor:
         """Replace the ``.grad`` of the quantized weights by the estimate; call after all passes.
@@ -391,11 +377,13 @@ class Fogzo:
                 raise RuntimeError(f"{caller}() must not be called inside a pass")
             self._step.end()
 
+    @uncompiled
     def _new_step(self) -> Step:
         model = self._replay.model
         self._sharding.between_passes()
         modules = modules_of(model)  # one walk for all that asks
         check_unchanged(model, modules, self.weights)
+        self._unmoved.begin(model, modules, self.weights)
         noise = self._noise()
         return Step(
             self.weights, modules=modules, noise=noise,
@@ -433,6 +421,7 @@ class Fogzo:
                 self._stats.warn_of_lost(1)
                 return
             self._gradients.left_estimates()
+            self._unmoved.end()
             self._watched = True
             self._compared |= step.pairs > 0
             if self._device_state is not None:

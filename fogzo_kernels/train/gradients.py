@@ -26,7 +26,7 @@ BACKWARD_IN_A_PASS = (
 EDITED = (
     ".grad must not change between the passes and the estimate; to unscale or clip it, call estimate_() first"
 )
-ESTIMATED = ".grad still holds the last estimate"
+ESTIMATED = ".grad still holds the last estimate; zero_grad in the closure comes too late"
 OUTSIDE = (
     ".grad of {} holds that of a backward outside the passes, which would enter the guide and be lost; add such"
     " a loss to that of the closure"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import os
 import random
 import sys
+import sysconfig
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -16,9 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.quantized import QuantizedModule
+
 DEPTH, WIDTH = 4, 64  # how far and how wide it looks into what a closure holds
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 CODE = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType)
+
+#: Where Python and packages are, this one too.
+PACKAGES = (
+    "<frozen",
+    *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+    os.path.join(os.path.dirname(torch.__file__), ""),
+    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ""),
+)
+#: What every module has, and what belongs to quantized ones.
+OF_MODULES = {*vars(nn.Module()), *QuantizedModule.ADDED}
+BUFFERS, ATTRIBUTE = "the buffers of", "the attribute"
 
 #: What something is worth now: equal as long as it does not change.
 Print = Any
@@ -35,16 +51,39 @@ def global_generators(known: Iterable[object] = ()) -> Prints:
     return {name: state for name, state in found.items() if id(sys.modules[name]) not in skip}
 
 
-def seen_by(closure: Callable[..., Any], known: Iterable[object]) -> Prints:
-    """What the closure's variables are worth, by name.
+def seen_by(closure: Callable[..., Any], known: Iterable[object], model: nn.Module | None = None) -> Prints:
+    """What the closure's variables are worth, by name, and those of functions of the user that it calls.
 
     Args:
         known: objects that passes restore or do not change: the model, what is replayed.
+        model: whose modules of the user are looked at, too: their attributes, and what their forward has.
     """
     known = list(known)
     skip = {id(o) for o in known} | {id(m) for k in known if isinstance(k, nn.Module) for m in k.modules()}
-    variables = _variables(closure).items()
-    return {f"the variable {name!r}": _print_of(value, DEPTH, skip) for name, value in variables}
+    todo: list[tuple[Callable[..., Any], str]] = [(closure, "")]
+    found: Prints = {}
+    done: set[int] = set()
+    for path, module in model.named_modules() if model is not None else ():
+        forward = type(module).forward
+        if _is_users(forward):
+            todo.append((forward, f" of {forward.__qualname__}"))
+            found |= {
+                f"{ATTRIBUTE} {name!r} of module {path!r}": _print_of(value, 1, skip)
+                for name, value in vars(module).items()
+                if name not in OF_MODULES
+            }
+    for function, where in todo:  # grows
+        if id(function) in done or len(done) > WIDTH:
+            continue
+        done.add(id(function))
+        for name, value in _variables(function).items():
+            found[f"the variable {name!r}{where}"] = _print_of(value, DEPTH, skip)
+            if isinstance(value, nn.Module) and id(value) not in skip and not _wraps(value, skip):
+                found[f"{BUFFERS} {name!r}{where}"] = [_print_of(b, 0, skip) for b in value.buffers()]
+            inner = _unwrapped(value)
+            if _is_users(inner):
+                todo.append((inner, f" of {inner.__qualname__}"))
+    return found
 
 
 def changed(before: Prints, after: Prints) -> list[str]:
@@ -63,7 +102,10 @@ def _variables(closure: Callable[..., Any]) -> dict[str, Any]:
         closure = closure.__func__
     if inspect.isfunction(closure):
         names = closure.__code__.co_names
-        found.update({n: closure.__globals__[n] for n in names if n in closure.__globals__})
+        globals_ = {n: closure.__globals__[n] for n in names if n in closure.__globals__}
+        found.update(globals_)
+        for module in filter(_is_users, globals_.values()):
+            found.update({n: vars(module)[n] for n in names if n in vars(module)})
         cells = zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True)
         found.update({n: cell.cell_contents for n, cell in cells if _filled(cell)})
     elif not found:
@@ -115,7 +157,7 @@ def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
     def each(values: Iterable[Any]) -> list[Print]:
         return [_print_of(v, depth, skip) for v in values]
 
-    if isinstance(value, nn.Module) and any(id(m) in skip for m in value.children()):
+    if isinstance(value, nn.Module) and _wraps(value, skip):
         # a wrapper of the model, compiled or parallel, may keep books of its own
         own = [m for m in value.modules() if id(m) not in skip or m is value]
         return each(b for m in own for b in m._buffers.values())
@@ -134,11 +176,39 @@ def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
         frame = value.gi_frame
         return frame is None or each([frame.f_lasti, *frame.f_locals.values()])
     if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
-        return operator.length_hint(value, -1), repr(value)
+        return operator.length_hint(value, -1), repr(value), each(_parts_of(value))
     if type(value).__module__ == "numpy":
         return id(value), bytes(value.tobytes()) if value.nbytes < 1 << 20 else None
     inside = getattr(value, "__dict__", None)
     return None if inside is None else each(v for item in islice(inside.items(), WIDTH) for v in item)
+
+
+def _parts_of(iterator: Any) -> Iterable[Any]:
+    """What a zip, an enumerate or a cycle goes through, and where it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of iterators that are copied
+        return [part for part in iterator.__reduce__()[1:] if part is not None]
+
+
+def _wraps(value: nn.Module, skip: set[int]) -> bool:
+    return any(id(m) in skip for m in value.children())
+
+
+def _unwrapped(value: Any) -> Any:
+    """The function that a decorator, torch.compile's too, was put around."""
+    for name in ("_torchdynamo_orig_callable", "__wrapped__"):
+        if inspect.isfunction(value) and callable(vars(value).get(name)):
+            value = vars(value)[name]
+    return value
+
+
+def _is_users(value: Any) -> bool:
+    """Whether a function or a module is of the program, not of a package."""
+    if inspect.isfunction(value):
+        file: str | None = value.__code__.co_filename
+    else:
+        file = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
+    return file is not None and not file.startswith(PACKAGES)
 
 
 def _own(function: Any) -> bool:

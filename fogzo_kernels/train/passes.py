@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from types import TracebackType
@@ -11,12 +12,28 @@ import torch
 from torch import Tensor
 
 from .gradients import Source
-from .reads import check_reads
+from .reads import check_reads, leaves_of
+from .uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from .step import Step
 
 T = TypeVar("T")
+#: In what PyTorch says of a derivative that is asked for without autograd.
+WITHOUT_AUTOGRAD = re.compile(r"requires?[_ ]grad|require gradient")
+DERIVATIVE = (
+    "a probe runs without autograd, and its forward asked for a derivative: put `with torch.enable_grad():`"
+    " around the part that differentiates; fogzo.step and fogzo.run with a closure do so by themselves"
+)
+
+
+def asks_for_autograd(error: BaseException | None) -> bool:
+    """Whether an error came of a derivative, where autograd is off."""
+    return (
+        isinstance(error, RuntimeError)
+        and not torch.is_grad_enabled()
+        and WITHOUT_AUTOGRAD.search(str(error)) is not None
+    )
 
 
 class Pass:
@@ -56,6 +73,7 @@ class Pass:
                     f"each of probe.batches() must give one loss to probe.backward, got {self.losses - before}"
                 )
 
+    @uncompiled
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
 
@@ -79,6 +97,8 @@ class Pass:
                 )
             if step.watched:
                 check_reads(loss, step.weights)
+            if step.compared:
+                step.leaves |= leaves_of(loss)
             step.gradients.come_from = Source.BACKWARD
             try:
                 loss.backward()
@@ -98,6 +118,7 @@ class Pass:
             raise RuntimeError(f"probe.{caller} must be called inside `with probe:`")
         return self._step
 
+    @uncompiled
     def __enter__(self) -> Pass:
         if self._step is None or self._step.active or self.done:
             raise RuntimeError("a pass must be entered once, in the order that probes() gives")
@@ -107,13 +128,17 @@ class Pass:
         torch.set_grad_enabled(self.sign == 0)
         return self
 
+    @uncompiled
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._step is not None
         assert self._grad_mode is not None
+        asked = asks_for_autograd(value)
         torch.set_grad_enabled(self._grad_mode)
         self._grad_mode = None
         self._step.gradients.come_from = Source.OUTSIDE
         self._step.exit(self, failed=kind is not None)
         self.done = kind is None
+        if asked:
+            raise RuntimeError(DERIVATIVE) from value

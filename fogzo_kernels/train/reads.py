@@ -47,6 +47,19 @@ def check_reads(loss: Tensor, weights: list[QuantizedWeight]) -> None:
             )
 
 
+def leaves_of(loss: Tensor) -> dict[int, Tensor]:
+    """By id, the tensors whose gradient a backward of this loss adds to, parameters of no model too."""
+    if loss.grad_fn is None:
+        return {}
+    todo, seen = [loss.grad_fn], {loss.grad_fn}
+    for node in todo:  # grows
+        new = [child for child, _ in node.next_functions if child is not None and child not in seen]
+        seen.update(new)
+        todo += dict.fromkeys(new)
+    leaves = (getattr(node, "variable", None) for node in todo)
+    return {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+
+
 def _readers(loss: Tensor, names: dict[Tensor, str]) -> tuple[dict[Any, list[Any]], list[tuple[Any, str]]]:
     """Each node's readers, and the nodes that are quantized weights, with their names."""
     readers: dict[Any, list[Any]] = {}

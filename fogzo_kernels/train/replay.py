@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+OF_NUMPY = ("Generator", "RandomState")
 #: Names of methods that read and set an object's state.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("state_dict", "load_state_dict"))
 
@@ -39,6 +41,19 @@ def state_methods(name: str, other: object) -> tuple[Callable[[], Any], Callable
     raise TypeError(f"{name} must have one of {methods}, or be a NumPy Generator, got {type(other).__name__}")
 
 
+def generators_of(model: nn.Module) -> list[object]:
+    """The random generators that modules have as attributes, each once: PyTorch's, NumPy's and Python's."""
+    found = {
+        id(value): value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Generator)
+        or type(value) is random.Random
+        or (type(value).__module__.startswith("numpy.random") and type(value).__name__ in OF_NUMPY)
+    }
+    return list(found.values())
+
+
 class Snapshot(NamedTuple):
     """The state of generators and buffers at one point of a step."""
 
@@ -49,7 +64,7 @@ class Snapshot(NamedTuple):
 
 
 class ReplayState:
-    """Saves and loads PyTorch's generators and a model's buffers, in place.
+    """Saves and loads PyTorch's generators, a model's buffers and generators of its modules, in place.
 
     All buffers but those that quantized modules add, which passes only read.
 
@@ -62,6 +77,7 @@ class ReplayState:
         self.model, self.others = model, list(others)
         for i, other in enumerate(self.others):
             state_methods(f"replay[{i}]", other)
+        self.others += [o for o in generators_of(model) if all(o is not other for other in others)]
         self.draws: bool | None = None  # whether a pass drew numbers on a GPU; None before the first
 
     def compare(self, before: Snapshot, after: Snapshot) -> None:
@@ -89,6 +105,11 @@ class ReplayState:
                     " pass of a replay would draw others"
                     if self.draws
                     else "a step must be run before one is captured in a CUDA graph"
+                )
+            if any(isinstance(o, torch.Generator) and o.device.type == "cuda" for o in self.others):
+                raise RuntimeError(
+                    "model and replay must have no torch.Generator of the GPU in a captured step: every pass of"
+                    " a replay would draw other numbers"
                 )
             devices = set()
         found, read_only = [], set()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..ops import checks
 from ..spec.noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
@@ -46,13 +49,14 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("total_steps", "every"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value}")
         checks.unit_interval("one_minus_beta", self.one_minus_beta)
-        check_range("directions", self.directions, MAX_DIRECTION + 1)
-        if self.directions < 1:
+        if check_range("directions", self.directions, MAX_DIRECTION + 1) < 1:
             raise ValueError(f"directions must be >= 1, got {self.directions}")
         check_range("seed", self.seed, MAX_SEED)
+        for name in ("total_steps", "every", "directions", "seed"):  # NumPy's would not load as weights only
+            object.__setattr__(self, name, int(getattr(self, name)))
         checks.finite("epsilon_scale", self.epsilon_scale)
         if not self.epsilon_scale > 0:
             raise ValueError(
@@ -66,13 +70,26 @@ class Settings:
         checks.unit_interval("probe_share", self.probe_share)
         if not self.probe_share > 0:
             raise ValueError(f"probe_share must be > 0, got {self.probe_share}: probes would run nothing")
-        for name in (
-            "one_minus_beta",
-            "epsilon_scale",
-            "start",
-            "probe_share",
-        ):  # an int is equal, but reads otherwise
+        for name in ("one_minus_beta", "epsilon_scale", "start", "probe_share"):  # an int reads otherwise
             object.__setattr__(self, name, float(getattr(self, name)))
+
+    def check_state(self, state: Mapping[str, Any], may_differ: Sequence[str]) -> None:
+        """Raise unless a state has these settings, but for those that may differ.
+
+        Raises:
+            ValueError: one differs, or ``may_differ`` has a name that is none of a setting.
+        """
+        own = asdict(self)
+        unknown = [name for name in may_differ if name not in own]
+        if isinstance(may_differ, str) or unknown:
+            raise ValueError(f"may_differ must be a list of some of {', '.join(own)}, got {may_differ!r}")
+        differ = [name for name, value in own.items() if state[name] != value and name not in may_differ]
+        if differ:
+            shown = " and ".join(f"state[{name!r}] must be {own[name]}, got {state[name]}" for name in differ)
+            raise ValueError(
+                f"{shown}. To go on with this object's value, give load_state_dict may_differ={differ}; in"
+                " FogzoTrainer and Lightning's FogzoMixin it is one of the options of fogzo"
+            )
 
     def one_minus_beta_at(self, step: int) -> float | None:
         """1 - beta of a step; None where it is plain STE."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
+from ..nn.sharded import local
 from ..ops import arguments
 from .gradients import Gradients
 from .losses import Estimate, PassLosses
@@ -78,6 +79,8 @@ class Step:
         self.shared = 0  # how many of them probes run, too
         self.watched, self.compared, self.counted = watched, compared, counted
         self.changes: Tensor | None = None  # the share of codes that differ, 0-dim, where it was counted
+        self.leaves: dict[int, Tensor] = {}  # with ``compared``, whose gradient the gradient pass makes
+        self._left: list[tuple[Tensor, Tensor, int]] = []  # those gradients, and their versions
         self.active = False  # whether a pass is entered
         self.calls: list[Together] = []  # after the gradient pass, of the weights that take part
         self.losses = PassLosses(pairs, counters.device)
@@ -174,6 +177,8 @@ class Step:
         if one.sign:
             assert self._after is not None
             self._replay.load(self._after)
+            if not failed:
+                self.check_left("a probe")
             return
         assert self._before is not None
         if failed:
@@ -188,6 +193,22 @@ class Step:
             self._sharding.reduce_inputs()
         else:
             self._go_on()
+            leaves = self.leaves | {id(p): p for p in self.parameters} if self.compared else {}
+            self._left = [(p, p.grad, local(p.grad)._version) for p in leaves.values() if p.grad is not None]
+
+    def check_left(self, who: str) -> None:
+        """Raise if the gradients that the gradient pass left are not there any more, or were written."""
+        if any(p.grad is not grad or local(grad)._version != version for p, grad, version in self._left):
+            self.end()
+            raise RuntimeError(
+                f"zero_grad must be called before a step, not in the closure, which every pass runs: {who}"
+                " cleared or changed the gradients that the gradient pass had left"
+            )
+
+    @property
+    def snapshots(self) -> tuple[Snapshot | None, Snapshot | None]:
+        """What the gradient pass began with, and what it left."""
+        return self._before, self._after
 
     # ---- after the gradient pass
 

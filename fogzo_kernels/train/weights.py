@@ -254,5 +254,8 @@ def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: lis
         raise RuntimeError(
             f"model must have the quantized weights that Fogzo was made with, got a change in"
             f" {changed[0]}{more}: a weight was replaced, frozen or unfrozen, tied or untied, or another module"
-            " quantized. Make a new Fogzo for the model as it is, and load the old one's state_dict"
+            " quantized. To go on with the model as it is, make a new Fogzo with the same options, call"
+            " new.load_state_dict(old.state_dict(), may_differ=['one_minus_beta']), as kappa makes another one"
+            " of other weights, and set optimizer.fogzo = new for a fused optimizer; an optimizer that lacks a"
+            " weight takes it by add_param_group"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,19 @@ class Compiler(CUDABackend):
     def add_stages(self, stages: dict[str, Any], *args: Any) -> None:
         super().add_stages(stages, *args)
         del stages["cubin"]
+
+
+@contextmanager
+def to_machine_code() -> Iterator[None]:
+    """Inside, Triton's own compiler makes cubins, in a cache of their own: PTX has the same names there."""
+    own = backends["nvidia"]
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(ROOT / "build/cubins")
+        backends["nvidia"] = Backend(CUDABackend, own.driver)
+        try:
+            yield
+        finally:
+            backends["nvidia"] = own
 
 
 class Utils:
