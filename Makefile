@@ -86,11 +86,12 @@ bench: $(VENV)/built $(VENV)/has-triton $(VENV)/has-demo
 	$(BIN)/python -m bench.executed
 	$(BIN)/python -m bench.kernels --budget 300 --json bench/out/kernels.json --plot bench/out/kernels.png
 
-# Random and bad calls of the native ops for SECONDS
+# Random and bad calls of the native ops, and random training loops, for SECONDS each
 SECONDS := 60
 fuzz: $(TESTABLE)
 	mkdir -p build
 	$(BIN)/python python_tests/fuzzing.py --seconds $(SECONDS) --log build/fuzz.json
+	PYTHONPATH=. $(BIN)/python python_tests/loops.py --seconds $(SECONDS) --seed $$(date +%s)
 
 # The CPU part of the suite with the native module under the compiler's sanitizers
 sanitize: $(TESTABLE)

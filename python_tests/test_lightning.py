@@ -132,6 +132,35 @@ def test_bfloat16_trains(tmp_path):
     assert model.seen[::3] == pytest.approx(by_hand()[0], rel=0.05)
 
 
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler(tmp_path, fused, clip):
+    """Its losses are those of float16; the overflow of the first step is skipped, and halves the scale."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def run(scale, folder):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        model = Ours(fused)
+        fit(
+            model, folder, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], gradient_clip_val=clip
+        )  # fmt: skip
+        return model, scaler
+
+    if fused and clip:
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):  # as any fused one
+            run(8.0, tmp_path)
+        return
+    (model, scaler), (other, _) = (run(scale, tmp_path) for scale in (2.0**10, 2.0**4))
+    assert model.fogzo.steps == other.fogzo.steps == STEPS
+    assert scaler.get_scale() == 2.0**10
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights_of(other)[name], rtol=1e-2, atol=1e-3)
+    model, scaler = run(2.0**120, tmp_path)
+    assert model.fogzo.steps == 0
+    assert scaler.get_scale() == 2.0 ** (120 - STEPS)
+    assert all(torch.equal(p, weights_of(Ours())[name]) for name, p in model.named_parameters())
+
+
 def half(folder, edit=lambda checkpoint: None):
     """The checkpoint of a run after 3 steps."""
     keep = L.callbacks.ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)

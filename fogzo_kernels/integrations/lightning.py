@@ -33,8 +33,8 @@ class FogzoMixin:
     one from ``quantize_model``. Any optimizer will do.
 
     Raises:
-        ValueError: at the first step, for what FOGZO cannot run: a gradient scaler, a strategy that is neither
-            DDP nor of one device, or is DDP with manual optimization.
+        ValueError: at the first step, for what FOGZO cannot run: a strategy that is neither DDP nor of one
+            device, or is DDP with manual optimization; a gradient scaler with manual optimization.
         RuntimeError: at the first step, the checkpoint that ``fit`` goes on from has no state of FOGZO.
 
     Attributes:
@@ -101,7 +101,8 @@ class FogzoMixin:
             output = step()
             if output.closure_loss is None:
                 raise ValueError("training_step must return a loss in each pass of FOGZO, got None")
-            probe.backward(output.closure_loss)
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            probe.backward(output.closure_loss if scaler is None else scaler.scale(output.closure_loss))
         return output
 
     def _or_later(self: Any, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,8 +120,12 @@ class FogzoMixin:
     def _made(self: Any) -> Fogzo:
         trainer = self.trainer
         model: nn.Module = trainer.strategy.model
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(f"precision must need no gradient scaler for FOGZO, got {trainer.precision!r}")
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and not self.automatic_optimization:
+            raise ValueError(
+                "precision must need no gradient scaler for FOGZO with manual optimization, got"
+                f" {trainer.precision!r}"
+            )
         shared = self.automatic_optimization and isinstance(model, DistributedDataParallel)
         if model is not self and not shared:
             name = type(trainer.strategy).__name__

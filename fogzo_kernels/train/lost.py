@@ -18,35 +18,45 @@ from torch.utils.hooks import RemovableHandle
 from ..nn.sharded import local
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-HALVES = (torch.bfloat16, torch.float16)  # whose sums need another dtype
+HALVES = (torch.bfloat16, torch.float16)  # whose first norms need another dtype
 
 
 @torch.no_grad()
-def look(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) -> tuple[Tensor, Tensor]:
     """Which tensors have an element that is not 0, and whether every element of all of them is finite.
 
     Args:
         tensors: gradients of any dtype, on any devices.
         device: of the two results: bool, (len(tensors),) and 0-dim. A GPU is not waited for.
+        zeros: whether the first result is asked for; else it says nothing.
     """
     plain = [_numbers(local(t)) for t in tensors]
-    if all(t.device.type == "cpu" for t in plain):  # a sum takes a fifth of a norm's time
-        sums = [float(t.sum(dtype=torch.float32 if t.dtype in HALVES else None)) for t in plain]
-        some = [s != 0 or bool(t.any()) for s, t in zip(sums, plain, strict=True)]
-        finite = all(math.isfinite(s) or bool(t.isfinite().all()) for s, t in zip(sums, plain, strict=True))
-        return torch.tensor(some, dtype=torch.bool, device=device), torch.tensor(finite, device=device)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(plain):
         kinds.setdefault((t.device, t.dtype), []).append(i)
-    norms: list[Tensor] = [torch.empty(0)] * len(plain)
-    finite_ = []
-    for (_, dtype), places in kinds.items():
-        wider = torch.float32 if dtype in HALVES else None
-        found = torch.stack(torch._foreach_norm([plain[i] for i in places], 1, dtype=wider))
-        finite_.append(found.isfinite().all().to(device, non_blocking=True))
-        for i, norm in zip(places, found.unbind(), strict=True):
-            norms[i] = norm.to(device, non_blocking=True) != 0
-    return torch.stack(norms), torch.stack(finite_).all()
+    some: list[bool | Tensor] = [True] * len(plain)
+    finite: list[bool | Tensor] = []
+    for (where, dtype), places in kinds.items():
+        own = [plain[i] for i in places]
+        if where.type != "cpu":
+            norms = torch.stack(torch._foreach_norm(own, 1, dtype=torch.float32 if dtype in HALVES else None))
+            finite.append(norms.isfinite().all())
+            for i, one in zip(places, (norms != 0).unbind(), strict=True):
+                some[i] = one
+            continue
+        # the second norm is the fast one, and may overflow or underflow
+        for i, t, norm in zip(places, own, torch.stack(torch._foreach_norm(own, 2)).tolist(), strict=True):
+            finite.append(math.isfinite(norm) or bool(t.isfinite().all()))
+            some[i] = not zeros or norm != 0 or bool(t.any())
+    return _flags(some, device), _flags(finite, device).all()
+
+
+def _flags(found: Sequence[bool | Tensor], device: torch.device) -> Tensor:
+    """One bool tensor of what is known here and of 0-dim ones, in one copy where all are known."""
+    if all(isinstance(one, bool) for one in found):
+        return torch.tensor(found, dtype=torch.bool, device=device)
+    there = [torch.as_tensor(one).to(device, non_blocking=True) for one in found]
+    return torch.stack(there)
 
 
 def _numbers(grad: Tensor) -> Tensor:
@@ -57,14 +67,14 @@ def _numbers(grad: Tensor) -> Tensor:
 @torch.no_grad()
 def bits(tensors: Sequence[Tensor]) -> Tensor:
     """A sum over the bits of each contiguous tensor, int64, which an edit of any one element changes."""
-    return torch.stack([_sum_of_bits(t.view(-1)) for t in tensors])
+    return torch.stack([_sum_of_bits(t) for t in tensors])
 
 
-def _sum_of_bits(flat: Tensor) -> Tensor:
-    size = flat.element_size()
-    if (flat.numel() * size) % 8 == 0 and (flat.storage_offset() * size) % 8 == 0:
-        return flat.view(torch.int64).sum()  # without a copy in another dtype
-    return flat.view(BITS[size]).sum(dtype=torch.int64)
+def _sum_of_bits(t: Tensor) -> Tensor:
+    size = t.itemsize
+    if t.ndim and t.shape[-1] * size % 8 == 0 and t.storage_offset() * size % 8 == 0:
+        return t.view(torch.int64).sum()  # without a copy in another dtype
+    return t.view(BITS[size]).sum(dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -89,7 +99,7 @@ def keep_from_optimizers(parameters: Iterable[Tensor]) -> RemovableHandle | None
     def clear(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         own = [p for p in own if id(p) in lost and lost[id(p)]() is p.grad]
-        if own and not bool(look([p.grad for p in own], torch.device("cpu"))[1]):
+        if own and not bool(look([p.grad for p in own], torch.device("cpu"), zeros=False)[1]):
             for p in own:
                 p.grad = None
 

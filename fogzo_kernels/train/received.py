@@ -58,7 +58,7 @@ def received(
         )
     norm = _norm(there, sharding) if pairs else None
     beside = [p.grad for p in others if p.grad is not None] + [grad for _, grad in alphas]
-    finite &= look(beside, loss.device)[1] & loss.isfinite()
+    finite &= look(beside, loss.device, zeros=False)[1] & loss.isfinite()
     if norm is not None:
         finite &= norm.isfinite()
     if capturing():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.parallel import Part
 from ..nn.quantized import QuantizedModule
@@ -117,6 +118,7 @@ class Sharding:
         sharded = [w for w in weights if isinstance(w, PartOfWeight)]
         self._shard = sharded[0].shard if sharded else None
         self._fsdp = fsdp_modules(model) if sharded else []  # none under tensor parallelism
+        self._replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self._mean, self._inputs = reduction == "mean", list[Tensor]()
         self.parallel = any(isinstance(w, ParallelWeight) for w in sharded)
         self._mesh: Any = None
@@ -148,7 +150,9 @@ class Sharding:
         return [] if self._mesh is None else [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
 
     def between_passes(self, failed: bool = False) -> None:
-        """Free what a pass gathered: the next one has other values."""
+        """Free what a pass gathered: the next has other values, and sees the buffers of the first process."""
+        for replica in self._replicas:  # which leaves them alone after a forward without gradients
+            replica.require_forward_param_sync = True
         for module in self._fsdp if failed else ():
             if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):  # newer ones
                 module.reset_iter_state()

@@ -229,9 +229,9 @@ class Step:
         self._found_inf.fill_(float(found.lost))
         if found.lost:
             self.lose()
-        elif self.unknown is not None:
+        if self.unknown is not None:
             self._lose_on_device(self.unknown)
-        elif self.pairs:
+        if self.pairs and not found.lost:
             self.gradients.note(self._guides)
 
     @property
@@ -269,7 +269,7 @@ class Step:
         if self.lost or (not grads and found_inf is None):
             return
         device = self._counters.device
-        lost = ~look(grads, device)[1]
+        lost = ~look(grads, device, zeros=False)[1]
         if found_inf is not None:
             lost |= found_inf.to(device, non_blocking=True).reshape(()) != 0
         flag = lost.int()

@@ -1,0 +1,48 @@
+"""Random training loops against plain PyTorch (loops.py), for 5 seconds; or FOGZO_FUZZ_LOOPS=1000 of them."""
+
+import math
+import os
+
+import loops
+import pytest
+import torch
+
+import fogzo_kernels as fk
+
+
+def test_random_loops_are_those_of_the_contract(generator):
+    seed = generator.initial_seed() % 2**31
+    wanted = os.environ.get("FOGZO_FUZZ_LOOPS")
+    print(f"python python_tests/loops.py --seed {seed}")
+    done = loops.many(seed, int(wanted or 10**9), math.inf if wanted else 5.0)
+    assert done == int(wanted) if wanted else done > 0
+
+
+def without_noise(monkeypatch):
+    monkeypatch.setattr(fk.Fogzo, "epsilon_scale", 0.5)
+
+
+def without_a_look(monkeypatch):
+    monkeypatch.setattr("fogzo_kernels.train.received.look", lambda ts, device, zeros=True: (
+        torch.ones(len(ts), dtype=torch.bool), torch.tensor(True)))  # fmt: skip
+
+
+def without_the_scale(monkeypatch):
+    monkeypatch.setattr("fogzo_kernels.optim.scaling.Scaling.unscale_", lambda self, grads: None)
+
+
+def without_buffers(monkeypatch):
+    monkeypatch.setattr("fogzo_kernels.train.replay.ReplayState.load_buffers", lambda *args, **options: None)
+
+
+def without_a_count(monkeypatch):
+    monkeypatch.setattr("fogzo_kernels.train.gradients.Gradients.lose", lambda self, parameters: None)
+
+
+@pytest.mark.parametrize(
+    "defect", [without_noise, without_a_look, without_the_scale, without_buffers, without_a_count]
+)
+def test_loops_see(defect, monkeypatch):
+    defect(monkeypatch)
+    with pytest.raises(AssertionError, match=r"loop \d+, step"):
+        loops.many(0, 60)
