@@ -64,7 +64,7 @@ def input_alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[
     """Alpha of an input, and the factor of its gradient."""
     scale = how.scale
     if isinstance(scale, MeasuredScale):
-        alpha = torch.empty(scale.shape_for(*rows.shape), device=rows.device)
+        alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
         measure_([alpha], [rows.detach()], scale, how.transform, module.backend)
         return alpha, 1.0
     if isinstance(scale, FixedScale):
@@ -87,7 +87,8 @@ def input_alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[
 def first_alpha_(module: QuantizedModule, how: Quantizer, rows: Tensor) -> None:
     """Give a learned alpha its first value, from the first input that comes while it is calibrated."""
     assert isinstance(how.scale, LearnedScale)
-    scale, alpha = how.scale.first(how.grid), torch.empty((), device=rows.device)
+    scale = how.scale.first(how.grid)
+    alpha = torch.empty((), dtype=torch.float32, device=rows.device)
     if isinstance(scale, MeasuredScale):
         measure_([alpha], [rows], scale, how.transform, module.backend)
     else:

@@ -119,7 +119,7 @@ class QuantizedModule(nn.Module):
         module.activation = activation
         module.input_is_calibrated, module.calibrating = False, False
         if activation is not None and isinstance(activation.scale, LearnedScale):
-            none = torch.full((), math.nan, device=alpha.device)
+            none = torch.full((), math.nan, dtype=torch.float32, device=alpha.device)
             module.register_parameter("input_alpha", nn.Parameter(none))
             module.register_buffer("input_alpha_least", none.clone())
         module.lay_out()

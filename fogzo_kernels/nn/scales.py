@@ -72,7 +72,7 @@ def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
         shape = scale.shape_for(*rows.shape)
     except ValueError as error:
         raise ValueError(f"{error} for {name}") from None
-    alpha = torch.empty(shape, device=rows.device)
+    alpha = torch.empty(shape, dtype=torch.float32, device=rows.device)
     if not rows.is_meta:
         measure_([alpha], [rows], scale, transform)
     return alpha

@@ -299,7 +299,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         if call.quantized is None:
             nothing = self._nothing(device)
-            update(nothing, nothing, [], torch.zeros((), device=device), backend=self.backend, **PLAIN)
+            update(nothing, nothing, [], nothing.new_zeros(()), backend=self.backend, **PLAIN)
         else:
             assert passes is not None
             assert estimate is not None
@@ -315,7 +315,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _nothing(self, device: torch.device) -> Tensor:
         if device not in self._empty:
-            self._empty[device] = torch.empty(0, device=device)
+            self._empty[device] = torch.empty(0, dtype=torch.float32, device=device)
         return self._empty[device]
 
     # ---- state
@@ -352,7 +352,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(i, {}).items():
                 if name == "step":
                     device = p.device if group["capturable"] else torch.device("cpu")
-                    step = torch.as_tensor(value).detach()
+                    step = torch.as_tensor(value, dtype=torch.float64).detach()
                     self.state[p][name] = step.to(device, torch.int64, copy=True)
                 elif isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, torch.float32, copy=True)
