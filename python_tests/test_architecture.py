@@ -26,7 +26,8 @@ FLOORS = {
     "functional": (("spec", "ops"), ""),
     "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
            "__init__ packed saved scales sharded stale parallel inputs held quantized permuted linear"
-           " products conv embedding transposed twins replaced rules sharing fast_path pretrained report convert"),
+           " products conv embedding transposed twins replaced rules sharing fast_path pretrained report"
+           " convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
               "__init__ replay weights sharding together reads outside gradients losses step"
               " settings device distributed stats estimator"),

@@ -11,7 +11,7 @@ from ..functional import hadamard, quantize
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
-from .scales import hold_alphas, measure_
+from .scales import hold_alphas, in_its_range, measure_
 
 if TYPE_CHECKING:
     from .quantized import QuantizedModule
@@ -77,10 +77,13 @@ def input_alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[
             "input_alpha, the learned scale of this module's input, has no value yet: call"
             " fogzo_kernels.calibrate_inputs_(model, lambda: model(batch)) once, before training"
         )
-    if module.held is None:  # else the step has done it
+    alpha = module.input_alpha
+    if torch.compiler.is_exporting():
+        alpha = in_its_range(alpha, module.input_alpha_least)
+    elif module.held is None:  # else the step has done it
         hold_alphas([module], ("input_alpha",))
     # of LSQ: the features of a layer, which are those of a token or a sample, share it
-    return module.input_alpha, scale.gradient_factor(how.grid, rows.shape[-1])
+    return alpha, scale.gradient_factor(how.grid, rows.shape[-1])
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .held import Deferred, Held
 from .inputs import quantized_input, rotated
 from .parallel import as_parts, part_and_alpha
 from .saved import EXTRA_STATE, check_alpha, loaded_plain, quantizers_as_state, saved_quantizers
-from .scales import HELD, alpha_of, hold_alphas, measure_
+from .scales import HELD, alpha_of, hold_alphas, in_its_range, measure_
 from .sharded import ShardedRows, attach, attach_again, local, whole
 from .stale import check, fits, is_replaced
 
@@ -224,7 +224,9 @@ class QuantizedModule(nn.Module):
             found: Tensor = Deferred.apply(self.rows(weight), alpha, held.rows)
             return found
         rows = self.rows(weight).contiguous()
-        if learned and held is None:
+        if learned and held is None and torch.compiler.is_exporting():
+            alpha = in_its_range(alpha, self.alpha_least)
+        elif learned and held is None:
             hold_alphas([self], ("alpha",))
         elif held is None:
             self._measure(rows)
@@ -232,12 +234,10 @@ class QuantizedModule(nn.Module):
             rows,
             alpha,
             alpha_factor=self.alpha_factor if learned else 1.0,
-            grid=self.quantizer.grid,
-            straight_through=self.quantizer.straight_through,
+            grid=self.quantizer.grid, straight_through=self.quantizer.straight_through,
             quantized=None if held is None else held.rows,
-            transform=self.quantizer.transform,
-            backend=self.backend,
-        )
+            transform=self.quantizer.transform, backend=self.backend,
+        )  # fmt: skip
 
     @property
     def alpha_factor(self) -> float:

@@ -92,14 +92,14 @@ def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
     return alpha
 
 
-@torch.no_grad()
 def measure_(
     alphas: Sequence[Tensor], rows: Sequence[Tensor], scale: MeasuredScale, transform: Hadamard | None,
     backend: str | None = None,
 ) -> None:  # fmt: skip
     """Write the alphas that the scale measures from these rows, or from what a transform makes of them.
 
-    One launch for all. The rms of whole blocks is the same before and after.
+    One launch for all. The rms of whole blocks is the same before and after. No gradient passes; there is no
+    ``no_grad`` here, as exported programs that have one cannot be loaded.
     """
     if scale.statistic != "rms":
         rows = rotated_rows(rows, transform, backend)
@@ -173,3 +173,8 @@ def hold_alphas(modules: Sequence[Any], names: Sequence[str] = ("alpha", "input_
         for m in modules:
             m.warned = True
     return count
+
+
+def in_its_range(alpha: Tensor, least: Tensor) -> Tensor:
+    """What :func:`hold_alphas` would make of a learned alpha, for an exported program: nothing is written."""
+    return torch.where((alpha >= least) & (alpha <= memory.alpha_range(2)[1]), alpha, least)
