@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..functional import hadamard, quantize
-from ..spec.hadamard import block_of
+from ..ops import transforms
+from ..spec.hadamard import Hadamard, block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
 from .scales import hold_alphas, in_its_range, measure_
@@ -64,6 +65,8 @@ def input_alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[
     """Alpha of an input, and the factor of its gradient."""
     scale = how.scale
     if isinstance(scale, MeasuredScale):
+        if transforms.active():
+            return Measured.apply(rows.detach(), scale, how.transform, module.backend), 1.0
         alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
         measure_([alpha], [rows.detach()], scale, how.transform, module.backend)
         return alpha, 1.0
@@ -84,6 +87,25 @@ def input_alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[
         hold_alphas([module], ("input_alpha",))
     # of LSQ: the features of a layer, which are those of a token or a sample, share it
     return alpha, scale.gradient_factor(how.grid, rows.shape[-1])
+
+
+@transforms.one_by_one
+class Measured(torch.autograd.Function):
+    """Alpha of rows under a transform of ``torch.func``, which lets nothing be written; no gradient."""
+
+    @staticmethod
+    def forward(rows: Tensor, scale: MeasuredScale, transform: Hadamard | None, backend: str | None) -> Tensor:
+        alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
+        measure_([alpha], [rows.contiguous()], scale, transform, backend)
+        return alpha
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return None, None, None, None
 
 
 @torch.no_grad()

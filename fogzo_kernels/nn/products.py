@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes as disabled_modes
 
 from ..functional import learned_backward_, quantize_, straight_through_backward_
-from ..ops import checks
+from ..ops import checks, transforms
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale
@@ -79,8 +79,8 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
     how = module.activation
     assert how is not None
     rows = module.input_rows(input).contiguous()
-    if rows.shape[-1] % (block_of(how.transform) or 1):
-        return module.plain_forward(input)  # which says what is wrong
+    if rows.shape[-1] % (block_of(how.transform) or 1) or transforms.active():
+        return module.plain_forward(input)  # which says what is wrong; a transform of torch.func takes values
     alpha, factor = input_alpha(module, how, rows)
     held = module.held
     if held is not None and held.probe and held.weight is module.weight:

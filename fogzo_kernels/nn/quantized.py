@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import quantize, quantize_
+from ..ops import transforms
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
-from .held import Deferred, Held
+from .held import Deferred, DeferredInTransform, Held
 from .inputs import quantized_input, rotated
 from .parallel import as_parts, part_and_alpha
 from .saved import EXTRA_STATE, check_alpha, loaded_plain, quantizers_as_state, saved_quantizers
@@ -198,7 +199,7 @@ class QuantizedModule(nn.Module):
                 the one that is perturbed.
             ValueError: alpha requires grad, or is out of range.
         """
-        if not fits(self):
+        if not fits(self) or transforms.active():
             check(self)
         if self.sharded is not None:
             return self.sharded.rows(self)
@@ -221,7 +222,8 @@ class QuantizedModule(nn.Module):
         if self.alpha.requires_grad and not learned:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
         if held is not None and held.deferred:
-            found: Tensor = Deferred.apply(self.rows(weight), alpha, held.rows)
+            how = DeferredInTransform if transforms.active() else Deferred
+            found: Tensor = how.apply(self.rows(weight), alpha, held.rows)
             return found
         rows = self.rows(weight).contiguous()
         if learned and held is None and torch.compiler.is_exporting():
@@ -231,12 +233,10 @@ class QuantizedModule(nn.Module):
         elif held is None:
             self._measure(rows)
         return quantize(
-            rows,
-            alpha,
+            rows, alpha,
             alpha_factor=self.alpha_factor if learned else 1.0,
             grid=self.quantizer.grid, straight_through=self.quantizer.straight_through,
-            quantized=None if held is None else held.rows,
-            transform=self.quantizer.transform, backend=self.backend,
+            quantized=held and held.rows, transform=self.quantizer.transform, backend=self.backend,
         )  # fmt: skip
 
     @property

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops import transforms
 from ..spec.scale import FixedScale, LearnedScale, Scale, not_saved
 from .scales import HELD, alpha_of
 from .sharded import DTensor, local
@@ -48,11 +49,16 @@ def check(module: QuantizedModule, name: str | None = None) -> None:
     """Raise unless alpha fits the weight.
 
     Raises:
-        RuntimeError: another weight was put in its place, or it has another number of rows.
+        RuntimeError: another weight was put in its place, or it has another number of rows, or it is batched.
     """
+    name = named(module) if name is None else name
+    if transforms.active() and (transforms.is_batched(module.weight) or transforms.is_batched(module.alpha)):
+        raise RuntimeError(
+            f"{name} must not be batched by vmap, as functional_call with stacked parameters has it: call the"
+            " model once for each set of parameters"
+        )
     if fits(module):
         return
-    name = named(module) if name is None else name
     if module.stale:
         raise RuntimeError(
             f"{name} must be the weight that its alpha was made for, got one that was put in its place: call"
