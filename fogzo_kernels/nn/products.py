@@ -15,7 +15,7 @@ from ..ops import checks, transforms
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale
-from .inputs import input_alpha
+from .inputs import input_alpha, with_lost
 from .linear import QuantLinear
 from .quantized import QuantizedModule
 
@@ -81,7 +81,7 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
     rows = module.input_rows(input).contiguous()
     if rows.shape[-1] % (block_of(how.transform) or 1) or transforms.active():
         return module.plain_forward(input)  # which says what is wrong; a transform of torch.func takes values
-    alpha, factor = input_alpha(module, how, rows)
+    alpha, factor, lost = input_alpha(module, how, rows)
     held = module.held
     if held is not None and held.probe and held.weight is module.weight:
         weight = held.rows
@@ -90,6 +90,7 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
     found: Tensor = Product.apply(
         rows, alpha, weight, module.alpha.detach(), how, module.quantizer, factor, module.backend
     )
+    found = with_lost(found, lost)
     found = found if module.bias is None else found + module.bias.to(found.dtype)
     return found.view(*input.shape[:-1], module.out_features)
 
