@@ -73,8 +73,8 @@ def usable(how: Quantizer, alpha: Tensor, factor: float, rows: Tensor) -> tuple[
     """Alphas that ops take, whatever the input holds, and which cells :func:`with_lost` makes NaN.
 
     What is not finite must not become a finite value: the code of NaN is the lowest one. With NaN, as a plain
-    network would have, the step is lost and the run goes on. Each alpha of a measured scale has its cell; that of
-    another scale is all of the input. A GPU's kernels write NaN where alpha is NaN; nothing waits for them.
+    network would have, the step is lost and the run goes on. Each alpha of a measured scale has a cell;
+    the cell of another scale is all of the input. A GPU's kernels write NaN where alpha is NaN, without a wait.
     """
     on_cpu = rows.device.type == "cpu"
     seen = on_cpu and not (torch.compiler.is_compiling() or transforms.active())

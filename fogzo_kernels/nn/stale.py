@@ -87,6 +87,8 @@ def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedModule]]) -> None:
 
 def _is_far(name: str, module: QuantizedModule) -> bool:
     scale, alpha = module.quantizer.scale, module.alpha
+    if alpha.is_meta or any(local(t) is not t for t in (alpha, module.weight)) or not fits(module):
+        return False
     first: Scale
     if isinstance(scale, LearnedScale):
         first = scale.first(module.quantizer.grid)
@@ -94,11 +96,7 @@ def _is_far(name: str, module: QuantizedModule) -> bool:
     else:
         first, begins = scale, isinstance(scale, FixedScale)
     kept = getattr(first, "alpha", None) is not not_saved
-    if (
-        not (begins and kept and first.from_weight)
-        or alpha.is_meta
-        or local(module.weight) is not module.weight
-    ):
+    if not (begins and kept and first.from_weight):
         return False
     try:
         now = alpha_of(name, module.weight, module.OUTPUTS, module.quantizer)
