@@ -21,12 +21,13 @@ PACKAGE = ROOT / "fogzo_kernels"
 FLOORS = {
     "spec": ((), "dtypes noise grid straight_through scale hadamard quantizer presets update schedule call"),
     "backends": (("spec",), "__init__ plans cells reference cpu cuda triton"),
-    "ops": (("spec", "backends"), "__init__ checks listop memory arguments alphas noise norm perturb estimate"
-            " tail straight_through learned quantize hadamard"),
+    "ops": (("spec", "backends"), "__init__ checks listop memory transforms arguments alphas noise norm perturb"
+            " estimate tail straight_through learned quantize hadamard"),
     "functional": (("spec", "ops"), ""),
-    "nn": (("spec", "backends", "ops.checks", "ops.memory", "functional"),
-           "__init__ packed saved scales sharded parallel inputs held quantized permuted linear"
-           " products conv embedding transposed twins rules sharing fast_path pretrained report convert"),
+    "nn": (("spec", "backends", "ops.checks", "ops.memory", "ops.transforms", "functional"),
+           "__init__ packed saved scales sharded stale parallel inputs held quantized permuted linear"
+           " products conv embedding transposed twins replaced rules sharing fast_path pretrained report"
+           " convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
               "__init__ uncompiled replay weights sharding together reads outside lost gradients losses"
               " received passes step closures unmoved settings device distributed stats estimator"),

@@ -69,7 +69,7 @@ def test_each_layer_takes_its_own_input_as_it_is_when_those_before_are_quantized
 
 def test_without_a_value_it_is_an_error():
     model = net()
-    message = "input_alpha, the learned scale of this module's input, has no value yet"
+    message = "input_alpha, the learned scale of the input of 0, has no value yet"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         model(torch.randn(2, 16))
 

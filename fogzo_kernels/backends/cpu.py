@@ -28,7 +28,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
-    out = torch.empty(numel, device=device)
+    out = torch.empty(numel, dtype=torch.float32, device=device)
     native.noise(out, *drawn(draw), direction)
     return out
 

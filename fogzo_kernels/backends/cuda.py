@@ -129,7 +129,7 @@ def name_of(tensors: Tensors) -> str:
 
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
-    out = torch.empty(numel, device=device)
+    out = torch.empty(numel, dtype=torch.float32, device=device)
     p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
     with on(out.device):
         _cuda.noise(where(out.device), planned(p), drawn(draw, None), direction)
@@ -174,7 +174,9 @@ def estimate_gradient_(
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
     device = mix.norm.device
     p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
-    coefficients = torch.empty(_cuda.ESTIMATE_COEFFICIENTS + losses.plus.numel(), device=device)
+    coefficients = torch.empty(
+        _cuda.ESTIMATE_COEFFICIENTS + losses.plus.numel(), dtype=torch.float32, device=device
+    )
     with on(device):
         _cuda.estimate_gradient(
             where(device), planned(p), name_of(grads), drawn(draw, mix), losses_of(losses, mix), r,
@@ -192,7 +194,9 @@ def estimate_update_(
         latents, latents=latents, grads=grads, plus=quantized, minus=update.masters, alphas=alphas,
         states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    coefficients = torch.empty(_cuda.UPDATE_COEFFICIENTS + losses.plus.numel(), device=device)
+    coefficients = torch.empty(
+        _cuda.UPDATE_COEFFICIENTS + losses.plus.numel(), dtype=torch.float32, device=device
+    )
     optimizer = rule.variant, rule.hyperparameters, number(update.lr), integer(update.optimizer_step)
     with on(device):
         _cuda.estimate_update(

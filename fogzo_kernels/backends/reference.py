@@ -88,7 +88,7 @@ def noise_m(e: Tensor, draw: Draw, direction: int, tensor_id: int) -> Tensor:
         case "triangular":
             return ((k & 0xFF) + (k >> 8) - 255).float()
         case "logistic":
-            return torch.log((k + 0.5).double() / (65535.5 - k.double())).float()
+            return torch.log((k.double() + 0.5) / (65535.5 - k.double())).float()
         case "gaussian":
             radius = torch.sqrt(-2.0 * torch.log((low.double() + 0.5) / 65536.0))
             angle = math.pi * (2 * signed16(high) + 1).double() / 65536.0
@@ -212,7 +212,7 @@ def coefficients(
 def estimate(g: Tensor, alpha: Tensor, A: Tensor, B: Tensor, draw: Draw, i: int, r: int, block: int) -> Tensor:
     """G of tensor i, flat float32."""
     e = elements(g.numel(), draw.layouts[i], g.device)
-    acc = torch.zeros(g.numel(), device=g.device)
+    acc = torch.zeros(g.numel(), dtype=torch.float32, device=g.device)
     for direction in range(B.numel()):
         acc = fma(B[direction], noise_m(e, draw, direction, draw.tensor_ids[i]), acc)
     return fma(A, g.flatten(), rotated((1 / delta_of(alpha, r, g)) * acc, block))
@@ -268,7 +268,7 @@ def updated(
         case "sgd":
             return (fma(-rounded(lr), fma(rounded(rule.weight_decay), theta, G), theta),)
         case "momentum" | "nesterov":
-            keep = rounded(torch.where(t == 1, 1.0, 1 - rule.dampening))
+            keep = rounded(torch.where(t == 1, torch.ones_like(t), 1 - rule.dampening))
             d = fma(rounded(rule.weight_decay), theta, G)
             b = fma(keep, d, rounded(rule.momentum) * state[0])
             d = fma(rounded(rule.momentum), b, d) if rule.variant == "nesterov" else b

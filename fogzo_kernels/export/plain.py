@@ -187,21 +187,21 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         if w.transform is None and w.activation is None:
             continue
         for place in names[key]:
-            module = modules[place.rpartition(".")[0]]
+            path = place.rpartition(".")[0]
             alpha = tensors[f"{key}.alpha"].to(state[key].device)
-            keep(module, w, alpha, tensors.get(place.removesuffix("weight") + "input_alpha"))
+            keep(path, modules[path], w, alpha, tensors.get(place.removesuffix("weight") + "input_alpha"))
     for name, t in tensors.items():
         if name in state and name not in values:
             state[name].copy_(t)
     return model
 
 
-def keep(module: nn.Module, w: Weight, alpha: Tensor, input_alpha: Tensor | None) -> None:
+def keep(path: str, module: nn.Module, w: Weight, alpha: Tensor, input_alpha: Tensor | None) -> None:
     """Make a module quantized that computes otherwise than a plain one."""
     twin = twin_of(module)
     assert twin is not None
     how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
-    made = twin.from_plain(module, how, alpha=alpha, tensor_id=0, activation=w.activation)
+    made = twin.from_plain(module, how, alpha=alpha, tensor_id=0, path=path, activation=w.activation)
     if input_alpha is not None:
         made.set_input_alpha(input_alpha.to(alpha.device))
 

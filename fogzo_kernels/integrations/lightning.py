@@ -113,7 +113,7 @@ class FogzoMixin:
             if self._in_passes or loop._skip_backward or not loop._should_accumulate():
                 return step(*arguments)
             self._held = (*self._held, arguments)
-            return torch.zeros((), device=self.device, requires_grad=True)
+            return torch.zeros((), dtype=torch.float32, device=self.device, requires_grad=True)
 
         return training_step
 

@@ -70,11 +70,11 @@ class FogzoMixin:
         """
         self._held.append(inputs)
         if len(self._held) < self._awaited:
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         batches, self._held = self._held, []
         if self.fogzo is None:
             self.fogzo = self._made(model)
-        total = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.args.device)
         for probe in self.fogzo.probes():
             with probe:
                 for i, batch in enumerate(probe.batches(batches)):

@@ -67,8 +67,8 @@ class FogzoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         found = located(model, self.quantization_config.entries())
         check_all_named(model, found, kwargs.get("checkpoint_files") or [])
-        plan = [(module, entry, empty_alpha(name, module, entry)) for name, (module, entry) in found.items()]
-        for module, entry, alpha in plan:
+        plan = [(n, module, entry, empty_alpha(n, module, entry)) for n, (module, entry) in found.items()]
+        for name, module, entry, alpha in plan:
             twin = twin_of(module)
             assert twin is not None
             twin.from_plain(
@@ -76,6 +76,7 @@ class FogzoQuantizer(HfQuantizer):
                 entry.quantizer,
                 alpha=alpha,
                 tensor_id=entry.tensor_id,
+                path=name,
                 activation=entry.activation,
                 backend=entry.backend,
             )
@@ -103,6 +104,7 @@ class FogzoQuantizer(HfQuantizer):
         for places in owners_of(model).values():
             check_raw_uses(places)
         for m in modules.values():
+            m.stale = False  # tied and loaded weights come with their alphas
             m.lay_out()
             if "input_alpha" in m.own_tensors():
                 m.note_input_alpha(m.input_alpha)
@@ -182,8 +184,10 @@ def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
     check_weight(name, module)
     twin, weight = twin_of(module), module.get_parameter("weight")
     assert twin is not None
-    q = entry.quantizer
-    alpha = torch.empty(entry.alpha, dtype=torch.float32, device="meta")
+    q, shape = entry.quantizer, entry.alpha
+    if len(shape) == 2:  # of as many rows as the weight has by now: it may have been resized
+        shape = (weight.shape[twin.OUTPUTS], *shape[1:])
+    alpha = torch.empty(shape, dtype=torch.float32, device="meta")
     like = replace(q, scale=Scale.fixed(alpha))
     meta = torch.empty_like(weight, device="meta")
     return alpha_of(f"{name}.weight", meta, twin.OUTPUTS, like)

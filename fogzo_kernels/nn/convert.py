@@ -16,11 +16,13 @@ from ..spec.scale import LearnedScale, Scale
 from . import fast_path, pretrained
 from .inputs import check_activation
 from .quantized import QuantizedModule
+from .replaced import guard_merges, settle
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
 from .sharded import begin_anew, reshard, whole
 from .sharing import check_shared, share_alphas, unwatch, watch
+from .stale import check
 from .twins import check_weight, twin_of, weights_of
 
 
@@ -39,7 +41,8 @@ def quantize_model(
     ``nn.Conv1d``, ``Conv2d``, ``Conv3d``, ``nn.Embedding``, and ``Conv1D`` of ``transformers``. Parameters,
     hooks and names stay, so optimizers keep their parameters and checkpoints of the plain model load.
     Subclasses of these types and all other modules stay as they are; the report names them. Tied weights are
-    quantized once, and share their alpha and noise. Call it again for modules that an earlier call left alone.
+    quantized once, and share their alpha and noise. Call it again for modules that an earlier call left alone,
+    and for plain ones that took the place of quantized ones: training and saving are errors until then.
 
     Args:
         model: a module that is or holds such layers, with weights of float32, bfloat16 or float16. On the
@@ -75,7 +78,7 @@ def quantize_model(
     reshard(model)
     choices = choose(model, quantizer, activation, rules, skip)
     chosen = [c for c in choices if c.quantizer is not None]
-    if not chosen:
+    if not chosen and not settle(model):
         raise ValueError(_nothing_to_do(choices))
     for c in chosen:
         check_weight(c.unit.names[0], c.unit.module)
@@ -92,6 +95,7 @@ def quantize_model(
             c.quantizer,
             alpha=alpha,
             tensor_id=tensor_id,
+            path=c.unit.names[0],
             activation=c.activation,
             backend=backend,
         )
@@ -99,6 +103,8 @@ def quantize_model(
     begin_anew(model)
     fast_path.update(model)
     watch(model)
+    settle(model)
+    guard_merges(model)
     pretrained.record(model)
     return _report(choices, kinds)
 
@@ -282,6 +288,7 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
         )
     if not latents:
         for m in modules:
+            check(m)
             memory.alphas([m.alpha], m.quantizer.grid.r)
         for weight, m in {m.weight: m for m in modules}.items():
             weight.copy_(m.effective_weight())
@@ -289,5 +296,6 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
         m.to_plain()
     fast_path.update(model)
     unwatch(model)
+    settle(model)
     pretrained.record(model)
     return model

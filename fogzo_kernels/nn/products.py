@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes as disabled_modes
 
 from ..functional import learned_backward_, quantize_, straight_through_backward_
-from ..ops import checks
+from ..ops import checks, transforms
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale
 from ..spec.straight_through import NO_SECOND
-from .inputs import input_alpha
+from .inputs import input_alpha, with_lost
 from .linear import QuantLinear
 from .quantized import QuantizedModule
 
@@ -80,9 +80,9 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
     how = module.activation
     assert how is not None
     rows = module.input_rows(input).contiguous()
-    if rows.shape[-1] % (block_of(how.transform) or 1):
-        return module.plain_forward(input)  # which says what is wrong
-    alpha, factor = input_alpha(module, how, rows)
+    if rows.shape[-1] % (block_of(how.transform) or 1) or transforms.active():
+        return module.plain_forward(input)  # which says what is wrong; a transform of torch.func takes values
+    alpha, factor, lost = input_alpha(module, how, rows)
     held = module.held
     if held is not None and held.probe and held.weight is module.weight:
         weight = held.rows
@@ -91,6 +91,7 @@ def linear(module: QuantLinear, input: Tensor) -> Tensor:
     found: Tensor = Product.apply(
         rows, alpha, weight, module.alpha.detach(), how, module.quantizer, factor, module.backend
     )
+    found = with_lost(found, lost)
     found = found if module.bias is None else found + module.bias.to(found.dtype)
     return found.view(*input.shape[:-1], module.out_features)
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import quantize, quantize_
-from ..ops import checks
+from ..ops import transforms
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
-from .held import Deferred, Held
+from .held import Deferred, DeferredInTransform, Held
 from .inputs import quantized_input, rotated
 from .parallel import as_parts, part_and_alpha
-from .saved import EXTRA_STATE, quantizers_as_state, saved_quantizers
-from .scales import HELD, alpha_of, hold_alphas, measure_
+from .saved import EXTRA_STATE, check_alpha, loaded_plain, quantizers_as_state, saved_quantizers
+from .scales import HELD, alpha_of, hold_alphas, in_its_range, measure_
 from .sharded import ShardedRows, attach, attach_again, local, whole
+from .stale import check, fits, is_replaced
 
 if TYPE_CHECKING:
     from typing import Self
@@ -47,26 +48,16 @@ class QuantizedModule(nn.Module):
         held: None, or what to run with during a pass of :class:`fogzo_kernels.Fogzo`.
         sharded: under ``fully_shard``, the rows of the weight that this process holds, else None.
         alpha_least: of a learned alpha, a float32 buffer: where one that left its range is held.
+        path: its name in the model that was quantized, for messages.
+        stale: whether its weight was replaced since alpha was made.
     """
 
     #: The names that from_plain takes in a module.
     ADDED: ClassVar[tuple[str, ...]] = (
-        "alpha",
-        "alpha_least",
-        "quantizer",
-        "tensor_id",
-        "backend",
-        "held",
-        "sharded",
-        "probe",
-        "warned",
-        "shares",
-        "activation",
-        "input_alpha",
-        "input_alpha_least",
-        "input_is_calibrated",
+        "alpha", "alpha_least", "quantizer", "tensor_id", "backend", "held", "sharded", "probe", "warned",
+        "shares", "path", "stale", "activation", "input_alpha", "input_alpha_least", "input_is_calibrated",
         "calibrating",
-    )
+    )  # fmt: skip
     #: The dimension of the weight that counts the outputs.
     OUTPUTS: ClassVar[int] = 0
     #: The class of the module that it was.
@@ -87,8 +78,14 @@ class QuantizedModule(nn.Module):
     backend: str | None
     held: Held | None
     sharded: ShardedRows | None = None
+    path: str = ""
+    stale: bool = False
 
     # ---- from a plain module, and back
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain module, where one is made with arguments: adapters are of the type of what they adapt."""
+        return cls.PLAIN(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
@@ -103,6 +100,7 @@ class QuantizedModule(nn.Module):
         *,
         alpha: Tensor,
         tensor_id: int,
+        path: str,
         activation: Quantizer | None = None,
         backend: str | None = None,
     ) -> Self:
@@ -116,10 +114,10 @@ class QuantizedModule(nn.Module):
             module.register_buffer("alpha", alpha)
         module.quantizer, module.tensor_id, module.backend = quantizer, tensor_id, backend
         module.held, module.warned, module.shares = None, False, False
-        module.activation = activation
+        module.activation, module.path = activation, path
         module.input_is_calibrated, module.calibrating = False, False
         if activation is not None and isinstance(activation.scale, LearnedScale):
-            none = torch.full((), math.nan, device=alpha.device)
+            none = torch.full((), math.nan, dtype=torch.float32, device=alpha.device)
             module.register_parameter("input_alpha", nn.Parameter(none))
             module.register_buffer("input_alpha_least", none.clone())
         module.lay_out()
@@ -197,9 +195,12 @@ class QuantizedModule(nn.Module):
         """Rows of the probe, or of Q(weight) with a gradient, in the basis in which they are quantized.
 
         Raises:
-            RuntimeError: inside a pass, the module has another weight than the one that is perturbed.
+            RuntimeError: alpha was made for another weight; inside a pass, the module has another weight than
+                the one that is perturbed.
             ValueError: alpha requires grad, or is out of range.
         """
+        if not fits(self) or transforms.active():
+            check(self)
         if self.sharded is not None:
             return self.sharded.rows(self)
         held, weight = self.held, self.weight
@@ -221,23 +222,22 @@ class QuantizedModule(nn.Module):
         if self.alpha.requires_grad and not learned:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
         if held is not None and held.deferred:
-            found: Tensor = Deferred.apply(self.rows(weight), alpha, held.rows)
+            how = DeferredInTransform if transforms.active() else Deferred
+            found: Tensor = how.apply(self.rows(weight), alpha, held.rows)
             return found
         rows = self.rows(weight).contiguous()
-        if learned and held is None:
+        if learned and held is None and torch.compiler.is_exporting():
+            alpha = in_its_range(alpha, self.alpha_least)
+        elif learned and held is None:
             hold_alphas([self], ("alpha",))
         elif held is None:
             self._measure(rows)
         return quantize(
-            rows,
-            alpha,
+            rows, alpha,
             alpha_factor=self.alpha_factor if learned else 1.0,
-            grid=self.quantizer.grid,
-            straight_through=self.quantizer.straight_through,
-            quantized=None if held is None else held.rows,
-            transform=self.quantizer.transform,
-            backend=self.backend,
-        )
+            grid=self.quantizer.grid, straight_through=self.quantizer.straight_through,
+            quantized=held and held.rows, transform=self.quantizer.transform, backend=self.backend,
+        )  # fmt: skip
 
     @property
     def alpha_factor(self) -> float:
@@ -277,6 +277,7 @@ class QuantizedModule(nn.Module):
         A row has the weight's other dimensions in their order. :func:`fogzo_kernels.dequantize` with ``alpha``
         gives its values; with a transform, those of the rotated weight.
         """
+        check(self)
         rows = self.rows(whole(self.weight)).contiguous()
         self._measure(rows)
         out = torch.empty_like(rows, dtype=torch.int8)
@@ -289,9 +290,21 @@ class QuantizedModule(nn.Module):
         """Let the quantizer's scale make alpha anew, from the weight as it is now."""
         self.set_alpha(alpha_of("weight", whole(self.weight), self.OUTPUTS, self.quantizer))
 
+    @property
+    def reset_parameters(self) -> Callable[[], None]:
+        """As of the plain module, where that has one; alpha is then that of the new weight."""
+        plain = super().reset_parameters  # type: ignore[misc]
+
+        def reset() -> None:
+            plain()
+            self.calibrate_()
+
+        return reset
+
     @torch.no_grad()
     def set_alpha(self, alpha: Tensor) -> None:
         """Give alpha another value, of any shape that fits; in place where it can be."""
+        self.stale = False
         is_learned = isinstance(self.alpha, nn.Parameter)
         if self.alpha.is_meta:
             self.alpha = nn.Parameter(alpha) if is_learned else alpha
@@ -321,10 +334,13 @@ class QuantizedModule(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), added, inputs]))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As ever; ``fully_shard`` is seen by it, which asks modules with such a method to set the shard."""
+        """As ever. ``fully_shard`` asks modules with such a method to set the shard; a new weight is noted."""
+        old = self._parameters.get(name) if name == "weight" else None
         super().__setattr__(name, value)
         if name == "weight":
             attach(self)
+            if is_replaced(self, old, value):
+                self.stale = True
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         names = self.own_tensors()
@@ -349,11 +365,15 @@ class QuantizedModule(nn.Module):
         """Those of these names that are learned and have a value, each with where it is held."""
         there = [name for name in names if f"{name}_least" in self._buffers]
         ready = [name for name in there if name == "alpha" or self.input_is_calibrated]
+        if (
+            self.shares and self.alpha_least.shape != self.alpha.shape
+        ):  # the first was calibrated after a resize
+            self.alpha_least = self.alpha.detach() * HELD
         return [(getattr(self, name), getattr(self, f"{name}_least")) for name in ready]
 
     def share_alpha(self, first: QuantizedModule) -> None:
         """Train the same alpha as another module that has the same weight."""
-        self.alpha, self.shares = first.alpha, True
+        self.alpha, self.alpha_least, self.shares = first.alpha, first.alpha_least.clone(), True
 
     # ---- checkpoints
 
@@ -403,7 +423,7 @@ class QuantizedModule(nn.Module):
         try:
             for x in own:
                 if prefix + x in state_dict:
-                    self._check_alpha(x, state_dict[prefix + x])
+                    check_alpha(x, getattr(self, x), state_dict[prefix + x])
             if extra in state_dict:
                 self._accepted(state_dict[extra])
         except ValueError as error:  # with those of other modules, in one exception at the end
@@ -417,32 +437,12 @@ class QuantizedModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        self.stale = self.stale and prefix + "weight" not in state_dict
         missing_keys += [key for key in missing if not (plain and key in added)]
         self.lay_out()
         attach_again(self)
         if plain and prefix + "weight" in state_dict and len(error_msgs) == failed:
             try:
-                self._loaded_plain()
+                loaded_plain(self)
             except (TypeError, ValueError, RuntimeError) as error:
                 error_msgs.append(f"{name}: {error}")
-
-    def _check_alpha(self, name: str, found: object) -> None:
-        if not isinstance(found, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
-        if found.dtype != torch.float32:
-            wrong = checks.named([found.dtype])
-            raise ValueError(f"{name} must be float32, got {wrong}: was the state dict cast?")
-        shape = getattr(self, name).shape
-        if found.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(found.shape)}")
-
-    def _loaded_plain(self) -> None:
-        """The weight came from a checkpoint of the plain model, which has no alpha."""
-        if self.quantizer.scale.from_weight:
-            self.calibrate_()
-        else:
-            warnings.warn(
-                "alpha is fixed and stays as it was, though the weights came from a checkpoint of a model that"
-                " was not quantized: does it fit them? (A scale that is a function would be called again.)",
-                stacklevel=2,
-            )

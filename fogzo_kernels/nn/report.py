@@ -6,11 +6,16 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from ..spec.quantizer import Quantizer
 
 #: Between the weights of one module.
 WEIGHTS = "; "
+NO_MODEL = (
+    "quantize_model changes the model in place and returns a report of it, not the model: write"
+    " `report = quantize_model(model, ...)`, and go on with model"
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,14 @@ class Report:
     def bits(self) -> float:
         """Average bits of a parameter, scales included."""
         return 8 * self.size / self.total
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Say what ``model = quantize_model(model, ...)`` does, to whom then calls the model."""
+        raise TypeError(NO_MODEL)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """The same to whom asks for ``parameters`` or another attribute of a model."""
+        raise AttributeError(f"Report has no attribute {name!r}: {NO_MODEL}")
 
     def __str__(self) -> str:
         letters: dict[Quantizer, str] = {}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import checks
 from ..spec.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from .quantized import QuantizedModule
 
 EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
@@ -36,3 +41,26 @@ def saved_quantizers(state: object) -> tuple[Quantizer, Quantizer | None]:
         return saved, None if activation is None else Quantizer.from_dict(activation)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"the quantizer's state must be JSON, got {text!r}") from error
+
+
+def check_alpha(name: str, own: Tensor, found: object) -> None:
+    """Raise unless an entry of a state dict can be an alpha."""
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
+    if found.dtype != torch.float32:
+        wrong = checks.named([found.dtype])
+        raise ValueError(f"{name} must be float32, got {wrong}: was the state dict cast?")
+    if found.shape != own.shape:
+        raise ValueError(f"{name} must have shape {tuple(own.shape)}, got {tuple(found.shape)}")
+
+
+def loaded_plain(module: QuantizedModule) -> None:
+    """The weight came from a checkpoint of the plain model, which has no alpha."""
+    if module.quantizer.scale.from_weight:
+        module.calibrate_()
+    else:
+        warnings.warn(
+            "alpha is fixed and stays as it was, though the weights came from a checkpoint of a model that"
+            " was not quantized: does it fit them? (A scale that is a function would be called again.)",
+            stacklevel=2,
+        )

@@ -21,7 +21,8 @@ from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
 def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> Tensor:
     """Alpha that the quantizer's scale gives a weight: a new float32 tensor on its device.
 
-    The scale is given rows in their plain order, whatever the memory format, so that it gives the same bits.
+    The scale is given rows in their plain order, whatever the memory format, so that it gives the same bits. A
+    learned alpha of weights that are all 0 begins as that of PyTorch's first weights does, see :data:`FIRST`.
 
     Args:
         name: of the weight, for messages.
@@ -54,14 +55,24 @@ def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> T
         )
     low, high = memory.alpha_range(quantizer.grid.r)
     if not alpha.is_meta and not memory.in_range(alpha, low, high):
+        zero = quantizer.scale.from_weight and float(alpha.min()) == 0
+        remedy = (
+            ": where weights are all 0, a measured scale needs a bound, Scale.absmax(least=1e-5) say, and a"
+            " function must return more than 0"
+        )
         raise ValueError(
             f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {alpha.min()}..{alpha.max()} for {name}"
+            + remedy * zero
         )
     return alpha
 
 
+#: Statistics of the weights that PyTorch's layers begin with, uniform within 1 / sqrt(inputs), times that root.
+FIRST = {"absmax": 1.0, "absmean": 1 / 2, "rms": 1 / math.sqrt(3)}
+
+
 def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
-    scale = quantizer.scale
+    is_learned, scale = isinstance(quantizer.scale, LearnedScale), quantizer.scale
     if isinstance(scale, LearnedScale):
         scale = scale.first(quantizer.grid)
     transform = None if rows.is_meta else quantizer.transform
@@ -72,20 +83,23 @@ def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
         shape = scale.shape_for(*rows.shape)
     except ValueError as error:
         raise ValueError(f"{error} for {name}") from None
-    alpha = torch.empty(shape, device=rows.device)
+    alpha = torch.empty(shape, dtype=torch.float32, device=rows.device)
     if not rows.is_meta:
         measure_([alpha], [rows], scale, transform)
+        if is_learned:
+            first = scale.factor * FIRST[scale.statistic] / math.sqrt(max(rows.shape[1], 1))
+            alpha.masked_fill_(alpha == 0, first)
     return alpha
 
 
-@torch.no_grad()
 def measure_(
     alphas: Sequence[Tensor], rows: Sequence[Tensor], scale: MeasuredScale, transform: Hadamard | None,
     backend: str | None = None,
 ) -> None:  # fmt: skip
     """Write the alphas that the scale measures from these rows, or from what a transform makes of them.
 
-    One launch for all. The rms of whole blocks is the same before and after.
+    One launch for all. The rms of whole blocks is the same before and after. No gradient passes; there is no
+    ``no_grad`` here, as exported programs that have one cannot be loaded.
     """
     if scale.statistic != "rms":
         rows = rotated_rows(rows, transform, backend)
@@ -159,3 +173,8 @@ def hold_alphas(modules: Sequence[Any], names: Sequence[str] = ("alpha", "input_
         for m in modules:
             m.warned = True
     return count
+
+
+def in_its_range(alpha: Tensor, least: Tensor) -> Tensor:
+    """What :func:`hold_alphas` would make of a learned alpha, for an exported program: nothing is written."""
+    return torch.where((alpha >= least) & (alpha <= memory.alpha_range(2)[1]), alpha, least)

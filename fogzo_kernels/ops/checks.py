@@ -196,7 +196,7 @@ def finite(name: str, value: float) -> None:
 def real(name: str, value: float) -> None:
     """A finite number."""
     check_number(name, value)
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # as isfinite, of what torch.compile makes a symbol, too
         raise ValueError(f"{name} must be finite, got {value}")
 
 

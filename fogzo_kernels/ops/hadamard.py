@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import check_name, select
 from ..spec.dtypes import FLOATS
 from ..spec.hadamard import check_block
-from . import arguments, checks, memory
+from . import arguments, checks, memory, transforms
 from .arguments import TensorOrList
 from .listop import list_op, run_checked
 
@@ -98,7 +98,8 @@ def hadamard(x: Tensor, *, block: int = 128, backend: str | None = None) -> Tens
     checks.instance("x", x, Tensor)
     block = check_block(block)
     check_name(backend)
-    found: Tensor = op(x, block, backend)
+    run = Transformed.apply if transforms.active() else op
+    found: Tensor = run(x, block, backend)
     return found
 
 
@@ -127,3 +128,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 op.register_autograd(_backward, setup_context=_setup)
+
+
+@transforms.one_by_one
+class Transformed(torch.autograd.Function):
+    """The op under a transform of ``torch.func``."""
+
+    @staticmethod
+    def forward(x: Tensor, block: int, backend: str | None) -> Tensor:
+        found: Tensor = op(x.contiguous(), block, backend)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.options = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return Transformed.apply(grads[0], *ctx.options), None, None

@@ -92,4 +92,4 @@ def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int,
       layout: Sequence[int], device: torch.device, backend: str | None) -> Tensor:  # fmt: skip
     check_distribution(distribution)
     checks.seed_and_step(Draw(distribution, seed, step, [], []), device)
-    return torch.empty(numel, device=device)
+    return torch.empty(numel, dtype=torch.float32, device=device)

@@ -13,7 +13,7 @@ from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
-from . import arguments, checks, learned, memory, straight_through
+from . import arguments, checks, learned, memory, straight_through, transforms
 from .arguments import TensorOrList
 from .listop import GRID, grid_of, list_op, run_checked
 
@@ -134,11 +134,13 @@ def quantize(
         float(alpha_factor), int(block_of(transform)),
     )  # fmt: skip
     if quantized is None:
-        found: Tensor = op(latent, alpha, *options)
+        run = transformed if transforms.active() else op
+        found: Tensor = run(latent, alpha, *options)
         return found
     checks.latents_and_alphas([latent], [alpha], options[-1])
     checks.tensor_list("quantized", [quantized], FLOATS, [latent])
-    found = Quantized.apply(latent, alpha, quantized, *options)
+    given = QuantizedInTransform if transforms.active() else Quantized
+    found = given.apply(latent, alpha, quantized, *options)
     return found
 
 
@@ -180,8 +182,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Those of latent and alpha, in one pass."""
     latent, alpha = ctx.saved_tensors
-    *quantizer, backend, alpha_factor, block = ctx.options
-    if ctx.needs_input_grad[1]:
+    return gradients_of(grad, latent, alpha, ctx.needs_input_grad[1], *ctx.options)
+
+
+def gradients_of(
+    grad: Tensor, latent: Tensor, alpha: Tensor, learns: bool, *options: Any
+) -> tuple[Tensor, Tensor | None]:
+    *quantizer, backend, alpha_factor, block = options
+    if learns:
         found: tuple[Tensor, Tensor] = learned.backward(
             grad, latent, alpha, *quantizer, alpha_factor, backend, block
         )
@@ -190,6 +198,18 @@ def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 op.register_autograd(_backward, setup_context=_setup)
+
+
+def _needed(
+    grad: Tensor, latent: Tensor, alpha: Tensor, of_latent: bool, of_alpha: bool, *options: Any
+) -> tuple[Tensor, ...]:
+    found = gradients_of(grad, latent, alpha, of_alpha, *options)
+    return tuple(
+        one for one, need in zip(found, (of_latent, of_alpha), strict=True) if one is not None and need
+    )
+
+
+transformed = transforms.differentiable(op, _needed, tensors=2)
 
 
 class Quantized(torch.autograd.Function):
@@ -204,6 +224,23 @@ class Quantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *gradients(ctx, grads[0]), *[None] * (1 + len(ctx.options))
+
+
+class QuantizedInTransform(torch.autograd.Function):
+    """The same under a transform of ``torch.func``, where it has its own form."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(latent: Tensor, alpha: Tensor, quantized: Tensor, *options: Any) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.options = inputs[3:]
+
+    backward = Quantized.backward
 
 
 # ---- back

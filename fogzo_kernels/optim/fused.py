@@ -401,7 +401,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(i, {}).items():
                 if name == "step":
                     device = p.device if group["capturable"] else torch.device("cpu")
-                    step = torch.as_tensor(value).detach()
+                    step = torch.as_tensor(value, dtype=torch.float64).detach()
                     self.state[p][name] = step.to(device, torch.int64, copy=True)
                 elif isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, torch.float32, copy=True)

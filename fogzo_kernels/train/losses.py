@@ -32,7 +32,7 @@ class PassLosses:
     def __init__(self, pairs: int, device: torch.device) -> None:
         self.pairs = pairs
         # of the gradient pass, of those of its micro-batches that probes run, of + and of - probes
-        self.all = torch.zeros(2 + 2 * pairs, device=device)
+        self.all = torch.zeros(2 + 2 * pairs, dtype=torch.float32, device=device)
 
     def slot(self, direction: int, sign: int) -> Tensor:
         """Of one pass: losses of + and of - lie in a row, as the ops take them."""

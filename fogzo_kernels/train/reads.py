@@ -23,7 +23,10 @@ VIEWS = (
 )
 #: Parts of the names of nodes that may read a weight: the quantizer's own, and a compiled graph, which is
 #: opaque and not looked into.
-ALLOWED = ("fogzo_quantize", "QuantizedBackward", "DeferredBackward", "CompiledFunction", "ApplyTemplate")
+ALLOWED = (
+    "fogzo_quantize", "QuantizedBackward", "DeferredBackward", "QuantizedInTransform", "DeferredInTransform",
+    "CompiledFunction", "ApplyTemplate",
+)  # fmt: skip
 
 
 def check_reads(loss: Tensor, weights: list[QuantizedWeight]) -> None:

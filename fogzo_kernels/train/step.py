@@ -356,7 +356,7 @@ class Step:
                 )
                 differ += (plus != minus).sum()
                 total += plus.numel()
-        return differ / total
+        return differ.float() / total  # an int by an int would have the default dtype
 
     def _check_complete(self) -> None:
         given = [one.losses for one in self.passes]

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..nn.held import Held
 from ..nn.quantized import QuantizedModule
+from ..nn.replaced import REPLACED, check_replaced
 from ..nn.sharing import check_raw_uses, owners_of
+from ..nn.stale import check, fits, warn_of_new_weights
 from ..ops import checks
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
@@ -128,8 +130,10 @@ def quantized_weights(model: nn.Module, of: Callable[..., QuantizedWeight]) -> l
         TypeError: ``model`` is not a module.
         ValueError: there is none; a place of the model uses one as it is; modules that share one differ; tensor
             ids are not distinct; weights lie on several devices, or their eps in units of delta differ.
+        RuntimeError: a plain module took the place of a quantized one, or an alpha was made for another weight.
     """
     checks.instance("model", model, nn.Module)
+    check_replaced(model.named_modules())
     weights = collected(model, of)
     if not weights:
         raise ValueError(_none_of(model))
@@ -147,6 +151,7 @@ def quantized_weights(model: nn.Module, of: Callable[..., QuantizedWeight]) -> l
     devices = {w.parameter.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"model must have its quantized weights on one device, got {devices}")
+    warn_of_new_weights((w.name, w.modules[0]) for w in weights)
     epsilons = {w.quantizer.epsilon for w in weights}
     if len(epsilons) > 1:
         raise ValueError(
@@ -175,6 +180,7 @@ def collected(model: nn.Module, of: Callable[..., QuantizedWeight] = QuantizedWe
             )
         if not weight.requires_grad:
             continue
+        check(m, name)
         if not m.in_rows(weight):
             raise ValueError(
                 f"{name} must lie in memory row by row, got strides {weight.stride()}: set the memory format"
@@ -228,7 +234,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 def _is_as_it_was(module: nn.Module, w: QuantizedWeight) -> bool:
     weight = w.parameter
     is_there = isinstance(module, QuantizedModule) and module._parameters.get("weight") is weight
-    return is_there and weight.requires_grad and module.in_rows(weight)  # type: ignore[operator]
+    return is_there and weight.requires_grad and fits(module) and module.in_rows(weight)  # type: ignore
 
 
 def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: list[QuantizedWeight]) -> None:
@@ -237,6 +243,8 @@ def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: lis
     What is new among them would be trained straight-through, unnoticed. ``modules``: all of the model.
     """
     trainable = 0
+    if any(REPLACED in m.__dict__ for m in modules):
+        check_replaced(model.named_modules())
     for m in modules:
         if isinstance(m, QuantizedModule):
             weight = m._parameters.get("weight")

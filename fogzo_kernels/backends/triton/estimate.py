@@ -112,7 +112,7 @@ def estimate_gradient_(
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
     device, n, counters = mix.norm.device, losses.plus.numel(), losses.counters
     names = named(draw)
-    coef = torch.empty(B_AT.value + n, device=device)
+    coef = torch.empty(B_AT.value + n, dtype=torch.float32, device=device)
     launch(coefficients_kernel, 1, device, coef, counters, *names, **loss_arguments(draw, mix, losses))
     if not grads:
         return

@@ -50,7 +50,7 @@ def noise_kernel(
 
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
-    out = torch.empty(numel, device=device)
+    out = torch.empty(numel, dtype=torch.float32, device=device)
     p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
     launch(
         noise_kernel, p.programs, device, p.table, p.owner, *named(draw), direction, rounded(noise_scale(draw)),

@@ -380,7 +380,7 @@ def estimate_update_(
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
     device, n, rule = mix.norm.device, losses.plus.numel(), update.rule
     names, counters = named(draw), losses.counters if n else None  # an op without losses does not count
-    coef = torch.empty(B_AT.value + n, device=device)
+    coef = torch.empty(B_AT.value + n, dtype=torch.float32, device=device)
     launch(
         update_coefficients_kernel, 1, device, coef, counters, *names, **loss_arguments(draw, mix, losses),
         **coefficients_of(update),
