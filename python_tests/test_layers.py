@@ -129,7 +129,7 @@ def tied(name):
 
     fogzo.step(closure)
     assert all(torch.equal(a, c) for a, _, c in seen)
-    assert not torch.equal(seen[1][0], seen[2][0])
+    assert not torch.equal(seen[-1][0], seen[-2][0])  # the first step runs the closure more often
     fk.dequantize_model(model)
     assert model["c"].weight is model["a"].weight
 

@@ -52,7 +52,7 @@ class Gradients:
         self.parameters = list(parameters)
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
         self._outside: set[int] = set()  # accumulated into outside the passes since then
-        self._read: list[tuple[Tensor, int]] = []  # gradients as a step read them, each with its version
+        self._read: list[tuple[weakref.ref[Tensor], int]] = []  # as a step read them, and versions
         self._bits: Tensor | None = None  # and a sum over the bits of each
         self.edited: Tensor | None = None  # whether they were edited, 0-dim bool that only the device knows yet
         self._lost: Any = None  # keeps the gradients of a lost step from optimizers
@@ -134,7 +134,7 @@ class Gradients:
         """
         now = self._versions()
         same = len(now) == len(self._read) and all(
-            g is h and v == w for (g, v), (h, w) in zip(now, self._read, strict=True)
+            g() is h() and v == w for (g, v), (h, w) in zip(now, self._read, strict=True)
         )
         if same and self._bits is not None and not capturing():
             if seen_at_once(self._bits):
@@ -144,9 +144,9 @@ class Gradients:
         if not same:
             raise RuntimeError(EDITED)
 
-    def _versions(self) -> list[tuple[Tensor, int]]:
+    def _versions(self) -> list[tuple[weakref.ref[Tensor], int]]:
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        return [(g, local(g)._version) for g in grads]
+        return [(weakref.ref(g), local(g)._version) for g in grads]
 
     def raise_if_edited(self, edited: bool) -> None:
         """Raise if that of the last step, which its device has told by now, is so."""

@@ -71,10 +71,10 @@ def bits(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:
-    size = t.itemsize
-    if t.ndim and t.shape[-1] * size % 8 == 0 and t.storage_offset() * size % 8 == 0:
-        return t.view(torch.int64).sum()  # without a copy in another dtype
-    return t.view(BITS[size]).sum(dtype=torch.int64)
+    flat, size = t.view(-1), t.itemsize
+    if flat.numel() * size % 8 == 0 and t.storage_offset() * size % 8 == 0:
+        return flat.view(torch.int64).sum()  # without a copy in another dtype
+    return flat.view(BITS[size]).sum(dtype=torch.int64)
 
 
 @torch.no_grad()
