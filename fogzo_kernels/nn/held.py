@@ -26,24 +26,6 @@ class Held(NamedTuple):
         return dequantize(self.rows, alpha.detach(), grid=grid, dtype=self.weight.dtype)
 
 
-class DeferredInTransform(torch.autograd.Function):
-    """:class:`Deferred` under a transform of ``torch.func``, where it has its own form."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(latent: Tensor, alpha: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.view_as(quantized)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return Deferred.backward(ctx, *grads)
-
-
 class Deferred(torch.autograd.Function):
     """Q(latent) that is there already. The latent's gradient is dL/dQ, and that of an alpha that learns 0."""
 

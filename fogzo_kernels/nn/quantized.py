@@ -15,7 +15,7 @@ from ..ops import transforms
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
-from .held import Deferred, DeferredInTransform, Held
+from .held import Deferred, Held
 from .inputs import quantized_input, rotated
 from .parallel import as_parts, part_and_alpha
 from .saved import EXTRA_STATE, check_alpha, loaded_plain, quantizers_as_state, saved_quantizers
@@ -222,8 +222,7 @@ class QuantizedModule(nn.Module):
         if self.alpha.requires_grad and not learned:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
         if held is not None and held.deferred:
-            how = DeferredInTransform if transforms.active() else Deferred
-            found: Tensor = how.apply(self.rows(weight), alpha, held.rows)
+            found: Tensor = Deferred.apply(self.rows(weight), alpha, held.rows)
             return found
         rows = self.rows(weight).contiguous()
         if learned and held is None and torch.compiler.is_exporting():
