@@ -71,7 +71,7 @@ def one_process(case, fused=True):
     return train(model, case, fused=fused), values_of(model)
 
 
-SOME = ("learned row", "rotated", "images")  # what four processes run by default
+SOME = ("learned row", "images")  # what four processes run by default
 
 
 @pytest.mark.slow_first

@@ -10,11 +10,14 @@ import torch
 from conftest import INTERPRETED
 
 HERE = Path(__file__).parent
+LONG = pytest.mark.everything
 
 
 @pytest.mark.slow_first
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests run in it, or on a GPU")
-@pytest.mark.parametrize("name", ["vectors", "triton", pytest.param("hadamard", marks=pytest.mark.everything)])
+@pytest.mark.parametrize(
+    "name", ["vectors", *(pytest.param(name, marks=pytest.mark.everything) for name in ("triton", "hadamard"))]
+)
 def test_a_file_of_tests_passes_in_it(name):
     pytest.importorskip("triton")
     command = [

@@ -138,7 +138,11 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("backend", "op", "kernel", "change", "harmless"),
-    [(backend, *rest, some[backend]) for *rest, some in CASES for backend in some],
+    [
+        pytest.param(backend, op, *rest, some[backend], marks=[pytest.mark.everything] * (op is many))
+        for op, *rest, some in CASES
+        for backend in some
+    ],
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_every_mutant_is_found(backend, op, kernel, change, harmless, changed):

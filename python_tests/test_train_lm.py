@@ -18,7 +18,7 @@ SMALL = [
     "--hidden", "64", "--layers", "1", "--context", "32", "--rows", "4", "--device", "cpu", "--threads", "1",
     "--bytes", "200000", "--sample", "0",
 ]  # fmt: skip
-KILLS = 10 if EVERYTHING in os.environ else 4
+KILLS = 10 if EVERYTHING in os.environ else 2
 MOST_STEPS, CALLS = 9, 25_000  # a step has 7,000 calls or more, a save 14,000: at most 12 steps for each kill
 
 
