@@ -84,7 +84,7 @@ class QuantizedModule(nn.Module):
     # ---- from a plain module, and back
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain module, where one is made with arguments: adapters are of the type of what they adapt."""
+        """Makes a plain module from arguments: adapters call the type of the module that they adapt."""
         return cls.PLAIN(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
@@ -291,7 +291,7 @@ class QuantizedModule(nn.Module):
 
     @property
     def reset_parameters(self) -> Callable[[], None]:
-        """As of the plain module, where that has one; alpha is then that of the new weight."""
+        """Initializes the plain module's weights, where it can, and makes alpha anew from them."""
         plain = super().reset_parameters  # type: ignore[misc]
 
         def reset() -> None:
@@ -333,7 +333,7 @@ class QuantizedModule(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), added, inputs]))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As ever. ``fully_shard`` asks modules with such a method to set the shard; a new weight is noted."""
+        """Sets an attribute and notes a new weight. ``fully_shard`` sets its shards through this method."""
         old = self._parameters.get(name) if name == "weight" else None
         super().__setattr__(name, value)
         if name == "weight":

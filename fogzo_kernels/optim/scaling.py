@@ -1,4 +1,4 @@
-"""Gradient scalers around a fused step: what they say of it, as ``torch.amp.GradScaler`` says it."""
+"""What ``torch.amp.GradScaler`` tells a fused optimizer around its step."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Closures:
         self._differentiates = False  # whether one did
 
     def loss(self, closure: Callable[[], Tensor], start: Snapshot | None) -> Tensor:
-        """What it returns. One that differentiates fails in the first probe, and is run again with autograd.
+        """Runs the closure and returns its loss, with autograd where a first run without it fails.
 
         Args:
             start: what passes begin with, for that second run.
@@ -63,9 +63,9 @@ class Closures:
     def losses(
         self, closure: Callable[[], Tensor], start: Snapshot, with_autograd: Sequence[bool]
     ) -> Iterator[float]:
-        """Those of as many runs with Q(theta), each of which begins with ``start``.
+        """Yields a loss for each run of the closure with Q(theta). Each run begins with ``start``.
 
-        The caller brings generators and buffers to where they are to be then.
+        The caller restores generators and buffers afterwards.
         """
         try:
             for autograd in with_autograd:
@@ -82,7 +82,7 @@ class Closures:
             self._sharding.between_passes()
 
     def differ(self, closure: Callable[[], Tensor], start: Snapshot, end: Snapshot) -> bool:
-        """Whether two more runs with the same weights give another loss, or fail: what they change matters.
+        """Whether two more runs with the same weights fail, or give different losses.
 
         Args:
             start, end: of the gradient pass.

@@ -149,7 +149,7 @@ class Gradients:
         return [(weakref.ref(g), local(g)._version) for g in grads]
 
     def raise_if_edited(self, edited: bool) -> None:
-        """Raise if that of the last step, which its device has told by now, is so."""
+        """Raise if the device has told by now that somebody edited the gradients of the last step."""
         self.edited = None
         if edited:
             raise RuntimeError(f"{EDITED} (of the step before this one, which moved no weights)")

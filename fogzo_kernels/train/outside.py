@@ -52,7 +52,7 @@ def global_generators(known: Iterable[object] = ()) -> Prints:
 
 
 def seen_by(closure: Callable[..., Any], known: Iterable[object], model: nn.Module | None = None) -> Prints:
-    """What the closure's variables are worth, by name, and those of functions of the user that it calls.
+    """Prints of the closure's variables, by name, and of the user's functions that it calls.
 
     Args:
         known: objects that passes restore or do not change: the model, what is replayed.

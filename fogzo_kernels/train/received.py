@@ -106,7 +106,7 @@ def finish_what_is_there(calls: Sequence[Together], device: torch.device) -> Non
 
 
 def _norm(calls: Sequence[Together], sharding: Sharding) -> Tensor:
-    """The norm over all gradients; those of 0 add nothing."""
+    """The norm over all gradients. A gradient of 0 adds nothing."""
     alone = len(calls) == 1 and not sharding.groups
     norm = guide_norm if alone else guide_sumsq
     found = [norm(c.grads, c.alphas, grid=c.kind.grid, backend=c.backend) for c in calls]
