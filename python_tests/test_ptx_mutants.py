@@ -75,7 +75,7 @@ BARRIER = r"bar\.sync\s+0;", ""
 PREDICATE = r"@%p\d+ ((?:ld|st)\.global\.v)", r"\1"
 ADDRESS = r"((?:ld|st)\.global\.[\w.]+\s+(?:\{[^}]*\}, )?\[\s*%rd\d+)(?:\s*\+\s*0)?\s*\]", r"\1+4]"
 DISTANCE = r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*%r\d+,\s*)(\d+)", lambda m: f"{m[1]}{int(m[2]) // 2 or 2}"
-DISTANCE_IN_REGISTER = r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*%r\d+,\s*)(%r\d+)", r"\g<1>0"
+NO_DISTANCE = r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*%r\d+,\s*)(%r\d+|\d+)", r"\g<1>0"
 ONE_LESS = r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*%r\d+,\s*\d+,\s*31,\s*)(?:-1|0xffffffff)", r"\g<1>0x7fffffff"
 
 
@@ -121,15 +121,15 @@ def places(kernel, pattern):
 CASES = [
     (norm, "sumsq_kernel", BARRIER, {"triton": 0, "cuda": 1}),
     (norm, "sumsq_kernel", DISTANCE, {"triton": 0}),
-    (norm, "sumsq_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
+    (norm, "sumsq_kernel", NO_DISTANCE, {"cuda": 0}),
     (norm, "sumsq_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
     (norm, "sumsq_kernel", ONE_LESS, {"triton": 0}),
     (many, "sum_kernel", BARRIER, {"triton": 0, "cuda": 1}),
     (many, "sum_kernel", DISTANCE, {"triton": 0}),
-    (many, "sum_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
+    (many, "sum_kernel", NO_DISTANCE, {"cuda": 0}),
     (transformed, "hadamard_kernel", BARRIER, {"triton": 1, "cuda": 1}),
     (transformed, "hadamard_kernel", DISTANCE, {"triton": 0}),
-    (transformed, "hadamard_kernel", DISTANCE_IN_REGISTER, {"cuda": 0}),
+    (transformed, "hadamard_kernel", NO_DISTANCE, {"cuda": 0}),
     (transformed, "hadamard_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
     (perturbed, "perturb_kernel", PREDICATE, {"triton": 0}),
     (perturbed, "perturb_kernel", ADDRESS, {"triton": 0, "cuda": 0}),
