@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -212,7 +213,7 @@ class Step:
 
     # ---- after the gradient pass
 
-    @property
+    @functools.cached_property
     def parameters(self) -> list[Tensor]:
         """All of the model, each once."""
         return list(dict.fromkeys(p for m in self._modules for p in m._parameters.values() if p is not None))
