@@ -74,7 +74,7 @@ def check_replaced(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def refuse_to_save(parent: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """What is saved would not load into a model that is quantized as this one was."""
+    """Raise: the saved state would not load into a model that is quantized as this one was."""
     check_replaced([(prefix.removesuffix("."), parent)])
 
 

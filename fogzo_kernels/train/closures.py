@@ -104,9 +104,9 @@ class Closures:
     def unlike(
         self, closure: Callable[[], Tensor], names: list[str], step: Step, agree: Callable[[Tensor], None]
     ) -> list[str]:
-        """Those of ``names``, which the gradient pass changed, that the loss may depend on.
+        """Returns the names on which the loss may depend, of names that the gradient pass changed.
 
-        A sum of losses for a log, say, is none. All processes of a group call it.
+        The loss does not depend on a sum of losses for a log, say. All processes of a group call this.
         """
         found = torch.tensor(bool(names), dtype=torch.int32, device=self._weights[0].parameter.device)
         agree(found)

@@ -52,7 +52,7 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
 
 
 def _flags(found: Sequence[bool | Tensor], device: torch.device) -> Tensor:
-    """One bool tensor of what is known here and of 0-dim ones, in one copy where all are known."""
+    """Makes one bool tensor of bools and 0-dim tensors, by one copy if all are bools."""
     if all(isinstance(one, bool) for one in found):
         return torch.tensor(found, dtype=torch.bool, device=device)
     there = [torch.as_tensor(one).to(device, non_blocking=True) for one in found]
