@@ -26,7 +26,7 @@ from .spec.hadamard import Hadamard
 from .spec.quantizer import Quantizer
 from .spec.scale import Scale
 from .spec.straight_through import StraightThrough
-from .train.estimator import Fogzo
+from .train.fogzo import Fogzo
 
 __version__ = "0.1.0"
 __all__ = [

@@ -10,8 +10,8 @@ from torch import nn
 from training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 
 import fogzo_kernels as fk
+from fogzo_kernels.nn.view import QuantizedWeight
 from fogzo_kernels.spec.dtypes import FLOATS
-from fogzo_kernels.train.weights import QuantizedWeight
 
 # ---- what probes see and leave
 

@@ -23,7 +23,7 @@ def without_noise(monkeypatch):
 
 
 def without_a_look(monkeypatch):
-    monkeypatch.setattr("fogzo_kernels.train.received.look", lambda ts, device, zeros=True: (
+    monkeypatch.setattr("fogzo_kernels.train.guards.received.look", lambda ts, device, zeros=True: (
         torch.ones(len(ts), dtype=torch.bool), torch.tensor(True)))  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def without_buffers(monkeypatch):
 
 
 def without_a_count(monkeypatch):
-    monkeypatch.setattr("fogzo_kernels.train.gradients.Gradients.lose", lambda self, parameters: None)
+    monkeypatch.setattr("fogzo_kernels.train.guards.gradients.Gradients.lose", lambda self, parameters: None)
 
 
 @pytest.mark.parametrize(

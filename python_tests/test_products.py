@@ -14,7 +14,7 @@ from torch import nn
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.products import int_mm, multiplied
-from fogzo_kernels.train.weights import QuantizedWeight
+from fogzo_kernels.nn.view import QuantizedWeight
 
 STE = fk.StraightThrough("identity")
 GRIDS = {

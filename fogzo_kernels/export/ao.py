@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..nn.linear import QuantLinear
-from ..nn.quantized import QuantizedModule
+from ..nn.module import QuantizedModule
 from .integers import check_exact, quantized_in
 
 

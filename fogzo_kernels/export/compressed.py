@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.linear import QuantLinear
-from ..nn.quantized import QuantizedModule
+from ..nn.module import QuantizedModule
 from .files import whole_folder
 from .integers import bits_of, check_exact, integers, own_names, quantized_in
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.quantized import QuantizedModule
-from ..nn.saved import EXTRA_STATE
+from ..nn.module import QuantizedModule
+from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
 from ..spec.grid import Grid
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..nn.quantized import QuantizedModule
+from ..nn.module import QuantizedModule
 from .blocks import BLOCKS, Block
 from .files import whole_file
 from .integers import check_exact, integers, quantized_in, range_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import dequantize, hadamard
-from ..nn.quantized import QuantizedModule
-from ..nn.twins import twin_of
+from ..nn.module import QuantizedModule
+from ..nn.registry import twin_of
 from ..ops import checks
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..train.estimator import Fogzo
+from ..train.fogzo import Fogzo
 from ..train.step import Pass
 
 KEY = "fogzo"  # in a checkpoint

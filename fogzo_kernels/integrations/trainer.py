@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..train.estimator import Fogzo
+from ..train.fogzo import Fogzo
 from ..train.step import Pass
 
 STATE = "fogzo.pt"  # in a checkpoint's folder

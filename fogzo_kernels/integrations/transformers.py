@@ -21,12 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import fast_path, pretrained
 from ..nn.convert import dequantize_model
+from ..nn.module import QuantizedModule
 from ..nn.pretrained import METHOD, Entry
-from ..nn.quantized import QuantizedModule
-from ..nn.saved import EXTRA_STATE
+from ..nn.registry import check_weight, reason_against, twin_of
 from ..nn.scales import alpha_of
-from ..nn.sharing import check_raw_uses, owners_of, share_alphas, watch
-from ..nn.twins import check_weight, reason_against, twin_of
+from ..nn.state_dict import EXTRA_STATE
+from ..nn.tied import check_raw_uses, owners_of, share_alphas, watch
 from ..spec.scale import Scale
 
 

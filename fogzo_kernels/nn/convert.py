@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_known
+from ..distributed.fsdp import begin_anew, reshard, whole
 from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
 from . import fast_path, pretrained
 from .inputs import check_activation
-from .quantized import QuantizedModule
+from .module import QuantizedModule
+from .registry import check_weight, twin_of, weights_of
 from .replaced import guard_merges, settle
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
-from .sharded import begin_anew, reshard, whole
-from .sharing import check_shared, share_alphas, unwatch, watch
 from .stale import check
-from .twins import check_weight, twin_of, weights_of
+from .tied import check_shared, share_alphas, unwatch, watch
 
 
 def quantize_model(

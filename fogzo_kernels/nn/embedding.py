@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .inputs import rotated
-from .quantized import QuantizedModule
+from .module import QuantizedModule
 
 
 class QuantEmbedding(QuantizedModule, nn.Embedding):

@@ -16,7 +16,7 @@ from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
 from .scales import hold_alphas, in_its_range, measure_
 
 if TYPE_CHECKING:
-    from .quantized import QuantizedModule
+    from .module import QuantizedModule
 
 
 def rotated(x: Tensor, block: int, backend: str | None) -> Tensor:

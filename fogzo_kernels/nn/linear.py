@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantized import QuantizedModule
+from .module import QuantizedModule
 
 
 class QuantLinear(QuantizedModule, nn.Linear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .quantized import QuantizedModule
+from .module import QuantizedModule
 
 
 class PermutedModule(QuantizedModule):

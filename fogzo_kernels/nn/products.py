@@ -18,7 +18,7 @@ from ..spec.scale import FixedScale
 from ..spec.straight_through import NO_SECOND
 from .inputs import input_alpha, with_lost
 from .linear import QuantLinear
-from .quantized import QuantizedModule
+from .module import QuantizedModule
 
 COMPUTE = ("int8",)
 LONGEST = 2**17 - 1  # products of two int8 codes, at most 2^14 each, of which int32 holds the sum

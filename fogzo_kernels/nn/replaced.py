@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .quantized import QuantizedModule
-from .twins import twin_of
+from .module import QuantizedModule
+from .registry import twin_of
 
 #: Where a parent keeps the names of children that were quantized modules before.
 REPLACED = "_fogzo_replaced"

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..spec.quantizer import Quantizer
 from .inputs import check_activation
-from .quantized import QuantizedModule
-from .twins import read_by, reason_against, twin_of, weights_of
+from .module import QuantizedModule
+from .registry import read_by, reason_against, twin_of, weights_of
 
 #: A name or pattern of names, a type, or a function of name and module.
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]

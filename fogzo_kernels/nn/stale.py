@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..distributed.fsdp import DTensor, local
 from ..ops import transforms
 from ..spec.scale import FixedScale, LearnedScale, Scale, not_saved
 from .scales import HELD, alpha_of
-from .sharded import DTensor, local
 
 if TYPE_CHECKING:
-    from .quantized import QuantizedModule
+    from .module import QuantizedModule
 
 FAR = 4.0  # times or a part of what a scale would give, on average: not a first alpha of these weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..functional import estimate_adamw_
-from ..train.estimator import Fogzo
+from ..train.fogzo import Fogzo
 from .fused import FusedOptimizer, Params
 
 

@@ -10,17 +10,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..nn.sharded import local
+from ..distributed.fsdp import local
 from ..ops import arguments
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
-from ..train.estimator import Fogzo
+from ..train.calls import Together
+from ..train.fogzo import Fogzo
+from ..train.guards.uncompiled import uncompiled
 from ..train.losses import Estimate
 from ..train.replay import capturing
 from ..train.step import Step
-from ..train.together import Together
-from ..train.uncompiled import uncompiled
 from .memory import View, follow, in_memory
 from .scaling import Scaling
 

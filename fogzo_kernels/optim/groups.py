@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.quantized import QuantizedModule
+from ..nn.module import QuantizedModule
 from ..ops import checks
 
 

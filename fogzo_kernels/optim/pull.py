@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import hadamard_, quantize_
+from ..nn.view import quantized_weights
 from ..ops import checks
+from ..train.calls import Together, set_alphas, together
 from ..train.replay import capturing
 from ..train.sharding import weight_of
-from ..train.together import Together, set_alphas, together
-from ..train.weights import quantized_weights
 
 
 class GridPull:

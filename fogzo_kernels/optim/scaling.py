@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..nn.sharded import local
+from ..distributed.fsdp import local
 
 
 class Scaling(NamedTuple):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from .gradients import Source
-from .reads import check_reads, leaves_of
-from .uncompiled import uncompiled
+from .guards.gradients import Source
+from .guards.graph_reads import check_reads, leaves_of
+from .guards.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from .step import Step

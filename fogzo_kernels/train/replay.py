@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.quantized import QuantizedModule
+from ..nn.module import QuantizedModule
 
 
 def capturing() -> bool:

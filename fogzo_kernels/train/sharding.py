@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..nn.parallel import Part
-from ..nn.quantized import QuantizedModule
-from ..nn.sharded import ShardedRows, fsdp_modules, local
-from .weights import QuantizedWeight
+from ..distributed.fsdp import ShardedRows, fsdp_modules, local
+from ..distributed.tensor_parallel import Part
+from ..nn.module import QuantizedModule
+from ..nn.view import QuantizedWeight
 
 
 class PartOfWeight(QuantizedWeight):

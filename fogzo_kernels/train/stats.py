@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..nn.scales import share_at_floor
+from ..nn.view import QuantizedWeight
 from ..spec.noise import direction_sign
 from .losses import Estimate
 from .step import Step
-from .weights import QuantizedWeight
 
 FEW_ROUNDINGS = 4  # by which losses differ without telling anything
 OF_STEP = ("loss", "difference", "rounding", "guide_norm", "one_minus_beta", "noise_to_guide", "cosine")

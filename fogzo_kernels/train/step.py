@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.fsdp import local
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.sharded import local
+from ..nn.view import QuantizedWeight
 from ..ops import arguments
-from .gradients import Gradients
+from .calls import Together, set_alphas, together
+from .guards.closure import Prints, changed, global_generators
+from .guards.gradients import Gradients
+from .guards.lost import look
+from .guards.received import finish_what_is_there, received
 from .losses import Estimate, PassLosses
-from .lost import look
-from .outside import Prints, changed, global_generators
 from .passes import Pass as Pass
-from .received import finish_what_is_there, received
 from .replay import ReplayState, Snapshot, capturing
 from .sharding import Sharding
-from .together import Together, set_alphas, together
-from .weights import QuantizedWeight
 
 NOT_REPLAYED = (
     "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"

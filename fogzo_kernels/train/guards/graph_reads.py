@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .weights import QuantizedWeight
+from ...nn.view import QuantizedWeight
 
 #: Nodes of the autograd graph that show the same elements in another shape.
 VIEWS = (

@@ -8,15 +8,15 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..distributed.fsdp import measure_sharded_
 from ..functional import learned_backward_, quantize_, straight_through_backward_
 from ..nn.scales import hold_alphas, measure_
-from ..nn.sharded import measure_sharded_
+from ..nn.view import QuantizedWeight
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 from ..spec.straight_through import StraightThrough
 from .sharding import ShardedWeight, over_shards
-from .weights import QuantizedWeight
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..nn.quantized import QuantizedModule
-from ..nn.sharded import local
-from .weights import QuantizedWeight
+from ...distributed.fsdp import local
+from ...nn.module import QuantizedModule
+from ...nn.view import QuantizedWeight
 
 Versions = list[tuple[Tensor, int]]
 

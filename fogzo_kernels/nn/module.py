@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..distributed.fsdp import ShardedRows, attach, attach_again, local, whole
+from ..distributed.tensor_parallel import as_parts, part_and_alpha
 from ..functional import quantize, quantize_
 from ..ops import transforms
 from ..spec.hadamard import block_of
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
-from .held import Deferred, Held
 from .inputs import quantized_input, rotated
-from .parallel import as_parts, part_and_alpha
-from .saved import EXTRA_STATE, check_alpha, loaded_plain, quantizers_as_state, saved_quantizers
+from .pass_weight import Deferred, Held
 from .scales import HELD, alpha_of, hold_alphas, in_its_range, measure_
-from .sharded import ShardedRows, attach, attach_again, local, whole
 from .stale import check, fits, is_replaced
+from .state_dict import EXTRA_STATE, check_alpha, loaded_plain, quantizers_as_state, saved_quantizers
 
 if TYPE_CHECKING:
     from typing import Self

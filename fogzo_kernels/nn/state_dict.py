@@ -13,7 +13,7 @@ from ..ops import checks
 from ..spec.quantizer import Quantizer
 
 if TYPE_CHECKING:
-    from .quantized import QuantizedModule
+    from .module import QuantizedModule
 
 EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 

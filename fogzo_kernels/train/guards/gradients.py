@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn.sharded import local
+from ...distributed.fsdp import local
+from ..replay import capturing
 from .lost import bits, keep_from_optimizers
-from .replay import capturing
 
 BACKWARD_IN_A_PASS = (
     "backward must not be called inside a pass but by probe.backward(loss); a closure returns its loss, and the"

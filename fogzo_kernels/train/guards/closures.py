@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .outside import ATTRIBUTE, BUFFERS, Prints, changed, global_generators, seen_by
-from .passes import asks_for_autograd
-from .replay import ReplayState, Snapshot
-from .sharding import Sharding
-from .step import Step
-from .together import hold_quantized, set_alphas
-from .weights import QuantizedWeight
+from ...nn.view import QuantizedWeight
+from ..calls import hold_quantized, set_alphas
+from ..passes import asks_for_autograd
+from ..replay import ReplayState, Snapshot
+from ..sharding import Sharding
+from ..step import Step
+from .closure import ATTRIBUTE, BUFFERS, Prints, changed, global_generators, seen_by
 
 ALIKE = 1e-5  # of a loss: more than the order of additions makes of it, less than another batch or mask
 

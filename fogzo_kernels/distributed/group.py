@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..nn.view import QuantizedWeight
 from ..spec.noise import signed64
-from .lost import BITS
-from .replay import capturing
-from .settings import Settings
-from .weights import QuantizedWeight
+from ..train.guards.lost import BITS
+from ..train.replay import capturing
+from ..train.settings import Settings
 
 REDUCTIONS = ("mean", "sum", None)
 EVERY = 100  # steps from one look at what the others have to the next: reading it waits for the device

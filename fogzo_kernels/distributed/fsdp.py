@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import dequantize, measure_alphas_, quantize_
+from ..nn.scales import hold_alphas, rotated_rows
 from ..spec.scale import LearnedScale, MeasuredScale
-from . import packed
-from .scales import hold_alphas, rotated_rows
+from . import packing
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -23,7 +23,7 @@ else:  # a build of PyTorch without it
     FSDPModule = DTensor = Replicate = Shard = ()  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
-    from .quantized import QuantizedModule
+    from ..nn.module import QuantizedModule
 
 #: What FSDP looks for on the local part of a parameter: its own hook around the gathering of it.
 HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
@@ -133,7 +133,7 @@ class ShardedRows:
     def _sent(self, codes: Tensor) -> Tensor:
         """Packed codes, as many as the first process has: what is gathered is of one size."""
         missing = self.most - codes.shape[0]
-        return packed.pack(F.pad(codes, (0, 0, 0, missing)).contiguous(), self.module.quantizer.grid)
+        return packing.pack(F.pad(codes, (0, 0, 0, missing)).contiguous(), self.module.quantizer.grid)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -164,7 +164,7 @@ class ShardedRows:
         """The whole weight's values of what all have sent."""
         module, grid = self.module, self.module.quantizer.grid
         count = self.weight.shape[1:].numel()
-        codes = packed.unpack(sent[0].view(self.size, -1), self.most * count, grid)
+        codes = packing.unpack(sent[0].view(self.size, -1), self.most * count, grid)
         rows = codes.reshape(-1, count)[: self.weight.shape[0]]
         values = module.shaped(dequantize(rows, module.alpha.detach(), grid=grid, dtype=dtype)).contiguous()
         if out is None:

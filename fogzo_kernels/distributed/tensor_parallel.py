@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..spec.scale import MeasuredScale
-from .sharded import DTensor, Shard, local
+from .fsdp import DTensor, Shard, local
 
 if TYPE_CHECKING:
-    from .quantized import QuantizedModule
+    from ..nn.module import QuantizedModule
 
 
 class Part(NamedTuple):

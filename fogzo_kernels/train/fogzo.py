@@ -11,22 +11,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends import select
-from ..nn.sharded import reshard
+from ..distributed.fsdp import reshard
+from ..distributed.group import Peers
+from ..nn.view import check_unchanged, modules_of, quantized_weights
 from ..ops import checks
 from ..spec.noise import MAX_STEP, check_range
-from .closures import Closures
 from .device import DeviceState
-from .distributed import Peers
-from .gradients import Gradients
-from .outside import changed
+from .guards.closure import changed
+from .guards.closures import Closures
+from .guards.gradients import Gradients
+from .guards.uncompiled import uncompiled
+from .guards.unmoved_alphas import UnmovedAlphas
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
 from .sharding import Sharding, weight_of
 from .stats import Stats
 from .step import Pass, Step, warn_of
-from .uncompiled import uncompiled
-from .unmoved import UnmovedAlphas
-from .weights import check_unchanged, modules_of, quantized_weights
 
 COUNTERS = ("lost_directions", "lost_steps", "bad_alphas")
 

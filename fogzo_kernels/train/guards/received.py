@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import guide_norm, guide_sumsq
+from ...functional import guide_norm, guide_sumsq
+from ...nn.view import QuantizedWeight
+from ..calls import Together, add_to_gradients
+from ..replay import capturing
+from ..sharding import Sharding
 from .lost import look
-from .replay import capturing
-from .sharding import Sharding
-from .together import Together, add_to_gradients
-from .weights import QuantizedWeight
 
 
 class Received(NamedTuple):

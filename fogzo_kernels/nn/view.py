@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..nn.held import Held
-from ..nn.quantized import QuantizedModule
-from ..nn.replaced import REPLACED, check_replaced
-from ..nn.sharing import check_raw_uses, owners_of
-from ..nn.stale import check, fits, warn_of_new_weights
 from ..ops import checks
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
+from .module import QuantizedModule
+from .pass_weight import Held
+from .replaced import REPLACED, check_replaced
+from .stale import check, fits, warn_of_new_weights
+from .tied import check_raw_uses, owners_of
 
 
 class QuantizedWeight:

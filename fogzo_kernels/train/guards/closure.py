@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.quantized import QuantizedModule
+from ...nn.module import QuantizedModule
 
 DEPTH, WIDTH = 4, 64  # how far and how wide it looks into what a closure holds
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
