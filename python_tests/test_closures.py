@@ -1,5 +1,6 @@
 """Closures: what they change that passes see, zero_grad in them, derivatives."""
 
+import importlib
 import itertools
 import random
 import types
@@ -74,6 +75,14 @@ def test_the_first_step_looks_into_functions_that_the_closure_calls(name):
     STATE.it, STATE.calls = begin(), 0
     with pytest.warns(UserWarning, match=f"{WARNING} .*STATE"):
         fogzo.step(lambda: closure() * helper())
+
+
+def test_a_closure_may_call_a_function_of_a_module_of_the_program(tmp_path, monkeypatch):
+    (tmp_path / "helpers_of_a_program.py").write_text("def doubled(loss):\n    return 2 * loss\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    helpers_of_a_program = importlib.import_module("helpers_of_a_program")
+    _, fogzo, closure = setup()
+    assert fogzo.step(lambda: helpers_of_a_program.doubled(closure())).isfinite()
 
 
 class Module(nn.Module):

@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ PACKAGES = (
     "<frozen",
     *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     os.path.join(os.path.dirname(torch.__file__), ""),
-    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ""),
+    os.path.join(Path(__file__).parents[2], ""),
 )
 #: What every module has, and what belongs to quantized ones.
 OF_MODULES = {*vars(nn.Module()), *QuantizedModule.ADDED}
@@ -81,7 +82,7 @@ def seen_by(closure: Callable[..., Any], known: Iterable[object], model: nn.Modu
             if isinstance(value, nn.Module) and id(value) not in skip and not _wraps(value, skip):
                 found[f"{BUFFERS} {name!r}{where}"] = [_print_of(b, 0, skip) for b in value.buffers()]
             inner = _unwrapped(value)
-            if _is_users(inner):
+            if inspect.isfunction(inner) and _is_users(inner):
                 todo.append((inner, f" of {inner.__qualname__}"))
     return found
 
