@@ -22,18 +22,14 @@ class Part(Placement):
     is_whole = False
 
     dim: int  # 0: rows, 1: columns
-    first: int  # of them
+    first: int  # row or column of the part
     length: int
     shape: tuple[int, ...]  # of the weight
-    group: dist.ProcessGroup  # the processes that have the others
+    group: dist.ProcessGroup  # the processes that have parts
 
     @classmethod
     def of(cls, name: str, module: QuantizedModule) -> Part:
-        """That of a module's weight.
-
-        Raises:
-            ValueError: tensor parallelism of such a module, or of such a cut, is not offered.
-        """
+        """Returns the part of a module's weight; raises :class:`ValueError` if such a part is not offered."""
         weight, how = module.weight, module.quantizer
         placements, mesh = weight.placements, weight.device_mesh  # type: ignore[attr-defined]
         dim = placements[0].dim if len(placements) == 1 and type(placements[0]) is Shard else None
@@ -54,10 +50,10 @@ class Part(Placement):
         return cls(dim, first, local(weight).shape[dim], tuple(weight.shape), mesh.get_group())
 
     def rows(self, module: QuantizedModule) -> Tensor:
-        """Q of the part, as the weight lies over the processes."""
+        """Returns Q of the part as a DTensor like the weight."""
         alpha, weight = module.alpha, cast("DTensor", module.weight)
         if module.held is None and alpha.requires_grad:
-            alpha = cast("Tensor", SumOfParts.apply(alpha, self.group))
+            alpha = cast("Tensor", SumOfParts.apply(alpha, self))
         rows = module.quantized(weight.to_local(), self.own(alpha))
         return DTensor.from_local(
             rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape,
@@ -66,7 +62,6 @@ class Part(Placement):
 
     @property
     def layout(self) -> tuple[int, int, int]:
-        """Where it lies among the weight's elements (docs/contract.md, section 2)."""
         columns = self.shape[1]
         if self.dim == 0:
             own = max(self.length * columns, 1)
@@ -74,22 +69,24 @@ class Part(Placement):
         return self.first, max(self.length, 1), columns
 
     def own(self, alpha: Tensor) -> Tensor:
-        """Of a weight's scales those of the part; a view of rows."""
         if alpha.numel() == 1:
             return alpha
         if self.dim == 0:
             return alpha[self.first : self.first + self.length]
         return alpha if alpha.numel() == self.shape[0] else alpha[:, self._groups(alpha)].contiguous()
 
-    def put(self, alphas: Tensor, own: Tensor) -> None:
-        """Write those of the part."""
-        grouped = self.dim == 1 and alphas.numel() > self.shape[0]
-        (alphas[:, self._groups(alphas)] if grouped else self.own(alphas)).copy_(own)
+    def put(self, alpha: Tensor, own: Tensor) -> None:
+        grouped = self.dim == 1 and alpha.numel() > self.shape[0]  # whose part is no view
+        (alpha[:, self._groups(alpha)] if grouped else self.own(alpha)).copy_(own)
 
     def own_row(self, row: int) -> int | None:
         if self.dim == 1:
             return row
         return row - self.first if 0 <= row - self.first < self.length else None
+
+    def sum(self, own: Tensor) -> Tensor:
+        dist.all_reduce(own, group=self.group)
+        return own
 
     def _groups(self, alpha: Tensor) -> slice:
         size = self.shape[1] // (alpha.numel() // self.shape[0])
@@ -102,12 +99,10 @@ class SumOfParts(torch.autograd.Function):
     """The identity; its gradient is the sum over the processes that have parts."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, alpha: Tensor, part: Part) -> Tensor:
+        ctx.part = part
         return alpha.view_as(alpha)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return ctx.part.sum(grads[0].contiguous().clone()), None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.packing import code_bits
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
 from .integers import check_exact, quantized_in
@@ -43,7 +44,7 @@ def torchao(model: nn.Module) -> nn.Module:
         delta = delta.reshape(1 if delta.numel() == 1 else rows, -1)
         block = [rows // delta.shape[0], columns // delta.shape[1]]
         zero = torch.full_like(delta, -grid.offset)
-        bits = max((grid.levels - 1).bit_length(), 2)
+        bits = max(code_bits(grid), 2)
         plan.append((m, IntxUnpackedToInt8Tensor(
             codes, delta.to(weight.dtype), zero.to(weight.dtype), getattr(torch, f"int{bits}"), block,
             weight.dtype, None,

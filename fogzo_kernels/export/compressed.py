@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
 from .files import whole_folder
-from .integers import bits_of, check_exact, integers, own_names, quantized_in
+from .integers import Integers, bits_of, check_exact, copied, plain_tensors, quantized_in
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -47,13 +47,16 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
     dtype = next(iter(modules.values())).weight.dtype
     tensors: dict[str, Tensor] = {}
     for name, m in modules.items():
-        found = integers(m)
+        found = Integers.of(m)
         check_exact(name, found.scale, dtype)
-        tensors[f"{name}.weight_packed"] = pack_to_int32(found.numbers.to(torch.int8), found.bits)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(
+            found.numbers.to(torch.int8), bits_of(m.quantizer.grid)
+        )
         scale = found.scale.reshape(1) if found.scale.numel() == 1 else found.scale
         tensors[f"{name}.weight_scale"] = scale.to(dtype).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(m.weight.shape)
-    tensors |= dense(model, modules, tied)
+    left = ["lm_head.weight"] * tied  # which is the embedding's
+    tensors |= {key: copied(t) for key, t in plain_tensors(model).items() if key not in left}
     written = {**config.to_dict(), "quantization_config": quantization_of(model, modules)}
     with whole_folder(folder, CONFIG) as place:
         (place / CONFIG).write_text(json.dumps(written, indent=1, default=str))
@@ -80,17 +83,6 @@ def check_fits(name: str, module: QuantizedModule, tied: bool) -> None:
         reason = "groups must divide a row"
     if reason is not None:
         raise ValueError(f"{name} must fit compressed-tensors: {reason}")
-
-
-def dense(model: nn.Module, modules: dict[str, QuantizedModule], tied: bool) -> dict[str, Tensor]:
-    """What is not quantized, as the model has it; a tied head is the embedding's."""
-    own = {key for name, m in modules.items() for key in own_names(name, m)}
-    left = {} if not tied else {"lm_head.weight"}
-    return {
-        name: t.detach().cpu().contiguous().clone()
-        for name, t in model.state_dict().items()
-        if name not in own and name not in left
-    }
 
 
 def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> dict[str, Any]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..nn.module import QuantizedModule
 from .blocks import BLOCKS, Block
 from .files import whole_file
-from .integers import check_exact, integers, quantized_in, range_of
+from .integers import Integers, check_exact, quantized_in, range_of
 
 TOKENIZERS = ("none", "bytes")
 F32 = 0  # the file type of one whose matrices are of several
@@ -60,12 +58,15 @@ def gguf(
             order = order_of(name, t.shape[0], config)
             m = modules.get(name) if last == "weight" else None
             if m is None:
-                writer.add_tensor(target, np.ascontiguousarray(t.detach().float().cpu().numpy()[order]))
+                writer.add_tensor(target, t.detach().float().cpu()[order].numpy())
                 continue
             rows = encoded(m, chosen[name], order)
             # as int8 the shape is taken as it is given: the library does not know the newest types
             writer.add_tensor(
-                target, rows.view(np.int8), raw_shape=tuple(m.weight.shape), raw_dtype=chosen[name].number
+                target,
+                rows.view(torch.int8).numpy(),
+                raw_shape=tuple(m.weight.shape),
+                raw_dtype=chosen[name].number,
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -98,7 +99,7 @@ def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
     if how.transform is not None or module.activation is not None:
         what = how.transform or "a quantized input"
         raise ValueError(f"{name} must have neither transform nor quantized inputs for GGUF, got {what}")
-    found = integers(module)
+    found = Integers.of(module)
     check_exact(name, found.scale, torch.float16)
     low, high = range_of(how.grid)
     fitting = [
@@ -115,25 +116,19 @@ def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
     return BLOCKS[asked or fitting[0]]
 
 
-def encoded(module: QuantizedModule, block: Block, order: NDArray[np.int64]) -> NDArray[np.uint8]:
+def encoded(module: QuantizedModule, block: Block, order: Tensor) -> Tensor:
     """Rows of blocks, in the order of the file."""
-    found = integers(module)
-    scale = found.scale.expand(found.numbers.shape[0], -1)
-    return np.ascontiguousarray(block.encode(_numpy(found.numbers)[order], _numpy(scale)[order]))
+    found = Integers.of(module)
+    return block.encode(found.numbers[order], found.scale.expand(len(order), -1)[order])
 
 
-def _numpy(t: Tensor) -> NDArray[Any]:
-    found: NDArray[Any] = t.numpy()
-    return found
-
-
-def order_of(name: str, rows: int, config: Any) -> NDArray[np.int64]:
+def order_of(name: str, rows: int, config: Any) -> Tensor:
     """Rows as llama.cpp wants them: of q and k, transformers' halves of a head become pairs."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
         name.rpartition(".")[2]
     )
-    found = np.arange(rows)
-    return found if heads is None else found.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    rows_now = torch.arange(rows)
+    return rows_now if heads is None else rows_now.view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 def describe(writer: Any, config: Any, tokenizer: str, file_type: int, library: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..distributed.packing import code_bits, pack_codes, unpack_codes
 from ..functional import dequantize, hadamard
 from ..nn.module import QuantizedModule
 from ..nn.registry import twin_of
@@ -21,7 +22,7 @@ from ..spec.quantizer import Quantizer
 from ..spec.scale import Scale
 from ..spec.straight_through import StraightThrough
 from .files import whole_file
-from .integers import own_names, quantized_in
+from .integers import copied, plain_tensors, quantized_in
 
 FORMAT, VERSION = "fogzo", "1"
 
@@ -47,33 +48,27 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     modules = quantized_in(model)
-    own = {key for name, m in modules.items() for key in own_names(name, m)}
     tensors: dict[str, Tensor] = {}
+    quantized: dict[str, Any] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, t in model.state_dict(keep_vars=True).items():
-        if name in own:
-            continue
-        if id(t) in first:
-            tied[name] = first[id(t)]
-            continue
-        first[id(t)] = name
-        tensors[name] = t.detach().cpu().contiguous().clone()
-    quantized: dict[str, Any] = {}
-    weights: dict[int, str] = {}
+    for key, t in plain_tensors(model).items():
+        if first.setdefault(id(t), key) != key:
+            tied[key] = first[id(t)]
+        else:
+            tensors[key] = copied(t)
     for name, m in modules.items():
-        key = f"{name}.weight" if name else "weight"
-        if id(m.weight) in weights:
-            tied[key] = weights[id(m.weight)]
-            continue
-        weights[id(m.weight)] = key
-        grid = m.quantizer.grid
-        tensors[f"{key}.codes"] = stream(m.codes().cpu(), grid)
-        tensors[f"{key}.alpha"] = m.alpha.detach().cpu().clone()
-        quantized[key] = described(m)
-    for name, m in modules.items():
+        prefix = f"{name}." if name else ""
+        key = f"{prefix}weight"
         if "input_alpha" in m._parameters:
-            tensors[f"{name}.input_alpha" if name else "input_alpha"] = m.input_alpha.detach().cpu().clone()
+            tensors[f"{prefix}input_alpha"] = copied(m.input_alpha)
+        if first.setdefault(id(m.weight), key) != key:
+            tied[key] = first[id(m.weight)]
+            continue
+        grid = m.quantizer.grid
+        tensors[f"{key}.codes"] = pack_codes(m.codes().cpu(), grid, code_bits(grid))
+        tensors[f"{key}.alpha"] = copied(m.alpha)
+        quantized[key] = described(m)
     metadata = {
         "format": FORMAT, "version": VERSION, "quantized": json.dumps(quantized), "tied": json.dumps(tied),
     }  # fmt: skip
@@ -86,34 +81,11 @@ def described(module: QuantizedModule) -> dict[str, Any]:
     how, grid = module.quantizer, module.quantizer.grid
     activation = module.activation and module.activation.to_dict()
     return {
-        "shape": list(module.weight.shape), "bits": bits_of(grid), "qmin": grid.qmin, "qmax": grid.qmax,
+        "shape": list(module.weight.shape), "bits": code_bits(grid), "qmin": grid.qmin, "qmax": grid.qmax,
         "offset": grid.offset, "r": grid.r, "outputs": module.OUTPUTS,
         "transform": None if how.transform is None else how.transform.block, "activation": activation,
         "straight_through": asdict(how.straight_through),
     }  # fmt: skip
-
-
-def bits_of(grid: Grid) -> int:
-    """Of a code in the stream."""
-    return max((grid.levels - 1).bit_length(), 1)
-
-
-def stream(codes: Tensor, grid: Grid) -> Tensor:
-    """uint8, (rows, bytes): each row's codes one after the other, lowest bits first."""
-    bits = bits_of(grid)
-    raised = (codes.to(torch.int16) - grid.qmin).unsqueeze(-1)
-    ones = ((raised >> torch.arange(bits)) & 1).flatten(1)
-    ones = nn.functional.pad(ones, (0, -ones.shape[1] % 8)).unflatten(1, (-1, 8))
-    found: Tensor = (ones << torch.arange(8)).sum(2)
-    return found.to(torch.uint8)
-
-
-def codes_of(stream: Tensor, columns: int, grid: Grid) -> Tensor:
-    """int8, (rows, columns): the inverse of :func:`stream`."""
-    bits = bits_of(grid)
-    ones = ((stream.to(torch.int16).unsqueeze(-1) >> torch.arange(8)) & 1).flatten(1)[:, : columns * bits]
-    found: Tensor = (ones.unflatten(1, (columns, bits)) << torch.arange(bits)).sum(2) + grid.qmin
-    return found.to(torch.int8)
 
 
 # ---- back
@@ -143,7 +115,8 @@ class Weight(NamedTuple):
         """float32, of the weight's shape; of a rotated weight, in the model's basis."""
         others = [n for d, n in enumerate(self.shape) if d != self.outputs]
         columns = torch.Size(others).numel()
-        rows = dequantize(codes_of(stream, columns, self.grid), alpha, grid=self.grid, dtype=torch.float32)
+        codes = unpack_codes(stream, columns, self.grid, code_bits(self.grid))
+        rows = dequantize(codes, alpha, grid=self.grid, dtype=torch.float32)
         if self.transform is not None:
             rows = hadamard(rows, block=self.transform.block)
         return rows.view(self.shape[self.outputs], *others).movedim(0, self.outputs)
@@ -177,33 +150,30 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         key: w.values(tensors.pop(f"{key}.codes"), tensors[f"{key}.alpha"]) for key, w in quantized.items()
     }
     state = dict(model.state_dict(keep_vars=True))
-    names = {key: [key, *(a for a, b in tied.items() if b == key)] for key in quantized}
     for key, w in quantized.items():
-        for place in names[key]:
-            module = modules[place.rpartition(".")[0]]
-            if isinstance(module, QuantizedModule):
-                module.to_plain()
+        names = [key, *(name for name, other in tied.items() if other == key)]
+        paths = [name.rpartition(".")[0] for name in names]
+        for path in paths:
+            if isinstance(modules[path], QuantizedModule):
+                modules[path].to_plain()
         state[key].copy_(values[key])
         if w.transform is None and w.activation is None:
             continue
-        for place in names[key]:
-            path = place.rpartition(".")[0]
-            alpha = tensors[f"{key}.alpha"].to(state[key].device)
-            keep(path, modules[path], w, alpha, tensors.get(place.removesuffix("weight") + "input_alpha"))
+        alpha = tensors[f"{key}.alpha"].to(state[key].device)
+        how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
+        for path in paths:
+            kind = twin_of(modules[path])
+            assert kind is not None
+            module = kind.from_plain(
+                modules[path], how, alpha=alpha, tensor_id=0, path=path, activation=w.activation
+            )
+            input_alpha = tensors.get(f"{path}.input_alpha" if path else "input_alpha")
+            if input_alpha is not None:
+                module.set_input_alpha(input_alpha.to(alpha.device))
     for name, t in tensors.items():
         if name in state and name not in values:
             state[name].copy_(t)
     return model
-
-
-def keep(path: str, module: nn.Module, w: Weight, alpha: Tensor, input_alpha: Tensor | None) -> None:
-    """Make a module quantized that computes otherwise than a plain one."""
-    twin = twin_of(module)
-    assert twin is not None
-    how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
-    made = twin.from_plain(module, how, alpha=alpha, tensor_id=0, path=path, activation=w.activation)
-    if input_alpha is not None:
-        made.set_input_alpha(input_alpha.to(alpha.device))
 
 
 def read(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Weight], dict[str, str]]:
@@ -237,11 +207,11 @@ def check_fits(
     tied: dict[str, str], model: nn.Module,
 ) -> None:  # fmt: skip
     """Raise unless a file has what a model has, in the same shapes."""
-    own = {
-        key for name, m in model.named_modules() if isinstance(m, QuantizedModule)
-        for key in own_names(name, m) if not key.endswith("weight")
-    }  # fmt: skip
-    there = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in own}
+    modules = dict(model.named_modules())
+    there = {name: tuple(t.shape) for name, t in plain_tensors(model).items()}
+    for name, m in modules.items():
+        if isinstance(m, QuantizedModule):
+            there[f"{name}.weight" if name else "weight"] = tuple(m.weight.shape)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     for key, w in quantized.items():
         for part in ("codes", "alpha"):
@@ -258,7 +228,6 @@ def check_fits(
             f"file must fit the model, got {name} of shape {shapes.get(name)} in {file} and of shape"
             f" {there.get(name)} in the model{f', and {len(odd) - 1} more' if odd[1:] else ''}"
         )
-    modules = dict(model.named_modules())
     for key in quantized:
         module = modules.get(key.rpartition(".")[0])
         if not isinstance(module, QuantizedModule) and (module is None or twin_of(module) is None):

@@ -23,7 +23,7 @@ from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
 from .stale import check
 from .tied import check_shared, share_alphas, unwatch, watch
-from .view import LOCAL, begin_anew, reshard, whole
+from .view import HANDLERS, LOCAL, reshard, whole
 
 
 def quantize_model(
@@ -100,7 +100,7 @@ def quantize_model(
             backend=backend,
         )
     share_alphas(model)
-    begin_anew(model)
+    HANDLERS.begin_anew(model)
     fast_path.update(model)
     watch(model)
     settle(model)

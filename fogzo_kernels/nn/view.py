@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -64,6 +63,10 @@ class Placement:
         """Write the scales of the part into all scales of the weight."""
         alpha.copy_(own)
 
+    def sum(self, own: Tensor) -> Tensor:
+        """Make what was summed over the part the sum over the weight, in place."""
+        return own
+
     def own_row(self, row: int) -> int | None:
         """Returns the place in the part of a row of the weight, or None."""
         return row
@@ -77,13 +80,12 @@ class Placement:
 LOCAL = Placement()
 
 
-@dataclass
-class Distributed:
-    """What handles weights that are DTensors. :mod:`fogzo_kernels.distributed` registers it.
+class Handlers:
+    """What handles weights that are DTensors: :mod:`fogzo_kernels.distributed` sets these.
 
     Attributes:
         shard: gives a module whose weight FSDP has sharded its ``placement``.
-        part: makes the placement of a module's weight, with a name for messages, under tensor parallelism.
+        part: makes the placement of a module's weight under tensor parallelism. The name is for messages.
         begin_anew: lets FSDP see weights that were quantized after it had sharded them.
     """
 
@@ -92,24 +94,13 @@ class Distributed:
     begin_anew: Callable[[nn.Module], None]
 
 
-_registered: list[Distributed] = []
-
-
-def register(distributed: Distributed) -> None:
-    """Let modules use this for weights that are DTensors."""
-    _registered[:] = [distributed]
-
-
-def begin_anew(model: nn.Module) -> None:
-    """Let FSDP see weights that were quantized after it had sharded them."""
-    for distributed in _registered:
-        distributed.begin_anew(model)
+HANDLERS = Handlers()
 
 
 def place(module: QuantizedModule) -> None:
     """Set a module's placement after it got a weight. Only FSDP sets DTensors on modules that are quantized."""
     if isinstance(module._parameters.get("weight"), DTensor):
-        _registered[0].shard(module)
+        HANDLERS.shard(module)
 
 
 def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
@@ -121,7 +112,7 @@ def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
     weight = module.weight
     if module.placement is not LOCAL or local(weight) is weight:
         return module.placement
-    return _registered[0].part(name, module)
+    return HANDLERS.part(name, module)
 
 
 def reshard(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.fsdp import measure_sharded_
+from ..distributed.group import sum_of_parts
 from ..functional import learned_backward_, quantize_, straight_through_backward_
 from ..nn.scales import hold_alphas, measure_
 from ..nn.view import WeightView
@@ -16,7 +17,6 @@ from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 from ..spec.straight_through import StraightThrough
-from .sharding import over_shards
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class Together:
                 alike.grads, found, alike.latents, alike.alphas, factors=[m.alpha_factor for m in modules],
                 grid=how.grid, straight_through=how.straight_through, transform=how.transform, backend=backend,
             )  # fmt: skip
-            alphas += zip(alike.weights, over_shards(alike.weights, found), strict=True)
+            alphas += zip(alike.weights, sum_of_parts(alike.weights, found), strict=True)
         return alphas
 
 

@@ -22,9 +22,8 @@ from .guards.closures import Closures
 from .guards.gradients import Gradients
 from .guards.uncompiled import uncompiled
 from .guards.unmoved_alphas import UnmovedAlphas
-from .replay import ReplayState
+from .replay import ReplayState, capturing
 from .settings import Settings, final_one_minus_beta
-from .sharding import Sharding
 from .stats import Stats
 from .step import Pass, Step, warn_of
 
@@ -126,10 +125,7 @@ class Fogzo:
         )
         checks.instance("both_probes", both_probes, bool)
         self._both_probes = both_probes and difference == "central"
-        self._sharding = Sharding(model, self.weights, loss_reduction)
-        self._peers = Peers(
-            model, process_group, loss_reduction, self._sharding.groups, self._sharding.parallel
-        )
+        self._peers = Peers(model, self.weights, process_group, loss_reduction)
         select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
@@ -138,7 +134,7 @@ class Fogzo:
         self._device_state = DeviceState(self.device, self._settings) if capturable else None
         self._replay = ReplayState(model, replay)
         self._step: Step | None = None  # from its first pass to its end
-        self._closures = Closures(self.weights, self._replay, self._sharding, backend)
+        self._closures = Closures(self.weights, self._replay, self._peers, backend)
         self._gradients = Gradients([w.parameter for w in self.weights])
         self._stats = Stats(seed, difference == "forward", self.total_weights)
         self._unmoved = UnmovedAlphas()
@@ -308,7 +304,7 @@ class Fogzo:
         """
         self._forget("check")
         model = self._replay.model
-        self._sharding.between_passes()
+        self._peers.between_passes()
         check_unchanged(model, list(model.modules()), self.weights)
         return self._closures.check(closure, self)
 
@@ -380,7 +376,7 @@ class Fogzo:
     @uncompiled
     def _new_step(self) -> Step:
         model = self._replay.model
-        self._sharding.between_passes()
+        self._peers.between_passes()
         modules = modules_of(model)  # one walk for all that asks
         check_unchanged(model, modules, self.weights)
         self._unmoved.begin(model, modules, self.weights)
@@ -393,7 +389,7 @@ class Fogzo:
             counters=self._counters, found_inf=self.found_inf, replay=self._replay, gradients=self._gradients,
             watched=not self._watched,
             compared=not self._compared, counted=self._stats.wanted,
-            backend=self.backend, sharding=self._sharding, reduce=self._reduce, agree=self._peers.agree,
+            backend=self.backend, sharding=self._peers, reduce=self._reduce, agree=self._peers.agree,
             over=self._over,
         )  # fmt: skip
 
@@ -408,7 +404,8 @@ class Fogzo:
         }
 
     def _reduce(self, losses: Tensor) -> None:
-        self._peers.check(self._settings, self._steps, self.weights)
+        if not capturing():
+            self._peers.check(self.seed, self._settings, self._steps, self.weights)
         self._peers.reduce(losses)
 
     def _over(self, step: Step, estimated: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.group import Peers
 from ..functional import estimate_gradient_, perturb_quantize_
 from ..nn.view import WeightView, local
 from ..ops import arguments
@@ -23,7 +24,6 @@ from .guards.received import finish_what_is_there, received
 from .losses import Estimate, PassLosses
 from .passes import Pass as Pass
 from .replay import ReplayState, Snapshot, capturing
-from .sharding import Sharding
 
 NOT_REPLAYED = (
     "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"
@@ -68,7 +68,7 @@ class Step:
         self, weights: list[WeightView], *, modules: Sequence[nn.Module], pairs: int,
         forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, found_inf: Tensor,
         replay: ReplayState, gradients: Gradients, watched: bool, compared: bool, counted: bool,
-        backend: str | None, sharding: Sharding, reduce: Callable[[Tensor], None],
+        backend: str | None, sharding: Peers, reduce: Callable[[Tensor], None],
         agree: Callable[[Tensor], None], over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
         signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
+from ...distributed.group import Peers
 from ...nn.view import WeightView
 from ..calls import hold_quantized, set_alphas
 from ..passes import asks_for_autograd
 from ..replay import ReplayState, Snapshot
-from ..sharding import Sharding
 from ..step import Step
 from .closure import ATTRIBUTE, BUFFERS, Prints, changed, global_generators, seen_by
 
@@ -31,11 +29,9 @@ class Closures:
     """
 
     def __init__(
-        self, weights: list[WeightView], replay: ReplayState, sharding: Sharding, backend: str | None
+        self, weights: list[WeightView], replay: ReplayState, sharding: Peers, backend: str | None
     ) -> None:
         self._weights, self._replay, self._sharding, self._backend = weights, replay, sharding, backend
-        parallel = [m for m in replay.model.modules() if isinstance(m, DistributedDataParallel)]
-        self._parallel = parallel[0] if parallel else None
         self._differentiates = False  # whether one did
 
     def loss(self, closure: Callable[[], Tensor], start: Snapshot | None) -> Tensor:
@@ -53,9 +49,7 @@ class Closures:
                 if start is None or not asks_for_autograd(error):
                     raise
             self._replay.load(start)
-        # no gradient is exchanged, as nobody goes back from this loss
-        alone: AbstractContextManager[None] = self._parallel.no_sync() if self._parallel else nullcontext()
-        with torch.enable_grad(), alone:
+        with torch.enable_grad(), self._sharding.no_sync():  # as nobody goes back from this loss
             found = closure().detach()
         self._differentiates = True
         return found

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...distributed.group import Peers
 from ...functional import guide_norm, guide_sumsq
 from ...nn.view import WeightView
 from ..calls import Together, add_to_gradients
 from ..replay import capturing
-from ..sharding import Sharding
 from .lost import look
 
 
@@ -28,7 +28,7 @@ class Received(NamedTuple):
 
 def received(
     calls: Sequence[Together], weights: Sequence[WeightView], others: Sequence[Tensor], loss: Tensor,
-    *, pairs: int, sharding: Sharding, agree: Callable[[Tensor], None], edited: Tensor | None,
+    *, pairs: int, sharding: Peers, agree: Callable[[Tensor], None], edited: Tensor | None,
 ) -> Received:  # fmt: skip
     """Make g of dL/dQ, and find what the step goes on with, on all processes of a group alike.
 
@@ -105,9 +105,9 @@ def finish_what_is_there(calls: Sequence[Together], device: torch.device) -> Non
     add_to_gradients([(w.modules[0].alpha, grad) for w, grad in alphas if ran[w]])
 
 
-def _norm(calls: Sequence[Together], sharding: Sharding) -> Tensor:
+def _norm(calls: Sequence[Together], sharding: Peers) -> Tensor:
     """The norm over all gradients. A gradient of 0 adds nothing."""
-    alone = len(calls) == 1 and not sharding.groups
+    alone = len(calls) == 1 and not sharding.sharded
     norm = guide_norm if alone else guide_sumsq
     found = [norm(c.grads, c.alphas, grid=c.kind.grid, backend=c.backend) for c in calls]
-    return found[0] if alone else sharding.summed(torch.stack(found).sum()).sqrt().float()
+    return found[0] if alone else sharding.sum(torch.stack(found).sum()).sqrt().float()
