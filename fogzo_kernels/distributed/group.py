@@ -33,8 +33,8 @@ class Peers:
         reduction: of losses and gradients: ``"mean"``, ``"sum"``, or None where this process trains alone.
 
     Raises:
-        ValueError: ``reduction`` is another, or a group is missing or of no use; or some weights are sharded and
-            others are not, or over other processes; or a learned alpha is sharded.
+        ValueError: ``reduction`` is another, or a group is missing or has no use. Some weights are sharded and
+            others are not, or over other processes. A learned alpha is sharded.
     """
 
     def __init__(

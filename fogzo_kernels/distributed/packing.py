@@ -23,7 +23,7 @@ def pack(numbers: Tensor, bits: int, apart: int = 1) -> Tensor:
         numbers, bits = (numbers.unsqueeze(-1) >> _shifts(bits, 1, numbers) & 1).flatten(-2), 1
     count = 8 // bits
     padded = F.pad(numbers, (0, -numbers.shape[-1] % (count * apart)))
-    first, *others = padded.unflatten(-1, (-1, count, apart)).unbind(-2)  # type: ignore[no-untyped-call]
+    first, *others = padded.unflatten(-1, (-1, count, apart)).unbind(-2)
     packed: Tensor = first.clone()
     for i, part in enumerate(others, 1):
         packed |= part << (i * bits)
@@ -33,7 +33,7 @@ def pack(numbers: Tensor, bits: int, apart: int = 1) -> Tensor:
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """The inverse of :func:`pack` with numbers side by side: uint8, (..., count)."""
     if 8 % bits:
-        ones: Tensor = unpack(packed, count * bits, 1).unflatten(-1, (count, bits))  # type: ignore[no-untyped-call]
+        ones: Tensor = unpack(packed, count * bits, 1).unflatten(-1, (count, bits))
         return (ones << _shifts(bits, 1, packed)).sum(-1, dtype=torch.uint8)
     numbers: Tensor = packed.unsqueeze(-1) >> _shifts(8, bits, packed) & 2**bits - 1
     return numbers.flatten(-2)[..., :count]

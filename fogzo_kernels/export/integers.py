@@ -14,7 +14,7 @@ from ..spec.grid import Grid
 
 
 class Integers(NamedTuple):
-    """Values are ``scale * numbers``, exactly, in float32; odd numbers stand for codes with an offset of a half.
+    """Values are ``scale * numbers``, exactly, in float32. Odd numbers stand for codes of half offset.
 
     Attributes:
         numbers: int16, (rows, columns).
@@ -31,7 +31,7 @@ class Integers(NamedTuple):
 
     @classmethod
     def of(cls, module: QuantizedModule) -> Integers:
-        """Those of a module's weight, on the CPU; of a rotated weight, in the basis in which it is quantized."""
+        """Reads a module's weight, on the CPU. A rotated weight stays in the basis in which it is quantized."""
         grid, codes = module.quantizer.grid, module.codes().cpu().to(torch.int16)
         alpha = module.alpha.detach().float().cpu() * (grid.r / (2 if grid.offset else 1))
         scale = alpha.reshape(1 if alpha.numel() == 1 else len(codes), -1)

@@ -60,14 +60,9 @@ def gguf(
             if m is None:
                 writer.add_tensor(target, t.detach().float().cpu()[order].numpy())
                 continue
-            rows = encoded(m, chosen[name], order)
+            rows = encoded(m, chosen[name], order).view(torch.int8).numpy()
             # as int8 the shape is taken as it is given: the library does not know the newest types
-            writer.add_tensor(
-                target,
-                rows.view(torch.int8).numpy(),
-                raw_shape=tuple(m.weight.shape),
-                raw_dtype=chosen[name].number,
-            )
+            writer.add_tensor(target, rows, tuple(m.weight.shape), chosen[name].number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
