@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.fsdp import local
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import QuantizedWeight
+from ..nn.view import WeightView, local
 from ..ops import arguments
 from .calls import Together, set_alphas, together
 from .guards.closure import Prints, changed, global_generators
@@ -62,7 +61,7 @@ class Step:
     """
 
     def __init__(
-        self, weights: list[QuantizedWeight], *, modules: Sequence[nn.Module], pairs: int,
+        self, weights: list[WeightView], *, modules: Sequence[nn.Module], pairs: int,
         noise: dict[str, Any], counters: Tensor, found_inf: Tensor,
         replay: ReplayState, gradients: Gradients, watched: bool, compared: bool, counted: bool,
         backend: str | None, sharding: Sharding, reduce: Callable[[Tensor], None],
@@ -71,7 +70,7 @@ class Step:
         signs = [(i, sign) for i in range(pairs) for sign in (1, -1)]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
         self.pairs = pairs
-        self._minus: list[tuple[QuantizedWeight, Tensor]] = []  # the rows of the next pass
+        self._minus: list[tuple[WeightView, Tensor]] = []  # the rows of the next pass
         self.watched, self.compared, self.counted = watched, compared, counted
         self.changes: Tensor | None = None  # the share of codes that differ, 0-dim, where it was counted
         self.leaves: dict[int, Tensor] = {}  # with ``compared``, whose gradient the gradient pass makes
@@ -263,7 +262,7 @@ class Step:
         elif flag.item():
             self.lose()
 
-    def _write_probes(self, one: Pass) -> list[tuple[QuantizedWeight, Tensor]]:
+    def _write_probes(self, one: Pass) -> list[tuple[WeightView, Tensor]]:
         """The weights that take part, and the rows that they run this probe with.
 
         Codes and values are calls of their own. Both probes of a direction are written at once, the second one
