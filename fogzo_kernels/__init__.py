@@ -18,7 +18,6 @@ from .nn.products import set_compute_
 from .nn.report import Report
 from .optim.adamw import AdamW
 from .optim.groups import learned_alphas, parameter_groups
-from .optim.pull import GridPull
 from .optim.sgd import SGD
 from .spec import presets
 from .spec.grid import Grid
@@ -34,7 +33,6 @@ __all__ = [
     "AdamW",
     "Fogzo",
     "Grid",
-    "GridPull",
     "Hadamard",
     "QuantConv1d",
     "QuantConv2d",

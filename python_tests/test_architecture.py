@@ -32,7 +32,7 @@ FLOORS = {
               "__init__ uncompiled replay weights sharding together reads outside lost gradients losses"
               " received passes step closures unmoved settings device distributed stats estimator"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
-              "__init__ groups memory scaling fused adamw sgd pull"),
+              "__init__ groups memory scaling fused adamw sgd"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
     "export": (("spec", "ops.checks", "functional", "nn", "integrations.transformers"),
                "files integers blocks ao plain compressed llama freeze __init__ __main__"),

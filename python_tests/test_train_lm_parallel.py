@@ -76,7 +76,7 @@ def losses(out):
 LSQ = ["--micro-batches", "2", "--clip", "0", "--preset", "lsq"]
 STE = ["--estimator", "ste"]
 FLOAT = ["--estimator", "ste", "--preset", "none"]
-QUEST = ["--preset", "quest-w2a2", "--hidden", "128", "--difference", "forward"]
+QUEST = ["--preset", "quest-w2a2", "--hidden", "128", "--directions", "2"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ RESTARTS = 12  # of one stage, after what ended its process
 #: A LLaMA of 31 M quantized weights, 8,192 tokens in 4 micro-batches.
 STEP = (
     "--model", "llama", "--hidden", "512", "--layers", "12", "--rows", "16", "--context", "512", "--dtype",
-    "bf16", "--turns", "12", "--methods", "fogzo", "one-by-one", "forward", "forward-half", "eager",
+    "bf16", "--turns", "12", "--methods", "fogzo", "every-4", "eager",
 )  # fmt: skip
 SMALL_STEP = (
     "--model", "mlp", "--hidden", "16", "--layers", "1", "--rows", "8", "--turns", "4", "--methods", "fogzo",

@@ -83,7 +83,7 @@ class FogzoMixin:
                 with probe:
                     self._in_passes, self.probing = True, probe.sign != 0
                     try:
-                        for step in probe.batches(steps):
+                        for step in steps:
                             output = self._run(probe, step, last=step is steps[-1])
                     finally:
                         self._in_passes = self.probing = False

@@ -77,7 +77,7 @@ class FogzoMixin:
         total = torch.zeros((), dtype=torch.float32, device=self.args.device)
         for probe in self.fogzo.probes():
             with probe:
-                for i, batch in enumerate(probe.batches(batches)):
+                for i, batch in enumerate(batches):
                     alone = probe.sign == 0 and i < len(batches) - 1
                     with self.accelerator.no_sync(model) if alone else nullcontext(), self._backward_by(probe):
                         loss = super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]

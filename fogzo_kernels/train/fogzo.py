@@ -23,7 +23,7 @@ from .guards.gradients import Gradients
 from .guards.uncompiled import uncompiled
 from .guards.unmoved_alphas import UnmovedAlphas
 from .replay import ReplayState, capturing
-from .settings import Settings, final_one_minus_beta
+from .settings import Settings, final_one_minus_beta, without_retired
 from .stats import Stats
 from .step import Pass, Step, warn_of
 
@@ -50,15 +50,7 @@ class Fogzo:
         schedule: ``"linear"``, or ``"constant"`` for 1 - beta at its final value throughout (with
             ``one_minus_beta=1`` that is n-SPSA).
         start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
-        difference: ``"central"``, the paper's, or ``"forward"``: (L+ - L_0) / eps with L_0 the loss of the
-            gradient pass. That takes n probes instead of 2 n; the estimate's mean is the same, its variance
-            larger.
         every: FOGZO in every k-th step, plain STE between.
-        probe_share: share of a step's micro-batches that probes run, for less work and more variance; the
-            gradient pass runs all. Use :meth:`probes` and :meth:`Pass.batches` with it.
-        both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, the second one into a copy of
-            the quantized weights that is there for the probes alone; False writes one after the other into the
-            same memory. The bits are the same. A forward difference has no second one.
         replay: what passes must see alike beside PyTorch's generators, the model's buffers and the generators
             that its modules have as attributes: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
@@ -96,10 +88,7 @@ class Fogzo:
         epsilon_scale: float = 1.0,
         schedule: str = "linear",
         start: float = 0.0,
-        difference: str = "central",
         every: int = 1,
-        probe_share: float = 1.0,
-        both_probes: bool = True,
         replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str | None = "mean",
@@ -119,12 +108,8 @@ class Fogzo:
             epsilon_scale=epsilon_scale,
             schedule=schedule,
             start=start,
-            difference=difference,
             every=every,
-            probe_share=probe_share,
         )
-        checks.instance("both_probes", both_probes, bool)
-        self._both_probes = both_probes and difference == "central"
         self._peers = Peers(model, self.weights, process_group, loss_reduction)
         select(backend, self.device)  # named here if it cannot run, not at the first step
         self.backend = backend
@@ -136,7 +121,7 @@ class Fogzo:
         self._step: Step | None = None  # from its first pass to its end
         self._closures = Closures(self.weights, self._replay, self._peers, backend)
         self._gradients = Gradients([w.parameter for w in self.weights])
-        self._stats = Stats(seed, difference == "forward", self.total_weights)
+        self._stats = Stats(seed, self.total_weights)
         self._unmoved = UnmovedAlphas()
         self._compared = False  # whether one with probes has looked for what passes do not see alike
         self._watched = False  # whether a step has looked for reads of the weights beside their modules
@@ -195,15 +180,15 @@ class Fogzo:
         Warns once where the losses of its probes differ by little more than rounding.
 
         Returns:
-            ``loss``, of the gradient pass; ``difference``, the mean of abs(L+ - L-), or of abs(L+ - L_0) of a
-            forward difference; ``rounding``, the distance between float32 numbers at the loss; ``guide_norm``,
-            N; ``one_minus_beta``; ``noise_to_guide``, the energy of the noise in v over that of the guide,
-            (1 - beta) d / beta; ``cosine``, of the angle between estimate and guide, in units of delta, with
-            the noise at its expectation, which a step is within about 1 / sqrt(d) of; ``code_changes``, the
-            share of codes that differ between Q(w + eps v) and Q(w - eps v) of the first direction, counted in
-            the first step with probes and in the first after each call of this method; ``alphas_at_floor``,
-            the share of learned and measured alphas at their least value; and the counts of
-            :meth:`diagnostics`. NaN where the step had no probes, or where none was taken.
+            ``loss``, of the gradient pass; ``difference``, the mean of abs(L+ - L-); ``rounding``, the distance
+            between float32 numbers at the loss; ``guide_norm``, N; ``one_minus_beta``; ``noise_to_guide``, the
+            energy of the noise in v over that of the guide, (1 - beta) d / beta; ``cosine``, of the angle
+            between estimate and guide, in units of delta, with the noise at its expectation, which a step is
+            within about 1 / sqrt(d) of; ``code_changes``, the share of codes that differ between Q(w + eps v)
+            and Q(w - eps v) of the first direction, counted in the first step with probes and in the first
+            after each call of this method; ``alphas_at_floor``, the share of learned and measured alphas at
+            their least value; and the counts of :meth:`diagnostics`. NaN where the step had no probes, or
+            where none was taken.
         """
         counts = self.diagnostics()
         self._stats.warn_of_lost(counts["lost_steps"])
@@ -226,6 +211,7 @@ class Fogzo:
             ValueError: a setting differs, or a key or value is wrong; nothing has changed then.
             RuntimeError: a pass of a step is running.
         """
+        state = without_retired(state)
         expected = {"steps", "counters", *asdict(self._settings)}
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
@@ -265,15 +251,7 @@ class Fogzo:
 
         Args:
             closure: runs the model and returns the loss; it does not call ``backward``.
-
-        Raises:
-            RuntimeError: ``probe_share`` is not 1: a closure has no micro-batches.
         """
-        if self._settings.probe_share < 1:
-            raise RuntimeError(
-                f"probe_share must be 1 where a closure runs the passes, got {self._settings.probe_share}: run"
-                " them yourself, `for batch in probe.batches(micro_batches)` in each pass of probes()"
-            )
         look = not self._compared and self._settings.one_minus_beta_at(self._steps) is not None
         before = self._closures.seen(closure, self) if look else {}
         for probe in self.probes():
@@ -384,8 +362,6 @@ class Fogzo:
         return Step(
             self.weights, modules=modules, noise=noise,
             pairs=0 if noise["one_minus_beta"] is None else self.directions,
-            forward=self._settings.difference == "forward", share=self._settings.probe_share,
-            both=self._both_probes,
             counters=self._counters, found_inf=self.found_inf, replay=self._replay, gradients=self._gradients,
             watched=not self._watched,
             compared=not self._compared, counted=self._stats.wanted,

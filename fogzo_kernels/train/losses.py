@@ -16,7 +16,7 @@ class Estimate(NamedTuple):
     """What a step's passes found."""
 
     loss: Tensor  # of the gradient pass, 0-dim float32
-    losses_plus: Tensor  # float32, (n,); of a forward difference see PassLosses.collected()
+    losses_plus: Tensor  # float32, (n,)
     losses_minus: Tensor  # float32, (n,)
     norm: Tensor | None  # N, 0-dim float32; None where there were no probes
 
@@ -31,37 +31,22 @@ class PassLosses:
 
     def __init__(self, pairs: int, device: torch.device) -> None:
         self.pairs = pairs
-        # of the gradient pass, of those of its micro-batches that probes run, of + and of - probes
-        self.all = torch.zeros(2 + 2 * pairs, dtype=torch.float32, device=device)
+        # of the gradient pass, of + and of - probes
+        self.all = torch.zeros(1 + 2 * pairs, dtype=torch.float32, device=device)
 
     def slot(self, direction: int, sign: int) -> Tensor:
         """Of one pass: losses of + and of - lie in a row, as the ops take them."""
         if sign == 0:
             return self.all[0]
-        return self.all[2 + direction + (self.pairs if sign < 0 else 0)]
+        return self.all[1 + direction + (self.pairs if sign < 0 else 0)]
 
-    @property
-    def base(self) -> Tensor:
-        """The gradient pass's loss of the micro-batches that probes run, too."""
-        return self.all[1]
-
-    def collected(self, forward: bool, factor: float, norm: Tensor | None) -> Estimate:
-        """What the estimate takes, the losses of probes times ``factor``.
-
-        A forward difference is the central one of L+ - L_0 and L_0 - L+: both are exact where the losses are
-        within a factor of 2 of each other, and so is their difference.
-        """
-        plus, minus = self.all[2 : 2 + self.pairs], self.all[2 + self.pairs :]
-        if forward:
-            plus = plus - self.base
-            minus = -plus
-        if factor != 1:
-            plus, minus = plus * factor, minus * factor
-        return Estimate(self.all[0], plus, minus, norm)
+    def collected(self, norm: Tensor | None) -> Estimate:
+        """What the estimate takes."""
+        return Estimate(self.all[0], *self.all[1:].view(2, self.pairs), norm)
 
     def warn_of_scales(self) -> None:
         """In the first step, where it may wait for the device: losses of one scale are near each other."""
-        base, *probes = self.all[1 : 2 + self.pairs].tolist()
+        base, *probes = self.all[: 1 + self.pairs].tolist()
         for loss in probes:
             ratio = loss / base if base else math.nan
             if not 1 / FAR <= ratio <= FAR and math.isfinite(ratio):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from .guards.uncompiled import uncompiled
 if TYPE_CHECKING:
     from .step import Step
 
-T = TypeVar("T")
 #: In what PyTorch says of a derivative that is asked for without autograd.
 WITHOUT_AUTOGRAD = re.compile(r"requires?[_ ]grad|require gradient")
 DERIVATIVE = (
@@ -47,32 +44,6 @@ class Pass:
         self._step: Step | None = step  # None when the step has ended
         self._grad_mode: bool | None = None  # before it was entered; None outside of it
 
-    def batches(self, micro_batches: Sequence[T]) -> Iterator[T]:
-        """The micro-batches that the pass runs: all in the gradient pass, and in probes the first ones.
-
-        Of K these are ``probe_share * K``, rounded up. Give the loss of each to :meth:`backward`, scaled as
-        ever (by 1/K for the mean): the factor of the share is put right by the step.
-
-        Args:
-            micro_batches: those of the step, the same in every pass.
-
-        Raises:
-            RuntimeError: outside ``with probe:``, for another number of them than in the gradient pass, or
-                where one of them gave no loss, or several.
-        """
-        step = self._running("batches")
-        if not isinstance(micro_batches, Sequence):
-            raise TypeError(
-                f"micro_batches must be a sequence, got {type(micro_batches).__name__}: every pass runs them"
-            )
-        for one in islice(micro_batches, step.batches_of(self, len(micro_batches))):
-            before = self.losses
-            yield one
-            if self.losses != before + 1:
-                raise RuntimeError(
-                    f"each of probe.batches() must give one loss to probe.backward, got {self.losses - before}"
-                )
-
     @uncompiled
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
@@ -84,11 +55,6 @@ class Pass:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss must be a tensor of one element, got {what}")
-        if step.share < 1 and step.batches is None:
-            raise RuntimeError(
-                f"probe_share={step.share} must be used with the micro-batches of a step:"
-                " `for batch in probe.batches(micro_batches)` in each pass of probes()"
-            )
         if self.sign == 0:
             if not loss.requires_grad:
                 raise RuntimeError(
@@ -110,8 +76,6 @@ class Pass:
         else:
             self.loss.add_(value)
         self.losses += 1
-        if self.sign == 0 and self.losses == step.shared:
-            step.losses.base.copy_(self.loss)
 
     def _running(self, caller: str) -> Step:
         if self._grad_mode is None or self._step is None:

@@ -12,7 +12,8 @@ from ..ops import checks
 from ..spec.noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
 from ..spec.schedule import SCHEDULES, one_minus_beta_at
 
-DIFFERENCES = ("central", "forward")
+#: Settings that states written before have, and the one value of each that a step still has.
+RETIRED = {"difference": "central", "probe_share": 1.0}
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class Settings:
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
         schedule: ``"linear"`` or ``"constant"``.
         start: fraction of training that runs plain STE first.
-        difference: ``"central"`` or ``"forward"``.
         every: steps from one with probes to the next.
-        probe_share: of the micro-batches, those that probes run, in 0..1 and not 0.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -42,9 +41,7 @@ class Settings:
     epsilon_scale: float
     schedule: str
     start: float
-    difference: str = "central"
     every: int = 1
-    probe_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "every"):
@@ -65,12 +62,7 @@ class Settings:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         checks.unit_interval("start", self.start)
-        if self.difference not in DIFFERENCES:
-            raise ValueError(f"difference must be one of {', '.join(DIFFERENCES)}, got {self.difference!r}")
-        checks.unit_interval("probe_share", self.probe_share)
-        if not self.probe_share > 0:
-            raise ValueError(f"probe_share must be > 0, got {self.probe_share}: probes would run nothing")
-        for name in ("one_minus_beta", "epsilon_scale", "start", "probe_share"):  # an int reads otherwise
+        for name in ("one_minus_beta", "epsilon_scale", "start"):  # an int reads otherwise
             object.__setattr__(self, name, float(getattr(self, name)))
 
     def check_state(self, state: Mapping[str, Any], may_differ: Sequence[str]) -> None:
@@ -96,6 +88,21 @@ class Settings:
         if step % self.every:
             return None
         return one_minus_beta_at(step, self.total_steps, self.one_minus_beta, self.start, self.schedule)
+
+
+def without_retired(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without the settings that a step does not have any more.
+
+    Raises:
+        ValueError: the run that it is of used one.
+    """
+    for name, value in RETIRED.items():
+        if name in state and state[name] != value:
+            raise ValueError(
+                f"state[{name!r}] must be {value}, got {state[name]!r}: steps of that kind are not offered"
+                " any more"
+            )
+    return {name: value for name, value in state.items() if name not in RETIRED}
 
 
 def final_one_minus_beta(value: float | None, kappa: float | None, weights: int) -> float:

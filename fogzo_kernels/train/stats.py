@@ -24,12 +24,11 @@ class Stats:
 
     Args:
         seed: of its noise.
-        forward: whether its differences are forward ones.
         total_weights: d.
     """
 
-    def __init__(self, seed: int, forward: bool, total_weights: int) -> None:
-        self.seed, self.forward, self.total_weights = seed, forward, total_weights
+    def __init__(self, seed: int, total_weights: int) -> None:
+        self.seed, self.total_weights = seed, total_weights
         self.wanted = True  # whether the coming step with probes counts codes that differ
         self._changes: Tensor | None = None  # the share of them in the last step that counted
         self._estimate: Estimate | None = None
@@ -59,8 +58,7 @@ class Stats:
             found["loss"] = float(estimate.loss)
         if estimate is not None and estimate.norm is not None and left is not None:
             noise = float(left)
-            halves = 2 if self.forward else 1  # see PassLosses.collected()
-            differences = (estimate.losses_plus - estimate.losses_minus) / halves
+            differences = estimate.losses_plus - estimate.losses_minus
             found |= {
                 "difference": float(differences.abs().mean()),
                 "rounding": abs(found["loss"]) * torch.finfo(torch.float32).eps,

@@ -45,10 +45,6 @@ class Step:
         weights: the quantized weights of the model.
         modules: all of the model, as it is in this step.
         pairs: of probes, n; 0 for a plain straight-through step.
-        forward: whether differences are forward ones: of probes, only those with + are run.
-        share: of the micro-batches, those that probes run.
-        both: whether the probes of a direction are written at once, the second one into memory that is taken
-            for it: there is room, as activations are kept in the gradient pass alone.
         noise: which noise and how much, as the ops take it: seed, step, one_minus_beta, epsilon_scale.
         counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
         found_inf: float32, 0-dim, beside them: becomes 1 where the step is lost, else 0.
@@ -66,17 +62,15 @@ class Step:
 
     def __init__(
         self, weights: list[WeightView], *, modules: Sequence[nn.Module], pairs: int,
-        forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, found_inf: Tensor,
+        noise: dict[str, Any], counters: Tensor, found_inf: Tensor,
         replay: ReplayState, gradients: Gradients, watched: bool, compared: bool, counted: bool,
         backend: str | None, sharding: Peers, reduce: Callable[[Tensor], None],
         agree: Callable[[Tensor], None], over: Callable[[Step, bool], None],
     ) -> None:  # fmt: skip
-        signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
+        signs = [(i, sign) for i in range(pairs) for sign in (1, -1)]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
-        self.pairs, self.forward, self.share, self.both = pairs, forward, share, both
-        self._minus: list[tuple[WeightView, Tensor]] = []  # with ``both``, the rows of the next pass
-        self.batches: int | None = None  # micro-batches of the gradient pass, once batches() was asked for
-        self.shared = 0  # how many of them probes run, too
+        self.pairs = pairs
+        self._minus: list[tuple[WeightView, Tensor]] = []  # the rows of the next pass
         self.watched, self.compared, self.counted = watched, compared, counted
         self.changes: Tensor | None = None  # the share of codes that differ, 0-dim, where it was counted
         self.leaves: dict[int, Tensor] = {}  # with ``compared``, whose gradient the gradient pass makes
@@ -111,18 +105,6 @@ class Step:
         self._over(self, estimated)
 
     # ---- passes
-
-    def batches_of(self, one: Pass, count: int) -> int:
-        """How many of a step's micro-batches a pass runs."""
-        if one.sign == 0:
-            if one.losses or not count:
-                raise RuntimeError(f"probe.batches() must come first in a pass and have a batch, got {count}")
-            self.batches, self.shared = count, math.ceil(self.share * count)
-        elif count != self.batches:
-            raise RuntimeError(
-                f"micro_batches must be those of the gradient pass in every pass, got {count} of {self.batches}"
-            )
-        return self.shared if one.sign else count
 
     @torch.no_grad()
     def enter(self, one: Pass) -> None:
@@ -283,7 +265,8 @@ class Step:
     def _write_probes(self, one: Pass) -> list[tuple[WeightView, Tensor]]:
         """The weights that take part, and the rows that they run this probe with.
 
-        Codes and values are calls of their own.
+        Codes and values are calls of their own. Both probes of a direction are written at once, the second one
+        into memory that is taken for it: there is room, as activations are kept in the gradient pass alone.
         """
         assert self._norm is not None
         found, self._minus = self._minus, []
@@ -293,13 +276,13 @@ class Step:
             for codes, alike in call.split(lambda w: w.takes_codes):
                 weights = alike.weights
                 out = [w.code_memory() for w in weights] if codes else alike.memory
-                other = [torch.empty_like(rows) for rows in out] if self.both else None
+                minus = [torch.empty_like(rows) for rows in out]
                 perturb_quantize_(
-                    out if one.sign > 0 else other, other if one.sign > 0 else out, alike.latents, alike.grads,
-                    alike.alphas, self._norm, direction=one.direction, **self.options(alike),
+                    out, minus, alike.latents, alike.grads, alike.alphas, self._norm, direction=one.direction,
+                    **self.options(alike),
                 )  # fmt: skip
                 found += zip(weights, out, strict=True)
-                self._minus += zip(weights, other or (), strict=bool(other))
+                self._minus += zip(weights, minus, strict=True)
         return found
 
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then finish
@@ -331,16 +314,11 @@ class Step:
             self.losses.all.div_(scale)
             norm = None if norm is None else norm / scale
         self._reduce(self.losses.all)
-        factor = 1.0
-        if self.batches is None:
-            self.losses.base.copy_(self.losses.all[0])
-        else:
-            factor = self.batches / self.shared
         if self.compared and self.pairs and not capturing():
             self.losses.warn_of_scales()
         if self.counted and self._norm is not None and not capturing():
             self.changes = self._code_changes(self._norm)
-        self.found = self.losses.collected(self.forward, factor, norm)
+        self.found = self.losses.collected(norm)
         return self.found
 
     @torch.no_grad()
@@ -362,12 +340,11 @@ class Step:
         given = [one.losses for one in self.passes]
         if not all(given):
             raise RuntimeError("every pass must call probe.backward(loss)")
-        first, wanted = (given[0], given[0]) if self.batches is None else (self.batches, self.shared)
-        odd = [n for n in given[1:] if n != wanted]
-        if odd or given[0] != first:
+        odd = [n for n in given if n != given[0]]
+        if odd:
             raise RuntimeError(
                 f"every pass must give a loss for each of its micro-batches, got {given[0]} in the gradient"
-                f" pass and {odd[0] if odd else wanted} in a probe"
+                f" pass and {odd[0]} in a probe"
             )
         if self.pairs:
             self.gradients.check_unedited(self._guides)
