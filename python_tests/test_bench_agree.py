@@ -83,9 +83,7 @@ def test_differences():
     assert comparison.difference([a], [b], comparison.Rule(relative=0.2)) is None
     assert comparison.difference([a], [b], comparison.Rule(of_largest=0.19)) is not None
     assert comparison.difference([a], [b], comparison.Rule(absolute=[torch.ones(4)])) is None
-    assert (
-        comparison.difference([a], [a[[1, 0, 2, 3]]], comparison.Rule(relative=9.0)) is not None
-    )
+    assert comparison.difference([a], [a[[1, 0, 2, 3]]], comparison.Rule(relative=9.0)) is not None
     assert comparison.difference([a], [b], comparison.Rule(share=1e-3)) is None  # the one at a tie
     assert comparison.difference([a, a], [b, b], comparison.Rule(share=1e-3)) is not None
 
