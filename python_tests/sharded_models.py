@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fogzo_kernels as fk
-from fogzo_kernels.distributed.fsdp import whole
+from fogzo_kernels.nn.view import whole
 
 STEPS = 12
 LONG = {"learned row", "rotated"}

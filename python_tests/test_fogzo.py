@@ -10,7 +10,7 @@ from torch import nn
 from training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.view import QuantizedWeight
+from fogzo_kernels.nn.view import WeightView
 from fogzo_kernels.spec.dtypes import FLOATS
 
 # ---- what probes see and leave
@@ -167,8 +167,8 @@ def test_an_error_before_a_probe_leaves_everything(monkeypatch):
             used.append(weight)
         original(weight, rows, probe, **options)
 
-    original = QuantizedWeight.use
-    monkeypatch.setattr(QuantizedWeight, "use", failing)
+    original = WeightView.use
+    monkeypatch.setattr(WeightView, "use", failing)
     with pytest.raises(ZeroDivisionError):
         for probe in fogzo.probes():
             with probe:

@@ -19,13 +19,13 @@ PAGE = TESTS.parent / "docs/guards.md"
 #: By row of the page: a file of the package, a guard in it, what comes in its place, and a test.
 GUARDS = {
     "A quantized and a plain module share a weight": (
-        "nn/view.py", "        check_raw_uses(places)", "        pass",
+        "nn/weights.py", "        check_raw_uses(places)", "        pass",
         "test_traps.py::test_a_weight_tied_to_a_plain_module_later_is_refused"),
     "Modules that share a weight have different quantizers or alphas": (
-        "nn/view.py", "if not (same and alike):", "if False:",
+        "nn/weights.py", "if not (same and alike):", "if False:",
         "test_traps.py::test_modules_that_share_a_weight_must_agree"),
     "A forward makes the weight anew (`weight_norm`, `prune`)": (
-        "nn/view.py", "            raise ValueError(\n                f\"{name} must be a Parameter",
+        "nn/weights.py", "            raise ValueError(\n                f\"{name} must be a Parameter",
         "            continue\n            raise ValueError(\n                f\"{name} must be a Parameter",
         "test_traps.py::test_a_quantized_weight_that_is_made_anew_is_an_error"),
     "A plain module takes the place of a quantized one (`resize_token_embeddings`)": (
@@ -42,7 +42,7 @@ GUARDS = {
     "Weights are initialized in place after `quantize_model`": (
         "nn/stale.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
     "A weight is replaced, frozen, unfrozen or tied after `Fogzo(model)`": (
-        "nn/view.py", "    if changed:\n", "    if False:\n",
+        "nn/weights.py", "    if changed:\n", "    if False:\n",
         "test_traps.py::test_a_change_of_the_weights_is_an_error_at_the_next_step"),
     "`quantize_model`'s report is used as the model": (
         "nn/report.py", "raise TypeError(NO_MODEL)", "raise TypeError", "test_module_changes.py"),

@@ -14,7 +14,7 @@ from torch import nn
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.products import int_mm, multiplied
-from fogzo_kernels.nn.view import QuantizedWeight
+from fogzo_kernels.nn.view import WeightView
 
 STE = fk.StraightThrough("identity")
 GRIDS = {
@@ -184,7 +184,7 @@ def test_probes_are_codes_with_the_bits_of_values(weights, share, both, backend,
         optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
         with monkeypatch.context() as patch:
             if not codes:
-                patch.setattr(QuantizedWeight, "takes_codes", False)
+                patch.setattr(WeightView, "takes_codes", False)
             for _ in range(2):
                 optimizer.zero_grad()
                 for probe in fogzo.probes():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,40 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import dequantize, measure_alphas_, quantize_
+from ..nn.module import QuantizedModule
+from ..nn.pass_weight import Held
 from ..nn.scales import hold_alphas, rotated_rows
+from ..nn.view import DTensor, FSDPModule, Placement, local
 from ..spec.scale import LearnedScale, MeasuredScale
 from . import packing
 
 if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import Replicate, Shard
 else:  # a build of PyTorch without it
-    FSDPModule = DTensor = Replicate = Shard = ()  # type: ignore[assignment,misc]
-
-if TYPE_CHECKING:
-    from ..nn.module import QuantizedModule
+    Replicate = Shard = ()  # type: ignore[assignment,misc]
 
 #: What FSDP looks for on the local part of a parameter: its own hook around the gathering of it.
 HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, unless it is a DTensor."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, which of a DTensor every process is to ask for."""
-    return cast("DTensor", tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class ShardedRows:
+class ShardedRows(Placement):
     """The rows of a weight that this process holds, and what FSDP gathers in their place.
 
     FSDP asks the local tensor for what to send, and hands over what came: codes, of which the whole weight's
     values are made, in the dtype that its policy says. In a pass of FOGZO they are what the pass runs with,
     else those of Q(weight). Latents are never sent.
     """
+
+    is_whole, sends_codes = False, True
 
     def __init__(self, module: QuantizedModule, weight: DTensor) -> None:
         self.weight = weight
@@ -62,11 +53,6 @@ class ShardedRows:
     # ---- where the rows lie in the weight
 
     def check(self, name: str) -> None:
-        """Raise unless the weight is cut by rows over one dimension of its mesh, and is there in all others.
-
-        Raises:
-            ValueError: it is not, or its values are kept on another device than that of the mesh.
-        """
         cut = [p for p in self.weight.placements if not isinstance(p, Replicate)]
         if cut != [Shard(0)] or self.module.OUTPUTS != 0:
             raise ValueError(
@@ -119,16 +105,15 @@ class ShardedRows:
         own = max(local(self.weight).numel(), 1)
         return min(self.first * count, self.weight.numel()), own, own
 
+    def own_row(self, row: int) -> int | None:
+        return row - self.first if 0 <= row - self.first < local(self.weight).shape[0] else None
+
     # ---- what is gathered
 
-    def hold(self, codes: Tensor) -> None:
-        """Let a pass run with these codes of the rows, int8, until :meth:`release`."""
-        attach(self.module)  # FSDP may have filled up a shard anew since
-        self._held, self.in_pass = self._sent(codes), True
-
-    def release(self) -> None:
-        """The pass is over."""
-        self._held, self.in_pass = None, False
+    def hold(self, modules: list[QuantizedModule], held: Held | None) -> None:
+        if held is not None:
+            shard(self.module)  # FSDP may have filled up a shard anew since
+        self._held, self.in_pass = None if held is None else self._sent(held.rows), held is not None
 
     def _sent(self, codes: Tensor) -> Tensor:
         """Packed codes, as many as the first process has: what is gathered is of one size."""
@@ -215,7 +200,7 @@ class OutsideOfPass(torch.autograd.Function):
         )
 
 
-def attach(module: QuantizedModule) -> None:
+def shard(module: QuantizedModule) -> None:
     """Let FSDP gather codes of a module's weight, where it has sharded it."""
     weight = module._parameters.get("weight")
     if not isinstance(weight, DTensor):
@@ -224,37 +209,20 @@ def attach(module: QuantizedModule) -> None:
     rows = rows.__self__ if rows is not None else ShardedRows(module, weight)
     for name in HOOKS:
         setattr(local(weight), name, getattr(rows, name))
-    object.__setattr__(module, "sharded", rows)
-
-
-def attach_again(module: QuantizedModule) -> None:
-    """The same where the shard may have been made anew."""
-    if module.sharded is not None:
-        attach(module)
-
-
-def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """Those that ``fully_shard`` was given."""
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
-
-
-def reshard(model: nn.Module) -> None:
-    """Let modules have their shards, as before a forward: what was gathered is freed."""
-    for module in fsdp_modules(model):
-        module.reshard()
+    object.__setattr__(module, "placement", rows)
 
 
 def begin_anew(model: nn.Module) -> None:
     """Let FSDP see the hooks of weights that were quantized after it had sharded them."""
-    for module in fsdp_modules(model):
+    for module in [m for m in model.modules() if isinstance(m, FSDPModule)]:
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [state._fsdp_param_group] if groups is None else groups:
             for parameter in group.fsdp_params if group is not None else ():
                 info = parameter._module_info
-                owners = [m for m in (info.module, *info.shared_modules) if hasattr(m, "sharded")]
-                for module in owners if info.param_name == "weight" else ():
-                    attach(module)
+                owners = [m for m in (info.module, *info.shared_modules) if isinstance(m, QuantizedModule)]
+                for owner in owners if info.param_name == "weight" else ():
+                    shard(owner)
                 if owners and hasattr(local(parameter.sharded_param), HOOKS[0]):
                     parameter._init_extensions()
                     parameter.all_gather_outputs = []
@@ -275,8 +243,8 @@ def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) ->
     if not asked:
         return
     sent = torch.cat([own.view(-1) for own in found])
-    rows = asked[0].sharded
-    assert rows is not None
+    rows = asked[0].placement
+    assert isinstance(rows, ShardedRows)
     came = sent.new_empty(rows.size, sent.numel())
     dist.all_gather(list(came.unbind()), sent, group=rows.group)
     for m, all_own in zip(asked, came.split([own.numel() for own in found], dim=1), strict=True):
@@ -288,9 +256,9 @@ def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) ->
 
 def _measured(module: QuantizedModule, backend: str | None) -> Tensor:
     """Of one's own rows: alphas, for as many rows as the first process has; or the statistic of all."""
-    scale, rows, alpha = module.quantizer.scale, module.sharded, module.alpha
+    scale, rows, alpha = module.quantizer.scale, module.placement, module.alpha
     assert isinstance(scale, MeasuredScale)
-    assert rows is not None
+    assert isinstance(rows, ShardedRows)
     data = module.rows(local(rows.weight).detach())
     if scale.statistic != "rms":
         (data,) = rotated_rows([data], module.quantizer.transform, backend)
@@ -308,9 +276,9 @@ def _measured(module: QuantizedModule, backend: str | None) -> Tensor:
 
 def _combined(module: QuantizedModule, statistics: Tensor) -> Tensor:
     """Alpha of the statistics of all processes' rows."""
-    scale, rows = module.quantizer.scale, module.sharded
+    scale, rows = module.quantizer.scale, module.placement
     assert isinstance(scale, MeasuredScale)
-    assert rows is not None
+    assert isinstance(rows, ShardedRows)
     if scale.statistic == "absmax":
         whole = statistics.amax()
     else:

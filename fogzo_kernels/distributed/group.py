@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..nn.view import QuantizedWeight
+from ..nn.view import WeightView
 from ..spec.noise import signed64
 from ..train.guards.lost import BITS
 from ..train.replay import capturing
@@ -91,7 +91,7 @@ class Peers:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
 
     @torch.no_grad()
-    def check(self, settings: Settings, steps: int, weights: Sequence[QuantizedWeight]) -> None:
+    def check(self, settings: Settings, steps: int, weights: Sequence[WeightView]) -> None:
         """Compare what processes must have in common; all of a group call it at each step.
 
         Raises:
@@ -123,13 +123,13 @@ class Peers:
                 )
 
 
-def facts_of(settings: Settings, weights: Sequence[QuantizedWeight]) -> Tensor:
+def facts_of(settings: Settings, weights: Sequence[WeightView]) -> Tensor:
     """What FACTS names of this process, int64, on the weights' device; the number of steps is 0."""
     kinds = [(w.name, w.tensor_id, w.parameter.shape, w.parameter.dtype, w.quantizer) for w in weights]
     known = signed64(settings.seed), 0, digest(repr(settings)), digest(repr(kinds)), 0
     facts = torch.tensor(known, device=weights[0].parameter.device)
     for w in weights:
-        for t in w.alike:
+        for t in w.replicated:
             facts[-1] += t.contiguous().view(BITS[t.element_size()]).sum(dtype=torch.int64)
     return facts
 

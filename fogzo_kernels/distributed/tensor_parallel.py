@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..nn.module import QuantizedModule
+from ..nn.view import DTensor, Placement, local
 from ..spec.scale import MeasuredScale
-from .fsdp import DTensor, Shard, local
-
-if TYPE_CHECKING:
-    from ..nn.module import QuantizedModule
+from .fsdp import Shard
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part(Placement):
     """The part of a weight that a process has: some of its rows, or of its columns."""
+
+    is_whole = False
 
     dim: int  # 0: rows, 1: columns
     first: int  # of them
@@ -50,6 +53,17 @@ class Part(NamedTuple):
         first = min(mesh.get_local_rank() * most, weight.shape[dim])
         return cls(dim, first, local(weight).shape[dim], tuple(weight.shape), mesh.get_group())
 
+    def rows(self, module: QuantizedModule) -> Tensor:
+        """Q of the part, as the weight lies over the processes."""
+        alpha, weight = module.alpha, cast("DTensor", module.weight)
+        if module.held is None and alpha.requires_grad:
+            alpha = cast("Tensor", SumOfParts.apply(alpha, self.group))
+        rows = module.quantized(weight.to_local(), self.own(alpha))
+        return DTensor.from_local(
+            rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape,
+            stride=weight.stride(),
+        )  # fmt: skip
+
     @property
     def layout(self) -> tuple[int, int, int]:
         """Where it lies among the weight's elements (docs/contract.md, section 2)."""
@@ -72,6 +86,11 @@ class Part(NamedTuple):
         grouped = self.dim == 1 and alphas.numel() > self.shape[0]
         (alphas[:, self._groups(alphas)] if grouped else self.own(alphas)).copy_(own)
 
+    def own_row(self, row: int) -> int | None:
+        if self.dim == 1:
+            return row
+        return row - self.first if 0 <= row - self.first < self.length else None
+
     def _groups(self, alpha: Tensor) -> slice:
         size = self.shape[1] // (alpha.numel() // self.shape[0])
         if self.first % size or self.length % size:
@@ -92,20 +111,3 @@ class SumOfParts(torch.autograd.Function):
         total = grads[0].contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None
-
-
-def part_and_alpha(module: QuantizedModule, watched: bool) -> tuple[Tensor, Tensor]:
-    """What a module quantizes: its part, and the scales of that, with a gradient if ``watched``."""
-    part = Part.of("weight", module)
-    alpha = module.alpha
-    if watched and alpha.requires_grad:
-        alpha = cast("Tensor", SumOfParts.apply(alpha, part.group))
-    return cast("DTensor", module.weight).to_local(), part.own(alpha)
-
-
-def as_parts(weight: Tensor, rows: Tensor) -> Tensor:
-    """What a process has made of its part, as the weight lies over the processes."""
-    like = cast("DTensor", weight)
-    return DTensor.from_local(
-        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_known
-from ..distributed.fsdp import begin_anew, reshard, whole
 from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
@@ -24,6 +23,7 @@ from .rules import Choice, Rule, Which, choose
 from .scales import alpha_of
 from .stale import check
 from .tied import check_shared, share_alphas, unwatch, watch
+from .view import LOCAL, begin_anew, reshard, whole
 
 
 def quantize_model(
@@ -281,7 +281,7 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             then.
     """
     modules = _quantized(model, "dequantize")
-    if any(m.sharded is not None for m in modules):
+    if any(m.placement is not LOCAL for m in modules):
         raise ValueError(
             "model must not be under fully_shard to be dequantized, got one that is: load its full state dict"
             " into a quantized model of one process, and dequantize that"

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..distributed.fsdp import ShardedRows, attach, attach_again, local, whole
-from ..distributed.tensor_parallel import as_parts, part_and_alpha
 from ..functional import quantize, quantize_
 from ..ops import transforms
 from ..spec.hadamard import block_of
@@ -22,6 +20,7 @@ from .pass_weight import Deferred, Held
 from .scales import HELD, alpha_of, hold_alphas, in_its_range, measure_
 from .stale import check, fits, is_replaced
 from .state_dict import EXTRA_STATE, check_alpha, loaded_plain, quantizers_as_state, saved_quantizers
+from .view import LOCAL, Placement, place, placement_of, whole
 
 if TYPE_CHECKING:
     from typing import Self
@@ -46,7 +45,7 @@ class QuantizedModule(nn.Module):
         activation: how the module's input is quantized, or None. FOGZO does not perturb it. A scale that is
             learned is a parameter ``input_alpha``.
         held: None, or what to run with during a pass of :class:`fogzo_kernels.Fogzo`.
-        sharded: under ``fully_shard``, the rows of the weight that this process holds, else None.
+        placement: under ``fully_shard``, which rows of the weight this process has.
         alpha_least: of a learned alpha, a float32 buffer: where one that left its range is held.
         path: its name in the model that was quantized, for messages.
         stale: whether its weight was replaced since alpha was made.
@@ -54,7 +53,7 @@ class QuantizedModule(nn.Module):
 
     #: The names that from_plain takes in a module.
     ADDED: ClassVar[tuple[str, ...]] = (
-        "alpha", "alpha_least", "quantizer", "tensor_id", "backend", "held", "sharded", "probe", "warned",
+        "alpha", "alpha_least", "quantizer", "tensor_id", "backend", "held", "placement", "probe", "warned",
         "shares", "path", "stale", "activation", "input_alpha", "input_alpha_least", "input_is_calibrated",
         "calibrating",
     )  # fmt: skip
@@ -77,7 +76,7 @@ class QuantizedModule(nn.Module):
     tensor_id: int
     backend: str | None
     held: Held | None
-    sharded: ShardedRows | None = None
+    placement: Placement = LOCAL
     path: str = ""
     stale: bool = False
 
@@ -171,7 +170,7 @@ class QuantizedModule(nn.Module):
 
     @probe.setter
     def probe(self, rows: Tensor | None) -> None:
-        if self.sharded is not None:
+        if self.placement is not LOCAL:
             raise RuntimeError("probe must not be set under fully_shard: Fogzo lets processes exchange probes")
         self.held = None if rows is None else Held(self.weight, rows, probe=True)
 
@@ -201,21 +200,16 @@ class QuantizedModule(nn.Module):
         """
         if not fits(self) or transforms.active():
             check(self)
-        if self.sharded is not None:
-            return self.sharded.rows(self)
-        held, weight = self.held, self.weight
-        if held is not None and held.weight is not weight:
+        return placement_of(self).rows(self)
+
+    def quantized(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """Rows to run with, of the weight, or of the part of it that this process has, with its scales."""
+        held = self.held
+        if held is not None and held.weight is not self.weight:
             raise RuntimeError(
                 "weight must be the parameter that Fogzo perturbs, inside a pass, got another tensor:"
                 " functional_call with other weights, say, would run with values that are not theirs"
             )
-        if local(weight) is weight:
-            return self._quantized(weight, self.alpha)
-        return as_parts(weight, self._quantized(*part_and_alpha(self, watched=held is None)))
-
-    def _quantized(self, weight: Tensor, alpha: Tensor) -> Tensor:
-        """Rows of a weight, or of the part of it that is here, with its scales."""
-        held = self.held
         if held is not None and held.probe:
             return held.values(alpha, self.quantizer.grid)
         learned = isinstance(self.quantizer.scale, LearnedScale)
@@ -337,7 +331,7 @@ class QuantizedModule(nn.Module):
         old = self._parameters.get(name) if name == "weight" else None
         super().__setattr__(name, value)
         if name == "weight":
-            attach(self)
+            place(self)
             if is_replaced(self, old, value):
                 self.stale = True
 
@@ -351,7 +345,8 @@ class QuantizedModule(nn.Module):
                 now.data = before[name].to(now.device)
             if before[name].is_meta and not now.is_meta:  # it had no value: not to be taken for one
                 now.detach().fill_(math.nan)
-        attach_again(self)
+        if self.placement is not LOCAL:  # its shard may be another tensor now
+            place(self)
         return self
 
     def own_tensors(self) -> list[str]:
@@ -439,7 +434,8 @@ class QuantizedModule(nn.Module):
         self.stale = self.stale and prefix + "weight" not in state_dict
         missing_keys += [key for key in missing if not (plain and key in added)]
         self.lay_out()
-        attach_again(self)
+        if self.placement is not LOCAL:  # its shard may be another tensor now
+            place(self)
         if plain and prefix + "weight" in state_dict and len(error_msgs) == failed:
             try:
                 loaded_plain(self)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from ..distributed.fsdp import FSDPModule, local
 from ..ops import checks
 from ..spec.dtypes import FLOATS
 from .conv import QuantConv1d, QuantConv2d, QuantConv3d
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .module import QuantizedModule
+from .view import FSDPModule, local
 
 #: Which class a plain module becomes; subclasses of it stay as they are.
 QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..distributed.fsdp import DTensor, local
 from ..ops import transforms
 from ..spec.scale import FixedScale, LearnedScale, Scale, not_saved
 from .scales import HELD, alpha_of
+from .view import LOCAL, DTensor, local
 
 if TYPE_CHECKING:
     from .module import QuantizedModule
@@ -26,7 +26,7 @@ def is_replaced(module: QuantizedModule, old: Tensor | None, new: object) -> boo
 
     Not so with what brings its alphas along or moves values: a DTensor, a weight without values.
     """
-    if old is None or not isinstance(new, Tensor) or new is old or module.sharded is not None:
+    if old is None or not isinstance(new, Tensor) or new is old or module.placement is not LOCAL:
         return False
     if isinstance(old, DTensor) or isinstance(new, DTensor) or old.is_meta or new.is_meta:
         return False

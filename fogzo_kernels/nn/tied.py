@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed.fsdp import local
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale
 from .module import QuantizedModule
+from .view import local
 
 #: A module and the name of one of its parameters.
 Owner = tuple[nn.Module, str]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.fsdp import local
+from ..nn.view import local
 from ..ops import arguments
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import hadamard_, quantize_
-from ..nn.view import quantized_weights
+from ..nn.weights import quantized_weights
 from ..ops import checks
 from ..train.calls import Together, set_alphas, together
 from ..train.replay import capturing
-from ..train.sharding import weight_of
 
 
 class GridPull:
@@ -41,7 +40,7 @@ class GridPull:
     ) -> None:
         checks.instance("optimizer", optimizer, torch.optim.Optimizer)
         self.strength, self.backend = strength, backend
-        self._weights = {id(w.parameter): w for w in quantized_weights(model, weight_of)}
+        self._weights = {id(w.parameter): w for w in quantized_weights(model)}
         if not any(id(p) in self._weights for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer must hold quantized weights of the model, got none")
         self._handle = optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self.pull(optimizer))

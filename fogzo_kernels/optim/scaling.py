@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.fsdp import local
+from ..nn.view import local
 
 
 class Scaling(NamedTuple):

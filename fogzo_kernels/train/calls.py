@@ -11,12 +11,12 @@ from torch import Tensor
 from ..distributed.fsdp import measure_sharded_
 from ..functional import learned_backward_, quantize_, straight_through_backward_
 from ..nn.scales import hold_alphas, measure_
-from ..nn.view import QuantizedWeight
+from ..nn.view import WeightView
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 from ..spec.straight_through import StraightThrough
-from .sharding import ShardedWeight, over_shards
+from .sharding import over_shards
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Together:
     Alphas are as they are when this is made. Latents are asked for anew, as ``parameter.data`` may be replaced.
     """
 
-    def __init__(self, kind: Kind, weights: list[QuantizedWeight], backend: str | None) -> None:
+    def __init__(self, kind: Kind, weights: list[WeightView], backend: str | None) -> None:
         self.kind, self.weights, self.backend = kind, weights, backend
         self.alphas = [w.alpha for w in weights]
         self.tensor_ids = [w.tensor_id for w in weights]
@@ -53,7 +53,7 @@ class Together:
         """Rows of the parameters."""
         return [w.latent for w in self.weights]
 
-    def split(self, by: Callable[[QuantizedWeight], T]) -> list[tuple[T, Together]]:
+    def split(self, by: Callable[[WeightView], T]) -> list[tuple[T, Together]]:
         """Those for which ``by`` is the same."""
         answers = list(map(by, self.weights))
         kinds = dict.fromkeys(answers)
@@ -90,7 +90,7 @@ class Together:
             backend=self.backend,
         )  # fmt: skip
 
-    def finish_gradients(self) -> list[tuple[QuantizedWeight, Tensor]]:
+    def finish_gradients(self) -> list[tuple[WeightView, Tensor]]:
         """Make g of dL/dQ in ``.grad``, and the gradients of learned alphas.
 
         Both are linear in dL/dQ, so once for all micro-batches does.
@@ -98,7 +98,7 @@ class Together:
         Returns:
             Weights whose alphas learn, and the gradients of these.
         """
-        alphas: list[tuple[QuantizedWeight, Tensor]] = []
+        alphas: list[tuple[WeightView, Tensor]] = []
         for learned, alike in self.split(lambda w: w.modules[0].alpha.requires_grad):
             how, backend = alike.kind, alike.backend
             if not learned:
@@ -130,26 +130,26 @@ def add_to_gradients(found: Iterable[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_add_(there, added)
 
 
-def together(weights: Iterable[QuantizedWeight], backend: str | None) -> list[Together]:
+def together(weights: Iterable[WeightView], backend: str | None) -> list[Together]:
     """The weights by kind."""
-    found: dict[Kind, list[QuantizedWeight]] = {}
+    found: dict[Kind, list[WeightView]] = {}
     for w in weights:
         q = w.quantizer
         found.setdefault(Kind(q.grid, q.straight_through, q.transform, w.parameter.dtype), []).append(w)
     return [Together(kind, alike, backend) for kind, alike in found.items()]
 
 
-def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | None:
+def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
     """Make alphas that move those of the step: measure them, those of one scale in one call; hold learned ones.
 
     Returns:
         How many learned ones were out of range, 0-dim int64, or None as :func:`hold_alphas`.
     """
     calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    measure_sharded_([m for w in weights if isinstance(w, ShardedWeight) for m in w.modules], backend)
+    measure_sharded_([m for w in weights if not w.placement.is_whole for m in w.modules], backend)
     for w in weights:
         scale = w.quantizer.scale
-        if isinstance(scale, MeasuredScale) and not isinstance(w, ShardedWeight):
+        if isinstance(scale, MeasuredScale) and w.placement.is_whole:
             key = scale, w.quantizer.transform, w.parameter.dtype
             alphas, rows = calls.setdefault(key, ([], []))
             alphas += [m.alpha for m in w.modules]
@@ -159,7 +159,7 @@ def set_alphas(weights: list[QuantizedWeight], backend: str | None) -> Tensor | 
     return hold_alphas([m for w in weights for m in w.modules])
 
 
-def hold_quantized(weights: list[QuantizedWeight], backend: str | None) -> None:
+def hold_quantized(weights: list[WeightView], backend: str | None) -> None:
     """Modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
     for one in together(weights, backend):
         one.quantize()

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends import select
-from ..distributed.fsdp import reshard
 from ..distributed.group import Peers
-from ..nn.view import check_unchanged, modules_of, quantized_weights
+from ..nn.view import reshard
+from ..nn.weights import check_unchanged, modules_of, quantized_weights
 from ..ops import checks
 from ..spec.noise import MAX_STEP, check_range
 from .device import DeviceState
@@ -24,7 +24,7 @@ from .guards.uncompiled import uncompiled
 from .guards.unmoved_alphas import UnmovedAlphas
 from .replay import ReplayState
 from .settings import Settings, final_one_minus_beta
-from .sharding import Sharding, weight_of
+from .sharding import Sharding
 from .stats import Stats
 from .step import Pass, Step, warn_of
 
@@ -109,7 +109,7 @@ class Fogzo:
     ) -> None:
         checks.instance("model", model, nn.Module)
         reshard(model)
-        self.weights = quantized_weights(model, weight_of)
+        self.weights = quantized_weights(model)
         self.device = self.weights[0].parameter.device
         self.total_weights = sum(w.parameter.numel() for w in self.weights)
         self._settings = Settings(

@@ -10,96 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed.fsdp import ShardedRows, fsdp_modules, local
 from ..distributed.tensor_parallel import Part
 from ..nn.module import QuantizedModule
-from ..nn.view import QuantizedWeight
-
-
-class PartOfWeight(QuantizedWeight):
-    """A quantized weight of which this process has a part, as rows; scales and layout are those of the part."""
-
-    shard: ShardedRows | Part
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        return super().rows(local(tensor))
-
-    @property
-    def latent(self) -> Tensor:
-        return self.rows(self.parameter).detach()
-
-    @property
-    def alpha(self) -> Tensor:
-        return self.shard.own(super().alpha)
-
-    @property
-    def alike(self) -> list[Tensor]:
-        return [m.alpha.detach() for m in self.modules[:1]]
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        return self.shard.layout
-
-    def guide(self) -> Tensor | None:
-        grad = self.parameter.grad
-        return None if grad is None else self.rows(grad)
-
-    @property
-    def unwatched(self) -> bool:
-        """Processes exchange dL/dQ, and only then can it be made g."""
-        return True
-
-
-class ShardedWeight(PartOfWeight):
-    """One under ``fully_shard``.
-
-    A step's ops take and write its rows, as codes; its modules run with what FSDP gathers.
-    """
-
-    takes_codes = True
-    shard: ShardedRows
-
-    def __init__(self, name: str, module: QuantizedModule) -> None:
-        super().__init__(name, module)
-        assert module.sharded is not None
-        self.shard = module.sharded
-        self.shard.check(name)
-
-    @property
-    def still_row(self) -> int | None:
-        row, here = super().still_row, local(self.parameter).shape[0]
-        return None if row is None or not 0 <= row - self.shard.first < here else row - self.shard.first
-
-    def memory(self) -> Tensor:
-        p, found = self.latent, self._memory
-        if found is None or (found.shape, found.device) != (p.shape, p.device):
-            self._memory = found = torch.empty_like(p, dtype=torch.int8)
-        return found
-
-    code_memory = memory
-
-    def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
-        self.deferred = deferred
-        self.shard.hold(rows)
-
-    def release(self) -> None:
-        self.shard.release()
-
-
-class ParallelWeight(PartOfWeight):
-    """One under tensor parallelism, where this process multiplies by its part."""
-
-    def __init__(self, name: str, module: QuantizedModule) -> None:
-        super().__init__(name, module)
-        self.shard = Part.of(name, module)
-
-
-def weight_of(name: str, module: QuantizedModule) -> QuantizedWeight:
-    """A weight as a step has it."""
-    if module.sharded is not None:
-        return ShardedWeight(name, module)
-    plain = local(module.weight) is module.weight
-    return QuantizedWeight(name, module) if plain else ParallelWeight(name, module)
+from ..nn.view import FSDPModule, WeightView, local
 
 
 class Sharding:
@@ -114,17 +27,19 @@ class Sharding:
         ValueError: some weights are sharded and others are not, or over other processes, or a learned alpha is.
     """
 
-    def __init__(self, model: nn.Module, weights: Sequence[QuantizedWeight], reduction: str | None) -> None:
-        sharded = [w for w in weights if isinstance(w, PartOfWeight)]
-        self._shard = sharded[0].shard if sharded else None
-        self._fsdp = fsdp_modules(model) if sharded else []  # none under tensor parallelism
+    def __init__(self, model: nn.Module, weights: Sequence[WeightView], reduction: str | None) -> None:
+        sharded = [w for w in weights if not w.placement.is_whole]
+        self._shard: Any = sharded[0].placement if sharded else None
+        self._fsdp = (
+            [m for m in model.modules() if isinstance(m, FSDPModule)] if sharded else []
+        )  # none under tensor parallelism
         self._replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self._mean, self._inputs = reduction == "mean", list[Tensor]()
-        self.parallel = any(isinstance(w, ParallelWeight) for w in sharded)
+        self.parallel = any(isinstance(w.placement, Part) for w in sharded)
         self._mesh: Any = None
         if not sharded:
             return
-        other = next((w.name for w in weights if type(w) is not type(sharded[0])), None)
+        other = next((w.name for w in weights if type(w.placement) is not type(self._shard)), None)
         if other is not None:
             how = "parallelize_module" if self.parallel else "fully_shard"
             raise ValueError(
@@ -193,15 +108,15 @@ def _check_module(name: str, module: QuantizedModule) -> None:
 
 
 @torch.no_grad()
-def over_shards(weights: Sequence[QuantizedWeight], found: list[Tensor]) -> list[Tensor]:
+def over_shards(weights: Sequence[WeightView], found: list[Tensor]) -> list[Tensor]:
     """Gradients of alphas, of which a process has found what its rows add: summed over processes, and whole."""
-    sharded = [w for w in weights if isinstance(w, PartOfWeight)]
+    sharded = [w for w in weights if not w.placement.is_whole]
     if not sharded:
         return found
     every = [torch.zeros_like(w.modules[0].alpha) for w in sharded]
     for w, one, own in zip(sharded, every, found, strict=True):
-        w.shard.put(one, own)
-    flat = torch.cat([one.view(-1) for one in every])
-    dist.all_reduce(flat, group=sharded[0].shard.group)
+        w.placement.put(one, own)
+    flat, group = torch.cat([one.view(-1) for one in every]), sharded[0].placement.group  # type: ignore[attr-defined]
+    dist.all_reduce(flat, group=group)
     parts = flat.split([one.numel() for one in every])
     return [part.view_as(one) for part, one in zip(parts, every, strict=True)]

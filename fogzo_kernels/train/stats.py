@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..nn.scales import share_at_floor
-from ..nn.view import QuantizedWeight
+from ..nn.view import WeightView
 from ..spec.noise import direction_sign
 from .losses import Estimate
 from .step import Step
@@ -51,7 +51,7 @@ class Stats:
         self._estimate, self._changes, self.wanted = None, None, True
         self._warned_of_lost = bool(lost_steps)
 
-    def read(self, weights: Sequence[QuantizedWeight]) -> dict[str, float]:
+    def read(self, weights: Sequence[WeightView]) -> dict[str, float]:
         """All of it, see :meth:`fogzo_kernels.Fogzo.stats`; waits for the device."""
         found: dict[str, float] = dict.fromkeys(OF_STEP, math.nan)
         estimate, left = self._estimate, self._noise_left

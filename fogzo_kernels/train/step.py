@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.fsdp import local
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import QuantizedWeight
+from ..nn.view import WeightView, local
 from ..ops import arguments
 from .calls import Together, set_alphas, together
 from .guards.closure import Prints, changed, global_generators
@@ -66,7 +65,7 @@ class Step:
     """
 
     def __init__(
-        self, weights: list[QuantizedWeight], *, modules: Sequence[nn.Module], pairs: int,
+        self, weights: list[WeightView], *, modules: Sequence[nn.Module], pairs: int,
         forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, found_inf: Tensor,
         replay: ReplayState, gradients: Gradients, watched: bool, compared: bool, counted: bool,
         backend: str | None, sharding: Sharding, reduce: Callable[[Tensor], None],
@@ -75,7 +74,7 @@ class Step:
         signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
         self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
         self.pairs, self.forward, self.share, self.both = pairs, forward, share, both
-        self._minus: list[tuple[QuantizedWeight, Tensor]] = []  # with ``both``, the rows of the next pass
+        self._minus: list[tuple[WeightView, Tensor]] = []  # with ``both``, the rows of the next pass
         self.batches: int | None = None  # micro-batches of the gradient pass, once batches() was asked for
         self.shared = 0  # how many of them probes run, too
         self.watched, self.compared, self.counted = watched, compared, counted
@@ -281,7 +280,7 @@ class Step:
         elif flag.item():
             self.lose()
 
-    def _write_probes(self, one: Pass) -> list[tuple[QuantizedWeight, Tensor]]:
+    def _write_probes(self, one: Pass) -> list[tuple[WeightView, Tensor]]:
         """The weights that take part, and the rows that they run this probe with.
 
         Codes and values are calls of their own.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...nn.view import QuantizedWeight
+from ...nn.view import WeightView
 from ..calls import hold_quantized, set_alphas
 from ..passes import asks_for_autograd
 from ..replay import ReplayState, Snapshot
@@ -31,7 +31,7 @@ class Closures:
     """
 
     def __init__(
-        self, weights: list[QuantizedWeight], replay: ReplayState, sharding: Sharding, backend: str | None
+        self, weights: list[WeightView], replay: ReplayState, sharding: Sharding, backend: str | None
     ) -> None:
         self._weights, self._replay, self._sharding, self._backend = weights, replay, sharding, backend
         parallel = [m for m in replay.model.modules() if isinstance(m, DistributedDataParallel)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...distributed.fsdp import local
+from ...nn.view import local
 from ..replay import capturing
 from .lost import bits, keep_from_optimizers
 

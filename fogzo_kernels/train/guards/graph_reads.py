@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...nn.view import QuantizedWeight
+from ...nn.view import WeightView
 
 #: Nodes of the autograd graph that show the same elements in another shape.
 VIEWS = (
@@ -29,7 +29,7 @@ ALLOWED = (
 )  # fmt: skip
 
 
-def check_reads(loss: Tensor, weights: list[QuantizedWeight]) -> None:
+def check_reads(loss: Tensor, weights: list[WeightView]) -> None:
     """Raise if the graph of a loss reads a quantized weight other than by quantizing it.
 
     It sees what the graph shows: not what runs without autograd, or in a compiled or reentrantly checkpointed

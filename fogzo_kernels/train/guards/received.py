@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...functional import guide_norm, guide_sumsq
-from ...nn.view import QuantizedWeight
+from ...nn.view import WeightView
 from ..calls import Together, add_to_gradients
 from ..replay import capturing
 from ..sharding import Sharding
@@ -27,7 +27,7 @@ class Received(NamedTuple):
 
 
 def received(
-    calls: Sequence[Together], weights: Sequence[QuantizedWeight], others: Sequence[Tensor], loss: Tensor,
+    calls: Sequence[Together], weights: Sequence[WeightView], others: Sequence[Tensor], loss: Tensor,
     *, pairs: int, sharding: Sharding, agree: Callable[[Tensor], None], edited: Tensor | None,
 ) -> Received:  # fmt: skip
     """Make g of dL/dQ, and find what the step goes on with, on all processes of a group alike.
@@ -81,7 +81,7 @@ def received(
 
 def finished(
     calls: Sequence[Together], device: torch.device
-) -> tuple[list[Together], Tensor, Tensor, list[tuple[QuantizedWeight, Tensor]]]:
+) -> tuple[list[Together], Tensor, Tensor, list[tuple[WeightView, Tensor]]]:
     """Make g of dL/dQ.
 
     Returns:

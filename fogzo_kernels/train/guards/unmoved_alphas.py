@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ...distributed.fsdp import local
 from ...nn.module import QuantizedModule
-from ...nn.view import QuantizedWeight
+from ...nn.view import WeightView, local
 
 Versions = list[tuple[Tensor, int]]
 
@@ -27,7 +26,7 @@ class UnmovedAlphas:
         self._alphas: Versions = []  # of those that got a gradient, once the step is over
         self._due = True
 
-    def begin(self, model: nn.Module, modules: Iterable[nn.Module], weights: Sequence[QuantizedWeight]) -> None:
+    def begin(self, model: nn.Module, modules: Iterable[nn.Module], weights: Sequence[WeightView]) -> None:
         """Before a step: warn once of alphas that the step before left where they were."""
         if not self._due:
             return
