@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import dequantize, measure_alphas_, quantize_
+from ..functional import dequantize, quantize_
 from ..nn.module import QuantizedModule
 from ..nn.pass_weight import Held
-from ..nn.scales import hold_alphas, rotated_rows
-from ..nn.view import DTensor, FSDPModule, Placement, local
+from ..nn.scales import hold_alphas, measure_
+from ..nn.view import DTensor, FSDPModule, Placement, local, place
 from ..spec.scale import LearnedScale, MeasuredScale
 from .packing import code_bits, pack_codes, unpack_codes
 
@@ -107,7 +108,7 @@ class ShardedRows(Placement):
 
     def hold(self, modules: list[QuantizedModule], held: Held | None) -> None:
         if held is not None:
-            shard(self.module)  # FSDP may have filled up a shard anew since
+            place(self.module)  # FSDP may have filled up a shard anew since
         self._packed = None if held is None else self._sent(held.rows)
 
     def _sent(self, codes: Tensor) -> Tensor:
@@ -174,20 +175,15 @@ class ShardedRows(Placement):
 
     def measured(self, module: QuantizedModule, backend: str | None) -> Tensor:
         """Measures alphas of these rows, padded to as many as the first process has; or their one statistic."""
-        scale, alpha = module.quantizer.scale, module.alpha
+        rows, scale = module.rows(local(self.weight).detach()), module.quantizer.scale
         assert isinstance(scale, MeasuredScale)
-        data = module.rows(local(self.weight).detach())
-        if scale.statistic != "rms":
-            (data,) = rotated_rows([data], module.quantizer.transform, backend)
-        if alpha.numel() == 1:
-            out = torch.zeros_like(alpha)
-            measure_alphas_(out, data, statistic=scale.statistic, backend=backend)
-            return out
-        out = alpha.new_zeros(self.most, *alpha.shape[1:])
-        measure_alphas_(
-            out[: data.shape[0]], data, statistic=scale.statistic, factor=scale.factor, add=scale.add,
-            least=scale.least, backend=backend,
-        )  # fmt: skip
+        if module.alpha.numel() == 1:
+            scale = replace(scale, factor=1.0, add=0.0, least=0.0)
+            out = own = torch.zeros_like(module.alpha)
+        else:
+            out = module.alpha.new_zeros(self.most, *module.alpha.shape[1:])
+            own = out[: len(rows)]
+        measure_([own], [rows], scale, module.quantizer.transform, backend)
         return out
 
     def combined(self, scale: MeasuredScale, statistics: Tensor) -> Tensor:
@@ -244,10 +240,8 @@ class RefuseBackward(torch.autograd.Function):
 
 
 def shard(module: QuantizedModule) -> None:
-    """Let FSDP gather codes of a module's weight, where it has sharded it."""
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, DTensor):
-        return
+    """Let FSDP gather codes of a module's weight, which it has sharded."""
+    weight = cast("DTensor", module.weight)
     hook = getattr(local(weight), HOOKS[0], None)
     rows = ShardedRows(module, weight) if hook is None else hook.__self__
     for name in HOOKS:
@@ -267,7 +261,7 @@ def begin_anew(model: nn.Module) -> None:
                 info = parameter._module_info
                 owners = [m for m in (info.module, *info.shared_modules) if isinstance(m, QuantizedModule)]
                 for owner in owners if info.param_name == "weight" else ():
-                    shard(owner)
+                    place(owner)
                 if owners and hasattr(local(parameter.sharded_param), HOOKS[0]):
                     parameter._init_extensions()
                     parameter.all_gather_outputs = []

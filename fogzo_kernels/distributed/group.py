@@ -46,7 +46,8 @@ class Peers:
     ) -> None:
         self.process_group, self.reduction = process_group, reduction
         parts = [w for w in weights if not w.placement.is_whole]
-        self._mesh = _checked_mesh(parts, weights) if parts else None
+        self.sharded = bool(parts)  # whether this process has a part of the weights only
+        self._mesh_groups = _mesh_groups(parts, weights) if parts else []
         self._placement = weights[0].placement
         modules = list(model.modules())
         self._fsdp = [m for m in modules if isinstance(m, FSDPModule)] if parts else []
@@ -62,16 +63,6 @@ class Peers:
         if reduction is None and parts:
             raise ValueError("loss_reduction must be 'mean' or 'sum' for a sharded model, got None")
         _ = self.groups
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process has a part of the weights only."""
-        return self._mesh is not None
-
-    @property
-    def _mesh_groups(self) -> list[dist.ProcessGroup]:
-        """A group for each dimension of the model's mesh."""
-        return [] if self._mesh is None else [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
@@ -193,8 +184,8 @@ def _all_reduce(tensor: Tensor, groups: Sequence[dist.ProcessGroup], mean: bool)
             tensor /= dist.get_world_size(group)
 
 
-def _checked_mesh(parts: Sequence[WeightView], weights: Sequence[WeightView]) -> dist.DeviceMesh:
-    """Returns the mesh of the weights that are not whole here; raises unless it is that of all weights."""
+def _mesh_groups(parts: Sequence[WeightView], weights: Sequence[WeightView]) -> list[dist.ProcessGroup]:
+    """Returns a group for each dimension of the mesh of ``parts``; raises unless all weights lie on it."""
     first = parts[0]
     other = next((w.name for w in weights if type(w.placement) is not type(first.placement)), None)
     if other is not None:
@@ -203,16 +194,17 @@ def _checked_mesh(parts: Sequence[WeightView], weights: Sequence[WeightView]) ->
             f"model must have all its quantized weights under {how}, got {first.name} that is and {other} that"
             " is not"
         )
-    mesh: dist.DeviceMesh = first.parameter.device_mesh  # type: ignore[attr-defined]
-    for w in parts:
-        if w.parameter.device_mesh != mesh:  # type: ignore[attr-defined]
+    mesh, *others = [w.parameter.device_mesh for w in parts]  # type: ignore[attr-defined]
+    for w, other_mesh in zip(parts[1:], others, strict=True):
+        if other_mesh != mesh:
             raise ValueError(
-                f"model must be sharded over one mesh, got {mesh} for {first.name} and"
-                f" {w.parameter.device_mesh} for {w.name}"  # type: ignore[attr-defined]
+                f"model must be sharded over one mesh, got {mesh} for {first.name} and {other_mesh} for"
+                f" {w.name}"
             )
+    for w in parts:
         for m in w.modules:
             _check_module(w.name.removesuffix("weight"), m)
-    return mesh
+    return [mesh.get_group(i) for i in range(mesh.ndim)]
 
 
 def _check_module(prefix: str, module: QuantizedModule) -> None:

@@ -55,10 +55,8 @@ class Part(Placement):
         if module.held is None and alpha.requires_grad:
             alpha = cast("Tensor", SumOfParts.apply(alpha, self))
         rows = module.quantized(weight.to_local(), self.own(alpha))
-        return DTensor.from_local(
-            rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape,
-            stride=weight.stride(),
-        )  # fmt: skip
+        mesh, placements, shape, stride = weight.device_mesh, weight.placements, weight.shape, weight.stride()
+        return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     @property
     def layout(self) -> tuple[int, int, int]:

@@ -37,18 +37,14 @@ def torchao(model: nn.Module) -> nn.Module:
     plan: list[tuple[QuantizedModule, Any]] = []
     for name, m in modules.items():
         check_fits(name, m)
-        codes, grid, weight = m.codes(), m.quantizer.grid, m.weight
-        delta = m.alpha.detach() * grid.r
-        check_exact(name, delta, weight.dtype)
-        rows, columns = weight.shape
-        delta = delta.reshape(1 if delta.numel() == 1 else rows, -1)
+        grid, (rows, columns), dtype = m.quantizer.grid, m.weight.shape, m.weight.dtype
+        codes, delta = m.codes(), m.alpha.detach() * grid.r
+        check_exact(name, delta, dtype)
+        delta = delta.reshape(1 if delta.numel() == 1 else rows, -1).to(dtype)
         block = [rows // delta.shape[0], columns // delta.shape[1]]
         zero = torch.full_like(delta, -grid.offset)
-        bits = max(code_bits(grid), 2)
-        plan.append((m, IntxUnpackedToInt8Tensor(
-            codes, delta.to(weight.dtype), zero.to(weight.dtype), getattr(torch, f"int{bits}"), block,
-            weight.dtype, None,
-        )))  # fmt: skip
+        bits = getattr(torch, f"int{max(code_bits(grid), 2)}")
+        plan.append((m, IntxUnpackedToInt8Tensor(codes, delta, zero, bits, block, dtype, None)))
     for m, found in plan:
         m.to_plain()
         m.weight = nn.Parameter(found, requires_grad=False)

@@ -97,10 +97,8 @@ def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
     found = Integers.of(module)
     check_exact(name, found.scale, torch.float16)
     low, high = range_of(how.grid)
-    fitting = [
-        key for key, one in BLOCKS.items()
-        if one.holds(low, high, bool(how.grid.offset)) and found.group % one.size == 0
-    ]  # fmt: skip
+    holding = {key: one for key, one in BLOCKS.items() if one.holds(low, high, bool(how.grid.offset))}
+    fitting = [key for key, one in holding.items() if found.group % one.size == 0]
     if not fitting or (asked is not None and asked not in fitting):
         sizes = ", ".join(f"{key} of {one.size}" for key, one in BLOCKS.items())
         raise ValueError(
