@@ -10,7 +10,7 @@ from torch import nn
 from ..distributed.packing import code_bits
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
-from .integers import check_exact, quantized_in
+from .integers import check_exact, check_fits, quantized_in
 
 
 @torch.no_grad()
@@ -36,7 +36,13 @@ def torchao(model: nn.Module) -> nn.Module:
     modules = quantized_in(model)
     plan: list[tuple[QuantizedModule, Any]] = []
     for name, m in modules.items():
-        check_fits(name, m)
+        transform, inputs = m.quantizer.transform, m.activation is not None
+        what = transform or "quantized ones"
+        reasons = {
+            f"it stands for linear layers, got {type(m).__name__}": not isinstance(m, QuantLinear),
+            f"it has neither transforms nor these inputs, got {what}": transform is not None or inputs,
+        }
+        check_fits(name, "torchao's tensor", reasons)
         grid, (rows, columns), dtype = m.quantizer.grid, m.weight.shape, m.weight.dtype
         codes, delta = m.codes(), m.alpha.detach() * grid.r
         check_exact(name, delta, dtype)
@@ -49,16 +55,3 @@ def torchao(model: nn.Module) -> nn.Module:
         m.to_plain()
         m.weight = nn.Parameter(found, requires_grad=False)
     return model
-
-
-def check_fits(name: str, module: QuantizedModule) -> None:
-    """Raise unless torchao's tensor can stand for a module's weight."""
-    reason = None
-    if not isinstance(module, QuantLinear):
-        reason = f"it stands for linear layers, got {type(module).__name__}"
-    elif module.quantizer.transform is not None or module.activation is not None:
-        reason = (
-            f"it has neither transforms nor these inputs, got {module.quantizer.transform or 'quantized ones'}"
-        )
-    if reason is not None:
-        raise ValueError(f"{name} must fit torchao's tensor: {reason}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
 from .files import whole_folder
-from .integers import Integers, bits_of, check_exact, copied, plain_tensors, quantized_in
+from .integers import Integers, bits_of, check_exact, check_fits, copied, plain_tensors, quantized_in
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -43,7 +43,7 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
         raise TypeError(f"model must be one of transformers, with a config, got {type(model).__name__}")
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, m in modules.items():
-        check_fits(name, m, tied)
+        check_module(name, m, tied)
     dtype = next(iter(modules.values())).weight.dtype
     tensors: dict[str, Tensor] = {}
     for name, m in modules.items():
@@ -66,23 +66,20 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
             generation.save_pretrained(place)
 
 
-def check_fits(name: str, module: QuantizedModule, tied: bool) -> None:
+def check_module(name: str, module: QuantizedModule, tied: bool) -> None:
     """Raise unless the format can hold a module."""
-    reason = None
-    if not isinstance(module, QuantLinear):
-        reason = f"it holds linear layers only, got {type(module).__name__}"
-    elif module.quantizer.transform is not None:
-        reason = f"it has no transforms, got {module.quantizer.transform}"
-    elif module.activation is not None:
-        reason = "quantized inputs are not written"
-    elif bits_of(module.quantizer.grid) > 8:
-        reason = f"{module.quantizer.grid} takes 9 bits as odd numbers, and it has 8"
-    elif tied and name == "lm_head":
-        reason = "transformers does not load a head that is quantized and tied to the embedding"
-    elif module.weight.shape[1] % max(module.alpha.numel() // module.weight.shape[0], 1):
-        reason = "groups must divide a row"
-    if reason is not None:
-        raise ValueError(f"{name} must fit compressed-tensors: {reason}")
+    transform, grid = module.quantizer.transform, module.quantizer.grid
+    groups = max(module.alpha.numel() // module.weight.shape[0], 1)
+    head = tied and name == "lm_head"
+    reasons = {
+        f"it holds linear layers only, got {type(module).__name__}": not isinstance(module, QuantLinear),
+        f"it has no transforms, got {transform}": transform is not None,
+        "quantized inputs are not written": module.activation is not None,
+        f"{grid} takes 9 bits as odd numbers, and it has 8": bits_of(grid) > 8,
+        "transformers does not load a head that is quantized and tied to the embedding": head,
+        "groups must divide a row": module.weight.shape[1] % groups != 0,
+    }
+    check_fits(name, "compressed-tensors", reasons)
 
 
 def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> dict[str, Any]:

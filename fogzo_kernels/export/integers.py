@@ -88,3 +88,10 @@ def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
         f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would be"
         f" rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you get"
     )
+
+
+def check_fits(name: str, form: str, reasons: dict[str, bool]) -> None:
+    """Raise if one of the reasons why a format cannot hold a module is true."""
+    for reason, true in reasons.items():
+        if true:
+            raise ValueError(f"{name} must fit {form}: {reason}")
