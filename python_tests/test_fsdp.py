@@ -32,8 +32,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo_kernels as fk
-from fogzo_kernels.distributed.tensor_parallel import Part
-from fogzo_kernels.nn.view import local, whole
+from fogzo_kernels.nn.view import Part, local, whole
 
 pytestmark = needs_gloo
 #: Of these the sums of a scale or its gradient are made in another order than in one process.

@@ -2,6 +2,6 @@
 
 from ..nn.view import HANDLERS
 from .fsdp import begin_anew, shard
-from .tensor_parallel import Part
+from .tensor_parallel import CutWeight
 
-HANDLERS.shard, HANDLERS.part, HANDLERS.begin_anew = shard, Part.of, begin_anew
+HANDLERS.shard, HANDLERS.cut, HANDLERS.begin_anew = shard, CutWeight, begin_anew

@@ -16,7 +16,7 @@ from ..functional import dequantize, quantize_
 from ..nn.module import QuantizedModule
 from ..nn.pass_weight import Held
 from ..nn.scales import hold_alphas, measure_
-from ..nn.view import DTensor, FSDPModule, Placement, local, place
+from ..nn.view import DTensor, FSDPModule, Part, Placement, local, place
 from ..spec.scale import LearnedScale, MeasuredScale
 from .packing import code_bits, pack_codes, unpack_codes
 
@@ -39,7 +39,6 @@ class ShardedRows(Placement):
     Attributes:
         size: how many processes have rows.
         most: how many rows the first process has, the most of all.
-        first: which row of the weight is the first of this process.
     """
 
     is_whole, sends_codes = False, True
@@ -52,7 +51,6 @@ class ShardedRows(Placement):
         self._dimension = spread[0] if spread else 0  # of the mesh
         self.size = weight.device_mesh.size(self._dimension)
         self.most = -(-weight.shape[0] // self.size)
-        self.first = weight.device_mesh.get_local_rank(self._dimension) * self.most
 
     @property
     def module(self) -> QuantizedModule:
@@ -61,9 +59,8 @@ class ShardedRows(Placement):
         return module
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The processes that have rows of the weight."""
-        return self.weight.device_mesh.get_group(self._dimension)
+    def part(self) -> Part:
+        return part_of(self.weight, 0, self._dimension)
 
     @property
     def bits(self) -> int:
@@ -82,27 +79,6 @@ class ShardedRows(Placement):
             )
         if local(self.weight).device.type != self.weight.device_mesh.device_type:
             raise ValueError(f"{name} must not be offloaded, got it on {local(self.weight).device}")
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        count = self.weight.shape[1:].numel()
-        own = max(local(self.weight).numel(), 1)
-        return min(self.first * count, self.weight.numel()), own, own
-
-    def own(self, alpha: Tensor) -> Tensor:
-        if alpha.numel() == 1:
-            return alpha
-        return alpha[self.first : self.first + local(self.weight).shape[0]]
-
-    def put(self, alpha: Tensor, own: Tensor) -> None:
-        self.own(alpha).copy_(own)
-
-    def own_row(self, row: int) -> int | None:
-        return row - self.first if 0 <= row - self.first < local(self.weight).shape[0] else None
-
-    def sum(self, own: Tensor) -> Tensor:
-        dist.all_reduce(own, group=self.group)
-        return own
 
     # ---- what is gathered
 
@@ -124,7 +100,7 @@ class ShardedRows(Placement):
         if isinstance(how.scale, LearnedScale):
             hold_alphas([module], ("alpha",))
         measure_sharded_([module], module.backend)
-        out, alpha = torch.empty_like(rows, dtype=torch.int8), self.own(module.alpha.detach())
+        out, alpha = torch.empty_like(rows, dtype=torch.int8), self.part.own(module.alpha.detach())
         quantize_(out, rows.detach(), alpha, grid=how.grid, transform=how.transform, backend=module.backend)
         return out
 
@@ -214,13 +190,22 @@ def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) ->
     own = [rows.measured(m, backend) for m, rows, _ in plan]
     sent, first = torch.cat([alphas.view(-1) for alphas in own]), plan[0][1]
     came = sent.new_empty(first.size, sent.numel())
-    dist.all_gather(list(came.unbind()), sent, group=first.group)
+    dist.all_gather(list(came.unbind()), sent, group=first.part.group)
     parts = came.split([alphas.numel() for alphas in own], dim=1)
     for (m, rows, scale), every in zip(plan, parts, strict=True):
         if m.alpha.numel() == 1:
             m.alpha.fill_(rows.combined(scale, every.view(-1)))
         else:
             m.alpha.copy_(every.reshape(-1, *m.alpha.shape[1:])[: m.alpha.shape[0]])
+
+
+def part_of(weight: DTensor, dim: int, dimension: int) -> Part:
+    """Returns the part that this process has of a weight, cut along ``dim`` over a dimension of its mesh."""
+    mesh, length = weight.device_mesh, weight.shape[dim]
+    most = -(-length // mesh.size(dimension))
+    first = min(mesh.get_local_rank(dimension) * most, length)
+    shape = weight.shape[0], weight.shape[1:].numel()
+    return Part(dim, first, local(weight).shape[dim], shape, mesh.get_group(dimension))
 
 
 class RefuseBackward(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..nn.module import QuantizedModule
 from ..nn.view import FSDPModule, WeightView, local
 from ..spec.noise import signed64
-from .tensor_parallel import Part
+from .tensor_parallel import CutWeight
 
 REDUCTIONS = ("mean", "sum", None)
 EVERY = 100  # steps from one comparison to the next, as each waits for the device
@@ -91,7 +91,7 @@ class Peers:
 
     def reduce(self, losses: Tensor) -> None:
         """Make the losses of a step those of the group, in place. Parts of a weight have one batch."""
-        mean = self.reduction == "mean" or isinstance(self._placement, Part)
+        mean = self.reduction == "mean" or isinstance(self._placement, CutWeight)
         _all_reduce(losses, self.groups, mean)
 
     def agree(self, flags: Tensor) -> None:
@@ -101,7 +101,8 @@ class Peers:
 
     def sum(self, squares: Tensor) -> Tensor:
         """Make a sum over the parts of this process that over the weights, in place."""
-        return self._placement.sum(squares)
+        part = self._placement.part
+        return squares if part is None else part.sum(squares)
 
     @torch.no_grad()
     def reduce_inputs(self) -> None:
@@ -167,14 +168,15 @@ class Peers:
 @torch.no_grad()
 def sum_of_parts(weights: Sequence[WeightView], own: list[Tensor]) -> list[Tensor]:
     """Returns gradients of whole alphas, summed over processes, of the gradients that parts of weights give."""
-    if all(w.placement.is_whole for w in weights):
+    parts = [part for w in weights if (part := w.placement.part) is not None]
+    if not parts:
         return own
     every = [torch.zeros_like(w.modules[0].alpha) for w in weights]
-    for w, grad, part in zip(weights, every, own, strict=True):
-        w.placement.put(grad, part)
-    flat = weights[0].placement.sum(torch.cat([grad.view(-1) for grad in every]))
-    parts = flat.split([grad.numel() for grad in every])
-    return [part.view_as(grad) for part, grad in zip(parts, every, strict=True)]
+    for part, grad, own_grad in zip(parts, every, own, strict=True):
+        part.put(grad, own_grad)
+    flat = parts[0].sum(torch.cat([grad.view(-1) for grad in every]))
+    flats = flat.split([grad.numel() for grad in every])
+    return [summed.view_as(grad) for summed, grad in zip(flats, every, strict=True)]
 
 
 def _all_reduce(tensor: Tensor, groups: Sequence[dist.ProcessGroup], mean: bool) -> None:
@@ -189,7 +191,7 @@ def _mesh_groups(parts: Sequence[WeightView], weights: Sequence[WeightView]) -> 
     first = parts[0]
     other = next((w.name for w in weights if type(w.placement) is not type(first.placement)), None)
     if other is not None:
-        how = "parallelize_module" if isinstance(first.placement, Part) else "fully_shard"
+        how = "parallelize_module" if isinstance(first.placement, CutWeight) else "fully_shard"
         raise ValueError(
             f"model must have all its quantized weights under {how}, got {first.name} that is and {other} that"
             " is not"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -32,20 +32,68 @@ def whole(tensor: Tensor) -> Tensor:
     return cast("DTensor", tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+class Part(NamedTuple):
+    """The part of a weight, as a matrix, that a process has: some of its rows, or of its columns."""
+
+    dim: int  # 0: rows, 1: columns
+    first: int  # row or column
+    length: int
+    shape: tuple[int, int]  # of the weight
+    group: dist.ProcessGroup  # the processes that have parts
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Which elements of the weight the part holds (docs/contract.md, section 2)."""
+        columns = self.shape[1]
+        if self.dim == 0:
+            own = max(self.length * columns, 1)
+            return self.first * columns, own, own
+        return self.first, max(self.length, 1), columns
+
+    def own(self, alpha: Tensor) -> Tensor:
+        """Returns the scales of the part, of all scales of the weight: a view but for groups of columns."""
+        if alpha.numel() == 1:
+            return alpha
+        if self.dim == 0:
+            return alpha[self.first : self.first + self.length]
+        return alpha if alpha.numel() == self.shape[0] else alpha[:, self._groups(alpha)].contiguous()
+
+    def put(self, alpha: Tensor, own: Tensor) -> None:
+        """Write the scales of the part into all scales of the weight."""
+        grouped = self.dim == 1 and alpha.numel() > self.shape[0]
+        (alpha[:, self._groups(alpha)] if grouped else self.own(alpha)).copy_(own)
+
+    def own_row(self, row: int) -> int | None:
+        """Returns the place in the part of a row of the weight, or None."""
+        if self.dim == 1:
+            return row
+        return row - self.first if 0 <= row - self.first < self.length else None
+
+    def sum(self, own: Tensor) -> Tensor:
+        """Make what was summed over the part the sum over the weight, in place."""
+        dist.all_reduce(own, group=self.group)
+        return own
+
+    def _groups(self, alpha: Tensor) -> slice:
+        size = self.shape[1] // (alpha.numel() // self.shape[0])
+        if self.first % size or self.length % size:
+            raise ValueError(f"groups of {size} must not be cut, got a part of {self.length} columns")
+        return slice(self.first // size, (self.first + self.length) // size)
+
+
 class Placement:
-    """Which part of its weight a module has in this process. This class: all of it.
+    """Where a module gets the rows that it runs with. This class: of its weight, which is whole here.
 
     Attributes:
-        is_whole: whether this process has all of the weight.
+        is_whole: whether this process has all of the weight; else ``part`` says what it has.
         sends_codes: whether a step writes codes, which the processes send each other.
-        layout: which elements of the weight the part holds (docs/contract.md, section 2); None for all of it.
     """
 
     is_whole: ClassVar[bool] = True
     sends_codes: ClassVar[bool] = False
 
     @property
-    def layout(self) -> tuple[int, int, int] | None:
+    def part(self) -> Part | None:
         return None
 
     def check(self, name: str) -> None:
@@ -54,22 +102,6 @@ class Placement:
     def rows(self, module: QuantizedModule) -> Tensor:
         """Returns the rows that a module runs with: see :meth:`QuantizedModule.quantized_rows`."""
         return module.quantized(module.weight, module.alpha)
-
-    def own(self, alpha: Tensor) -> Tensor:
-        """Returns the scales of the part, of all scales of the weight."""
-        return alpha
-
-    def put(self, alpha: Tensor, own: Tensor) -> None:
-        """Write the scales of the part into all scales of the weight."""
-        alpha.copy_(own)
-
-    def sum(self, own: Tensor) -> Tensor:
-        """Make what was summed over the part the sum over the weight, in place."""
-        return own
-
-    def own_row(self, row: int) -> int | None:
-        """Returns the place in the part of a row of the weight, or None."""
-        return row
 
     def hold(self, modules: list[QuantizedModule], held: Held | None) -> None:
         """Let the modules that share the weight run with ``held``; None: let them quantize it again."""
@@ -85,12 +117,12 @@ class Handlers:
 
     Attributes:
         shard: gives a module whose weight FSDP has sharded its ``placement``.
-        part: makes the placement of a module's weight under tensor parallelism. The name is for messages.
+        cut: makes the placement of a module's weight under tensor parallelism. The name is for messages.
         begin_anew: lets FSDP see weights that were quantized after it had sharded them.
     """
 
     shard: Callable[[QuantizedModule], None]
-    part: Callable[[str, QuantizedModule], Placement]
+    cut: Callable[[str, QuantizedModule], Placement]
     begin_anew: Callable[[nn.Module], None]
 
 
@@ -112,7 +144,7 @@ def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
     weight = module.weight
     if module.placement is not LOCAL or local(weight) is weight:
         return module.placement
-    return HANDLERS.part(name, module)
+    return HANDLERS.cut(name, module)
 
 
 def reshard(model: nn.Module) -> None:
@@ -157,14 +189,15 @@ class WeightView:
     @property
     def layout(self) -> tuple[int, int, int] | None:
         """Which elements of the parameter the rows are, if they are not all of it."""
-        return self.placement.layout
+        part = self.placement.part
+        return None if part is None else part.layout
 
     @property
     def still_row(self) -> int | None:
         """A row that no gradient ever reaches, as of an embedding's padding: it gets no estimate either."""
         found = {m.still_row for m in self.modules}
-        row = found.pop() if len(found) == 1 else None
-        return None if row is None else self.placement.own_row(row)
+        row, part = found.pop() if len(found) == 1 else None, self.placement.part
+        return row if row is None or part is None else part.own_row(row)
 
     def guide(self) -> Tensor | None:
         """The rows of ``.grad``, or None; what is written to them is written to ``.grad``."""
@@ -178,7 +211,8 @@ class WeightView:
     @property
     def alpha(self) -> Tensor:
         """The scale of its grid, float32, as it is in this step."""
-        return self.placement.own(self.modules[0].alpha.detach())
+        alpha, part = self.modules[0].alpha.detach(), self.placement.part
+        return alpha if part is None else part.own(alpha)
 
     @property
     def quantizer(self) -> Quantizer:
