@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..functional import dequantize, measure_alphas_, quantize_
 from ..nn.module import QuantizedModule
-from ..nn.pass_weight import Held
-from ..nn.scales import hold_alphas, rotated_rows
+from ..nn.pass_weight import PassWeight
 from ..nn.view import DTensor, FSDPModule, Placement, local
+from ..nn.weight import hold_alphas, rotated_rows
 from ..spec.scale import LearnedScale, MeasuredScale
 from . import packing
 
@@ -110,7 +110,7 @@ class ShardedRows(Placement):
 
     # ---- what is gathered
 
-    def hold(self, modules: list[QuantizedModule], held: Held | None) -> None:
+    def hold(self, modules: list[QuantizedModule], held: PassWeight | None) -> None:
         if held is not None:
             shard(self.module)  # FSDP may have filled up a shard anew since
         self._held, self.in_pass = None if held is None else self._sent(held.rows), held is not None

@@ -56,7 +56,7 @@ class Part(Placement):
     def rows(self, module: QuantizedModule) -> Tensor:
         """Q of the part, as the weight lies over the processes."""
         alpha, weight = module.alpha, cast("DTensor", module.weight)
-        if module.held is None and alpha.requires_grad:
+        if module.pass_weight is None and alpha.requires_grad:
             alpha = cast("Tensor", SumOfParts.apply(alpha, self.group))
         rows = module.quantized(weight.to_local(), self.own(alpha))
         return DTensor.from_local(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..functional import dequantize, hadamard
 from ..nn.module import QuantizedModule
-from ..nn.registry import twin_of
+from ..nn.registry import quantized_form
+from ..nn.weight import WeightQuantizer
 from ..ops import checks
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
@@ -198,12 +199,12 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 def keep(path: str, module: nn.Module, w: Weight, alpha: Tensor, input_alpha: Tensor | None) -> None:
     """Make a module quantized that computes otherwise than a plain one."""
-    twin = twin_of(module)
-    assert twin is not None
+    form = quantized_form(module)
+    assert form is not None
     how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
-    made = twin.from_plain(module, how, alpha=alpha, tensor_id=0, path=path, activation=w.activation)
-    if input_alpha is not None:
-        made.set_input_alpha(input_alpha.to(alpha.device))
+    made = form.from_plain(module, WeightQuantizer(how, 0, path), alpha=alpha, activation=w.activation)
+    if input_alpha is not None and made.input_quantizer is not None:
+        made.input_quantizer.set_alpha(made, input_alpha.to(alpha.device))
 
 
 def read(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Weight], dict[str, str]]:
@@ -261,5 +262,5 @@ def check_fits(
     modules = dict(model.named_modules())
     for key in quantized:
         module = modules.get(key.rpartition(".")[0])
-        if not isinstance(module, QuantizedModule) and (module is None or twin_of(module) is None):
+        if not isinstance(module, QuantizedModule) and (module is None or quantized_form(module) is None):
             raise ValueError(f"model must have a module for {key} that can be quantized, got {module}")
