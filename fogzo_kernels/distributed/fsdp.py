@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..functional import dequantize, quantize_
 from ..nn.module import QuantizedModule
-from ..nn.pass_weight import Held
-from ..nn.scales import hold_alphas, measure_
+from ..nn.pass_weight import PassWeight
 from ..nn.view import DTensor, FSDPModule, Part, Placement, local, place
+from ..nn.weight import hold_alphas, measure_
 from ..spec.scale import LearnedScale, MeasuredScale
 from .packing import code_bits, pack_codes, unpack_codes
 
@@ -82,7 +82,7 @@ class ShardedRows(Placement):
 
     # ---- what is gathered
 
-    def hold(self, modules: list[QuantizedModule], held: Held | None) -> None:
+    def hold(self, modules: list[QuantizedModule], held: PassWeight | None) -> None:
         if held is not None:
             place(self.module)  # FSDP may have filled up a shard anew since
         self._packed = None if held is None else self._sent(held.rows)
@@ -130,7 +130,7 @@ class ShardedRows(Placement):
         Raises:
             RuntimeError: nothing was gathered, or FSDP's shard is another tensor than the one with the hooks.
         """
-        weight = module.weight
+        weight = module.latent
         if isinstance(weight, DTensor):
             raise RuntimeError(
                 "weight must be gathered before it is used: run the forward of the module that fully_shard was"
@@ -226,7 +226,7 @@ class RefuseBackward(torch.autograd.Function):
 
 def shard(module: QuantizedModule) -> None:
     """Let FSDP gather codes of a module's weight, which it has sharded."""
-    weight = cast("DTensor", module.weight)
+    weight = cast("DTensor", module.latent)
     hook = getattr(local(weight), HOOKS[0], None)
     rows = ShardedRows(module, weight) if hook is None else hook.__self__
     for name in HOOKS:
@@ -245,7 +245,7 @@ def begin_anew(model: nn.Module) -> None:
             for parameter in group.fsdp_params if group is not None else ():
                 info = parameter._module_info
                 owners = [m for m in (info.module, *info.shared_modules) if isinstance(m, QuantizedModule)]
-                for owner in owners if info.param_name == "weight" else ():
+                for owner in [m for m in owners if info.param_name == m.PARAMETER]:
                     place(owner)
                 if owners and hasattr(local(parameter.sharded_param), HOOKS[0]):
                     parameter._init_extensions()

@@ -23,7 +23,7 @@ class CutWeight(Placement):
     is_whole = False
 
     def __init__(self, name: str, module: QuantizedModule) -> None:
-        weight, how = cast("DTensor", module.weight), module.quantizer
+        weight, how = cast("DTensor", module.latent), module.quantizer
         placements = weight.placements
         dim = placements[0].dim if len(placements) == 1 and type(placements[0]) is Shard else None
         reason = None
@@ -46,8 +46,8 @@ class CutWeight(Placement):
 
     def rows(self, module: QuantizedModule) -> Tensor:
         """Returns Q of the part as a DTensor like the weight."""
-        alpha, weight = module.alpha, cast("DTensor", module.weight)
-        if module.held is None and alpha.requires_grad:
+        alpha, weight = module.alpha, cast("DTensor", module.latent)
+        if module.pass_weight is None and alpha.requires_grad:
             alpha = cast("Tensor", SumOfParts.apply(alpha, self.part))
         rows = module.quantized(weight.to_local(), self.part.own(alpha))
         mesh, placements, shape, stride = weight.device_mesh, weight.placements, weight.shape, weight.stride()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..distributed.packing import code_bits, pack_codes, unpack_codes
 from ..functional import dequantize, hadamard
 from ..nn.module import QuantizedModule
-from ..nn.registry import twin_of
+from ..nn.registry import quantized_form
+from ..nn.weight import WeightQuantizer
 from ..ops import checks
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
@@ -166,12 +167,12 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         alpha = tensors[f"{key}.alpha"].to(state[key].device)
         how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
         for path in paths:
-            kind, input_alpha = twin_of(modules[path]), tensors.get(f"{path}.input_alpha".lstrip("."))
-            assert kind is not None
-            options: dict[str, Any] = {"alpha": alpha, "tensor_id": 0, "activation": w.activation}
-            module = kind.from_plain(modules[path], how, path=path, **options)
-            if input_alpha is not None:
-                module.set_input_alpha(input_alpha.to(alpha.device))
+            form, input_alpha = quantized_form(modules[path]), tensors.get(f"{path}.input_alpha".lstrip("."))
+            assert form is not None
+            weight = WeightQuantizer(how, 0, path)
+            module = form.from_plain(modules[path], weight, alpha=alpha, activation=w.activation)
+            if input_alpha is not None and module.input_quantizer is not None:
+                module.input_quantizer.set_alpha(module, input_alpha.to(alpha.device))
     for name, t in tensors.items():
         if name in state and name not in values:
             state[name].copy_(t)
@@ -224,5 +225,5 @@ def check_fits(file: File, model: nn.Module) -> None:
         )
     for key in file.quantized:
         module = modules.get(key.rpartition(".")[0])
-        if not isinstance(module, QuantizedModule) and (module is None or twin_of(module) is None):
+        if not isinstance(module, QuantizedModule) and (module is None or quantized_form(module) is None):
             raise ValueError(f"model must have a module for {key} that can be quantized, got {module}")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..spec.quantizer import Quantizer
-from .pass_weight import Held
+from .pass_weight import PassWeight
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -101,12 +101,12 @@ class Placement:
 
     def rows(self, module: QuantizedModule) -> Tensor:
         """Returns the rows that a module runs with: see :meth:`QuantizedModule.quantized_rows`."""
-        return module.quantized(module.weight, module.alpha)
+        return module.quantized(module.latent, module.alpha)
 
-    def hold(self, modules: list[QuantizedModule], held: Held | None) -> None:
+    def hold(self, modules: list[QuantizedModule], held: PassWeight | None) -> None:
         """Let the modules that share the weight run with ``held``; None: let them quantize it again."""
         for module in modules:
-            module.__dict__["held"] = held  # setattr of nn.Module looks for parameters, which takes time
+            module.__dict__["pass_weight"] = held  # setattr of nn.Module looks for parameters, which takes time
 
 
 LOCAL = Placement()
@@ -131,7 +131,7 @@ HANDLERS = Handlers()
 
 def place(module: QuantizedModule) -> None:
     """Set a module's placement after it got a weight. Only FSDP sets DTensors on modules that are quantized."""
-    if isinstance(module._parameters.get("weight"), DTensor):
+    if isinstance(module._parameters.get(module.PARAMETER), DTensor):
         HANDLERS.shard(module)
 
 
@@ -141,7 +141,7 @@ def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
     Raises:
         ValueError: tensor parallelism does not work for such a module, or has cut its weight otherwise.
     """
-    weight = module.weight
+    weight = module.latent
     if module.placement is not LOCAL or local(weight) is weight:
         return module.placement
     return HANDLERS.cut(name, module)
@@ -163,7 +163,7 @@ class WeightView:
 
     def __init__(self, name: str, module: QuantizedModule) -> None:
         self.name = name  # of the first module that has it
-        self.parameter, self.tensor_id = module.weight, module.tensor_id
+        self.parameter, self.tensor_id = module.latent, module.tensor_id
         self.modules = [module]
         self.placement = placement_of(module, name)
         self.placement.check(name)
@@ -255,7 +255,7 @@ class WeightView:
         ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end.
         """
         self.deferred = deferred
-        self.placement.hold(self.modules, Held(self.parameter, rows, probe, deferred))
+        self.placement.hold(self.modules, PassWeight(self.parameter, rows, probe, deferred))
 
     def release(self) -> None:
         """Its modules quantize for themselves again."""

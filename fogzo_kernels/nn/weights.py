@@ -11,9 +11,9 @@ from ..ops import checks
 from ..spec.scale import LearnedScale, MeasuredScale
 from .module import QuantizedModule
 from .replaced import REPLACED, check_replaced
-from .stale import check, fits, warn_of_new_weights
 from .tied import check_raw_uses, owners_of
 from .view import WeightView
+from .weight import check, fits, warn_of_new_weights
 
 
 def quantized_weights(model: nn.Module) -> list[WeightView]:
@@ -64,8 +64,8 @@ def collected(model: nn.Module) -> list[WeightView]:
     for path, m in model.named_modules():
         if not isinstance(m, QuantizedModule):
             continue
-        name = f"{path}.weight" if path else "weight"
-        weight = m._parameters.get("weight")
+        name = f"{path}.{m.PARAMETER}" if path else m.PARAMETER
+        weight = m._parameters.get(m.PARAMETER)
         if weight is None:
             raise ValueError(
                 f"{name} must be a Parameter of its quantized module, got one that is made anew in each forward"
@@ -126,7 +126,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
     weight = w.parameter
-    is_there = isinstance(module, QuantizedModule) and module._parameters.get("weight") is weight
+    is_there = isinstance(module, QuantizedModule) and module._parameters.get(module.PARAMETER) is weight
     return is_there and weight.requires_grad and fits(module) and module.in_rows(weight)  # type: ignore
 
 
@@ -140,7 +140,7 @@ def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: lis
         check_replaced(model.named_modules())
     for m in modules:
         if isinstance(m, QuantizedModule):
-            weight = m._parameters.get("weight")
+            weight = m._parameters.get(m.PARAMETER)
             trainable += weight is None or weight.requires_grad
     same = (_is_as_it_was(m, w) for w in weights for m in w.modules)
     if all(same) and trainable == sum(len(w.modules) for w in weights):

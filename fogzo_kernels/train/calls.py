@@ -11,8 +11,8 @@ from torch import Tensor
 from ..distributed.fsdp import measure_sharded_
 from ..distributed.group import sum_of_parts
 from ..functional import learned_backward_, quantize_, straight_through_backward_
-from ..nn.scales import hold_alphas, measure_
 from ..nn.view import WeightView
+from ..nn.weight import hold_alphas, measure_
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale

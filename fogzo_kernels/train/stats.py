@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..nn.scales import share_at_floor
 from ..nn.view import WeightView
+from ..nn.weight import share_at_floor
 from ..spec.noise import direction_sign
 from .losses import Estimate
 from .step import Step
