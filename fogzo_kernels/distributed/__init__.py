@@ -1,4 +1,4 @@
-"""Models over several processes: FSDP2, tensor parallelism, and the group that trains together."""
+"""What several processes do to train one model: FSDP2, tensor parallelism, reductions and checks."""
 
 from ..nn.view import HANDLERS
 from .fsdp import begin_anew, shard

@@ -30,7 +30,7 @@ HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
 
 
 class ShardedRows(Placement):
-    """The rows of a weight that this process has, and what FSDP gathers in their place.
+    """Knows the rows of a weight that this process has, and gives FSDP codes to gather in their place.
 
     FSDP asks the local tensor for what to send, and hands over what came. These are codes; the values of the
     whole weight are made of them, in the dtype of FSDP's policy. In a pass of FOGZO they are the codes that the
@@ -64,7 +64,7 @@ class ShardedRows(Placement):
 
     @property
     def bits(self) -> int:
-        """Bits in which a code is sent: 1, 2, 4 or 8, so that no code lies in two bytes."""
+        """Returns in how many bits a code is sent: 1, 2, 4 or 8, so that no code lies in two bytes."""
         return 1 << (code_bits(self.module.quantizer.grid) - 1).bit_length()
 
     # ---- which rows they are
@@ -82,19 +82,19 @@ class ShardedRows(Placement):
 
     # ---- what is gathered
 
-    def hold(self, modules: list[QuantizedModule], held: PassWeight | None) -> None:
-        if held is not None:
+    def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
+        if pass_weight is not None:
             place(self.module)  # FSDP may have filled up a shard anew since
-        self._packed = None if held is None else self._sent(held.rows)
+        self._packed = None if pass_weight is None else self._sent(pass_weight.rows)
 
     def _sent(self, codes: Tensor) -> Tensor:
-        """Packed codes, as many as the first process has: FSDP gathers the same size of all."""
+        """Packs codes, as many as the first process has. FSDP gathers the same size of all processes."""
         padded = F.pad(codes, (0, 0, 0, self.most - codes.shape[0]))
         return pack_codes(padded.flatten(), self.module.quantizer.grid, self.bits)
 
     @torch.no_grad()
     def _codes(self) -> Tensor:
-        """The int8 codes of Q of these rows, as they are outside a pass."""
+        """Returns the int8 codes of Q of these rows."""
         module = self.module
         rows, how = module.rows(local(self.weight)), module.quantizer
         if isinstance(how.scale, LearnedScale):
@@ -209,7 +209,7 @@ def part_of(weight: DTensor, dim: int, dimension: int) -> Part:
 
 
 class RefuseBackward(torch.autograd.Function):
-    """The identity, without a gradient: h' is applied at the end of FOGZO's gradient pass only."""
+    """Returns its argument, and refuses a gradient: h' is applied at the end of FOGZO's gradient pass only."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

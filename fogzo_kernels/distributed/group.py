@@ -1,4 +1,4 @@
-"""Peers: the processes that train one model, what they exchange in a step, and whether they train the same."""
+"""Peers: what processes that train one model exchange in a step, and whether they train the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = FACTS.index("number of steps taken")
 
 
 class Peers:
-    """The processes that train a model together, as ``torch.distributed`` has them.
+    """Reduces and compares what the processes have that train a model with this one.
 
     Args:
         model: the module that a DistributedDataParallel or ``fully_shard`` was given, or one that holds it.
@@ -66,7 +66,7 @@ class Peers:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """The groups over all of which losses are one; none for this process alone.
+        """Returns the groups over which losses are reduced; none where this process trains alone.
 
         Raises:
             ValueError: there are several processes, and nothing says which of them train this model.
@@ -90,17 +90,17 @@ class Peers:
     # ---- reductions
 
     def reduce(self, losses: Tensor) -> None:
-        """Make the losses of a step those of the group, in place. Parts of a weight have one batch."""
+        """Reduce the losses of a step in place. Processes that have parts of a weight have one batch."""
         mean = self.reduction == "mean" or isinstance(self._placement, CutWeight)
         _all_reduce(losses, self.groups, mean)
 
     def agree(self, flags: Tensor) -> None:
-        """Make each flag, int32, the greatest of the group, in place."""
+        """Replace each flag, int32, by the greatest that a process has."""
         for group in self.groups:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
 
     def sum(self, squares: Tensor) -> Tensor:
-        """Make a sum over the parts of this process that over the weights, in place."""
+        """Add, in place, what processes have summed over their parts of the weights."""
         part = self._placement.part
         return squares if part is None else part.sum(squares)
 
@@ -126,7 +126,7 @@ class Peers:
             module.reshard()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Lets a forward with autograd prepare no exchange of gradients."""
+        """Returns a context in which a forward with autograd prepares no exchange of gradients."""
         return self._replicas[0].no_sync() if self._replicas else nullcontext()
 
     # ---- whether all train the same
@@ -167,7 +167,7 @@ class Peers:
 
 @torch.no_grad()
 def sum_of_parts(weights: Sequence[WeightView], own: list[Tensor]) -> list[Tensor]:
-    """Returns gradients of whole alphas, summed over processes, of the gradients that parts of weights give."""
+    """Returns the gradients of whole alphas: sums of the gradients that processes have from their parts."""
     parts = [part for w in weights if (part := w.placement.part) is not None]
     if not parts:
         return own
@@ -234,5 +234,5 @@ def _facts(seed: int, settings: object, weights: Sequence[WeightView]) -> Tensor
 
 
 def _digest(text: str) -> int:
-    """Signed 64 bits of a hash."""
+    """Returns signed 64 bits of a hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

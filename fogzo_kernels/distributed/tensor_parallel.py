@@ -14,7 +14,7 @@ from .fsdp import Shard, part_of
 
 
 class CutWeight(Placement):
-    """Under tensor parallelism a module quantizes its part, and multiplies by it.
+    """Lets a module under tensor parallelism quantize its part of the weight, and multiply by it.
 
     Raises:
         ValueError: tensor parallelism of such a module, or of such a cut, is not offered.
@@ -55,7 +55,7 @@ class CutWeight(Placement):
 
 
 class SumOfParts(torch.autograd.Function):
-    """The identity; its gradient is the sum over the processes that have parts."""
+    """Returns its argument. The gradient is the sum over the processes that have parts."""
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, part: Part) -> Tensor:

@@ -51,7 +51,7 @@ def torchao(model: nn.Module) -> nn.Module:
         zero = torch.full_like(delta, -grid.offset)
         bits = getattr(torch, f"int{max(code_bits(grid), 2)}")
         plan.append((m, IntxUnpackedToInt8Tensor(codes, delta, zero, bits, block, dtype, None)))
-    for m, found in plan:
+    for m, weight in plan:
         m.to_plain()
-        m.weight = nn.Parameter(found, requires_grad=False)
+        m.weight = nn.Parameter(weight, requires_grad=False)
     return model

@@ -47,12 +47,12 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
     dtype = next(iter(modules.values())).weight.dtype
     tensors: dict[str, Tensor] = {}
     for name, m in modules.items():
-        found = Integers.of(m)
-        check_exact(name, found.scale, dtype)
+        integers = Integers.of(m)
+        check_exact(name, integers.scale, dtype)
         tensors[f"{name}.weight_packed"] = pack_to_int32(
-            found.numbers.to(torch.int8), bits_of(m.quantizer.grid)
+            integers.numbers.to(torch.int8), bits_of(m.quantizer.grid)
         )
-        scale = found.scale.reshape(1) if found.scale.numel() == 1 else found.scale
+        scale = integers.scale.reshape(1) if integers.scale.numel() == 1 else integers.scale
         tensors[f"{name}.weight_scale"] = scale.to(dtype).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(m.weight.shape)
     left = ["lm_head.weight"] * tied  # which is the embedding's
@@ -83,7 +83,7 @@ def check_module(name: str, module: QuantizedModule, tied: bool) -> None:
 
 
 def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> dict[str, Any]:
-    """The entry of config.json: a group of modules for each scheme."""
+    """Makes the entry of config.json, which has a group of modules for each scheme."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     schemes: dict[str, tuple[QuantizationArgs, list[str]]] = {}
@@ -97,7 +97,7 @@ def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> di
         )
         schemes.setdefault(args.model_dump_json(), (args, []))[1].append(name)
     left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in modules]
-    found: dict[str, Any] = QuantizationConfig(
+    config: dict[str, Any] = QuantizationConfig(
         config_groups={
             f"group_{i}": QuantizationScheme(targets=names, weights=args, format="pack-quantized")
             for i, (args, names) in enumerate(schemes.values())
@@ -106,4 +106,4 @@ def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> di
         quantization_status="compressed",  # or the loader keeps random weights without a word
         ignore=left,
     ).model_dump(mode="json")
-    return found
+    return config

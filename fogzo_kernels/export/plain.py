@@ -77,7 +77,7 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
 
 class Weight(NamedTuple):
-    """How a weight of a file is quantized."""
+    """Says how a weight of a file is quantized."""
 
     shape: tuple[int, ...]
     outputs: int  # the dimension that counts them
@@ -111,7 +111,7 @@ class Weight(NamedTuple):
         return cls(tuple(data["shape"]), data["outputs"], grid, transform, how, activation)
 
     def values(self, stream: Tensor, alpha: Tensor) -> Tensor:
-        """float32, of the weight's shape; of a rotated weight, in the model's basis."""
+        """Makes float32 values of the weight's shape; a rotated weight comes back to the model's basis."""
         others = [n for d, n in enumerate(self.shape) if d != self.outputs]
         columns = torch.Size(others).numel()
         codes = unpack_codes(stream, columns, self.grid, code_bits(self.grid))
@@ -122,7 +122,7 @@ class Weight(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file that was read."""
+    """Has the content of a file."""
 
     path: str | os.PathLike[str]
     tensors: dict[str, Tensor]
@@ -151,12 +151,12 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         FileNotFoundError: there is no file.
     """
     checks.instance("model", model, nn.Module)
-    found = read(file)
-    check_fits(found, model)
-    tensors, modules, state = found.tensors, dict(model.named_modules()), model.state_dict(keep_vars=True)
-    values = {k: w.values(tensors[f"{k}.codes"], tensors[f"{k}.alpha"]) for k, w in found.quantized.items()}
-    for key, w in found.quantized.items():
-        names = [key, *(name for name, other in found.tied.items() if other == key)]
+    opened = read(file)
+    check_fits(opened, model)
+    tensors, modules, state = opened.tensors, dict(model.named_modules()), model.state_dict(keep_vars=True)
+    values = {k: w.values(tensors[f"{k}.codes"], tensors[f"{k}.alpha"]) for k, w in opened.quantized.items()}
+    for key, w in opened.quantized.items():
+        names = [key, *(name for name, other in opened.tied.items() if other == key)]
         paths = [name.rpartition(".")[0] for name in names]
         for path in paths:
             if isinstance(modules[path], QuantizedModule):
