@@ -73,7 +73,7 @@ CASES = {
     "learned": (Net, fk.presets.lsq(2), {}),
     "gaussian": (Net, quantizer(SIGN, SCALE.absmax("row"), SMOOTH), {"epsilon_scale": 0.5}),
     "ternary": (Net, quantizer(fk.Grid.ternary(), SCALE.absmax()), {"directions": 2}),
-    "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), HARD), {"directions": 3}),
+    "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), HARD), {"directions": 3, "epsilon_scale": 0.5}),
     "half_offset(8)": (Net, quantizer(fk.Grid.half_offset(8), SCALE.absmax("row")), {"start": 0.3}),
     "rotated": (Net, quantizer(UNIFORM(2), SCALE.rms("row"), transform=fk.Hadamard(16)), {"every": 2}),
     "images": (Images, quantizer(UNIFORM(2), SCALE.rms("row")), {}),
