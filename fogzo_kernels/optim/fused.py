@@ -62,7 +62,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.fogzo = fogzo
         self.backend = fogzo.backend if backend is None and fogzo is not None else backend
         self._names = tuple(hyperparameters)
-        self._empty: dict[torch.device, Tensor] = {}
         self._calls_so_far = 0  # of step()
         self._joined: dict[int, int] = {}  # by id of a parameter: at which of them its own steps began
         common = {"master_weights": master_weights, "capturable": capturable}
@@ -302,7 +301,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
         op = type(self).OP
         if group is None:
-            nothing = self._nothing(device)
+            nothing = torch.empty(0, dtype=torch.float32, device=device)
             norm = nothing.new_zeros(())
             if unknown is not None:  # a norm that is not finite lets the op skip a step, if it has losses
                 nothing, norm = nothing.new_zeros(1), norm.masked_fill(unknown.to(device), math.nan)
@@ -312,21 +311,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             assert step.estimate is not None
             _, plus, minus, n = step.estimate
             assert n is not None
-            with step.counting(first) as counters:
+            with step.run.counting(first) as counters:
                 op(*tensors, plus, minus, group.alphas, n, counters=counters, **step.options(group) | how)
         if call.number:
             torch._foreach_add_(steps, 1)
-
-    def _nothing(self, device: torch.device) -> Tensor:
-        if device not in self._empty:
-            self._empty[device] = torch.empty(0, dtype=torch.float32, device=device)
-        return self._empty[device]
 
     # ---- state
 
     def __getstate__(self) -> dict[str, Any]:
         """PyTorch's own leaves out what a subclass adds, and a copy could not step."""
-        own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_empty", "_calls_so_far")}
+        own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_calls_so_far")}
         own["_joined"] = {}  # of other parameters
         return {**super().__getstate__(), **own}
 

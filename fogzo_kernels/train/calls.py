@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,16 +26,8 @@ from ..spec.scale import MeasuredScale
 from ..spec.straight_through import StraightThrough
 
 T = TypeVar("T")
+OF_QUANTIZER = ("grid", "straight_through", "transform")  # as ops take them
 AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
-
-
-class Kind(NamedTuple):
-    """What the weights of one call have in common. Scales are not among it: each weight has its own alphas."""
-
-    grid: Grid
-    straight_through: StraightThrough
-    transform: Hadamard | None
-    dtype: torch.dtype
 
 
 class WeightGroup:
@@ -44,8 +36,10 @@ class WeightGroup:
     Alphas are as they are when this is made. Latents are asked for anew, as ``parameter.data`` may be replaced.
     """
 
-    def __init__(self, kind: Kind, weights: list[WeightView], backend: str | None) -> None:
-        self.kind, self.weights, self.backend = kind, weights, backend
+    def __init__(self, weights: list[WeightView], backend: str | None) -> None:
+        q = weights[0].quantizer
+        self.weights, self.backend = weights, backend
+        self.how: dict[str, Any] = {name: getattr(q, name) for name in OF_QUANTIZER} | {"backend": backend}
         self.alphas = [w.alpha for w in weights]
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
@@ -70,7 +64,7 @@ class WeightGroup:
         """Return a group of the weights at these places: this one for all of them in their order."""
         if list(places) == list(range(len(self.weights))):
             return self
-        group = WeightGroup(self.kind, [self.weights[i] for i in places], self.backend)
+        group = WeightGroup([self.weights[i] for i in places], self.backend)
         group.grads = [self.grads[i] for i in places] if self.grads else []
         return group
 
@@ -88,19 +82,17 @@ class WeightGroup:
 
         It is for one pass: no version tells whether a weight changed, as where ``parameter.data`` is written.
         """
-        quantize_(
-            self.memory, self.latents, self.alphas, grid=self.kind.grid, transform=self.kind.transform,
-            backend=self.backend,
-        )  # fmt: skip
+        grid, transform = self.how["grid"], self.how["transform"]
+        quantize_(self.memory, self.latents, self.alphas, grid=grid, transform=transform, backend=self.backend)
 
 
 def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGroup]:
-    """Return the weights by kind."""
-    kinds: dict[Kind, list[WeightView]] = {}
+    """Return the weights by quantizer and dtype. Each weight has alphas of its own, whatever its scale."""
+    kinds: dict[tuple[Grid, StraightThrough, Hadamard | None, torch.dtype], list[WeightView]] = {}
     for w in weights:
         q = w.quantizer
-        kinds.setdefault(Kind(q.grid, q.straight_through, q.transform, w.parameter.dtype), []).append(w)
-    return [WeightGroup(kind, members, backend) for kind, members in kinds.items()]
+        kinds.setdefault((q.grid, q.straight_through, q.transform, w.parameter.dtype), []).append(w)
+    return [WeightGroup(members, backend) for members in kinds.values()]
 
 
 def run_quantized(weights: list[WeightView], backend: str | None) -> None:
@@ -141,17 +133,13 @@ def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
         return w.deferred, w.modules[0].alpha.requires_grad
 
     for (deferred, learned), part in (pair for group in groups for pair in group.split(kind_of)):
-        kind, rows = part.kind, (part.latents, part.alphas)
-        how: dict[str, Any] = {
-            "grid": kind.grid, "straight_through": kind.straight_through, "transform": kind.transform,
-            "backend": part.backend,
-        }  # fmt: skip
+        rows = part.latents, part.alphas
         if deferred and not learned:
-            straight_through_backward_(part.grads, *rows, **how)
+            straight_through_backward_(part.grads, *rows, **part.how)
         elif deferred:
             factors = [w.modules[0].alpha_factor for w in part.weights]
             grads = [torch.empty_like(alpha) for alpha in part.alphas]
-            learned_backward_(part.grads, grads, *rows, factors=factors, **how)
+            learned_backward_(part.grads, grads, *rows, factors=factors, **part.how)
             alphas += zip(part.weights, sum_of_parts(part.weights, grads), strict=True)
     return alphas
 
@@ -165,7 +153,7 @@ def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | 
     """
     alone = len(groups) == 1 and sum_of is None
     norm = guide_norm if alone else guide_sumsq
-    norms = [norm(g.grads, g.alphas, grid=g.kind.grid, backend=g.backend) for g in groups]
+    norms = [norm(g.grads, g.alphas, grid=g.how["grid"], backend=g.backend) for g in groups]
     if alone:
         return norms[0]
     squares = torch.stack(norms).sum()

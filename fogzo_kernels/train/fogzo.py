@@ -313,7 +313,7 @@ class Fogzo:
         An optimizer that makes the estimate in its update, as :class:`fogzo_kernels.AdamW` does, calls in this
         order: ``step.lose_if_not_finite`` with gradients that are not the model's, ``step.collect()``, unless
         ``step.lost`` an op of the fused tail for each of ``step.groups`` with ``step.options(group)`` and
-        ``step.counting(first)``, and ``step.end(estimated=True)``.
+        ``step.run.counting(first)``, and ``step.end(estimated=True)``.
         """
         step: Step | None = self._run.step
         return step if step is not None and step.complete else None

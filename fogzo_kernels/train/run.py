@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..distributed.group import Peers
@@ -70,6 +73,14 @@ class Run:
             **({} if state is None else state.noise()),
             "epsilon_scale": self.settings.epsilon_scale,
         }
+
+    @contextmanager
+    def counting(self, first: bool) -> Iterator[Tensor]:
+        """Give counters for one of a step's calls: losses and norm are the same for all of them."""
+        counters = self.counters if first else torch.zeros_like(self.counters)
+        yield counters
+        if not first:
+            self.counters[2] += counters[2]
 
     def advance(self, with_probes: bool, lost: Tensor | None) -> None:
         """Go on to the next step. ``lost``: whether this one is lost, where only the device knows."""

@@ -21,17 +21,7 @@ RETIRED = {"difference": "central", "probe_share": 1.0}
 
 @dataclass(frozen=True)
 class Settings:
-    """What a resumed run must have in common with the one that it continues.
-
-    Args:
-        total_steps: steps over which beta decays from 1.
-        one_minus_beta: 1 - beta at the end, in 0..1.
-        directions: n, the pairs of probes per step.
-        seed: of the noise, unsigned 64 bits.
-        epsilon_scale: factor on the eps that the straight-through estimator fixes.
-        schedule: ``"linear"`` or ``"constant"``.
-        start: fraction of training that runs plain STE first.
-        every: steps from one with probes to the next.
+    """What a resumed run must have in common with the one that it continues, see :class:`Fogzo`.
 
     Raises:
         TypeError, ValueError: an argument is wrong.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -30,8 +29,8 @@ from .run import Run
 class Pass:
     """One forward of a step: the gradient pass (``sign`` 0), or a probe at +eps or -eps."""
 
-    def __init__(self, step: Step, direction: int, sign: int) -> None:
-        self.direction, self.sign = direction, sign
+    def __init__(self, step: Step, direction: int, sign: int, slot: Tensor) -> None:
+        self.direction, self.sign, self._slot = direction, sign, slot  # the sum of the losses lies there
         self.loss: Tensor | None = None  # the sum of the losses so far, 0-dim float32
         self.losses = 0  # their number
         self.done = False
@@ -64,7 +63,7 @@ class Pass:
             self._step.back_propagate(loss)
         value = loss.detach().reshape(())
         if self.loss is None:
-            self.loss = self._step.loss_of(self).copy_(value)
+            self.loss = self._slot.copy_(value)
         else:
             self.loss.add_(value)
         self.losses += 1
@@ -105,9 +104,10 @@ class Step:
         self.run, self._modules = run, modules
         self.noise = run.next_noise()
         self.pairs = n = 0 if self.noise["one_minus_beta"] is None else run.settings.directions
-        self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i in range(n) for sign in (1, -1))]
         # of the gradient pass, of + and of - probes: one tensor, which devices reduce in one call
-        self._losses = torch.zeros(1 + 2 * n, dtype=torch.float32, device=run.counters.device)
+        self._losses = losses = torch.zeros(1 + 2 * n, dtype=torch.float32, device=run.counters.device)
+        probes = [(i, sign, losses[1 + i + n * (sign < 0)]) for i in range(n) for sign in (1, -1)]
+        self.passes = [Pass(self, 0, 0, losses[0]), *(Pass(self, *probe) for probe in probes)]
         self.active = self.lost = False
         self.unknown: Tensor | None = None
         self.groups: list[WeightGroup] = []
@@ -129,11 +129,6 @@ class Step:
     def parameters(self) -> list[Tensor]:
         """All of the model, each once."""
         return list(dict.fromkeys(p for m in self._modules for p in m._parameters.values() if p is not None))
-
-    def loss_of(self, probe: Pass) -> Tensor:
-        """Where the loss of a pass lies: those of + and of - in a row, as the ops take them."""
-        place = 1 + probe.direction + (self.pairs if probe.sign < 0 else 0)
-        return self._losses[place if probe.sign else 0]
 
     # ---- a pass
 
@@ -163,7 +158,7 @@ class Step:
                     w.use(rows, probe=True)
         except BaseException:
             self._release()
-            if len(self.snapshots) > 1:
+            if probe.sign:
                 run.replay.load(self.snapshots[1])
             self.end()
             raise
@@ -193,7 +188,11 @@ class Step:
                 self.run.replay.load(self.snapshots[0])
                 self._finish_gradients(failed=True)
             else:
-                self._end_gradient_pass()
+                if self.pairs:
+                    self._save_for_probes()
+                self._take_gradients()
+                if self._compared:
+                    self.leftovers = Leftovers((self._leaves | {id(p): p for p in self.parameters}).values())
             over = failed
         finally:
             if over:
@@ -217,18 +216,14 @@ class Step:
         finally:
             run.gradients.come_from = Source.PASS
 
-    # ---- after the gradient pass: which weights take part, N, and whether the step is lost
+    # ---- after the gradient pass
 
-    def _end_gradient_pass(self) -> None:
+    def _save_for_probes(self) -> None:
         replay = self.run.replay
-        if self.pairs:
-            if self._compared:
-                warn_of(changed(self._generators, global_generators(replay.others)))
-            self.snapshots.append(replay.save(self._modules))
-            replay.compare(*self.snapshots)
-        self._take_gradients()
         if self._compared:
-            self.leftovers = Leftovers((self._leaves | {id(p): p for p in self.parameters}).values())
+            warn_of(changed(self._generators, global_generators(replay.others)))
+        self.snapshots.append(replay.save(self._modules))
+        replay.compare(*self.snapshots)
 
     def _finish_gradients(self, failed: bool = False) -> tuple[list[Tensor], Tensor, AlphaGradients]:
         """Make g of dL/dQ, and keep the weights that have one.
@@ -250,7 +245,7 @@ class Step:
         return [by_weight.get(w, absent) for w in self.run.weights], finite, alphas
 
     def _take_gradients(self) -> None:
-        """Find what the step goes on with, on all processes of a group alike.
+        """Find which weights take part, N, and whether the step is lost, on all processes of a group alike.
 
         A weight takes part if its gradient is there and not all 0, whoever wrote it: autograd, or
         DistributedDataParallel where another process used it. In a CUDA graph's capture all that are there do,
@@ -327,10 +322,9 @@ class Step:
         """
         if self.lost or (not grads and found_inf is None):
             return
-        device = self._losses.device
-        lost = ~look(grads, device, zeros=False)[1]
+        lost = ~look(grads, self._losses.device, zeros=False)[1]
         if found_inf is not None:
-            lost |= found_inf.to(device, non_blocking=True).reshape(()) != 0
+            lost |= found_inf.to(lost.device, non_blocking=True).reshape(()) != 0
         flag = lost.int()
         self.run.peers.agree(flag)
         if capturing():
@@ -342,11 +336,7 @@ class Step:
 
     def options(self, group: WeightGroup) -> dict[str, Any]:
         """Return what perturbation and estimate must agree on, as the ops take it."""
-        kind = group.kind
-        return {
-            "grid": kind.grid, "straight_through": kind.straight_through, "transform": kind.transform,
-            "backend": group.backend, "tensor_ids": group.tensor_ids, "layouts": group.layouts, **self.noise,
-        }  # fmt: skip
+        return {**group.how, "tensor_ids": group.tensor_ids, "layouts": group.layouts, **self.noise}
 
     def _write_probes(self, probe: Pass) -> list[tuple[WeightView, Tensor]]:
         """Return the weights that take part, and the rows that they run this probe with.
@@ -363,10 +353,8 @@ class Step:
             for codes, part in group.split(lambda w: w.takes_codes):
                 out = [w.code_memory() for w in part.weights] if codes else part.memory
                 other = [torch.empty_like(rows) for rows in out]
-                perturb_quantize_(
-                    out, other, part.latents, part.grads, part.alphas, self._norm, direction=probe.direction,
-                    **self.options(part),
-                )  # fmt: skip
+                rows, options = (part.latents, part.grads, part.alphas), self.options(part)
+                perturb_quantize_(out, other, *rows, self._norm, direction=probe.direction, **options)
                 plus += zip(part.weights, out, strict=True)
                 self._minus += zip(part.weights, other, strict=True)
         return plus
@@ -411,36 +399,27 @@ class Step:
         return self.estimate
 
     def _check_losses(self) -> None:
-        given = [p.losses for p in self.passes]
-        if not all(given):
+        first, *others = (p.losses for p in self.passes)
+        if not (first and all(others)):
             raise RuntimeError("every pass must call probe.backward(loss)")
-        odd = [n for n in given if n != given[0]]
+        odd = [count for count in others if count != first]
         if odd:
             raise RuntimeError(
-                f"every pass must give a loss for each of its micro-batches, got {given[0]} in the gradient"
+                f"every pass must give a loss for each of its micro-batches, got {first} in the gradient"
                 f" pass and {odd[0]} in a probe"
             )
         if self.pairs:
             self.run.gradients.check_unedited(self._guides)
 
-    @contextmanager
-    def counting(self, first: bool) -> Iterator[Tensor]:
-        """Give counters for one of a step's calls: losses and norm are the same for all of them."""
-        counters = self.run.counters if first else torch.zeros_like(self.run.counters)
-        yield counters
-        if not first:
-            self.run.counters[2] += counters[2]
-
     def replace_gradients(self, estimate: Estimate) -> None:
         """Replace the ``.grad`` of the weights that take part by the estimate; it stays without probes."""
         if estimate.norm is None:
             return
+        sides = estimate.losses_plus, estimate.losses_minus
         for i, group in enumerate(self.groups):
-            with self.counting(first=i == 0) as counters:
-                estimate_gradient_(
-                    group.grads, estimate.losses_plus, estimate.losses_minus, group.alphas, estimate.norm,
-                    counters=counters, **self.options(group),
-                )  # fmt: skip
+            alphas, options = group.alphas, self.options(group)
+            with self.run.counting(first=i == 0) as counters:
+                estimate_gradient_(group.grads, *sides, alphas, estimate.norm, counters=counters, **options)
             for w, grad in zip(group.weights, group.grads, strict=True):
                 if w.still_row is not None:
                     grad[w.still_row] = 0
