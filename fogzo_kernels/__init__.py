@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from .backends import available_backends
 from .functional import *  # noqa: F403  the public ops: functional.__all__
-from .nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from .nn.convert import calibrate_, calibrate_inputs_, dequantize_model, quantize_model
-from .nn.embedding import QuantEmbedding
-from .nn.linear import QuantLinear
-from .nn.products import set_compute_
+from .nn.linear import QuantLinear, set_compute_
+from .nn.registry import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding
 from .nn.report import Report
 from .optim.adamw import AdamW
 from .optim.groups import learned_alphas, parameter_groups

@@ -239,7 +239,7 @@ def test_zero_grad_in_the_closure_is_named(zeros, to_none, options):
     with pytest.raises(RuntimeError, match="zero_grad must be called before a step, not in the closure"):
         fogzo.step(zeroed)
     assert fogzo.steps == 0
-    assert not any(m.held is not None for m in model.modules() if hasattr(m, "held"))
+    assert not any(m.pass_weight is not None for m in model.modules() if hasattr(m, "pass_weight"))
     model.zero_grad()
     fogzo.step(closure)
     twin, again, same = setup(**options)

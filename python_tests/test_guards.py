@@ -32,15 +32,15 @@ GUARDS = {
         "nn/replaced.py", "    if is_left_plain(module):\n        vars", "    if False:\n        vars",
         "test_adapters.py::test_a_resized_model_is_quantized_again_and_loads"),
     "Another weight takes the place of the one that alpha was made for (`fuse_conv_bn_eval`)": (
-        "nn/module.py", "self.stale = True", "pass", "test_module_changes.py"),
+        "nn/module.py", "self.weight_quantizer.stale = True", "pass", "test_module_changes.py"),
     "A weight gets another number of rows than its alphas have": (
-        "nn/stale.py", " and (alpha.numel() == 1 or alpha.shape[0] == module.weight.shape[module.OUTPUTS])", "",
-        "test_module_changes.py"),
+        "nn/weight.py", " and (alpha.numel() == 1 or alpha.shape[0] == module.latent.shape[module.OUTPUTS])",
+        "", "test_module_changes.py"),
     "An adapter is merged into a quantized layer (`peft`)": (
         "nn/replaced.py", "if isinstance(base, QuantizedModule):\n        raise", "if False:\n        raise",
         "test_adapters.py::test_other_adapters"),
     "Weights are initialized in place after `quantize_model`": (
-        "nn/stale.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
+        "nn/weight.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
     "A weight is replaced, frozen, unfrozen or tied after `Fogzo(model)`": (
         "nn/weights.py", "    if changed:\n", "    if False:\n",
         "test_traps.py::test_a_change_of_the_weights_is_an_error_at_the_next_step"),
@@ -54,7 +54,7 @@ GUARDS = {
         "if False:\n            raise",
         "test_traps.py::test_a_loss_that_reads_a_weight_itself_is_an_error"),
     "`functional_call` gives a module another weight in a pass": (
-        "nn/module.py", "if held is not None and held.weight is not weight:", "if False:",
+        "nn/module.py", "if held is not None and held.weight is not self.latent:", "if False:",
         "test_traps.py::test_functional_call_with_other_weights_is_refused_inside_a_pass"),
     "`.grad` holds the last estimate, or the gradient of another backward": (
         "train/guards/gradients.py", "if grads and not all_zero", "if False and not all_zero",

@@ -13,7 +13,7 @@ from processes import start
 from torch import nn
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.products import int_mm, multiplied
+from fogzo_kernels.nn.linear import int_mm, multiplied
 from fogzo_kernels.nn.view import WeightView
 
 STE = fk.StraightThrough("identity")
@@ -188,8 +188,9 @@ def test_probes_are_codes_with_the_bits_of_values(weights, share, backend, monke
                 optimizer.zero_grad()
                 for probe in fogzo.probes():
                     with probe:
-                        kinds = {n: m.held.rows.dtype for n, m in model.named_modules() if hasattr(m, "held")}
-                        values = [m.probe for m in model.modules() if hasattr(m, "held")]
+                        held = {n: m.pass_weight for n, m in model.named_modules() if hasattr(m, "pass_weight")}
+                        kinds = {n: p.rows.dtype for n, p in held.items()}
+                        values = [m.probe for m in model.modules() if hasattr(m, "pass_weight")]
                         assert all(v is None or v.dtype == torch.float32 for v in values)
                         found += [v.clone() for v in values if v is not None]
                         probe.backward(F.cross_entropy(model(x), y))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import dequantize, measure_alphas_, quantize_
+from ..functional import dequantize, quantize_
 from ..nn.module import QuantizedModule
-from ..nn.pass_weight import Held
-from ..nn.scales import hold_alphas, rotated_rows
-from ..nn.view import DTensor, FSDPModule, Placement, local
+from ..nn.pass_weight import PassWeight
+from ..nn.view import DTensor, FSDPModule, Part, Placement, local, place
+from ..nn.weight import hold_alphas, measure_
 from ..spec.scale import LearnedScale, MeasuredScale
 from .packing import code_bits, pack_codes, unpack_codes
 
@@ -29,7 +30,7 @@ HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
 
 
 class ShardedRows(Placement):
-    """The rows of a weight that this process has, and what FSDP gathers in their place.
+    """Knows the rows of a weight that this process has, and gives FSDP codes to gather in their place.
 
     FSDP asks the local tensor for what to send, and hands over what came. These are codes; the values of the
     whole weight are made of them, in the dtype of FSDP's policy. In a pass of FOGZO they are the codes that the
@@ -38,7 +39,6 @@ class ShardedRows(Placement):
     Attributes:
         size: how many processes have rows.
         most: how many rows the first process has, the most of all.
-        first: which row of the weight is the first of this process.
     """
 
     is_whole, sends_codes = False, True
@@ -51,7 +51,6 @@ class ShardedRows(Placement):
         self._dimension = spread[0] if spread else 0  # of the mesh
         self.size = weight.device_mesh.size(self._dimension)
         self.most = -(-weight.shape[0] // self.size)
-        self.first = weight.device_mesh.get_local_rank(self._dimension) * self.most
 
     @property
     def module(self) -> QuantizedModule:
@@ -60,13 +59,12 @@ class ShardedRows(Placement):
         return module
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The processes that have rows of the weight."""
-        return self.weight.device_mesh.get_group(self._dimension)
+    def part(self) -> Part:
+        return part_of(self.weight, 0, self._dimension)
 
     @property
     def bits(self) -> int:
-        """Bits in which a code is sent: 1, 2, 4 or 8, so that no code lies in two bytes."""
+        """Returns in how many bits a code is sent: 1, 2, 4 or 8, so that no code lies in two bytes."""
         return 1 << (code_bits(self.module.quantizer.grid) - 1).bit_length()
 
     # ---- which rows they are
@@ -82,48 +80,27 @@ class ShardedRows(Placement):
         if local(self.weight).device.type != self.weight.device_mesh.device_type:
             raise ValueError(f"{name} must not be offloaded, got it on {local(self.weight).device}")
 
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        count = self.weight.shape[1:].numel()
-        own = max(local(self.weight).numel(), 1)
-        return min(self.first * count, self.weight.numel()), own, own
-
-    def own(self, alpha: Tensor) -> Tensor:
-        if alpha.numel() == 1:
-            return alpha
-        return alpha[self.first : self.first + local(self.weight).shape[0]]
-
-    def put(self, alpha: Tensor, own: Tensor) -> None:
-        self.own(alpha).copy_(own)
-
-    def own_row(self, row: int) -> int | None:
-        return row - self.first if 0 <= row - self.first < local(self.weight).shape[0] else None
-
-    def sum(self, own: Tensor) -> Tensor:
-        dist.all_reduce(own, group=self.group)
-        return own
-
     # ---- what is gathered
 
-    def hold(self, modules: list[QuantizedModule], held: Held | None) -> None:
-        if held is not None:
-            shard(self.module)  # FSDP may have filled up a shard anew since
-        self._packed = None if held is None else self._sent(held.rows)
+    def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
+        if pass_weight is not None:
+            place(self.module)  # FSDP may have filled up a shard anew since
+        self._packed = None if pass_weight is None else self._sent(pass_weight.rows)
 
     def _sent(self, codes: Tensor) -> Tensor:
-        """Packed codes, as many as the first process has: FSDP gathers the same size of all."""
+        """Packs codes, as many as the first process has. FSDP gathers the same size of all processes."""
         padded = F.pad(codes, (0, 0, 0, self.most - codes.shape[0]))
         return pack_codes(padded.flatten(), self.module.quantizer.grid, self.bits)
 
     @torch.no_grad()
     def _codes(self) -> Tensor:
-        """The int8 codes of Q of these rows, as they are outside a pass."""
+        """Returns the int8 codes of Q of these rows."""
         module = self.module
         rows, how = module.rows(local(self.weight)), module.quantizer
         if isinstance(how.scale, LearnedScale):
             hold_alphas([module], ("alpha",))
         measure_sharded_([module], module.backend)
-        out, alpha = torch.empty_like(rows, dtype=torch.int8), self.own(module.alpha.detach())
+        out, alpha = torch.empty_like(rows, dtype=torch.int8), self.part.own(module.alpha.detach())
         quantize_(out, rows.detach(), alpha, grid=how.grid, transform=how.transform, backend=module.backend)
         return out
 
@@ -153,7 +130,7 @@ class ShardedRows(Placement):
         Raises:
             RuntimeError: nothing was gathered, or FSDP's shard is another tensor than the one with the hooks.
         """
-        weight = module.weight
+        weight = module.latent
         if isinstance(weight, DTensor):
             raise RuntimeError(
                 "weight must be gathered before it is used: run the forward of the module that fully_shard was"
@@ -174,20 +151,15 @@ class ShardedRows(Placement):
 
     def measured(self, module: QuantizedModule, backend: str | None) -> Tensor:
         """Measures alphas of these rows, padded to as many as the first process has; or their one statistic."""
-        scale, alpha = module.quantizer.scale, module.alpha
+        rows, scale = module.rows(local(self.weight).detach()), module.quantizer.scale
         assert isinstance(scale, MeasuredScale)
-        data = module.rows(local(self.weight).detach())
-        if scale.statistic != "rms":
-            (data,) = rotated_rows([data], module.quantizer.transform, backend)
-        if alpha.numel() == 1:
-            out = torch.zeros_like(alpha)
-            measure_alphas_(out, data, statistic=scale.statistic, backend=backend)
-            return out
-        out = alpha.new_zeros(self.most, *alpha.shape[1:])
-        measure_alphas_(
-            out[: data.shape[0]], data, statistic=scale.statistic, factor=scale.factor, add=scale.add,
-            least=scale.least, backend=backend,
-        )  # fmt: skip
+        if module.alpha.numel() == 1:
+            scale = replace(scale, factor=1.0, add=0.0, least=0.0)
+            out = own = torch.zeros_like(module.alpha)
+        else:
+            out = module.alpha.new_zeros(self.most, *module.alpha.shape[1:])
+            own = out[: len(rows)]
+        measure_([own], [rows], scale, module.quantizer.transform, backend)
         return out
 
     def combined(self, scale: MeasuredScale, statistics: Tensor) -> Tensor:
@@ -218,7 +190,7 @@ def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) ->
     own = [rows.measured(m, backend) for m, rows, _ in plan]
     sent, first = torch.cat([alphas.view(-1) for alphas in own]), plan[0][1]
     came = sent.new_empty(first.size, sent.numel())
-    dist.all_gather(list(came.unbind()), sent, group=first.group)
+    dist.all_gather(list(came.unbind()), sent, group=first.part.group)
     parts = came.split([alphas.numel() for alphas in own], dim=1)
     for (m, rows, scale), every in zip(plan, parts, strict=True):
         if m.alpha.numel() == 1:
@@ -227,8 +199,17 @@ def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) ->
             m.alpha.copy_(every.reshape(-1, *m.alpha.shape[1:])[: m.alpha.shape[0]])
 
 
+def part_of(weight: DTensor, dim: int, dimension: int) -> Part:
+    """Returns the part that this process has of a weight, cut along ``dim`` over a dimension of its mesh."""
+    mesh, length = weight.device_mesh, weight.shape[dim]
+    most = -(-length // mesh.size(dimension))
+    first = min(mesh.get_local_rank(dimension) * most, length)
+    shape = weight.shape[0], weight.shape[1:].numel()
+    return Part(dim, first, local(weight).shape[dim], shape, mesh.get_group(dimension))
+
+
 class RefuseBackward(torch.autograd.Function):
-    """The identity, without a gradient: h' is applied at the end of FOGZO's gradient pass only."""
+    """Returns its argument, and refuses a gradient: h' is applied at the end of FOGZO's gradient pass only."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -244,10 +225,8 @@ class RefuseBackward(torch.autograd.Function):
 
 
 def shard(module: QuantizedModule) -> None:
-    """Let FSDP gather codes of a module's weight, where it has sharded it."""
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, DTensor):
-        return
+    """Let FSDP gather codes of a module's weight, which it has sharded."""
+    weight = cast("DTensor", module.latent)
     hook = getattr(local(weight), HOOKS[0], None)
     rows = ShardedRows(module, weight) if hook is None else hook.__self__
     for name in HOOKS:
@@ -266,8 +245,8 @@ def begin_anew(model: nn.Module) -> None:
             for parameter in group.fsdp_params if group is not None else ():
                 info = parameter._module_info
                 owners = [m for m in (info.module, *info.shared_modules) if isinstance(m, QuantizedModule)]
-                for owner in owners if info.param_name == "weight" else ():
-                    shard(owner)
+                for owner in [m for m in owners if info.param_name == m.PARAMETER]:
+                    place(owner)
                 if owners and hasattr(local(parameter.sharded_param), HOOKS[0]):
                     parameter._init_extensions()
                     parameter.all_gather_outputs = []

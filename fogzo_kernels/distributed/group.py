@@ -1,4 +1,4 @@
-"""Peers: the processes that train one model, what they exchange in a step, and whether they train the same."""
+"""Peers: what processes that train one model exchange in a step, and whether they train the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..nn.module import QuantizedModule
 from ..nn.view import FSDPModule, WeightView, local
 from ..spec.noise import signed64
-from .tensor_parallel import Part
+from .tensor_parallel import CutWeight
 
 REDUCTIONS = ("mean", "sum", None)
 EVERY = 100  # steps from one comparison to the next, as each waits for the device
@@ -24,7 +24,7 @@ STEPS = FACTS.index("number of steps taken")
 
 
 class Peers:
-    """The processes that train a model together, as ``torch.distributed`` has them.
+    """Reduces and compares what the processes have that train a model with this one.
 
     Args:
         model: the module that a DistributedDataParallel or ``fully_shard`` was given, or one that holds it.
@@ -46,7 +46,8 @@ class Peers:
     ) -> None:
         self.process_group, self.reduction = process_group, reduction
         parts = [w for w in weights if not w.placement.is_whole]
-        self._mesh = _checked_mesh(parts, weights) if parts else None
+        self.sharded = bool(parts)  # whether this process has a part of the weights only
+        self._mesh_groups = _mesh_groups(parts, weights) if parts else []
         self._placement = weights[0].placement
         modules = list(model.modules())
         self._fsdp = [m for m in modules if isinstance(m, FSDPModule)] if parts else []
@@ -64,18 +65,8 @@ class Peers:
         _ = self.groups
 
     @property
-    def sharded(self) -> bool:
-        """Whether each process has a part of the weights only."""
-        return self._mesh is not None
-
-    @property
-    def _mesh_groups(self) -> list[dist.ProcessGroup]:
-        """A group for each dimension of the model's mesh."""
-        return [] if self._mesh is None else [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
-
-    @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """The groups over all of which losses are one; none for this process alone.
+        """Returns the groups over which losses are reduced; none where this process trains alone.
 
         Raises:
             ValueError: there are several processes, and nothing says which of them train this model.
@@ -99,18 +90,19 @@ class Peers:
     # ---- reductions
 
     def reduce(self, losses: Tensor) -> None:
-        """Make the losses of a step those of the group, in place. Parts of a weight have one batch."""
-        mean = self.reduction == "mean" or isinstance(self._placement, Part)
+        """Reduce the losses of a step in place. Processes that have parts of a weight have one batch."""
+        mean = self.reduction == "mean" or isinstance(self._placement, CutWeight)
         _all_reduce(losses, self.groups, mean)
 
     def agree(self, flags: Tensor) -> None:
-        """Make each flag, int32, the greatest of the group, in place."""
+        """Replace each flag, int32, by the greatest that a process has."""
         for group in self.groups:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
 
     def sum(self, squares: Tensor) -> Tensor:
-        """Make a sum over the parts of this process that over the weights, in place."""
-        return self._placement.sum(squares)
+        """Add, in place, what processes have summed over their parts of the weights."""
+        part = self._placement.part
+        return squares if part is None else part.sum(squares)
 
     @torch.no_grad()
     def reduce_inputs(self) -> None:
@@ -134,7 +126,7 @@ class Peers:
             module.reshard()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Lets a forward with autograd prepare no exchange of gradients."""
+        """Returns a context in which a forward with autograd prepares no exchange of gradients."""
         return self._replicas[0].no_sync() if self._replicas else nullcontext()
 
     # ---- whether all train the same
@@ -175,15 +167,16 @@ class Peers:
 
 @torch.no_grad()
 def sum_of_parts(weights: Sequence[WeightView], own: list[Tensor]) -> list[Tensor]:
-    """Returns gradients of whole alphas, summed over processes, of the gradients that parts of weights give."""
-    if all(w.placement.is_whole for w in weights):
+    """Returns the gradients of whole alphas: sums of the gradients that processes have from their parts."""
+    parts = [part for w in weights if (part := w.placement.part) is not None]
+    if not parts:
         return own
     every = [torch.zeros_like(w.modules[0].alpha) for w in weights]
-    for w, grad, part in zip(weights, every, own, strict=True):
-        w.placement.put(grad, part)
-    flat = weights[0].placement.sum(torch.cat([grad.view(-1) for grad in every]))
-    parts = flat.split([grad.numel() for grad in every])
-    return [part.view_as(grad) for part, grad in zip(parts, every, strict=True)]
+    for part, grad, own_grad in zip(parts, every, own, strict=True):
+        part.put(grad, own_grad)
+    flat = parts[0].sum(torch.cat([grad.view(-1) for grad in every]))
+    flats = flat.split([grad.numel() for grad in every])
+    return [summed.view_as(grad) for summed, grad in zip(flats, every, strict=True)]
 
 
 def _all_reduce(tensor: Tensor, groups: Sequence[dist.ProcessGroup], mean: bool) -> None:
@@ -193,26 +186,27 @@ def _all_reduce(tensor: Tensor, groups: Sequence[dist.ProcessGroup], mean: bool)
             tensor /= dist.get_world_size(group)
 
 
-def _checked_mesh(parts: Sequence[WeightView], weights: Sequence[WeightView]) -> dist.DeviceMesh:
-    """Returns the mesh of the weights that are not whole here; raises unless it is that of all weights."""
+def _mesh_groups(parts: Sequence[WeightView], weights: Sequence[WeightView]) -> list[dist.ProcessGroup]:
+    """Returns a group for each dimension of the mesh of ``parts``; raises unless all weights lie on it."""
     first = parts[0]
     other = next((w.name for w in weights if type(w.placement) is not type(first.placement)), None)
     if other is not None:
-        how = "parallelize_module" if isinstance(first.placement, Part) else "fully_shard"
+        how = "parallelize_module" if isinstance(first.placement, CutWeight) else "fully_shard"
         raise ValueError(
             f"model must have all its quantized weights under {how}, got {first.name} that is and {other} that"
             " is not"
         )
-    mesh: dist.DeviceMesh = first.parameter.device_mesh  # type: ignore[attr-defined]
-    for w in parts:
-        if w.parameter.device_mesh != mesh:  # type: ignore[attr-defined]
+    mesh, *others = [w.parameter.device_mesh for w in parts]  # type: ignore[attr-defined]
+    for w, other_mesh in zip(parts[1:], others, strict=True):
+        if other_mesh != mesh:
             raise ValueError(
-                f"model must be sharded over one mesh, got {mesh} for {first.name} and"
-                f" {w.parameter.device_mesh} for {w.name}"  # type: ignore[attr-defined]
+                f"model must be sharded over one mesh, got {mesh} for {first.name} and {other_mesh} for"
+                f" {w.name}"
             )
+    for w in parts:
         for m in w.modules:
             _check_module(w.name.removesuffix("weight"), m)
-    return mesh
+    return [mesh.get_group(i) for i in range(mesh.ndim)]
 
 
 def _check_module(prefix: str, module: QuantizedModule) -> None:
@@ -240,5 +234,5 @@ def _facts(seed: int, settings: object, weights: Sequence[WeightView]) -> Tensor
 
 
 def _digest(text: str) -> int:
-    """Signed 64 bits of a hash."""
+    """Returns signed 64 bits of a hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

@@ -1,4 +1,4 @@
-"""Integers of few bits, several in a byte: for what processes send each other and for what files hold."""
+"""Pack integers of few bits into bytes, for what processes send each other and for what files hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..spec.grid import Grid
 
 
 def pack(numbers: Tensor, bits: int, apart: int = 1) -> Tensor:
-    """Write each row as a stream of bits, the lowest bits first, filled up with 0 to whole bytes.
+    """Writes each row as a stream of bits, the lowest bits first, filled up with 0 to whole bytes.
 
     Args:
         numbers: uint8, (..., count), of which the ``bits`` lowest bits are written, 1..8.
@@ -31,7 +31,7 @@ def pack(numbers: Tensor, bits: int, apart: int = 1) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse of :func:`pack` with numbers side by side: uint8, (..., count)."""
+    """Inverts :func:`pack` where ``apart`` is 1; returns uint8, (..., count)."""
     if 8 % bits:
         ones: Tensor = unpack(packed, count * bits, 1).unflatten(-1, (count, bits))
         return (ones << _shifts(bits, 1, packed)).sum(-1, dtype=torch.uint8)
@@ -44,15 +44,15 @@ def _shifts(end: int, step: int, like: Tensor) -> Tensor:
 
 
 def code_bits(grid: Grid) -> int:
-    """Bits of code - qmin."""
+    """Returns the bits that code - qmin takes."""
     return max((grid.levels - 1).bit_length(), 1)
 
 
 def pack_codes(codes: Tensor, grid: Grid, bits: int) -> Tensor:
-    """Pack code - qmin of int8 codes."""
+    """Packs code - qmin of int8 codes."""
     return pack((codes - grid.qmin).view(torch.uint8), bits)  # int8 wraps around, as bytes do
 
 
 def unpack_codes(packed: Tensor, count: int, grid: Grid, bits: int) -> Tensor:
-    """The inverse of :func:`pack_codes`: int8, (..., count)."""
+    """Inverts :func:`pack_codes`; returns int8, (..., count)."""
     return unpack(packed, count, bits).view(torch.int8) + grid.qmin

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..nn.module import QuantizedModule
-from ..nn.view import DTensor, Placement, local
+from ..nn.view import DTensor, Part, Placement, local
 from ..spec.scale import MeasuredScale
-from .fsdp import Shard
+from .fsdp import Shard, part_of
 
 
-@dataclass(frozen=True)
-class Part(Placement):
-    """The part of a weight that a process has: some of its rows, or of its columns."""
+class CutWeight(Placement):
+    """Lets a module under tensor parallelism quantize its part of the weight, and multiply by it.
+
+    Raises:
+        ValueError: tensor parallelism of such a module, or of such a cut, is not offered.
+    """
 
     is_whole = False
 
-    dim: int  # 0: rows, 1: columns
-    first: int  # row or column of the part
-    length: int
-    shape: tuple[int, ...]  # of the weight
-    group: dist.ProcessGroup  # the processes that have parts
-
-    @classmethod
-    def of(cls, name: str, module: QuantizedModule) -> Part:
-        """Returns the part of a module's weight; raises :class:`ValueError` if such a part is not offered."""
-        weight, how = module.weight, module.quantizer
-        placements, mesh = weight.placements, weight.device_mesh  # type: ignore[attr-defined]
+    def __init__(self, name: str, module: QuantizedModule) -> None:
+        weight, how = cast("DTensor", module.latent), module.quantizer
+        placements = weight.placements
         dim = placements[0].dim if len(placements) == 1 and type(placements[0]) is Shard else None
         reason = None
         if dim not in (0, 1) or weight.ndim != 2 or module.OUTPUTS != 0:
@@ -45,58 +38,24 @@ class Part(Placement):
         if reason is not None:
             raise ValueError(f"{name} must be, for tensor parallelism, {reason}")
         assert dim is not None
-        most = -(-weight.shape[dim] // mesh.size())
-        first = min(mesh.get_local_rank() * most, weight.shape[dim])
-        return cls(dim, first, local(weight).shape[dim], tuple(weight.shape), mesh.get_group())
+        self._part = part_of(weight, dim, 0)
+
+    @property
+    def part(self) -> Part:
+        return self._part
 
     def rows(self, module: QuantizedModule) -> Tensor:
         """Returns Q of the part as a DTensor like the weight."""
-        alpha, weight = module.alpha, cast("DTensor", module.weight)
-        if module.held is None and alpha.requires_grad:
-            alpha = cast("Tensor", SumOfParts.apply(alpha, self))
-        rows = module.quantized(weight.to_local(), self.own(alpha))
-        return DTensor.from_local(
-            rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape,
-            stride=weight.stride(),
-        )  # fmt: skip
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        columns = self.shape[1]
-        if self.dim == 0:
-            own = max(self.length * columns, 1)
-            return self.first * columns, own, own
-        return self.first, max(self.length, 1), columns
-
-    def own(self, alpha: Tensor) -> Tensor:
-        if alpha.numel() == 1:
-            return alpha
-        if self.dim == 0:
-            return alpha[self.first : self.first + self.length]
-        return alpha if alpha.numel() == self.shape[0] else alpha[:, self._groups(alpha)].contiguous()
-
-    def put(self, alpha: Tensor, own: Tensor) -> None:
-        grouped = self.dim == 1 and alpha.numel() > self.shape[0]  # whose part is no view
-        (alpha[:, self._groups(alpha)] if grouped else self.own(alpha)).copy_(own)
-
-    def own_row(self, row: int) -> int | None:
-        if self.dim == 1:
-            return row
-        return row - self.first if 0 <= row - self.first < self.length else None
-
-    def sum(self, own: Tensor) -> Tensor:
-        dist.all_reduce(own, group=self.group)
-        return own
-
-    def _groups(self, alpha: Tensor) -> slice:
-        size = self.shape[1] // (alpha.numel() // self.shape[0])
-        if self.first % size or self.length % size:
-            raise ValueError(f"groups of {size} must not be cut, got a part of {self.length} columns")
-        return slice(self.first // size, (self.first + self.length) // size)
+        alpha, weight = module.alpha, cast("DTensor", module.latent)
+        if module.pass_weight is None and alpha.requires_grad:
+            alpha = cast("Tensor", SumOfParts.apply(alpha, self.part))
+        rows = module.quantized(weight.to_local(), self.part.own(alpha))
+        mesh, placements, shape, stride = weight.device_mesh, weight.placements, weight.shape, weight.stride()
+        return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 class SumOfParts(torch.autograd.Function):
-    """The identity; its gradient is the sum over the processes that have parts."""
+    """Returns its argument. The gradient is the sum over the processes that have parts."""
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, part: Part) -> Tensor:

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(run: Path) -> nn.Module:
-    """The quantized model of a folder.
+    """Reads the quantized model of a folder.
 
     Raises:
         SystemExit: there is none.
@@ -63,7 +63,7 @@ def read(run: Path) -> nn.Module:
 
 
 def frozen(model: nn.Module, form: str) -> float:
-    """Freeze scales in the format's dtype: the share of codes that changed."""
+    """Freezes scales in the format's dtype; returns the share of codes that changed."""
     if form == "safetensors":
         return 0.0
     modules = quantized_in(model).values()

@@ -16,7 +16,7 @@ from ..distributed.packing import pack
 
 
 class Block(NamedTuple):
-    """A type of block.
+    """Writes a type of block.
 
     Attributes:
         number: of the type, as a file says it.
@@ -42,7 +42,7 @@ class Block(NamedTuple):
         return (fits or (self.mirrored and self.low <= -high and -low <= self.high)) and (odd or not self.odd)
 
     def encode(self, numbers: Tensor, scale: Tensor) -> Tensor:
-        """Rows of numbers, int16, with a float32 scale for each group of a row: uint8, (rows, bytes)."""
+        """Makes bytes, (rows, bytes), of int16 numbers, (rows, columns), and a float32 scale for each group."""
         rows, columns = numbers.shape
         if numbers.numel() and (numbers.min() < self.low or numbers.max() > self.high):
             numbers, scale = -numbers, -scale
@@ -56,7 +56,7 @@ def _bytes(numbers: Tensor) -> Tensor:
 
 
 def _q2_k(numbers: Tensor, d: Tensor) -> list[Tensor]:
-    """d (2 q - 3): all sixteen sub-blocks have scale 2 and minimum 3, both in units of d."""
+    """Values are d (2 q - 3): all sixteen sub-blocks have scale 2 and minimum 3, both in units of d."""
     scales = torch.full((len(numbers), 16), 3 << 4 | 2, dtype=torch.uint8)
     return [scales, pack(_bytes((numbers + 3) // 2), 2, apart=32), d, d]
 

@@ -26,7 +26,7 @@ class Integers(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Columns that share a scale."""
+        """Returns how many columns share a scale."""
         return self.numbers.shape[1] // self.scale.shape[1]
 
     @classmethod
@@ -40,32 +40,32 @@ class Integers(NamedTuple):
 
 
 def range_of(grid: Grid) -> tuple[int, int]:
-    """The least and the greatest number of a grid."""
+    """Returns the least and the greatest number of a grid."""
     low, high = (2 * c + 1 if grid.offset else c for c in (grid.qmin, grid.qmax))
     return low, high
 
 
 def bits_of(grid: Grid) -> int:
-    """Bits of two's complement that hold any number of a grid."""
+    """Returns how many bits of two's complement hold any number of a grid."""
     low, high = range_of(grid)
     return next(b for b in range(1, 10) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1))
 
 
 def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
-    """The quantized modules of a model, by name.
+    """Returns the quantized modules of a model, by name.
 
     Raises:
         TypeError, ValueError: it is not a model, or has none.
     """
     checks.instance("model", model, nn.Module)
-    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
-    if not found:
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    if not modules:
         raise ValueError("model must have quantized modules to export, got none: call quantize_model first")
-    return found
+    return modules
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model without its quantized weights and what quantized modules add."""
+    """Returns the state of a model without its quantized weights and what quantized modules add."""
     own = {
         f"{name}.{key}" if name else key
         for name, m in model.named_modules()
@@ -76,7 +76,7 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def copied(t: Tensor) -> Tensor:
-    """A tensor as files take it: on the CPU, in memory of its own."""
+    """Copies a tensor to the CPU, into memory of its own, as files take it."""
     return t.detach().cpu().contiguous().clone()
 
 
@@ -88,3 +88,10 @@ def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
         f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would be"
         f" rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you get"
     )
+
+
+def check_fits(name: str, form: str, reasons: dict[str, bool]) -> None:
+    """Raise if one of the reasons why a format cannot hold a module is true."""
+    for reason, true in reasons.items():
+        if true:
+            raise ValueError(f"{name} must fit {form}: {reason}")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..distributed.packing import code_bits, pack_codes, unpack_codes
 from ..functional import dequantize, hadamard
 from ..nn.module import QuantizedModule
-from ..nn.registry import twin_of
+from ..nn.registry import quantized_form
+from ..nn.weight import WeightQuantizer
 from ..ops import checks
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
@@ -68,51 +69,49 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
         grid = m.quantizer.grid
         tensors[f"{key}.codes"] = pack_codes(m.codes().cpu(), grid, code_bits(grid))
         tensors[f"{key}.alpha"] = copied(m.alpha)
-        quantized[key] = described(m)
-    metadata = {
-        "format": FORMAT, "version": VERSION, "quantized": json.dumps(quantized), "tied": json.dumps(tied),
-    }  # fmt: skip
+        quantized[key] = Weight.of(m).to_dict()
+    said = {"quantized": json.dumps(quantized), "tied": json.dumps(tied)}
+    metadata = {"format": FORMAT, "version": VERSION, **said}
     with whole_file(file) as place:
         save_file(tensors, place, metadata=metadata)
 
 
-def described(module: QuantizedModule) -> dict[str, Any]:
-    """What a decoder must know of a weight, and :func:`load` of its module."""
-    how, grid = module.quantizer, module.quantizer.grid
-    activation = module.activation and module.activation.to_dict()
-    return {
-        "shape": list(module.weight.shape), "bits": code_bits(grid), "qmin": grid.qmin, "qmax": grid.qmax,
-        "offset": grid.offset, "r": grid.r, "outputs": module.OUTPUTS,
-        "transform": None if how.transform is None else how.transform.block, "activation": activation,
-        "straight_through": asdict(how.straight_through),
-    }  # fmt: skip
-
-
-# ---- back
-
-
 class Weight(NamedTuple):
-    """A quantized weight in a file."""
+    """Says how a weight of a file is quantized."""
 
     shape: tuple[int, ...]
+    outputs: int  # the dimension that counts them
     grid: Grid
-    outputs: int
     transform: Hadamard | None
     straight_through: StraightThrough
     activation: Quantizer | None
 
     @classmethod
-    def of(cls, found: dict[str, Any]) -> Weight:
-        grid = Grid(*(found[name] for name in ("qmin", "qmax", "offset", "r")))
-        return cls(
-            tuple(found["shape"]), grid, found["outputs"],
-            None if found["transform"] is None else Hadamard(found["transform"]),
-            StraightThrough(**found["straight_through"]),
-            None if found["activation"] is None else Quantizer.from_dict(found["activation"]),
-        )  # fmt: skip
+    def of(cls, module: QuantizedModule) -> Weight:
+        how, shape = module.quantizer, tuple(module.weight.shape)
+        return cls(shape, module.OUTPUTS, how.grid, how.transform, how.straight_through, module.activation)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "bits": code_bits(self.grid),
+            **asdict(self.grid),
+            "outputs": self.outputs,
+            "transform": self.transform and self.transform.block,
+            "activation": self.activation and self.activation.to_dict(),
+            "straight_through": asdict(self.straight_through),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Weight:
+        grid = Grid(*(data[name] for name in ("qmin", "qmax", "offset", "r")))
+        transform = None if data["transform"] is None else Hadamard(data["transform"])
+        how = StraightThrough(**data["straight_through"])
+        activation = None if data["activation"] is None else Quantizer.from_dict(data["activation"])
+        return cls(tuple(data["shape"]), data["outputs"], grid, transform, how, activation)
 
     def values(self, stream: Tensor, alpha: Tensor) -> Tensor:
-        """float32, of the weight's shape; of a rotated weight, in the model's basis."""
+        """Makes float32 values of the weight's shape; a rotated weight comes back to the model's basis."""
         others = [n for d, n in enumerate(self.shape) if d != self.outputs]
         columns = torch.Size(others).numel()
         codes = unpack_codes(stream, columns, self.grid, code_bits(self.grid))
@@ -120,6 +119,15 @@ class Weight(NamedTuple):
         if self.transform is not None:
             rows = hadamard(rows, block=self.transform.block)
         return rows.view(self.shape[self.outputs], *others).movedim(0, self.outputs)
+
+
+class File(NamedTuple):
+    """Has the content of a file."""
+
+    path: str | os.PathLike[str]
+    tensors: dict[str, Tensor]
+    quantized: dict[str, Weight]
+    tied: dict[str, str]
 
 
 @torch.no_grad()
@@ -143,15 +151,12 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         FileNotFoundError: there is no file.
     """
     checks.instance("model", model, nn.Module)
-    tensors, quantized, tied = read(file)
-    modules = dict(model.named_modules())
-    check_fits(file, tensors, quantized, tied, model)
-    values = {
-        key: w.values(tensors.pop(f"{key}.codes"), tensors[f"{key}.alpha"]) for key, w in quantized.items()
-    }
-    state = dict(model.state_dict(keep_vars=True))
-    for key, w in quantized.items():
-        names = [key, *(name for name, other in tied.items() if other == key)]
+    opened = read(file)
+    check_fits(opened, model)
+    tensors, modules, state = opened.tensors, dict(model.named_modules()), model.state_dict(keep_vars=True)
+    values = {k: w.values(tensors[f"{k}.codes"], tensors[f"{k}.alpha"]) for k, w in opened.quantized.items()}
+    for key, w in opened.quantized.items():
+        names = [key, *(name for name, other in opened.tied.items() if other == key)]
         paths = [name.rpartition(".")[0] for name in names]
         for path in paths:
             if isinstance(modules[path], QuantizedModule):
@@ -162,26 +167,20 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         alpha = tensors[f"{key}.alpha"].to(state[key].device)
         how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
         for path in paths:
-            kind = twin_of(modules[path])
-            assert kind is not None
-            module = kind.from_plain(
-                modules[path], how, alpha=alpha, tensor_id=0, path=path, activation=w.activation
-            )
-            input_alpha = tensors.get(f"{path}.input_alpha" if path else "input_alpha")
-            if input_alpha is not None:
-                module.set_input_alpha(input_alpha.to(alpha.device))
+            form, input_alpha = quantized_form(modules[path]), tensors.get(f"{path}.input_alpha".lstrip("."))
+            assert form is not None
+            weight = WeightQuantizer(how, 0, path)
+            module = form.from_plain(modules[path], weight, alpha=alpha, activation=w.activation)
+            if input_alpha is not None and module.input_quantizer is not None:
+                module.input_quantizer.set_alpha(module, input_alpha.to(alpha.device))
     for name, t in tensors.items():
         if name in state and name not in values:
             state[name].copy_(t)
     return model
 
 
-def read(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Weight], dict[str, str]]:
-    """Tensors, quantized weights and tied names of a file.
-
-    Raises:
-        ValueError: it is damaged, or not of this format and version.
-    """
+def read(file: str | os.PathLike[str]) -> File:
+    """Read a file; raise :class:`ValueError` if it is damaged, or not of this format and version."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).exists():
@@ -196,39 +195,35 @@ def read(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Wei
     if kind != (FORMAT, VERSION):
         raise ValueError(f"file must be of format {FORMAT} and version {VERSION}, got {kind} in {file}")
     try:
-        quantized = {key: Weight.of(found) for key, found in json.loads(metadata["quantized"]).items()}
-        return tensors, quantized, json.loads(metadata["tied"])
+        quantized = {key: Weight.from_dict(data) for key, data in json.loads(metadata["quantized"]).items()}
+        return File(file, tensors, quantized, json.loads(metadata["tied"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"file must say how its weights are quantized, got {file}: {error!r}") from error
 
 
-def check_fits(
-    file: str | os.PathLike[str], tensors: dict[str, Tensor], quantized: dict[str, Weight],
-    tied: dict[str, str], model: nn.Module,
-) -> None:  # fmt: skip
+def check_fits(file: File, model: nn.Module) -> None:
     """Raise unless a file has what a model has, in the same shapes."""
     modules = dict(model.named_modules())
     there = {name: tuple(t.shape) for name, t in plain_tensors(model).items()}
-    for name, m in modules.items():
-        if isinstance(m, QuantizedModule):
-            there[f"{name}.weight" if name else "weight"] = tuple(m.weight.shape)
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    for key, w in quantized.items():
+    quantized = {name: m for name, m in modules.items() if isinstance(m, QuantizedModule)}
+    there |= {f"{name}.weight".lstrip("."): tuple(m.weight.shape) for name, m in quantized.items()}
+    shapes = {name: tuple(t.shape) for name, t in file.tensors.items()}
+    for key, w in file.quantized.items():
         for part in ("codes", "alpha"):
             if shapes.pop(f"{key}.{part}", None) is None:
-                raise ValueError(f"file must have {key}.{part}, got none in {file}")
+                raise ValueError(f"file must have {key}.{part}, got none in {file.path}")
         shapes[key] = w.shape
-    inputs = {key.removesuffix("weight") + "input_alpha" for key in (*quantized, *tied)}
+    inputs = {key.removesuffix("weight") + "input_alpha" for key in (*file.quantized, *file.tied)}
     shapes = {name: shape for name, shape in shapes.items() if name not in inputs}
-    shapes |= {name: shapes[other] for name, other in tied.items()}
+    shapes |= {name: shapes[other] for name, other in file.tied.items()}
     odd = sorted(there.keys() ^ shapes.keys()) or sorted(n for n in there if there[n] != shapes[n])
     if odd:
         name = odd[0]
         raise ValueError(
-            f"file must fit the model, got {name} of shape {shapes.get(name)} in {file} and of shape"
+            f"file must fit the model, got {name} of shape {shapes.get(name)} in {file.path} and of shape"
             f" {there.get(name)} in the model{f', and {len(odd) - 1} more' if odd[1:] else ''}"
         )
-    for key in quantized:
+    for key in file.quantized:
         module = modules.get(key.rpartition(".")[0])
-        if not isinstance(module, QuantizedModule) and (module is None or twin_of(module) is None):
+        if not isinstance(module, QuantizedModule) and (module is None or quantized_form(module) is None):
             raise ValueError(f"model must have a module for {key} that can be quantized, got {module}")

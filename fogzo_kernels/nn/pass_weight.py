@@ -11,7 +11,7 @@ from ..functional import dequantize
 from ..spec.grid import Grid
 
 
-class Held(NamedTuple):
+class PassWeight(NamedTuple):
     """What a module runs with during a pass, instead of quantizing its weight itself."""
 
     weight: Tensor  # the parameter that the values belong to

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -11,27 +10,64 @@ from torch.nn.utils import parametrize
 
 from ..ops import checks
 from ..spec.dtypes import FLOATS
-from .conv import QuantConv1d, QuantConv2d, QuantConv3d
-from .embedding import QuantEmbedding
 from .linear import QuantLinear
-from .module import QuantizedModule
+from .module import QuantizedModule, quantized_class
 from .view import FSDPModule, local
+
+
+class QuantConv1d(QuantizedModule, nn.Conv1d):
+    """``nn.Conv1d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    A row of the weight is what one output channel is made of.
+    """
+
+    PLAIN = nn.Conv1d
+
+
+class QuantConv2d(QuantizedModule, nn.Conv2d):
+    """``nn.Conv2d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    The weight may lie in memory as channels_last. Its elements then draw their noise in that order.
+    """
+
+    PLAIN = nn.Conv2d
+
+
+class QuantConv3d(QuantizedModule, nn.Conv3d):
+    """``nn.Conv3d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    The weight may lie in memory as channels_last_3d. Its elements then draw their noise in that order.
+    """
+
+    PLAIN = nn.Conv3d
+
+
+class QuantEmbedding(QuantizedModule, nn.Embedding):
+    """``nn.Embedding`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    A row is the vector of one entry. The row of ``padding_idx`` gets no gradient, as in PyTorch, and no
+    estimate of FOGZO; what is read from it is Q of it, which is not 0 on grids without a 0.
+    """
+
+    PLAIN = nn.Embedding
+    ROTATED = "output"  # only entries that were read, not all
+
 
 #: Which class a plain module becomes; subclasses of it stay as they are.
 QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {
-    twin.PLAIN: twin for twin in (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding)
+    kind.PLAIN: kind for kind in (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding)
+}
+#: Classes of other packages, which are not imported here, with the arguments of :func:`quantized_class`.
+NAMED: dict[str, dict[str, Any]] = {
+    "transformers.pytorch_utils.Conv1D": {"outputs": 1, "rotated": "input"},
 }
 
 
-def twin_of(module: nn.Module) -> type[QuantizedModule] | None:
+def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
     """The class that a module of this type becomes; None if there is none."""
     kind = type(module)
-    hub = sys.modules.get("transformers.pytorch_utils")  # only where the caller has it already
-    if hub is not None and kind is hub.Conv1D:
-        from .transposed import QuantConv1D
-
-        return QuantConv1D
-    return QUANTIZED.get(kind)
+    options = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
+    return QUANTIZED.get(kind) if options is None else quantized_class(kind, **options)
 
 
 class Weights(NamedTuple):
@@ -53,8 +89,6 @@ def weights_of(module: nn.Module) -> Weights:
     }
     for child in read_by(module):
         own |= {f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters()}
-    if parametrize.is_parametrized(module):
-        own |= {name: p for name, p in module.named_parameters() if name.startswith("parametrizations.")}
     for name, p in own.items():
         if isinstance(p, UninitializedParameter):
             raise ValueError(f"{type(module).__name__}.{name} must be initialized: run the model once before")
@@ -73,20 +107,24 @@ def reason_against(module: nn.Module) -> str | None:
     """Why a module that holds weights cannot be quantized; None if it can."""
     if isinstance(module, QuantizedModule):
         return "it is quantized already"
-    twin = twin_of(module)
-    if twin is None and isinstance(module, FSDPModule) and QUANTIZED.get(type(module).__mro__[2]):
+    form = quantized_form(module)
+    if form is None and isinstance(module, FSDPModule) and QUANTIZED.get(type(module).__mro__[2]):
         raise ValueError(
             f"model must be quantized before fully_shard is given one of its modules by itself, got {module}"
         )
-    if twin is None:
+    if form is None:
         return made_anew(module) or f"{type(module).__name__} has no quantized form"
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(form.PARAMETER)
     if weight is None:
         return made_anew(module) or "its weight is no Parameter"
     sharded = local(weight) is not weight and type(local(weight)) is Tensor
     if not sharded and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
         return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
-    return twin.reason_against(module)
+    if getattr(module, "sparse", False):
+        return "its gradients are sparse"
+    return (
+        "max_norm changes its weight in the forward" if getattr(module, "max_norm", None) is not None else None
+    )
 
 
 def made_anew(module: nn.Module) -> str | None:

@@ -108,7 +108,9 @@ def follow(model: nn.Module, incompatible: Any) -> None:
 def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:
     """Of the places of a weight, those that are quantized."""
     return {
-        where: m for where, (m, name) in places.items() if isinstance(m, QuantizedModule) and name == "weight"
+        where: m
+        for where, (m, name) in places.items()
+        if isinstance(m, QuantizedModule) and name == m.PARAMETER
     }
 
 

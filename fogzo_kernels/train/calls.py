@@ -18,8 +18,8 @@ from ..functional import (
     quantize_,
     straight_through_backward_,
 )
-from ..nn.scales import hold_alphas, measure_
 from ..nn.view import WeightView
+from ..nn.weight import hold_alphas, measure_
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale

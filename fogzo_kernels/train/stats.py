@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn.scales import share_at_floor
 from ..nn.view import WeightView
+from ..nn.weight import share_at_floor
 from ..spec.noise import direction_sign
 from .losses import Estimate
 from .settings import Settings
