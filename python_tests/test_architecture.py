@@ -29,8 +29,9 @@ FLOORS = {
            " products conv embedding transposed twins replaced rules sharing fast_path pretrained report"
            " convert"),
     "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
-              "__init__ uncompiled replay weights sharding together reads outside lost gradients losses"
-              " received passes step closures unmoved settings device distributed stats estimator"),
+              "__init__ guards guards.uncompiled guards.derivatives guards.fingerprints replay guards.lost"
+              " guards.gradients guards.graph_reads guards.unmoved_alphas losses settings device stats"
+              " calls run step guards.closure fogzo"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups memory scaling fused adamw sgd"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),

@@ -23,7 +23,7 @@ def test_public_names_are_few():
         "step", "run", "probes", "estimate_", "pending", "steps", "one_minus_beta", "diagnostics",
         "state_dict", "load_state_dict", "weights", "total_weights", "device", "directions", "seed",
         "epsilon_scale", "check", "discard", "stats", "backend",
-        "found_inf",
+        "found_inf", "pending_step", "check_estimates",
     }  # fmt: skip
 
 
