@@ -41,7 +41,7 @@ FLOORS = {
 }  # fmt: skip
 #: Of the Triton backend, bottom first.
 ORDER_OF_TRITON = (
-    "elements tables launch losses noise norm measure hadamard perturb estimate tail quantize learned __init__"
+    "elements program launch losses noise norm measure hadamard perturb estimate tail quantize learned __init__"
 )
 TRITON = ORDER_OF_TRITON.split()
 #: What a backend may import of the package.
