@@ -181,8 +181,9 @@ def logistic_log2(k):
 
 
 @triton.jit
-def noise_pair(word, DIST: tl.constexpr):
+def noise_pair(word, config: tl.constexpr):
     """m, times the factor in M_FACTOR if any, of the even and the odd element of a word."""
+    DIST: tl.constexpr = config.distribution
     if DIST == "uniform":
         return high_uniform(word << 16), high_uniform(word)
     elif DIST == "rademacher":
@@ -208,23 +209,23 @@ def noise_pair(word, DIST: tl.constexpr):
 
 
 @triton.jit
-def tile_noise(chunk, names, direction, TILE: tl.constexpr, DIST: tl.constexpr):
-    """Noise of the tile [TILE] whose chunks have the numbers ``chunk`` [TILE / 8], one Philox call each.
+def tile_noise(chunk, names, direction, config: tl.constexpr):
+    """Noise of the tile whose chunks have the numbers ``chunk``, one Philox call each.
 
     This order of joins puts word j of a chunk beside pair j of its elements in the same thread: no shuffle.
     """
     x0, x1, x2, x3 = noise_words(chunk, names, direction)
-    words = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([TILE // 2])
-    even, odd = noise_pair(words, DIST)
-    return tl.join(even, odd).reshape([TILE])
+    words = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([config.tile // 2])
+    even, odd = noise_pair(words, config)
+    return tl.join(even, odd).reshape([config.tile])
 
 
 @triton.jit
-def element_noise(e, names, direction, DIST: tl.constexpr):
+def element_noise(e, names, direction, config: tl.constexpr):
     """Noise of any elements, one Philox call each: for tails and unaligned shards."""
     x0, x1, x2, x3 = noise_words(e >> 3, names, direction)
     high, low = tl.where((e & 2) != 0, x3, x2), tl.where((e & 2) != 0, x1, x0)
-    even, odd = noise_pair(tl.where((e & 4) != 0, high, low), DIST)
+    even, odd = noise_pair(tl.where((e & 4) != 0, high, low), config)
     return tl.where((e & 1) != 0, odd, even)
 
 
@@ -275,8 +276,9 @@ def alpha_slope_of(theta, scale, grid):
 
 
 @triton.jit
-def derivative_of(theta, scale, grid, KIND: tl.constexpr):
+def derivative_of(theta, scale, grid, config: tl.constexpr):
     """h'(theta) (contract section 1); x = theta / alpha = r theta / delta."""
+    KIND: tl.constexpr = config.variant
     x = tl.abs(theta * scale.inv * grid.r)
     if KIND == "identity_clipped":
         z = position(theta, scale, grid)

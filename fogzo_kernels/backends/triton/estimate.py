@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...spec.call import Draw, Losses, Mix
-from ..plans import plan
+from ..gpu.plans import plan
 from . import program
 from .elements import fma, product, reciprocal
 from .hadamard import rotated

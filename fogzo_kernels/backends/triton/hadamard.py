@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..plans import plan
+from ..gpu.plans import plan
 from . import program
 from .elements import fma
 from .launch import Tensors, config_of, launch

@@ -18,7 +18,7 @@ from ...spec.call import Draw, Mix
 from ...spec.dtypes import OUTPUTS
 from ...spec.hadamard import factor
 from ...spec.noise import DISTRIBUTIONS
-from ..plans import Plan
+from ..gpu.plans import Plan
 from .elements import M_FACTOR, Grid
 
 TILE = 2048  # elements per loop iteration

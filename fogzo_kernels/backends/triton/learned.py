@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.straight_through import StraightThrough
-from ..plans import Plan, learned_plan
+from ..gpu.plans import Plan, learned_plan
 from . import program
 from .elements import alpha_slope_of, derivative_of, product
 from .hadamard import rotated
@@ -29,7 +29,7 @@ def write_backward(arrays, turn, p, grid, config: tl.constexpr):
     theta, g = program.load(latent, turn, config), program.load(grad, turn, config)
     theta = rotated(theta, turn, config)
     scale = program.scale_of(turn, p, grid, config)
-    x = product(g, derivative_of(theta, scale, grid, config.variant), config.block)
+    x = product(g, derivative_of(theta, scale, grid, config), config.block)
     x = rotated(x, turn, config)
     program.store(out, turn, x, config)
     return g * alpha_slope_of(theta, scale, grid)

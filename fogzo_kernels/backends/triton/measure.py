@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from ...spec.call import Measure
-from .. import cells
-from ..plans import SPAN
+from ..gpu import cells
+from ..gpu.plans import SPAN
 from .launch import Config, Tensors, dtype_of, launch, rounded
 
 COLUMNS = tl.constexpr(len(cells.COLUMNS))
@@ -150,14 +150,15 @@ def totals(
 def measure_cells(row, number, data, aligned, rule, WIDTH: tl.constexpr, config: tl.constexpr):
     """Alphas of the cells of a program, tile / WIDTH at a time."""
     ROWS: tl.constexpr = config.tile // WIDTH
+    STATISTIC: tl.constexpr = config.variant
     alpha = tl.cast(entry(row, "ALPHA"), tl.pointer_type(tl.float32))
     length, pack = entry(row, "LENGTH"), entry(row, "PACK")
     last = tl.minimum((number + 1) * pack, entry(row, "CELLS"))
     for begin in tl.range(number * pack, last, ROWS):
         cell = begin + tl.arange(0, ROWS)
         valid = cell < last
-        total = totals(data, cell * length, valid, length.to(tl.int32), aligned, ROWS, WIDTH, config.variant)
-        write_alphas(alpha + cell, valid, total, length, rule, config.variant)
+        total = totals(data, cell * length, valid, length.to(tl.int32), aligned, ROWS, WIDTH, STATISTIC)
+        write_alphas(alpha + cell, valid, total, length, rule, STATISTIC)
 
 
 # ---- kernels
@@ -175,13 +176,14 @@ def measure_kernel(table, owner, partial, rule, config: tl.constexpr):
     row = row_of(table, owner, pid)
     number, pieces, aligned = pid - entry(row, "FIRST"), entry(row, "PIECES"), entry(row, "ALIGNED") != 0
     data = tl.cast(entry(row, "DATA"), tl.pointer_type(config.latent))
+    STATISTIC: tl.constexpr = config.variant
     width = entry(row, "WIDTH")
     if pieces > 1:
         length, cell = entry(row, "LENGTH"), number // pieces
         begin = (number - cell * pieces) * PIECE
         one = tl.arange(0, 1)
         count = tl.minimum(length - begin, PIECE).to(tl.int32)
-        total = totals(data, cell * length + begin + one, one == 0, count, aligned, 1, WIDE, config.variant)
+        total = totals(data, cell * length + begin + one, one == 0, count, aligned, 1, WIDE, STATISTIC)
         tl.store(partial + pid + one, total)
     elif width == WIDE:
         measure_cells(row, number, data, aligned, rule, WIDE, config)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec.call import Draw
-from ..plans import plan
+from ..gpu.plans import plan
 from . import program
 from .launch import config_of, draw_of, launch, noise_scale, rounded
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plans import plan
+from ..gpu.plans import plan
 from . import program
 from .launch import Tensors, config_of, launch
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.call import Draw, Mix
-from ..plans import plan
+from ..gpu.plans import plan
 from . import program
 from .elements import direction_sign, fma, output_of, position
 from .hadamard import rotated

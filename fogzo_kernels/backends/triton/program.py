@@ -1,4 +1,4 @@
-"""Device functions: the elements that a program of a kernel works on (backends/plans.py).
+"""Device functions: the elements that a program of a kernel works on (backends/gpu/plans.py).
 
 A program takes consecutive elements of one tensor. ``owner`` names the program's row of ``table``, and a row
 says where the tensor lies (plans.COLUMNS). Full chunks of 8 elements, up to the row's FAST, go one tile a turn.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..plans import COLUMNS
+from ..gpu.plans import COLUMNS
 from .elements import Names, Scale, convert, element_noise, fma, is_finite, reciprocal, tile_noise
 
 WIDTH = tl.constexpr(len(COLUMNS))
@@ -179,9 +179,9 @@ def places_of(turn, p, config: tl.constexpr):
 def noise_at(place, turn, names, direction, config: tl.constexpr):
     """Noise of the turn, whose places_of() are ``place``: m times its factor in elements.M_FACTOR."""
     if turn.start is not None:
-        return tile_noise(place, names, direction, config.tile, config.distribution)
+        return tile_noise(place, names, direction, config)
     else:
-        return element_noise(place, names, direction, config.distribution)
+        return element_noise(place, names, direction, config)
 
 
 @triton.jit

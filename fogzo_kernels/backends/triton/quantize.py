@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.straight_through import StraightThrough
-from ..plans import plan
+from ..gpu.plans import plan
 from . import program
 from .elements import derivative_of, product, quantized
 from .hadamard import rotated
@@ -24,7 +24,7 @@ def write_quantized(latent, grad, out, turn, p, grid, config: tl.constexpr):
         x = quantized(theta, scale, grid, config.out)
     else:
         g = program.load(grad, turn, config)
-        x = product(g, derivative_of(theta, scale, grid, config.variant), config.block)
+        x = product(g, derivative_of(theta, scale, grid, config), config.block)
         x = rotated(x, turn, config)
     program.store(out, turn, x, config)
 

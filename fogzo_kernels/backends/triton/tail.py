@@ -16,7 +16,7 @@ import triton.language as tl
 from ...spec import grid as spec
 from ...spec.call import Draw, Losses, Mix, Update
 from ...spec.update import UpdateRule
-from ..plans import bits, plan
+from ..gpu.plans import bits, plan
 from . import program
 from .elements import convert, fma, product, quantized
 from .hadamard import rotated
@@ -115,8 +115,9 @@ def update_coefficients_kernel(coef, counters, draw, mix, losses, optimizer, con
 
 
 @triton.jit
-def stepped(theta, G, first, second, s, RULE: tl.constexpr):
+def stepped(theta, G, first, second, s, config: tl.constexpr):
     """theta and its state after the step (contract section 4)."""
+    RULE: tl.constexpr = config.variant
     u = s.numbers
     if RULE == "adamw":
         first = fma(G - first, u.first_weight, first)
@@ -151,7 +152,7 @@ def update(turn, p, s, config: tl.constexpr):
     total = product(total, scale.inv, config.block)
     total = rotated(total, turn, config)
     G = tl.where(s.noisy, fma(g, s.A, total), g)
-    new, m, v = stepped(theta, G, m, v, s, config.variant)
+    new, m, v = stepped(theta, G, m, v, s, config)
     if config.out is not None:
         stored = theta
         if config.master:  # a skipped step leaves the latent, which may differ from its master
