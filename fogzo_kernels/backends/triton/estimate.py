@@ -39,7 +39,7 @@ def write_estimate(grad, turn, p, names, coefficients, n, r, config: tl.constexp
     else:
         total = program.noise_sum(g, turn, p, names, B, n, config)
     total = product(total, reciprocal(program.delta_of(turn, p, r, config)), config.block)
-    total = rotated(total, turn, config)
+    total = rotated(total, config)
     program.store(grad, turn, fma(g, A, total), config)
 
 
@@ -53,8 +53,9 @@ def estimate_kernel(table, owner, counters, draw, coef, n, r, config: tl.constex
     keep = tl.load(coef + KEEP_AT) != 0
     for start in tl.range(0, tl.where(keep, 0, p.tiled), config.tile):
         write_estimate(grad, program.tile_at(p, start, config), p, names, coefficients, n, r, config)
+    REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, tl.where(keep, p.begin, p.end), config.tile // 8):
-        write_estimate(grad, program.elements_at(p, start, config), p, names, coefficients, n, r, config)
+        write_estimate(grad, program.elements_at(p, start), p, names, coefficients, n, r, REST)
     if counters is not None:
         count_bad_alphas(counters, p, config)
 

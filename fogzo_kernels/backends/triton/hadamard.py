@@ -37,9 +37,9 @@ def butterflies(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def rotated(x, turn, config: tl.constexpr):
-    """H of each block of a tile; x itself without a transform, and of single elements, which have none."""
-    if config.block and turn.start is not None:
+def rotated(x, config: tl.constexpr):
+    """H of each block of a tile; x itself without a transform."""
+    if config.block:
         x = butterflies(x, config.block, config.tile) * config.block_factor
     return x
 
@@ -54,7 +54,7 @@ def hadamard_kernel(table, owner, config: tl.constexpr):
     latent, out = program.pointer(p.row, "LATENT", config.latent), program.pointer(p.row, "PLUS", config.out)
     for start in tl.range(0, p.tiled, config.tile):
         turn = program.tile_at(p, start, config)
-        program.store(out, turn, rotated(program.load(latent, turn, config), turn, config), config)
+        program.store(out, turn, rotated(program.load(latent, turn, config), config), config)
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:

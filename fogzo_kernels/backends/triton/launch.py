@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Config:
     """What a kernel is compiled for; a kernel reads the fields that it needs."""
 
     tile: int = TILE  # elements of a turn of the loop
+    single: bool = False  # turns take single elements, not tiles
     aligned: bool = True  # every tensor begins at a multiple of 16 bytes
     per_tensor: bool = True  # every alpha has one element
     shard: bool = False  # some layout skips elements
@@ -51,6 +52,9 @@ class Config:
     master: bool = False  # float32 copies of the latents are there
     one_direction: bool = False
     unit: int | None = None  # of learned scales, as learned.unit_of() says
+
+    def replaced(self, **fields: Any) -> Config:
+        return replace(self, **fields)
 
 
 def config_of(

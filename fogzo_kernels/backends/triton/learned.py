@@ -27,10 +27,10 @@ def write_backward(arrays, turn, p, grid, config: tl.constexpr):
     """Store g h'(theta), and return each element's term of the gradient of its alpha."""
     latent, grad, out = arrays
     theta, g = program.load(latent, turn, config), program.load(grad, turn, config)
-    theta = rotated(theta, turn, config)
+    theta = rotated(theta, config)
     scale = program.scale_of(turn, p, grid, config)
     x = product(g, derivative_of(theta, scale, grid, config), config.block)
-    x = rotated(x, turn, config)
+    x = rotated(x, config)
     program.store(out, turn, x, config)
     return g * alpha_slope_of(theta, scale, grid)
 
@@ -135,10 +135,11 @@ def learned_kernel(table, owner, partial, grid, config: tl.constexpr):
     else:
         carry = learned_tiles(arrays, partial, p, grid, 1, config)
     place = tl.arange(0, config.tile // 8)
+    REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, config.tile // 8):
-        turn = program.elements_at(p, start, config)
+        turn = program.elements_at(p, start)
         exists = place < turn.left
-        terms = write_backward(arrays, turn, p, grid, config)
+        terms = write_backward(arrays, turn, p, grid, REST)
         terms = tl.where(exists, terms, 0.0).to(tl.float64)
         if config.unit == 0:
             carry += tl.sum(terms, 0)

@@ -27,8 +27,9 @@ def noise_kernel(table, owner, draw, direction, scale, config: tl.constexpr):
     out = program.pointer(p.row, "PLUS", tl.float32)
     for start in tl.range(0, p.tiled, config.tile):
         write_noise(out, program.tile_at(p, start, config), p, names, direction, scale, config)
+    REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, config.tile // 8):
-        write_noise(out, program.elements_at(p, start, config), p, names, direction, scale, config)
+        write_noise(out, program.elements_at(p, start), p, names, direction, scale, REST)
 
 
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:

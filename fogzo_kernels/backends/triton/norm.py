@@ -27,9 +27,10 @@ def sumsq_kernel(table, owner, partial, r, config: tl.constexpr):
         h = h.reshape([CHUNKS, 8])
         acc += tl.sum(h * h, axis=1).to(tl.float64)
     rest = tl.zeros([CHUNKS], tl.float64)
+    REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, CHUNKS):
-        turn = program.elements_at(p, start, config)
-        h = (program.load(grad, turn, config) * program.delta_of(turn, p, r, config)).to(tl.float64)
+        turn = program.elements_at(p, start)
+        h = (program.load(grad, turn, REST) * program.delta_of(turn, p, r, REST)).to(tl.float64)
         rest += h * h
     tl.store(partial + tl.program_id(0), tl.sum(acc, 0) + tl.sum(rest, 0))
 

@@ -36,14 +36,14 @@ class Pass(NamedTuple):
 
 
 @triton.jit
-def probe(theta, g, m, eps, s, scale, turn, config: tl.constexpr):
+def probe(theta, g, m, eps, s, scale, config: tl.constexpr):
     """Q(w + eps v), v = fma(a delta, g, b m).
 
     With a transform v = b m, and theta moves along g by eps a delta^2 before it is rotated.
     """
     gam = s.a * scale.delta
-    if config.block and turn.start is not None:
-        theta = rotated(fma(g, eps * gam * scale.delta, theta), turn, config)
+    if config.block:
+        theta = rotated(fma(g, eps * gam * scale.delta, theta), config)
         v = m * s.b
     else:
         v = fma(g, gam, m * s.b)
@@ -57,9 +57,9 @@ def write_probes(turn, p, s, config: tl.constexpr):
     m = program.noise_of(turn, p, s.names, s.direction, config)
     scale = program.scale_of(turn, p, s.grid, config)
     if config.plus:
-        program.store(s.plus, turn, probe(theta, g, m, s.eps, s, scale, turn, config), config)
+        program.store(s.plus, turn, probe(theta, g, m, s.eps, s, scale, config), config)
     if config.minus:
-        program.store(s.minus, turn, probe(theta, g, m, -s.eps, s, scale, turn, config), config)
+        program.store(s.minus, turn, probe(theta, g, m, -s.eps, s, scale, config), config)
 
 
 @triton.jit(do_not_specialize=["draw", "direction"])
@@ -76,8 +76,9 @@ def perturb_kernel(table, owner, draw, mix, direction, eps, grid, config: tl.con
         write_probes(program.tile_at(p, start, config), p, s, config)
     # read again, so that no registers are kept over the loop
     p = program.read(program.own_span(table, owner), grid.r, config)
+    REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, config.tile // 8):
-        write_probes(program.elements_at(p, start, config), p, s, config)
+        write_probes(program.elements_at(p, start), p, s, REST)
 
 
 def registers_of(out: torch.dtype | None, block: int) -> int | None:

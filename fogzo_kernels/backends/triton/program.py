@@ -50,7 +50,7 @@ class Program(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """``left`` elements from ``begin`` + ``start`` on: a tile of chunks, or without a start single elements."""
+    """``left`` elements: a tile's from ``begin`` + ``start`` on, or single ones from ``begin`` on."""
 
     begin: Any
     start: Any
@@ -124,6 +124,12 @@ def divide(n, packed):
 # ---- turns
 
 
+@triton.constexpr_function
+def for_elements(config):
+    """The configuration for turns of single elements. A tensor with a transform has none."""
+    return config.replaced(single=True, block=0)
+
+
 @triton.jit
 def tile_at(p, start, config: tl.constexpr):
     """The turn of the tile that begins ``start`` elements after the program's first."""
@@ -131,16 +137,16 @@ def tile_at(p, start, config: tl.constexpr):
 
 
 @triton.jit
-def elements_at(p, start, config: tl.constexpr):
+def elements_at(p, start):
     """The turn of up to tile / 8 single elements from the tensor's element ``start`` on."""
-    return Turn(start, None, p.end - start)
+    return Turn(start, start, p.end - start)
 
 
 @triton.jit
-def turn_if(condition, turn):
+def turn_if(condition, turn, config: tl.constexpr):
     """The turn, without elements unless the condition holds."""
     left = tl.where(condition, turn.left, 0)
-    if turn.start is not None:
+    if not config.single:
         left = tl.multiple_of(left, 8)
     return Turn(turn.begin, turn.start, left)
 
@@ -164,7 +170,7 @@ def chunks_of(turn, config: tl.constexpr):
 @triton.jit
 def places_of(turn, p, config: tl.constexpr):
     """Places in the whole parameter: of a tile's chunks, or of single elements."""
-    if turn.start is not None:
+    if not config.single:
         local = chunks_of(turn, config)
         place = p.offset + local
         if config.shard:
@@ -176,9 +182,9 @@ def places_of(turn, p, config: tl.constexpr):
 
 
 @triton.jit
-def noise_at(place, turn, names, direction, config: tl.constexpr):
-    """Noise of the turn, whose places_of() are ``place``: m times its factor in elements.M_FACTOR."""
-    if turn.start is not None:
+def noise_at(place, names, direction, config: tl.constexpr):
+    """Noise of a turn's places_of(): m times its factor in elements.M_FACTOR."""
+    if not config.single:
         return tile_noise(place, names, direction, config)
     else:
         return element_noise(place, names, direction, config)
@@ -186,20 +192,20 @@ def noise_at(place, turn, names, direction, config: tl.constexpr):
 
 @triton.jit
 def noise_of(turn, p, names, direction, config: tl.constexpr):
-    return noise_at(places_of(turn, p, config), turn, names, direction, config)
+    return noise_at(places_of(turn, p, config), names, direction, config)
 
 
 @triton.jit
 def noise_sum(like, turn, p, names, B, n, config: tl.constexpr):
     """sum_i B_i m_i over n directions. ``like``: any values of the turn that were loaded."""
     place = places_of(turn, p, config)
-    if turn.start is not None:
+    if not config.single:
         acc = like * 0.0  # from a load, so that the loop keeps the tile's layout
         acc = tl.where(acc == 0, acc, 0.0)
     else:
         acc = tl.zeros(place.shape, tl.float32)
     for i in tl.range(0, n):
-        acc = fma(noise_at(place, turn, names, i, config), tl.load(B + i), acc)
+        acc = fma(noise_at(place, names, i, config), tl.load(B + i), acc)
     return acc
 
 
@@ -211,7 +217,7 @@ def delta_of(turn, p, r, config: tl.constexpr):
     """delta of each element of the turn, or of all of them."""
     if config.per_tensor:
         return p.delta
-    elif turn.start is not None:
+    elif not config.single:
         local = chunks_of(turn, config)
         x = tl.load(p.alpha + divide(local, p.scale_divisor), mask=local < p.chunks, other=1.0) * r
         x = tl.join(x, x)
@@ -247,7 +253,7 @@ def load(ptr, turn, config: tl.constexpr, OTHER: tl.constexpr = None):
     A tile that lies aligned is read by accesses of 16 bytes: four-byte elements as two halves of a chunk. Other
     tiles are read element by element.
     """
-    if turn.start is None:
+    if config.single:
         j, exists = single(turn, config)
         x = tl.load(ptr + j, mask=exists, other=0.0).to(tl.float32)
     elif is_wide(ptr, config):
@@ -286,7 +292,7 @@ def load_alternate(ptr, turn, ODD: tl.constexpr, config: tl.constexpr, OTHER: tl
 def store(ptr, turn, x, config: tl.constexpr):
     """Store float32 values in the pointer's dtype, as load() reads them."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
-    if turn.start is None:
+    if config.single:
         j, exists = single(turn, config)
         tl.store(ptr + j, convert(x, DTYPE), mask=exists)
     elif is_wide(ptr, config):

@@ -18,14 +18,14 @@ from .launch import Tensors, config_of, grid_of, launch
 def write_quantized(latent, grad, out, turn, p, grid, config: tl.constexpr):
     """Q(theta), or g h'(theta). With a transform Q(x), or H(g h'(x)), of x = H(theta)."""
     theta = program.load(latent, turn, config)
-    theta = rotated(theta, turn, config)
+    theta = rotated(theta, config)
     scale = program.scale_of(turn, p, grid, config)
     if config.variant is None:
         x = quantized(theta, scale, grid, config.out)
     else:
         g = program.load(grad, turn, config)
         x = product(g, derivative_of(theta, scale, grid, config), config.block)
-        x = rotated(x, turn, config)
+        x = rotated(x, config)
     program.store(out, turn, x, config)
 
 
@@ -37,8 +37,9 @@ def quantize_kernel(table, owner, grid, config: tl.constexpr):
     out = program.pointer(p.row, "PLUS", config.out)
     for start in tl.range(0, p.tiled, config.tile):
         write_quantized(latent, grad, out, program.tile_at(p, start, config), p, grid, config)
+    REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, config.tile // 8):
-        write_quantized(latent, grad, out, program.elements_at(p, start, config), p, grid, config)
+        write_quantized(latent, grad, out, program.elements_at(p, start), p, grid, REST)
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, block: int) -> None:

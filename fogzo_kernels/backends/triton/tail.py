@@ -140,7 +140,7 @@ def stepped(theta, G, first, second, s, config: tl.constexpr):
 @triton.jit
 def update(turn, p, s, config: tl.constexpr):
     """G, then the optimizer's step in place, then Q(theta)."""
-    written = program.turn_if(s.skip == 0, turn)
+    written = program.turn_if(s.skip == 0, turn, config)
     g, theta = program.load(s.grad, turn, config), program.load(s.weight, turn, config)
     m, v = theta, theta
     if config.states >= 1:
@@ -150,17 +150,17 @@ def update(turn, p, s, config: tl.constexpr):
     total = program.noise_sum(g, turn, p, s.names, s.B, s.directions, config)
     scale = program.scale_of(turn, p, s.grid, config)
     total = product(total, scale.inv, config.block)
-    total = rotated(total, turn, config)
+    total = rotated(total, config)
     G = tl.where(s.noisy, fma(g, s.A, total), g)
     new, m, v = stepped(theta, G, m, v, s, config)
     if config.out is not None:
         stored = theta
         if config.master:  # a skipped step leaves the latent, which may differ from its master
-            stored = program.load(s.latent, program.turn_if(s.skip, turn), config)
+            stored = program.load(s.latent, program.turn_if(s.skip, turn, config), config)
         latent = tl.where(s.skip, stored, convert(new, config.latent).to(tl.float32))
-        latent = rotated(latent, turn, config)
+        latent = rotated(latent, config)
         q = quantized(latent, scale, s.grid, config.out)
-        program.store(s.out, program.turn_if(p.has_alpha, turn), q, config)
+        program.store(s.out, program.turn_if(p.has_alpha, turn, config), q, config)
     program.store(s.weight, written, new, config)
     if config.master:
         program.store(s.latent, written, new, config)
@@ -197,8 +197,9 @@ def update_kernel(table, owner, counters, draw, coef, n, grid, numbers, config: 
     # read again, so that no registers are kept over the loop
     p = program.read(program.own_span(table, owner), grid.r, config, True)
     s = pass_of(p, draw, coef, n, numbers, grid, config)
+    REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, config.tile // 8):
-        update(program.elements_at(p, start, config), p, s, config)
+        update(program.elements_at(p, start), p, s, REST)
     if counters is not None:
         count_bad_alphas(counters, p, config)
 
