@@ -20,7 +20,7 @@ PACKAGE = ROOT / "fogzo_kernels"
 # imports of its floor what stands before it. A new module is given its place here.
 FLOORS = {
     "spec": ((), "dtypes noise grid straight_through scale hadamard quantizer presets update schedule call"),
-    "backends": (("spec",), "__init__ plans cells reference cpu cuda triton"),
+    "backends": (("spec",), "__init__ gpu gpu.plans gpu.cells reference cpu cuda triton"),
     "ops": (("spec", "backends"), "__init__ checks listop memory transforms arguments alphas noise norm perturb"
             " estimate tail straight_through learned quantize hadamard"),
     "functional": (("spec", "ops"), ""),
@@ -42,11 +42,11 @@ FLOORS = {
 }  # fmt: skip
 #: Of the Triton backend, bottom first.
 ORDER_OF_TRITON = (
-    "elements tables launch losses noise norm measure hadamard perturb estimate tail quantize learned __init__"
+    "elements program launch losses noise norm measure hadamard perturb estimate tail quantize learned __init__"
 )
 TRITON = ORDER_OF_TRITON.split()
 #: What a backend may import of the package.
-BACKENDS_MAY_IMPORT = ("spec", "backends.plans", "backends.cells")
+BACKENDS_MAY_IMPORT = ("spec", "backends.gpu.plans", "backends.gpu.cells")
 # The language or compiled module of each backend, beside torch and the standard library.
 OWN = {
     "reference": set(), "cpu": {"fogzo_kernels._C"}, "triton": {"triton"}, "cuda": {"fogzo_kernels._cuda"},
@@ -235,7 +235,8 @@ def test_backend_imports_torch_its_language_and_the_constants(name):
 
 
 def test_every_backend_is_known():
-    assert set(FLOORS["backends"][1].split()) - {"__init__", "plans", "cells"} == set(backends.OWN) == set(OWN)
+    shared = {"__init__", "gpu", "gpu.plans", "gpu.cells"}
+    assert set(FLOORS["backends"][1].split()) - shared == set(backends.OWN) == set(OWN)
 
 
 def test_nobody_imports_the_reference():
