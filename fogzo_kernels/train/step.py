@@ -414,5 +414,5 @@ class Step:
 
 def drawn(noise: dict[str, Any]) -> dict[str, Any]:
     """Numbers of the noise as the tensors that ops take them by, made once a step, not for each call."""
-    as_tensor = {"seed": arguments.seed, "step": arguments.step, "one_minus_beta": arguments.one_minus_beta}
-    return {n: as_tensor[n](x) if n in as_tensor and x is not None else x for n, x in noise.items()}
+    scalars = ("seed", "step", "one_minus_beta")
+    return {n: arguments.scalar(n, x) if n in scalars and x is not None else x for n, x in noise.items()}
