@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,16 +103,27 @@ class ListOp:
     def __call__(self, **call: Any) -> Any:
         for name, convert in self.convert:
             call[name] = convert(name, call[name])
-        if torch.compiler.is_compiling() or watched() or not plain(call.values()):
+        if torch.compiler.is_compiling() or watched() or not self.plain(call):
             return self.op(*[detached(call[name]) for name in self.schema.names])
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                result = self.run(call)
-        else:
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # no_grad() takes longer
+        try:
             result = self.run(call)
+        finally:
+            torch._C._set_grad_enabled(grad)
         for name in self.schema.written:
             torch.autograd.graph.increment_version(call[name])
         return result
+
+    def plain(self, call: Call) -> bool:
+        """No tensor is of a subclass, which may have its own idea of an op, or on the meta device."""
+        kinds = set(map(type, call.values()))
+        for name in self.schema.lists:
+            kinds.update(map(type, call[name]))
+        if not kinds <= PLAIN and any(issubclass(kind, Tensor) for kind in kinds - PLAIN):
+            return False
+        tensors = call[self.first]
+        return not tensors or not tensors[0].is_meta
 
     def run(self, call: Call) -> Any:
         """Check the call and let the backend compute it.
@@ -274,6 +285,9 @@ GROUPS: dict[str, Callable[[Call], Any]] = {
 
 # ---- the way around the dispatcher
 
+#: Types of arguments, none of them a subclass of Tensor with an idea of its own.
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, list, str, int, float, bool, type(None)}
+
 
 def detached(argument: Any) -> Any:
     """Autograd has no formula for these ops, and none of their results needs one."""
@@ -290,18 +304,3 @@ def watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
-
-
-#: Types of arguments, none of them a subclass of Tensor with an idea of its own.
-PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, list, str, int, float, bool, type(None)}
-
-
-def plain(args: Collection[Any]) -> bool:
-    """No tensor is of a subclass, which may have its own idea of an op; lists hold data, on no meta device."""
-    kinds = set(map(type, args))
-    for argument in args:
-        if isinstance(argument, list) and argument:
-            kinds.update(map(type, argument))
-            if isinstance(argument[0], Tensor) and argument[0].is_meta:
-                return False
-    return kinds <= PLAIN or not any(issubclass(kind, Tensor) for kind in kinds - PLAIN)
