@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..spec.checks import check_number
 from ..spec.dtypes import FLOATS
-from ..spec.noise import check_number
 from ..spec.scale import STATISTICS
 from . import checks
 from .arguments import TensorOrList

@@ -6,7 +6,6 @@ addresses stands in :mod:`.memory`.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,8 +14,11 @@ import torch
 from torch import Tensor
 
 from ..spec.call import Draw, Losses, Mix
+from ..spec.checks import finite as finite
+from ..spec.checks import real as real
+from ..spec.checks import unit_interval as unit_interval
 from ..spec.hadamard import check_block
-from ..spec.noise import MAX_DIRECTION, Layout, check_number
+from ..spec.noise import MAX_DIRECTION, Layout
 
 Tensors = Sequence[Tensor]
 KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
@@ -170,27 +172,6 @@ def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device
         raise TypeError(f"{name} must be a 0-dim {named([dtype])} tensor, got {named([t.dtype])} {shape(t)}")
     if device is not None and t.device != device:
         raise ValueError(f"{name} must be on {device}, got {t.device}")
-
-
-def unit_interval(name: str, value: float) -> None:
-    """A number in 0..1."""
-    check_number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in 0..1, got {value}")
-
-
-def finite(name: str, value: float) -> None:
-    """A finite number that is not negative."""
-    check_number(name, value)
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-
-
-def real(name: str, value: float) -> None:
-    """A finite number."""
-    check_number(name, value)
-    if not abs(value) < math.inf:  # as isfinite, of what torch.compile makes a symbol, too
-        raise ValueError(f"{name} must be finite, got {value}")
 
 
 # ---- groups of arguments

@@ -68,9 +68,8 @@ def hadamard(x: Tensor, *, block: int = 128, backend: str | None = None) -> Tens
     checks.instance("x", x, Tensor)
     block = check_block(block)
     check_name(backend)
-    run = Transformed.apply if transforms.active() else op
-    found: Tensor = run(x, block, backend)
-    return found
+    y: Tensor = (Transformed.apply if transforms.active() else op)(x, block, backend)
+    return y
 
 
 op = of_one(op_of_lists, "hadamard(Tensor x, int block, str? backend) -> Tensor", {"out": "tensors"})
@@ -91,14 +90,12 @@ op.register_autograd(_backward, setup_context=_setup)
 class Transformed(torch.autograd.Function):
     """The op under a transform of ``torch.func``."""
 
-    @staticmethod
-    def forward(x: Tensor, block: int, backend: str | None) -> Tensor:
-        found: Tensor = op(x.contiguous(), block, backend)
-        return found
+    setup_context = staticmethod(_setup)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.options = inputs[1:]
+    def forward(x: Tensor, block: int, backend: str | None) -> Tensor:
+        y: Tensor = op(x.contiguous(), block, backend)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

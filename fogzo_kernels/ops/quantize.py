@@ -106,13 +106,12 @@ def quantize(
         float(alpha_factor), int(block_of(transform)),
     )  # fmt: skip
     if quantized is None:
-        run = transformed if transforms.active() else op
-        found: Tensor = run(latent, alpha, *options)
-        return found
+        values: Tensor = (Transformed.apply if transforms.active() else op)(latent, alpha, *options)
+        return values
     checks.tensor_list("latents", [latent], FLOATS)
     checks.alphas([alpha], "latents", [latent], options[-1])
     checks.tensor_list("quantized", [quantized], FLOATS, [latent])
-    values: Tensor = Quantized.apply(latent, alpha, quantized, *options)
+    values = Quantized.apply(latent, alpha, quantized, *options)
     return values
 
 
@@ -124,46 +123,67 @@ op = of_one(
 )
 
 
+def gradients(
+    grad: Tensor, latent: Tensor, alpha: Tensor, learns: bool, *options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Those of latent and alpha, in one pass."""
+    *quantizer, backend, alpha_factor, block = options
+    if learns:
+        both: tuple[Tensor, Tensor] = learned.backward(
+            grad, latent, alpha, *quantizer, alpha_factor, backend, block
+        )
+        return both
+    return straight_through.backward(grad, latent, alpha, *quantizer, backend, block), None
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     latent, alpha, *ctx.options = inputs
     ctx.save_for_backward(latent, alpha)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *gradients(ctx, grad), *[None] * len(ctx.options)
-
-
-def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Those of latent and alpha, in one pass."""
-    latent, alpha = ctx.saved_tensors
-    return gradients_of(grad, latent, alpha, ctx.needs_input_grad[1], *ctx.options)
-
-
-def gradients_of(
-    grad: Tensor, latent: Tensor, alpha: Tensor, learns: bool, *options: Any
-) -> tuple[Tensor, Tensor | None]:
-    *quantizer, backend, alpha_factor, block = options
-    if learns:
-        found: tuple[Tensor, Tensor] = learned.backward(
-            grad, latent, alpha, *quantizer, alpha_factor, backend, block
-        )
-        return found
-    return straight_through.backward(grad, latent, alpha, *quantizer, backend, block), None
+    learns = ctx.needs_input_grad[1]
+    return *gradients(grad, *ctx.saved_tensors, learns, *ctx.options), *[None] * len(ctx.options)
 
 
 op.register_autograd(_backward, setup_context=_setup)
 
 
-def _needed(
-    grad: Tensor, latent: Tensor, alpha: Tensor, of_latent: bool, of_alpha: bool, *options: Any
-) -> tuple[Tensor, ...]:
-    found = gradients_of(grad, latent, alpha, of_alpha, *options)
-    return tuple(
-        one for one, need in zip(found, (of_latent, of_alpha), strict=True) if one is not None and need
-    )
+@transforms.one_by_one
+class Gradients(torch.autograd.Function):
+    """The gradients that are needed, under a transform of ``torch.func``."""
+
+    @staticmethod
+    def forward(grad: Tensor, latent: Tensor, alpha: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        needed, options = others[:2], others[2:]
+        both = gradients(grad.contiguous(), latent.contiguous(), alpha.contiguous(), needed[1], *options)
+        return tuple(g for g, need in zip(both, needed, strict=True) if g is not None and need)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError("a straight-through gradient must not be differentiated again: it has no derivative")
 
 
-transformed = transforms.differentiable(op, _needed, tensors=2)
+@transforms.one_by_one
+class Transformed(torch.autograd.Function):
+    """The op under a transform of ``torch.func``."""
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def forward(latent: Tensor, alpha: Tensor, *options: Any) -> Tensor:
+        result: Tensor = op(latent.contiguous(), alpha.contiguous(), *options)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:2]
+        some = iter(Gradients.apply(grads[0], *ctx.saved_tensors, *needed, *ctx.options))
+        return *(next(some) if need else None for need in needed), *[None] * len(ctx.options)
 
 
 class Quantized(torch.autograd.Function):
@@ -182,7 +202,7 @@ class Quantized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *gradients(ctx, grads[0]), *[None] * (1 + len(ctx.options))
+        return *_backward(ctx, grads[0]), None
 
 
 # ---- back

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..ops import checks
-from ..spec.noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
+from ..spec.checks import check_number, check_range
+from ..spec.noise import MAX_DIRECTION, MAX_SEED
 from ..spec.schedule import SCHEDULES, one_minus_beta_at
 
 DIFFERENCES = ("central", "forward")
