@@ -91,17 +91,15 @@ def own_span(table, owner):
 
 
 @triton.jit
-def read(span, r, config: tl.constexpr, MAY_LACK_ALPHA: tl.constexpr = False):
-    """The program of a span; ``r`` is the grid's. MAY_LACK_ALPHA: delta of a tensor without alphas is r."""
+def read(span, r, config: tl.constexpr, SOME_ALPHAS: tl.constexpr = False):
+    """The program of a span. ``r`` is the grid's, None without alphas. SOME_ALPHAS: some tensors have none."""
     row, begin, end = span
     fast = entry(row, "FAST")
     alpha = pointer(row, "ALPHA", tl.float32)
-    delta, chunks, divisor = r, fast, fast
-    if MAY_LACK_ALPHA:
+    delta, has_alpha, chunks, divisor = 1.0, True, fast, fast
+    if SOME_ALPHAS:
         has_alpha = entry(row, "ALPHA") != 0
-    else:
-        has_alpha = True
-    if config.per_tensor:
+    if r is not None and config.per_tensor:
         delta = tl.load(alpha, mask=has_alpha, other=1.0) * r
     else:
         chunks, divisor = tl.where(has_alpha, fast >> 3, 0).to(tl.uint32), entry(row, "SCALE_DIVISOR")
