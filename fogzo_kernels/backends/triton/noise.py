@@ -15,7 +15,7 @@ from .launch import config_of, draw_of, launch, noise_scale, rounded
 
 @triton.jit
 def write_noise(out, turn, p, names, direction, scale, config: tl.constexpr):
-    m = program.noise_of(turn, p, names, direction, config)
+    m = program.noise_of(program.places_of(turn, p, config), names, direction, config)
     program.store(out, turn, m * scale, config)
 
 

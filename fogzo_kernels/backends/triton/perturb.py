@@ -54,7 +54,7 @@ def probe(theta, g, m, eps, s, scale, config: tl.constexpr):
 def write_probes(turn, p, s, config: tl.constexpr):
     """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS."""
     g, theta = program.load(s.grad, turn, config), program.load(s.latent, turn, config)
-    m = program.noise_of(turn, p, s.names, s.direction, config)
+    m = program.noise_of(program.places_of(turn, p, config), s.names, s.direction, config)
     scale = program.scale_of(turn, p, s.grid, config)
     if config.plus:
         program.store(s.plus, turn, probe(theta, g, m, s.eps, s, scale, config), config)

@@ -23,14 +23,6 @@ WIDTH = tl.constexpr(len(COLUMNS))
 PLACES = tl.constexpr({name: place for place, name in enumerate(COLUMNS)})
 
 
-class Span(NamedTuple):
-    """The elements [begin, end) of the tensor of a row."""
-
-    row: Any
-    begin: Any
-    end: Any
-
-
 class Program(NamedTuple):
     """The elements [begin, end) of a tensor, and what the program reads of its row before a loop."""
 
@@ -82,7 +74,7 @@ def span_of(table, owner, number):
     row = table + tl.load(owner + number).to(tl.int64) * WIDTH
     span = entry(row, "SPAN")
     begin = (number - entry(row, "FIRST")) * span
-    return Span(row, begin, tl.minimum(begin + span, entry(row, "NUMEL")))
+    return row, begin, tl.minimum(begin + span, entry(row, "NUMEL"))
 
 
 @triton.jit
@@ -180,17 +172,12 @@ def places_of(turn, p, config: tl.constexpr):
 
 
 @triton.jit
-def noise_at(place, names, direction, config: tl.constexpr):
-    """Noise of a turn's places_of(): m times its factor in elements.M_FACTOR."""
-    if not config.single:
-        return tile_noise(place, names, direction, config)
-    else:
+def noise_of(place, names, direction, config: tl.constexpr):
+    """Noise of the places of a turn: m times its factor in elements.M_FACTOR."""
+    if config.single:
         return element_noise(place, names, direction, config)
-
-
-@triton.jit
-def noise_of(turn, p, names, direction, config: tl.constexpr):
-    return noise_at(places_of(turn, p, config), names, direction, config)
+    else:
+        return tile_noise(place, names, direction, config)
 
 
 @triton.jit
@@ -203,7 +190,7 @@ def noise_sum(like, turn, p, names, B, n, config: tl.constexpr):
     else:
         acc = tl.zeros(place.shape, tl.float32)
     for i in tl.range(0, n):
-        acc = fma(noise_at(place, names, i, config), tl.load(B + i), acc)
+        acc = fma(noise_of(place, names, i, config), tl.load(B + i), acc)
     return acc
 
 

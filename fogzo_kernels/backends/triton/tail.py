@@ -33,14 +33,21 @@ from .launch import (
     noise_fields,
     rounded,
 )
-from .losses import count_bad_alphas, losses_of, read_losses
+from .losses import (
+    A_AT,
+    B_AT,
+    DECAY_AT,
+    LOST_AT,
+    ROOT_AT,
+    SIZE_AT,
+    SKIP_AT,
+    count_bad_alphas,
+    losses_of,
+    write_coefficients,
+)
 
 TILE = 1024  # elements per loop iteration, which holds twice as many arrays as those of the other ops
 REGISTERS = 96  # the most of a thread: ptxas, left alone, spills some to reach fewer
-
-#: The coefficients' places: A, 1 if the directions count, 1 if the step is skipped, the optimizer's
-#: scalars, then the B_i.
-A_AT, NOISE_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, B_AT = (tl.constexpr(i) for i in range(7))
 
 
 class Numbers(NamedTuple):
@@ -91,10 +98,7 @@ def float64_of(x):
 @triton.jit(do_not_specialize=["draw", "losses", "optimizer"])
 def update_coefficients_kernel(coef, counters, draw, mix, losses, optimizer, config: tl.constexpr):
     """One program."""
-    A, lost, norm_lost = read_losses(coef + B_AT, counters, draw, mix, losses, config)
-    tl.store(coef + A_AT, tl.where(lost, 1.0, A))
-    tl.store(coef + NOISE_AT, tl.where(lost, 0.0, 1.0))
-    tl.store(coef + SKIP_AT, tl.where(norm_lost, 1.0, 0.0))
+    write_coefficients(coef, counters, draw, mix, losses, config)
     lr, count, decay_rate, log_beta1, log_beta2, keep = optimizer
     RULE: tl.constexpr = config.variant
     rate, t = float64_of(lr), program.scalar(count).to(tl.int64)
@@ -180,7 +184,7 @@ def pass_of(p, draw, coef, n, numbers, grid, config: tl.constexpr):
         weight = program.pointer(p.row, "MINUS", tl.float32)
     if config.out is not None:
         out = program.pointer(p.row, "PLUS", config.out)
-    noisy, skip = p.has_alpha & (tl.load(coef + NOISE_AT) != 0), tl.load(coef + SKIP_AT) != 0
+    noisy, skip = p.has_alpha & (tl.load(coef + LOST_AT) == 0), tl.load(coef + SKIP_AT) != 0
     A, directions = tl.where(noisy, tl.load(coef + A_AT), 1.0), tl.where(noisy, n, 0)
     size, decay, root = tl.load(coef + SIZE_AT), tl.load(coef + DECAY_AT), tl.load(coef + ROOT_AT)
     arrays = latent, grad, weight, first, second, out
