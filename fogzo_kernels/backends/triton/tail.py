@@ -50,17 +50,6 @@ TILE = 1024  # elements per loop iteration, which holds twice as many arrays as 
 REGISTERS = 96  # the most of a thread: ptxas, left alone, spills some to reach fewer
 
 
-class Numbers(NamedTuple):
-    """The optimizer's numbers that a step needs beside the coefficients, float32."""
-
-    first_weight: Any
-    second_weight: Any
-    second_decay: Any
-    eps: Any
-    weight_decay: Any
-    momentum: Any
-
-
 class Pass(NamedTuple):
     """What a program needs beside its elements."""
 
@@ -79,7 +68,7 @@ class Pass(NamedTuple):
     size: Any  # float32; for SGD ``decay`` is keep
     decay: Any
     root: Any
-    numbers: Any
+    numbers: Any  # of the optimizer's rule, as numbers_of() gives them
     grid: Any
 
 
@@ -122,21 +111,21 @@ def update_coefficients_kernel(coef, counters, draw, mix, losses, optimizer, con
 def stepped(theta, G, first, second, s, config: tl.constexpr):
     """theta and its state after the step (contract section 4)."""
     RULE: tl.constexpr = config.variant
-    u = s.numbers
+    first_weight, second_weight, second_decay, eps, weight_decay, momentum = s.numbers
     if RULE == "adamw":
-        first = fma(G - first, u.first_weight, first)
-        second = fma(G * u.second_weight, G, second * u.second_decay)
-        ratio = tl.div_rn(first, fma(tl.sqrt_rn(second), s.root, u.eps))
+        first = fma(G - first, first_weight, first)
+        second = fma(G * second_weight, G, second * second_decay)
+        ratio = tl.div_rn(first, fma(tl.sqrt_rn(second), s.root, eps))
         return fma(ratio, -s.size, theta * s.decay), first, second
     elif RULE == "sgd":
-        return fma(fma(theta, u.weight_decay, G), -s.size, theta), first, second
+        return fma(fma(theta, weight_decay, G), -s.size, theta), first, second
     elif RULE == "momentum":
-        first = fma(fma(theta, u.weight_decay, G), s.decay, first * u.momentum)
+        first = fma(fma(theta, weight_decay, G), s.decay, first * momentum)
         return fma(first, -s.size, theta), first, second
     elif RULE == "nesterov":
-        d = fma(theta, u.weight_decay, G)
-        first = fma(d, s.decay, first * u.momentum)
-        return fma(fma(first, u.momentum, d), -s.size, theta), first, second
+        d = fma(theta, weight_decay, G)
+        first = fma(d, s.decay, first * momentum)
+        return fma(fma(first, momentum, d), -s.size, theta), first, second
     else:
         tl.static_assert(False, f"no code for rule {RULE}")
 
@@ -227,9 +216,10 @@ def optimizer_of(update: Update) -> tuple[Any, ...]:
     return bits_or_device(update.lr), count, bits(rule.weight_decay), *logs, bits(1.0 - rule.dampening)
 
 
-def numbers_of(rule: UpdateRule) -> Numbers:
+def numbers_of(rule: UpdateRule) -> tuple[float, ...]:
+    """The numbers of the rule that a step of an element needs, float32."""
     weights = 1.0 - rule.beta1, 1.0 - rule.beta2, rule.beta2
-    return Numbers(*map(rounded, (*weights, rule.eps, rule.weight_decay, rule.momentum)))
+    return tuple(map(rounded, (*weights, rule.eps, rule.weight_decay, rule.momentum)))
 
 
 def estimate_update_(
