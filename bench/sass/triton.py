@@ -196,7 +196,7 @@ def options_of(variant: Variant) -> dict[str, int]:
         "update_kernel": tail.registers_of(variant.block),
         "hadamard_kernel": hadamard.REGISTERS,
         "learned_kernel": learned.registers_of(unit, kind, variant.block),
-        "perturb_kernel": perturb.registers_of(DTYPES.get(variant.out or ""), variant.block),
+        "perturb_kernel": perturb.registers_of(DTYPES[variant.out or "fp32"], variant.block),
     }.get(variant.kernel)
     warps = norm.SUM_WARPS if variant.kernel == "sum_kernel" else NUM_WARPS
     return {"num_warps": warps} | ({"maxnreg": registers} if registers else {})

@@ -47,7 +47,7 @@ def parts(x, STATISTIC: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def sound(total, STATISTIC: tl.constexpr):
-    """Whether no overflow can be in a sum of float32 parts, and of squares at most 2^-149 for each in 2^-80."""
+    """Whether a sum of float32 parts lost nothing: no overflow, and of squares at most 2^-149 each in 2^-80."""
     if STATISTIC == "absmax":
         return total >= 0
     elif STATISTIC == "rms":

@@ -64,6 +64,7 @@ def write_probes(turn, p, s, config: tl.constexpr):
 
 @triton.jit(do_not_specialize=["draw", "direction"])
 def perturb_kernel(table, owner, draw, mix, direction, eps, grid, config: tl.constexpr):
+    """Both probes, or one of them."""
     row, begin, end = program.own_span(table, owner)
     names = program.names_of(draw, program.entry(row, "TENSOR_ID"))
     sqrt_beta, b = program.mixing(mix, config)
@@ -81,9 +82,9 @@ def perturb_kernel(table, owner, draw, mix, direction, eps, grid, config: tl.con
         write_probes(program.elements_at(p, start), p, s, REST)
 
 
-def registers_of(out: torch.dtype | None, block: int) -> int | None:
+def registers_of(out: torch.dtype, block: int) -> int | None:
     """The most of a thread. A tile's larger blocks of the transform need more."""
-    return (128 if block <= 256 else 200) if block else REGISTERS.get(out) if out else None
+    return (128 if block <= 256 else 200) if block else REGISTERS.get(out)
 
 
 def perturb_quantize_(

@@ -117,7 +117,7 @@ def divide(n, packed):
 @triton.constexpr_function
 def for_elements(config):
     """The configuration for turns of single elements. A tensor with a transform has none."""
-    return config.replaced(single=True, block=0)
+    return config.replaced(single=True, block=0, one_direction=False)
 
 
 @triton.jit
@@ -160,14 +160,14 @@ def chunks_of(turn, config: tl.constexpr):
 @triton.jit
 def places_of(turn, p, config: tl.constexpr):
     """Places in the whole parameter: of a tile's chunks, or of single elements."""
-    if not config.single:
+    if config.single:
+        j, _ = single(turn, config)
+        place = entry(p.row, "OFFSET") + j + j // entry(p.row, "INNER") * entry(p.row, "SKIP")
+    else:
         local = chunks_of(turn, config)
         place = p.offset + local
         if config.shard:
             place += divide(local, p.inner_divisor).to(tl.int64) * p.skip
-    else:
-        j, _ = single(turn, config)
-        place = entry(p.row, "OFFSET") + j + j // entry(p.row, "INNER") * entry(p.row, "SKIP")
     return place
 
 
