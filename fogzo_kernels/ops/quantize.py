@@ -43,6 +43,7 @@ def quantize_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
+    checks.instance("grid", grid, Grid)
     op_of_lists(
         out=out,
         latents=latents,
