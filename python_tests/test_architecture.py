@@ -19,7 +19,8 @@ PACKAGE = ROOT / "fogzo_kernels"
 # Floors, bottom first: what each may import of the floors below it, and its own modules, bottom first: a module
 # imports of its floor what stands before it. A new module is given its place here.
 FLOORS = {
-    "spec": ((), "dtypes checks noise grid straight_through scale hadamard quantizer presets update schedule call"),
+    "spec": ((), "dtypes checks noise grid straight_through scale hadamard quantizer presets update schedule"
+             " call"),
     "backends": (("spec",), "__init__ plans cells reference cpu cuda triton"),
     "ops": (("spec", "backends"), "__init__ checks memory arguments listop transforms alphas noise norm perturb"
             " estimate tail straight_through learned quantize hadamard"),
