@@ -53,6 +53,10 @@ def tensor(name: str, given: Tensor) -> Tensor:
     return given
 
 
+def losses(plus: Tensor, minus: Tensor) -> dict[str, Tensor]:
+    return {"losses_plus": tensor("losses_plus", plus), "losses_minus": tensor("losses_minus", minus)}
+
+
 def scalar(name: str, given: float | Tensor) -> Tensor:
     """A number of :data:`checks.SCALARS` as a 0-dim tensor."""
     if isinstance(given, Tensor):

@@ -44,14 +44,8 @@ def quantize_(
         RuntimeError: the backend is unavailable on the device.
     """
     checks.instance("grid", grid, Grid)
-    op_of_lists(
-        out=out,
-        latents=latents,
-        alphas=alphas,
-        backend=backend,
-        block=block_of(transform),
-        **arguments.flat_grid(grid),
-    )
+    lists = {"out": out, "latents": latents, "alphas": alphas}
+    op_of_lists(**lists, **arguments.flat_grid(grid), backend=backend, block=block_of(transform))
 
 
 op_of_lists = ListOp(
