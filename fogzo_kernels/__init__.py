@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from .backends import available_backends
 from .functional import *  # noqa: F403  the public ops: functional.__all__
-from .nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from .nn.convert import calibrate_, calibrate_inputs_, dequantize_model, quantize_model
-from .nn.embedding import QuantEmbedding
-from .nn.linear import QuantLinear
-from .nn.products import set_compute_
+from .nn.linear import QuantLinear, set_compute_
+from .nn.registry import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding
 from .nn.report import Report
 from .optim.adamw import AdamW
 from .optim.groups import learned_alphas, parameter_groups
-from .optim.pull import GridPull
 from .optim.sgd import SGD
 from .spec import presets
 from .spec.grid import Grid
@@ -26,7 +23,7 @@ from .spec.hadamard import Hadamard
 from .spec.quantizer import Quantizer
 from .spec.scale import Scale
 from .spec.straight_through import StraightThrough
-from .train.estimator import Fogzo
+from .train.fogzo import Fogzo
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +31,6 @@ __all__ = [
     "AdamW",
     "Fogzo",
     "Grid",
-    "GridPull",
     "Hadamard",
     "QuantConv1d",
     "QuantConv2d",

@@ -19,30 +19,30 @@ PAGE = TESTS.parent / "docs/guards.md"
 #: By row of the page: a file of the package, a guard in it, what comes in its place, and a test.
 GUARDS = {
     "A quantized and a plain module share a weight": (
-        "train/weights.py", "        check_raw_uses(places)", "        pass",
+        "nn/weights.py", "        check_raw_uses(places)", "        pass",
         "test_traps.py::test_a_weight_tied_to_a_plain_module_later_is_refused"),
     "Modules that share a weight have different quantizers or alphas": (
-        "train/weights.py", "if not (same and alike):", "if False:",
+        "nn/weights.py", "if not (same and alike):", "if False:",
         "test_traps.py::test_modules_that_share_a_weight_must_agree"),
     "A forward makes the weight anew (`weight_norm`, `prune`)": (
-        "train/weights.py", "            raise ValueError(\n                f\"{name} must be a Parameter",
+        "nn/weights.py", "            raise ValueError(\n                f\"{name} must be a Parameter",
         "            continue\n            raise ValueError(\n                f\"{name} must be a Parameter",
         "test_traps.py::test_a_quantized_weight_that_is_made_anew_is_an_error"),
     "A plain module takes the place of a quantized one (`resize_token_embeddings`)": (
         "nn/replaced.py", "    if is_left_plain(module):\n        vars", "    if False:\n        vars",
         "test_adapters.py::test_a_resized_model_is_quantized_again_and_loads"),
     "Another weight takes the place of the one that alpha was made for (`fuse_conv_bn_eval`)": (
-        "nn/quantized.py", "self.stale = True", "pass", "test_module_changes.py"),
+        "nn/module.py", "self.weight_quantizer.stale = True", "pass", "test_module_changes.py"),
     "A weight gets another number of rows than its alphas have": (
-        "nn/stale.py", " and (alpha.numel() == 1 or alpha.shape[0] == module.weight.shape[module.OUTPUTS])", "",
-        "test_module_changes.py"),
+        "nn/weight.py", " and (alpha.numel() == 1 or alpha.shape[0] == module.latent.shape[module.OUTPUTS])",
+        "", "test_module_changes.py"),
     "An adapter is merged into a quantized layer (`peft`)": (
         "nn/replaced.py", "if isinstance(base, QuantizedModule):\n        raise", "if False:\n        raise",
         "test_adapters.py::test_other_adapters"),
     "Weights are initialized in place after `quantize_model`": (
-        "nn/stale.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
+        "nn/weight.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
     "A weight is replaced, frozen, unfrozen or tied after `Fogzo(model)`": (
-        "train/weights.py", "    if changed:\n", "    if False:\n",
+        "nn/weights.py", "    if changed:\n", "    if False:\n",
         "test_traps.py::test_a_change_of_the_weights_is_an_error_at_the_next_step"),
     "`quantize_model`'s report is used as the model": (
         "nn/report.py", "raise TypeError(NO_MODEL)", "raise TypeError", "test_module_changes.py"),
@@ -50,25 +50,26 @@ GUARDS = {
         "nn/fast_path.py", "if quantized and not", "if False and not",
         "test_traps.py::test_encoder_layers_evaluate_what_they_train"),
     "The loss reads a quantized weight beside its module": (
-        "train/reads.py", "if found is not None:\n            raise", "if False:\n            raise",
+        "train/guards/graph_reads.py", "if reader is not None:\n            raise",
+        "if False:\n            raise",
         "test_traps.py::test_a_loss_that_reads_a_weight_itself_is_an_error"),
     "`functional_call` gives a module another weight in a pass": (
-        "nn/quantized.py", "if held is not None and held.weight is not weight:", "if False:",
+        "nn/module.py", "if held is not None and held.weight is not self.latent:", "if False:",
         "test_traps.py::test_functional_call_with_other_weights_is_refused_inside_a_pass"),
     "`.grad` holds the last estimate, or the gradient of another backward": (
-        "train/gradients.py", "if held and not all_zero", "if False and not all_zero",
+        "train/guards/gradients.py", "if grads and not all_zero", "if False and not all_zero",
         "test_step_traps.py::test_gradients_that_were_not_cleared"),
     "The closure calls `backward`": (
-        "train/gradients.py", "raise RuntimeError(BACKWARD_IN_A_PASS)", "pass",
+        "train/guards/gradients.py", "raise RuntimeError(BACKWARD_IN_A_PASS)", "pass",
         "test_step_traps.py::test_a_closure_that_calls_backward"),
     "The closure calls `zero_grad`": (
-        "train/step.py", "if any(p.grad is not grad", "if False and any(p.grad is not grad",
+        "train/guards/gradients.py", "if any(p.grad is not grad", "if False and any(p.grad is not grad",
         "test_closures.py::test_zero_grad_in_the_closure_is_named"),
     "The loss does not depend on the weights": (
-        "train/received.py", "if pairs and not there:", "if False:",
+        "train/step.py", "if self.pairs and not self.groups:", "if False:",
         "test_step_traps.py::test_a_closure_of_another_model"),
     "Passes see other batches, masks or states, and the loss shows it": (
-        "train/step.py", "    if names:\n        warnings", "    if False:\n        warnings",
+        "train/guards/fingerprints.py", "    if names:\n        warnings", "    if False:\n        warnings",
         "test_closures.py::test_the_first_step_looks_into_functions_that_the_closure_calls"),
     "Passes get losses of different scales": (
         "train/losses.py", "if not 1 / FAR", "if False and not 1 / FAR",
@@ -76,17 +77,17 @@ GUARDS = {
     "The two losses of a probe differ by rounding alone": (
         "train/stats.py", "if difference <", "if False and difference <", "test_stats.py"),
     "The processes of a group train different models or settings": (
-        "train/distributed.py", "            if high != low:", "            if False:",
+        "distributed/group.py", "            if high != low:", "            if False:",
         "test_distributed.py::test_processes_that_train_another_model_are_told"),
     "`.grad` changes between passes and estimate, also through `.data`": (
-        "train/gradients.py", "        if not same:\n", "        if False:\n",
+        "train/guards/gradients.py", "        if not same:\n", "        if False:\n",
         "test_unseen_edits.py::test_an_edited_gradient_is_an_error"),
     "The loss or a gradient is not finite": (
-        "train/received.py", "*part, lost, was_edited = map(bool, flags.tolist())",
+        "train/step.py", "*part, lost, was_edited = map(bool, flags.tolist())",
         "*part, lost, was_edited = map(bool, flags.tolist()); lost = False",
         "test_lost_steps.py::test_a_fused_step"),
     "A weight has no gradient, or one of zeros": (
-        "train/received.py", "strict=True) if takes}", "strict=True) if w in found}",
+        "train/step.py", "strict=True) if takes}", "strict=True) if w.parameter.grad is not None}",
         "test_taking_part.py::test_none_zeros_and_no_tokens_are_alike"),
     "A gradient scaler has scaled the losses of a fused step": (
         "optim/scaling.py", "return cls(scale,", "return cls(None,",
@@ -95,21 +96,22 @@ GUARDS = {
         "optim/scaling.py", "if passes and self.scale is None", "if False and self.scale is None",
         "test_scalers.py::test_gradients_that_are_unscaled_before_a_fused_step"),
     "A fused step follows a plain backward": (
-        "optim/fused.py", "id(w.parameter) in own\n", "False\n",
+        "train/fogzo.py", "            if bool(local(grad).any()):", "            if False:",
         "test_step_traps.py::test_a_fused_step_after_a_plain_backward"),
     "The estimate of a step was forgotten": (
-        "train/estimator.py", "        if self.pending:\n", "        if False:\n",
+        "train/fogzo.py", "        if self.pending:\n", "        if False:\n",
         "test_step_traps.py::test_a_step_whose_estimate_was_forgotten"),
     "A fused optimizer lacks some of the quantized weights": (
         "optim/fused.py", "        if others:\n            raise", "        if False:\n            raise",
         "test_optim.py"),
     "No optimizer has the learned alphas": (
-        "train/unmoved.py", "            if left:\n", "            if False:\n", "test_unmoved.py"),
+        "train/guards/unmoved_alphas.py", "            if left:\n", "            if False:\n",
+        "test_unmoved.py"),
     "Latents of master weights were loaded or written": (
         "optim/fused.py", "            follow(master, latent)", "            pass",
         "test_unseen_edits.py::test_masters_follow_what_is_put_into_latents"),
     "A checkpoint has other settings than its `Fogzo`": (
-        "train/settings.py", "        if differ:\n", "        if False:\n",
+        "train/settings.py", "    if differ:\n", "    if False:\n",
         "test_longer_runs.py::test_a_run_with_other_settings_is_refused_and_says_how_to_go_on"),
 }  # fmt: skip
 #: What runs without being asked for; the others have their like among them.

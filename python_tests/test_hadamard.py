@@ -15,7 +15,7 @@ from tolerances import HALF_ULP, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends.gpu import plans
 from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.spec.hadamard import BLOCKS, factor
 

@@ -99,7 +99,7 @@ def check_twin(model, twin, x):
     assert torch.equal(twin(x), before)
     assert type(twin) is type(model)
     assert twin.quantizer == model.quantizer
-    assert (twin.tensor_id, twin.backend, twin.held) == (model.tensor_id, model.backend, None)
+    assert (twin.tensor_id, twin.backend, twin.pass_weight) == (model.tensor_id, model.backend, None)
     assert twin.in_rows(twin.weight)
     with torch.no_grad():
         twin.weight.neg_()

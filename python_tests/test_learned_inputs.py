@@ -90,7 +90,7 @@ def test_a_run_that_fails_changes_nothing(broken):
         fk.calibrate_inputs_(model, run)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert torch.isfinite(model(x)).all()
-    assert not any(m.calibrating for m in (model[0], model[2]))
+    assert not any(m.input_quantizer.calibrating for m in (model[0], model[2]))
 
 
 def test_what_has_none_is_said():

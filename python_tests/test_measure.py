@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.backends import cells, plans, reference
+from fogzo_kernels.backends import reference
+from fogzo_kernels.backends.gpu import cells, plans
 from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.spec.scale import STATISTICS
 

@@ -13,8 +13,8 @@ from processes import start
 from torch import nn
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.products import int_mm, multiplied
-from fogzo_kernels.train.weights import QuantizedWeight
+from fogzo_kernels.nn.linear import int_mm, multiplied
+from fogzo_kernels.nn.view import WeightView
 
 STE = fk.StraightThrough("identity")
 GRIDS = {
@@ -165,10 +165,9 @@ class Tied(nn.Module):
         return self.out(F.relu(self.second(F.relu(self.first(x)))))
 
 
-@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("weights", [fk.presets.lsq(2), fk.presets.quest(3, block=16)])
-def test_probes_are_codes_with_the_bits_of_values(weights, share, both, backend, monkeypatch):
+def test_probes_are_codes_with_the_bits_of_values(weights, share, backend, monkeypatch):
     """A probe's codes are written as such, where all that share the weight multiply codes."""
     inputs = fk.presets.quest(4, block=16) if weights.transform else fk.presets.dynamic(8)
     found = []
@@ -179,18 +178,19 @@ def test_probes_are_codes_with_the_bits_of_values(weights, share, both, backend,
         fk.set_compute_(model, "int8")
         if share:
             model.second.product = None
-        fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, seed=3, both_probes=both, schedule="constant")
+        fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, seed=3, schedule="constant")
         x, y = torch.randn(9, 32), torch.randint(4, (9,))
         optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
         with monkeypatch.context() as patch:
             if not codes:
-                patch.setattr(QuantizedWeight, "takes_codes", False)
+                patch.setattr(WeightView, "takes_codes", False)
             for _ in range(2):
                 optimizer.zero_grad()
                 for probe in fogzo.probes():
                     with probe:
-                        kinds = {n: m.held.rows.dtype for n, m in model.named_modules() if hasattr(m, "held")}
-                        values = [m.probe for m in model.modules() if hasattr(m, "held")]
+                        held = {n: m.pass_weight for n, m in model.named_modules() if hasattr(m, "pass_weight")}
+                        kinds = {n: p.rows.dtype for n, p in held.items()}
+                        values = [m.probe for m in model.modules() if hasattr(m, "pass_weight")]
                         assert all(v is None or v.dtype == torch.float32 for v in values)
                         found += [v.clone() for v in values if v is not None]
                         probe.backward(F.cross_entropy(model(x), y))

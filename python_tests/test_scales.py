@@ -82,11 +82,11 @@ def test_a_measured_alpha_follows_the_weight():
 
 
 def test_all_passes_of_a_step_have_one_alpha_measured_once(monkeypatch):
-    from fogzo_kernels.nn import scales
+    from fogzo_kernels.nn import weight
 
     model = made(MEASURED, rules=[("2", quantizer(fk.Scale.rms()))])
-    calls, measure = [], scales.measure_alphas_
-    monkeypatch.setattr(scales, "measure_alphas_", lambda *a, **k: calls.append(k) or measure(*a, **k))
+    calls, measure = [], weight.measure_alphas_
+    monkeypatch.setattr(weight, "measure_alphas_", lambda *a, **k: calls.append(k) or measure(*a, **k))
     fogzo, seen = estimator(model, directions=2), []
 
     def closure():

@@ -323,7 +323,7 @@ def test_check_names_what_differs_and_changes_nothing(trap):
     assert same_state(before, state_of(model))
     assert unchanged(model, weights)
     assert all(p.grad is None for p in model.parameters())
-    assert not any(m.held is not None for m in model.modules() if hasattr(m, "held"))
+    assert not any(m.pass_weight is not None for m in model.modules() if hasattr(m, "pass_weight"))
     assert fogzo.steps == 0
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.sharded import whole
+from fogzo_kernels.nn.view import whole
 
 PRESETS = {"fixed": fk.presets.fixed(3, 0.05), "lsq": fk.presets.lsq(2), "bitnet": fk.presets.bitnet()}
 

@@ -11,7 +11,7 @@ from processes import run_code
 from torch import nn
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.quantized import QuantizedModule
+from fogzo_kernels.nn.module import QuantizedModule
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")

@@ -220,7 +220,7 @@ def test_functional_call_with_other_weights_is_refused_inside_a_pass():
         with pytest.raises(RuntimeError, match="weight must be the parameter that Fogzo perturbs"):
             fogzo.step(closure)
         assert len(passes) == bad + 1
-        assert all(m.held is None for m in model.modules() if isinstance(m, fk.QuantLinear))
+        assert all(m.pass_weight is None for m in model.modules() if isinstance(m, fk.QuantLinear))
         model.zero_grad()
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fogzo_kernels as fk
-from fogzo_kernels.train import lost
+from fogzo_kernels.train.guards import lost
 
 HALF = torch.tensor(0.5)
 EDITS = {
@@ -80,7 +80,7 @@ def test_a_sum_of_bits_sees_each_element(dtype, length, generator):
 
 def test_a_device_that_is_not_waited_for(monkeypatch):
     """A GPU's: nothing moves, and the next step raises."""
-    monkeypatch.setattr("fogzo_kernels.train.gradients.seen_at_once", lambda tensor: False)
+    monkeypatch.setattr("fogzo_kernels.train.guards.gradients.seen_at_once", lambda tensor: False)
     model, fogzo, closure = made()
     optimizer = fk.AdamW(model.parameters(), lr=0.1, fogzo=fogzo)
     optimizer.step(closure)

@@ -47,7 +47,7 @@ def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
         if isinstance(m.quantizer.scale, LearnedScale):
             del m._parameters["alpha"], m._buffers["alpha_least"]
             m.register_buffer("alpha", alpha)
-            m.shares = False
+            m.weight_quantizer.shares = False
         else:
             m.alpha.copy_(alpha)
         m.quantizer = replace(m.quantizer, scale=Scale.fixed(alpha))

@@ -21,12 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import fast_path, pretrained
 from ..nn.convert import dequantize_model
+from ..nn.module import QuantizedModule
 from ..nn.pretrained import METHOD, Entry
-from ..nn.quantized import QuantizedModule
-from ..nn.saved import EXTRA_STATE
-from ..nn.scales import alpha_of
-from ..nn.sharing import check_raw_uses, owners_of, share_alphas, watch
-from ..nn.twins import check_weight, reason_against, twin_of
+from ..nn.registry import check_weight, quantized_form, reason_against
+from ..nn.state_dict import EXTRA_STATE
+from ..nn.tied import check_raw_uses, owners_of, share_alphas, watch
+from ..nn.weight import WeightQuantizer, alpha_of
 from ..spec.scale import Scale
 
 
@@ -69,17 +69,10 @@ class FogzoQuantizer(HfQuantizer):
         check_all_named(model, found, kwargs.get("checkpoint_files") or [])
         plan = [(n, module, entry, empty_alpha(n, module, entry)) for n, (module, entry) in found.items()]
         for name, module, entry, alpha in plan:
-            twin = twin_of(module)
-            assert twin is not None
-            twin.from_plain(
-                module,
-                entry.quantizer,
-                alpha=alpha,
-                tensor_id=entry.tensor_id,
-                path=name,
-                activation=entry.activation,
-                backend=entry.backend,
-            )
+            form = quantized_form(module)
+            assert form is not None
+            weight = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
+            form.from_plain(module, weight, alpha=alpha, activation=entry.activation)
         fast_path.update(model)
         return model
 
@@ -104,10 +97,10 @@ class FogzoQuantizer(HfQuantizer):
         for places in owners_of(model).values():
             check_raw_uses(places)
         for m in modules.values():
-            m.stale = False  # tied and loaded weights come with their alphas
+            m.weight_quantizer.stale = False  # tied and loaded weights come with their alphas
             m.lay_out()
-            if "input_alpha" in m.own_tensors():
-                m.note_input_alpha(m.input_alpha)
+            if m.input_quantizer is not None and m.input_quantizer.quantizer.learned:
+                m.input_quantizer.note(m.input_alpha)
         share_alphas(model)
         watch(model)
         pretrained.record(model)  # by the names of this model
@@ -182,15 +175,15 @@ def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
     if reason is not None:
         raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
     check_weight(name, module)
-    twin, weight = twin_of(module), module.get_parameter("weight")
-    assert twin is not None
+    form, weight = quantized_form(module), module.get_parameter("weight")
+    assert form is not None
     q, shape = entry.quantizer, entry.alpha
     if len(shape) == 2:  # of as many rows as the weight has by now: it may have been resized
-        shape = (weight.shape[twin.OUTPUTS], *shape[1:])
+        shape = (weight.shape[form.OUTPUTS], *shape[1:])
     alpha = torch.empty(shape, dtype=torch.float32, device="meta")
     like = replace(q, scale=Scale.fixed(alpha))
     meta = torch.empty_like(weight, device="meta")
-    return alpha_of(f"{name}.weight", meta, twin.OUTPUTS, like)
+    return alpha_of(f"{name}.weight", meta, form.OUTPUTS, like)
 
 
 def not_loaded(module: QuantizedModule) -> list[str]:

@@ -15,15 +15,14 @@ from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
 from . import fast_path, pretrained
 from .inputs import check_activation
-from .quantized import QuantizedModule
+from .module import QuantizedModule
+from .registry import check_weight, quantized_form, weights_of
 from .replaced import guard_merges, settle
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
-from .scales import alpha_of
-from .sharded import begin_anew, reshard, whole
-from .sharing import check_shared, share_alphas, unwatch, watch
-from .stale import check
-from .twins import check_weight, twin_of, weights_of
+from .tied import check_shared, share_alphas, unwatch, watch
+from .view import HANDLERS, LOCAL, reshard, whole
+from .weight import WeightQuantizer, alpha_of, check
 
 
 def quantize_model(
@@ -87,20 +86,13 @@ def quantize_model(
     plan = _planned(model, chosen)
     kinds = {c.unit.module: type(c.unit.module).__name__ for c in chosen}
     for c, (alpha, tensor_id) in zip(chosen, plan, strict=True):
-        twin = twin_of(c.unit.module)
-        assert twin is not None
+        form = quantized_form(c.unit.module)
+        assert form is not None
         assert c.quantizer is not None
-        twin.from_plain(
-            c.unit.module,
-            c.quantizer,
-            alpha=alpha,
-            tensor_id=tensor_id,
-            path=c.unit.names[0],
-            activation=c.activation,
-            backend=backend,
-        )
+        weight = WeightQuantizer(c.quantizer, tensor_id, c.unit.names[0], backend)
+        form.from_plain(c.unit.module, weight, alpha=alpha, activation=c.activation)
     share_alphas(model)
-    begin_anew(model)
+    HANDLERS.begin_anew(model)
     fast_path.update(model)
     watch(model)
     settle(model)
@@ -127,7 +119,7 @@ def _planned(model: nn.Module, chosen: list[Choice]) -> list[tuple[Tensor, int]]
     alphas: dict[Tensor, Tensor] = {}
     plan = []
     for c in chosen:
-        weight, twin = c.unit.module.get_parameter("weight"), twin_of(c.unit.module)
+        weight, twin = c.unit.module.get_parameter("weight"), quantized_form(c.unit.module)
         assert twin is not None
         assert c.quantizer is not None
         if weight not in ids:
@@ -150,7 +142,7 @@ def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
         new = [p for p in own.matrices.values() if p not in seen]
         numel = sum(p.numel() for p in new)
         if isinstance(module, QuantizedModule):
-            weight, q, scales = module.weight, module.quantizer, module.alpha.numel()
+            weight, q, scales = module.latent, module.quantizer, module.alpha.numel()
             tied = seen.get(weight, "")
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
             kind = kinds.get(module, module.PLAIN.__name__)
@@ -179,7 +171,7 @@ def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
     found = [m for m in model.modules() if isinstance(m, QuantizedModule)]
     if not found:
         raise ValueError(f"model must have quantized modules to {what}, got none")
-    if any(m.held is not None for m in found):
+    if any(m.pass_weight is not None for m in found):
         raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
     return found
 
@@ -205,7 +197,7 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
     plan = []
     for m in modules:
         q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)
-        plan.append((q, alpha_of("weight", whole(m.weight), m.OUTPUTS, q)))
+        plan.append((q, alpha_of("weight", whole(m.latent), m.OUTPUTS, q)))
     for m, (q, alpha) in zip(modules, plan, strict=True):
         m.quantizer = q
         m.set_alpha(alpha)
@@ -239,26 +231,27 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
     }
     if not modules:
         raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
-    before = [(m, m.input_alpha.detach().clone(), m.input_is_calibrated) for m in modules.values()]
-    for m in modules.values():
-        m.calibrating = True
+    inputs = {name: m.input_quantizer for name, m in modules.items() if m.input_quantizer is not None}
+    before = [(m, m.input_alpha.detach().clone(), inputs[name].calibrated) for name, m in modules.items()]
+    for q in inputs.values():
+        q.calibrating = True
     try:
         with torch.no_grad():
             run()
-        left = [name or "model" for name, m in modules.items() if m.calibrating]
+        left = [name or "model" for name, q in inputs.items() if q.calibrating]
         if left:
             raise ValueError(
                 f"run must reach every module whose input has a learned scale, got none for {left[0]}"
                 + (f" and {len(left) - 1} more" if left[1:] else "")
             )
     except BaseException:
-        for m, alpha, calibrated in before:
-            m.set_input_alpha(alpha)
-            m.input_is_calibrated = calibrated
+        for (m, alpha, calibrated), q in zip(before, inputs.values(), strict=True):
+            q.set_alpha(m, alpha)
+            q.calibrated = calibrated
         raise
     finally:
-        for m in modules.values():
-            m.calibrating = False
+        for q in inputs.values():
+            q.calibrating = False
 
 
 @torch.no_grad()
@@ -281,7 +274,7 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             then.
     """
     modules = _quantized(model, "dequantize")
-    if any(m.sharded is not None for m in modules):
+    if any(m.placement is not LOCAL for m in modules):
         raise ValueError(
             "model must not be under fully_shard to be dequantized, got one that is: load its full state dict"
             " into a quantized model of one process, and dequantize that"
@@ -290,7 +283,7 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
         for m in modules:
             check(m)
             memory.alphas([m.alpha], m.quantizer.grid.r)
-        for weight, m in {m.weight: m for m in modules}.items():
+        for weight, m in {m.latent: m for m in modules}.items():
             weight.copy_(m.effective_weight())
     for m in modules:
         m.to_plain()

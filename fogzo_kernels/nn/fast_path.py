@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .quantized import QuantizedModule
+from .module import QuantizedModule
 
 #: What closes the path, and with which value.
 CLOSED: dict[type[nn.Module], tuple[str, object]] = {

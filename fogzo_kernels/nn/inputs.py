@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..functional import hadamard, quantize
 from ..ops import memory, transforms
-from ..spec.hadamard import Hadamard, block_of
+from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
-from .scales import hold_alphas, in_its_range, measure_
+from .weight import FLOOR, hold_alphas, in_its_range, measure_
 
 if TYPE_CHECKING:
-    from .quantized import QuantizedModule
+    from .module import QuantizedModule
 
 
 def rotated(x: Tensor, block: int, backend: str | None) -> Tensor:
@@ -39,37 +39,130 @@ def check_activation(name: str, activation: Quantizer) -> None:
         raise ValueError(f"{name} must have a scale with least > 0, for inputs that are all 0, got {scale}")
 
 
-def quantized_input(module: QuantizedModule, input: Tensor, block: int) -> Tensor:
-    """The input that a module runs with, in the basis of blocks of ``block`` elements (0: as it is)."""
-    how, backend = module.activation, module.backend
-    if how is None:
-        return rotated(input, block, backend)
-    rows, own = module.input_rows(input).contiguous(), block_of(how.transform)
-    if own and rows.shape[-1] % own:
-        raise ValueError(
-            f"activation must have a transform whose block divides a row of the input, of {rows.shape[-1]}"
-            f" elements, got {how.transform}"
-        )
-    alpha, factor, lost = input_alpha(module, how, rows)
-    found = quantize(
-        rows, alpha, grid=how.grid, straight_through=how.straight_through, transform=how.transform,
-        alpha_factor=factor, backend=backend,
-    )  # fmt: skip
-    found = with_lost(found, lost).view(input.shape)
-    if own == block:
-        return found
-    if own:  # rows are what the transform went over, whatever the input's last dimension is
-        found = rotated(module.input_rows(found), own, backend).view(input.shape)
-    return rotated(found, block, backend)
+class InputQuantizer:
+    """The quantizer of a module's input, and whether its scale has a value.
+
+    A learned scale is the module's parameter ``input_alpha``.
+
+    Attributes:
+        quantizer: grid, scale and straight-through estimator.
+        calibrated: whether ``input_alpha`` has a value.
+        calibrating: whether the next input gives it one.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        self.calibrated = self.calibrating = False
+
+    def note(self, loaded: Tensor) -> None:
+        """Note whether what was loaded is a value, or NaN of a model whose inputs were not calibrated."""
+        self.calibrated = not bool(loaded.isnan())
+
+    def check(self, rows: Tensor) -> None:
+        """Raise unless the transform's blocks divide the rows of an input."""
+        how = self.quantizer.transform
+        if how is not None and rows.shape[-1] % how.block:
+            raise ValueError(
+                f"activation must have a transform whose block divides a row of the input, of {rows.shape[-1]}"
+                f" elements, got {how}"
+            )
+
+    def values(self, module: QuantizedModule, input: Tensor, block: int) -> Tensor:
+        """The quantized input, in the basis of blocks of ``block`` elements (0: as it is)."""
+        how, backend = self.quantizer, module.backend
+        rows = module.input_rows(input).contiguous()
+        self.check(rows)
+        alpha, factor, lost = self.alpha(module, rows)
+        found = quantize(rows, alpha, alpha_factor=factor, backend=backend, **how.options)
+        found = with_lost(found, lost).view(input.shape)
+        own = how.block
+        if own == block:
+            return found
+        if own:  # rows are what the transform went over, whatever the input's last dimension is
+            found = rotated(module.input_rows(found), own, backend).view(input.shape)
+        return rotated(found, block, backend)
+
+    def alpha(self, module: QuantizedModule, rows: Tensor) -> tuple[Tensor, float, Tensor | None]:
+        """Alpha of an input, the factor of its gradient, and the cells that :func:`with_lost` makes NaN."""
+        scale, factor = self.quantizer.scale, 1.0
+        if isinstance(scale, MeasuredScale):
+            alpha = self._measured(scale, rows.detach(), module.backend)
+        elif isinstance(scale, FixedScale):
+            alpha = scale.of(rows)
+        else:
+            assert isinstance(scale, LearnedScale)
+            # of LSQ: the features of a layer, which are those of a token or a sample, share it
+            factor = scale.gradient_factor(self.quantizer.grid, rows.shape[-1])
+            alpha = self._learned(scale, module, rows)
+        alpha, lost = _usable(self.quantizer, alpha, rows) if rows.numel() else (alpha, None)
+        return alpha, factor, lost
+
+    def _measured(self, scale: MeasuredScale, rows: Tensor, backend: str | None) -> Tensor:
+        if transforms.active():
+            found: Tensor = Measured.apply(rows, scale, self.quantizer.transform, backend)
+            return found
+        return measured(rows, scale, self.quantizer.transform, backend)
+
+    def _learned(self, scale: LearnedScale, module: QuantizedModule, rows: Tensor) -> Tensor:
+        """The parameter, which takes its first value here while it is calibrated, in its range."""
+        name = module.weight_quantizer.path or "the model"
+        if self.calibrating:
+            first = scale.first(self.quantizer.grid)
+            alpha = (
+                first.of(rows) if isinstance(first, FixedScale) else self._measured(first, rows, module.backend)
+            )
+            if not (float(alpha) > 0 and bool(alpha.isfinite()) and bool(rows.isfinite().all())):
+                kind = "finite values" if rows.isfinite().all() else "values that are not finite"
+                raise ValueError(
+                    f"batch must give each input a scale > 0, got {kind} for the input of {name}, and"
+                    f" {float(alpha)} by {first}"
+                )
+            self.set_alpha(module, alpha)
+            self.calibrating = False
+        if not self.calibrated:
+            raise RuntimeError(
+                f"input_alpha, the learned scale of the input of {name}, has no value yet: call"
+                " fogzo_kernels.calibrate_inputs_(model, lambda: model(batch)) once, before training"
+            )
+        if torch.compiler.is_exporting():
+            return in_its_range(module.input_alpha, module.input_alpha_least)
+        if module.pass_weight is None:  # else the step has done it
+            hold_alphas([module], ("input_alpha",))
+        return module.input_alpha
+
+    @torch.no_grad()
+    def set_alpha(self, module: QuantizedModule, alpha: Tensor) -> None:
+        """Give a learned scale its first value, 0-dim."""
+        module.input_alpha.copy_(alpha)
+        module.input_alpha_least = module.input_alpha.detach() * FLOOR
+        self.calibrated = True
 
 
-def input_alpha(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[Tensor, float, Tensor | None]:
-    """Alpha of an input, the factor of its gradient, and which cells are to be NaN, see :func:`usable`."""
-    alpha, factor = scale_of(module, how, rows)
-    return (alpha, factor, None) if not rows.numel() else usable(how, alpha, factor, rows)
+def measured(rows: Tensor, scale: MeasuredScale, transform: Hadamard | None, backend: str | None) -> Tensor:
+    """Alpha that a scale measures of rows."""
+    alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
+    measure_([alpha], [rows], scale, transform, backend)
+    return alpha
 
 
-def usable(how: Quantizer, alpha: Tensor, factor: float, rows: Tensor) -> tuple[Tensor, float, Tensor | None]:
+@transforms.one_by_one
+class Measured(torch.autograd.Function):
+    """The same under a transform of ``torch.func``, which lets nothing be written; no gradient."""
+
+    @staticmethod
+    def forward(rows: Tensor, scale: MeasuredScale, transform: Hadamard | None, backend: str | None) -> Tensor:
+        return measured(rows.contiguous(), scale, transform, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return None, None, None, None
+
+
+def _usable(how: Quantizer, alpha: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """Alphas that ops take, whatever the input holds, and which cells :func:`with_lost` makes NaN.
 
     What is not finite must not become a finite value: the code of NaN is the lowest one. With NaN, as a plain
@@ -81,18 +174,18 @@ def usable(how: Quantizer, alpha: Tensor, factor: float, rows: Tensor) -> tuple[
     if isinstance(how.scale, MeasuredScale):
         low, high = memory.alpha_range(how.grid.r)
         if not on_cpu:
-            return alpha + 0 * alpha, factor, None  # inf becomes NaN
+            return alpha + 0 * alpha, None  # inf becomes NaN
         if seen and memory.in_range(alpha, low, high):
-            return alpha, factor, None
+            return alpha, None
         lost = ~((alpha >= low) & (alpha <= high))
     else:
         least, most = rows.detach().aminmax()
         if seen and math.isfinite(least) and math.isfinite(most):
-            return alpha, factor, None
+            return alpha, None
         lost = ~(least.isfinite() & most.isfinite())
     if not on_cpu:
-        return torch.where(lost, math.nan, alpha), factor, None
-    return torch.where(lost, 1.0, alpha), factor, lost
+        return torch.where(lost, math.nan, alpha), None
+    return torch.where(lost, 1.0, alpha), lost
 
 
 def with_lost(rows: Tensor, lost: Tensor | None) -> Tensor:
@@ -101,74 +194,3 @@ def with_lost(rows: Tensor, lost: Tensor | None) -> Tensor:
         return rows
     nan = torch.zeros_like(lost, dtype=rows.dtype).masked_fill(lost, math.nan)
     return (rows.view(lost.numel(), -1) + nan.view(-1, 1)).view(rows.shape)
-
-
-def scale_of(module: QuantizedModule, how: Quantizer, rows: Tensor) -> tuple[Tensor, float]:
-    """Alpha as the scale has it, and the factor of its gradient."""
-    scale = how.scale
-    if isinstance(scale, MeasuredScale):
-        if transforms.active():
-            return Measured.apply(rows.detach(), scale, how.transform, module.backend), 1.0
-        alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
-        measure_([alpha], [rows.detach()], scale, how.transform, module.backend)
-        return alpha, 1.0
-    if isinstance(scale, FixedScale):
-        return scale.of(rows), 1.0
-    assert isinstance(scale, LearnedScale)
-    if module.calibrating:
-        first_alpha_(module, how, rows)
-    if not module.input_is_calibrated:
-        raise RuntimeError(
-            f"input_alpha, the learned scale of the input of {named(module)}, has no value yet: call"
-            " fogzo_kernels.calibrate_inputs_(model, lambda: model(batch)) once, before training"
-        )
-    alpha = module.input_alpha
-    if torch.compiler.is_exporting():
-        alpha = in_its_range(alpha, module.input_alpha_least)
-    elif module.held is None:  # else the step has done it
-        hold_alphas([module], ("input_alpha",))
-    # of LSQ: the features of a layer, which are those of a token or a sample, share it
-    return alpha, scale.gradient_factor(how.grid, rows.shape[-1])
-
-
-def named(module: QuantizedModule) -> str:
-    return module.path or "the model"
-
-
-@transforms.one_by_one
-class Measured(torch.autograd.Function):
-    """Alpha of rows under a transform of ``torch.func``, which lets nothing be written; no gradient."""
-
-    @staticmethod
-    def forward(rows: Tensor, scale: MeasuredScale, transform: Hadamard | None, backend: str | None) -> Tensor:
-        alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
-        measure_([alpha], [rows.contiguous()], scale, transform, backend)
-        return alpha
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return None, None, None, None
-
-
-@torch.no_grad()
-def first_alpha_(module: QuantizedModule, how: Quantizer, rows: Tensor) -> None:
-    """Give a learned alpha its first value, from the first input that comes while it is calibrated."""
-    assert isinstance(how.scale, LearnedScale)
-    scale = how.scale.first(how.grid)
-    alpha = torch.empty((), dtype=torch.float32, device=rows.device)
-    if isinstance(scale, MeasuredScale):
-        measure_([alpha], [rows], scale, how.transform, module.backend)
-    else:
-        alpha.copy_(scale.of(rows))
-    if not (float(alpha) > 0 and bool(alpha.isfinite()) and bool(rows.isfinite().all())):
-        kind = "finite values" if rows.isfinite().all() else "values that are not finite"
-        raise ValueError(
-            f"batch must give each input a scale > 0, got {kind} for the input of {named(module)}, and"
-            f" {float(alpha)} by {scale}"
-        )
-    module.set_input_alpha(alpha)
-    module.calibrating = False

@@ -1,13 +1,25 @@
-"""QuantLinear: ``nn.Linear`` that runs with quantized weights."""
+"""QuantLinear: a linear layer rotates its input instead of its weight, and can multiply int8 codes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes as disabled_modes
 
-from .quantized import QuantizedModule
+from ..functional import learned_backward_, quantize_, straight_through_backward_
+from ..ops import checks, transforms
+from ..spec.quantizer import Quantizer
+from ..spec.scale import FixedScale
+from ..spec.straight_through import NO_SECOND
+from .inputs import with_lost
+from .module import QuantizedModule
+
+COMPUTE = ("int8",)
+LONGEST = 2**17 - 1  # products of two int8 codes, at most 2^14 each, of which int32 holds the sum
 
 
 class QuantLinear(QuantizedModule, nn.Linear):
@@ -17,24 +29,183 @@ class QuantLinear(QuantizedModule, nn.Linear):
     of the plain model loads.
 
     Attributes:
-        product: what multiplies instead of PyTorch's linear function, or None; see
+        product: ``"int8"`` where codes are multiplied, None where values are; see
             :func:`fogzo_kernels.set_compute_`.
     """
 
-    ADDED = (*QuantizedModule.ADDED, "product")
     PLAIN = nn.Linear
+    ROTATED = "input"
 
-    product: Callable[[QuantLinear, Tensor], Tensor] | None = None
+    product: str | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.product is not None:
-            return self.product(self, input)
-        return self.plain_forward(input)
+        if self.product is not None and not transforms.active():  # a transform of torch.func takes values
+            return self._product(input)
+        return F.linear(self.effective_input(input, self.quantizer.block), self.quantized_rows(), self.bias)
 
-    def plain_forward(self, input: Tensor) -> Tensor:
-        """By values."""
-        rows = self.shaped(self.quantized_rows())
-        return F.linear(self.effective_input(input, self.block), rows, self.bias)
+    def _product(self, input: Tensor) -> Tensor:
+        """The forward by a product of codes."""
+        inputs = self.input_quantizer
+        assert inputs is not None
+        rows = self.input_rows(input).contiguous()
+        inputs.check(rows)
+        alpha, factor, lost = inputs.alpha(self, rows)
+        own = self.pass_weight
+        probe = own is not None and own.probe and own.weight is self.latent
+        weight = own.rows if own is not None and probe else self.quantized_rows()
+        found: Tensor = Product.apply(
+            rows, alpha, weight, self.alpha.detach(), inputs.quantizer, self.quantizer, factor, self.backend
+        )
+        found = with_lost(found, lost)
+        found = found if self.bias is None else found + self.bias.to(found.dtype)
+        return found.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", int8 products" if self.product is not None else "")
+
+
+def set_compute_(model: nn.Module, compute: str | None) -> None:
+    """Choose how the quantized linear layers of a model multiply.
+
+    ``"int8"``: their codes, int8 by int8 into int32, which is exact, then one product with the scales
+    (``torch._int_mm``; on a GPU its tensor cores). The result is that of the values up to their rounding in the
+    product; gradients are the same. What is kept for the backward is the input's codes instead of its quantized
+    values, a quarter or half of their memory. FOGZO's probes are then written as codes. None: values, as ever.
+    It is not part of a checkpoint.
+
+    Args:
+        model: as :func:`fogzo_kernels.quantize_model` made it, with a quantizer for inputs too.
+        compute: ``"int8"`` or None.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, there is no quantized linear layer, or one of them has no
+            quantized input, scales for groups, or another transform for its weight than for its input; nothing
+            has changed then.
+    """
+    checks.instance("model", model, nn.Module)
+    if compute is not None and compute not in COMPUTE:
+        raise ValueError(f"compute must be None or 'int8', got {compute!r}")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    if not linears:
+        raise ValueError("model must have quantized linear layers, got none")
+    for name, m in linears.items() if compute else ():
+        reason = reason_against(m)
+        if reason is not None:
+            raise ValueError(f"{name or 'model'} must fit products of codes, got one that does not: {reason}")
+    for m in linears.values():
+        m.product = compute
+
+
+def reason_against(module: QuantLinear) -> str | None:
+    """Why a linear module cannot multiply codes, or None."""
+    how = module.activation
+    if how is None:
+        return "its input is not quantized"
+    rows = module.rows(module.weight)
+    if module.alpha.numel() not in (1, rows.shape[0]):
+        return "its weight has scales for groups of a row"
+    if rows.shape[1] > LONGEST:
+        return f"its rows of {rows.shape[1]} elements are longer than {LONGEST}, which int32 has room for"
+    granularity = getattr(how.scale, "granularity", None)
+    tensor = isinstance(how.scale, FixedScale) and not isinstance(how.scale.alpha, int | float)
+    if isinstance(granularity, int) or tensor:
+        return "its input has scales for groups of a row, or given ones"
+    if how.transform != module.quantizer.transform:
+        return f"its weight is transformed by {module.quantizer.transform}, its input by {how.transform}"
+    return None
+
+
+class Product(torch.autograd.Function):
+    """Q(x) Q(w)^T from the rows x, the values Q(w) or the int8 codes of a probe, and the scales of both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, alpha: Tensor, weight: Tensor, weight_alpha: Tensor, how: Quantizer,
+        q: Quantizer, factor: float, backend: str | None,
+    ) -> Tensor:  # fmt: skip
+        codes = torch.empty_like(rows, dtype=torch.int8)
+        quantize_(codes, rows, alpha, grid=how.grid, transform=how.transform, backend=backend)
+        delta = weight_alpha.reshape(-1, 1) * q.grid.r
+        if weight.dtype == torch.int8:
+            weight_codes = weight
+        else:  # values are delta (code + offset) up to their dtype's rounding, at most a quarter of a step
+            weight_codes = (weight.float() / delta - q.grid.offset).round_().to(torch.int8)
+        ctx.save_for_backward(rows, alpha, codes, weight)
+        ctx.options = how, factor, backend
+        found = multiplied(codes, weight_codes, how.grid.offset, q.grid.offset)
+        found *= (alpha.reshape(-1, 1) * how.grid.r) * delta.view(1, -1)
+        enabled = torch.is_autocast_enabled(rows.device.type)
+        return found.to(torch.get_autocast_dtype(rows.device.type) if enabled else rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what follows writes in place, and would leave no graph of the mask
+            raise RuntimeError(NO_SECOND.format("products of codes (set_compute_)"))
+        (grad,), (rows, alpha, codes, weight) = grads, ctx.saved_tensors
+        how, factor, backend = ctx.options
+        of_rows = of_alpha = of_weight = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            of_rows = (grad.to(weight.dtype) @ weight).to(rows.dtype)  # and from here on in place
+            if ctx.needs_input_grad[1]:
+                of_alpha = torch.empty_like(alpha)
+                learned_backward_(
+                    of_rows, of_alpha, rows, alpha, factors=factor, backend=backend, **how.options
+                )
+            else:
+                straight_through_backward_(of_rows, rows, alpha, backend=backend, **how.options)
+        if ctx.needs_input_grad[2]:
+            values = (codes.float() + how.grid.offset) * (alpha.reshape(-1, 1) * how.grid.r)
+            of_weight = grad.to(weight.dtype).t() @ values.to(weight.dtype)
+        return of_rows, of_alpha, of_weight, None, None, None, None, None
+
+
+def multiplied(codes: Tensor, other: Tensor, offset: float, other_offset: float) -> Tensor:
+    """(codes + offset) (other + other_offset)^T, float32; exact but for one rounding.
+
+    Args:
+        codes: int8, (m, k).
+        other: int8, (n, k).
+    """
+    total = int_mm(codes, other.t())
+    if codes.shape[1] > LONGEST // 4:  # four times as much would not fit
+        total = total.long()
+    if offset or other_offset:  # in halves, which int32 holds
+        twice, other_twice = int(2 * offset), int(2 * other_offset)
+        sums = codes.sum(1, dtype=torch.int32).unsqueeze(1) * other_twice
+        other_sums = other.sum(1, dtype=torch.int32).unsqueeze(0) * twice
+        return (4 * total + 2 * (sums + other_sums) + codes.shape[1] * twice * other_twice).float() / 4
+    return total.float()
+
+
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b of int8 matrices, int32.
+
+    A GPU's product wants more than 16 rows, and multiples of 8. PyTorch's on a CPU reads other memory where
+    there is one product to a sum (2.13: the strides of such a matrix are ambiguous).
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if not a.is_cuda:
+        return torch._int_mm(a, b) if k > 1 and adds_exactly() else (a.double() @ b.double()).to(torch.int32)
+    more_rows, more, more_columns = max(17 - m, 0), -k % 8, -n % 8
+    a, b = F.pad(a, (0, more, 0, more_rows)), F.pad(b.t(), (0, more, 0, more_columns)).t()
+    return torch._int_mm(a, b)[:m, :n]
+
+
+def adds_exactly() -> bool:
+    """Whether ``torch._int_mm`` is right on this CPU.
+
+    Without VNNI, x86 adds two products in 16 bits, which hold no more than 2^15 - 1. oneDNN does so, as
+    https://uxlfoundation.github.io/oneDNN/dev_guide_int8_computations.html says.
+    """
+    return _adds_exactly()
+
+
+#: torch.compiler.assume_constant_result does only this, but loads all of the compiler with the package.
+adds_exactly._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _adds_exactly() -> bool:
+    with disabled_modes():  # a trace may be the first to ask
+        a, b = torch.full((17, 64), 127, dtype=torch.int8), torch.full((16, 64), -128, dtype=torch.int8)
+        return bool((torch._int_mm(a, b.t()) == -64 * 127 * 128).all())

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..backends import check_known
 from ..spec.quantizer import Quantizer
-from .quantized import QuantizedModule
+from .module import QuantizedModule
 
 METHOD = "fogzo"
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .quantized import QuantizedModule
-from .twins import twin_of
+from .module import QuantizedModule
+from .registry import quantized_form
 
 #: Where a parent keeps the names of children that were quantized modules before.
 REPLACED = "_fogzo_replaced"
@@ -43,7 +43,7 @@ def holds_quantized(module: nn.Module) -> bool:
 
 def is_left_plain(module: nn.Module | None) -> bool:
     """Whether it holds what could be quantized, and nothing that is."""
-    return module is not None and not holds_quantized(module) and any(map(twin_of, module.modules()))
+    return module is not None and not holds_quantized(module) and any(map(quantized_form, module.modules()))
 
 
 # ---- modules that were replaced
@@ -120,8 +120,9 @@ def refused_or_merged(adapter: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     base = innermost(adapter._modules.get("base_layer"))
     if isinstance(base, QuantizedModule):
+        path = base.weight_quantizer.path or "one"
         raise RuntimeError(
-            f"merge must have a plain base layer, got {base.path or 'one'}, a {type(base).__name__}, which"
+            f"merge must have a plain base layer, got {path}, a {type(base).__name__}, which"
             " would quantize the sum to another function: call fogzo_kernels.dequantize_model(model) first, so"
             " that base layers get their values Q(weight), then merge"
         )

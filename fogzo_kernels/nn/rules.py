@@ -10,8 +10,8 @@ from torch import nn
 
 from ..spec.quantizer import Quantizer
 from .inputs import check_activation
-from .quantized import QuantizedModule
-from .twins import read_by, reason_against, twin_of, weights_of
+from .module import QuantizedModule
+from .registry import quantized_form, read_by, reason_against, weights_of
 
 #: A name or pattern of names, a type, or a function of name and module.
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -145,7 +145,7 @@ def _check_asked(name: str, rule: Full, matched: list[Unit]) -> None:
 def _is_weight(unit: Unit) -> bool:
     """Whether it holds a weight that multiplies: norms and position tables are no reason to refuse a rule."""
     module = unit.module
-    if isinstance(module, QuantizedModule) or twin_of(module) is not None:
+    if isinstance(module, QuantizedModule) or quantized_form(module) is not None:
         return True
     return any("weight" in name for name in weights_of(module).matrices)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..nn.sharded import local
+from ..nn.view import local
 
 #: How an op takes a parameter, and what has its shape: a view.
 View = Callable[[Tensor], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..functional import estimate_sgd_
-from ..train.estimator import Fogzo
+from ..train.fogzo import Fogzo
 from .fused import FusedOptimizer, Params
 
 
@@ -43,12 +43,4 @@ class SGD(FusedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
         }
-        super().__init__(
-            params,
-            hyperparameters,
-            lr=lr,
-            fogzo=fogzo,
-            master_weights=master_weights,
-            capturable=capturable,
-            backend=backend,
-        )
+        super().__init__(params, hyperparameters, lr, fogzo, master_weights, capturable, backend)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .grid import Grid
 from .hadamard import Hadamard, block_of
-from .scale import Scale
+from .scale import LearnedScale, Scale
 from .straight_through import StraightThrough
 
 
@@ -45,6 +45,21 @@ class Quantizer:
         group = getattr(self.scale, "granularity", None)
         if block and isinstance(group, int) and group % block:
             raise ValueError(f"scale must have groups of whole blocks of {self.transform}, got {self.scale}")
+
+    @property
+    def block(self) -> int:
+        """The size of the transform's blocks; 0 without one."""
+        return block_of(self.transform)
+
+    @property
+    def learned(self) -> bool:
+        """Whether alpha is a parameter."""
+        return isinstance(self.scale, LearnedScale)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of ops that quantize with a gradient."""
+        return {"grid": self.grid, "straight_through": self.straight_through, "transform": self.transform}
 
     @property
     def epsilon(self) -> float:

@@ -1,0 +1,463 @@
+"""QuantizedModule: what makes a module run with Q(weight), whatever it computes with it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import quantize, quantize_
+from ..ops import transforms
+from ..spec.quantizer import Quantizer
+from ..spec.scale import LearnedScale, MeasuredScale
+from .inputs import InputQuantizer, rotated
+from .parameter import VALUES, Values, read_as_values
+from .pass_weight import Deferred, PassWeight
+from .state_dict import SavedModule
+from .view import LOCAL, Placement, place, placement_of, whole
+from .weight import (
+    FLOOR,
+    WeightQuantizer,
+    alpha_of,
+    check,
+    fits,
+    hold_alphas,
+    in_its_range,
+    is_replaced,
+    measure_,
+)
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+def _of_weight(name: str) -> Any:
+    """An attribute of the module that its :class:`WeightQuantizer` has."""
+
+    def get(module: QuantizedModule) -> Any:
+        return getattr(module.weight_quantizer, name)
+
+    def put(module: QuantizedModule, value: Any) -> None:
+        setattr(module.weight_quantizer, name, value)
+
+    return property(get, put)
+
+
+class QuantizedModule(SavedModule):
+    """Mixin of a module that keeps a parameter as the latent and runs with Q of it.
+
+    A subclass also inherits from the plain module's class, and names it as ``PLAIN``. That class's forward
+    reads Q, see :mod:`fogzo_kernels.nn.parameter`. :meth:`from_plain` turns a plain module into a quantized
+    one.
+
+    What is quantized is a matrix, the weight's rows: one row for each output of the module.
+
+    Attributes:
+        alpha: scale of the grid, a float32 buffer that keeps its dtype under ``.to(dtype)``: one element,
+            one per row, or one per group of a row. Each forward writes an alpha that the quantizer measures. An
+            alpha that is learned is a parameter, and modules that share a weight share it too.
+        alpha_least: a float32 buffer beside a learned alpha: where one that left its range is held.
+        quantizer: how the weight is quantized. It travels in the state dict, and one with another grid does
+            not load.
+        tensor_id: which noise the weight draws (docs/contract.md, section 2).
+        backend: of the ops; None takes the best available.
+        activation: how the module's input is quantized, or None. FOGZO does not perturb it. A scale that is
+            learned is a parameter ``input_alpha``.
+        weight_quantizer: quantizer, tensor id, backend and state of the weight.
+        input_quantizer: ``activation`` and the state of its scale, or None.
+        pass_weight: None, or what to run with during a pass of :class:`fogzo_kernels.Fogzo`.
+        placement: under ``fully_shard``, which rows of the weight this process has.
+    """
+
+    #: The names that from_plain takes in a module.
+    ADDED: ClassVar[tuple[str, ...]] = (
+        "alpha", "alpha_least", "input_alpha", "input_alpha_least", "quantizer", "tensor_id", "backend",
+        "activation", "weight_quantizer", "input_quantizer", "pass_weight", "placement", "probe", "product",
+        VALUES,
+    )  # fmt: skip
+    #: The class of the module that it was.
+    PLAIN: ClassVar[type[nn.Module]]
+    #: The parameter that is quantized.
+    PARAMETER: ClassVar[str] = "weight"
+    #: The dimension of the parameter that counts the outputs.
+    OUTPUTS: ClassVar[int] = 0
+    #: Where the Hadamard transform of the weight is undone: at the "weight", "input" or "output".
+    ROTATED: ClassVar[str] = "weight"
+    #: The first argument of the forward.
+    INPUT: ClassVar[str]
+    #: The property of the parameter's name.
+    READ: ClassVar[property]
+
+    weight: Tensor
+    alpha_least: Tensor
+    input_alpha: Tensor
+    input_alpha_least: Tensor
+    pass_weight: PassWeight | None
+    placement: Placement = LOCAL
+
+    quantizer: Quantizer = _of_weight("quantizer")
+    tensor_id: int = _of_weight("tensor_id")
+    backend: str | None = _of_weight("backend")
+
+    # ---- from a plain module, and back
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "PLAIN" in vars(cls):
+            cls.READ = read_as_values(cls.PARAMETER)
+            setattr(cls, cls.PARAMETER, cls.READ)
+            cls.INPUT = list(inspect.signature(cls.PLAIN.forward).parameters)[1]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Makes a plain module from arguments: adapters call the type of the module that they adapt."""
+        return cls.PLAIN(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    @classmethod
+    def from_plain(
+        cls, module: nn.Module, weight: WeightQuantizer, *, alpha: Tensor, activation: Quantizer | None = None
+    ) -> Self:
+        """Turn a plain module into a quantized one, in place: parameters, hooks and names stay."""
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        vars(module).update({VALUES: Values(), "weight_quantizer": weight, "pass_weight": None})
+        module.activation = activation
+        if weight.quantizer.learned:
+            module.register_parameter("alpha", nn.Parameter(alpha))
+            module.register_buffer("alpha_least", alpha.detach() * FLOOR)
+        else:
+            module.register_buffer("alpha", alpha)
+        if activation is not None and activation.learned:
+            none = torch.full((), math.nan, dtype=torch.float32, device=alpha.device)
+            module.register_parameter("input_alpha", nn.Parameter(none))
+            module.register_buffer("input_alpha_least", none.clone())
+        module.lay_out()
+        return module
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Module:
+        """Turn it back, in place; its weight stays as it is."""
+        for name in self.own_tensors():
+            self._buffers.pop(name, None)
+            self._parameters.pop(name, None)
+        for name in self.ADDED:
+            self.__dict__.pop(name, None)
+        if self.OUTPUTS:
+            self.latent.data = self.latent.data.contiguous()
+        self.__class__ = self.PLAIN  # type: ignore[assignment]
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A class that :func:`quantized_class` made is made again where the module is unpickled."""
+        found: Any = super().__reduce_ex__(protocol)
+        made = vars(type(self)).get("MADE")
+        return found if made is None else (_blank, made, *found[2:])
+
+    @property
+    def activation(self) -> Quantizer | None:
+        return None if self.input_quantizer is None else self.input_quantizer.quantizer
+
+    @activation.setter
+    def activation(self, quantizer: Quantizer | None) -> None:
+        self.input_quantizer = None if quantizer is None else InputQuantizer(quantizer)
+
+    # ---- the weight as rows
+
+    @property
+    def latent(self) -> Tensor:
+        """The parameter itself, also inside a forward."""
+        found = self._parameters.get(self.PARAMETER)
+        return getattr(self, self.PARAMETER) if found is None else found
+
+    def order(self) -> tuple[int, ...]:
+        """The weight's dimensions as its rows lie in memory, that of the outputs first.
+
+        In memory of the format channels_last the channels come last, and a row is still in one piece. Groups
+        are cut from a row in the plain order, whatever its memory.
+        """
+        w = self.latent
+        plain = (self.OUTPUTS, *(d for d in range(w.ndim) if d != self.OUTPUTS))
+        last = (*plain[:1], *plain[2:], *plain[1:2])
+        if self.alpha.numel() > w.shape[self.OUTPUTS] or w.permute(plain).is_contiguous():
+            return plain
+        return last if w.permute(last).is_contiguous() else plain
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the weight is the matrix that is quantized."""
+        return self.OUTPUTS == 0 and self.latent.ndim == 2
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as the matrix that is quantized; a view where memory allows it."""
+        return tensor if self.is_matrix else tensor.permute(self.order()).flatten(1)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`, a view."""
+        if self.is_matrix:
+            return rows
+        order, shape = self.order(), self.latent.shape
+        return rows.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+
+    def in_rows(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the weight's shape lies in memory as rows, one behind the other."""
+        return (tensor if self.is_matrix else tensor.permute(self.order())).is_contiguous()
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Put the weight's memory in rows, so that ops take it as it lies; shape and values stay."""
+        if not self.in_rows(self.latent):
+            self.latent.data = self.shaped(self.rows(self.latent.data).contiguous())
+
+    @property
+    def still_row(self) -> int | None:
+        """A row that the module's forward gives no gradient, or None."""
+        found: int | None = vars(self).get("padding_idx")
+        return found
+
+    # ---- Q(weight)
+
+    @property
+    def probe(self) -> Tensor | None:
+        """Rows to run with instead of Q(weight), without a gradient, or None; a loop of one's own sets it."""
+        own = self.pass_weight
+        return own.values(self.alpha, self.quantizer.grid) if own is not None and own.probe else None
+
+    @probe.setter
+    def probe(self, rows: Tensor | None) -> None:
+        if self.placement is not LOCAL:
+            raise RuntimeError("probe must not be set under fully_shard: Fogzo lets processes exchange probes")
+        self.pass_weight = None if rows is None else PassWeight(self.latent, rows, probe=True)
+
+    def effective_weight(self) -> Tensor:
+        """The weight to run with: the probe where there is one, else Q(weight), with a gradient.
+
+        It is of the basis that the weight has; of a rotated one, H is applied to Q. A module that can rotate
+        its input instead takes :meth:`quantized_rows`.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`quantized_rows`.
+        """
+        return self.shaped(rotated(self.quantized_rows(), self.quantizer.block, self.backend))
+
+    def quantized_rows(self) -> Tensor:
+        """Rows of the probe, or of Q(weight) with a gradient, in the basis in which they are quantized.
+
+        Raises:
+            RuntimeError: alpha was made for another weight; inside a pass, the module has another weight than
+                the one that is perturbed.
+            ValueError: alpha requires grad, or is out of range.
+        """
+        if not fits(self) or transforms.active():
+            check(self)
+        return placement_of(self).rows(self)
+
+    def quantized(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """Rows to run with, of the weight, or of the part of it that this process has, with its scales."""
+        held, how = self.pass_weight, self.quantizer
+        if held is not None and held.weight is not self.latent:
+            raise RuntimeError(
+                "weight must be the parameter that Fogzo perturbs, inside a pass, got another tensor:"
+                " functional_call with other weights, say, would run with values that are not theirs"
+            )
+        if held is not None and held.probe:
+            return held.values(alpha, how.grid)
+        learned = how.learned
+        if not learned and self.alpha.requires_grad:
+            raise ValueError("alpha must not require grad, as no gradient reaches it")
+        rows = self.rows(weight)
+        if held is not None and held.deferred:
+            found: Tensor = Deferred.apply(rows, alpha, held.rows)
+            return found
+        rows = rows.contiguous()
+        if held is None and not learned:
+            self._measure(rows)
+        elif held is None and torch.compiler.is_exporting():
+            alpha = in_its_range(alpha, self.alpha_least)
+        elif held is None:
+            hold_alphas([self], ("alpha",))
+        factor, known = self.alpha_factor if learned else 1.0, held and held.rows
+        return quantize(rows, alpha, alpha_factor=factor, quantized=known, backend=self.backend, **how.options)
+
+    def _measure(self, rows: Tensor) -> None:
+        """Write the alpha of these rows, where the quantizer measures it."""
+        scale = self.quantizer.scale
+        if isinstance(scale, MeasuredScale):
+            measure_([self.alpha], [rows.detach()], scale, self.quantizer.transform, self.backend)
+
+    @property
+    def alpha_factor(self) -> float:
+        """What LSQ multiplies the gradient of a learned alpha by."""
+        scale = self.quantizer.scale
+        assert isinstance(scale, LearnedScale)
+        return scale.gradient_factor(self.quantizer.grid, self.latent.numel() // max(self.alpha.numel(), 1))
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """The int8 codes of Q(weight), for export: a matrix with a row for each output of the module.
+
+        A row has the weight's other dimensions in their order. :func:`fogzo_kernels.dequantize` with ``alpha``
+        gives its values; with a transform, those of the rotated weight.
+        """
+        check(self)
+        rows = self.rows(whole(self.latent)).contiguous()
+        self._measure(rows)
+        out, how = torch.empty_like(rows, dtype=torch.int8), self.quantizer
+        quantize_(out, rows, self.alpha, grid=how.grid, transform=how.transform, backend=self.backend)
+        return self.shaped(out).movedim(self.OUTPUTS, 0).flatten(1).contiguous()
+
+    # ---- the forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain class's forward, which reads Q(weight)."""
+        if not args:
+            args = (kwargs.pop(self.INPUT),)
+        if getattr(type(self), self.PARAMETER) is not type(self).READ:
+            raise RuntimeError(
+                f"{self.PARAMETER} must not be parametrized in a quantized {self.PLAIN.__name__}, which would"
+                " run with what is not quantized: call dequantize_model(model, latents=True) before"
+            )
+        block, at = self.quantizer.block, self.ROTATED
+        args = (self.effective_input(args[0], block if at == "input" else 0), *args[1:])
+        value = self.effective_weight() if at == "weight" else self.shaped(self.quantized_rows())
+        values: Values = self.__dict__[VALUES]
+        out = values.during({self.PARAMETER: value}, super().forward, args, kwargs)
+        return rotated(out, block, self.backend) if at == "output" else out
+
+    def input_rows(self, input: Tensor) -> Tensor:
+        """An input as a matrix. A row is a token, what the last dimension holds; of convolutions, a sample."""
+        if self.latent.ndim > 2:
+            return (input if input.ndim == self.latent.ndim else input.unsqueeze(0)).flatten(1)
+        return input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
+
+    def effective_input(self, input: Tensor, block: int = 0) -> Tensor:
+        """The input to run with: quantized, with a straight-through gradient, if ``activation`` says so.
+
+        Args:
+            input: of the module.
+            block: of the weight's transform, where the module takes :meth:`quantized_rows`: the input is
+                brought to their basis.
+
+        Raises:
+            RuntimeError: a learned scale of the input has no value yet.
+            ValueError: the input does not fit ``activation``.
+        """
+        if self.input_quantizer is None:
+            return rotated(input, block, self.backend)
+        return self.input_quantizer.values(self, input, block)
+
+    # ---- alpha
+
+    @torch.no_grad()
+    def calibrate_(self) -> None:
+        """Let the quantizer's scale make alpha anew, from the weight as it is now."""
+        self.set_alpha(alpha_of(self.PARAMETER, whole(self.latent), self.OUTPUTS, self.quantizer))
+
+    @property
+    def reset_parameters(self) -> Callable[[], None]:
+        """Initializes the plain module's weights, where it can, and makes alpha anew from them."""
+        plain = super().reset_parameters  # type: ignore[misc]
+
+        def reset() -> None:
+            plain()
+            self.calibrate_()
+
+        return reset
+
+    @torch.no_grad()
+    def set_alpha(self, alpha: Tensor) -> None:
+        """Give alpha another value, of any shape that fits; in place where it can be."""
+        self.weight_quantizer.stale = False
+        learned = self.quantizer.learned
+        if self.alpha.is_meta:
+            self.alpha = nn.Parameter(alpha) if learned else alpha
+        elif self.alpha.shape == alpha.shape:
+            self.alpha.copy_(alpha)
+        else:
+            self.alpha.data = alpha
+        if learned:
+            self.alpha_least = alpha * FLOOR
+
+    def learned_alphas(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """Those of these names that are learned and have a value, each with where it is held."""
+        if self.weight_quantizer.shares and self.alpha_least.shape != self.alpha.shape:
+            self.alpha_least = self.alpha.detach() * FLOOR  # the first was calibrated after a resize
+        inputs = self.input_quantizer is not None and self.input_quantizer.calibrated
+        ready = [n for n in names if f"{n}_least" in self._buffers and (n == "alpha" or inputs)]
+        return [(getattr(self, name), getattr(self, f"{name}_least")) for name in ready]
+
+    def share_alpha(self, first: QuantizedModule) -> None:
+        """Train the same alpha as another module that has the same weight."""
+        self.alpha, self.alpha_least = first.alpha, first.alpha_least.clone()
+        self.weight_quantizer.shares = True
+
+    # ---- what PyTorch does to a module
+
+    __repr__ = nn.Module.__repr__  # the plain class's own would not show the quantizer
+
+    def extra_repr(self) -> str:
+        how, alpha = self.quantizer, tuple(self.alpha.shape)
+        added = f"levels={how.grid.levels}, alpha={alpha}, {how.straight_through}"
+        added += f", {how.transform}" if how.transform else ""
+        inputs = "" if self.activation is None else f"input levels={self.activation.grid.levels}"
+        return ", ".join(filter(None, [super().extra_repr() or str(tuple(self.latent.shape)), added, inputs]))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute and notes a new weight. ``fully_shard`` sets its shards through this method."""
+        old, is_weight = self._parameters.get(name), name == self.PARAMETER
+        super().__setattr__(name, value)
+        if is_weight:
+            place(self)
+            if is_replaced(self, old, value):
+                self.weight_quantizer.stale = True
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        names = self.own_tensors()
+        before = {name: getattr(self, name).detach() for name in names}
+        super()._apply(fn, recurse)
+        for name in names:  # alphas move with the module but stay float32
+            now = getattr(self, name)
+            if now.dtype != torch.float32:
+                now.data = before[name].to(now.device)
+            if before[name].is_meta and not now.is_meta:  # it had no value: not to be taken for one
+                now.detach().fill_(math.nan)
+        if self.placement is not LOCAL:  # its shard may be another tensor now
+            place(self)
+        return self
+
+    def take_new_tensors(self) -> None:
+        """Lay out what was loaded."""
+        self.lay_out()
+        if self.placement is not LOCAL:  # its shard may be another tensor now
+            place(self)
+
+
+_classes: dict[tuple[Any, ...], type[QuantizedModule]] = {}
+
+
+def quantized_class(
+    plain: type[nn.Module], parameter: str = "weight", outputs: int = 0, rotated: str = "weight"
+) -> type[QuantizedModule]:
+    """The class of a module of any class that runs with one of its parameters quantized.
+
+    Args:
+        plain: the module's class.
+        parameter: which of its parameters; it has two dimensions or more.
+        outputs: the parameter's dimension that counts the outputs.
+        rotated: where a transform of the weight is undone: at the "weight", or of a module that multiplies
+            rows by its "input" there, or of one that returns rows at its "output".
+    """
+    made = plain, parameter, outputs, rotated
+    names = {"PLAIN": plain, "PARAMETER": parameter, "OUTPUTS": outputs, "ROTATED": rotated, "MADE": made}
+    if made not in _classes:
+        _classes[made] = type(f"Quant{plain.__name__}", (QuantizedModule, plain), names)
+    return _classes[made]
+
+
+def _blank(*made: Any) -> QuantizedModule:
+    """A module of a class that was made, without its state."""
+    kind = quantized_class(*made)
+    module: QuantizedModule = kind.__new__(kind)
+    return module

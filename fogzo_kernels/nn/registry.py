@@ -1,0 +1,148 @@
+"""Which modules have a quantized form, and why others have none."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from ..ops import checks
+from ..spec.dtypes import FLOATS
+from .linear import QuantLinear
+from .module import QuantizedModule, quantized_class
+from .view import FSDPModule, local
+
+
+class QuantConv1d(QuantizedModule, nn.Conv1d):
+    """``nn.Conv1d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    A row of the weight is what one output channel is made of.
+    """
+
+    PLAIN = nn.Conv1d
+
+
+class QuantConv2d(QuantizedModule, nn.Conv2d):
+    """``nn.Conv2d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    The weight may lie in memory as channels_last. Its elements then draw their noise in that order.
+    """
+
+    PLAIN = nn.Conv2d
+
+
+class QuantConv3d(QuantizedModule, nn.Conv3d):
+    """``nn.Conv3d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    The weight may lie in memory as channels_last_3d. Its elements then draw their noise in that order.
+    """
+
+    PLAIN = nn.Conv3d
+
+
+class QuantEmbedding(QuantizedModule, nn.Embedding):
+    """``nn.Embedding`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+
+    A row is the vector of one entry. The row of ``padding_idx`` gets no gradient, as in PyTorch, and no
+    estimate of FOGZO; what is read from it is Q of it, which is not 0 on grids without a 0.
+    """
+
+    PLAIN = nn.Embedding
+    ROTATED = "output"  # only entries that were read, not all
+
+
+#: Which class a plain module becomes; subclasses of it stay as they are.
+QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {
+    kind.PLAIN: kind for kind in (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding)
+}
+#: Classes of other packages, which are not imported here, with the arguments of :func:`quantized_class`.
+NAMED: dict[str, dict[str, Any]] = {
+    "transformers.pytorch_utils.Conv1D": {"outputs": 1, "rotated": "input"},
+}
+
+
+def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
+    """The class that a module of this type becomes; None if there is none."""
+    kind = type(module)
+    options = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
+    return QUANTIZED.get(kind) if options is None else quantized_class(kind, **options)
+
+
+class Weights(NamedTuple):
+    """The tensors that a module holds itself, by their names."""
+
+    matrices: dict[str, Tensor]  # of two dimensions or more
+    vectors: dict[str, Tensor]  # biases, norms
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """A module's own parameters; of attention also those of its output projection, which it reads itself.
+
+    Raises:
+        ValueError: one is not initialized yet.
+    """
+    added = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
+    own: dict[str, Tensor] = {
+        name: p for name, p in module._parameters.items() if p is not None and name not in added
+    }
+    for child in read_by(module):
+        own |= {f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters()}
+    for name, p in own.items():
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(f"{type(module).__name__}.{name} must be initialized: run the model once before")
+    matrices = {k: p for k, p in own.items() if p.ndim > 1}
+    return Weights(matrices, {k: p for k, p in own.items() if k not in matrices})
+
+
+def read_by(module: nn.Module) -> list[str]:
+    """The children whose weights a module reads without running them: they are a part of it."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ["out_proj"]
+    return ["parametrizations"] if parametrize.is_parametrized(module) else []
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """Why a module that holds weights cannot be quantized; None if it can."""
+    if isinstance(module, QuantizedModule):
+        return "it is quantized already"
+    form = quantized_form(module)
+    if form is None and isinstance(module, FSDPModule) and QUANTIZED.get(type(module).__mro__[2]):
+        raise ValueError(
+            f"model must be quantized before fully_shard is given one of its modules by itself, got {module}"
+        )
+    if form is None:
+        return made_anew(module) or f"{type(module).__name__} has no quantized form"
+    weight = module._parameters.get(form.PARAMETER)
+    if weight is None:
+        return made_anew(module) or "its weight is no Parameter"
+    sharded = local(weight) is not weight and type(local(weight)) is Tensor
+    if not sharded and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
+        return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
+    if getattr(module, "sparse", False):
+        return "its gradients are sparse"
+    return (
+        "max_norm changes its weight in the forward" if getattr(module, "max_norm", None) is not None else None
+    )
+
+
+def made_anew(module: nn.Module) -> str | None:
+    """How a module's weight is made in each forward from others, or None."""
+    if parametrize.is_parametrized(module, "weight"):
+        return "its weight is parametrized: made anew in each forward"
+    hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+    if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor) and hooks:
+        return f"its weight is made anew in each forward, by {hooks[0]}"
+    return None
+
+
+def check_weight(name: str, module: nn.Module) -> None:
+    """Raise unless the weight of a module that has a quantized form can be a latent."""
+    what = f"{name}.weight" if name else "weight"
+    taken = [x for x in QuantizedModule.ADDED if hasattr(module, x)]
+    if taken:
+        raise ValueError(f"{name or 'model'} must not have an attribute {taken[0]!r} of its own")
+    dtype = module.get_parameter("weight").dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"{what} must be {checks.named(FLOATS)}, got {checks.named([dtype])}")

@@ -1,0 +1,123 @@
+"""Who holds a weight: one that is used both quantized and as it is would be trained on half of its uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..spec.quantizer import Quantizer
+from ..spec.scale import LearnedScale
+from .module import QuantizedModule
+from .view import local
+
+#: A module and the name of one of its parameters.
+Owner = tuple[nn.Module, str]
+
+
+def owners_of(model: nn.Module) -> dict[Tensor, dict[str, Owner]]:
+    """Every parameter of a model with all places that hold it, by their names."""
+    found: dict[Tensor, dict[str, Owner]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                where = f"{path}.{name}" if path else name
+                found.setdefault(parameter, {})[where] = (module, name)
+    return found
+
+
+def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> None:
+    """Raise unless all that shares a weight of ``chosen`` will run with the same Q(weight).
+
+    Raises:
+        ValueError: a place uses it as it is, or with another quantizer, or holds its memory under another
+            Parameter.
+    """
+    memory: dict[tuple[object, int], str] = {}
+    for weight, places in owners_of(model).items():
+        mine = {where: chosen[m] for where, (m, name) in places.items() if m in chosen and name == "weight"}
+        if not mine:
+            continue
+        first, quantizer = next(iter(mine.items()))
+        for where, (module, _) in places.items():
+            if isinstance(module, QuantizedModule):
+                raise ValueError(
+                    f"{first} must be quantized in one call with the modules that share it, got {where}"
+                    " quantized before: dequantize_model(model, latents=True), then quantize both"
+                )
+            if where not in mine:
+                raise ValueError(_both(first, where))
+            if mine[where] != quantizer:
+                raise ValueError(f"{first} and {where} are one parameter: rules must give both one quantizer")
+        if local(weight).numel() and not weight.is_meta:
+            key = (weight.device, local(weight).data_ptr())
+            if key in memory:
+                raise ValueError(
+                    f"{memory[key]} and {first} must not be two parameters with one memory: to tie them, let"
+                    " both modules have the same Parameter"
+                )
+            memory[key] = first
+
+
+def check_raw_uses(places: Mapping[str, Owner]) -> None:
+    """Raise if one of the places that hold a quantized weight uses it as it is."""
+    quantized = list(_quantized(places))
+    raw = [where for where in places if where not in quantized]
+    if quantized and raw:
+        raise ValueError(_both(quantized[0], raw[0]))
+
+
+def share_alphas(model: nn.Module) -> None:
+    """Let modules that share a weight share a learned alpha too."""
+    for places in owners_of(model).values():
+        tied = [m for m in _quantized(places).values() if isinstance(m.quantizer.scale, LearnedScale)]
+        for module in tied[1:]:
+            module.share_alpha(tied[0])
+
+
+def watch(model: nn.Module) -> None:
+    """Keep the alphas of tied weights equal when a state dict is loaded that has such a weight once."""
+    unwatch(model)
+    if any(len(_quantized(places)) > 1 for places in owners_of(model).values()):
+        model.register_load_state_dict_post_hook(follow)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for module in model.modules():
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is follow]:
+            del hooks[key]
+
+
+def follow(model: nn.Module, incompatible: Any) -> None:
+    """A module whose weight came under the name of another one takes the alpha of that one."""
+    missing = tuple(
+        f".{key}" for key in incompatible.missing_keys
+    )  # of a whole that the model may be a part of
+    for places in owners_of(model).values():
+        tied = _quantized(places)
+        absent = [where for where in tied if any(key.endswith(f".{where}") for key in missing)]
+        present = [where for where in tied if where not in absent]
+        for where in absent if present else []:
+            if not isinstance(tied[where].alpha, nn.Parameter):  # a learned one is the same in all
+                tied[where].alpha = tied[present[0]].alpha.clone()
+
+
+def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:
+    """Of the places of a weight, those that are quantized."""
+    return {
+        where: m
+        for where, (m, name) in places.items()
+        if isinstance(m, QuantizedModule) and name == m.PARAMETER
+    }
+
+
+def _both(quantized: str, raw: str) -> str:
+    rules = [(where.rpartition(".")[0], None) for where in (quantized, raw)]
+    return (
+        f"{quantized} and {raw} are one parameter, and only {quantized} would be quantized: probes would not"
+        f" perturb {raw}, and its gradient would be lost. Quantize both, leave both alone (rules={rules}), or"
+        " untie them"
+    )

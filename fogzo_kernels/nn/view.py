@@ -1,0 +1,262 @@
+"""WeightView: a quantized weight as a step and an optimizer see it. Placement: where modules get their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..spec.quantizer import Quantizer
+from .pass_weight import PassWeight
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+else:  # a build of PyTorch without it
+    FSDPModule = DTensor = ()  # type: ignore[assignment,misc]
+
+if TYPE_CHECKING:
+    from .module import QuantizedModule
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a tensor that this process has: all of it, unless it is a DTensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor. All processes that have parts of a DTensor must call this."""
+    return cast("DTensor", tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Part(NamedTuple):
+    """Says which rows, or which columns, a process has of a weight, which it sees as a matrix."""
+
+    dim: int  # 0: rows, 1: columns
+    first: int  # row or column
+    length: int
+    shape: tuple[int, int]  # of the weight
+    group: dist.ProcessGroup  # the processes that have parts
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Says which elements of the weight the part holds (docs/contract.md, section 2)."""
+        columns = self.shape[1]
+        if self.dim == 0:
+            own = max(self.length * columns, 1)
+            return self.first * columns, own, own
+        return self.first, max(self.length, 1), columns
+
+    def own(self, alpha: Tensor) -> Tensor:
+        """Returns the scales of the part from those of the weight: a view, but of groups of columns a copy."""
+        if alpha.numel() == 1:
+            return alpha
+        if self.dim == 0:
+            return alpha[self.first : self.first + self.length]
+        return alpha if alpha.numel() == self.shape[0] else alpha[:, self._groups(alpha)].contiguous()
+
+    def put(self, alpha: Tensor, own: Tensor) -> None:
+        """Write the scales of the part into all scales of the weight."""
+        grouped = self.dim == 1 and alpha.numel() > self.shape[0]
+        (alpha[:, self._groups(alpha)] if grouped else self.own(alpha)).copy_(own)
+
+    def own_row(self, row: int) -> int | None:
+        """Returns the place in the part of a row of the weight, or None."""
+        if self.dim == 1:
+            return row
+        return row - self.first if 0 <= row - self.first < self.length else None
+
+    def sum(self, own: Tensor) -> Tensor:
+        """Add, in place, what all processes have summed over their parts."""
+        dist.all_reduce(own, group=self.group)
+        return own
+
+    def _groups(self, alpha: Tensor) -> slice:
+        size = self.shape[1] // (alpha.numel() // self.shape[0])
+        if self.first % size or self.length % size:
+            raise ValueError(f"groups of {size} must not be cut, got a part of {self.length} columns")
+        return slice(self.first // size, (self.first + self.length) // size)
+
+
+class Placement:
+    """Gives a module the rows that it runs with. This class quantizes the weight, which is whole here.
+
+    Attributes:
+        is_whole: whether this process has all of the weight; else ``part`` says what it has.
+        sends_codes: whether a step writes codes, which the processes send each other.
+    """
+
+    is_whole: ClassVar[bool] = True
+    sends_codes: ClassVar[bool] = False
+
+    @property
+    def part(self) -> Part | None:
+        return None
+
+    def check(self, name: str) -> None:
+        """Raise unless a step can train the part. ``name`` is the weight's, for the message."""
+
+    def rows(self, module: QuantizedModule) -> Tensor:
+        """Returns the rows that a module runs with: see :meth:`QuantizedModule.quantized_rows`."""
+        return module.quantized(module.latent, module.alpha)
+
+    def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
+        """Let the modules that share the weight run with ``pass_weight``, or with None quantize it again."""
+        for module in modules:
+            vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
+
+
+LOCAL = Placement()
+
+
+class Handlers:
+    """Functions for weights that are DTensors, which :mod:`fogzo_kernels.distributed` sets.
+
+    Attributes:
+        shard: gives a module whose weight FSDP has sharded its ``placement``.
+        cut: makes the placement of a module's weight under tensor parallelism. The name is for messages.
+        begin_anew: lets FSDP see weights that were quantized after it had sharded them.
+    """
+
+    shard: Callable[[QuantizedModule], None]
+    cut: Callable[[str, QuantizedModule], Placement]
+    begin_anew: Callable[[nn.Module], None]
+
+
+HANDLERS = Handlers()
+
+
+def place(module: QuantizedModule) -> None:
+    """Set a module's placement after it got a weight. Only FSDP sets DTensors on modules that are quantized."""
+    if isinstance(module._parameters.get(module.PARAMETER), DTensor):
+        HANDLERS.shard(module)
+
+
+def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
+    """Returns which part of its weight a module has.
+
+    Raises:
+        ValueError: tensor parallelism does not work for such a module, or has cut its weight otherwise.
+    """
+    weight = module.latent
+    if module.placement is not LOCAL or local(weight) is weight:
+        return module.placement
+    return HANDLERS.cut(name, module)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let modules under ``fully_shard`` have their shards, as before a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class WeightView:
+    """Gives a step the rows of a quantized parameter, and its modules the rows of a pass.
+
+    Ops take the parameter, its gradient and its state as rows: views of the memory that they lie in. Of a
+    DTensor these are the rows of the part that this process has; scales and layout are then of that part.
+    """
+
+    def __init__(self, name: str, module: QuantizedModule) -> None:
+        self.name = name  # of the first module that has it
+        self.parameter, self.tensor_id = module.latent, module.tensor_id
+        self.modules = [module]
+        self.placement = placement_of(module, name)
+        self.placement.check(name)
+        self._memory: Tensor | None = None
+        self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
+        return self.modules[0].rows(local(tensor))
+
+    @property
+    def latent(self) -> Tensor:
+        """Returns the parameter's rows."""
+        rows = self.rows(self.parameter)
+        return rows if rows is self.parameter else rows.detach()
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        """Returns the tensors of which all processes must have the same values."""
+        alpha = self.modules[0].alpha.detach()
+        return [self.latent, alpha] if self.placement.is_whole else [alpha]
+
+    @property
+    def layout(self) -> tuple[int, int, int] | None:
+        """Says which elements of the parameter the rows hold, if they are not all of it."""
+        part = self.placement.part
+        return None if part is None else part.layout
+
+    @property
+    def still_row(self) -> int | None:
+        """Returns the row of an embedding's padding, which gets no gradient and no estimate."""
+        rows = {m.still_row for m in self.modules}
+        row, part = rows.pop() if len(rows) == 1 else None, self.placement.part
+        return row if row is None or part is None else part.own_row(row)
+
+    def guide(self) -> Tensor | None:
+        """Returns the rows of ``.grad``, or None. What is written to them is written to ``.grad``."""
+        grad, module = self.parameter.grad, self.modules[0]
+        if grad is None:
+            return None
+        if local(grad) is grad and not module.in_rows(grad):
+            self.parameter.grad = grad = module.shaped(module.rows(grad).contiguous())
+        return self.rows(grad)
+
+    @property
+    def alpha(self) -> Tensor:
+        """Returns the scale of the grid, float32, as it is in this step."""
+        alpha, part = self.modules[0].alpha.detach(), self.placement.part
+        return alpha if part is None else part.own(alpha)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """Says how the parameter is quantized."""
+        return self.modules[0].quantizer
+
+    def memory(self) -> Tensor:
+        """Returns rows for Q(parameter), new ones if the parameter has changed its shape, dtype or device."""
+        p, memory = self.latent, self._memory
+        dtype = torch.int8 if self.placement.sends_codes else p.dtype
+        if memory is None or (memory.shape, memory.dtype, memory.device) != (p.shape, dtype, p.device):
+            self._memory = memory = torch.empty_like(p, dtype=dtype)
+        return memory
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether probes are written as codes, which all modules multiply, or processes send each other."""
+        return self.placement.sends_codes or all(getattr(m, "product", None) is not None for m in self.modules)
+
+    def code_memory(self) -> Tensor:
+        """Returns rows for a probe's int8 codes, in the same memory."""
+        memory = self.memory()
+        return memory.view(-1).view(torch.int8)[: memory.numel()].view(memory.shape)
+
+    # ---- what its modules run with
+
+    @property
+    def unwatched(self) -> bool:
+        """Whether ``.grad`` may get dL/dQ first, and g at the end of the pass.
+
+        Not so if hooks of others see the gradient when it arrives. Processes that have parts exchange dL/dQ.
+        """
+        p = self.parameter
+        alone = not p._backward_hooks and len(p._post_accumulate_grad_hooks or ()) <= 1
+        return alone or not self.placement.is_whole
+
+    def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
+        """Let the modules run with rows until :meth:`release`: a probe, without a gradient, or Q(parameter).
+
+        ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end.
+        """
+        self.deferred = deferred
+        self.placement.hold(self.modules, PassWeight(self.parameter, rows, probe, deferred))
+
+    def release(self) -> None:
+        """Let the modules quantize for themselves again."""
+        self.placement.hold(self.modules, None)

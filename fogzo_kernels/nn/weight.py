@@ -1,0 +1,305 @@
+"""A weight's quantizer and its alpha: made by the scale, measured, held in its range, checked."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..functional import hadamard_, measure_alphas_
+from ..ops import checks, memory, transforms
+from ..spec.hadamard import Hadamard
+from ..spec.quantizer import Quantizer
+from ..spec.scale import FixedScale, LearnedScale, MeasuredScale, Scale, not_saved
+from .view import LOCAL, DTensor, local
+
+if TYPE_CHECKING:
+    from .module import QuantizedModule
+
+#: A learned alpha that an update drove out of range is held at this part of its first value.
+FLOOR = 2.0**-20
+#: Statistics of the weights that PyTorch's layers begin with, uniform within 1 / sqrt(inputs), times that root.
+FIRST = {"absmax": 1.0, "absmean": 1 / 2, "rms": 1 / math.sqrt(3)}
+#: An alpha differs by more than this factor, on average, from what its scale makes of its first weights.
+FAR = 4.0
+
+
+@dataclass(eq=False)
+class WeightQuantizer:
+    """How a module quantizes its weight, and what it knows of alpha.
+
+    Attributes:
+        quantizer: grid, scale and straight-through estimator.
+        tensor_id: which noise the weight draws (docs/contract.md, section 2).
+        path: the module's name in the model that was quantized, for messages.
+        backend: of the ops; None takes the best available.
+        stale: whether the weight was replaced since alpha was made.
+        shares: whether alpha is a parameter that another module had first.
+        warned: whether a warning told of an alpha that is held in its range.
+    """
+
+    quantizer: Quantizer
+    tensor_id: int
+    path: str = ""
+    backend: str | None = None
+    stale: bool = False
+    shares: bool = False
+    warned: bool = False
+
+
+# ---- alpha, as a scale makes it
+
+
+@torch.no_grad()
+def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> Tensor:
+    """Alpha that the quantizer's scale gives a weight: a new float32 tensor on its device.
+
+    The scale is given rows in their plain order, whatever the memory format, so that it gives the same bits. A
+    learned alpha of weights that are all 0 begins as that of PyTorch's first weights does, see :data:`FIRST`.
+
+    Args:
+        name: of the weight, for messages.
+        weight: of a module; without values (meta) the alpha has none.
+        outputs: the dimension that counts the outputs.
+
+    Raises:
+        TypeError, ValueError: it does not fit; the message names the weight.
+    """
+    rows = weight.detach().movedim(outputs, 0).flatten(1).contiguous()
+    transform = quantizer.transform
+    if transform and rows.shape[1] % transform.block:
+        raise ValueError(
+            f"transform must have a block that divides the rows of the weight, of {rows.shape[1]} elements, got"
+            f" {transform} for {name}"
+        )
+    alpha = _made(name, rows, quantizer)
+    count, length = rows.shape
+    shape = tuple(alpha.shape)
+    own = alpha.numel() == rows.numel() and length > 1  # one for each weight: nothing would be left to train
+    if own or not checks.fits(shape, rows.shape):
+        raise ValueError(
+            f"alpha must have one element, one per row, shape ({count}, 1), or one per group of a row, shape"
+            f" ({count}, groups) with {length} / groups elements each, for {name} with {count} rows of"
+            f" {length}, got shape {shape}"
+        )
+    if transform and (shared := rows.numel() // max(alpha.numel(), 1)) % transform.block:
+        raise ValueError(
+            f"alpha must be one for whole blocks of {transform}, got one for each {shared} elements for {name}"
+        )
+    low, high = memory.alpha_range(quantizer.grid.r)
+    if not alpha.is_meta and not memory.in_range(alpha, low, high):
+        zero = quantizer.scale.from_weight and float(alpha.min()) == 0
+        remedy = (
+            ": where weights are all 0, a measured scale needs a bound, Scale.absmax(least=1e-5) say, and a"
+            " function must return more than 0"
+        )
+        raise ValueError(
+            f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {alpha.min()}..{alpha.max()} for {name}"
+            + remedy * zero
+        )
+    return alpha
+
+
+def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
+    is_learned, scale = isinstance(quantizer.scale, LearnedScale), quantizer.scale
+    if isinstance(scale, LearnedScale):
+        scale = scale.first(quantizer.grid)
+    transform = None if rows.is_meta else quantizer.transform
+    if isinstance(scale, FixedScale):
+        return scale.of(rotated_rows([rows], transform)[0] if scale.from_weight else rows)
+    assert isinstance(scale, MeasuredScale)
+    try:
+        shape = scale.shape_for(*rows.shape)
+    except ValueError as error:
+        raise ValueError(f"{error} for {name}") from None
+    alpha = torch.empty(shape, dtype=torch.float32, device=rows.device)
+    if not rows.is_meta:
+        measure_([alpha], [rows], scale, transform)
+        if is_learned:
+            first = scale.factor * FIRST[scale.statistic] / math.sqrt(max(rows.shape[1], 1))
+            alpha.masked_fill_(alpha == 0, first)
+    return alpha
+
+
+def measure_(
+    alphas: Sequence[Tensor], rows: Sequence[Tensor], scale: MeasuredScale, transform: Hadamard | None,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """Write the alphas that the scale measures from these rows, or from what a transform makes of them.
+
+    One launch for all. The rms of whole blocks is the same before and after. No gradient passes; there is no
+    ``no_grad`` here, as exported programs that have one cannot be loaded.
+    """
+    if scale.statistic != "rms":
+        rows = rotated_rows(rows, transform, backend)
+    measure_alphas_(
+        alphas, rows, statistic=scale.statistic, factor=scale.factor, add=scale.add, least=scale.least,
+        backend=backend,
+    )  # fmt: skip
+
+
+def rotated_rows(
+    rows: Sequence[Tensor], transform: Hadamard | None, backend: str | None = None
+) -> Sequence[Tensor]:
+    """Rows in the basis in which they are quantized: float32 where there is a transform."""
+    if transform is None:
+        return rows
+    out = [torch.empty_like(t, dtype=torch.float32) for t in rows]
+    hadamard_(out, list(rows), block=transform.block, backend=backend)
+    return out
+
+
+# ---- learned alphas, in their range
+
+
+@torch.no_grad()
+def hold_alphas(
+    modules: Sequence[QuantizedModule], names: Sequence[str] = ("alpha", "input_alpha")
+) -> Tensor | None:
+    """Hold learned alphas that an update drove out of range at 2^-20 of their first value, and warn once.
+
+    Args:
+        modules: quantized ones.
+        names: which of their alphas, where they are learned.
+
+    Returns:
+        How many, 0-dim int64 on their device, where nothing waits for it; None if there are none, as is seen on
+        the CPU.
+    """
+    pairs = {id(alpha): (alpha, least) for m in modules for alpha, least in m.learned_alphas(names)}
+    if not pairs:
+        return None
+    alphas, lows = zip(*pairs.values(), strict=True)
+    now, least, most = memory.in_a_row(alphas), memory.in_a_row(lows), memory.alpha_range(2)[1]
+    seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=most)):
+        return None
+    out = ~((now >= least) & (now <= most))  # NaN too
+    count = out.sum()
+    parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
+    torch._foreach_copy_([*alphas], [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
+    if seen:
+        if not any(m.weight_quantizer.warned for m in modules):
+            warnings.warn(
+                "a learned alpha was driven out of range and is held at 2^-20 of its first value: is its"
+                " learning rate too high?",
+                stacklevel=3,
+            )
+        for m in modules:
+            m.weight_quantizer.warned = True
+    return count
+
+
+def in_its_range(alpha: Tensor, least: Tensor) -> Tensor:
+    """What :func:`hold_alphas` would make of a learned alpha, for an exported program: nothing is written."""
+    return torch.where((alpha >= least) & (alpha <= memory.alpha_range(2)[1]), alpha, least)
+
+
+@torch.no_grad()
+def share_at_floor(modules: Sequence[QuantizedModule]) -> float:
+    """The share of alphas that lie at the least value that they may have, of those that move; NaN without any.
+
+    Learned ones are held there, measured ones have a bound. An alpha that is no number counts.
+    """
+    pairs: dict[int, tuple[Tensor, Tensor | float]] = {}
+    for m in modules:
+        if isinstance(m.quantizer.scale, MeasuredScale):
+            pairs[id(m.alpha)] = m.alpha, m.quantizer.scale.least
+        pairs |= {id(alpha): (alpha, least) for alpha, least in m.learned_alphas(("alpha", "input_alpha"))}
+    low = sum(int((~(alpha > least)).sum()) for alpha, least in pairs.values())
+    return low / total if (total := sum(alpha.numel() for alpha, _ in pairs.values())) else math.nan
+
+
+# ---- weights that are not the ones that alpha was made for
+
+
+def is_replaced(module: QuantizedModule, old: Tensor | None, new: object) -> bool:
+    """Whether a module that got another weight has other values now, which its alpha was not made for.
+
+    Not so with what brings its alphas along or moves values: a DTensor, a weight without values.
+    """
+    if old is None or not isinstance(new, Tensor) or new is old or module.placement is not LOCAL:
+        return False
+    if isinstance(old, DTensor) or isinstance(new, DTensor) or old.is_meta or new.is_meta:
+        return False
+    same = old.shape == new.shape and torch.equal(old.detach().to(new), new.detach())
+    return not same
+
+
+def named(module: QuantizedModule) -> str:
+    """Its weight, as messages call it."""
+    path, parameter = module.weight_quantizer.path, module.PARAMETER
+    return f"{path}.{parameter}" if path else parameter
+
+
+def fits(module: QuantizedModule) -> bool:
+    """Whether alpha was made for the weight that is there, and for as many rows."""
+    alpha = module.alpha
+    return not module.weight_quantizer.stale and (
+        alpha.numel() == 1 or alpha.shape[0] == module.latent.shape[module.OUTPUTS]
+    )
+
+
+def check(module: QuantizedModule, name: str | None = None) -> None:
+    """Raise unless alpha fits the weight.
+
+    Raises:
+        RuntimeError: another weight was put in its place, or it has another number of rows, or it is batched.
+    """
+    name = named(module) if name is None else name
+    if transforms.active() and (transforms.is_batched(module.latent) or transforms.is_batched(module.alpha)):
+        raise RuntimeError(
+            f"{name} must not be batched by vmap, as functional_call with stacked parameters has it: call the"
+            " model once for each set of parameters"
+        )
+    if fits(module):
+        return
+    if module.weight_quantizer.stale:
+        raise RuntimeError(
+            f"{name} must be the weight that its alpha was made for, got one that was put in its place: call"
+            " fogzo_kernels.dequantize_model(model) before another layer (BatchNorm, say) is fused into it;"
+            " where it is a new weight, call calibrate_() of its module"
+        )
+    rows = module.latent.shape[module.OUTPUTS]
+    raise RuntimeError(
+        f"{name} must have the {module.alpha.shape[0]} rows that its alpha was made for, got {rows}: call"
+        " calibrate_() of its module after it was resized, as by resize_token_embeddings"
+    )
+
+
+@torch.no_grad()
+def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedModule]]) -> None:
+    """Once for all whose first alpha is far from what their scale would make of the weights that are there."""
+    far = [name for name, m in modules if _is_far(name, m)]
+    if far:
+        more = f" and {len(far) - 1} more" if far[1:] else ""
+        warnings.warn(
+            f"the alpha of {far[0]}{more} is far from what its scale makes of the weights that are there: were"
+            " they initialized or loaded after quantize_model? Then call fogzo_kernels.calibrate_(model)",
+            stacklevel=4,
+        )
+
+
+def _is_far(name: str, module: QuantizedModule) -> bool:
+    scale, alpha = module.quantizer.scale, module.alpha
+    if alpha.is_meta or any(local(t) is not t for t in (alpha, module.latent)) or not fits(module):
+        return False
+    first: Scale
+    if isinstance(scale, LearnedScale):
+        first = scale.first(module.quantizer.grid)
+        begins = torch.equal(alpha * FLOOR, module.alpha_least)  # it was not trained yet
+    else:
+        first, begins = scale, isinstance(scale, FixedScale)
+    kept = getattr(first, "alpha", None) is not not_saved
+    if not (begins and kept and first.from_weight):
+        return False
+    try:
+        now = alpha_of(name, module.latent, module.OUTPUTS, module.quantizer)
+    except ValueError:  # weights that are not finite, say, of which a step speaks
+        return False
+    return float((now / alpha).log().abs().mean()) > math.log(FAR)

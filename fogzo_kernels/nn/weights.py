@@ -1,0 +1,162 @@
+"""Find the trainable quantized weights of a model, check them, and tell whether they have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import checks
+from ..spec.scale import LearnedScale, MeasuredScale
+from .module import QuantizedModule
+from .replaced import REPLACED, check_replaced
+from .tied import check_raw_uses, owners_of
+from .view import WeightView
+from .weight import check, fits, warn_of_new_weights
+
+
+def quantized_weights(model: nn.Module) -> list[WeightView]:
+    """Returns every trainable quantized weight once, however many modules share it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: there is none; a place of the model uses one as it is; modules that share one differ; tensor
+            ids are not distinct; weights lie on several devices, or their eps in units of delta differ.
+        RuntimeError: a plain module took the place of a quantized one, or an alpha was made for another weight.
+    """
+    checks.instance("model", model, nn.Module)
+    check_replaced(model.named_modules())
+    weights = collected(model)
+    if not weights:
+        raise ValueError(_none_of(model))
+    for places in owners_of(model).values():
+        check_raw_uses(places)
+    ids: dict[int, WeightView] = {}
+    for w in weights:
+        _check_alike(w)
+        other = ids.setdefault(w.tensor_id, w)
+        if other is not w:
+            raise ValueError(
+                f"model must have a tensor_id of its own for each weight, got {w.tensor_id} for {other.name}"
+                f" and {w.name}: weights that were tied when they were quantized must stay so"
+            )
+    devices = {w.parameter.device for w in weights}
+    if len(devices) > 1:
+        raise ValueError(f"model must have its quantized weights on one device, got {devices}")
+    warn_of_new_weights((w.name, w.modules[0]) for w in weights)
+    epsilons = {w.quantizer.epsilon for w in weights}
+    if len(epsilons) > 1:
+        raise ValueError(
+            "model must have one eps in units of delta for all quantized weights, so that one finite"
+            f" difference serves them all, got {sorted(epsilons)}"
+        )
+    return weights
+
+
+def collected(model: nn.Module) -> list[WeightView]:
+    """Returns the trainable weights of quantized modules as they are now.
+
+    Raises:
+        ValueError: a module's weight is no parameter, or does not lie in memory as rows.
+    """
+    views: dict[Tensor, WeightView] = {}
+    for path, m in model.named_modules():
+        if not isinstance(m, QuantizedModule):
+            continue
+        name = f"{path}.{m.PARAMETER}" if path else m.PARAMETER
+        weight = m._parameters.get(m.PARAMETER)
+        if weight is None:
+            raise ValueError(
+                f"{name} must be a Parameter of its quantized module, got one that is made anew in each forward"
+                " (a parametrization, weight_norm, spectral_norm, prune, say): no probe would perturb it"
+            )
+        if not weight.requires_grad:
+            continue
+        check(m, name)
+        if not m.in_rows(weight):
+            raise ValueError(
+                f"{name} must lie in memory row by row, got strides {weight.stride()}: set the memory format"
+                " before quantize_model"
+            )
+        if weight in views:
+            views[weight].modules.append(m)
+        else:
+            views[weight] = WeightView(name, m)
+    return list(views.values())
+
+
+def _none_of(model: nn.Module) -> str:
+    frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+    if not frozen:
+        return "model must have trainable quantized weights, got none: call quantize_model first"
+    return (
+        f"model must have trainable quantized weights, got {len(frozen)} quantized modules ({frozen[0]!r}"
+        " first) whose weights are all frozen: call requires_grad_() on those to train"
+    )
+
+
+def _check_alike(w: WeightView) -> None:
+    """Raise unless modules that share a weight, and so run with one probe, have one Q(weight) too."""
+    first = w.modules[0]
+    for m in w.modules[1:]:
+        same = m.quantizer == first.quantizer and m.tensor_id == first.tensor_id
+        if isinstance(m.quantizer.scale, LearnedScale):
+            alike = m.alpha is first.alpha  # or they would be trained apart
+        else:
+            measured = isinstance(m.quantizer.scale, MeasuredScale)  # anew in each step
+            alike = measured or torch.equal(m.alpha, first.alpha)
+        if not (same and alike):
+            raise ValueError(
+                f"{w.name} must have one quantizer, alpha and tensor_id in all modules that share it, got"
+                f" {first} and {m}: tie weights before quantize_model, and calibrate_ the whole model"
+            )
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Returns what ``model.modules()`` gives, in less time, as it makes no names."""
+    modules, seen = [model], {model}
+    for module in modules:  # grows
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    return modules
+
+
+def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
+    weight = w.parameter
+    is_there = isinstance(module, QuantizedModule) and module._parameters.get(module.PARAMETER) is weight
+    return is_there and weight.requires_grad and fits(module) and module.in_rows(weight)  # type: ignore
+
+
+def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView]) -> None:
+    """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
+
+    What is new among them would be trained straight-through, unnoticed. ``modules``: all of the model.
+    """
+    trainable = 0
+    if any(REPLACED in m.__dict__ for m in modules):
+        check_replaced(model.named_modules())
+    for m in modules:
+        if isinstance(m, QuantizedModule):
+            weight = m._parameters.get(m.PARAMETER)
+            trainable += weight is None or weight.requires_grad
+    same = (_is_as_it_was(m, w) for w in weights for m in w.modules)
+    if all(same) and trainable == sum(len(w.modules) for w in weights):
+        return
+    now = {w.parameter: w for w in collected(model)}
+    known = {w.parameter: w for w in weights}
+    changed = [w.name for p, w in known.items() if p not in now] + [
+        w.name for p, w in now.items() if p not in known or w.modules != known[p].modules
+    ]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise RuntimeError(
+            f"model must have the quantized weights that Fogzo was made with, got a change in"
+            f" {changed[0]}{more}: a weight was replaced, frozen or unfrozen, tied or untied, or another module"
+            " quantized. To go on with the model as it is, make a new Fogzo with the same options, call"
+            " new.load_state_dict(old.state_dict(), may_differ=['one_minus_beta']), as kappa makes another one"
+            " of other weights, and set optimizer.fogzo = new for a fused optimizer; an optimizer that lacks a"
+            " weight takes it by add_param_group"
+        )

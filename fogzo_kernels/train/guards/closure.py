@@ -1,0 +1,123 @@
+"""Closures: runs the closure of a step in its passes, and again to tell whether its changes matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..calls import run_quantized, set_alphas
+from ..replay import Snapshot
+from ..run import Run
+from ..step import Step
+from .derivatives import asks_for_autograd
+from .fingerprints import ATTRIBUTE, BUFFERS, Prints, changed, global_generators, seen_by
+
+Closure = Callable[[], Tensor]
+ALIKE = 1e-5  # of a loss: more than the order of additions makes of it, less than another batch or mask
+
+
+class Closures:
+    """Runs the closures of an estimator's steps.
+
+    Args:
+        run: of the estimator.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._differentiates = False  # whether a closure did
+
+    def loss(self, closure: Closure, start: Snapshot) -> Tensor:
+        """Run the closure and return its loss, with autograd where a first run without it fails.
+
+        Args:
+            start: what passes begin with, for that second run.
+        """
+        if torch.is_grad_enabled():
+            return closure()
+        if not self._differentiates:
+            try:
+                return closure()
+            except RuntimeError as error:
+                if not asks_for_autograd(error):
+                    raise
+            self._run.replay.load(start)
+        with torch.enable_grad(), self._run.peers.no_sync():  # as nobody goes back from this loss
+            loss = closure().detach()
+        self._differentiates = True
+        return loss
+
+    def seen(self, closure: Closure, fogzo: object) -> Prints:
+        """Return what the closure's variables are worth. The closure may change its estimator."""
+        replay = self._run.replay
+        return seen_by(closure, [fogzo, replay.model, *replay.others], replay.model)
+
+    def names_that_matter(self, closure: Closure, names: list[str], step: Step) -> list[str]:
+        """Return the names on which the loss may depend, of names that the gradient pass changed.
+
+        The loss does not depend on a sum of losses for a log, say. All processes of a group call this.
+        """
+        flag = torch.tensor(bool(names), dtype=torch.int32, device=step.run.counters.device)
+        self._run.peers.agree(flag)
+        if not flag or step.lost:
+            return []
+        matters = self._losses_differ(closure, *step.snapshots)
+        step.leftovers.check("a second run of the closure")
+        return [name for name in names if matters or name.startswith(BUFFERS)]
+
+    def check(self, closure: Closure, fogzo: object) -> list[str]:
+        """Return what three runs with the same weights do not see alike, a sentence each."""
+        replay, losses, names = self._run.replay, list[float](), list[str]()
+        start = replay.save()
+        try:
+            set_alphas(self._run.weights, self._run.backend)
+            before: Prints = {}
+            for loss in self._losses(closure, start, (True, False, False)):
+                losses.append(loss)
+                now = global_generators(replay.others) | self.seen(closure, fogzo)
+                names = changed(before, now)  # after the last run: the first may make what others find
+                before = now
+        finally:
+            replay.load(start)
+        alike = losses[0] == losses[1] == losses[2]
+        said = [f"{name} is changed by a pass" for name in names if not (alike and name.startswith(ATTRIBUTE))]
+        if not alike:
+            said.append(f"three passes with the same weights gave the losses {', '.join(map(str, losses))}")
+        return said
+
+    def _losses_differ(self, closure: Closure, start: Snapshot, end: Snapshot) -> bool:
+        """Return whether two more runs with the same weights fail, or give different losses.
+
+        Args:
+            start, end: of the gradient pass.
+        """
+        try:
+            a, b = self._losses(closure, start, (False, False))
+        except Exception:  # an iterator that has come to its end, say; a probe will say so
+            return True
+        finally:
+            self._run.replay.load(end)
+        return not (math.isclose(a, b, rel_tol=ALIKE) or (math.isnan(a) and math.isnan(b)))
+
+    def _losses(self, closure: Closure, start: Snapshot, with_autograd: Sequence[bool]) -> Iterator[float]:
+        """Yield a loss for each run of the closure with Q(theta). Each run begins with ``start``.
+
+        The caller restores generators and buffers afterwards.
+        """
+        run = self._run
+        try:
+            for autograd in with_autograd:
+                run.replay.load(start)
+                run.peers.between_passes()
+                run_quantized(run.weights, run.backend)
+                torch.clear_autocast_cache()
+                with torch.set_grad_enabled(autograd):
+                    loss = float(self.loss(closure, start).detach())
+                yield loss
+        finally:
+            for w in run.weights:
+                w.release()
+            run.peers.between_passes()

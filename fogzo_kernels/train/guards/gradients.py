@@ -1,0 +1,188 @@
+"""Whose gradients the weights have: those of a pass, an estimate, or those of a backward elsewhere.
+
+A hook on each weight sees who accumulates into its gradient; an estimate is known by its tensor. A tensor's
+version would not do: clipping changes it too. The hook does not tell which weights take part in a step:
+DistributedDataParallel writes the gradients of other processes without it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...nn.view import local
+from ..replay import capturing
+from .lost import bits, keep_from_optimizers
+
+BACKWARD_IN_A_PASS = (
+    "backward must not be called inside a pass but by probe.backward(loss); a closure returns its loss, and the"
+    " step calls backward"
+)
+EDITED = (
+    ".grad must not change between the passes and the estimate; to unscale or clip it, call estimate_() first"
+)
+ESTIMATED = ".grad still holds the last estimate; zero_grad in the closure comes too late"
+ELSEWHERE = (
+    ".grad of {} holds that of a backward outside the passes, which would enter the guide and be lost; add such"
+    " a loss to that of the closure"
+)
+
+
+class Source(Enum):
+    """Where gradients come from that are accumulated now."""
+
+    ELSEWHERE = auto()
+    PASS = auto()  # an error, beside
+    BACKWARD = auto()  # the backward of the gradient pass
+
+
+class Gradients:
+    """Watches the gradients of parameters.
+
+    Args:
+        parameters: leaves that require a gradient. They and this refer to each other weakly.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
+        self._elsewhere: set[int] = set()  # accumulated into outside the passes since then
+        self._read: list[tuple[weakref.ref[Tensor], int]] = []  # as a step read them, and versions
+        self._bits: Tensor | None = None  # and a sum over the bits of each
+        self.edited: Tensor | None = None  # whether they were edited, 0-dim bool that only the device knows yet
+        self._lost: Any = None  # keeps the gradients of a lost step from optimizers
+        self.come_from = Source.ELSEWHERE
+        this = weakref.ref(self)
+        for i, p in enumerate(self.parameters):
+
+            def hook(_: Tensor, i: int = i) -> None:
+                watch = this()
+                if watch is not None:
+                    watch._accumulated(i)
+
+            handle = p.register_post_accumulate_grad_hook(hook)
+            weakref.finalize(self, handle.remove)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy watches the copies of the parameters, and knows nothing of their gradients."""
+        return Gradients, (self.parameters,)
+
+    def _accumulated(self, i: int) -> None:
+        if self.come_from is Source.BACKWARD:
+            self._estimates.pop(i, None)
+            self._elsewhere.discard(i)
+        elif self.come_from is Source.PASS:
+            raise RuntimeError(BACKWARD_IN_A_PASS)
+        else:
+            self._elsewhere.add(i)
+
+    def left_estimates(self) -> None:
+        """What the gradients hold now is the estimate of a step, or the gradient that it leaves as it is."""
+        self._estimates = {i: weakref.ref(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
+        self._elsewhere.clear()
+
+    def is_estimate(self, i: int) -> bool:
+        """Whether the gradient of parameter ``i`` holds that and nothing else."""
+        estimate = self._estimates.get(i)
+        return estimate is not None and estimate() is self.parameters[i].grad and i not in self._elsewhere
+
+    def check_fresh(self, names: Sequence[str]) -> None:
+        """Raise unless the gradients are None or 0, as before a step.
+
+        One look at those that are not None waits for their device; not while a graph is captured.
+
+        Raises:
+            RuntimeError: one holds the last estimate, or that of another backward.
+        """
+        if not capturing():
+            grads = {i: local(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
+            if grads and not all_zero([*grads.values()]):
+                i = next(i for i, grad in grads.items() if bool(grad.any()))
+                what = ESTIMATED if self.is_estimate(i) else ELSEWHERE.format(names[i])
+                raise RuntimeError(
+                    f"model.zero_grad() (or the optimizer's) must be called before the next step: {what}"
+                )
+        self._estimates.clear()
+        self._elsewhere.clear()
+        if self._lost is not None:
+            self._lost.remove()
+            self._lost = None
+
+    # ---- between the passes and the estimate
+
+    def lose(self, parameters: Iterable[Tensor]) -> None:
+        """The step is lost: no optimizer is to take its gradients of these parameters, until the next step."""
+        if self._lost is None:
+            self._lost = keep_from_optimizers(parameters)
+            if self._lost is not None:
+                weakref.finalize(self, self._lost.remove)
+
+    def note(self, rows: Sequence[Tensor]) -> None:
+        """From here to :meth:`check_unedited` nobody is to change these gradients of the weights."""
+        self._read = self._versions()
+        self._bits = bits(rows) if rows and not capturing() else None
+
+    def check_unedited(self, rows: Sequence[Tensor]) -> None:
+        """Raise if a gradient is another tensor, or has another version or other bits than it had.
+
+        Bits on a GPU are compared there, for :attr:`edited`: to look would wait for the probes.
+        """
+        now = self._versions()
+        same = len(now) == len(self._read) and all(
+            g() is h() and v == w for (g, v), (h, w) in zip(now, self._read, strict=True)
+        )
+        if same and self._bits is not None and not capturing():
+            if seen_at_once(self._bits):
+                same = torch.equal(self._bits, bits(rows))
+            else:
+                self.edited = (self._bits != bits(rows)).any()
+        if not same:
+            raise RuntimeError(EDITED)
+
+    def _versions(self) -> list[tuple[weakref.ref[Tensor], int]]:
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        return [(weakref.ref(g), local(g)._version) for g in grads]
+
+    def raise_if_edited(self, edited: bool) -> None:
+        """Raise if the device has told by now that somebody edited the gradients of the last step."""
+        self.edited = None
+        if edited:
+            raise RuntimeError(f"{EDITED} (of the step before this one, which moved no weights)")
+
+
+def seen_at_once(tensor: Tensor) -> bool:
+    """Whether to look at a tensor waits for nothing."""
+    return tensor.device.type == "cpu"
+
+
+@torch.no_grad()
+def all_zero(tensors: list[Tensor]) -> bool:
+    """Whether every element of some tensors on one device is 0, in one wait for it.
+
+    The sum of absolute values, which no small element leaves at 0, takes few launches for all of them.
+    """
+    return not bool(torch.stack(torch._foreach_norm(tensors, 1)).any())
+
+
+class Leftovers:
+    """Gradients as the gradient pass left them, which no probe may change.
+
+    Args:
+        tensors: whose gradients.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._left = [(p, p.grad, local(p.grad)._version) for p in tensors if p.grad is not None]
+
+    def check(self, who: str) -> None:
+        """Raise if gradients are gone or were written. ``who``: what ran since then."""
+        if any(p.grad is not grad or local(grad)._version != version for p, grad, version in self._left):
+            raise RuntimeError(
+                f"zero_grad must be called before a step, not in the closure, which every pass runs: {who}"
+                " cleared or changed the gradients that the gradient pass had left"
+            )

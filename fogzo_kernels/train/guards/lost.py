@@ -1,0 +1,105 @@
+"""What a look at gradients finds: whether they are 0, whether they are finite, whether they were edited.
+
+And gradients of a step that is lost, which no optimizer of PyTorch is to take.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from ...nn.view import local
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+HALVES = (torch.bfloat16, torch.float16)  # whose first norms need another dtype
+
+
+@torch.no_grad()
+def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) -> tuple[Tensor, Tensor]:
+    """Which tensors have an element that is not 0, and whether every element of all of them is finite.
+
+    Args:
+        tensors: gradients of any dtype, on any devices.
+        device: of the two results: bool, (len(tensors),) and 0-dim. A GPU is not waited for.
+        zeros: whether the first result is asked for; else it says nothing.
+    """
+    plain = [_numbers(local(t)) for t in tensors]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(plain):
+        kinds.setdefault((t.device, t.dtype), []).append(i)
+    nonzero: list[bool | Tensor] = [True] * len(plain)
+    finite: list[bool | Tensor] = []
+    for (where, dtype), places in kinds.items():
+        own = [plain[i] for i in places]
+        if where.type != "cpu":
+            norms = torch.stack(torch._foreach_norm(own, 1, dtype=torch.float32 if dtype in HALVES else None))
+            finite.append(norms.isfinite().all())
+            for i, flag in zip(places, (norms != 0).unbind(), strict=True):
+                nonzero[i] = flag
+            continue
+        # the second norm is the fast one, and may overflow or underflow
+        for i, t, norm in zip(places, own, torch.stack(torch._foreach_norm(own, 2)).tolist(), strict=True):
+            finite.append(math.isfinite(norm) or bool(t.isfinite().all()))
+            nonzero[i] = not zeros or norm != 0 or bool(t.any())
+    return _flags(nonzero, device), _flags(finite, device).all()
+
+
+def _flags(flags: Sequence[bool | Tensor], device: torch.device) -> Tensor:
+    """Make one bool tensor of bools and 0-dim tensors, by one copy if all are bools."""
+    if all(isinstance(flag, bool) for flag in flags):
+        return torch.tensor(flags, dtype=torch.bool, device=device)
+    return torch.stack([torch.as_tensor(flag).to(device, non_blocking=True) for flag in flags])
+
+
+def _numbers(grad: Tensor) -> Tensor:
+    grad = grad._values() if grad.is_sparse else grad
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+@torch.no_grad()
+def bits(tensors: Sequence[Tensor]) -> Tensor:
+    """A sum over the bits of each contiguous tensor, int64, which an edit of any one element changes."""
+    return torch.stack([_sum_of_bits(t) for t in tensors])
+
+
+def _sum_of_bits(t: Tensor) -> Tensor:
+    flat, size = t.view(-1), t.itemsize
+    if flat.numel() * size % 8 == 0 and t.storage_offset() * size % 8 == 0:
+        return flat.view(torch.int64).sum()  # without a copy in another dtype
+    return flat.view(BITS[size]).sum(dtype=torch.int64)
+
+
+@torch.no_grad()
+def keep_from_optimizers(parameters: Iterable[Tensor]) -> RemovableHandle | None:
+    """Fill gradients with NaN, and let every step of an optimizer leave them out until the handle is removed.
+
+    NaN is what gradient scalers look for. An optimizer of PyTorch passes over a parameter whose ``.grad`` is
+    None, its state and counts included; it is set to None when such an optimizer steps, as a scaler looks
+    before that. A gradient that was cleared or computed anew since then is left alone.
+
+    Returns:
+        None if there are no gradients.
+    """
+    lost = {}
+    for p in parameters:
+        if p.grad is not None:
+            _numbers(local(p.grad)).mul_(math.nan)
+            lost[id(p)] = weakref.ref(p.grad)
+    if not lost:
+        return None
+
+    def clear(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        own = [p for p in own if id(p) in lost and lost[id(p)]() is p.grad]
+        if own and not bool(look([p.grad for p in own], torch.device("cpu"), zeros=False)[1]):
+            for p in own:
+                p.grad = None
+
+    return register_optimizer_step_pre_hook(clear)
