@@ -44,6 +44,7 @@ struct Draw {
   }
 
   Noise noise(int64_t direction) const {
+    require(0 <= direction && direction < kMaxDirection, "direction");
     return {distribution, {uint64_t(seed), uint32_t(step), uint32_t(direction), 0}};
   }
 
@@ -71,10 +72,6 @@ private:
     return std::adjacent_find(names.begin(), names.end()) == names.end();
   }
 };
-
-inline void check_direction(int64_t direction) {
-  require(0 <= direction && direction < kMaxDirection, "direction");
-}
 
 // How noise and guide make v, and how far the probes go.
 #define FOGZO_MIX "Tensor norm, Tensor one_minus_beta, float epsilon"

@@ -19,7 +19,6 @@ void noise(Arguments a) {
   Lists lists(out);
   lists.write(&Item::plus, out, kFloat32);
   draw.set_names(lists.items, 1);
-  check_direction(direction);
 
   const Kernels &run = kernels();
   const Item &item = lists.items[0];
@@ -71,7 +70,6 @@ void perturb_quantize(Arguments a) {
   const GridRange values = grid.set(lists, alphas, count, block);
   mix.check(lists.memory);
   draw.set_names(lists.items, count);
-  check_direction(direction);
   lists.memory.check();
 
   const Kernels &run = kernels();
