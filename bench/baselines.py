@@ -177,9 +177,14 @@ def fused_optimizer(case: Case, latents: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(latents, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     if case.op == "adamw":
         return torch.optim.AdamW(
-            latents, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True,
+            latents,
+            lr=LR,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=WEIGHT_DECAY,
+            fused=True,
             capturable=latents[0].is_cuda,
-        )  # fmt: skip
+        )
     raise ValueError(f"op must be sgd or adamw, got {case.op!r}")
 
 

@@ -24,7 +24,7 @@ from fogzo_kernels.spec.scale import STATISTICS
 from fogzo_kernels.spec.straight_through import VARIANTS
 
 from . import cases as c
-from .agree import EQUAL, Place, Results, Rule
+from .comparison import EQUAL, Place, Results, Rule
 
 SIZES = [1, 7, 8, 4099, 0, 2048, 16384 + 8, 2 * 16384 + 5]
 #: Every derivative, each on a grid that it belongs to.
@@ -152,9 +152,22 @@ def tail(op: str, dtypes: str, masters: bool, place: Place) -> Results:
     nothing = place.full((0,), 0.0)
     call = fk.estimate_adamw_ if op == "adamw" else partial(fk.estimate_sgd_, momentum=c.MOMENTUM)
     call(
-        theta, g, *state, nothing, nothing, alphas, place.full((), 1.0), masters=copies, quantized=plus,
-        counters=counters, grid=c.GRID, straight_through=IDENTITY, backend=place.backend, **TAIL, **NAMES,
-    )  # fmt: skip
+        theta,
+        g,
+        *state,
+        nothing,
+        nothing,
+        alphas,
+        place.full((), 1.0),
+        masters=copies,
+        quantized=plus,
+        counters=counters,
+        grid=c.GRID,
+        straight_through=IDENTITY,
+        backend=place.backend,
+        **TAIL,
+        **NAMES,
+    )
     written = {"latents": theta, "masters": copies or [], "first": state[0], "second": state[-1], "plus": plus}
     return {name: (tensors, EQUAL) for name, tensors in {**written, "counters": [counters]}.items()}
 
@@ -191,9 +204,19 @@ def shard(what: str, columns: int, offset: int, place: Place) -> Results:
     first, second = (torch.zeros_like(theta, dtype=torch.float32) for _ in range(2))
     master, out = theta.float(), torch.empty_like(theta)
     fk.estimate_adamw_(
-        theta, grad, first, second, *losses, alpha, norm, masters=master, quantized=out, counters=counters,
-        **TAIL, **common,
-    )  # fmt: skip
+        theta,
+        grad,
+        first,
+        second,
+        *losses,
+        alpha,
+        norm,
+        masters=master,
+        quantized=out,
+        counters=counters,
+        **TAIL,
+        **common,
+    )
     o = {"latents": [theta], "masters": [master], "first": [first], "second": [second], "plus": [out]}
     return {**updated(o, Rule(2.0**-16, 4e-6)), "counters": ([counters], EQUAL)}
 
@@ -292,9 +315,19 @@ def rotated(what: str, block: int, dtype: torch.dtype, place: Place) -> Results:
         first, second = ([torch.zeros_like(t, dtype=torch.float32) for t in latents] for _ in range(2))
         out = [torch.full_like(t, float("nan")) for t in latents]
         fk.estimate_adamw_(
-            latents, grads, first, second, *losses, alphas, norm, quantized=out, counters=counters,
-            **TAIL, **how, **NAMES,
-        )  # fmt: skip
+            latents,
+            grads,
+            first,
+            second,
+            *losses,
+            alphas,
+            norm,
+            quantized=out,
+            counters=counters,
+            **TAIL,
+            **how,
+            **NAMES,
+        )
         o = {"latents": latents, "first": first, "second": second, "plus": out}
         return {**updated(o, Rule(2.0**-14, 5e-5)), "counters": ([counters], EQUAL)}
     out, plain, alpha_grads = alone(latents), alone(grads), [torch.empty_like(alpha) for alpha in alphas]

@@ -106,10 +106,15 @@ class Case:
 
 
 def cases(
-    ops: Iterable[str], dtypes: Iterable[str], distributions: Iterable[str], tensors: Iterable[int],
-    sizes: Iterable[int], equal: bool = False, scale_lengths: Iterable[int] = (0,),
+    ops: Iterable[str],
+    dtypes: Iterable[str],
+    distributions: Iterable[str],
+    tensors: Iterable[int],
+    sizes: Iterable[int],
+    equal: bool = False,
+    scale_lengths: Iterable[int] = (0,),
     blocks: Iterable[int] = (0,),
-) -> Iterator[Case]:  # fmt: skip
+) -> Iterator[Case]:
     """Every combination, once: what an op does not know of noise, dtypes or transforms does not count."""
     seen = set()
     for op, dtype, distribution, count, size, scale_length, block in product(
@@ -232,9 +237,12 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
     common = {"straight_through": straight_through(case), **how, **names}
     losses = o.losses_plus, o.losses_minus
     tail = {
-        "lr": LR, "weight_decay": WEIGHT_DECAY, "optimizer_step": OPTIMIZER_STEP, "quantized": o.plus,
+        "lr": LR,
+        "weight_decay": WEIGHT_DECAY,
+        "optimizer_step": OPTIMIZER_STEP,
+        "quantized": o.plus,
         "counters": o.counters,
-    }  # fmt: skip
+    }
     if case.op == "norm":
         return lambda: fk.guide_norm(o.grads, o.alphas, grid=GRID, backend=backend)
     if case.op in ("perturb", "perturb_both"):
@@ -244,9 +252,18 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
         return lambda: fk.estimate_gradient_(o.grads, *losses, o.alphas, o.norm, counters=o.counters, **common)
     if case.op == "adamw":
         return lambda: fk.estimate_adamw_(
-            o.latents, o.grads, o.first, o.second, *losses, o.alphas, o.norm, betas=BETAS, eps=EPS,
-            **tail, **common,
-        )  # fmt: skip
+            o.latents,
+            o.grads,
+            o.first,
+            o.second,
+            *losses,
+            o.alphas,
+            o.norm,
+            betas=BETAS,
+            eps=EPS,
+            **tail,
+            **common,
+        )
     if case.op == "sgd":
         return lambda: fk.estimate_sgd_(
             o.latents, o.grads, o.first, *losses, o.alphas, o.norm, momentum=MOMENTUM, **tail, **common

@@ -74,9 +74,10 @@ def resumed(path: Path, again: Collection[Unit], backend: str) -> Findings:
     text = json.loads(path.read_text())
     found = Findings({(row["backend"], case_of(row)): row for row in text["rows"]}, failed=text["failed"])
     found.left_out = [
-        one for one in text["left_out"]
+        one
+        for one in text["left_out"]
         if one["backend"] != backend or Unit(case_of(one), one["kind"]) not in again
-    ]  # fmt: skip
+    ]
     found.kept = len(found.left_out)
     if text["begun"]:
         found.failed.append({**text["begun"], "reason": "the process ended while it was measured"})

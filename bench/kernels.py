@@ -43,9 +43,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     add = parser.add_argument
     add("--ops", nargs="+", default=list(c.OPS), choices=list(c.OPS))
-    add("--dtypes", nargs="+", default=list(c.MEASURED), choices=list(c.DTYPES),
+    add(
+        "--dtypes",
+        nargs="+",
+        default=list(c.MEASURED),
+        choices=list(c.DTYPES),
         help="by default " + " ".join(c.MEASURED) + "; mixed: fp32 latents, bf16 gradients and outputs;"
-        " int8: bf16, but codes as outputs; int8-fp32: fp32, but codes as outputs")  # fmt: skip
+        " int8: bf16, but codes as outputs; int8-fp32: fp32, but codes as outputs",
+    )
     add("--distributions", nargs="+", default=list(c.DISTRIBUTIONS), choices=c.DISTRIBUTIONS)
     add(
         "--sizes",
@@ -53,14 +58,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=size_of,
         help="elements in all, such as 2^24; the first is the most important",
     )
-    add("--tensors", nargs="+", type=int, default=[1, c.LIST_LENGTH],
-        help="1, or the length of a list of mixed sizes")  # fmt: skip
-    add("--scale-length", nargs="+", type=int, default=[0], metavar="N",
-        help="elements that share an alpha; 0, the default: all of a tensor; others have no"
-        " baselines")  # fmt: skip
-    add("--block", nargs="+", type=int, default=[0], metavar="N",
+    add(
+        "--tensors",
+        nargs="+",
+        type=int,
+        default=[1, c.LIST_LENGTH],
+        help="1, or the length of a list of mixed sizes",
+    )
+    add(
+        "--scale-length",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="N",
+        help="elements that share an alpha; 0, the default: all of a tensor; others have no baselines",
+    )
+    add(
+        "--block",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="N",
         help="of a Hadamard transform, for the ops that take one; 0, the default: none; others have no"
-        " baselines")  # fmt: skip
+        " baselines",
+    )
     add("--equal", action="store_true", help="lists of tensors of one size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", help="triton, cuda, ...; by default triton on a GPU, else cpu")
@@ -71,9 +92,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--until", type=float, default=math.inf, metavar="TIME", help="stop then, in seconds since 1970")
     add("--json", type=Path, metavar="FILE", help="write rows and machine")
     add("--resume", action="store_true", help="go on with the file of --json, if it is there")
-    add("--rehearse", action="store_true",
+    add(
+        "--rehearse",
+        action="store_true",
         help="two samples of each, which say nothing: for make gpu's dry run, where backends for a GPU run on"
-        " the CPU")  # fmt: skip
+        " the CPU",
+    )
     add("--plot", type=Path, metavar="FILE", help="write a plot")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
@@ -125,9 +149,15 @@ def units_of(args: argparse.Namespace) -> tuple[list[Unit], list[Row]]:
 
     units, left_out = [], []
     for case in c.cases(
-        args.ops, args.dtypes, args.distributions, args.tensors, args.sizes, args.equal, args.scale_length,
+        args.ops,
+        args.dtypes,
+        args.distributions,
+        args.tensors,
+        args.sizes,
+        args.equal,
+        args.scale_length,
         args.block,
-    ):  # fmt: skip
+    ):
         if case.tensors > 1 and case.elements < c.SMALLEST * case.tensors:
             left_out.append(left(Unit(case, OURS), f"too few elements for {case.tensors} tensors"))
             continue

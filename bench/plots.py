@@ -35,9 +35,13 @@ def bars(axes, rows: list[Row]) -> None:
             labelled.add(name)
             low, high = (row["copy_s"] / row[q] - row["share_of_copy"] for q in ("q75", "q25"))
             axes.bar(
-                i - 0.4 + (j + 0.5) * width, 100 * row["share_of_copy"], width, label=label,
-                color=f"C{distributions.index(name)}", yerr=[[-100 * min(low, 0)], [100 * max(high, 0)]],
-            )  # fmt: skip
+                i - 0.4 + (j + 0.5) * width,
+                100 * row["share_of_copy"],
+                width,
+                label=label,
+                color=f"C{distributions.index(name)}",
+                yerr=[[-100 * min(low, 0)], [100 * max(high, 0)]],
+            )
     axes.axhline(100, color="black", linewidth=0.8)
     axes.axhline(90, color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(ops)), ops, rotation=20)

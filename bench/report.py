@@ -230,7 +230,7 @@ SECTIONS = {
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),
     "quality": Section(
         "docs/evidence.md",
-        tuple(f"{RESULTS}/{name}.json" for name in ("quality", "quality-more", "quality-pull")),
+        tuple(f"{RESULTS}/{name}.json" for name in ("quality", "quality-more")),
         of_quality,
     ),
     "quality-again": Section("docs/evidence.md", (f"{RESULTS}/quality-again.json",), of_verdicts),

@@ -11,8 +11,8 @@ import argparse
 
 import torch
 
-from .agree import Place
 from .calls import calls
+from .comparison import Place
 
 
 def main(argv: list[str] | None = None) -> None:

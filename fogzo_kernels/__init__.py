@@ -16,7 +16,6 @@ from .nn.registry import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding
 from .nn.report import Report
 from .optim.adamw import AdamW
 from .optim.groups import learned_alphas, parameter_groups
-from .optim.pull import GridPull
 from .optim.sgd import SGD
 from .spec import presets
 from .spec.grid import Grid
@@ -32,7 +31,6 @@ __all__ = [
     "AdamW",
     "Fogzo",
     "Grid",
-    "GridPull",
     "Hadamard",
     "QuantConv1d",
     "QuantConv2d",

@@ -73,10 +73,10 @@ CASES = {
     "learned": (Net, fk.presets.lsq(2), {}),
     "gaussian": (Net, quantizer(SIGN, SCALE.absmax("row"), SMOOTH), {"epsilon_scale": 0.5}),
     "ternary": (Net, quantizer(fk.Grid.ternary(), SCALE.absmax()), {"directions": 2}),
-    "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), HARD), {"difference": "forward"}),
+    "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), HARD), {"directions": 3, "epsilon_scale": 0.5}),
     "half_offset(8)": (Net, quantizer(fk.Grid.half_offset(8), SCALE.absmax("row")), {"start": 0.3}),
     "rotated": (Net, quantizer(UNIFORM(2), SCALE.rms("row"), transform=fk.Hadamard(16)), {"every": 2}),
-    "images": (Images, quantizer(UNIFORM(2), SCALE.rms("row")), {"both_probes": False}),
+    "images": (Images, quantizer(UNIFORM(2), SCALE.rms("row")), {}),
 }
 
 
@@ -98,7 +98,7 @@ def made(case, sharded=lambda model: None, before=True):
 
 
 def with_inputs(sharded=lambda model: None):
-    """Learned scales of inputs, too, whose gradients FSDP does not see; and a pull to the grid."""
+    """Learned scales of inputs, too, whose gradients FSDP does not see."""
     torch.manual_seed(0)
     model = Net()
     fk.quantize_model(model, fk.presets.lsq(2, "row"), activation=fk.presets.lsq(4))
@@ -107,7 +107,6 @@ def with_inputs(sharded=lambda model: None):
     sharded(model)
     fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
     optimizer = optimizer_of(model, fogzo)
-    fk.GridPull(model, optimizer, 1.0)
     tokens, labels = batch_of(0)
     found = fogzo.check(lambda: F.cross_entropy(model(tokens), labels))
     return train(model, "fixed", fogzo=fogzo, optimizer=optimizer), values_of(model), found

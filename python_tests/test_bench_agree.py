@@ -8,7 +8,7 @@ import torch
 from tolerances import M_TOLERANCE
 
 import fogzo_kernels as fk
-from bench import agree, cases, sanitize
+from bench import agree, cases, comparison, sanitize
 from bench.calls import M_TOLERANCE as ALLOWED
 from bench.calls import calls, combinations
 
@@ -43,7 +43,7 @@ def test_tolerances_are_those_of_the_tests():
 
 
 def test_a_backend_agrees_with_the_reference():
-    place = agree.Place(CPU, "cpu")
+    place = comparison.Place(CPU, "cpu")
     assert [(call.name, text) for call in calls() for text in agree.compared(call, place)] == []
 
 
@@ -69,7 +69,7 @@ def test_one_wrong_element_is_found(name, monkeypatch):
         return found
 
     monkeypatch.setattr(fk, name, broken)
-    place = agree.Place(CPU, "cpu")
+    place = comparison.Place(CPU, "cpu")
     wrong = {call.name for call in calls(True) if agree.compared(call, place)}
     assert any(one.startswith(BROKEN[name]) for one in wrong), wrong
 
@@ -77,15 +77,15 @@ def test_one_wrong_element_is_found(name, monkeypatch):
 def test_differences():
     a = torch.tensor([1.0, float("nan"), float("inf"), 4.0])
     b = torch.tensor([1.0, float("nan"), float("inf"), 5.0])
-    assert agree.difference([a, a], [a, a], agree.EQUAL) is None
-    text = agree.difference([a, a], [a, b], agree.EQUAL)
+    assert comparison.difference([a, a], [a, a], comparison.EQUAL) is None
+    text = comparison.difference([a, a], [a, b], comparison.EQUAL)
     assert text == "[1] element 3: 4, the reference 5; 1 of 8 differ"
-    assert agree.difference([a], [b], agree.Rule(relative=0.2)) is None
-    assert agree.difference([a], [b], agree.Rule(of_largest=0.19)) is not None
-    assert agree.difference([a], [b], agree.Rule(absolute=[torch.ones(4)])) is None
-    assert agree.difference([a], [a[[1, 0, 2, 3]]], agree.Rule(relative=9.0)) is not None  # NaN is not 1
-    assert agree.difference([a], [b], agree.Rule(share=1e-3)) is None  # the one at a tie
-    assert agree.difference([a, a], [b, b], agree.Rule(share=1e-3)) is not None
+    assert comparison.difference([a], [b], comparison.Rule(relative=0.2)) is None
+    assert comparison.difference([a], [b], comparison.Rule(of_largest=0.19)) is not None
+    assert comparison.difference([a], [b], comparison.Rule(absolute=[torch.ones(4)])) is None
+    assert comparison.difference([a], [a[[1, 0, 2, 3]]], comparison.Rule(relative=9.0)) is not None
+    assert comparison.difference([a], [b], comparison.Rule(share=1e-3)) is None  # the one at a tie
+    assert comparison.difference([a, a], [b, b], comparison.Rule(share=1e-3)) is not None
 
 
 def test_processes_go_on_behind_a_call_that_ends_them(tmp_path, monkeypatch, capfd):

@@ -143,7 +143,7 @@ def test_a_run_that_is_ended_leaves_its_summary_and_no_process(tmp_path):
 
 def test_logs_come_line_by_line_and_end_at_their_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sessions, "LOG_BYTES", 1000)
-    session = sessions.Session(tmp_path, 60.0)
+    session = sessions.Session(tmp_path, 60.0, summary.summary)
     seen = []
     original = session.say
     monkeypatch.setattr(session, "say", lambda *given: seen.append(time.monotonic()) or original(*given))
@@ -164,12 +164,12 @@ def test_logs_come_line_by_line_and_end_at_their_size(tmp_path, monkeypatch, cap
 def test_what_is_asked_to_end_says_what_it_has_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sessions, "GRACE", 5)
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('found')"
-    found = sessions.Session(tmp_path, 60.0).run("stage", python(code), 10, gently=True)
+    found = sessions.Session(tmp_path, 60.0, summary.summary).run("stage", python(code), 10, gently=True)
     assert (found.status, found.text) == (sessions.TIMEOUT, "found\n")
 
 
 def test_no_time_left_skips(tmp_path):
-    session = sessions.Session(tmp_path, budget=0.0, backends=dict.fromkeys(stages.BACKENDS, ""))
+    session = sessions.Session(tmp_path, 0.0, summary.summary, backends=dict.fromkeys(stages.BACKENDS, ""))
     for name in ("ops", "large", "step", "profile", "memory", "rest"):
         stages.STAGES[name].work(session, -1.0)
     assert len(session.outcomes) == 9
@@ -177,10 +177,12 @@ def test_no_time_left_skips(tmp_path):
 
 
 def test_a_backend_that_does_not_run_is_skipped_with_its_reason(tmp_path):
-    session = sessions.Session(tmp_path, 60.0, backends={"triton": "", "cuda": "it is not built; so"})
+    session = sessions.Session(
+        tmp_path, 60.0, summary.summary, backends={"triton": "", "cuda": "not built; so"}
+    )
     assert stages.usable(session, "large") == ["triton"]
     assert [(o.stage, o.state, o.note) for o in session.outcomes] == [
-        ("large cuda", "skipped", "it is not built; so")
+        ("large cuda", "skipped", "not built; so")
     ]
 
 
@@ -200,7 +202,7 @@ class Scripted(sessions.Session):
 
 
 def scripted(folder, *answers):
-    session = Scripted(folder, 100.0, backends=dict.fromkeys(stages.BACKENDS, ""))
+    session = Scripted(folder, 100.0, summary.summary, backends=dict.fromkeys(stages.BACKENDS, ""))
     session.answers = list(answers)
     return session
 
@@ -238,7 +240,7 @@ def test_a_build_that_fails_is_followed_by_one_without_cuda(tmp_path, monkeypatc
     stages.build(session, 60.0)
     assert session.given["build"] == {"TORCH_CUDA_ARCH_LIST": "9.0"}
     assert session.given["build without CUDA"]["FOGZO_BUILD_CUDA"] == "0"
-    assert session.backends == {"triton": "", "cuda": "it is not built; so"}
+    assert session.backends == {"triton": "", "cuda": "not built; so"}
     assert {o.stage: o.state for o in session.outcomes} == {
         "build": "failed", "build without CUDA": "passed", "ops triton": "failed", "info": "passed",
     }  # fmt: skip
@@ -318,7 +320,7 @@ def test_profiles_are_read(tmp_path):
         }),
         ("sum_kernel", {"Duration": "4.10 us"}),
     ]  # fmt: skip
-    session = sessions.Session(tmp_path, 60.0, texts={"ncu": NCU})
+    session = sessions.Session(tmp_path, 60.0, summary.summary, texts={"ncu": NCU})
     wanted = "| perturb_kernel | 1,103.20 us | 90.93 % | 61.00 % | 40 register/thread |  |"
     assert wanted in summary.summary(session)
 
@@ -347,7 +349,7 @@ def test_summary_shows_rows_of_both_backends_and_what_differs(tmp_path):
     }
     (tmp_path / "kernels.json").write_text(json.dumps(found))
     text = "differs: norm bf16 none\n  norm[0] element 0: 1, the reference 2; 1 of 1 differ\n9 calls agree\n"
-    session = sessions.Session(tmp_path, 60.0, texts={"ops cuda": text})
+    session = sessions.Session(tmp_path, 60.0, summary.summary, texts={"ops cuda": text})
     said = summary.summary(session)
     assert "| perturb | bf16/bf16/int8 | uniform | 1 | 2^28 |  | 400.0, 0.900 | 400.0, 0.900 | 9.0 |" in said
     assert "- failed: cuda fogzo perturb bf16 uniform, 1 tensors of 268435456: why" in said

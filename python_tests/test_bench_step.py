@@ -14,14 +14,13 @@ from bench.step import measure, models
 from bench.step.materialized import Materialized, Mezo
 from bench.step.measure import Row
 from bench.step.methods import Clock, method_of
-from bench.step.traffic import peak_of, recorded, traffic_of
+from bench.step.traffic import peak_of, recorded
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--rows", "8", "--hidden", "16", "--layers", "1", "--turns", "4"]
 #: Micro-batches that a method's step runs, of 4; every-4 over four steps.
 FORWARDS = {
-    "ste": 4, "fogzo": 12, "one-by-one": 12, "forward": 8, "half": 8, "forward-half": 6, "eager": 12,
-    "mezo": 8,
+    "ste": 4, "fogzo": 12, "eager": 12, "mezo": 8,
 }  # fmt: skip
 
 
@@ -58,7 +57,7 @@ def test_every_fourth_step_has_probes(monkeypatch):
 
 @pytest.mark.parametrize("model", models.SHAPES)
 def test_rows_table_and_plot(model, tmp_path, capsys):
-    names = ["forward", "eager", "mezo"]
+    names = ["fogzo", "eager", "mezo"]
     hidden = ["--hidden", "64"] if model == "llama" else []
     chosen = ["--model", model, *hidden, "--context", "8", "--methods", *names]
     program.main(
@@ -75,17 +74,17 @@ def test_rows_table_and_plot(model, tmp_path, capsys):
     assert found["arguments"]["model"] == [model]
     assert (tmp_path / "b/step.png").stat().st_size > 1000
     said = capsys.readouterr().out
-    assert "| forward |" in said
-    assert "forward: " in said
+    assert "| fogzo |" in said
+    assert "fogzo: " in said
 
 
 def test_axes_are_settings_of_their_own(tmp_path, capsys):
     path = tmp_path / "step.json"
-    axes = ["--hidden", "16", "32", "--directions", "1", "2", "--methods", "forward", "--no-traffic"]
+    axes = ["--hidden", "16", "32", "--directions", "1", "2", "--methods", "fogzo", "--no-traffic"]
     program.main([*SMALL, "--model", "mlp", *axes, "--json", str(path), "--plot", str(tmp_path / "step.png")])
     rows = json.loads(path.read_text())["rows"]
     assert [(r["hidden"], r["directions"]) for r in rows[::2]] == [(16, 1), (16, 2), (32, 1), (32, 2)]
-    assert [r["method"] for r in rows[:2]] == ["ste", "forward"]
+    assert [r["method"] for r in rows[:2]] == ["ste", "fogzo"]
     assert rows[0]["peak_bytes"] is None
     assert (tmp_path / "step.png").stat().st_size > 1000
     assert "hidden 32, directions 2" in capsys.readouterr().out
@@ -122,12 +121,12 @@ def test_a_method_that_fails_is_left_out(lost, monkeypatch, tmp_path, capsys):
 
         def breaking(clock):
             steps.append(1)
-            if len(steps) == (6 if name == "half" else 11):  # the second turn, and the seventh
+            if len(steps) == (6 if name == "every-4" else 11):  # the second turn, and the seventh
                 written.extend(json.loads(path.read_text())["rows"] if path.exists() else [])
                 raise RuntimeError("an illegal memory access\nand more")
             step(clock)
 
-        return breaking if name in ("half", "forward") else step
+        return breaking if name in ("every-4", "fogzo") else step
 
     monkeypatch.setattr(measure, "method_of", broken)
     monkeypatch.setattr(measure, "alive", lambda _: not lost)
@@ -136,9 +135,9 @@ def test_a_method_that_fails_is_left_out(lost, monkeypatch, tmp_path, capsys):
         "--model",
         "mlp",
         "--methods",
-        "half",
-        "forward",
-        "one-by-one",
+        "every-4",
+        "fogzo",
+        "eager",
         "--turns",
         "8",
         "--no-traffic",
@@ -146,21 +145,21 @@ def test_a_method_that_fails_is_left_out(lost, monkeypatch, tmp_path, capsys):
     status = program.main([*chosen, "--json", str(path)])
     reason = "RuntimeError: an illegal memory access"
     found = json.loads(path.read_text())
-    assert [one["method"] for one in found["failed"]] == (["half"] if lost else ["half", "forward"])
+    assert [one["method"] for one in found["failed"]] == (["every-4"] if lost else ["every-4", "fogzo"])
     assert {one["reason"] for one in found["failed"]} == {reason}
     if lost:
         assert status == LOST
         monkeypatch.setattr(measure, "method_of", original)
         assert program.main([*chosen, "--json", str(path), "--resume"]) == 1
         found = json.loads(path.read_text())
-        assert [row["method"] for row in found["rows"]] == ["ste", "forward", "one-by-one"]
+        assert [row["method"] for row in found["rows"]] == ["ste", "fogzo", "eager"]
         return
     assert status == 1
-    assert f"failed: half: {reason}" in capsys.readouterr().out
-    assert [row["method"] for row in found["rows"]] == ["ste", "one-by-one"]
+    assert f"failed: every-4: {reason}" in capsys.readouterr().out
+    assert [row["method"] for row in found["rows"]] == ["ste", "eager"]
     assert {len(row["seconds"]) for row in found["rows"]} == {8}
     assert [(row["method"], len(row["seconds"])) for row in written] == [
-        ("ste", 4), ("forward", 4), ("one-by-one", 4),
+        ("ste", 4), ("fogzo", 4), ("eager", 4),
     ]  # fmt: skip
 
 
@@ -196,13 +195,6 @@ def test_bytes_of_calls():
     assert found.calls == 3
 
 
-def test_probes_at_once_read_weights_and_gradients_once():
-    one, both = (traffic_of(method(name), CPU, 2) for name in ("one-by-one", "fogzo"))
-    weights = 16 * 16
-    assert one.calls - both.calls == 1
-    assert one.bytes - both.bytes == 4 * (2 * weights + 1)  # and the alpha
-
-
 def test_peak_is_what_is_held_at_once():
     def make():
         kept = torch.zeros(10_000)
@@ -221,12 +213,11 @@ def test_peak_is_what_is_held_at_once():
 def test_memory_of_a_step():
     """FOGZO's is plain STE's plus at most one quantized copy, that of the second probe."""
     options = ("--hidden", "256", "--layers", "3", "--rows", "4")
-    names = "ste", "fogzo", "one-by-one", "eager"
+    names = "ste", "fogzo", "eager"
     peaks = {name: peak_of(functools.partial(method, name, *options), CPU) for name in names}
     weights = 3 * 256 * 256
     slack = 64 * 1024  # losses, counters, tables
     assert peaks["fogzo"] <= peaks["ste"] + 4 * weights + slack
-    assert peaks["one-by-one"] <= peaks["ste"] + slack
     assert peaks["eager"] > peaks["fogzo"] + 4 * weights
 
 

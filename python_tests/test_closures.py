@@ -224,7 +224,7 @@ def of_others(model, others):
 
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("zeros", [by_optimizer, by_model, of_biases, of_others])
-@pytest.mark.parametrize("options", [{}, {"directions": 2}, {"difference": "forward"}])
+@pytest.mark.parametrize("options", [{}, {"directions": 2}])
 def test_zero_grad_in_the_closure_is_named(zeros, to_none, options):
     """Also where it clears what no weight of the model is: a temperature that the loss learns."""
     model, fogzo, closure = setup(**options)

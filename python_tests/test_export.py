@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import fogzo_kernels as fk
 from fogzo_kernels import export
-from fogzo_kernels.export import files, plain
+from fogzo_kernels.distributed import packing
+from fogzo_kernels.export import files
 from fogzo_kernels.export.__main__ import main
 
 # ---- compressed-tensors, by the loader of transformers
@@ -270,7 +271,10 @@ def test_a_frozen_model_is_saved_and_loaded(tmp_path):
 def test_streams_of_any_width():
     for grid in GRIDS.values():
         codes = torch.randint(grid.qmin, grid.qmax + 1, (3, 13)).to(torch.int8)
-        assert torch.equal(plain.codes_of(plain.stream(codes, grid), 13, grid), codes)
+        for bits in {packing.code_bits(grid), 8}:
+            packed = packing.pack_codes(codes, grid, bits)
+            assert packed.shape == (3, -(-13 * bits // 8))
+            assert torch.equal(packing.unpack_codes(packed, 13, grid, bits), codes)
 
 
 # ---- the command

@@ -12,8 +12,9 @@ from tolerances import EXACT, M_TOLERANCE
 from torch import nn
 
 import fogzo_kernels as fk
-from bench.agree import Place, compared
+from bench.agree import compared
 from bench.calls import calls
+from bench.comparison import Place
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -50,26 +50,26 @@ GUARDS = {
         "nn/fast_path.py", "if quantized and not", "if False and not",
         "test_traps.py::test_encoder_layers_evaluate_what_they_train"),
     "The loss reads a quantized weight beside its module": (
-        "train/guards/graph_reads.py", "if found is not None:\n            raise",
+        "train/guards/graph_reads.py", "if reader is not None:\n            raise",
         "if False:\n            raise",
         "test_traps.py::test_a_loss_that_reads_a_weight_itself_is_an_error"),
     "`functional_call` gives a module another weight in a pass": (
         "nn/module.py", "if held is not None and held.weight is not self.latent:", "if False:",
         "test_traps.py::test_functional_call_with_other_weights_is_refused_inside_a_pass"),
     "`.grad` holds the last estimate, or the gradient of another backward": (
-        "train/guards/gradients.py", "if held and not all_zero", "if False and not all_zero",
+        "train/guards/gradients.py", "if grads and not all_zero", "if False and not all_zero",
         "test_step_traps.py::test_gradients_that_were_not_cleared"),
     "The closure calls `backward`": (
         "train/guards/gradients.py", "raise RuntimeError(BACKWARD_IN_A_PASS)", "pass",
         "test_step_traps.py::test_a_closure_that_calls_backward"),
     "The closure calls `zero_grad`": (
-        "train/step.py", "if any(p.grad is not grad", "if False and any(p.grad is not grad",
+        "train/guards/gradients.py", "if any(p.grad is not grad", "if False and any(p.grad is not grad",
         "test_closures.py::test_zero_grad_in_the_closure_is_named"),
     "The loss does not depend on the weights": (
-        "train/guards/received.py", "if pairs and not there:", "if False:",
+        "train/step.py", "if self.pairs and not self.groups:", "if False:",
         "test_step_traps.py::test_a_closure_of_another_model"),
     "Passes see other batches, masks or states, and the loss shows it": (
-        "train/step.py", "    if names:\n        warnings", "    if False:\n        warnings",
+        "train/guards/fingerprints.py", "    if names:\n        warnings", "    if False:\n        warnings",
         "test_closures.py::test_the_first_step_looks_into_functions_that_the_closure_calls"),
     "Passes get losses of different scales": (
         "train/losses.py", "if not 1 / FAR", "if False and not 1 / FAR",
@@ -83,11 +83,11 @@ GUARDS = {
         "train/guards/gradients.py", "        if not same:\n", "        if False:\n",
         "test_unseen_edits.py::test_an_edited_gradient_is_an_error"),
     "The loss or a gradient is not finite": (
-        "train/guards/received.py", "*part, lost, was_edited = map(bool, flags.tolist())",
+        "train/step.py", "*part, lost, was_edited = map(bool, flags.tolist())",
         "*part, lost, was_edited = map(bool, flags.tolist()); lost = False",
         "test_lost_steps.py::test_a_fused_step"),
     "A weight has no gradient, or one of zeros": (
-        "train/guards/received.py", "strict=True) if takes}", "strict=True) if w in found}",
+        "train/step.py", "strict=True) if takes}", "strict=True) if w.parameter.grad is not None}",
         "test_taking_part.py::test_none_zeros_and_no_tokens_are_alike"),
     "A gradient scaler has scaled the losses of a fused step": (
         "optim/scaling.py", "return cls(scale,", "return cls(None,",
@@ -96,7 +96,7 @@ GUARDS = {
         "optim/scaling.py", "if passes and self.scale is None", "if False and self.scale is None",
         "test_scalers.py::test_gradients_that_are_unscaled_before_a_fused_step"),
     "A fused step follows a plain backward": (
-        "optim/fused.py", "id(w.parameter) in own\n", "False\n",
+        "train/fogzo.py", "            if bool(local(grad).any()):", "            if False:",
         "test_step_traps.py::test_a_fused_step_after_a_plain_backward"),
     "The estimate of a step was forgotten": (
         "train/fogzo.py", "        if self.pending:\n", "        if False:\n",
@@ -111,7 +111,7 @@ GUARDS = {
         "optim/fused.py", "            follow(master, latent)", "            pass",
         "test_unseen_edits.py::test_masters_follow_what_is_put_into_latents"),
     "A checkpoint has other settings than its `Fogzo`": (
-        "train/settings.py", "        if differ:\n", "        if False:\n",
+        "train/settings.py", "    if differ:\n", "    if False:\n",
         "test_longer_runs.py::test_a_run_with_other_settings_is_refused_and_says_how_to_go_on"),
 }  # fmt: skip
 #: What runs without being asked for; the others have their like among them.

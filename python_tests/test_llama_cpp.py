@@ -51,7 +51,7 @@ def test_blocks_and_logits(name, block, tmp_path):
     model = llama(quantizer(GRIDS[name]), hidden=256)
     export.freeze_scales_(model, torch.float16)
     up = model.model.layers[0].mlp.up_proj
-    raw = encoded(up, block_for("up", up, block), np.arange(up.weight.shape[0]))
+    raw = encoded(up, block_for("up", up, block), torch.arange(up.weight.shape[0])).numpy()
     expected = values_of(up).numpy()
     assert np.array_equal(ggml_values(block, raw, expected.size), expected.reshape(-1))
     export.gguf(model, tmp_path / "model.gguf", block=block)
@@ -68,10 +68,12 @@ def test_blocks_and_logits(name, block, tmp_path):
 def test_it_writes_text(tmp_path):
     from test_train_lm import train
 
+    from bench.evidence import save_run
     from fogzo_kernels.export.__main__ import main
 
     train(tmp_path / "run", "--steps", "200", "--hidden", "256", "--rate", "0.004")
-    assert main([str(tmp_path / "run"), "--format", "gguf", "--out", str(tmp_path / "out.gguf")]) == 0
+    assert save_run.main([str(tmp_path / "run"), str(tmp_path / "saved")]) == 0
+    assert main([str(tmp_path / "saved"), "--format", "gguf", "--out", str(tmp_path / "out.gguf")]) == 0
     model = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=32, verbose=False, n_threads=2)
     assert model.tokenize(b"def", add_bos=False) == [100, 101, 102]
     said = model.create_completion("def ", max_tokens=20, temperature=0)["choices"][0]["text"]

@@ -57,7 +57,7 @@ def test_more_steps_go_on_where_the_run_was(schedule):
     for _ in range(4):
         model.zero_grad()
         fogzo.step(lambda: loss_of(model, *batch()))
-    fogzo._counters[0] = 7
+    fogzo._run.counters[0] = 7
     longer = fk.Fogzo(model, total_steps=8, schedule=schedule, one_minus_beta=0.02)
     longer.load_state_dict(fogzo.state_dict(), may_differ=["total_steps", "one_minus_beta"])
     assert longer.steps == 4

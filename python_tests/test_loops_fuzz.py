@@ -7,7 +7,7 @@ import loops
 import pytest
 import torch
 
-import fogzo_kernels as fk
+from fogzo_kernels.train.run import Run
 
 
 def test_random_loops_are_those_of_the_contract(generator):
@@ -19,11 +19,11 @@ def test_random_loops_are_those_of_the_contract(generator):
 
 
 def without_noise(monkeypatch):
-    monkeypatch.setattr(fk.Fogzo, "epsilon_scale", 0.5)
+    monkeypatch.setattr(Run, "next_noise", lambda run, of=Run.next_noise: of(run) | {"epsilon_scale": 0.5})
 
 
 def without_a_look(monkeypatch):
-    monkeypatch.setattr("fogzo_kernels.train.guards.received.look", lambda ts, device, zeros=True: (
+    monkeypatch.setattr("fogzo_kernels.train.step.look", lambda ts, device, zeros=True: (
         torch.ones(len(ts), dtype=torch.bool), torch.tensor(True)))  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def test_bfloat16(kind, master):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{"directions": 3}, {"difference": "forward"}, {"start": 1.0}, {"every": 2}, {"both_probes": False}],
+    [{"directions": 3}, {"start": 1.0}, {"every": 2}],
     ids=str,
 )
 def test_kinds_of_steps(options, fused):
@@ -179,10 +179,8 @@ def test_kinds_of_steps(options, fused):
 
 
 def test_an_estimate_that_was_made_first():
-    """``fogzo.step`` and then a fused optimizer; clipped between, with a pull to the grid."""
+    """``fogzo.step`` and then a fused optimizer; clipped between."""
     runs = [Run(FUSED["AdamW"], False) for _ in "ab"]
-    for run in runs:
-        fk.GridPull(run.model, run.optimizer, 1.0)
     for run, numbers in zip(runs, ([0, 9, 1], [0, 1]), strict=True):
         for number in numbers:
             x, y = batch(number)
@@ -280,7 +278,7 @@ def test_a_lost_step_has_no_probes_and_rewinds_no_generator():
 
 @pytest.fixture
 def captured(monkeypatch):
-    for module in ("train.received", "train.step", "train.gradients", "optim.fused", "optim.pull"):
+    for module in ("train.step", "train.guards.gradients", "optim.fused"):
         monkeypatch.setattr(f"fogzo_kernels.{module}.capturing", lambda: True)
 
 
@@ -296,9 +294,7 @@ def test_a_captured_step(kind, groups, bad):
             run = Run(OTHERS["fused"], False, groups, capturable=True)
             run.optimizer.found_inf = run.fogzo.found_inf
             return run
-        run = Run(functools.partial(FUSED[kind], lr=rate, capturable=True), True, groups, capturable=True)
-        fk.GridPull(run.model, run.optimizer, 0.5)
-        return run
+        return Run(functools.partial(FUSED[kind], lr=rate, capturable=True), True, groups, capturable=True)
 
     run, other = make(), make()
     run.step(0)

@@ -349,7 +349,7 @@ def test_capturable_resumes(generator):
     fogzo.load_state_dict(state)
     assert fogzo.steps == 3
     assert fogzo.one_minus_beta == pytest.approx(0.225)
-    assert fogzo._noise()["one_minus_beta"].item() == pytest.approx(0.225)
+    assert fogzo._run.next_noise()["one_minus_beta"].item() == pytest.approx(0.225)
 
 
 def test_capturable_needs_probes_in_every_step(generator):

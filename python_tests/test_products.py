@@ -165,10 +165,9 @@ class Tied(nn.Module):
         return self.out(F.relu(self.second(F.relu(self.first(x)))))
 
 
-@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("weights", [fk.presets.lsq(2), fk.presets.quest(3, block=16)])
-def test_probes_are_codes_with_the_bits_of_values(weights, share, both, backend, monkeypatch):
+def test_probes_are_codes_with_the_bits_of_values(weights, share, backend, monkeypatch):
     """A probe's codes are written as such, where all that share the weight multiply codes."""
     inputs = fk.presets.quest(4, block=16) if weights.transform else fk.presets.dynamic(8)
     found = []
@@ -179,7 +178,7 @@ def test_probes_are_codes_with_the_bits_of_values(weights, share, both, backend,
         fk.set_compute_(model, "int8")
         if share:
             model.second.product = None
-        fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, seed=3, both_probes=both, schedule="constant")
+        fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, seed=3, schedule="constant")
         x, y = torch.randn(9, 32), torch.randint(4, (9,))
         optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
         with monkeypatch.context() as patch:

@@ -86,44 +86,23 @@ def test_settings_are_judged_on_other_seeds_and_lengths():
             "5",
             "--methods",
             "ste",
-            "ste+pull",
+            "fogzo",
         ]
     )
     asked = []
 
     def run(jobs):
         asked.append(jobs)
-        return [Result(job, loss=job.rate + (job.pull or 0), seconds=1.0) for job in jobs]
+        return [Result(job, loss=job.rate + (job.kappa or 0), seconds=1.0) for job in jobs]
 
     quality.cell(args, "llama", "lsq", run)
-    search, fresh = asked
+    search, fresh, _ = asked
     assert {(j.seed, j.steps) for j in search} == {(seed, 10) for seed in quality.SEARCH_SEEDS}
-    assert {(j.method, j.rate, j.pull, j.seed, j.steps) for j in fresh} == {
-        (method, 1.5e-3, pull, seed, 40)
-        for method, pull in (("ste", None), ("ste+pull", 1.0))
+    assert {(j.method, j.rate, j.kappa, j.seed, j.steps) for j in fresh} == {
+        (method, 1.5e-3, kappa, seed, 40)
+        for method, kappa in (("ste", None), ("fogzo", 0.1))
         for seed in (5, 6)
     }
-
-
-def test_a_pull_is_part_of_a_run(monkeypatch):
-    """Up in the second half; with and without FOGZO."""
-    seen = []
-
-    class Seen(quality.fk.GridPull):
-        def pull(self, optimizer):
-            seen.append(self.strength)
-            super().pull(optimizer)
-
-    monkeypatch.setattr(quality.fk, "GridPull", Seen)
-    for method, kappa in (("ste+pull", None), ("fogzo+pull", 0.1)):
-        found = [
-            quality.train(Job("llama", "lsq", method, 3e-3, kappa, 0, 8, pull), lambda: None).losses
-            for pull in (None, 10.0)
-        ]
-        assert seen == [0.0] * 5 + [2.5, 5.0, 7.5]
-        assert found[0][:6] == found[1][:6]
-        assert found[0][6:] != found[1][6:]
-        seen.clear()
 
 
 def test_a_run_that_diverged_is_not_the_best():

@@ -77,7 +77,7 @@ def same(a, b):
 @pytest.mark.parametrize("kind", FUSED)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"directions": 3}, {"start": 1.0}, {"difference": "forward"}, {"preset": fk.presets.bitnet()},
+    [{}, {"directions": 3}, {"start": 1.0}, {"preset": fk.presets.bitnet()},
      {"dtype": torch.bfloat16}],
     ids=str,
 )  # fmt: skip
@@ -179,7 +179,7 @@ def test_without_fogzo_a_fused_optimizer_is_pytorchs():
 
 def test_a_captured_step_under_a_scaler(monkeypatch):
     """The scale and what it found are read on the device."""
-    for module in ("train.received", "train.step", "train.gradients", "optim.fused"):
+    for module in ("train.step", "train.guards.gradients", "optim.fused"):
         monkeypatch.setattr(f"fogzo_kernels.{module}.capturing", lambda: True)
     found = []
     for scale in (0, 2.0**10):

@@ -23,7 +23,7 @@ def test_public_names_are_few():
         "step", "run", "probes", "estimate_", "pending", "steps", "one_minus_beta", "diagnostics",
         "state_dict", "load_state_dict", "weights", "total_weights", "device", "directions", "seed",
         "epsilon_scale", "check", "discard", "stats", "backend",
-        "found_inf",
+        "found_inf", "pending_step", "check_estimates",
     }  # fmt: skip
 
 
@@ -31,8 +31,7 @@ def test_repr_says_the_settings():
     _, fogzo = make(directions=2, seed=5)
     assert repr(fogzo) == (
         "Fogzo(total_steps=100, one_minus_beta=0.01, directions=2, seed=0, epsilon_scale=1.0,"
-        " schedule='linear', start=0.0, difference='central', every=1,"
-        " probe_share=1.0): 0 steps taken, 2 quantized weights of 136 elements on cpu"
+        " schedule='linear', start=0.0, every=1): 0 steps taken, 2 quantized weights of 136 elements on cpu"
     )
 
 
@@ -97,6 +96,19 @@ def test_a_bad_state_changes_nothing(name, value, message):
     with pytest.raises(ValueError, match=message):
         fogzo.load_state_dict(before | {"steps": 7, name: value})
     assert str(fogzo.state_dict()) == str(before)
+
+
+def test_a_state_written_before_loads_where_a_step_of_its_settings_is_left():
+    """States had a difference and a share of the micro-batches, of which one value each is left."""
+    _, fogzo = make()
+    before = fogzo.state_dict() | {"steps": 3, "difference": "central", "probe_share": 1.0}
+    fogzo.load_state_dict(before)
+    assert fogzo.steps == 3
+    assert not {"difference", "probe_share"} & fogzo.state_dict().keys()
+    for name, wanted, value in (("difference", "central", "forward"), ("probe_share", 1.0, 0.5)):
+        with pytest.raises(ValueError, match=rf"state\['{name}'\] must be {wanted}, got '?{value}'?: steps of"):
+            fogzo.load_state_dict(before | {"steps": 7, name: value})
+    assert fogzo.steps == 3
 
 
 def test_a_state_is_not_loaded_inside_a_pass():

@@ -102,7 +102,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path):
     "options",
     [
         ["--estimator", "ste", "--micro-batches", "2", "--clip", "0"],
-        ["--micro-batches", "4", "--difference", "forward", "--probe-share", "0.5", "--clip", "0"],
+        ["--micro-batches", "4", "--directions", "2", "--clip", "0"],
         ["--dtype", "bf16", "--preset", "quest-w2a2", "--hidden", "128", "--start", "0.5", "--decay", "linear"],
         ["--preset", "none", "--estimator", "ste", "--decay", "constant"],
     ],

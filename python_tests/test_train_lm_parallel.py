@@ -76,7 +76,7 @@ def losses(out):
 LSQ = ["--micro-batches", "2", "--clip", "0", "--preset", "lsq"]
 STE = ["--estimator", "ste"]
 FLOAT = ["--estimator", "ste", "--preset", "none"]
-QUEST = ["--preset", "quest-w2a2", "--hidden", "128", "--difference", "forward"]
+QUEST = ["--preset", "quest-w2a2", "--hidden", "128", "--directions", "2"]
 
 
 @pytest.mark.parametrize(
@@ -130,16 +130,20 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
 
 @pytest.mark.parametrize("way", ["none", "fsdp"])
 def test_a_run_is_exported(way, tmp_path):
-    """What the trainer leaves, of one process or many, by the command: with the loss of the run."""
+    """A run of one process or many is saved and exported by the commands, with the logits of the run."""
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from transformers import AutoModelForCausalLM
 
-    from fogzo_kernels.export.__main__ import main, read
+    from bench.evidence import save_run
+    from fogzo_kernels.export.__main__ import main
 
     options = ["--steps", "4", "--parallel", way]
     out = tmp_path / "run"
     assert (train(out, *options) if way == "none" else max(run(out, options))) == 0
-    assert main([str(out), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]) == 0
+    assert save_run.main([str(out), str(tmp_path / "saved")]) == 0
+    assert (
+        main([str(tmp_path / "saved"), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]) == 0
+    )
     tokens = torch.arange(20)[None]
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), tokens)
-    assert torch.equal(found, logits(read(out), tokens))
+    assert torch.equal(found, logits(save_run.read(out), tokens))

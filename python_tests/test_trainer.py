@@ -87,7 +87,7 @@ def by_hand(clip=1.0, size=8, micro=1, optimizer_of=adamw, lengths=(STEPS,)):
         parts = tokens.chunk(micro)
         for probe in fogzo.probes():
             with probe:
-                for part in probe.batches(parts):
+                for part in parts:
                     given = {"input_ids": part, "labels": part, "num_items_in_batch": count}
                     probe.backward(model(**given, use_cache=False).loss)  # as it does: of other strides
         losses.append(float(fogzo.estimate_()))

@@ -37,7 +37,7 @@ def test_gradients_of_0_are_looked_at_in_one_read(layers):
     fogzo.step(lambda: model(torch.ones(3, 4)).sum())
     model.zero_grad(set_to_none=False)
     with Counts() as seen:
-        fogzo._gradients.check_fresh([w.name for w in fogzo.weights])
+        fogzo._run.gradients.check_fresh([w.name for w in fogzo.weights])
     assert seen.calls["_local_scalar_dense"] == 1
     assert seen.calls["any"] == 1
 
@@ -93,7 +93,7 @@ def copies_of_each_step(rank):
     found = []
     for step in (0, 1, 2, 100):
         with Counts() as seen:
-            fogzo._peers.check(fogzo._settings, step, fogzo.weights)
+            fogzo._run.peers.check(fogzo.seed, fogzo._run.settings, step, fogzo.weights)
         found.append([seen.calls[name] for name in ("lift_fresh", "_to_copy", "_local_scalar_dense")])
     return found
 

@@ -72,9 +72,10 @@ class Result:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evidence.mlp", description=__doc__,
+        prog="python -m bench.evidence.mlp",
+        description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     sources = "mnist: 5,000 images; digits: scikit-learn's; an .npz with X and y; a folder of MNIST's IDX files"
     add("--data", default="mnist", help=sources)
@@ -157,9 +158,13 @@ def gradients(args: argparse.Namespace, job: Job, model: nn.Sequential) -> Calla
     if job.method == "spsa":  # beta = 0: no guide at all
         return Spsa(model, job.directions, job.seed).step
     fogzo = fk.Fogzo(
-        model, total_steps=args.steps, kappa=args.kappa, directions=job.directions, seed=job.seed,
+        model,
+        total_steps=args.steps,
+        kappa=args.kappa,
+        directions=job.directions,
+        seed=job.seed,
         backend=args.backend,
-    )  # fmt: skip
+    )
     return lambda x, y: fogzo.step(lambda: F.cross_entropy(model(x), y))
 
 
@@ -329,8 +334,11 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     data, jobs, where = load(args.data), jobs_of(args), machine(torch.device(args.device))
     count = min(args.workers, len(jobs))
-    print(f"{len(jobs)} runs of {args.steps} steps in {count} processes take about"
-          f" {minutes(args, data, jobs):.1f} minutes", flush=True)  # fmt: skip
+    print(
+        f"{len(jobs)} runs of {args.steps} steps in {count} processes take about"
+        f" {minutes(args, data, jobs):.1f} minutes",
+        flush=True,
+    )
     results = pool.run(
         functools.partial(train, args, data), jobs, args.steps, args.workers, ["bench.evidence.spsa"]
     )

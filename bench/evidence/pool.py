@@ -44,9 +44,12 @@ def one(train: Callable[[J, Callable[[], None]], R], queue: Any, job: J) -> R:
 
 
 def run(
-    train: Callable[[J, Callable[[], None]], R], jobs: Sequence[J], steps: int, workers: int | None,
+    train: Callable[[J, Callable[[], None]], R],
+    jobs: Sequence[J],
+    steps: int,
+    workers: int | None,
     preload: Sequence[str] = (),
-) -> list[R]:  # fmt: skip
+) -> list[R]:
     """The results of the jobs, in their order; the last jobs are begun first.
 
     Args:

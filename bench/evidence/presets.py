@@ -69,9 +69,10 @@ class Result:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evidence.presets", description=__doc__,
+        prog="python -m bench.evidence.presets",
+        description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     add("--rates", nargs="+", type=float, default=[3e-3, 8e-3], help="learning rates to choose from")

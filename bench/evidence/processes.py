@@ -106,8 +106,14 @@ class Processes:
 
     # ---- checkpoints: a folder for each, and a link to the last that is whole
 
-    def save(self, folder: Path, told: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer,
-             others: dict[str, Any]) -> None:  # fmt: skip
+    def save(
+        self,
+        folder: Path,
+        told: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        others: dict[str, Any],
+    ) -> None:
         """Write the checkpoint of a step, then let the link show it: there is the old one or the new, whole."""
         target = folder / f"{CHECKPOINT}-{told['step']}"
         if self.first:
@@ -131,8 +137,9 @@ class Processes:
         found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return found
 
-    def load(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
-             others: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    def load(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, Any]
+    ) -> dict[str, Any]:
         """The last checkpoint into the model and the optimizer; what it has of ``others``."""
         state = parts_of(model, optimizer, others)
         dcp.load(state, checkpoint_id=folder / CHECKPOINT)

@@ -1,9 +1,8 @@
 """Compare estimators by what they train: at equal steps and at equal time, each with settings of its own.
 
 Each method of a task and a preset first tries the same number of settings, on two seeds that are not used
-again: STE six learning rates, FOGZO three and two kappas, which of ``small`` are smaller ones, and with
-``+pull`` three rates and two strengths of GridPull, from 0 up in the second half of the steps. The best by
-mean validation loss is then run on fresh seeds. ``ste, as long`` is STE with so many more steps that it takes
+again: STE six learning rates, FOGZO three and two kappas, which of ``small`` are smaller ones. The best by mean
+validation loss is then run on fresh seeds. ``ste, as long`` is STE with so many more steps that it takes
 FOGZO's time, its schedule stretched. Results are means and standard errors. A cell where nearly all codes
 start at 0 is marked: STE cannot move there, and any noise looks good. Batches are the same for all methods of
 a seed. What was measured is kept after each set of runs, and not run again: with ``--first-seed`` the same
@@ -39,22 +38,17 @@ PRESETS: dict[str, tuple[fk.Quantizer, fk.Quantizer | None]] = {
     "quest": (fk.presets.quest(2, block=64), None),
     "quest-w2a2": (fk.presets.quest(2, block=64), fk.presets.quest(2, block=64)),
 }
-#: Options of Fogzo by method; those named after it pull to the grid, too.
+#: Options of Fogzo by method; None without it.
 METHODS: dict[str, dict[str, Any] | None] = {
     "ste": None,
-    "ste+pull": None,
     "fogzo": {},
-    "forward": {"difference": "forward"},
     "late": {"start": 0.7},
-    "fogzo+pull": {},
     "small": {},
 }
-Trial = tuple[float, float | None, float | None]  # rate, kappa, strength of the pull
+Trial = tuple[float, float | None]  # rate, kappa
 #: Of a method that has others than the arguments: with hardly any noise STE's rates do.
 OWN_TRIALS: dict[str, list[Trial]] = {
-    "small": [(rate, kappa, None) for rate in (3e-3, 1.2e-2, 4.8e-2) for kappa in (1e-3, 1e-2)],
-    "ste+pull": [(rate, None, pull) for rate in (1.5e-3, 3e-3, 6e-3) for pull in (1.0, 10.0)],
-    "fogzo+pull": [(rate, 0.1, pull) for rate in (1.5e-3, 4e-3, 1e-2) for pull in (1.0, 10.0)],
+    "small": [(rate, kappa) for rate in (3e-3, 1.2e-2, 4.8e-2) for kappa in (1e-3, 1e-2)],
 }
 LONGER = "ste, as long"
 SEARCH_SEEDS = (1000, 1001)
@@ -74,7 +68,6 @@ class Job:
     kappa: float | None
     seed: int
     steps: int
-    pull: float | None = None
 
 
 @dataclass
@@ -127,11 +120,8 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
     groups = fk.parameter_groups(model, weight_decay=DECAY, alpha_lr=0.1 * job.rate)
     optimizer = fk.AdamW(groups, lr=job.rate, betas=(0.9, 0.95), fogzo=fogzo)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pool.rate_at(step, job.steps, WARM_UP))
-    pull = fk.GridPull(model, optimizer, 0.0) if job.pull is not None else None
     losses, start = [], time.process_time()
     for step in range(job.steps):
-        if pull is not None:
-            pull.strength = job.pull * max(2 * step / job.steps - 1, 0.0)
         optimizer.zero_grad()
         if fogzo is None:
             loss = task.loss(model, job.seed, step)
@@ -167,14 +157,14 @@ def trials_of(args: argparse.Namespace, method: str) -> list[Trial]:
     if method in OWN_TRIALS:
         return OWN_TRIALS[method]
     if METHODS[method] is None:
-        return [(rate, None, None) for rate in args.rates]
-    return [(rate, kappa, None) for rate in args.fogzo_rates for kappa in args.kappas]
+        return [(rate, None) for rate in args.rates]
+    return [(rate, kappa) for rate in args.fogzo_rates for kappa in args.kappas]
 
 
 def best_of(results: Sequence[Result]) -> Job:
     """A job of the settings with the least mean validation loss; one that has diverged is the worst."""
-    jobs = {(r.job.rate, r.job.kappa, r.job.pull): r.job for r in reversed(results)}  # the first of each
-    return jobs[pool.best_of(((r.job.rate, r.job.kappa, r.job.pull), r.loss) for r in results)]
+    jobs = {(r.job.rate, r.job.kappa): r.job for r in reversed(results)}  # the first of each
+    return jobs[pool.best_of(((r.job.rate, r.job.kappa), r.loss) for r in results)]
 
 
 def cell(
@@ -182,9 +172,9 @@ def cell(
 ) -> list[Result]:
     """All methods of a task and a preset: the search, then fresh seeds, then STE for the time of the others."""
     jobs = [
-        Job(task, preset, method, rate, kappa, seed, args.search_steps or args.steps, pull)
+        Job(task, preset, method, rate, kappa, seed, args.search_steps or args.steps)
         for method in args.methods
-        for rate, kappa, pull in trials_of(args, method)
+        for rate, kappa in trials_of(args, method)
         for seed in SEARCH_SEEDS
     ]
     found = run(jobs)
@@ -222,15 +212,15 @@ def rows_of(results: Sequence[Result], steps: int) -> dict[tuple[str, str, str],
 def table(results: Sequence[Result], steps: int) -> str:
     """Markdown."""
     lines = [
-        "| task | weights | method | rate | kappa | pull | validation loss | accuracy, % | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | weights | method | rate | kappa | validation loss | accuracy, % | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (task, preset, name), runs in rows_of(results, steps).items():
         job, mark = runs[0].job, " (codes start at 0)" * (runs[0].alive < DEAD)
         accuracies = [100 * r.accuracy for r in runs if r.accuracy is not None]
         cells = [
             task, preset + mark, name, f"{job.rate:g}",
-            *("" if x is None else f"{x:g}" for x in (job.kappa, job.pull)),
+            "" if job.kappa is None else f"{job.kappa:g}",
             pool.plus_minus([r.loss for r in runs], 4), pool.plus_minus(accuracies, 2) if accuracies else "",
             f"{statistics.mean(r.seconds for r in runs):.0f}",
         ]  # fmt: skip

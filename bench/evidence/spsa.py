@@ -48,9 +48,15 @@ class Spsa:
                 probes = [w.new_empty(2, count, *w.shape) for w in latents]
                 for i in range(count):
                     fk.perturb_quantize_(
-                        [p[0, i] for p in probes], [p[1, i] for p in probes], latents, grads, alphas, norm,
-                        direction=first + i, **how,
-                    )  # fmt: skip
+                        [p[0, i] for p in probes],
+                        [p[1, i] for p in probes],
+                        latents,
+                        grads,
+                        alphas,
+                        norm,
+                        direction=first + i,
+                        **how,
+                    )
                 found = self.losses([p.flatten(0, 1) for p in probes], x, y)
                 losses[:, first : first + count] = found.view(2, count)
             fk.estimate_gradient_(grads, losses[0], losses[1], alphas, norm, **how)  # type: ignore[arg-type]

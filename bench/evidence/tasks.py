@@ -91,20 +91,35 @@ def of_images(make: Callable[[], nn.Module], skip: tuple[str, ...], rows: int) -
 def deit(hidden: int, layers: int) -> nn.Module:
     from transformers import DeiTConfig, DeiTForImageClassification
 
-    return DeiTForImageClassification(DeiTConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=max(hidden // 32, 1),
-        intermediate_size=2 * hidden, image_size=28, patch_size=7, num_channels=1, num_labels=10,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    ))  # fmt: skip
+    return DeiTForImageClassification(
+        DeiTConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=max(hidden // 32, 1),
+            intermediate_size=2 * hidden,
+            image_size=28,
+            patch_size=7,
+            num_channels=1,
+            num_labels=10,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
 
 
 def resnet(widths: tuple[int, ...]) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return ResNetForImageClassification(ResNetConfig(
-        num_channels=1, embedding_size=widths[0], hidden_sizes=list(widths), depths=[1] * len(widths),
-        layer_type="basic", num_labels=10,
-    ))  # fmt: skip
+    return ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1,
+            embedding_size=widths[0],
+            hidden_sizes=list(widths),
+            depths=[1] * len(widths),
+            layer_type="basic",
+            num_labels=10,
+        )
+    )
 
 
 TASKS = {

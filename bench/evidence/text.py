@@ -82,8 +82,17 @@ def llama(hidden: int, layers: int, context: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = max(hidden // 64, 1)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=BYTES, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context,
-        bos_token_id=0, eos_token_id=0, use_cache=False,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=BYTES,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=context,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
+    )

@@ -68,8 +68,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise-schedule", default="linear", choices=["linear", "constant"], help="of 1 - beta")
     add("--start", type=float, default=0.0, help="share of the steps before FOGZO begins")
     add("--every", type=int, default=1, help="FOGZO in every k-th step")
-    add("--difference", default="central", choices=["central", "forward"])
-    add("--probe-share", type=float, default=1.0, help="of the micro-batches")
     add("--directions", type=int, default=1)
     add("--hidden", type=int, default=192, help="width, of QuEST a multiple of 128")
     add("--layers", type=int, default=3)
@@ -205,8 +203,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Run:
         fogzo = fk.Fogzo(
             model, total_steps=args.steps, kappa=args.kappa, schedule=args.noise_schedule,
             start=1.0 if plain else args.start,
-            every=args.every, difference=args.difference, probe_share=args.probe_share,
-            directions=args.directions, seed=args.seed,
+            every=args.every, directions=args.directions, seed=args.seed,
         )  # fmt: skip
     groups = fk.parameter_groups(model, weight_decay=args.weight_decay, alpha_lr=args.alpha_rate * args.rate)
     masters = args.dtype != "fp32"
@@ -244,7 +241,7 @@ def take_step(run: Run) -> Tensor:
     else:
         for probe in run.fogzo.probes():
             with probe:
-                for rows in probe.batches(parts):
+                for rows in parts:
                     probe.backward(run.model(rows, labels=rows).loss / count)
     if args.clip:
         if run.fogzo is not None:

@@ -16,6 +16,7 @@ import bench.gpu
 from ..lost import told
 from .session import FILES, ROOT, Session
 from .stages import STAGES, NoGpuError
+from .summary import summary
 
 BUDGET = 540.0
 NO_GPU = (
@@ -26,13 +27,18 @@ NO_GPU = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=bench.gpu.__doc__,
+        prog="python -m bench.gpu",
+        description=bench.gpu.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--results", type=Path, help="folder, by default bench/results/gpu; of a dry run, a new one")
-    add("--budget", type=float, default=os.environ.get("BUDGET") or BUDGET,
-        help="seconds in all, by default the variable BUDGET, or 540")  # fmt: skip
+    add(
+        "--budget",
+        type=float,
+        default=os.environ.get("BUDGET") or BUDGET,
+        help="seconds in all, by default the variable BUDGET, or 540",
+    )
     add("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     add("--dry-run", action="store_true", help="every stage on the CPU, on small operands")
     return parser.parse_args(argv)
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     results.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         (results / file).unlink(missing_ok=True)
-    session = Session(results, args.budget, args.dry_run)
+    session = Session(results, args.budget, summary, args.dry_run)
     # a signal that this process ignores, as in the background of a shell, every child would ignore, too
     handlers = {
         signal.SIGTERM: lambda *_: sys.exit(128 + signal.SIGTERM),

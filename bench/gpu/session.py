@@ -49,6 +49,7 @@ class Session:
 
     results: Path
     budget: float
+    summary: Callable[[Session], str]
     dry: bool = False
     start: float = field(default_factory=time.monotonic)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -73,10 +74,8 @@ class Session:
 
     def write(self) -> None:
         """The summary."""
-        from .summary import summary
-
         with self.lock:
-            (self.results / "summary.md").write_text(summary(self))
+            (self.results / "summary.md").write_text(self.summary(self))
 
     def say(self, log: str, stage: str, line: str) -> None:
         """A line, into the log and on the screen."""
@@ -93,8 +92,11 @@ class Session:
     def shown(self, text: str) -> str:
         """Without the folders of this machine."""
         for path, name in (
-            (sys.executable, "python"), (self.results, "results"), (ROOT, "."), (sys.prefix, "..."),
-        ):  # fmt: skip
+            (sys.executable, "python"),
+            (self.results, "results"),
+            (ROOT, "."),
+            (sys.prefix, "..."),
+        ):
             text = text.replace(str(path), name)
         return text
 
@@ -118,9 +120,14 @@ class Session:
         return found
 
     def run(
-        self, stage: str, command: Sequence[str], limit: float, log: str = "log.txt", gently: bool = False,
+        self,
+        stage: str,
+        command: Sequence[str],
+        limit: float,
+        log: str = "log.txt",
+        gently: bool = False,
         **environment: str,
-    ) -> Ended:  # fmt: skip
+    ) -> Ended:
         """Run in a process group of its own. The limit ends the whole group.
 
         Args:
@@ -130,10 +137,16 @@ class Session:
         self.say(log, stage, self.shown(f"$ {' '.join(command)}"))
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, env={**self.environment(), **environment}, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, text=True,
+                command,
+                cwd=ROOT,
+                env={**self.environment(), **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                text=True,
                 errors="replace",
-            )  # fmt: skip
+            )
         except OSError as error:
             self.say(log, stage, str(error))
             return Ended(127, str(error), 0.0)
@@ -164,9 +177,14 @@ class Session:
         return Ended(status, "".join(lines), time.monotonic() - start)
 
     def stage(
-        self, name: str, command: Sequence[str], limit: float, log: str = "log.txt",
-        note: Callable[[str], str] = lambda _: "", **environment: str,
-    ) -> Ended:  # fmt: skip
+        self,
+        name: str,
+        command: Sequence[str],
+        limit: float,
+        log: str = "log.txt",
+        note: Callable[[str], str] = lambda _: "",
+        **environment: str,
+    ) -> Ended:
         """Run a command that passes with exit status 0."""
         limit = min(limit, self.left())
         if limit < 5:

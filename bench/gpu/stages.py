@@ -26,7 +26,7 @@ RESTARTS = 12  # of one stage, after what ended its process
 #: A LLaMA of 31 M quantized weights, 8,192 tokens in 4 micro-batches.
 STEP = (
     "--model", "llama", "--hidden", "512", "--layers", "12", "--rows", "16", "--context", "512", "--dtype",
-    "bf16", "--turns", "12", "--methods", "fogzo", "one-by-one", "forward", "forward-half", "eager",
+    "bf16", "--turns", "12", "--methods", "fogzo", "every-4", "eager",
 )  # fmt: skip
 SMALL_STEP = (
     "--model", "mlp", "--hidden", "16", "--layers", "1", "--rows", "8", "--turns", "4", "--methods", "fogzo",
@@ -153,9 +153,20 @@ def kernels(session: Session, name: str, backend: str, limit: float, arguments: 
         if end - time.time() < 5:
             break
         command = session.module(
-            "bench.kernels", "--backend", backend, *session.device, *arguments, *small, "--json", str(path),
-            "--resume", "--until", f"{end - OVERRUN:.0f}", "--budget", "inf",
-        )  # fmt: skip
+            "bench.kernels",
+            "--backend",
+            backend,
+            *session.device,
+            *arguments,
+            *small,
+            "--json",
+            str(path),
+            "--resume",
+            "--until",
+            f"{end - OVERRUN:.0f}",
+            "--budget",
+            "inf",
+        )
         found = session.run(name, command, end - time.time())
         seconds += found.seconds
         if not (found.status == LOST or (found.status not in (0, TIMEOUT) and begun(session))):
@@ -201,9 +212,13 @@ def step(session: Session, limit: float) -> None:
         if end - time.monotonic() < 5:
             break
         command = session.module(
-            "bench.step", *session.device, *(SMALL_STEP if session.dry else STEP), "--json",
-            str(session.results / "step.json"), "--resume",
-        )  # fmt: skip
+            "bench.step",
+            *session.device,
+            *(SMALL_STEP if session.dry else STEP),
+            "--json",
+            str(session.results / "step.json"),
+            "--resume",
+        )
         found = session.run("step", command, end - time.monotonic())
         seconds += found.seconds
         if found.status != LOST:

@@ -104,8 +104,10 @@ def summary(session: Session) -> str:
     lines += table(["stage", "outcome", "seconds", "note"], states)
     spent = f"{session.budget - session.left():.0f} s of {session.budget:.0f}"
     lines += ["", f"{spent}: {session.under_way or 'nothing'} is under way.", ""]
-    profiled = [[kernel, *(metrics.get(one, "") for one in METRICS)]
-                for kernel, metrics in profiles(session.texts.get("ncu", ""))]  # fmt: skip
+    profiled = [
+        [kernel, *(metrics.get(one, "") for one in METRICS)]
+        for kernel, metrics in profiles(session.texts.get("ncu", ""))
+    ]
     for title, body in (
         ("Ops that differ from the reference", of_ops(session)),
         ("Kernels", of_kernels(session)),

@@ -11,12 +11,19 @@ SECTIONS = (
     "WarpStateStats", "Occupancy", "LaunchStats",
 )  # fmt: skip
 REFUSED = (
-    "Device not supported", "ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded",
-)  # fmt: skip
+    "Device not supported",
+    "ERR_NVGPUCTRPERM",
+    "Failed to initialize the profiler",
+    "LibraryNotLoaded",
+)
 #: ncu's metrics that the summary shows, as it calls them.
 METRICS = (
-    "Duration", "DRAM Throughput", "Compute (SM) Throughput", "Registers Per Thread", "Achieved Occupancy",
-)  # fmt: skip
+    "Duration",
+    "DRAM Throughput",
+    "Compute (SM) Throughput",
+    "Registers Per Thread",
+    "Achieved Occupancy",
+)
 
 
 def verdict(status: int, text: str, seconds: float, proof: str) -> tuple[str, float, str]:

@@ -52,9 +52,10 @@ def wanted(variant: Variant, args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.sass", description=bench.sass.__doc__,
+        prog="python -m bench.sass",
+        description=bench.sass.__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities times ten")
     parser.add_argument("--backend", nargs="+", default=BACKENDS, choices=BACKENDS, help="whose kernels")
     parser.add_argument("--only", nargs="+", default=(), help="words of a variant's name, all of them")

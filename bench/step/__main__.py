@@ -36,9 +36,10 @@ HELP = {
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.step", description=bench.step.__doc__,
+        prog="python -m bench.step",
+        description=bench.step.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     for name, (kind, default) in AXES.items():
         choices = SHAPES if name == "model" else None

@@ -54,9 +54,13 @@ def rounded(turns: int) -> int:
 
 
 def measured(
-    setting: Setting, methods: Sequence[str], turns: int, failed: dict[str, str],
-    advance: Callable[[list[Row]], Any], traffic: bool = True,
-) -> list[Row]:  # fmt: skip
+    setting: Setting,
+    methods: Sequence[str],
+    turns: int,
+    failed: dict[str, str],
+    advance: Callable[[list[Row]], Any],
+    traffic: bool = True,
+) -> list[Row]:
     """A row for each method, STE's first.
 
     Args:

@@ -18,10 +18,6 @@ from .models import Setting, Task
 #: Options of Fogzo by method; STE has none.
 FOGZO: dict[str, dict[str, Any]] = {
     "fogzo": {},
-    "one-by-one": {"both_probes": False},
-    "forward": {"difference": "forward"},
-    "half": {"probe_share": 0.5},
-    "forward-half": {"difference": "forward", "probe_share": 0.5},
     "every-4": {"every": 4},
 }
 PEERS = ("eager", "compile", "mezo")
@@ -88,7 +84,7 @@ def method_of(name: str, task: Task, setting: Setting) -> Step:
         optimizer.zero_grad()
         for probe in fogzo.probes():
             with probe:
-                for x, y in probe.batches(task.batches):
+                for x, y in task.batches:
                     clock.timed(lambda x=x, y=y, p=probe: p.backward(task.loss_of(run, x, y) * scale))
         optimizer.step()
 

@@ -87,9 +87,11 @@ def traffic_of(step: Step, device: torch.device, steps: int) -> Traffic:
         for _ in range(steps):
             step(clock)
     return Traffic(
-        calls=found.calls / steps, bytes=found.bytes / steps, bytes_in_passes=found.bytes_in_passes / steps,
+        calls=found.calls / steps,
+        bytes=found.bytes / steps,
+        bytes_in_passes=found.bytes_in_passes / steps,
         seconds={name: seconds / steps for name, seconds in found.seconds.items()},
-    )  # fmt: skip
+    )
 
 
 def launches_of(step: Step, device: torch.device) -> int | None:

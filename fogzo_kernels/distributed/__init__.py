@@ -1,7 +1,7 @@
-"""Models over several processes: FSDP2, tensor parallelism, and the group that trains together."""
+"""What several processes do to train one model: FSDP2, tensor parallelism, reductions and checks."""
 
-from ..nn.view import Distributed, register
+from ..nn.view import HANDLERS
 from .fsdp import begin_anew, shard
-from .tensor_parallel import Part
+from .tensor_parallel import CutWeight
 
-register(Distributed(shard, Part.of, begin_anew))
+HANDLERS.shard, HANDLERS.cut, HANDLERS.begin_anew = shard, CutWeight, begin_anew

@@ -4,53 +4,70 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import dequantize, measure_alphas_, quantize_
+from ..functional import dequantize, quantize_
 from ..nn.module import QuantizedModule
 from ..nn.pass_weight import PassWeight
-from ..nn.view import DTensor, FSDPModule, Placement, local
-from ..nn.weight import hold_alphas, rotated_rows
+from ..nn.view import DTensor, FSDPModule, Part, Placement, local, place
+from ..nn.weight import hold_alphas, measure_
 from ..spec.scale import LearnedScale, MeasuredScale
-from . import packing
+from .packing import code_bits, pack_codes, unpack_codes
 
 if dist.is_available():
     from torch.distributed.tensor import Replicate, Shard
 else:  # a build of PyTorch without it
     Replicate = Shard = ()  # type: ignore[assignment,misc]
 
-#: What FSDP looks for on the local part of a parameter: its own hook around the gathering of it.
+#: FSDP looks for these on the local part of a parameter, and calls them around the gathering of it.
 HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
 
 
 class ShardedRows(Placement):
-    """The rows of a weight that this process holds, and what FSDP gathers in their place.
+    """Knows the rows of a weight that this process has, and gives FSDP codes to gather in their place.
 
-    FSDP asks the local tensor for what to send, and hands over what came: codes, of which the whole weight's
-    values are made, in the dtype that its policy says. In a pass of FOGZO they are what the pass runs with,
-    else those of Q(weight). Latents are never sent.
+    FSDP asks the local tensor for what to send, and hands over what came. These are codes; the values of the
+    whole weight are made of them, in the dtype of FSDP's policy. In a pass of FOGZO they are the codes that the
+    pass runs with, else the codes of Q(weight). Latents are never sent.
+
+    Attributes:
+        size: how many processes have rows.
+        most: how many rows the first process has, the most of all.
     """
 
     is_whole, sends_codes = False, True
 
     def __init__(self, module: QuantizedModule, weight: DTensor) -> None:
         self.weight = weight
-        self._module = weakref.ref(module)  # one of those that have the weight, which all quantize alike
-        self._held: Tensor | None = None  # packed codes of a pass
-        self.in_pass = False
+        self._module = weakref.ref(module)  # any of the modules that share the weight: all quantize alike
+        self._packed: Tensor | None = None  # codes of a pass
+        spread = [i for i, p in enumerate(weight.placements) if isinstance(p, Shard)]
+        self._dimension = spread[0] if spread else 0  # of the mesh
+        self.size = weight.device_mesh.size(self._dimension)
+        self.most = -(-weight.shape[0] // self.size)
 
     @property
     def module(self) -> QuantizedModule:
-        found = self._module()
-        assert found is not None
-        return found
+        module = self._module()
+        assert module is not None
+        return module
 
-    # ---- where the rows lie in the weight
+    @property
+    def part(self) -> Part:
+        return part_of(self.weight, 0, self._dimension)
+
+    @property
+    def bits(self) -> int:
+        """Returns in how many bits a code is sent: 1, 2, 4 or 8, so that no code lies in two bytes."""
+        return 1 << (code_bits(self.module.quantizer.grid) - 1).bit_length()
+
+    # ---- which rows they are
 
     def check(self, name: str) -> None:
         cut = [p for p in self.weight.placements if not isinstance(p, Replicate)]
@@ -63,93 +80,42 @@ class ShardedRows(Placement):
         if local(self.weight).device.type != self.weight.device_mesh.device_type:
             raise ValueError(f"{name} must not be offloaded, got it on {local(self.weight).device}")
 
-    @property
-    def dimension(self) -> int:
-        """Of the mesh, that over which the rows are spread."""
-        return next(i for i, p in enumerate(self.weight.placements) if isinstance(p, Shard))
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The processes that have other rows of the weight."""
-        return self.weight.device_mesh.get_group(self.dimension)
-
-    @property
-    def size(self) -> int:
-        """How many processes they are."""
-        return self.weight.device_mesh.size(self.dimension)
-
-    @property
-    def most(self) -> int:
-        """Rows of the first process, the most that one has."""
-        return -(-self.weight.shape[0] // self.size)
-
-    @property
-    def first(self) -> int:
-        """The place of the first row of this process."""
-        return self.weight.device_mesh.get_local_rank(self.dimension) * self.most
-
-    def own(self, tensor: Tensor) -> Tensor:
-        """Of a tensor with one element, or something for each row of the weight, what belongs to these rows."""
-        if tensor.numel() == 1:
-            return tensor
-        return tensor[self.first : self.first + local(self.weight).shape[0]]
-
-    def put(self, tensor: Tensor, own: Tensor) -> None:
-        """Write what belongs to these rows."""
-        self.own(tensor).copy_(own)
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        """Where the rows lie among the weight's elements (docs/contract.md, section 2)."""
-        count = self.weight.shape[1:].numel()
-        own = max(local(self.weight).numel(), 1)
-        return min(self.first * count, self.weight.numel()), own, own
-
-    def own_row(self, row: int) -> int | None:
-        return row - self.first if 0 <= row - self.first < local(self.weight).shape[0] else None
-
     # ---- what is gathered
 
-    def hold(self, modules: list[QuantizedModule], held: PassWeight | None) -> None:
-        if held is not None:
-            shard(self.module)  # FSDP may have filled up a shard anew since
-        self._held, self.in_pass = None if held is None else self._sent(held.rows), held is not None
+    def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
+        if pass_weight is not None:
+            place(self.module)  # FSDP may have filled up a shard anew since
+        self._packed = None if pass_weight is None else self._sent(pass_weight.rows)
 
     def _sent(self, codes: Tensor) -> Tensor:
-        """Packed codes, as many as the first process has: what is gathered is of one size."""
-        missing = self.most - codes.shape[0]
-        return packing.pack(F.pad(codes, (0, 0, 0, missing)).contiguous(), self.module.quantizer.grid)
+        """Packs codes, as many as the first process has. FSDP gathers the same size of all processes."""
+        padded = F.pad(codes, (0, 0, 0, self.most - codes.shape[0]))
+        return pack_codes(padded.flatten(), self.module.quantizer.grid, self.bits)
 
     @torch.no_grad()
-    def codes(self) -> Tensor:
-        """The int8 codes of Q of these rows, as they are outside a pass."""
+    def _codes(self) -> Tensor:
+        """Returns the int8 codes of Q of these rows."""
         module = self.module
         rows, how = module.rows(local(self.weight)), module.quantizer
         if isinstance(how.scale, LearnedScale):
             hold_alphas([module], ("alpha",))
         measure_sharded_([module], module.backend)
-        out = torch.empty_like(rows, dtype=torch.int8)
-        quantize_(
-            out, rows.detach(), self.own(module.alpha.detach()), grid=how.grid, transform=how.transform,
-            backend=module.backend,
-        )  # fmt: skip
+        out, alpha = torch.empty_like(rows, dtype=torch.int8), self.part.own(module.alpha.detach())
+        quantize_(out, rows.detach(), alpha, grid=how.grid, transform=how.transform, backend=module.backend)
         return out
 
     def fsdp_pre_all_gather(self, mesh: object) -> tuple[tuple[Tensor], None]:
-        """What FSDP is to send for these rows.
-
-        With this signature it lets all processes send one size, and does not ask for that of the rows.
-        """
-        return (self._sent(self.codes()) if self._held is None else self._held,), None
+        """Returns what FSDP is to send. With this signature FSDP lets all processes send the same size."""
+        return (self._sent(self._codes()) if self._packed is None else self._packed,), None
 
     @torch.no_grad()
     def fsdp_post_all_gather(
         self, sent: tuple[Tensor], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor]] | None:
-        """The whole weight's values of what all have sent."""
+        """Makes the whole weight's values of what all processes have sent."""
         module, grid = self.module, self.module.quantizer.grid
         count = self.weight.shape[1:].numel()
-        codes = packing.unpack(sent[0].view(self.size, -1), self.most * count, grid)
+        codes = unpack_codes(sent[0].view(self.size, -1), self.most * count, grid, self.bits)
         rows = codes.reshape(-1, count)[: self.weight.shape[0]]
         values = module.shaped(dequantize(rows, module.alpha.detach(), grid=grid, dtype=dtype)).contiguous()
         if out is None:
@@ -158,15 +124,13 @@ class ShardedRows(Placement):
             local(out).copy_(values)
         return None
 
-    # ---- what modules run with
-
     def rows(self, module: QuantizedModule) -> Tensor:
-        """Rows of what was gathered: those of the pass, with a gradient dL/dQ in the gradient pass.
+        """Returns the gathered values; in the gradient pass they have a gradient, dL/dQ.
 
         Raises:
-            RuntimeError: nothing was gathered.
+            RuntimeError: nothing was gathered, or FSDP's shard is another tensor than the one with the hooks.
         """
-        weight = module.weight
+        weight = module.latent
         if isinstance(weight, DTensor):
             raise RuntimeError(
                 "weight must be gathered before it is used: run the forward of the module that fully_shard was"
@@ -178,14 +142,74 @@ class ShardedRows(Placement):
                 " that was made anew since: quantize or load the model again after it was moved"
             )
         rows = module.rows(weight)
-        if self.in_pass or not (weight.requires_grad and torch.is_grad_enabled()):
+        if self._packed is not None or not (weight.requires_grad and torch.is_grad_enabled()):
             return rows
-        outside: Tensor = OutsideOfPass.apply(rows)
-        return outside
+        refusing: Tensor = RefuseBackward.apply(rows)
+        return refusing
+
+    # ---- measured alphas
+
+    def measured(self, module: QuantizedModule, backend: str | None) -> Tensor:
+        """Measures alphas of these rows, padded to as many as the first process has; or their one statistic."""
+        rows, scale = module.rows(local(self.weight).detach()), module.quantizer.scale
+        assert isinstance(scale, MeasuredScale)
+        if module.alpha.numel() == 1:
+            scale = replace(scale, factor=1.0, add=0.0, least=0.0)
+            out = own = torch.zeros_like(module.alpha)
+        else:
+            out = module.alpha.new_zeros(self.most, *module.alpha.shape[1:])
+            own = out[: len(rows)]
+        measure_([own], [rows], scale, module.quantizer.transform, backend)
+        return out
+
+    def combined(self, scale: MeasuredScale, statistics: Tensor) -> Tensor:
+        """Makes alpha of the statistics of all processes' rows."""
+        if scale.statistic == "absmax":
+            whole = statistics.amax()
+        else:
+            power, rows = 2 if scale.statistic == "rms" else 1, self.weight.shape[0]
+            counts = [max(min(self.most, rows - i * self.most), 0) for i in range(self.size)]
+            shares = torch.tensor(counts, dtype=torch.float64, device=statistics.device) / rows
+            whole = (statistics.double() ** power * shares).sum() ** (1 / power)
+        return torch.clamp(scale.factor * (whole.float() + scale.add), min=scale.least)
 
 
-class OutsideOfPass(torch.autograd.Function):
-    """The identity, without a gradient: h' is applied at the end of FOGZO's gradient pass only."""
+def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) -> None:
+    """Write the alphas that scales measure, of modules whose weights are sharded: one exchange for all.
+
+    Alphas of rows and groups have the bits of one process. So has an alpha of a whole weight by absmax; by
+    other statistics it differs by rounding.
+    """
+    plan = [
+        (m, m.placement, m.quantizer.scale)
+        for m in modules
+        if isinstance(m.quantizer.scale, MeasuredScale) and isinstance(m.placement, ShardedRows)
+    ]
+    if not plan:
+        return
+    own = [rows.measured(m, backend) for m, rows, _ in plan]
+    sent, first = torch.cat([alphas.view(-1) for alphas in own]), plan[0][1]
+    came = sent.new_empty(first.size, sent.numel())
+    dist.all_gather(list(came.unbind()), sent, group=first.part.group)
+    parts = came.split([alphas.numel() for alphas in own], dim=1)
+    for (m, rows, scale), every in zip(plan, parts, strict=True):
+        if m.alpha.numel() == 1:
+            m.alpha.fill_(rows.combined(scale, every.view(-1)))
+        else:
+            m.alpha.copy_(every.reshape(-1, *m.alpha.shape[1:])[: m.alpha.shape[0]])
+
+
+def part_of(weight: DTensor, dim: int, dimension: int) -> Part:
+    """Returns the part that this process has of a weight, cut along ``dim`` over a dimension of its mesh."""
+    mesh, length = weight.device_mesh, weight.shape[dim]
+    most = -(-length // mesh.size(dimension))
+    first = min(mesh.get_local_rank(dimension) * most, length)
+    shape = weight.shape[0], weight.shape[1:].numel()
+    return Part(dim, first, local(weight).shape[dim], shape, mesh.get_group(dimension))
+
+
+class RefuseBackward(torch.autograd.Function):
+    """Returns its argument, and refuses a gradient: h' is applied at the end of FOGZO's gradient pass only."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -201,12 +225,10 @@ class OutsideOfPass(torch.autograd.Function):
 
 
 def shard(module: QuantizedModule) -> None:
-    """Let FSDP gather codes of a module's weight, where it has sharded it."""
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, DTensor):
-        return
-    rows = getattr(local(weight), HOOKS[0], None)
-    rows = rows.__self__ if rows is not None else ShardedRows(module, weight)
+    """Let FSDP gather codes of a module's weight, which it has sharded."""
+    weight = cast("DTensor", module.latent)
+    hook = getattr(local(weight), HOOKS[0], None)
+    rows = ShardedRows(module, weight) if hook is None else hook.__self__
     for name in HOOKS:
         setattr(local(weight), name, getattr(rows, name))
     object.__setattr__(module, "placement", rows)
@@ -214,76 +236,18 @@ def shard(module: QuantizedModule) -> None:
 
 def begin_anew(model: nn.Module) -> None:
     """Let FSDP see the hooks of weights that were quantized after it had sharded them."""
-    for module in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [state._fsdp_param_group] if groups is None else groups:
             for parameter in group.fsdp_params if group is not None else ():
                 info = parameter._module_info
                 owners = [m for m in (info.module, *info.shared_modules) if isinstance(m, QuantizedModule)]
-                for owner in owners if info.param_name == "weight" else ():
-                    shard(owner)
+                for owner in [m for m in owners if info.param_name == m.PARAMETER]:
+                    place(owner)
                 if owners and hasattr(local(parameter.sharded_param), HOOKS[0]):
                     parameter._init_extensions()
                     parameter.all_gather_outputs = []
                     parameter.__dict__.pop("_unsharded_param", None)
-
-
-# ---- alphas that are measured
-
-
-def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) -> None:
-    """Write the alphas that scales measure, of modules whose weights are sharded: one exchange for all.
-
-    Those of rows and groups have the bits of one process; of a whole weight, absmax has, and the others are
-    within rounding.
-    """
-    asked = [m for m in modules if isinstance(m.quantizer.scale, MeasuredScale)]
-    found = [_measured(m, backend) for m in asked]
-    if not asked:
-        return
-    sent = torch.cat([own.view(-1) for own in found])
-    rows = asked[0].placement
-    assert isinstance(rows, ShardedRows)
-    came = sent.new_empty(rows.size, sent.numel())
-    dist.all_gather(list(came.unbind()), sent, group=rows.group)
-    for m, all_own in zip(asked, came.split([own.numel() for own in found], dim=1), strict=True):
-        if m.alpha.numel() == 1:
-            m.alpha.fill_(_combined(m, all_own.view(-1)))
-        else:
-            m.alpha.copy_(all_own.reshape(-1, *m.alpha.shape[1:])[: m.alpha.shape[0]])
-
-
-def _measured(module: QuantizedModule, backend: str | None) -> Tensor:
-    """Of one's own rows: alphas, for as many rows as the first process has; or the statistic of all."""
-    scale, rows, alpha = module.quantizer.scale, module.placement, module.alpha
-    assert isinstance(scale, MeasuredScale)
-    assert isinstance(rows, ShardedRows)
-    data = module.rows(local(rows.weight).detach())
-    if scale.statistic != "rms":
-        (data,) = rotated_rows([data], module.quantizer.transform, backend)
-    if alpha.numel() == 1:
-        out = torch.zeros_like(alpha)
-        measure_alphas_(out, data, statistic=scale.statistic, backend=backend)
-        return out
-    out = alpha.new_zeros(rows.most, *alpha.shape[1:])
-    measure_alphas_(
-        out[: data.shape[0]], data, statistic=scale.statistic, factor=scale.factor, add=scale.add,
-        least=scale.least, backend=backend,
-    )  # fmt: skip
-    return out
-
-
-def _combined(module: QuantizedModule, statistics: Tensor) -> Tensor:
-    """Alpha of the statistics of all processes' rows."""
-    scale, rows = module.quantizer.scale, module.placement
-    assert isinstance(scale, MeasuredScale)
-    assert isinstance(rows, ShardedRows)
-    if scale.statistic == "absmax":
-        whole = statistics.amax()
-    else:
-        power = 2 if scale.statistic == "rms" else 1
-        counts = [max(min(rows.most, rows.weight.shape[0] - i * rows.most), 0) for i in range(rows.size)]
-        shares = torch.tensor(counts, dtype=torch.float64, device=statistics.device) / rows.weight.shape[0]
-        whole = (statistics.double() ** power * shares).sum() ** (1 / power)
-    return torch.clamp(scale.factor * (whole.float() + scale.add), min=scale.least)

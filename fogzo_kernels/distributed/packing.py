@@ -1,54 +1,58 @@
-"""Codes of few bits, several in a byte: what processes send each other of a weight."""
+"""Pack integers of few bits into bytes, for what processes send each other and for what files hold."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec.grid import Grid
 
 
-def width(grid: Grid) -> int:
-    """Bits that a code takes: 1, 2, 4 or 8."""
-    return next(bits for bits in (1, 2, 4, 8) if grid.levels <= 2**bits)
-
-
-def length(count: int, grid: Grid) -> int:
-    """Bytes of so many codes."""
-    return -(-count * width(grid) // 8)
-
-
-def pack(codes: Tensor, grid: Grid) -> Tensor:
-    """Codes in bytes, the first in the lowest bits.
+def pack(numbers: Tensor, bits: int, apart: int = 1) -> Tensor:
+    """Writes each row as a stream of bits, the lowest bits first, filled up with 0 to whole bytes.
 
     Args:
-        codes: int8, contiguous, in qmin..qmax of ``grid``.
+        numbers: uint8, (..., count), of which the ``bits`` lowest bits are written, 1..8.
+        apart: how far numbers that share a byte lie from each other, where ``bits`` divide 8.
 
     Returns:
-        uint8, of shape (bytes,); bits beyond the last code are 0.
+        uint8, (..., bytes).
     """
-    bits = width(grid)
-    parts = 8 // bits
-    raised = (codes.view(-1) - grid.qmin).view(torch.uint8)  # int8 wraps around, as bytes do
-    if rest := -raised.numel() % parts:
-        raised = torch.cat([raised, raised.new_zeros(rest)])
-    packed = raised[::parts].clone()
-    for i in range(1, parts):
-        packed |= raised[i::parts] << (i * bits)
-    return packed
+    if 8 % bits:
+        numbers, bits = (numbers.unsqueeze(-1) >> _shifts(bits, 1, numbers) & 1).flatten(-2), 1
+    count = 8 // bits
+    padded = F.pad(numbers, (0, -numbers.shape[-1] % (count * apart)))
+    first, *others = padded.unflatten(-1, (-1, count, apart)).unbind(-2)
+    packed: Tensor = first.clone()
+    for i, part in enumerate(others, 1):
+        packed |= part << (i * bits)
+    return packed.flatten(-2)
 
 
-def unpack(packed: Tensor, count: int, grid: Grid) -> Tensor:
-    """The inverse of :func:`pack`, for each row of a tensor.
+def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Inverts :func:`pack` where ``apart`` is 1; returns uint8, (..., count)."""
+    if 8 % bits:
+        ones: Tensor = unpack(packed, count * bits, 1).unflatten(-1, (count, bits))
+        return (ones << _shifts(bits, 1, packed)).sum(-1, dtype=torch.uint8)
+    numbers: Tensor = packed.unsqueeze(-1) >> _shifts(8, bits, packed) & 2**bits - 1
+    return numbers.flatten(-2)[..., :count]
 
-    Args:
-        packed: uint8, of shape (..., bytes).
-        count: codes in a row.
 
-    Returns:
-        int8, of shape (..., count).
-    """
-    bits = width(grid)
-    raised = torch.stack([packed >> shift for shift in range(0, 8, bits)], dim=-1)
-    codes: Tensor = (raised & (2**bits - 1)).view(torch.int8) + grid.qmin
-    return codes.flatten(-2)[..., :count]
+def _shifts(end: int, step: int, like: Tensor) -> Tensor:
+    return torch.arange(0, end, step, dtype=torch.uint8, device=like.device)
+
+
+def code_bits(grid: Grid) -> int:
+    """Returns the bits that code - qmin takes."""
+    return max((grid.levels - 1).bit_length(), 1)
+
+
+def pack_codes(codes: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Packs code - qmin of int8 codes."""
+    return pack((codes - grid.qmin).view(torch.uint8), bits)  # int8 wraps around, as bytes do
+
+
+def unpack_codes(packed: Tensor, count: int, grid: Grid, bits: int) -> Tensor:
+    """Inverts :func:`pack_codes`; returns int8, (..., count)."""
+    return unpack(packed, count, bits).view(torch.int8) + grid.qmin

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.packing import code_bits
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
-from .integers import check_exact, quantized_in
+from .integers import check_exact, check_fits, quantized_in
 
 
 @torch.no_grad()
@@ -35,33 +36,22 @@ def torchao(model: nn.Module) -> nn.Module:
     modules = quantized_in(model)
     plan: list[tuple[QuantizedModule, Any]] = []
     for name, m in modules.items():
-        check_fits(name, m)
-        codes, grid, weight = m.codes(), m.quantizer.grid, m.weight
-        delta = m.alpha.detach() * grid.r
-        check_exact(name, delta, weight.dtype)
-        rows, columns = weight.shape
-        delta = delta.reshape(1 if delta.numel() == 1 else rows, -1)
+        transform, inputs = m.quantizer.transform, m.activation is not None
+        what = transform or "quantized ones"
+        reasons = {
+            f"it stands for linear layers, got {type(m).__name__}": not isinstance(m, QuantLinear),
+            f"it has neither transforms nor these inputs, got {what}": transform is not None or inputs,
+        }
+        check_fits(name, "torchao's tensor", reasons)
+        grid, (rows, columns), dtype = m.quantizer.grid, m.weight.shape, m.weight.dtype
+        codes, delta = m.codes(), m.alpha.detach() * grid.r
+        check_exact(name, delta, dtype)
+        delta = delta.reshape(1 if delta.numel() == 1 else rows, -1).to(dtype)
         block = [rows // delta.shape[0], columns // delta.shape[1]]
         zero = torch.full_like(delta, -grid.offset)
-        bits = max((grid.levels - 1).bit_length(), 2)
-        plan.append((m, IntxUnpackedToInt8Tensor(
-            codes, delta.to(weight.dtype), zero.to(weight.dtype), getattr(torch, f"int{bits}"), block,
-            weight.dtype, None,
-        )))  # fmt: skip
-    for m, found in plan:
+        bits = getattr(torch, f"int{max(code_bits(grid), 2)}")
+        plan.append((m, IntxUnpackedToInt8Tensor(codes, delta, zero, bits, block, dtype, None)))
+    for m, weight in plan:
         m.to_plain()
-        m.weight = nn.Parameter(found, requires_grad=False)
+        m.weight = nn.Parameter(weight, requires_grad=False)
     return model
-
-
-def check_fits(name: str, module: QuantizedModule) -> None:
-    """Raise unless torchao's tensor can stand for a module's weight."""
-    reason = None
-    if not isinstance(module, QuantLinear):
-        reason = f"it stands for linear layers, got {type(module).__name__}"
-    elif module.quantizer.transform is not None or module.activation is not None:
-        reason = (
-            f"it has neither transforms nor these inputs, got {module.quantizer.transform or 'quantized ones'}"
-        )
-    if reason is not None:
-        raise ValueError(f"{name} must fit torchao's tensor: {reason}")

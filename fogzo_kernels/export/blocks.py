@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-Bytes = NDArray[np.uint8]
-Numbers = NDArray[np.int16]
-Halves = NDArray[np.float16]
+from ..distributed.packing import pack
 
 
 class Block(NamedTuple):
-    """A type of block.
+    """Writes a type of block.
 
     Attributes:
         number: of the type, as a file says it.
         size: numbers of a block.
         low, high: of them; -high..-low will do too where ``mirrored``, with a scale below 0.
         odd: whether they are odd.
-        write: of (blocks, size) numbers and (blocks, 1) scales makes (blocks, bytes).
+        write: makes bytes, (blocks, bytes), of numbers, int16, (blocks, size), and the bytes of d, (blocks, 2).
         file_type: of a file whose weights are of this type (llama.cpp's ``llama_ftype``).
     """
 
@@ -34,7 +32,7 @@ class Block(NamedTuple):
     low: int
     high: int
     odd: bool
-    write: Callable[[Numbers, Halves], Bytes]
+    write: Callable[[Tensor, Tensor], list[Tensor]]
     file_type: int
     mirrored: bool = False
 
@@ -43,66 +41,32 @@ class Block(NamedTuple):
         fits = self.low <= low and high <= self.high
         return (fits or (self.mirrored and self.low <= -high and -low <= self.high)) and (odd or not self.odd)
 
-    def encode(self, numbers: Numbers, scale: NDArray[np.float32]) -> Bytes:
-        """Rows of numbers, with a scale for each group of a row: (rows, bytes)."""
+    def encode(self, numbers: Tensor, scale: Tensor) -> Tensor:
+        """Makes bytes, (rows, bytes), of int16 numbers, (rows, columns), and a float32 scale for each group."""
         rows, columns = numbers.shape
-        if numbers.min(initial=0) < self.low or numbers.max(initial=0) > self.high:
+        if numbers.numel() and (numbers.min() < self.low or numbers.max() > self.high):
             numbers, scale = -numbers, -scale
-        each = np.repeat(scale, columns // scale.shape[1], axis=1)[:, :: self.size]
-        halves: Halves = each.astype(np.float16).reshape(-1, 1)
-        return self.write(numbers.reshape(-1, self.size), halves).reshape(rows, -1)
+        each = scale.repeat_interleave(columns // scale.shape[1], dim=1)[:, :: self.size]
+        d = each.to(torch.float16).reshape(-1, 1).view(torch.uint8)
+        return torch.cat(self.write(numbers.reshape(-1, self.size), d), dim=1).view(rows, -1)
 
 
-def _bytes(halves: Halves) -> Bytes:
-    return halves.view(np.uint8)
+def _bytes(numbers: Tensor) -> Tensor:
+    return numbers.to(torch.uint8)
 
 
-def _four(codes: Bytes, axis: int) -> Bytes:
-    """Four 2-bit codes along an axis in a byte, the first lowest."""
-    parts = [np.take(codes, i, axis=axis) << (2 * i) for i in range(4)]
-    found: Bytes = parts[0] | parts[1] | parts[2] | parts[3]
-    return found
-
-
-def _apart(numbers: Bytes) -> Bytes:
-    """Of 256 2-bit codes: byte j of a half holds those at j, j + 32, j + 64 and j + 96."""
-    return _four(numbers.reshape(-1, 2, 4, 32), axis=2).reshape(len(numbers), -1)
-
-
-def _q2_0(numbers: Numbers, d: Halves) -> Bytes:
-    codes = (numbers + 1).astype(np.uint8).reshape(len(numbers), -1, 4)
-    return np.concatenate([_bytes(d), _four(codes, axis=2)], axis=1)
-
-
-def _tq2_0(numbers: Numbers, d: Halves) -> Bytes:
-    return np.concatenate([_apart((numbers + 1).astype(np.uint8)), _bytes(d)], axis=1)
-
-
-def _q1_0(numbers: Numbers, d: Halves) -> Bytes:
-    return np.concatenate([_bytes(d), np.packbits(numbers > 0, axis=1, bitorder="little")], axis=1)
-
-
-def _q4_0(numbers: Numbers, d: Halves) -> Bytes:
-    codes = (numbers + 8).astype(np.uint8)
-    return np.concatenate([_bytes(d), codes[:, :16] | codes[:, 16:] << 4], axis=1)
-
-
-def _q8_0(numbers: Numbers, d: Halves) -> Bytes:
-    return np.concatenate([_bytes(d), numbers.astype(np.int8).view(np.uint8)], axis=1)
-
-
-def _q2_k(numbers: Numbers, d: Halves) -> Bytes:
-    """d (2 q - 3): all sixteen sub-blocks have scale 2 and minimum 3, both in units of d."""
-    scales = np.full((len(numbers), 16), 3 << 4 | 2, np.uint8)
-    return np.concatenate([scales, _apart(((numbers + 3) // 2).astype(np.uint8)), _bytes(d), _bytes(d)], axis=1)
+def _q2_k(numbers: Tensor, d: Tensor) -> list[Tensor]:
+    """Values are d (2 q - 3): all sixteen sub-blocks have scale 2 and minimum 3, both in units of d."""
+    scales = torch.full((len(numbers), 16), 3 << 4 | 2, dtype=torch.uint8)
+    return [scales, pack(_bytes((numbers + 3) // 2), 2, apart=32), d, d]
 
 
 #: By name, the smallest first. Values are d times the numbers.
 BLOCKS = {
-    "Q1_0": Block(41, 128, -1, 1, True, _q1_0, 40),
-    "Q2_0": Block(42, 64, -1, 2, False, _q2_0, 41, mirrored=True),
-    "TQ2_0": Block(35, 256, -1, 2, False, _tq2_0, 37, mirrored=True),
+    "Q1_0": Block(41, 128, -1, 1, True, lambda n, d: [d, pack(_bytes(n > 0), 1)], 40),
+    "Q2_0": Block(42, 64, -1, 2, False, lambda n, d: [d, pack(_bytes(n + 1), 2)], 41, mirrored=True),
+    "TQ2_0": Block(35, 256, -1, 2, False, lambda n, d: [pack(_bytes(n + 1), 2, 32), d], 37, mirrored=True),
     "Q2_K": Block(10, 256, -3, 3, True, _q2_k, 10),
-    "Q4_0": Block(2, 32, -8, 7, False, _q4_0, 2, mirrored=True),
-    "Q8_0": Block(8, 32, -128, 127, False, _q8_0, 7),
+    "Q4_0": Block(2, 32, -8, 7, False, lambda n, d: [d, pack(_bytes(n + 8), 4, 16)], 2, mirrored=True),
+    "Q8_0": Block(8, 32, -128, 127, False, lambda n, d: [d, n.to(torch.int8).view(torch.uint8)], 7),
 }

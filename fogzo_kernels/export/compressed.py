@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
 from .files import whole_folder
-from .integers import bits_of, check_exact, integers, own_names, quantized_in
+from .integers import Integers, bits_of, check_exact, check_fits, copied, plain_tensors, quantized_in
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -43,17 +43,20 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
         raise TypeError(f"model must be one of transformers, with a config, got {type(model).__name__}")
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, m in modules.items():
-        check_fits(name, m, tied)
+        check_module(name, m, tied)
     dtype = next(iter(modules.values())).weight.dtype
     tensors: dict[str, Tensor] = {}
     for name, m in modules.items():
-        found = integers(m)
-        check_exact(name, found.scale, dtype)
-        tensors[f"{name}.weight_packed"] = pack_to_int32(found.numbers.to(torch.int8), found.bits)
-        scale = found.scale.reshape(1) if found.scale.numel() == 1 else found.scale
+        integers = Integers.of(m)
+        check_exact(name, integers.scale, dtype)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(
+            integers.numbers.to(torch.int8), bits_of(m.quantizer.grid)
+        )
+        scale = integers.scale.reshape(1) if integers.scale.numel() == 1 else integers.scale
         tensors[f"{name}.weight_scale"] = scale.to(dtype).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(m.weight.shape)
-    tensors |= dense(model, modules, tied)
+    left = ["lm_head.weight"] * tied  # which is the embedding's
+    tensors |= {key: copied(t) for key, t in plain_tensors(model).items() if key not in left}
     written = {**config.to_dict(), "quantization_config": quantization_of(model, modules)}
     with whole_folder(folder, CONFIG) as place:
         (place / CONFIG).write_text(json.dumps(written, indent=1, default=str))
@@ -63,38 +66,24 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
             generation.save_pretrained(place)
 
 
-def check_fits(name: str, module: QuantizedModule, tied: bool) -> None:
+def check_module(name: str, module: QuantizedModule, tied: bool) -> None:
     """Raise unless the format can hold a module."""
-    reason = None
-    if not isinstance(module, QuantLinear):
-        reason = f"it holds linear layers only, got {type(module).__name__}"
-    elif module.quantizer.transform is not None:
-        reason = f"it has no transforms, got {module.quantizer.transform}"
-    elif module.activation is not None:
-        reason = "quantized inputs are not written"
-    elif bits_of(module.quantizer.grid) > 8:
-        reason = f"{module.quantizer.grid} takes 9 bits as odd numbers, and it has 8"
-    elif tied and name == "lm_head":
-        reason = "transformers does not load a head that is quantized and tied to the embedding"
-    elif module.weight.shape[1] % max(module.alpha.numel() // module.weight.shape[0], 1):
-        reason = "groups must divide a row"
-    if reason is not None:
-        raise ValueError(f"{name} must fit compressed-tensors: {reason}")
-
-
-def dense(model: nn.Module, modules: dict[str, QuantizedModule], tied: bool) -> dict[str, Tensor]:
-    """What is not quantized, as the model has it; a tied head is the embedding's."""
-    own = {key for name, m in modules.items() for key in own_names(name, m)}
-    left = {} if not tied else {"lm_head.weight"}
-    return {
-        name: t.detach().cpu().contiguous().clone()
-        for name, t in model.state_dict().items()
-        if name not in own and name not in left
+    transform, grid = module.quantizer.transform, module.quantizer.grid
+    groups = max(module.alpha.numel() // module.weight.shape[0], 1)
+    head = tied and name == "lm_head"
+    reasons = {
+        f"it holds linear layers only, got {type(module).__name__}": not isinstance(module, QuantLinear),
+        f"it has no transforms, got {transform}": transform is not None,
+        "quantized inputs are not written": module.activation is not None,
+        f"{grid} takes 9 bits as odd numbers, and it has 8": bits_of(grid) > 8,
+        "transformers does not load a head that is quantized and tied to the embedding": head,
+        "groups must divide a row": module.weight.shape[1] % groups != 0,
     }
+    check_fits(name, "compressed-tensors", reasons)
 
 
 def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> dict[str, Any]:
-    """The entry of config.json: a group of modules for each scheme."""
+    """Makes the entry of config.json, which has a group of modules for each scheme."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     schemes: dict[str, tuple[QuantizationArgs, list[str]]] = {}
@@ -108,7 +97,7 @@ def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> di
         )
         schemes.setdefault(args.model_dump_json(), (args, []))[1].append(name)
     left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in modules]
-    found: dict[str, Any] = QuantizationConfig(
+    config: dict[str, Any] = QuantizationConfig(
         config_groups={
             f"group_{i}": QuantizationScheme(targets=names, weights=args, format="pack-quantized")
             for i, (args, names) in enumerate(schemes.values())
@@ -117,4 +106,4 @@ def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> di
         quantization_status="compressed",  # or the loader keeps random weights without a word
         ignore=left,
     ).model_dump(mode="json")
-    return found
+    return config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,29 +11,24 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write it: another name in its folder, which it changes for its own at the end.
+    """Yields another place to write a file in; at the end the file moves to ``path``.
 
     Raises:
-        FileNotFoundError: its folder is not there.
+        FileNotFoundError: the folder of ``path`` is not there.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must be in a folder that is there, got {path}")
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(number)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's own lets nobody else read it
-        _to_disk(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        made = Path(temporary, path.name)
+        yield made
+        _to_disk(made)
+        os.replace(made, path)
 
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
-    """As :func:`whole_file`, for a folder; one that is there is replaced if it has a file ``mark``, or nothing.
+    """As :func:`whole_file`, for a folder. It replaces an empty one, and one that has a file ``mark``.
 
     Raises:
         FileNotFoundError: the folder that it is to be in is not there.
@@ -45,30 +39,22 @@ def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
         raise FileNotFoundError(f"folder must be in one that is there, got {path}")
     if path.exists() and not (path.is_dir() and ((path / mark).exists() or not any(path.iterdir()))):
         raise FileExistsError(f"folder must be new, empty or an export of before, got {path}")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        for file in temporary.iterdir():
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        made, before = Path(temporary, "made"), Path(temporary, "before")
+        made.mkdir()
+        yield made
+        for file in made.iterdir():
             _to_disk(file)
         if path.exists():
-            before = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            os.replace(path, before / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(before)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            os.replace(path, before)
+        try:
+            os.replace(made, path)
+        except BaseException:
+            if before.exists():
+                os.replace(before, path)
+            raise
 
 
 def _to_disk(file: Path) -> None:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
-
-
-def _umask() -> int:
-    found = os.umask(0)
-    os.umask(found)
-    return found

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..nn.module import QuantizedModule
 from .blocks import BLOCKS, Block
 from .files import whole_file
-from .integers import check_exact, integers, quantized_in, range_of
+from .integers import Integers, check_exact, quantized_in, range_of
 
 TOKENIZERS = ("none", "bytes")
 F32 = 0  # the file type of one whose matrices are of several
@@ -48,7 +46,7 @@ def gguf(
     names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tied = bool(config.tie_word_embeddings)
     chosen = {name: block_for(name, m, block) for name, m in modules.items()}
-    types = {one.file_type for one in chosen.values()}
+    types = {b.file_type for b in chosen.values()}
     with whole_file(file) as place:
         writer: Any = library.GGUFWriter(str(place), "llama")
         describe(writer, config, tokenizer, types.pop() if len(types) == 1 else F32, library)
@@ -60,13 +58,11 @@ def gguf(
             order = order_of(name, t.shape[0], config)
             m = modules.get(name) if last == "weight" else None
             if m is None:
-                writer.add_tensor(target, np.ascontiguousarray(t.detach().float().cpu().numpy()[order]))
+                writer.add_tensor(target, t.detach().float().cpu()[order].numpy())
                 continue
-            rows = encoded(m, chosen[name], order)
+            rows = encoded(m, chosen[name], order).view(torch.int8).numpy()
             # as int8 the shape is taken as it is given: the library does not know the newest types
-            writer.add_tensor(
-                target, rows.view(np.int8), raw_shape=tuple(m.weight.shape), raw_dtype=chosen[name].number
-            )
+            writer.add_tensor(target, rows, tuple(m.weight.shape), chosen[name].number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -89,7 +85,7 @@ def check_model(model: nn.Module, config: Any, block: str | None, tokenizer: str
 
 
 def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
-    """The block that a weight is written in.
+    """Chooses the block that a weight is written in.
 
     Raises:
         ValueError: none holds it.
@@ -98,46 +94,38 @@ def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
     if how.transform is not None or module.activation is not None:
         what = how.transform or "a quantized input"
         raise ValueError(f"{name} must have neither transform nor quantized inputs for GGUF, got {what}")
-    found = integers(module)
-    check_exact(name, found.scale, torch.float16)
+    integers = Integers.of(module)
+    check_exact(name, integers.scale, torch.float16)
     low, high = range_of(how.grid)
-    fitting = [
-        key for key, one in BLOCKS.items()
-        if one.holds(low, high, bool(how.grid.offset)) and found.group % one.size == 0
-    ]  # fmt: skip
+    holding = {key: block for key, block in BLOCKS.items() if block.holds(low, high, bool(how.grid.offset))}
+    fitting = [key for key, block in holding.items() if integers.group % block.size == 0]
     if not fitting or (asked is not None and asked not in fitting):
-        sizes = ", ".join(f"{key} of {one.size}" for key, one in BLOCKS.items())
+        sizes = ", ".join(f"{key} of {block.size}" for key, block in BLOCKS.items())
         raise ValueError(
             f"{name} must fit a block of GGUF{'' if asked is None else ' ' + asked}, got {how.grid} with groups"
-            f" of {found.group}: blocks that hold the grid must divide a group ({sizes}), got"
+            f" of {integers.group}: blocks that hold the grid must divide a group ({sizes}), got"
             f" {', '.join(fitting) or 'none'} that would"
         )
     return BLOCKS[asked or fitting[0]]
 
 
-def encoded(module: QuantizedModule, block: Block, order: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Rows of blocks, in the order of the file."""
-    found = integers(module)
-    scale = found.scale.expand(found.numbers.shape[0], -1)
-    return np.ascontiguousarray(block.encode(_numpy(found.numbers)[order], _numpy(scale)[order]))
+def encoded(module: QuantizedModule, block: Block, order: Tensor) -> Tensor:
+    """Makes rows of blocks, in the order of the file."""
+    integers = Integers.of(module)
+    return block.encode(integers.numbers[order], integers.scale.expand(len(order), -1)[order])
 
 
-def _numpy(t: Tensor) -> NDArray[Any]:
-    found: NDArray[Any] = t.numpy()
-    return found
-
-
-def order_of(name: str, rows: int, config: Any) -> NDArray[np.int64]:
-    """Rows as llama.cpp wants them: of q and k, transformers' halves of a head become pairs."""
+def order_of(name: str, rows: int, config: Any) -> Tensor:
+    """Orders rows as llama.cpp wants them: of q and k, transformers' halves of a head become pairs."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
         name.rpartition(".")[2]
     )
-    found = np.arange(rows)
-    return found if heads is None else found.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    rows_now = torch.arange(rows)
+    return rows_now if heads is None else rows_now.view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 def describe(writer: Any, config: Any, tokenizer: str, file_type: int, library: Any) -> None:
-    """What stands in the file beside its tensors."""
+    """Write what stands in the file beside its tensors."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_context_length(config.max_position_embeddings)

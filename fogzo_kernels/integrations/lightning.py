@@ -47,51 +47,51 @@ class FogzoMixin:
     probing = False
     _state: dict[str, Any] | None = None  # from a checkpoint
     _fogzo: Fogzo | None = None
-    _held: tuple[Any, ...] = ()  # the arguments of training_step of micro-batches that have come
+    _waiting: tuple[Any, ...] = ()  # arguments of training_step, of micro-batches that have come
     _in_passes = False
 
     @property
     def fogzo(self: Any) -> Fogzo:
         """Made where it is asked for first, in ``training_step`` or by the first step."""
         if self._fogzo is None:
-            object.__setattr__(self, "_fogzo", self._made())  # it holds the model, and is no part of it
-        found: Fogzo = self._fogzo
-        return found
+            object.__setattr__(self, "_fogzo", self._new_fogzo())  # it has the model, and is no part of it
+        fogzo: Fogzo = self._fogzo
+        return fogzo
 
     def optimizer_step(
-        self: Any,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         """A step of the optimizer, which begins with the passes."""
-        closure: Any = optimizer_closure
+        closure = optimizer_closure
         if self.trainer.fit_loop._skip_backward:
             closure()  # of StochasticWeightAveraging, for statistics of BatchNorm: no step
             return
-        fogzo: Fogzo = self.fogzo
-        held, self._held = self._held, ()
-        again = [partial(closure._step_fn.func, dict(enumerate(arguments))) for arguments in held]
-        steps = [*again, closure._step_fn]
+        waiting, self._waiting = self._waiting, ()
+        steps = [partial(closure._step_fn.func, dict(enumerate(arguments))) for arguments in waiting]
+        steps.append(closure._step_fn)
 
         @torch.enable_grad()
         def passes() -> Tensor:
             if closure._zero_grad_fn is not None:
                 closure._zero_grad_fn()
-            for probe in fogzo.probes():
+            for probe in self.fogzo.probes():
                 with probe:
                     self._in_passes, self.probing = True, probe.sign != 0
                     try:
-                        for step in probe.batches(steps):
+                        for step in steps:
                             output = self._run(probe, step, last=step is steps[-1])
                     finally:
                         self._in_passes = self.probing = False
                 if probe.sign == 0:
                     closure._result = output  # what Lightning asks of the closure
-            return fogzo.estimate_()
+            estimated: Tensor = self.fogzo.estimate_()
+            return estimated
 
         super().optimizer_step(epoch, batch_idx, optimizer, passes)  # type: ignore[misc]
+
+    @property
+    def _scaler(self: Any) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _run(self: Any, probe: Pass, step: Callable[[], Any], last: bool) -> Any:
         """One micro-batch of a pass; gradients are exchanged with the last."""
@@ -101,7 +101,7 @@ class FogzoMixin:
             output = step()
             if output.closure_loss is None:
                 raise ValueError("training_step must return a loss in each pass of FOGZO, got None")
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            scaler = self._scaler
             probe.backward(output.closure_loss if scaler is None else scaler.scale(output.closure_loss))
         return output
 
@@ -112,16 +112,15 @@ class FogzoMixin:
             loop = self.trainer.fit_loop
             if self._in_passes or loop._skip_backward or not loop._should_accumulate():
                 return step(*arguments)
-            self._held = (*self._held, arguments)
+            self._waiting = (*self._waiting, arguments)
             return torch.zeros((), dtype=torch.float32, device=self.device, requires_grad=True)
 
         return training_step
 
-    def _made(self: Any) -> Fogzo:
+    def _new_fogzo(self: Any) -> Fogzo:
         trainer = self.trainer
         model: nn.Module = trainer.strategy.model
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and not self.automatic_optimization:
+        if self._scaler is not None and not self.automatic_optimization:
             raise ValueError(
                 "precision must need no gradient scaler for FOGZO with manual optimization, got"
                 f" {trainer.precision!r}"
@@ -150,7 +149,7 @@ class FogzoMixin:
     def on_fit_start(self: Any) -> None:
         """Another ``fit`` is another run."""
         object.__setattr__(self, "_fogzo", None)
-        self._held = ()
+        self._waiting = ()
         if self.automatic_optimization and self.trainer.accumulate_grad_batches != 1:
             object.__setattr__(self, "training_step", self._or_later(type(self).training_step.__get__(self)))
         super().on_fit_start()  # type: ignore[misc]

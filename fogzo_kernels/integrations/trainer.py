@@ -52,15 +52,15 @@ class FogzoMixin:
         self.fogzo: Fogzo | None = None
         self._resumed: str | None = None  # the checkpoint's folder
         self._awaited = 1  # micro-batches of the step
-        self._held: list[Any] = []  # those that have come
+        self._batches: list[Any] = []  # of them, those that have come
         super().__init__(*args, **kwargs)
 
     # ---- a step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self._awaited, self._held = len(found[0]), []
-        return found
+        samples = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._awaited, self._batches = len(samples[0]), []
+        return samples
 
     def training_step(self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """With the last micro-batch of a step, all passes of all of them; 0 with those before.
@@ -68,16 +68,16 @@ class FogzoMixin:
         Returns:
             The loss of the gradient pass, 0-dim.
         """
-        self._held.append(inputs)
-        if len(self._held) < self._awaited:
-            return torch.zeros((), dtype=torch.float32, device=self.args.device)
-        batches, self._held = self._held, []
-        if self.fogzo is None:
-            self.fogzo = self._made(model)
         total = torch.zeros((), dtype=torch.float32, device=self.args.device)
+        self._batches.append(inputs)
+        if len(self._batches) < self._awaited:
+            return total
+        batches, self._batches = self._batches, []
+        if self.fogzo is None:
+            self.fogzo = self._new_fogzo(model)
         for probe in self.fogzo.probes():
             with probe:
-                for i, batch in enumerate(probe.batches(batches)):
+                for i, batch in enumerate(batches):
                     alone = probe.sign == 0 and i < len(batches) - 1
                     with self.accelerator.no_sync(model) if alone else nullcontext(), self._backward_by(probe):
                         loss = super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
@@ -100,7 +100,7 @@ class FogzoMixin:
         finally:
             del self.accelerator.backward
 
-    def _made(self: Any, model: nn.Module) -> Fogzo:
+    def _new_fogzo(self: Any, model: nn.Module) -> Fogzo:
         kind = self.accelerator.distributed_type
         if kind in REFUSED or isinstance(model, nn.DataParallel):
             shown = "DataParallel" if isinstance(model, nn.DataParallel) else kind.value
@@ -120,7 +120,7 @@ class FogzoMixin:
     # ---- checkpoints and logs
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.fogzo, self._held = None, []
+        self.fogzo, self._batches = None, []
         given = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
         self._resumed = given if isinstance(given, str) else None
         return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
@@ -134,8 +134,8 @@ class FogzoMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.fogzo is not None and "loss" in logs:
-            found = self.fogzo.stats()
-            logs |= {f"fogzo_{name}": x for name, x in found.items() if math.isfinite(x) and name != "loss"}
+            stats = self.fogzo.stats()
+            logs |= {f"fogzo_{name}": x for name, x in stats.items() if math.isfinite(x) and name != "loss"}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -21,7 +21,7 @@ from .replaced import guard_merges, settle
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
 from .tied import check_shared, share_alphas, watch
-from .view import LOCAL, begin_anew, reshard, whole
+from .view import HANDLERS, LOCAL, reshard, whole
 from .weight import WeightQuantizer, alpha_of, check
 
 
@@ -91,7 +91,7 @@ def quantize_model(
         weight = WeightQuantizer(c.quantizer, tensor_id, c.unit.names[0], backend)
         form.from_plain(c.unit.module, weight, alpha=alpha, activation=c.activation)
     share_alphas(model)
-    begin_anew(model)
+    HANDLERS.begin_anew(model)
     fast_path.update(model)
     watch(model)
     settle(model)

@@ -149,7 +149,7 @@ class QuantizedModule(SavedModule):
             self.__dict__.pop(name, None)
         if self.OUTPUTS:
             self.latent.data = self.latent.data.contiguous()
-        self.__class__ = self.PLAIN  # type: ignore[method-assign]
+        self.__class__ = self.PLAIN  # type: ignore[assignment]
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -1,10 +1,9 @@
-"""WeightView: a quantized weight as a step and an optimizer see it. Placement: which part of it is here."""
+"""WeightView: a quantized weight as a step and an optimizer see it. Placement: where modules get their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -33,20 +32,68 @@ def whole(tensor: Tensor) -> Tensor:
     return cast("DTensor", tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+class Part(NamedTuple):
+    """Says which rows, or which columns, a process has of a weight, which it sees as a matrix."""
+
+    dim: int  # 0: rows, 1: columns
+    first: int  # row or column
+    length: int
+    shape: tuple[int, int]  # of the weight
+    group: dist.ProcessGroup  # the processes that have parts
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Says which elements of the weight the part holds (docs/contract.md, section 2)."""
+        columns = self.shape[1]
+        if self.dim == 0:
+            own = max(self.length * columns, 1)
+            return self.first * columns, own, own
+        return self.first, max(self.length, 1), columns
+
+    def own(self, alpha: Tensor) -> Tensor:
+        """Returns the scales of the part from those of the weight: a view, but of groups of columns a copy."""
+        if alpha.numel() == 1:
+            return alpha
+        if self.dim == 0:
+            return alpha[self.first : self.first + self.length]
+        return alpha if alpha.numel() == self.shape[0] else alpha[:, self._groups(alpha)].contiguous()
+
+    def put(self, alpha: Tensor, own: Tensor) -> None:
+        """Write the scales of the part into all scales of the weight."""
+        grouped = self.dim == 1 and alpha.numel() > self.shape[0]
+        (alpha[:, self._groups(alpha)] if grouped else self.own(alpha)).copy_(own)
+
+    def own_row(self, row: int) -> int | None:
+        """Returns the place in the part of a row of the weight, or None."""
+        if self.dim == 1:
+            return row
+        return row - self.first if 0 <= row - self.first < self.length else None
+
+    def sum(self, own: Tensor) -> Tensor:
+        """Add, in place, what all processes have summed over their parts."""
+        dist.all_reduce(own, group=self.group)
+        return own
+
+    def _groups(self, alpha: Tensor) -> slice:
+        size = self.shape[1] // (alpha.numel() // self.shape[0])
+        if self.first % size or self.length % size:
+            raise ValueError(f"groups of {size} must not be cut, got a part of {self.length} columns")
+        return slice(self.first // size, (self.first + self.length) // size)
+
+
 class Placement:
-    """Which part of its weight a module has in this process. This class: all of it.
+    """Gives a module the rows that it runs with. This class quantizes the weight, which is whole here.
 
     Attributes:
-        is_whole: whether this process has all of the weight.
+        is_whole: whether this process has all of the weight; else ``part`` says what it has.
         sends_codes: whether a step writes codes, which the processes send each other.
-        layout: which elements of the weight the part holds (docs/contract.md, section 2); None for all of it.
     """
 
     is_whole: ClassVar[bool] = True
     sends_codes: ClassVar[bool] = False
 
     @property
-    def layout(self) -> tuple[int, int, int] | None:
+    def part(self) -> Part | None:
         return None
 
     def check(self, name: str) -> None:
@@ -56,60 +103,36 @@ class Placement:
         """Returns the rows that a module runs with: see :meth:`QuantizedModule.quantized_rows`."""
         return module.quantized(module.latent, module.alpha)
 
-    def own(self, alpha: Tensor) -> Tensor:
-        """Returns the scales of the part, of all scales of the weight."""
-        return alpha
-
-    def put(self, alpha: Tensor, own: Tensor) -> None:
-        """Write the scales of the part into all scales of the weight."""
-        alpha.copy_(own)
-
-    def own_row(self, row: int) -> int | None:
-        """Returns the place in the part of a row of the weight, or None."""
-        return row
-
-    def hold(self, modules: list[QuantizedModule], held: PassWeight | None) -> None:
-        """Let the modules that share the weight run with ``held``; None: let them quantize it again."""
+    def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
+        """Let the modules that share the weight run with ``pass_weight``, or with None quantize it again."""
         for module in modules:
-            module.__dict__["pass_weight"] = held  # setattr of nn.Module looks for parameters, which takes time
+            vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
 
 
 LOCAL = Placement()
 
 
-@dataclass
-class Distributed:
-    """What handles weights that are DTensors. :mod:`fogzo_kernels.distributed` registers it.
+class Handlers:
+    """Functions for weights that are DTensors, which :mod:`fogzo_kernels.distributed` sets.
 
     Attributes:
         shard: gives a module whose weight FSDP has sharded its ``placement``.
-        part: makes the placement of a module's weight, with a name for messages, under tensor parallelism.
+        cut: makes the placement of a module's weight under tensor parallelism. The name is for messages.
         begin_anew: lets FSDP see weights that were quantized after it had sharded them.
     """
 
     shard: Callable[[QuantizedModule], None]
-    part: Callable[[str, QuantizedModule], Placement]
+    cut: Callable[[str, QuantizedModule], Placement]
     begin_anew: Callable[[nn.Module], None]
 
 
-_registered: list[Distributed] = []
-
-
-def register(distributed: Distributed) -> None:
-    """Let modules use this for weights that are DTensors."""
-    _registered[:] = [distributed]
-
-
-def begin_anew(model: nn.Module) -> None:
-    """Let FSDP see weights that were quantized after it had sharded them."""
-    for distributed in _registered:
-        distributed.begin_anew(model)
+HANDLERS = Handlers()
 
 
 def place(module: QuantizedModule) -> None:
     """Set a module's placement after it got a weight. Only FSDP sets DTensors on modules that are quantized."""
     if isinstance(module._parameters.get(module.PARAMETER), DTensor):
-        _registered[0].shard(module)
+        HANDLERS.shard(module)
 
 
 def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
@@ -121,7 +144,7 @@ def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
     weight = module.latent
     if module.placement is not LOCAL or local(weight) is weight:
         return module.placement
-    return _registered[0].part(name, module)
+    return HANDLERS.cut(name, module)
 
 
 def reshard(model: nn.Module) -> None:
@@ -132,7 +155,7 @@ def reshard(model: nn.Module) -> None:
 
 
 class WeightView:
-    """A quantized parameter, the modules that share it, and the memory of its quantized values.
+    """Gives a step the rows of a quantized parameter, and its modules the rows of a pass.
 
     Ops take the parameter, its gradient and its state as rows: views of the memory that they lie in. Of a
     DTensor these are the rows of the part that this process has; scales and layout are then of that part.
@@ -148,35 +171,36 @@ class WeightView:
         self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
+        """Returns a tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
         return self.modules[0].rows(local(tensor))
 
     @property
     def latent(self) -> Tensor:
-        """The parameter's rows."""
+        """Returns the parameter's rows."""
         rows = self.rows(self.parameter)
         return rows if rows is self.parameter else rows.detach()
 
     @property
     def replicated(self) -> list[Tensor]:
-        """The tensors of which all processes must have the same values."""
+        """Returns the tensors of which all processes must have the same values."""
         alpha = self.modules[0].alpha.detach()
         return [self.latent, alpha] if self.placement.is_whole else [alpha]
 
     @property
     def layout(self) -> tuple[int, int, int] | None:
-        """Which elements of the parameter the rows are, if they are not all of it."""
-        return self.placement.layout
+        """Says which elements of the parameter the rows hold, if they are not all of it."""
+        part = self.placement.part
+        return None if part is None else part.layout
 
     @property
     def still_row(self) -> int | None:
-        """A row that no gradient ever reaches, as of an embedding's padding: it gets no estimate either."""
-        found = {m.still_row for m in self.modules}
-        row = found.pop() if len(found) == 1 else None
-        return None if row is None else self.placement.own_row(row)
+        """Returns the row of an embedding's padding, which gets no gradient and no estimate."""
+        rows = {m.still_row for m in self.modules}
+        row, part = rows.pop() if len(rows) == 1 else None, self.placement.part
+        return row if row is None or part is None else part.own_row(row)
 
     def guide(self) -> Tensor | None:
-        """The rows of ``.grad``, or None; what is written to them is written to ``.grad``."""
+        """Returns the rows of ``.grad``, or None. What is written to them is written to ``.grad``."""
         grad, module = self.parameter.grad, self.modules[0]
         if grad is None:
             return None
@@ -186,31 +210,32 @@ class WeightView:
 
     @property
     def alpha(self) -> Tensor:
-        """The scale of its grid, float32, as it is in this step."""
-        return self.placement.own(self.modules[0].alpha.detach())
+        """Returns the scale of the grid, float32, as it is in this step."""
+        alpha, part = self.modules[0].alpha.detach(), self.placement.part
+        return alpha if part is None else part.own(alpha)
 
     @property
     def quantizer(self) -> Quantizer:
-        """How it is quantized."""
+        """Says how the parameter is quantized."""
         return self.modules[0].quantizer
 
     def memory(self) -> Tensor:
-        """Rows for Q(parameter), made anew where the parameter has changed its shape, dtype or device."""
-        p, found = self.latent, self._memory
+        """Returns rows for Q(parameter), new ones if the parameter has changed its shape, dtype or device."""
+        p, memory = self.latent, self._memory
         dtype = torch.int8 if self.placement.sends_codes else p.dtype
-        if found is None or (found.shape, found.dtype, found.device) != (p.shape, dtype, p.device):
-            self._memory = found = torch.empty_like(p, dtype=dtype)
-        return found
+        if memory is None or (memory.shape, memory.dtype, memory.device) != (p.shape, dtype, p.device):
+            self._memory = memory = torch.empty_like(p, dtype=dtype)
+        return memory
 
     @property
     def takes_codes(self) -> bool:
-        """Whether a probe is written as codes: all modules multiply codes, or processes exchange them."""
+        """Whether probes are written as codes, which all modules multiply, or processes send each other."""
         return self.placement.sends_codes or all(getattr(m, "product", None) is not None for m in self.modules)
 
     def code_memory(self) -> Tensor:
-        """Rows for a probe's int8 codes, in a part of the same memory."""
-        found = self.memory()
-        return found.view(-1).view(torch.int8)[: found.numel()].view(found.shape)
+        """Returns rows for a probe's int8 codes, in the same memory."""
+        memory = self.memory()
+        return memory.view(-1).view(torch.int8)[: memory.numel()].view(memory.shape)
 
     # ---- what its modules run with
 
@@ -225,7 +250,7 @@ class WeightView:
         return alone or not self.placement.is_whole
 
     def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
-        """Its modules run with these rows until :meth:`release`: a probe, with no gradient, or Q(parameter).
+        """Let the modules run with rows until :meth:`release`: a probe, without a gradient, or Q(parameter).
 
         ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end.
         """
@@ -233,5 +258,5 @@ class WeightView:
         self.placement.hold(self.modules, PassWeight(self.parameter, rows, probe, deferred))
 
     def release(self) -> None:
-        """Its modules quantize for themselves again."""
+        """Let the modules quantize for themselves again."""
         self.placement.hold(self.modules, None)

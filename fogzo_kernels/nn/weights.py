@@ -1,4 +1,4 @@
-"""The trainable quantized weights of a model: found, checked, and compared with those of before."""
+"""Find the trainable quantized weights of a model, check them, and tell whether they have changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .weight import check, fits, warn_of_new_weights
 
 
 def quantized_weights(model: nn.Module) -> list[WeightView]:
-    """Every trainable quantized weight once, however many modules share it.
+    """Returns every trainable quantized weight once, however many modules share it.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -55,12 +55,12 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
 
 
 def collected(model: nn.Module) -> list[WeightView]:
-    """The trainable weights of quantized modules as they are now.
+    """Returns the trainable weights of quantized modules as they are now.
 
     Raises:
         ValueError: a module's weight is no parameter, or does not lie in memory as rows.
     """
-    found: dict[Tensor, WeightView] = {}
+    views: dict[Tensor, WeightView] = {}
     for path, m in model.named_modules():
         if not isinstance(m, QuantizedModule):
             continue
@@ -79,11 +79,11 @@ def collected(model: nn.Module) -> list[WeightView]:
                 f"{name} must lie in memory row by row, got strides {weight.stride()}: set the memory format"
                 " before quantize_model"
             )
-        if weight in found:
-            found[weight].modules.append(m)
+        if weight in views:
+            views[weight].modules.append(m)
         else:
-            found[weight] = WeightView(name, m)
-    return list(found.values())
+            views[weight] = WeightView(name, m)
+    return list(views.values())
 
 
 def _none_of(model: nn.Module) -> str:
@@ -97,7 +97,7 @@ def _none_of(model: nn.Module) -> str:
 
 
 def _check_alike(w: WeightView) -> None:
-    """Modules that share a weight run with one probe, and must have one Q(weight) too."""
+    """Raise unless modules that share a weight, and so run with one probe, have one Q(weight) too."""
     first = w.modules[0]
     for m in w.modules[1:]:
         same = m.quantizer == first.quantizer and m.tensor_id == first.tensor_id
@@ -114,14 +114,14 @@ def _check_alike(w: WeightView) -> None:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """As ``model.modules()``, without the names, which take most of the time that a step would give to it."""
-    found, seen = [model], {model}
-    for module in found:  # grows
+    """Returns what ``model.modules()`` gives, in less time, as it makes no names."""
+    modules, seen = [model], {model}
+    for module in modules:  # grows
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
-                found.append(child)
-    return found
+                modules.append(child)
+    return modules
 
 
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:

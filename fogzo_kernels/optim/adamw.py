@@ -36,12 +36,5 @@ class AdamW(FusedOptimizer):
         eps: float = 1e-8, weight_decay: float = 1e-2, *, fogzo: Fogzo | None = None,
         master_weights: bool = False, capturable: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            params,
-            {"betas": betas, "eps": eps, "weight_decay": weight_decay},
-            lr=lr,
-            fogzo=fogzo,
-            master_weights=master_weights,
-            capturable=capturable,
-            backend=backend,
-        )
+        hyperparameters = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, hyperparameters, lr, fogzo, master_weights, capturable, backend)

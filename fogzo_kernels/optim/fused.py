@@ -1,4 +1,4 @@
-"""What optimizers share whose step makes the estimate and the update in one pass."""
+"""FusedOptimizer: what optimizers share whose step makes the estimate and the update in one pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from ..ops import arguments
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
-from ..train.calls import Together
+from ..train.calls import WeightGroup
 from ..train.fogzo import Fogzo
 from ..train.guards.uncompiled import uncompiled
-from ..train.losses import Estimate
 from ..train.replay import capturing
 from ..train.step import Step
 from .memory import View, follow, in_memory
@@ -55,7 +54,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     OP: ClassVar[Callable[..., None]]  # of functional.py; the rule's state stands after the gradients
 
     def __init__(
-        self, params: Params, hyperparameters: dict[str, Any], *, lr: float | Tensor, fogzo: Fogzo | None,
+        self, params: Params, hyperparameters: dict[str, Any], lr: float | Tensor, fogzo: Fogzo | None,
         master_weights: bool, capturable: bool, backend: str | None,
     ) -> None:  # fmt: skip
         if fogzo is not None and not isinstance(fogzo, Fogzo):
@@ -63,7 +62,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.fogzo = fogzo
         self.backend = fogzo.backend if backend is None and fogzo is not None else backend
         self._names = tuple(hyperparameters)
-        self._empty: dict[torch.device, Tensor] = {}
         self._calls_so_far = 0  # of step()
         self._joined: dict[int, int] = {}  # by id of a parameter: at which of them its own steps began
         common = {"master_weights": master_weights, "capturable": capturable}
@@ -116,92 +114,52 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: with ``fogzo``, quantized weights hold the gradient of a backward outside its passes,
                 or a gradient scaler has unscaled that of passes; a scaler is to run a closure.
         """
-        loss = None
-        scaling = Scaling.of(self)
-        pending = self.fogzo is not None and self.fogzo.pending
-        shared = self.fogzo is not None and getattr(self, "found_inf", None) is self.fogzo.found_inf
-        scaling.check(closure is not None, pending, shared)
+        loss, fogzo, scaling = None, self.fogzo, Scaling.of(self)
+        shares = fogzo is not None and getattr(self, "found_inf", None) is fogzo.found_inf
+        scaling.check(closure is not None, fogzo is not None and fogzo.pending, shares)
         if closure is not None:
             with torch.enable_grad():
-                if self.fogzo is None:
+                if fogzo is None:
                     loss = closure()
                 else:
-                    self.fogzo.run(closure)
-        passes = estimate = None
-        if self.fogzo is not None:
-            passes = self.fogzo._completed()
-        if passes is None:
-            self._check_estimates()
+                    fogzo.run(closure)
+        step = None if fogzo is None else fogzo.pending_step()
+        lost, unknown = False, None  # whether the step is lost; the same where only the device knows
+        if step is not None:
+            self._check_owned(step)
+            self._warn_of_restart(step)
+            known = set(map(id, step.parameters))
+            beside = [p.grad for p in self._parameters() if id(p) not in known and p.grad is not None]
+            step.lose_if_not_finite(beside, None if shares else scaling.found_inf)
+            loss = step.collect(scaling.scale).loss
+            lost, unknown = step.lost, step.unknown
         else:
-            self._check_owned(passes)
-            self._warn_of_restart()
-            passes.look_at(self._beside(passes), None if shared else scaling.found_inf)
-            estimate = passes.collect(scaling.scale)
-            loss = estimate.loss
-        unknown = None if passes is None else passes.unknown
-        lost = passes is not None and passes.lost
-        if passes is None and scaling.found_inf is not None:
-            unknown = scaling.found_inf.reshape(()) != 0
-            if not capturing():
-                lost, unknown = bool(unknown), None
+            if fogzo is not None:
+                fogzo.check_estimates(self._parameters())
+            if scaling.found_inf is not None:
+                unknown = scaling.found_inf.reshape(()) != 0
+                if not capturing():
+                    lost, unknown = bool(unknown), None
         if not lost:
-            self._update(passes, estimate, scaling, unknown)
-        if passes is not None:
-            passes.finish()
+            calls = list(self._calls(step))  # all are prepared before the first one writes
+            scaling.unscale_(p.grad for p in self._parameters() if p.grad is not None)
+            self._calls_so_far += 1
+            for i, call in enumerate(calls):
+                self._run(call, step, i == 0, unknown)
+        if step is not None:
+            step.end(estimated=True)
         return loss
 
-    def _update(
-        self, passes: Step | None, estimate: Estimate | None, scaling: Scaling, unknown: Tensor | None
-    ) -> None:
-        """``unknown``: whether the step is lost, where only the device knows."""
-        calls = list(self._calls(passes))  # all are prepared before the first one writes
-        if scaling.scale is not None:
-            scaling.unscale_(self._grads())
-        self._calls_so_far += 1
-        first = True
-        for call in calls:
-            self._run(call, passes, estimate, first, unknown)
-            first = first and call.quantized is None
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
 
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    def _beside(self, passes: Step) -> list[Tensor]:
-        """Gradients of parameters that are not the model's, at which the passes did not look."""
-        looked_at = set(map(id, passes.parameters))
-        groups = (group["params"] for group in self.param_groups)
-        return [p.grad for params in groups for p in params if id(p) not in looked_at and p.grad is not None]
-
-    def _own(self) -> set[int]:
-        return {id(p) for group in self.param_groups for p in group["params"]}
-
-    def _check_estimates(self) -> None:
-        """Without passes, what quantized weights are trained with must be an estimate that was made before.
-
-        Or nothing: torch.distributed.checkpoint makes the state of an optimizer by a step with gradients of 0.
-        """
-        if self.fogzo is None:
-            return
-        own = self._own()
-        for i, w in enumerate(self.fogzo.weights):
-            if (
-                id(w.parameter) in own
-                and w.parameter.grad is not None
-                and not self.fogzo._gradients.is_estimate(i)
-                and bool(local(w.parameter.grad).any())
-            ):
-                raise RuntimeError(
-                    f"step must follow the passes of fogzo, got the gradient of another backward for {w.name}:"
-                    " it would train plain straight-through. Give step a closure, or run the passes by"
-                    " fogzo.run(closure) or fogzo.probes()"
-                )
-
-    def _check_owned(self, passes: Step) -> None:
-        """A weight of another optimizer would keep its straight-through gradient, unnoticed."""
-        own = self._own()
-        estimated = [w for w in passes.weights if w.parameter.grad is not None]
+    def _check_owned(self, step: Step) -> None:
+        """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""
+        own = set(map(id, self._parameters()))
+        estimated = [w for w in step.run.weights if w.parameter.grad is not None]
         still = [w.name for w in estimated if any(m.still_row is not None for m in w.modules)]
-        if passes.pairs and still:
+        if step.pairs and still:
             raise RuntimeError(
                 f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"
                 " its padding row would not keep still; call fogzo.estimate_() first"
@@ -213,9 +171,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 " optimizers call estimate_() first"
             )
 
-    def _warn_of_restart(self) -> None:
-        """In the first step of a Fogzo: was its state left behind where the optimizer was loaded?"""
-        if self.fogzo is None or self.fogzo._steps or capturing():
+    def _warn_of_restart(self, step: Step) -> None:
+        """In the first step of a Fogzo, warn if its state was left behind where the optimizer was loaded."""
+        if step.run.steps or capturing():
             return
         taken = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         if taken:
@@ -227,20 +185,21 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- which tensors go into one call
 
-    def _calls(self, passes: Step | None) -> Iterator[_Call]:
+    def _calls(self, step: Step | None) -> Iterator[_Call]:
         """Tensors of alike options, dtypes, device, step number and kind of quantizer, estimated ones first.
 
         Learned alphas come last of all: the estimates of their weights are made with them as they were.
         """
-        estimated = passes.calls if passes is not None and passes.pairs else []
-        places = {id(w.parameter): (k, i) for k, one in enumerate(estimated) for i, w in enumerate(one.weights)}
-        alphas = {id(m.alpha) for one in estimated for w in one.weights for m in w.modules}
-        later: dict[tuple[Any, ...], _Call] = {}
+        estimated = step.groups if step is not None and step.pairs else []
+        weights = [(k, i, w) for k, group in enumerate(estimated) for i, w in enumerate(group.weights)]
+        places = {id(w.parameter): (k, i) for k, i, w in weights}
+        alphas = {id(m.alpha) for *_, w in weights for m in w.modules}
+        last: dict[tuple[Any, ...], _Call] = {}
         for group in self.param_groups:
             options = self._options(group)
-            found: dict[tuple[Any, ...], _Call] = {}
+            calls: dict[tuple[Any, ...], _Call] = {}
             first: dict[tuple[Any, ...], _Call] = {}  # of those that are estimated, for others that are alike
-            others: list[tuple[Tensor, _Lists, tuple[Any, ...]]] = []
+            others: list[tuple[tuple[Any, ...], Tensor, _Operands]] = []
             for p in group["params"]:
                 if p.grad is None:
                     if id(p) in self._joined:  # its number of steps falls behind
@@ -248,51 +207,55 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
                 k, i = places.get(id(p), (None, 0))
                 view = in_memory(p) if k is None else estimated[k].weights[i].rows
-                lists = self._prepare(p, group, options.states, view)
-                alike = p.device, p.dtype, lists.grad.dtype, lists.number, lists.joined, lists.master is None
+                operands = self._prepare(p, group, options.states, view)
+                alike = p.device, p.dtype, *operands.alike
                 if k is None:
-                    others.append((p, lists, alike))
+                    others.append((alike, p, operands))
                     continue
-                if (call := found.get((*alike, k))) is None:
-                    call = found[*alike, k] = _Call(options, lists.number)
-                    first.setdefault(alike, call)
-                call.lists.append(lists)
+                if (*alike, k) not in calls:
+                    calls[*alike, k] = _Call(options, operands.number)
+                call = calls[*alike, k]
+                first.setdefault(alike, call)
+                call.operands.append(operands)
                 call.places.append(i)
-            for (*_, k), call in found.items():
-                call.quantized = estimated[k].part(call.places)
-            for p, lists, alike in others:
+            for (*_, k), call in calls.items():
+                call.weights = estimated[k].part(call.places)
+            for alike, p, operands in others:
                 # with estimated ones of their group, if any, in one call; else with all that is updated alike
-                call = None if id(p) in alphas else first.get(alike)
-                if call is None and (call := later.get((*alike, *options.key))) is None:
-                    call = later[*alike, *options.key] = _Call(options, lists.number)
-                call.lists.append(lists)
-            yield from found.values()
-        yield from later.values()
+                joint = None if id(p) in alphas else first.get(alike)
+                if joint is None:
+                    joint = last.setdefault((*alike, *options.key), _Call(options, operands.number))
+                joint.operands.append(operands)
+            yield from calls.values()
+        yield from last.values()
 
     def _options(self, group: dict[str, Any]) -> _Options:
         lr = group["lr"]
         hyperparameters = self._hyperparameters(group)
         return _Options(
-            lr.double() if isinstance(lr, Tensor) else arguments.lr(lr),
+            lr.double() if isinstance(lr, Tensor) else arguments.scalar("lr", lr),
             hyperparameters,
             self._state_names()[: self._rule(group).states],
             (id(lr) if isinstance(lr, Tensor) else lr, *map(repr, hyperparameters.values())),
         )
 
-    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Lists:
+    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Operands:
         """Make the state. Gradient and state come to lie in memory as the parameter does, for ``view``."""
-        grad, latent = p.grad, view(p)
+        grad, latent, state = p.grad, view(p), self.state[p]
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"params must have dense gradients, got a sparse one of shape {tuple(p.shape)}")
         seen = local if latent is p else view
+
+        def like_parameter(t: Tensor) -> Tensor:
+            if seen(t).is_contiguous():
+                return t
+            return torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
+
         if not seen(grad).is_contiguous():
-            p.grad = grad = torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad)
-        state = self.state[p]
-        capturable = group["capturable"]
+            p.grad = grad = like_parameter(grad)
         if not state:
-            device = p.device if capturable else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.int64, device=device)
+            state["step"] = torch.zeros((), dtype=torch.int64, device=_device_of_count(p, group))
             self._joined[id(p)] = self._calls_so_far
             if group["master_weights"] and p.dtype != torch.float32:
                 state["master"] = p.detach().float()
@@ -303,75 +266,61 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in names:  # also of a momentum that was 0 until now
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-        views = []
         for name in ("master", *names) if "master" in state else names:
-            one = state[name]
-            if not seen(one).is_contiguous():  # from a checkpoint of another layout
-                one = state[name] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(one)
-            views.append(seen(one))
-        joined, step = 0, state["step"]
-        if capturable:  # only the device has the number: parameters that joined together have one
-            if id(p) not in self._joined:
-                self._joined[id(p)] = self._calls_so_far - int(step)
-            joined = self._joined[id(p)]
-        master = views.pop(0) if "master" in state else None
+            state[name] = like_parameter(state[name])  # from a checkpoint of another layout
+        master = seen(state["master"]) if "master" in state else None
         if master is not None:
             follow(master, latent)
-        number = 0 if capturable else int(step) + 1
-        return _Lists(latent, seen(grad), master, views, step, number, joined)
+        joined = number = 0
+        if group["capturable"]:  # only the device has the number: parameters that joined at once have one
+            if id(p) not in self._joined:
+                self._joined[id(p)] = self._calls_so_far - int(state["step"])
+            joined = self._joined[id(p)]
+        else:
+            number = int(state["step"]) + 1
+        states = [seen(state[name]) for name in names]
+        return _Operands(latent, seen(grad), master, states, state["step"], number, joined)
 
     # ---- one call
 
-    def _run(
-        self, call: _Call, passes: Step | None, estimate: Estimate | None, first: bool, unknown: Tensor | None
-    ) -> None:
-        lists, options = call.lists, call.options
-        device, steps = lists[0].latent.device, [one.step for one in lists]
+    def _run(self, call: _Call, step: Step | None, first: bool, unknown: Tensor | None) -> None:
+        """Run the op. ``first``: whether it counts what the calls of a step have in common."""
+        operands, options, group = call.operands, call.options, call.weights
+        device, steps = operands[0].latent.device, [o.step for o in operands]
         if not call.number:  # the op reads the coming number on the device
             torch._foreach_add_(steps, 1 if unknown is None else (~unknown).long().to(device))
-        states = [[one.states[i] for one in lists] for i in range(len(options.states))]
-        unused = [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
-        masters = None if lists[0].master is None else [one.master for one in lists]
-        common: dict[str, Any] = {
+        states: list[Any] = [[o.states[i] for o in operands] for i in range(len(options.states))]
+        states += [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
+        tensors = [o.latent for o in operands], [o.grad for o in operands], *states
+        how: dict[str, Any] = {
             "lr": options.lr,
             "optimizer_step": call.number or steps[0],
-            "masters": masters,
+            "masters": None if operands[0].master is None else [o.master for o in operands],
+            "backend": self.backend,
             **options.hyperparameters,
         }
-
-        def update(plus: Tensor, minus: Tensor, alphas: list[Tensor], norm: Tensor, **noise: Any) -> None:
-            tensors = [one.latent for one in lists], [one.grad for one in lists], *states, *unused
-            type(self).OP(*tensors, plus, minus, alphas, norm, **common, **noise)
-
-        if call.quantized is None:
-            nothing = self._nothing(device)
+        op = type(self).OP
+        if group is None:
+            nothing = torch.empty(0, dtype=torch.float32, device=device)
             norm = nothing.new_zeros(())
             if unknown is not None:  # a norm that is not finite lets the op skip a step, if it has losses
                 nothing, norm = nothing.new_zeros(1), norm.masked_fill(unknown.to(device), math.nan)
-            update(nothing, nothing, [], norm, backend=self.backend, **PLAIN)
+            op(*tensors, nothing, nothing, [], norm, **PLAIN, **how)
         else:
-            assert passes is not None
-            assert estimate is not None
-            assert estimate.norm is not None
-            noise = passes.options(call.quantized) | {"backend": self.backend}
-            with passes.counting(first) as counters:
-                update(
-                    estimate.losses_plus, estimate.losses_minus, call.quantized.alphas, estimate.norm,
-                    counters=counters, **noise,
-                )  # fmt: skip
+            assert step is not None
+            assert step.estimate is not None
+            _, plus, minus, n = step.estimate
+            assert n is not None
+            with step.run.counting(first) as counters:
+                op(*tensors, plus, minus, group.alphas, n, counters=counters, **step.options(group) | how)
         if call.number:
             torch._foreach_add_(steps, 1)
-
-    def _nothing(self, device: torch.device) -> Tensor:
-        if device not in self._empty:
-            self._empty[device] = torch.empty(0, dtype=torch.float32, device=device)
-        return self._empty[device]
 
     # ---- state
 
     def __getstate__(self) -> dict[str, Any]:
         """PyTorch's own leaves out what a subclass adds, and a copy could not step."""
-        own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_empty", "_calls_so_far")}
+        own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_calls_so_far")}
         own["_joined"] = {}  # of other parameters
         return {**super().__getstate__(), **own}
 
@@ -400,14 +349,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, (p, group) in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
                 if name == "step":
-                    device = p.device if group["capturable"] else torch.device("cpu")
                     step = torch.as_tensor(value, dtype=torch.float64).detach()
-                    self.state[p][name] = step.to(device, torch.int64, copy=True)
+                    self.state[p][name] = step.to(_device_of_count(p, group), torch.int64, copy=True)
                 elif isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, torch.float32, copy=True)
             if self.state[p] and "step" not in self.state[p]:  # torch's SGD does not count; not the first
-                device = p.device if group["capturable"] else torch.device("cpu")
-                self.state[p]["step"] = torch.ones((), dtype=torch.int64, device=device)
+                self.state[p]["step"] = torch.ones((), dtype=torch.int64, device=_device_of_count(p, group))
+
+
+def _device_of_count(p: Tensor, group: dict[str, Any]) -> torch.device:
+    return p.device if group["capturable"] else torch.device("cpu")
 
 
 class _Options(NamedTuple):
@@ -419,16 +370,21 @@ class _Options(NamedTuple):
     key: tuple[Any, ...]  # the same for groups with the same numbers
 
 
-class _Lists(NamedTuple):
+class _Operands(NamedTuple):
     """What a parameter adds to the lists of a call: views that lie in memory alike."""
 
     latent: Tensor
     grad: Tensor
     master: Tensor | None
     states: list[Tensor]
-    step: Tensor  # steps taken; not a view
+    step: Tensor  # how many steps were taken; not a view
     number: int  # of the coming step, or 0 if only the device knows it
-    joined: int  # the same for those with one number then
+    joined: int  # the same for parameters with one number then
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What parameters of one call have in common, beside their own device and dtype."""
+        return self.grad.dtype, self.number, self.joined, self.master is None
 
 
 class _Call:
@@ -436,6 +392,6 @@ class _Call:
 
     def __init__(self, options: _Options, number: int) -> None:
         self.options, self.number = options, number
-        self.lists: list[_Lists] = []
-        self.places: list[int] = []  # of those that are estimated among the weights of the step's call
-        self.quantized: Together | None = None
+        self.operands: list[_Operands] = []
+        self.places: list[int] = []  # of those that are estimated among the weights of the step's group
+        self.weights: WeightGroup | None = None

@@ -21,8 +21,8 @@ def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
     """
     checks.instance("model", model, nn.Module)
     modules = [m for m in model.modules() if isinstance(m, QuantizedModule)]
-    found = [t for m in modules for t in (m.alpha, getattr(m, "input_alpha", None))]
-    return {t for t in found if isinstance(t, nn.Parameter)}
+    scales = [t for m in modules for t in (m.alpha, getattr(m, "input_alpha", None))]
+    return {t for t in scales if isinstance(t, nn.Parameter)}
 
 
 def parameter_groups(
@@ -52,15 +52,11 @@ def parameter_groups(
         checks.finite("alpha_lr", alpha_lr)
         rate["lr"] = alpha_lr
     learned = learned_alphas(model)
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    alphas: list[nn.Parameter] = []
-    for p in model.parameters():
-        if p.requires_grad:
-            (alphas if p in learned else decaying if p.ndim > 1 else others).append(p)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trainable if p not in learned]
     groups: list[dict[str, Any]] = [
-        {"params": decaying, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-        {"params": alphas, "weight_decay": 0.0, **rate},
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p in learned], "weight_decay": 0.0, **rate},
     ]
     return [group for group in groups if group["params"]]

@@ -19,8 +19,8 @@ class Scaling(NamedTuple):
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> Scaling:
-        scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        return cls(scale, None if found is None else torch.as_tensor(found, dtype=torch.float32))
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        return cls(scale, None if overflow is None else torch.as_tensor(overflow, dtype=torch.float32))
 
     def check(self, closure: bool, passes: bool, own: bool) -> None:
         """Raise where losses and gradients would not be scaled alike, before anything moves.
@@ -43,10 +43,11 @@ class Scaling(NamedTuple):
 
     @torch.no_grad()
     def unscale_(self, grads: Iterable[Tensor]) -> None:
-        """Divide gradients by the scale, in place."""
+        """Divide gradients by the scale, if there is one, in place."""
+        if self.scale is None:
+            return
         by_device: dict[torch.device, list[Tensor]] = {}
         for grad in map(local, grads):
             by_device.setdefault(grad.device, []).append(grad)
-        for device, some in by_device.items():
-            assert self.scale is not None
-            torch._foreach_div_(some, self.scale.to(device, non_blocking=True))
+        for device, own in by_device.items():
+            torch._foreach_div_(own, self.scale.to(device, non_blocking=True))

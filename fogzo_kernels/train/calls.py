@@ -1,146 +1,110 @@
-"""The quantized weights of a step by the calls of ops that they go into, and what those take and write."""
+"""WeightGroup: quantized weights that go into one call of an op, and the lists that the call takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..distributed.fsdp import measure_sharded_
-from ..functional import learned_backward_, quantize_, straight_through_backward_
+from ..distributed.group import sum_of_parts
+from ..functional import (
+    guide_norm,
+    guide_sumsq,
+    learned_backward_,
+    perturb_quantize_,
+    quantize_,
+    straight_through_backward_,
+)
 from ..nn.view import WeightView
 from ..nn.weight import hold_alphas, measure_
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 from ..spec.straight_through import StraightThrough
-from .sharding import over_shards
 
 T = TypeVar("T")
+OF_QUANTIZER = ("grid", "straight_through", "transform")  # as ops take them
+AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
 
 
-class Kind(NamedTuple):
-    """What the weights of one call have in common.
-
-    Not their scales: alphas are an argument of the call, each weight its own.
-    """
-
-    grid: Grid
-    straight_through: StraightThrough
-    transform: Hadamard | None
-    dtype: torch.dtype
-
-
-class Together:
+class WeightGroup:
     """Weights that go into one call of an op, and the lists that it takes: made once a step, not for each call.
 
     Alphas are as they are when this is made. Latents are asked for anew, as ``parameter.data`` may be replaced.
     """
 
-    def __init__(self, kind: Kind, weights: list[WeightView], backend: str | None) -> None:
-        self.kind, self.weights, self.backend = kind, weights, backend
+    def __init__(self, weights: list[WeightView], backend: str | None) -> None:
+        q = weights[0].quantizer
+        self.weights, self.backend = weights, backend
+        self.how: dict[str, Any] = {name: getattr(q, name) for name in OF_QUANTIZER} | {"backend": backend}
         self.alphas = [w.alpha for w in weights]
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
-        self.layouts = layouts or None  # of shards, which all are or none
-        self.grads: list[Tensor] = []  # rows of ``.grad``, once :meth:`guided` has found them
-        self.memory = [w.memory() for w in weights]  # for what a pass runs with
+        self.layouts = layouts or None  # of parts of weights: all weights are parts, or none is
+        self.grads: list[Tensor] = []  # rows of ``.grad``, see :meth:`with_gradients`
+        self.memory = [w.memory() for w in weights]  # for the rows that a pass runs with
 
     @property
     def latents(self) -> list[Tensor]:
         """Rows of the parameters."""
         return [w.latent for w in self.weights]
 
-    def split(self, by: Callable[[WeightView], T]) -> list[tuple[T, Together]]:
-        """Those for which ``by`` is the same."""
-        answers = list(map(by, self.weights))
-        kinds = dict.fromkeys(answers)
+    def split(self, by: Callable[[WeightView], T]) -> list[tuple[T, WeightGroup]]:
+        """Return a group for each value of ``by``."""
+        values = list(map(by, self.weights))
+        kinds = dict.fromkeys(values)
         if len(kinds) == 1:
-            return [(answers[0], self)]
-        return [(one, self.part([i for i, answer in enumerate(answers) if answer == one])) for one in kinds]
+            return [(values[0], self)]
+        return [(k, self.part([i for i, value in enumerate(values) if value == k])) for k in kinds]
 
-    def part(self, places: Sequence[int]) -> Together:
-        """The weights at these places: this itself for all of them in their order."""
+    def part(self, places: Sequence[int]) -> WeightGroup:
+        """Return a group of the weights at these places: this one for all of them in their order."""
         if list(places) == list(range(len(self.weights))):
             return self
-        found = Together(self.kind, [self.weights[i] for i in places], self.backend)
-        found.grads = [self.grads[i] for i in places] if self.grads else []
-        return found
+        group = WeightGroup([self.weights[i] for i in places], self.backend)
+        group.grads = [self.grads[i] for i in places] if self.grads else []
+        return group
 
-    def guided(self) -> list[Together]:
-        """Those that have a gradient, by its dtype; the others took no part in the forward."""
-        found = []
-        for dtype, alike in self.split(lambda w: None if w.parameter.grad is None else w.parameter.grad.dtype):
+    def with_gradients(self) -> list[WeightGroup]:
+        """Return groups of the weights that have a gradient, by its dtype."""
+        groups = []
+        for dtype, group in self.split(lambda w: None if w.parameter.grad is None else w.parameter.grad.dtype):
             if dtype is not None:
-                alike.grads = [grad for w in alike.weights if (grad := w.guide()) is not None]
-                found.append(alike)
-        return found
-
-    # ---- the gradient pass
+                group.grads = [grad for w in group.weights if (grad := w.guide()) is not None]
+                groups.append(group)
+        return groups
 
     def quantize(self) -> None:
-        """Q(parameter) into the weights' memory.
+        """Write Q(parameter) into the memory.
 
-        For one pass: what a weight becomes then may show in no version, as where ``parameter.data`` is written.
+        It is for one pass: no version tells whether a weight changed, as where ``parameter.data`` is written.
         """
-        quantize_(
-            self.memory, self.latents, self.alphas, grid=self.kind.grid, transform=self.kind.transform,
-            backend=self.backend,
-        )  # fmt: skip
-
-    def finish_gradients(self) -> list[tuple[WeightView, Tensor]]:
-        """Make g of dL/dQ in ``.grad``, and the gradients of learned alphas.
-
-        Both are linear in dL/dQ, so once for all micro-batches does.
-
-        Returns:
-            Weights whose alphas learn, and the gradients of these.
-        """
-        alphas: list[tuple[WeightView, Tensor]] = []
-        for learned, alike in self.split(lambda w: w.modules[0].alpha.requires_grad):
-            how, backend = alike.kind, alike.backend
-            if not learned:
-                straight_through_backward_(
-                    alike.grads, alike.latents, alike.alphas, grid=how.grid,
-                    straight_through=how.straight_through, transform=how.transform, backend=backend,
-                )  # fmt: skip
-                continue
-            modules = [w.modules[0] for w in alike.weights]
-            found = [torch.empty_like(alpha) for alpha in alike.alphas]
-            learned_backward_(
-                alike.grads, found, alike.latents, alike.alphas, factors=[m.alpha_factor for m in modules],
-                grid=how.grid, straight_through=how.straight_through, transform=how.transform, backend=backend,
-            )  # fmt: skip
-            alphas += zip(alike.weights, over_shards(alike.weights, found), strict=True)
-        return alphas
+        grid, transform = self.how["grid"], self.how["transform"]
+        quantize_(self.memory, self.latents, self.alphas, grid=grid, transform=transform, backend=self.backend)
 
 
-def add_to_gradients(found: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """As a backward does, to each tensor its gradient."""
-    there, added = [], []
-    for t, grad in found:
-        if t.grad is None:
-            t.grad = grad
-        else:
-            there.append(t.grad)
-            added.append(grad)
-    if there:
-        torch._foreach_add_(there, added)
-
-
-def together(weights: Iterable[WeightView], backend: str | None) -> list[Together]:
-    """The weights by kind."""
-    found: dict[Kind, list[WeightView]] = {}
+def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGroup]:
+    """Return the weights by quantizer and dtype. Each weight has alphas of its own, whatever its scale."""
+    kinds: dict[tuple[Grid, StraightThrough, Hadamard | None, torch.dtype], list[WeightView]] = {}
     for w in weights:
         q = w.quantizer
-        found.setdefault(Kind(q.grid, q.straight_through, q.transform, w.parameter.dtype), []).append(w)
-    return [Together(kind, alike, backend) for kind, alike in found.items()]
+        kinds.setdefault((q.grid, q.straight_through, q.transform, w.parameter.dtype), []).append(w)
+    return [WeightGroup(members, backend) for members in kinds.values()]
+
+
+def run_quantized(weights: list[WeightView], backend: str | None) -> None:
+    """Let modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
+    for group in grouped(weights, backend):
+        group.quantize()
+    for w in weights:
+        w.use(w.memory(), probe=True)
 
 
 def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
-    """Make alphas that move those of the step: measure them, those of one scale in one call; hold learned ones.
+    """Measure the alphas that are measured in each step, and hold learned ones in their range.
 
     Returns:
         How many learned ones were out of range, 0-dim int64, or None as :func:`hold_alphas`.
@@ -150,8 +114,7 @@ def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
     for w in weights:
         scale = w.quantizer.scale
         if isinstance(scale, MeasuredScale) and w.placement.is_whole:
-            key = scale, w.quantizer.transform, w.parameter.dtype
-            alphas, rows = calls.setdefault(key, ([], []))
+            alphas, rows = calls.setdefault((scale, w.quantizer.transform, w.parameter.dtype), ([], []))
             alphas += [m.alpha for m in w.modules]
             rows += [w.latent] * len(w.modules)
     for (scale, transform, _), (alphas, rows) in calls.items():
@@ -159,9 +122,75 @@ def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
     return hold_alphas([m for w in weights for m in w.modules])
 
 
-def hold_quantized(weights: list[WeightView], backend: str | None) -> None:
-    """Modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
-    for one in together(weights, backend):
-        one.quantize()
-    for w in weights:
-        w.use(w.memory(), probe=True)
+def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
+    """Make g of dL/dQ in ``.grad`` of weights that received that, and return the gradients of learned alphas.
+
+    Both are linear in dL/dQ, so once for all micro-batches does.
+    """
+    alphas: AlphaGradients = []
+
+    def kind_of(w: WeightView) -> tuple[bool, bool]:
+        return w.deferred, w.modules[0].alpha.requires_grad
+
+    for (deferred, learned), part in (pair for group in groups for pair in group.split(kind_of)):
+        rows = part.latents, part.alphas
+        if deferred and not learned:
+            straight_through_backward_(part.grads, *rows, **part.how)
+        elif deferred:
+            factors = [w.modules[0].alpha_factor for w in part.weights]
+            grads = [torch.empty_like(alpha) for alpha in part.alphas]
+            learned_backward_(part.grads, grads, *rows, factors=factors, **part.how)
+            alphas += zip(part.weights, sum_of_parts(part.weights, grads), strict=True)
+    return alphas
+
+
+def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Return N, the norm over all gradients. A gradient of 0 adds nothing.
+
+    Args:
+        groups: weights with their gradients.
+        sum_of: makes a sum over the rows of this process one over all rows; None if they are all here.
+    """
+    alone = len(groups) == 1 and sum_of is None
+    norm = guide_norm if alone else guide_sumsq
+    norms = [norm(g.grads, g.alphas, grid=g.how["grid"], backend=g.backend) for g in groups]
+    if alone:
+        return norms[0]
+    squares = torch.stack(norms).sum()
+    return (squares if sum_of is None else sum_of(squares)).sqrt().float()
+
+
+def add_to_gradients(alphas: Iterable[tuple[WeightView, Tensor]]) -> None:
+    """Add gradients to those of the alphas of weights, as a backward does."""
+    present, added = [], []
+    for w, grad in alphas:
+        alpha = w.modules[0].alpha
+        if alpha.grad is None:
+            alpha.grad = grad
+        else:
+            present.append(alpha.grad)
+            added.append(grad)
+    if present:
+        torch._foreach_add_(present, added)
+
+
+@torch.no_grad()
+def code_changes(
+    groups: Sequence[WeightGroup], norm: Tensor, options: Callable[[WeightGroup], dict[str, Any]]
+) -> Tensor:
+    """Return the share of codes that differ between the first two probes. Takes memory for one weight's codes.
+
+    Args:
+        groups: weights with their gradients.
+        norm: N.
+        options: of a group, as the op takes them.
+    """
+    differ, total = torch.zeros((), dtype=torch.int64, device=norm.device), 0
+    for group in groups:
+        for i in range(len(group.weights)):
+            w = group.part([i])
+            plus, minus = (torch.empty_like(w.grads[0], dtype=torch.int8) for _ in "+-")
+            perturb_quantize_(plus, minus, w.latents, w.grads, w.alphas, norm, direction=0, **options(w))
+            differ += (plus != minus).sum()
+            total += plus.numel()
+    return differ.float() / total  # an int by an int would have the default dtype

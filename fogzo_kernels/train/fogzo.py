@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,23 +12,17 @@ from torch import Tensor, nn
 
 from ..backends import select
 from ..distributed.group import Peers
-from ..nn.view import reshard
+from ..nn.view import local, reshard
 from ..nn.weights import check_unchanged, modules_of, quantized_weights
 from ..ops import checks
-from ..spec.noise import MAX_STEP, check_range
 from .device import DeviceState
-from .guards.closure import changed
-from .guards.closures import Closures
-from .guards.gradients import Gradients
+from .guards.closure import Closures
+from .guards.fingerprints import changed, warn_of
 from .guards.uncompiled import uncompiled
-from .guards.unmoved_alphas import UnmovedAlphas
 from .replay import ReplayState
-from .settings import Settings, final_one_minus_beta
-from .sharding import Sharding
-from .stats import Stats
-from .step import Pass, Step, warn_of
-
-COUNTERS = ("lost_directions", "lost_steps", "bad_alphas")
+from .run import COUNTERS, Run
+from .settings import Settings, final_one_minus_beta, loaded
+from .step import Pass, Step
 
 
 class Fogzo:
@@ -51,15 +45,7 @@ class Fogzo:
         schedule: ``"linear"``, or ``"constant"`` for 1 - beta at its final value throughout (with
             ``one_minus_beta=1`` that is n-SPSA).
         start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
-        difference: ``"central"``, the paper's, or ``"forward"``: (L+ - L_0) / eps with L_0 the loss of the
-            gradient pass. That takes n probes instead of 2 n; the estimate's mean is the same, its variance
-            larger.
         every: FOGZO in every k-th step, plain STE between.
-        probe_share: share of a step's micro-batches that probes run, for less work and more variance; the
-            gradient pass runs all. Use :meth:`probes` and :meth:`Pass.batches` with it.
-        both_probes: write Q(w + eps v) and Q(w - eps v) in one pass over memory, the second one into a copy of
-            the quantized weights that is there for the probes alone; False writes one after the other into the
-            same memory. The bits are the same. A forward difference has no second one.
         replay: what passes must see alike beside PyTorch's generators, the model's buffers and the generators
             that its modules have as attributes: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
@@ -97,10 +83,7 @@ class Fogzo:
         epsilon_scale: float = 1.0,
         schedule: str = "linear",
         start: float = 0.0,
-        difference: str = "central",
         every: int = 1,
-        probe_share: float = 1.0,
-        both_probes: bool = True,
         replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str | None = "mean",
@@ -112,42 +95,23 @@ class Fogzo:
         self.weights = quantized_weights(model)
         self.device = self.weights[0].parameter.device
         self.total_weights = sum(w.parameter.numel() for w in self.weights)
-        self._settings = Settings(
-            total_steps=total_steps,
-            one_minus_beta=final_one_minus_beta(one_minus_beta, kappa, self.total_weights),
-            directions=directions,
-            seed=seed,
-            epsilon_scale=epsilon_scale,
-            schedule=schedule,
-            start=start,
-            difference=difference,
-            every=every,
-            probe_share=probe_share,
-        )
-        checks.instance("both_probes", both_probes, bool)
-        self._both_probes = both_probes and difference == "central"
-        self._sharding = Sharding(model, self.weights, loss_reduction)
-        self._peers = Peers(
-            model, process_group, loss_reduction, self._sharding.groups, self._sharding.parallel
-        )
-        select(backend, self.device)  # named here if it cannot run, not at the first step
+        beta = final_one_minus_beta(one_minus_beta, kappa, self.total_weights)
+        settings = Settings(total_steps, beta, directions, seed, epsilon_scale, schedule, start, every)
+        peers = Peers(model, self.weights, process_group, loss_reduction)
+        state = DeviceState(self.device, settings) if capturable else None
+        select(backend, self.device)  # an error here if it cannot run, not at the first step
         self.backend = backend
-        self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.device)
-        self._steps = 0  # taken so far; the step number of the noise
-        self._device_state = DeviceState(self.device, self._settings) if capturable else None
-        self._replay = ReplayState(model, replay)
-        self._step: Step | None = None  # from its first pass to its end
-        self._closures = Closures(self.weights, self._replay, self._sharding, backend)
-        self._gradients = Gradients([w.parameter for w in self.weights])
-        self._stats = Stats(seed, difference == "forward", self.total_weights)
-        self._unmoved = UnmovedAlphas()
-        self._compared = False  # whether one with probes has looked for what passes do not see alike
-        self._watched = False  # whether a step has looked for reads of the weights beside their modules
+        counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
+        self._run = Run(
+            settings, backend, self.weights, ReplayState(model, replay), peers, state, counters, self.found_inf
+        )
+        self._closures = Closures(self._run)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in asdict(self._settings).items())
-        taken = f"{self._steps} steps taken" if self._device_state is None else "steps counted on the device"
+        settings = ", ".join(f"{name}={value!r}" for name, value in asdict(self._run.settings).items())
+        on_device = self._run.device_state is not None
+        taken = "steps counted on the device" if on_device else f"{self._run.steps} steps taken"
         return (
             f"Fogzo({settings}): {taken}, {len(self.weights)} quantized weights of"
             f" {self.total_weights} elements on {self.device}"
@@ -158,32 +122,33 @@ class Fogzo:
     @property
     def directions(self) -> int:
         """Pairs of probes per step."""
-        return self._settings.directions
+        return self._run.settings.directions
 
     @property
     def seed(self) -> int:
         """Seed of the noise, unsigned 64 bits."""
-        return self._settings.seed
+        return self._run.settings.seed
 
     @property
     def epsilon_scale(self) -> float:
         """Factor on the eps that the straight-through estimator fixes."""
-        return self._settings.epsilon_scale
+        return self._run.settings.epsilon_scale
 
     @property
     def steps(self) -> int:
         """Steps taken so far; if ``capturable`` this waits for the device."""
-        return self._steps if self._device_state is None else int(self._device_state.step)
+        state = self._run.device_state
+        return self._run.steps if state is None else int(state.step)
 
     @property
     def one_minus_beta(self) -> float | None:
         """1 - beta of the coming step; None where that is plain STE."""
-        return self._settings.one_minus_beta_at(self.steps)
+        return self._run.settings.one_minus_beta_at(self.steps)
 
     @property
     def pending(self) -> bool:
         """Whether all passes of a step were run, and its estimate is still to be made."""
-        return self._completed() is not None
+        return self.pending_step() is not None
 
     def diagnostics(self) -> dict[str, int]:
         """Steps and directions lost to values that were not finite, and bad alphas; waits for the device.
@@ -191,7 +156,7 @@ class Fogzo:
         A step is lost whose loss, N or gradients are not finite. Learned alphas that were held in range count
         as bad, once for each step.
         """
-        return dict(zip(COUNTERS, self._counters.tolist(), strict=True))
+        return dict(zip(COUNTERS, self._run.counters.tolist(), strict=True))
 
     def stats(self) -> dict[str, float]:
         """What the last step measured, for a log; waits for the device.
@@ -199,23 +164,23 @@ class Fogzo:
         Warns once where the losses of its probes differ by little more than rounding.
 
         Returns:
-            ``loss``, of the gradient pass; ``difference``, the mean of abs(L+ - L-), or of abs(L+ - L_0) of a
-            forward difference; ``rounding``, the distance between float32 numbers at the loss; ``guide_norm``,
-            N; ``one_minus_beta``; ``noise_to_guide``, the energy of the noise in v over that of the guide,
-            (1 - beta) d / beta; ``cosine``, of the angle between estimate and guide, in units of delta, with
-            the noise at its expectation, which a step is within about 1 / sqrt(d) of; ``code_changes``, the
-            share of codes that differ between Q(w + eps v) and Q(w - eps v) of the first direction, counted in
-            the first step with probes and in the first after each call of this method; ``alphas_at_floor``,
-            the share of learned and measured alphas at their least value; and the counts of
-            :meth:`diagnostics`. NaN where the step had no probes, or where none was taken.
+            ``loss``, of the gradient pass; ``difference``, the mean of abs(L+ - L-); ``rounding``, the distance
+            between float32 numbers at the loss; ``guide_norm``, N; ``one_minus_beta``; ``noise_to_guide``, the
+            energy of the noise in v over that of the guide, (1 - beta) d / beta; ``cosine``, of the angle
+            between estimate and guide, in units of delta, with the noise at its expectation, which a step is
+            within about 1 / sqrt(d) of; ``code_changes``, the share of codes that differ between Q(w + eps v)
+            and Q(w - eps v) of the first direction, counted in the first step with probes and in the first
+            after each call of this method; ``alphas_at_floor``, the share of learned and measured alphas at
+            their least value; and the counts of :meth:`diagnostics`. NaN where the step had no probes, or
+            where none was taken.
         """
-        counts = self.diagnostics()
-        self._stats.warn_of_lost(counts["lost_steps"])
-        return self._stats.read(self.weights) | counts
+        counts, stats = self.diagnostics(), self._run.stats
+        stats.warn_of_lost(counts["lost_steps"])
+        return stats.read() | counts
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken, counters and settings; with model and optimizer, all that a run needs."""
-        return {"steps": self.steps, "counters": self._counters.clone(), **asdict(self._settings)}
+        return {"steps": self.steps, "counters": self._run.counters.clone(), **asdict(self._run.settings)}
 
     def load_state_dict(self, state: dict[str, Any], *, may_differ: Sequence[str] = ()) -> None:
         """Continue a run: the next step is the one that would have come next there.
@@ -230,23 +195,9 @@ class Fogzo:
             ValueError: a setting differs, or a key or value is wrong; nothing has changed then.
             RuntimeError: a pass of a step is running.
         """
-        expected = {"steps", "counters", *asdict(self._settings)}
-        if set(state) != expected:
-            raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
-        self._settings.check_state(state, may_differ)
-        steps, counters = int(state["steps"]), torch.as_tensor(state["counters"])
-        check_range("state['steps']", steps, MAX_STEP)
-        if counters.shape != self._counters.shape:
-            raise ValueError(
-                f"state['counters'] must have shape {tuple(self._counters.shape)}, got {tuple(counters.shape)}"
-            )
+        steps, counters = loaded(state, self._run.settings, self._run.counters, may_differ)
         self._forget("load_state_dict")
-        self._steps = steps
-        if self._device_state is not None:
-            self._device_state.set_step(self._steps)
-        self._counters.copy_(counters)
-        self._peers.due = True
-        self._stats.restart(int(counters[1]))
+        self._run.restart(steps, counters)
 
     # ---- a step
 
@@ -269,25 +220,17 @@ class Fogzo:
 
         Args:
             closure: runs the model and returns the loss; it does not call ``backward``.
-
-        Raises:
-            RuntimeError: ``probe_share`` is not 1: a closure has no micro-batches.
         """
-        if self._settings.probe_share < 1:
-            raise RuntimeError(
-                f"probe_share must be 1 where a closure runs the passes, got {self._settings.probe_share}: run"
-                " them yourself, `for batch in probe.batches(micro_batches)` in each pass of probes()"
-            )
-        look = not self._compared and self._settings.one_minus_beta_at(self._steps) is not None
-        before = self._closures.seen(closure, self) if look else {}
+        run, closures = self._run, self._closures
+        look = not run.passes_compared and run.settings.one_minus_beta_at(run.steps) is not None
+        before = closures.seen(closure, self) if look else {}
         for probe in self.probes():
-            step = self._step
-            assert step is not None
+            step: Step = run.step
             with probe:
-                probe.backward(self._closures.loss(closure, step.snapshots[0]))
+                probe.backward(closures.loss(closure, step.snapshots[0]))
             if look and probe.sign == 0:
-                names = changed(before, self._closures.seen(closure, self))
-                warn_of(self._closures.unlike(closure, names, step, self._peers.agree))
+                names = changed(before, closures.seen(closure, self))
+                warn_of(closures.names_that_matter(closure, names, step))
 
     @uncompiled
     def check(self, closure: Callable[[], Tensor]) -> list[str]:
@@ -307,9 +250,7 @@ class Fogzo:
             RuntimeError: a pass of a step is running, or the model's weights have changed.
         """
         self._forget("check")
-        model = self._replay.model
-        self._sharding.between_passes()
-        check_unchanged(model, list(model.modules()), self.weights)
+        self._modules()
         return self._closures.check(closure, self)
 
     def probes(self) -> Iterator[Pass]:
@@ -328,11 +269,11 @@ class Fogzo:
                 " Fogzo: without it the last step was plain straight-through. To leave a step, call discard()"
             )
         self._forget("probes")
-        step = self._step = self._new_step()
+        step = self._run.step = self._new_step()
         try:
-            for one in step.passes:
-                yield one
-                if not one.done:
+            for probe in step.passes:
+                yield probe
+                if not probe.done:
                     raise RuntimeError("every pass of probes() must be run inside `with probe:`")
         finally:
             if not (step.complete or step.active):
@@ -352,78 +293,68 @@ class Fogzo:
         Returns:
             The loss of the gradient pass, 0-dim float32.
         """
-        step = self._completed()
+        step = self.pending_step()
         if step is None:
             raise RuntimeError("estimate_ must be called after every pass of probes() was run")
         estimate = step.collect()
         step.replace_gradients(estimate)
-        step.finish()
+        step.end(estimated=True)
         return estimate.loss
 
     def discard(self) -> None:
         """Leave a step whose passes were run: it gets no estimate, and ``.grad`` stays as it is."""
         self._forget("discard")
 
-    def _completed(self) -> Step | None:
-        """The step whose passes were run and whose estimate is still to be made."""
-        return self._step if self._step is not None and self._step.complete else None
+    # ---- for optimizers that make the estimate in their own update
+
+    def pending_step(self) -> Step | None:
+        """Return the step whose passes were run and whose estimate is still to be made; None without one.
+
+        An optimizer that makes the estimate in its update, as :class:`fogzo_kernels.AdamW` does, calls in this
+        order: ``step.lose_if_not_finite`` with gradients that are not the model's, ``step.collect()``, unless
+        ``step.lost`` an op of the fused tail for each of ``step.groups`` with ``step.options(group)`` and
+        ``step.run.counting(first)``, and ``step.end(estimated=True)``.
+        """
+        step: Step | None = self._run.step
+        return step if step is not None and step.complete else None
+
+    def check_estimates(self, parameters: Iterable[Tensor]) -> None:
+        """Raise if ``.grad`` of a quantized weight among these is neither None, nor 0, nor its estimate.
+
+        (torch.distributed.checkpoint makes the state of an optimizer by a step with gradients of 0.)
+        """
+        own = set(map(id, parameters))
+        for i, w in enumerate(self.weights):
+            grad = w.parameter.grad
+            if grad is None or id(w.parameter) not in own or self._run.gradients.is_estimate(i):
+                continue
+            if bool(local(grad).any()):
+                raise RuntimeError(
+                    f"step must follow the passes of fogzo, got the gradient of another backward for {w.name}:"
+                    " it would train plain straight-through. Give step a closure, or run the passes by"
+                    " fogzo.run(closure) or fogzo.probes()"
+                )
 
     # ---- what a step needs of its estimator
 
     def _forget(self, caller: str) -> None:
         """Leave a step whose estimate was not made."""
-        if self._step is not None:
-            if self._step.active:
+        step: Step | None = self._run.step
+        if step is not None:
+            if step.active:
                 raise RuntimeError(f"{caller}() must not be called inside a pass")
-            self._step.end()
+            step.end()
+
+    def _modules(self) -> list[nn.Module]:
+        """Walk the model once for all that asks for its modules, and raise if its weights have changed."""
+        self._run.peers.between_passes()
+        model = self._run.replay.model
+        modules = modules_of(model)
+        check_unchanged(model, modules, self.weights)
+        return modules
 
     @uncompiled
     def _new_step(self) -> Step:
-        model = self._replay.model
-        self._sharding.between_passes()
-        modules = modules_of(model)  # one walk for all that asks
-        check_unchanged(model, modules, self.weights)
-        self._unmoved.begin(model, modules, self.weights)
-        noise = self._noise()
-        return Step(
-            self.weights, modules=modules, noise=noise,
-            pairs=0 if noise["one_minus_beta"] is None else self.directions,
-            forward=self._settings.difference == "forward", share=self._settings.probe_share,
-            both=self._both_probes,
-            counters=self._counters, found_inf=self.found_inf, replay=self._replay, gradients=self._gradients,
-            watched=not self._watched,
-            compared=not self._compared, counted=self._stats.wanted,
-            backend=self.backend, sharding=self._sharding, reduce=self._reduce, agree=self._peers.agree,
-            over=self._over,
-        )  # fmt: skip
-
-    def _noise(self) -> dict[str, Any]:
-        """Which noise the coming step draws, and how much of it, as the ops take it."""
-        d = self._device_state
-        return {
-            "one_minus_beta": d.one_minus_beta if d else self._settings.one_minus_beta_at(self._steps),
-            "seed": d.seed if d else self.seed,
-            "step": d.step if d else self._steps,
-            "epsilon_scale": self.epsilon_scale,
-        }
-
-    def _reduce(self, losses: Tensor) -> None:
-        self._peers.check(self._settings, self._steps, self.weights)
-        self._peers.reduce(losses)
-
-    def _over(self, step: Step, estimated: bool) -> None:
-        if self._step is step:
-            self._step = None
-        if estimated:
-            self._stats.note(step)
-            if step.lost:  # the next step has the number of this one
-                self._counters[1] += 1
-                self._stats.warn_of_lost(1)
-                return
-            self._gradients.left_estimates()
-            self._unmoved.end()
-            self._watched = True
-            self._compared |= step.pairs > 0
-            if self._device_state is not None:
-                self._device_state.advance(1 if step.unknown is None else (~step.unknown).long())
-            self._steps += 1
+        modules = self._modules()
+        self._run.unmoved_alphas.begin(self._run.replay.model, modules, self.weights)
+        return Step(self._run, modules)

@@ -1,4 +1,4 @@
-"""The losses of a step's passes, and what its estimate takes of them."""
+"""Estimate: the losses and the norm that an estimate is made of, and whether losses have one scale."""
 
 from __future__ import annotations
 
@@ -6,68 +6,29 @@ import math
 import warnings
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-FAR = 3  # times a loss: more than a step of eps changes it, but where it is scaled otherwise
+FAR = 3  # ratio of two losses of a step: eps changes a loss by less, another scale by more
 
 
 class Estimate(NamedTuple):
-    """What a step's passes found."""
+    """What an estimate is made of."""
 
     loss: Tensor  # of the gradient pass, 0-dim float32
-    losses_plus: Tensor  # float32, (n,); of a forward difference see PassLosses.collected()
+    losses_plus: Tensor  # float32, (n,)
     losses_minus: Tensor  # float32, (n,)
     norm: Tensor | None  # N, 0-dim float32; None where there were no probes
 
 
-class PassLosses:
-    """Where the passes of a step put their losses, one tensor, so that devices reduce them in one call.
-
-    Args:
-        pairs: of probes, n.
-        device: of the weights.
-    """
-
-    def __init__(self, pairs: int, device: torch.device) -> None:
-        self.pairs = pairs
-        # of the gradient pass, of those of its micro-batches that probes run, of + and of - probes
-        self.all = torch.zeros(2 + 2 * pairs, dtype=torch.float32, device=device)
-
-    def slot(self, direction: int, sign: int) -> Tensor:
-        """Of one pass: losses of + and of - lie in a row, as the ops take them."""
-        if sign == 0:
-            return self.all[0]
-        return self.all[2 + direction + (self.pairs if sign < 0 else 0)]
-
-    @property
-    def base(self) -> Tensor:
-        """The gradient pass's loss of the micro-batches that probes run, too."""
-        return self.all[1]
-
-    def collected(self, forward: bool, factor: float, norm: Tensor | None) -> Estimate:
-        """What the estimate takes, the losses of probes times ``factor``.
-
-        A forward difference is the central one of L+ - L_0 and L_0 - L+: both are exact where the losses are
-        within a factor of 2 of each other, and so is their difference.
-        """
-        plus, minus = self.all[2 : 2 + self.pairs], self.all[2 + self.pairs :]
-        if forward:
-            plus = plus - self.base
-            minus = -plus
-        if factor != 1:
-            plus, minus = plus * factor, minus * factor
-        return Estimate(self.all[0], plus, minus, norm)
-
-    def warn_of_scales(self) -> None:
-        """In the first step, where it may wait for the device: losses of one scale are near each other."""
-        base, *probes = self.all[1 : 2 + self.pairs].tolist()
-        for loss in probes:
-            ratio = loss / base if base else math.nan
-            if not 1 / FAR <= ratio <= FAR and math.isfinite(ratio):
-                warnings.warn(
-                    f"a probe's loss, {loss:.4g}, is {ratio:.3g} times that of the gradient pass, {base:.4g}:"
-                    " give every pass losses that are scaled alike (by 1/K, or by a gradient scaler)",
-                    stacklevel=4,
-                )
-                return
+def warn_of_scales(losses: Tensor) -> None:
+    """Warn if a probe's loss is far from the loss of the gradient pass, which stands first. Waits for them."""
+    base, *probes = losses.tolist()
+    for loss in probes:
+        ratio = loss / base if base else math.nan
+        if not 1 / FAR <= ratio <= FAR and math.isfinite(ratio):
+            warnings.warn(
+                f"a probe's loss, {loss:.4g}, is {ratio:.3g} times that of the gradient pass, {base:.4g}:"
+                " give every pass losses that are scaled alike (by 1/K, or by a gradient scaler)",
+                stacklevel=4,
+            )
+            return

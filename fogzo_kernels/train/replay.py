@@ -24,7 +24,6 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-OF_NUMPY = ("Generator", "RandomState")
 #: Names of methods that read and set an object's state.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("state_dict", "load_state_dict"))
 
@@ -43,15 +42,14 @@ def state_methods(name: str, other: object) -> tuple[Callable[[], Any], Callable
 
 def generators_of(model: nn.Module) -> list[object]:
     """The random generators that modules have as attributes, each once: PyTorch's, NumPy's and Python's."""
-    found = {
-        id(value): value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Generator)
-        or type(value) is random.Random
-        or (type(value).__module__.startswith("numpy.random") and type(value).__name__ in OF_NUMPY)
-    }
-    return list(found.values())
+
+    def is_generator(value: object) -> bool:
+        kind = type(value)
+        of_numpy = kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
+        return isinstance(value, torch.Generator) or kind is random.Random or of_numpy
+
+    values = (value for module in model.modules() for value in vars(module).values())
+    return list({id(value): value for value in values if is_generator(value)}.values())
 
 
 class Snapshot(NamedTuple):
@@ -92,8 +90,7 @@ class ReplayState:
         Args:
             modules: all of the model, if they are known.
         """
-        if modules is None:
-            modules = list(self.model.modules())
+        modules = list(self.model.modules()) if modules is None else modules
         devices = set()
         if torch.cuda.is_available():
             tensors = (p for m in modules for p in m._parameters.values() if p is not None)
@@ -112,18 +109,15 @@ class ReplayState:
                     " a replay would draw other numbers"
                 )
             devices = set()
-        found, read_only = [], set()
-        for module in modules:
-            if module._buffers:
-                found += [
-                    (module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None
-                ]
-                if isinstance(module, QuantizedModule):
-                    read_only |= {id(module._buffers.get(name)) for name in module.own_tensors()}
-        buffers = [(*one, one[2].clone()) for one in found if id(one[2]) not in read_only]
+        buffers, read_only = [], set()
+        for module in (m for m in modules if m._buffers):
+            buffers += [(module, name, b) for name, b in module._buffers.items() if b is not None]
+            if isinstance(module, QuantizedModule):
+                read_only |= {id(module._buffers.get(name)) for name in module.own_tensors()}
+        saved = [(m, name, b, b.clone()) for m, name, b in buffers if id(b) not in read_only]
         cuda = {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
         others = [copy.deepcopy(state_methods("replay", o)[0]()) for o in self.others]
-        return Snapshot(torch.get_rng_state(), cuda, buffers, others)
+        return Snapshot(torch.get_rng_state(), cuda, saved, others)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:

@@ -8,28 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..ops import checks
-from ..spec.noise import MAX_DIRECTION, MAX_SEED, check_number, check_range
+from ..spec.checks import check_number, check_range
+from ..spec.noise import MAX_DIRECTION, MAX_SEED, MAX_STEP
 from ..spec.schedule import SCHEDULES, one_minus_beta_at
 
-DIFFERENCES = ("central", "forward")
+#: Settings that states written before have, and the one value of each that a step still has.
+RETIRED = {"difference": "central", "probe_share": 1.0}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a resumed run must have in common with the one that it continues.
-
-    Args:
-        total_steps: steps over which beta decays from 1.
-        one_minus_beta: 1 - beta at the end, in 0..1.
-        directions: n, the pairs of probes per step.
-        seed: of the noise, unsigned 64 bits.
-        epsilon_scale: factor on the eps that the straight-through estimator fixes.
-        schedule: ``"linear"`` or ``"constant"``.
-        start: fraction of training that runs plain STE first.
-        difference: ``"central"`` or ``"forward"``.
-        every: steps from one with probes to the next.
-        probe_share: of the micro-batches, those that probes run, in 0..1 and not 0.
+    """What a resumed run must have in common with the one that it continues, see :class:`Fogzo`.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -42,9 +35,7 @@ class Settings:
     epsilon_scale: float
     schedule: str
     start: float
-    difference: str = "central"
     every: int = 1
-    probe_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "every"):
@@ -65,37 +56,50 @@ class Settings:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         checks.unit_interval("start", self.start)
-        if self.difference not in DIFFERENCES:
-            raise ValueError(f"difference must be one of {', '.join(DIFFERENCES)}, got {self.difference!r}")
-        checks.unit_interval("probe_share", self.probe_share)
-        if not self.probe_share > 0:
-            raise ValueError(f"probe_share must be > 0, got {self.probe_share}: probes would run nothing")
-        for name in ("one_minus_beta", "epsilon_scale", "start", "probe_share"):  # an int reads otherwise
+        for name in ("one_minus_beta", "epsilon_scale", "start"):  # an int reads otherwise
             object.__setattr__(self, name, float(getattr(self, name)))
-
-    def check_state(self, state: Mapping[str, Any], may_differ: Sequence[str]) -> None:
-        """Raise unless a state has these settings, but for those that may differ.
-
-        Raises:
-            ValueError: one differs, or ``may_differ`` has a name that is none of a setting.
-        """
-        own = asdict(self)
-        unknown = [name for name in may_differ if name not in own]
-        if isinstance(may_differ, str) or unknown:
-            raise ValueError(f"may_differ must be a list of some of {', '.join(own)}, got {may_differ!r}")
-        differ = [name for name, value in own.items() if state[name] != value and name not in may_differ]
-        if differ:
-            shown = " and ".join(f"state[{name!r}] must be {own[name]}, got {state[name]}" for name in differ)
-            raise ValueError(
-                f"{shown}. To go on with this object's value, give load_state_dict may_differ={differ}; in"
-                " FogzoTrainer and Lightning's FogzoMixin it is one of the options of fogzo"
-            )
 
     def one_minus_beta_at(self, step: int) -> float | None:
         """1 - beta of a step; None where it is plain STE."""
         if step % self.every:
             return None
         return one_minus_beta_at(step, self.total_steps, self.one_minus_beta, self.start, self.schedule)
+
+
+def loaded(
+    state: Mapping[str, Any], settings: Settings, counters: Tensor, may_differ: Sequence[str]
+) -> tuple[int, Tensor]:
+    """Return the steps and counters of a state of these settings, but for those that may differ.
+
+    Raises:
+        ValueError: a setting differs, ``may_differ`` has a name that is none of a setting, or a key or a value
+            is wrong.
+    """
+    for name, value in RETIRED.items():
+        if state.get(name, value) != value:
+            raise ValueError(
+                f"state[{name!r}] must be {value}, got {state[name]!r}: steps of that kind are not offered any"
+                " more"
+            )
+    own = asdict(settings)
+    expected, given = {"steps", "counters", *own}, {*state} - {*RETIRED}
+    if given != expected:
+        raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(given)}")
+    unknown = [name for name in may_differ if name not in own]
+    if isinstance(may_differ, str) or unknown:
+        raise ValueError(f"may_differ must be a list of some of {', '.join(own)}, got {may_differ!r}")
+    differ = [name for name, value in own.items() if state[name] != value and name not in may_differ]
+    if differ:
+        shown = " and ".join(f"state[{name!r}] must be {own[name]}, got {state[name]}" for name in differ)
+        raise ValueError(
+            f"{shown}. To go on with this object's value, give load_state_dict may_differ={differ}; in"
+            " FogzoTrainer and Lightning's FogzoMixin it is one of the options of fogzo"
+        )
+    steps, saved = int(state["steps"]), torch.as_tensor(state["counters"])
+    check_range("state['steps']", steps, MAX_STEP)
+    if saved.shape != counters.shape:
+        raise ValueError(f"state['counters'] must have shape {tuple(counters.shape)}, got {tuple(saved.shape)}")
+    return steps, saved
 
 
 def final_one_minus_beta(value: float | None, kappa: float | None, weights: int) -> float:

@@ -1,417 +1,447 @@
-"""One step of the estimator: its passes, and all that lives from the first of them to the estimate."""
+"""Pass and Step: what happens from the first pass of a step to its estimate, in the order of reading."""
 
 from __future__ import annotations
 
 import functools
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView, local
-from ..ops import arguments
-from .calls import Together, set_alphas, together
-from .guards.closure import Prints, changed, global_generators
-from .guards.gradients import Gradients
+from ..nn.view import WeightView
+from . import calls
+from .calls import AlphaGradients, WeightGroup
+from .guards.derivatives import DERIVATIVE, asks_for_autograd
+from .guards.fingerprints import Prints, changed, global_generators, warn_of
+from .guards.gradients import Leftovers, Source
+from .guards.graph_reads import check_reads, leaves_of
 from .guards.lost import look
-from .guards.received import finish_what_is_there, received
-from .losses import Estimate, PassLosses
-from .passes import Pass as Pass
-from .replay import ReplayState, Snapshot, capturing
-from .sharding import Sharding
-
-NOT_REPLAYED = (
-    "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"
-    " that of two batches, masks or counts. Give generators and objects with a state to"
-    " Fogzo(..., replay=[...]), and move the rest out of the pass; fogzo.check(closure) looks closer"
-)
+from .guards.uncompiled import uncompiled
+from .losses import Estimate, warn_of_scales
+from .replay import Snapshot, capturing
+from .run import Run
 
 
-def warn_of(names: list[str]) -> None:
-    """Of what passes do not see alike, if there is any."""
-    if names:
-        warnings.warn(NOT_REPLAYED.format(" and ".join(names)), stacklevel=3)
+class Pass:
+    """One forward of a step: the gradient pass (``sign`` 0), or a probe at +eps or -eps."""
+
+    def __init__(self, step: Step, direction: int, sign: int, slot: Tensor) -> None:
+        self.direction, self.sign, self._slot = direction, sign, slot  # the sum of the losses lies there
+        self.loss: Tensor | None = None  # the sum of the losses so far, 0-dim float32
+        self.losses = 0  # their number
+        self.done = False
+        self._step: Step | None = step  # None when the step has ended
+        self._grad_mode: bool | None = None  # before the pass was entered; None outside of it
+
+    @uncompiled
+    def __enter__(self) -> Pass:
+        if self._step is None or self._step.active or self.done:
+            raise RuntimeError("a pass must be entered once, in the order that probes() gives")
+        self._step.enter(self)
+        self._step.run.gradients.come_from = Source.PASS
+        self._grad_mode = torch.is_grad_enabled()
+        torch.set_grad_enabled(self.sign == 0)
+        return self
+
+    @uncompiled
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
+
+        Give every pass the same losses in the same order, scaled alike (by 1/K for K
+        micro-batches, or by a gradient scaler).
+        """
+        if self._grad_mode is None or self._step is None:
+            raise RuntimeError("probe.backward must be called inside `with probe:`")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss must be a tensor of one element, got {what}")
+        if self.sign == 0:
+            self._step.back_propagate(loss)
+        value = loss.detach().reshape(())
+        if self.loss is None:
+            self.loss = self._slot.copy_(value)
+        else:
+            self.loss.add_(value)
+        self.losses += 1
+
+    @uncompiled
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._step is not None
+        assert self._grad_mode is not None
+        asked = asks_for_autograd(value)
+        torch.set_grad_enabled(self._grad_mode)
+        self._grad_mode = None
+        self._step.run.gradients.come_from = Source.ELSEWHERE
+        self._step.exit(self, failed=kind is not None)
+        self.done = kind is None
+        if asked:
+            raise RuntimeError(DERIVATIVE) from value
 
 
 class Step:
-    """A step from its first pass to its end; whoever holds it drops it then, and it holds nothing itself.
+    """A step from its first pass to its end. Its run drops it then, so that nothing of it is left.
 
     Args:
-        weights: the quantized weights of the model.
+        run: what steps share.
         modules: all of the model, as it is in this step.
+
+    Attributes:
+        passes: the gradient pass and the probes that are to follow.
         pairs: of probes, n; 0 for a plain straight-through step.
-        forward: whether differences are forward ones: of probes, only those with + are run.
-        share: of the micro-batches, those that probes run.
-        both: whether the probes of a direction are written at once, the second one into memory that is taken
-            for it: there is room, as activations are kept in the gradient pass alone.
-        noise: which noise and how much, as the ops take it: seed, step, one_minus_beta, epsilon_scale.
-        counters: int64, (3,), on the weights' device; the estimate adds to them (contract section 5).
-        found_inf: float32, 0-dim, beside them: becomes 1 where the step is lost, else 0.
-        replay: of the model.
-        gradients: of the weights, watched.
-        watched: whether to look for reads of the weights beside their modules.
-        compared: whether to look for what passes do not see alike.
-        counted: whether to count the codes that differ between probes.
-        backend: of the ops.
-        sharding: of the model.
-        reduce: reduces the losses over devices, in place.
-        agree: reduces int32 flags to the greatest of the group, in place.
-        over: called once with this step when it has ended, and with whether its estimate was made.
+        groups: the weights that take part, by the calls that they go into; once the gradient pass is over.
+        lost: whether the loss or a gradient is not finite, so that nothing is to change.
+        unknown: the same as 0-dim bool, where only the device knows.
+        active: whether a pass is entered.
     """
 
-    def __init__(
-        self, weights: list[WeightView], *, modules: Sequence[nn.Module], pairs: int,
-        forward: bool, share: float, both: bool, noise: dict[str, Any], counters: Tensor, found_inf: Tensor,
-        replay: ReplayState, gradients: Gradients, watched: bool, compared: bool, counted: bool,
-        backend: str | None, sharding: Sharding, reduce: Callable[[Tensor], None],
-        agree: Callable[[Tensor], None], over: Callable[[Step, bool], None],
-    ) -> None:  # fmt: skip
-        signs = [(i, sign) for i in range(pairs) for sign in ((1,) if forward else (1, -1))]
-        self.passes = [Pass(self, 0, 0), *(Pass(self, i, sign) for i, sign in signs)]
-        self.pairs, self.forward, self.share, self.both = pairs, forward, share, both
-        self._minus: list[tuple[WeightView, Tensor]] = []  # with ``both``, the rows of the next pass
-        self.batches: int | None = None  # micro-batches of the gradient pass, once batches() was asked for
-        self.shared = 0  # how many of them probes run, too
-        self.watched, self.compared, self.counted = watched, compared, counted
-        self.changes: Tensor | None = None  # the share of codes that differ, 0-dim, where it was counted
-        self.leaves: dict[int, Tensor] = {}  # with ``compared``, whose gradient the gradient pass makes
-        self._left: list[tuple[Tensor, Tensor, int]] = []  # those gradients, and their versions
-        self.active = False  # whether a pass is entered
-        self.calls: list[Together] = []  # after the gradient pass, of the weights that take part
-        self.losses = PassLosses(pairs, counters.device)
-        self.found: Estimate | None = None  # once it was collected
-        self.lost = False  # whether the loss or a gradient is not finite, and so nothing is to change
-        self.unknown: Tensor | None = None  # the same, 0-dim bool, where only the device knows
+    def __init__(self, run: Run, modules: Sequence[nn.Module]) -> None:
+        self.run, self._modules = run, modules
+        self.noise = run.next_noise()
+        self.pairs = n = 0 if self.noise["one_minus_beta"] is None else run.settings.directions
+        # of the gradient pass, of + and of - probes: one tensor, which devices reduce in one call
+        self._losses = losses = torch.zeros(1 + 2 * n, dtype=torch.float32, device=run.counters.device)
+        probes = [(i, sign, losses[1 + i + n * (sign < 0)]) for i in range(n) for sign in (1, -1)]
+        self.passes = [Pass(self, 0, 0, losses[0]), *(Pass(self, *probe) for probe in probes)]
+        self.active = self.lost = False
+        self.unknown: Tensor | None = None
+        self.groups: list[WeightGroup] = []
+        self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
-        self._shared_generators: Prints = {}  # as the gradient pass found them
-        self._before: Snapshot | None = None  # of the gradient pass
-        self._after: Snapshot | None = None
-        self.weights, self.noise, self._counters, self._found_inf = weights, noise, counters, found_inf
-        self._modules = modules
-        self._noise = drawn(noise)
-        self._replay, self.gradients, self._backend = replay, gradients, backend
-        self._sharding, self._reduce, self._agree, self._over = sharding, reduce, agree, over
+        self._minus: list[tuple[WeightView, Tensor]] = []  # what the next pass runs with
+        self.snapshots: list[Snapshot] = []  # before the gradient pass, and after it if probes follow
+        self._compared = not run.passes_compared  # whether to look for what passes do not see alike
+        self._generators: Prints = {}  # if so, others' generators as the gradient pass began
+        self._leaves: dict[int, Tensor] = {}  # if so, whatever gets a gradient in the gradient pass
+        self.leftovers = Leftovers(())  # those gradients as it left them
 
     @property
     def complete(self) -> bool:
         """Whether all passes were run."""
-        return all(one.done for one in self.passes)
-
-    def end(self, estimated: bool = False) -> None:
-        """The step is over. A pass that the caller still holds does not keep it."""
-        if self.passes[0]._step is None:
-            return
-        for one in self.passes:
-            one._step = None
-        self._over(self, estimated)
-
-    # ---- passes
-
-    def batches_of(self, one: Pass, count: int) -> int:
-        """How many of a step's micro-batches a pass runs."""
-        if one.sign == 0:
-            if one.losses or not count:
-                raise RuntimeError(f"probe.batches() must come first in a pass and have a batch, got {count}")
-            self.batches, self.shared = count, math.ceil(self.share * count)
-        elif count != self.batches:
-            raise RuntimeError(
-                f"micro_batches must be those of the gradient pass in every pass, got {count} of {self.batches}"
-            )
-        return self.shared if one.sign else count
-
-    @torch.no_grad()
-    def enter(self, one: Pass) -> None:
-        torch.clear_autocast_cache()
-        try:
-            if one.sign == 0:
-                self.gradients.check_fresh([w.name for w in self.weights])
-                self._before = self._replay.save(self._modules)
-                if self.compared:
-                    self._shared_generators = global_generators(self._replay.others)
-                held = set_alphas(self.weights, self._backend)
-                if held is not None:
-                    self._counters[2] += held
-                self.calls = together(self.weights, self._backend)
-                for call in self.calls:
-                    call.quantize()
-                    for w, rows in zip(call.weights, call.memory, strict=True):
-                        w.use(rows, probe=False, deferred=w.unwatched)
-            else:
-                assert self._before is not None
-                probes = self._write_probes(one)
-                self._replay.load(self._before)
-                for w, rows in probes:
-                    w.use(rows, probe=True)
-        except BaseException:
-            for w in self.weights:
-                w.release()
-            self._sharding.between_passes()
-            if self._after is not None:
-                self._replay.load(self._after)
-            self.end()
-            raise
-        self.active = True
-
-    @torch.no_grad()
-    def exit(self, one: Pass, failed: bool) -> None:
-        self.active = False
-        ok = False
-        try:
-            torch.clear_autocast_cache()
-            for w in self.weights:
-                w.release()
-            self._sharding.between_passes(failed)
-            self._restore(one, failed)
-            ok = not failed
-        finally:
-            if not ok:
-                self.end()
-
-    def _restore(self, one: Pass, failed: bool) -> None:
-        """Buffers and generators as after the gradient pass, or as before it if it is that which failed."""
-        if one.sign:
-            assert self._after is not None
-            self._replay.load(self._after)
-            if not failed:
-                self.check_left("a probe")
-            return
-        assert self._before is not None
-        if failed:
-            self._replay.load(self._before)
-        elif self.pairs:
-            if self.compared:
-                warn_of(changed(self._shared_generators, global_generators(self._replay.others)))
-            self._after = self._replay.save(self._modules)
-            self._replay.compare(self._before, self._after)
-        if failed:
-            finish_what_is_there(self.calls, self.losses.all.device)
-            self._sharding.reduce_inputs()
-        else:
-            self._go_on()
-            leaves = self.leaves | {id(p): p for p in self.parameters} if self.compared else {}
-            self._left = [(p, p.grad, local(p.grad)._version) for p in leaves.values() if p.grad is not None]
-
-    def check_left(self, who: str) -> None:
-        """Raise if the gradients that the gradient pass left are not there any more, or were written."""
-        if any(p.grad is not grad or local(grad)._version != version for p, grad, version in self._left):
-            self.end()
-            raise RuntimeError(
-                f"zero_grad must be called before a step, not in the closure, which every pass runs: {who}"
-                " cleared or changed the gradients that the gradient pass had left"
-            )
-
-    @property
-    def snapshots(self) -> tuple[Snapshot | None, Snapshot | None]:
-        """What the gradient pass began with, and what it left."""
-        return self._before, self._after
-
-    # ---- after the gradient pass
+        return all(p.done for p in self.passes)
 
     @functools.cached_property
     def parameters(self) -> list[Tensor]:
         """All of the model, each once."""
         return list(dict.fromkeys(p for m in self._modules for p in m._parameters.values() if p is not None))
 
-    def _go_on(self) -> None:
-        """With the weights that take part, or not at all: the step is lost."""
-        own = {w.parameter for w in self.weights}
-        found = received(
-            self.calls, self.weights, [p for p in self.parameters if p not in own], self.losses.all[0],
-            pairs=self.pairs, sharding=self._sharding, agree=self._agree, edited=self.gradients.edited,
-        )  # fmt: skip
-        self.gradients.raise_if_edited(found.edited)
-        self.calls, self._norm, self.unknown = found.calls, found.norm, found.unknown
-        self._found_inf.fill_(float(found.lost))
-        if found.lost:
-            self.lose()
-        if self.unknown is not None:
-            self._lose_on_device(self.unknown)
-        if self.pairs and not found.lost:
-            self.gradients.note(self._guides)
+    # ---- a pass
+
+    @torch.no_grad()
+    def enter(self, probe: Pass) -> None:
+        """Let modules run with Q(w), or with a probe."""
+        torch.clear_autocast_cache()
+        run = self.run
+        try:
+            if probe.sign == 0:
+                run.gradients.check_fresh([w.name for w in run.weights])
+                self.snapshots.append(run.replay.save(self._modules))
+                if self._compared:
+                    self._generators = global_generators(run.replay.others)
+                clamped = calls.set_alphas(run.weights, run.backend)
+                if clamped is not None:
+                    run.counters[2] += clamped
+                self.groups = calls.grouped(run.weights, run.backend)
+                for group in self.groups:
+                    group.quantize()
+                    for w, rows in zip(group.weights, group.memory, strict=True):
+                        w.use(rows, probe=False, deferred=w.unwatched)
+            else:
+                probes = self._write_probes(probe)
+                run.replay.load(self.snapshots[0])
+                for w, rows in probes:
+                    w.use(rows, probe=True)
+        except BaseException:
+            self._release()
+            if probe.sign:
+                run.replay.load(self.snapshots[1])
+            self.end()
+            raise
+        self.active = True
+
+    def _release(self, failed: bool = False) -> None:
+        for w in self.run.weights:
+            w.release()
+        self.run.peers.between_passes(failed)
+
+    @torch.no_grad()
+    def exit(self, probe: Pass, failed: bool) -> None:
+        """Let modules quantize for themselves again; buffers and generators as the gradient pass left them.
+
+        If the gradient pass failed, buffers and generators become what they were before it.
+        """
+        self.active = False
+        over = True
+        try:
+            torch.clear_autocast_cache()
+            self._release(failed)
+            if probe.sign:
+                self.run.replay.load(self.snapshots[1])
+                if not failed:
+                    self.leftovers.check("a probe")
+            elif failed:
+                self.run.replay.load(self.snapshots[0])
+                self._finish_gradients(failed=True)
+            else:
+                if self.pairs:
+                    self._save_for_probes()
+                self._take_gradients()
+                if self._compared:
+                    self.leftovers = Leftovers((self._leaves | {id(p): p for p in self.parameters}).values())
+            over = failed
+        finally:
+            if over:
+                self.end()
+
+    def back_propagate(self, loss: Tensor) -> None:
+        """Run the backward of a loss of the gradient pass."""
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "loss must depend on the model's weights by autograd in the gradient pass, got one that is"
+                " detached, or was made under no_grad"
+            )
+        run = self.run
+        if not run.reads_checked:
+            check_reads(loss, run.weights)
+        if self._compared:
+            self._leaves |= leaves_of(loss)
+        run.gradients.come_from = Source.BACKWARD
+        try:
+            loss.backward()
+        finally:
+            run.gradients.come_from = Source.PASS
+
+    # ---- after the gradient pass
+
+    def _save_for_probes(self) -> None:
+        replay = self.run.replay
+        if self._compared:
+            warn_of(changed(self._generators, global_generators(replay.others)))
+        self.snapshots.append(replay.save(self._modules))
+        replay.compare(*self.snapshots)
+
+    def _finish_gradients(self, failed: bool = False) -> tuple[list[Tensor], Tensor, AlphaGradients]:
+        """Make g of dL/dQ, and keep the weights that have one.
+
+        Returns:
+            For each weight of the model whether its gradient is there and not all 0, and whether all elements
+            are finite, as bools on the device; gradients of learned alphas, which are not in ``.grad`` yet. If
+            the pass failed, they are.
+        """
+        self.groups = [part for group in self.groups for part in group.with_gradients()]
+        nonzero, finite = look(self._guides, self._losses.device)
+        alphas = calls.finish_gradients(self.groups)
+        members = [w for group in self.groups for w in group.weights]
+        by_weight = dict(zip(members, nonzero.unbind(), strict=True))
+        if failed:
+            calls.add_to_gradients((w, grad) for w, grad in alphas if by_weight[w])
+        self.run.peers.reduce_inputs()
+        absent = torch.zeros_like(finite)
+        return [by_weight.get(w, absent) for w in self.run.weights], finite, alphas
+
+    def _take_gradients(self) -> None:
+        """Find which weights take part, N, and whether the step is lost, on all processes of a group alike.
+
+        A weight takes part if its gradient is there and not all 0, whoever wrote it: autograd, or
+        DistributedDataParallel where another process used it. In a CUDA graph's capture all that are there do,
+        as nobody can look. Else this looks once, which waits for a GPU.
+        """
+        run, loss = self.run, self._losses[0]
+        nonzero, finite, alphas = self._finish_gradients()
+        if self.pairs and not self.groups:
+            raise RuntimeError(
+                "the gradient pass must leave a gradient for a quantized weight: is it the model of this Fogzo"
+                " that the loss depends on?"
+            )
+        if self.pairs:
+            self._norm = calls.norm_of(self.groups, run.peers.sum if run.peers.sharded else None)
+            finite &= self._norm.isfinite()
+        own = {w.parameter for w in run.weights}
+        others = [p.grad for p in self.parameters if p not in own and p.grad is not None]
+        finite &= look([*others, *(grad for _, grad in alphas)], loss.device, zeros=False)[1] & loss.isfinite()
+        if capturing():
+            flag = (~finite).int()
+            run.peers.agree(flag)
+            calls.add_to_gradients(alphas)
+            run.gradients.edited = None
+            self._lose_on_device(flag.bool())
+        else:
+            edited = run.gradients.edited
+            unedited = torch.zeros_like(finite)
+            flags = torch.stack([*nonzero, ~finite, unedited if edited is None else edited]).int()
+            run.peers.agree(flags)
+            *part, lost, was_edited = map(bool, flags.tolist())
+            taking = {w for w, takes in zip(run.weights, part, strict=True) if takes}
+            if not lost:
+                calls.add_to_gradients((w, grad) for w, grad in alphas if w in taking)
+            run.gradients.raise_if_edited(was_edited)
+            places = [[i for i, w in enumerate(group.weights) if w in taking] for group in self.groups]
+            self.groups = [g.part(kept) for g, kept in zip(self.groups, places, strict=True) if kept]
+            run.found_inf.fill_(0)
+            if lost:
+                self.lose()
+                return
+        if self.pairs:
+            run.gradients.note(self._guides)
 
     @property
     def _guides(self) -> list[Tensor]:
-        return [grad for call in self.calls for grad in call.grads]
+        return [grad for group in self.groups for grad in group.grads]
 
     def lose(self) -> None:
         """Nothing is to change: buffers are as before, gradients are left out, and no probe follows.
 
         Generators stay as they are: a closure that draws its batch would draw the same one for ever.
         """
-        assert self._before is not None
         self.lost = True
-        self._found_inf.fill_(1)
-        for one in self.passes[1:]:
-            if not one.done:
-                one._step = None
-                self.passes.remove(one)
-        self._replay.load_buffers(self._before)
-        self.gradients.lose(self.parameters)
+        self.run.found_inf.fill_(1)
+        for p in self.passes[1:]:
+            if not p.done:
+                p._step = None
+                self.passes.remove(p)
+        self.run.replay.load_buffers(self.snapshots[0])
+        self.run.gradients.lose(self.parameters)
 
     def _lose_on_device(self, lost: Tensor) -> None:
-        """In a capture: where a replay finds a step that is lost."""
-        assert self._before is not None
-        self._found_inf.copy_(lost)
-        self._replay.load_buffers(self._before, where=lost)
+        """In a capture, whose replays find out whether the step is lost."""
+        self.unknown = lost if self.unknown is None else self.unknown | lost
+        self.run.found_inf.copy_(self.unknown)
+        self.run.replay.load_buffers(self.snapshots[0], where=self.unknown)
         if self.pairs:
-            self._after = self._replay.save(self._modules)
+            self.snapshots[1:] = [self.run.replay.save(self._modules)]
 
-    def look_at(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> None:
+    def lose_if_not_finite(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> None:
         """Lose the step if gradients of parameters beside the model are not finite, or a scaler says so.
 
         A wait for the device, on which all processes of a group must agree, only if there is something to ask.
         """
         if self.lost or (not grads and found_inf is None):
             return
-        device = self._counters.device
-        lost = ~look(grads, device, zeros=False)[1]
+        lost = ~look(grads, self._losses.device, zeros=False)[1]
         if found_inf is not None:
-            lost |= found_inf.to(device, non_blocking=True).reshape(()) != 0
+            lost |= found_inf.to(lost.device, non_blocking=True).reshape(()) != 0
         flag = lost.int()
-        self._agree(flag)
+        self.run.peers.agree(flag)
         if capturing():
-            self.unknown = flag.bool() if self.unknown is None else self.unknown | flag.bool()
-            self._lose_on_device(self.unknown)
+            self._lose_on_device(flag.bool())
         elif flag.item():
             self.lose()
 
-    def _write_probes(self, one: Pass) -> list[tuple[WeightView, Tensor]]:
-        """The weights that take part, and the rows that they run this probe with.
+    # ---- probes
 
-        Codes and values are calls of their own.
+    def options(self, group: WeightGroup) -> dict[str, Any]:
+        """Return what perturbation and estimate must agree on, as the ops take it."""
+        return {**group.how, "tensor_ids": group.tensor_ids, "layouts": group.layouts, **self.noise}
+
+    def _write_probes(self, probe: Pass) -> list[tuple[WeightView, Tensor]]:
+        """Return the weights that take part, and the rows that they run this probe with.
+
+        Codes and values are calls of their own. Both probes of a direction are written at once, the second one
+        into memory that is taken for it: there is room, as activations are kept in the gradient pass alone.
         """
         assert self._norm is not None
-        found, self._minus = self._minus, []
-        if found:
-            return found
-        for call in self.calls:
-            for codes, alike in call.split(lambda w: w.takes_codes):
-                weights = alike.weights
-                out = [w.code_memory() for w in weights] if codes else alike.memory
-                other = [torch.empty_like(rows) for rows in out] if self.both else None
-                perturb_quantize_(
-                    out if one.sign > 0 else other, other if one.sign > 0 else out, alike.latents, alike.grads,
-                    alike.alphas, self._norm, direction=one.direction, **self.options(alike),
-                )  # fmt: skip
-                found += zip(weights, out, strict=True)
-                self._minus += zip(weights, other or (), strict=bool(other))
-        return found
+        if probe.sign < 0:
+            minus, self._minus = self._minus, []
+            return minus
+        plus: list[tuple[WeightView, Tensor]] = []
+        for group in self.groups:
+            for codes, part in group.split(lambda w: w.takes_codes):
+                out = [w.code_memory() for w in part.weights] if codes else part.memory
+                other = [torch.empty_like(rows) for rows in out]
+                rows, options = (part.latents, part.grads, part.alphas), self.options(part)
+                perturb_quantize_(out, other, *rows, self._norm, direction=probe.direction, **options)
+                plus += zip(part.weights, out, strict=True)
+                self._minus += zip(part.weights, other, strict=True)
+        return plus
 
-    # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then finish
+    # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then end
 
     def collect(self, scale: Tensor | None = None) -> Estimate:
-        """Losses and norm; with ``torch.distributed``, losses reduced over the group.
+        """Return losses and norm; with ``torch.distributed``, losses reduced over the group.
 
         Args:
             scale: of the losses that passes were given; who owns the gradients divides them by it.
         """
+        run, losses, norm = self.run, self._losses, self._norm
         if scale is not None:
-            scale = scale.to(self._counters.device, non_blocking=True)
+            scale = scale.to(losses.device, non_blocking=True)
         if self.lost:
-            none = self.losses.all[:0]
-            loss = self.losses.all[0] if scale is None else self.losses.all[0] / scale
-            self.found = Estimate(loss, none, none, None)
-            return self.found
+            loss = losses[0] if scale is None else losses[0] / scale
+            self.estimate = Estimate(loss, losses[:0], losses[:0], None)
+            return self.estimate
         try:
-            self._check_complete()
+            self._check_losses()
         except RuntimeError:
             self.end()
             raise
-        norm = self._norm
-        if self.gradients.edited is not None:
-            self.unknown = self.gradients.edited
+        if run.gradients.edited is not None:
+            self.unknown = run.gradients.edited
         if norm is not None and self.unknown is not None:
             norm = norm.masked_fill(self.unknown, math.nan)
         if scale is not None:
-            self.losses.all.div_(scale)
+            losses.div_(scale)
             norm = None if norm is None else norm / scale
-        self._reduce(self.losses.all)
-        factor = 1.0
-        if self.batches is None:
-            self.losses.base.copy_(self.losses.all[0])
-        else:
-            factor = self.batches / self.shared
-        if self.compared and self.pairs and not capturing():
-            self.losses.warn_of_scales()
-        if self.counted and self._norm is not None and not capturing():
-            self.changes = self._code_changes(self._norm)
-        self.found = self.losses.collected(self.forward, factor, norm)
-        return self.found
+        if not capturing():
+            run.peers.check(run.settings.seed, run.settings, run.steps, run.weights)
+        run.peers.reduce(losses)
+        if norm is not None and not capturing():
+            if self._compared:
+                warn_of_scales(losses[: 1 + self.pairs])
+            if run.stats.counts_codes:
+                run.stats.note_code_changes(calls.code_changes(self.groups, norm, self.options))
+        plus, minus = losses[1:].view(2, self.pairs)
+        self.estimate = Estimate(losses[0], plus, minus, norm)
+        return self.estimate
 
-    @torch.no_grad()
-    def _code_changes(self, norm: Tensor) -> Tensor:
-        """The share of codes that differ between the first two probes, with memory for one weight's."""
-        differ, total = torch.zeros((), dtype=torch.int64, device=norm.device), 0
-        for call in self.calls:
-            for i in range(len(call.weights)):
-                one = call.part([i])
-                plus, minus = (torch.empty_like(one.grads[0], dtype=torch.int8) for _ in "+-")
-                perturb_quantize_(
-                    plus, minus, one.latents, one.grads, one.alphas, norm, direction=0, **self.options(one)
-                )
-                differ += (plus != minus).sum()
-                total += plus.numel()
-        return differ.float() / total  # an int by an int would have the default dtype
-
-    def _check_complete(self) -> None:
-        given = [one.losses for one in self.passes]
-        if not all(given):
+    def _check_losses(self) -> None:
+        first, *others = (p.losses for p in self.passes)
+        if not (first and all(others)):
             raise RuntimeError("every pass must call probe.backward(loss)")
-        first, wanted = (given[0], given[0]) if self.batches is None else (self.batches, self.shared)
-        odd = [n for n in given[1:] if n != wanted]
-        if odd or given[0] != first:
+        odd = [count for count in others if count != first]
+        if odd:
             raise RuntimeError(
-                f"every pass must give a loss for each of its micro-batches, got {given[0]} in the gradient"
-                f" pass and {odd[0] if odd else wanted} in a probe"
+                f"every pass must give a loss for each of its micro-batches, got {first} in the gradient"
+                f" pass and {odd[0]} in a probe"
             )
         if self.pairs:
-            self.gradients.check_unedited(self._guides)
-
-    def options(self, call: Together) -> dict[str, Any]:
-        """What perturbation and estimate must agree on, as the ops take it."""
-        return {
-            "grid": call.kind.grid,
-            "straight_through": call.kind.straight_through,
-            "transform": call.kind.transform,
-            "backend": call.backend,
-            "tensor_ids": call.tensor_ids,
-            "layouts": call.layouts,
-            **self._noise,
-        }
-
-    @contextmanager
-    def counting(self, first: bool) -> Iterator[Tensor]:
-        """Counters for one of a step's calls: losses and norm are the same for all of them."""
-        counters = self._counters if first else torch.zeros_like(self._counters)
-        yield counters
-        if not first:
-            self._counters[2] += counters[2]
+            self.run.gradients.check_unedited(self._guides)
 
     def replace_gradients(self, estimate: Estimate) -> None:
         """Replace the ``.grad`` of the weights that take part by the estimate; it stays without probes."""
         if estimate.norm is None:
             return
-        for i, call in enumerate(self.calls):
-            with self.counting(first=i == 0) as counters:
-                estimate_gradient_(
-                    call.grads, estimate.losses_plus, estimate.losses_minus, call.alphas, estimate.norm,
-                    counters=counters, **self.options(call),
-                )  # fmt: skip
-            for w, grad in zip(call.weights, call.grads, strict=True):
+        sides = estimate.losses_plus, estimate.losses_minus
+        for i, group in enumerate(self.groups):
+            alphas, options = group.alphas, self.options(group)
+            with self.run.counting(first=i == 0) as counters:
+                estimate_gradient_(group.grads, *sides, alphas, estimate.norm, counters=counters, **options)
+            for w, grad in zip(group.weights, group.grads, strict=True):
                 if w.still_row is not None:
                     grad[w.still_row] = 0
 
-    def finish(self) -> None:
-        """The step is done."""
-        self.end(estimated=True)
+    def end(self, estimated: bool = False) -> None:
+        """End the step. A pass that the caller still holds does not keep it.
 
-
-def drawn(noise: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of the noise as the tensors that ops take them by, made once a step, not for each call."""
-    as_tensor = {"seed": arguments.seed, "step": arguments.step, "one_minus_beta": arguments.one_minus_beta}
-    return {n: as_tensor[n](x) if n in as_tensor and x is not None else x for n, x in noise.items()}
+        Args:
+            estimated: whether its estimate was made. The next step then has the next number, unless it is lost.
+        """
+        if self.passes[0]._step is None:
+            return
+        for p in self.passes:
+            p._step = None
+        run = self.run
+        if run.step is self:
+            run.step = None
+        if not estimated:
+            return
+        run.stats.note(self.estimate, self.noise)
+        if self.lost:
+            run.counters[1] += 1
+            run.stats.warn_of_lost(1)
+        else:
+            run.advance(self.pairs > 0, self.unknown)

@@ -1,217 +1,123 @@
-"""What a closure changes beside the model: every pass of a step would see it as the pass before left it."""
+"""Closures: runs the closure of a step in its passes, and again to tell whether its changes matter."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import operator
-import os
-import random
-import sys
-import sysconfig
-import types
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import islice
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...nn.module import QuantizedModule
+from ..calls import run_quantized, set_alphas
+from ..replay import Snapshot
+from ..run import Run
+from ..step import Step
+from .derivatives import asks_for_autograd
+from .fingerprints import ATTRIBUTE, BUFFERS, Prints, changed, global_generators, seen_by
 
-DEPTH, WIDTH = 4, 64  # how far and how wide it looks into what a closure holds
-PLAIN = (type(None), bool, int, float, complex, str, bytes)
-CODE = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType)
-
-#: Where Python and packages are, this one too.
-PACKAGES = (
-    "<frozen",
-    *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
-    os.path.join(os.path.dirname(torch.__file__), ""),
-    os.path.join(Path(__file__).parents[2], ""),
-)
-#: What every module has, and what belongs to quantized ones.
-OF_MODULES = {*vars(nn.Module()), *QuantizedModule.ADDED}
-BUFFERS, ATTRIBUTE = "the buffers of", "the attribute"
-
-#: What something is worth now: equal as long as it does not change.
-Print = Any
-Prints = dict[str, Print]
+Closure = Callable[[], Tensor]
+ALIKE = 1e-5  # of a loss: more than the order of additions makes of it, less than another batch or mask
 
 
-def global_generators(known: Iterable[object] = ()) -> Prints:
-    """States of the generators that everybody shares and PyTorch does not know, but for those in ``known``."""
-    found: Prints = {"random": hash(random.getstate())}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        found["numpy.random"] = _print_of_state(numpy.random.get_state())
-    skip = {id(o) for o in known}
-    return {name: state for name, state in found.items() if id(sys.modules[name]) not in skip}
-
-
-def seen_by(closure: Callable[..., Any], known: Iterable[object], model: nn.Module | None = None) -> Prints:
-    """Prints of the closure's variables, by name, and of the user's functions that it calls.
+class Closures:
+    """Runs the closures of an estimator's steps.
 
     Args:
-        known: objects that passes restore or do not change: the model, what is replayed.
-        model: whose modules of the user are looked at, too: their attributes, and what their forward has.
+        run: of the estimator.
     """
-    known = list(known)
-    skip = {id(o) for o in known} | {id(m) for k in known if isinstance(k, nn.Module) for m in k.modules()}
-    todo: list[tuple[Callable[..., Any], str]] = [(closure, "")]
-    found: Prints = {}
-    done: set[int] = set()
-    for path, module in model.named_modules() if model is not None else ():
-        forward = type(module).forward
-        if _is_users(forward):
-            todo.append((forward, f" of {forward.__qualname__}"))
-            found |= {
-                f"{ATTRIBUTE} {name!r} of module {path!r}": _print_of(value, 1, skip)
-                for name, value in vars(module).items()
-                if name not in OF_MODULES
-            }
-    for function, where in todo:  # grows
-        if id(function) in done or len(done) > WIDTH:
-            continue
-        done.add(id(function))
-        for name, value in _variables(function).items():
-            found[f"the variable {name!r}{where}"] = _print_of(value, DEPTH, skip)
-            if isinstance(value, nn.Module) and id(value) not in skip and not _wraps(value, skip):
-                found[f"{BUFFERS} {name!r}{where}"] = [_print_of(b, 0, skip) for b in value.buffers()]
-            inner = _unwrapped(value)
-            if inspect.isfunction(inner) and _is_users(inner):
-                todo.append((inner, f" of {inner.__qualname__}"))
-    return found
 
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._differentiates = False  # whether a closure did
 
-def changed(before: Prints, after: Prints) -> list[str]:
-    """Names of what is not as it was."""
-    return [name for name in before if name in after and before[name] != after[name]]
+    def loss(self, closure: Closure, start: Snapshot) -> Tensor:
+        """Run the closure and return its loss, with autograd where a first run without it fails.
 
+        Args:
+            start: what passes begin with, for that second run.
+        """
+        if torch.is_grad_enabled():
+            return closure()
+        if not self._differentiates:
+            try:
+                return closure()
+            except RuntimeError as error:
+                if not asks_for_autograd(error):
+                    raise
+            self._run.replay.load(start)
+        with torch.enable_grad(), self._run.peers.no_sync():  # as nobody goes back from this loss
+            loss = closure().detach()
+        self._differentiates = True
+        return loss
 
-def _variables(closure: Callable[..., Any]) -> dict[str, Any]:
-    """What the function has from outside, of a partial or a method also what it is bound to."""
-    found: dict[str, Any] = {}
-    if isinstance(closure, functools.partial):
-        found.update({f"argument {i}": a for i, a in enumerate(closure.args)}, **closure.keywords)
-        closure = closure.func
-    if inspect.ismethod(closure):
-        found["self"] = closure.__self__
-        closure = closure.__func__
-    if inspect.isfunction(closure):
-        names = closure.__code__.co_names
-        globals_ = {n: closure.__globals__[n] for n in names if n in closure.__globals__}
-        found.update(globals_)
-        for module in filter(_is_users, globals_.values()):
-            found.update({n: vars(module)[n] for n in names if n in vars(module)})
-        cells = zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True)
-        found.update({n: cell.cell_contents for n, cell in cells if _filled(cell)})
-    elif not found:
-        found["closure"] = closure
-    return found
+    def seen(self, closure: Closure, fogzo: object) -> Prints:
+        """Return what the closure's variables are worth. The closure may change its estimator."""
+        replay = self._run.replay
+        return seen_by(closure, [fogzo, replay.model, *replay.others], replay.model)
 
+    def names_that_matter(self, closure: Closure, names: list[str], step: Step) -> list[str]:
+        """Return the names on which the loss may depend, of names that the gradient pass changed.
 
-def _filled(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
+        The loss does not depend on a sum of losses for a log, say. All processes of a group call this.
+        """
+        flag = torch.tensor(bool(names), dtype=torch.int32, device=step.run.counters.device)
+        self._run.peers.agree(flag)
+        if not flag or step.lost:
+            return []
+        matters = self._losses_differ(closure, *step.snapshots)
+        step.leftovers.check("a second run of the closure")
+        return [name for name in names if matters or name.startswith(BUFFERS)]
 
+    def check(self, closure: Closure, fogzo: object) -> list[str]:
+        """Return what three runs with the same weights do not see alike, a sentence each."""
+        replay, losses, names = self._run.replay, list[float](), list[str]()
+        start = replay.save()
+        try:
+            set_alphas(self._run.weights, self._run.backend)
+            before: Prints = {}
+            for loss in self._losses(closure, start, (True, False, False)):
+                losses.append(loss)
+                now = global_generators(replay.others) | self.seen(closure, fogzo)
+                names = changed(before, now)  # after the last run: the first may make what others find
+                before = now
+        finally:
+            replay.load(start)
+        alike = losses[0] == losses[1] == losses[2]
+        said = [f"{name} is changed by a pass" for name in names if not (alike and name.startswith(ATTRIBUTE))]
+        if not alike:
+            said.append(f"three passes with the same weights gave the losses {', '.join(map(str, losses))}")
+        return said
 
-def _print_of_state(state: Any) -> Print:
-    """Of a generator's state, which may have arrays."""
-    return hash(repr([bytes(x) if hasattr(x, "tobytes") else x for x in state]))
+    def _losses_differ(self, closure: Closure, start: Snapshot, end: Snapshot) -> bool:
+        """Return whether two more runs with the same weights fail, or give different losses.
 
+        Args:
+            start, end: of the gradient pass.
+        """
+        try:
+            a, b = self._losses(closure, start, (False, False))
+        except Exception:  # an iterator that has come to its end, say; a probe will say so
+            return True
+        finally:
+            self._run.replay.load(end)
+        return not (math.isclose(a, b, rel_tol=ALIKE) or (math.isnan(a) and math.isnan(b)))
 
-def _print_of(value: Any, depth: int, skip: set[int]) -> Print:
-    """Never raises: what cannot be looked into is worth its identity."""
-    if id(value) in skip or isinstance(value, CODE):
-        return None
-    if isinstance(value, PLAIN):
-        return value if value == value else "nan"
-    try:
-        found = _print_of_tensor_or_generator(value)
-        if found is None and depth > 0:
-            found = _print_inside(value, depth - 1, skip | {id(value)})
-    except Exception:  # whatever an object of somebody's raises when it is looked at
-        found = None
-    return id(value) if found is None else found
+    def _losses(self, closure: Closure, start: Snapshot, with_autograd: Sequence[bool]) -> Iterator[float]:
+        """Yield a loss for each run of the closure with Q(theta). Each run begins with ``start``.
 
-
-def _print_of_tensor_or_generator(value: Any) -> Print:
-    """None for anything else."""
-    if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
-    if isinstance(value, torch.Generator):
-        return bytes(value.get_state().tolist())
-    if isinstance(value, random.Random):
-        return hash(value.getstate())
-    bits = getattr(value, "bit_generator", None)  # NumPy's
-    return None if bits is None else repr(bits.state)
-
-
-def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
-    def each(values: Iterable[Any]) -> list[Print]:
-        return [_print_of(v, depth, skip) for v in values]
-
-    if isinstance(value, nn.Module) and _wraps(value, skip):
-        # a wrapper of the model, compiled or parallel, may keep books of its own
-        own = [m for m in value.modules() if id(m) not in skip or m is value]
-        return each(b for m in own for b in m._buffers.values())
-    original = getattr(value, "_torchdynamo_orig_callable", None)  # what torch.compile made a function of
-    if original is not None:
-        return _print_of(original, depth, skip)
-    if isinstance(value, (list, tuple, deque)):
-        return len(value), each([*islice(value, WIDTH), *islice(reversed(value), WIDTH)])
-    if isinstance(value, (set, frozenset)):
-        return len(value)
-    if isinstance(value, dict):
-        return len(value), each(v for item in islice(value.items(), WIDTH) for v in item)
-    if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, functools.partial):
-        return each(_variables(value).values()) if inspect.ismethod(value) or _own(value) else None
-    if isinstance(value, types.GeneratorType):
-        frame = value.gi_frame
-        return frame is None or each([frame.f_lasti, *frame.f_locals.values()])
-    if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
-        return operator.length_hint(value, -1), repr(value), each(_parts_of(value))
-    if type(value).__module__ == "numpy":
-        return id(value), bytes(value.tobytes()) if value.nbytes < 1 << 20 else None
-    inside = getattr(value, "__dict__", None)
-    return None if inside is None else each(v for item in islice(inside.items(), WIDTH) for v in item)
-
-
-def _parts_of(iterator: Any) -> Iterable[Any]:
-    """What a zip, an enumerate or a cycle goes through, and where it is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of iterators that are copied
-        return [part for part in iterator.__reduce__()[1:] if part is not None]
-
-
-def _wraps(value: nn.Module, skip: set[int]) -> bool:
-    return any(id(m) in skip for m in value.children())
-
-
-def _unwrapped(value: Any) -> Any:
-    """The function that a decorator, torch.compile's too, was put around."""
-    for name in ("_torchdynamo_orig_callable", "__wrapped__"):
-        if inspect.isfunction(value) and callable(vars(value).get(name)):
-            value = vars(value)[name]
-    return value
-
-
-def _is_users(value: Any) -> bool:
-    """Whether a function or a module is of the program, not of a package."""
-    if inspect.isfunction(value):
-        file: str | None = value.__code__.co_filename
-    else:
-        file = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
-    return file is not None and not file.startswith(PACKAGES)
-
-
-def _own(function: Any) -> bool:
-    """Whether a function has variables of its own, beside its module's."""
-    return isinstance(function, functools.partial) or bool(function.__closure__)
+        The caller restores generators and buffers afterwards.
+        """
+        run = self._run
+        try:
+            for autograd in with_autograd:
+                run.replay.load(start)
+                run.peers.between_passes()
+                run_quantized(run.weights, run.backend)
+                torch.clear_autocast_cache()
+                with torch.set_grad_enabled(autograd):
+                    loss = float(self.loss(closure, start).detach())
+                yield loss
+        finally:
+            for w in run.weights:
+                w.release()
+            run.peers.between_passes()

@@ -1,8 +1,8 @@
-"""Whose gradients the weights hold: those of a pass, an estimate, or of a backward elsewhere.
+"""Whose gradients the weights have: those of a pass, an estimate, or those of a backward elsewhere.
 
-Told by who accumulated into them, which a hook on each weight sees, and by which tensors an estimate was left
-in. A tensor's version would not do: clipping changes it too. Which weights take part in a step is not told by
-the hook: DistributedDataParallel writes the gradients of other processes without one.
+A hook on each weight sees who accumulates into its gradient; an estimate is known by its tensor. A tensor's
+version would not do: clipping changes it too. The hook does not tell which weights take part in a step:
+DistributedDataParallel writes the gradients of other processes without it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EDITED = (
     ".grad must not change between the passes and the estimate; to unscale or clip it, call estimate_() first"
 )
 ESTIMATED = ".grad still holds the last estimate; zero_grad in the closure comes too late"
-OUTSIDE = (
+ELSEWHERE = (
     ".grad of {} holds that of a backward outside the passes, which would enter the guide and be lost; add such"
     " a loss to that of the closure"
 )
@@ -36,27 +36,27 @@ OUTSIDE = (
 class Source(Enum):
     """Where gradients come from that are accumulated now."""
 
-    OUTSIDE = auto()
-    PASS = auto()  # in which nobody accumulates,
-    BACKWARD = auto()  # but the backward of the gradient pass
+    ELSEWHERE = auto()
+    PASS = auto()  # an error, beside
+    BACKWARD = auto()  # the backward of the gradient pass
 
 
 class Gradients:
     """Watches the gradients of parameters.
 
     Args:
-        parameters: leaves that require a gradient; they and this hold each other weakly.
+        parameters: leaves that require a gradient. They and this refer to each other weakly.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
-        self._outside: set[int] = set()  # accumulated into outside the passes since then
+        self._elsewhere: set[int] = set()  # accumulated into outside the passes since then
         self._read: list[tuple[weakref.ref[Tensor], int]] = []  # as a step read them, and versions
         self._bits: Tensor | None = None  # and a sum over the bits of each
         self.edited: Tensor | None = None  # whether they were edited, 0-dim bool that only the device knows yet
         self._lost: Any = None  # keeps the gradients of a lost step from optimizers
-        self.come_from = Source.OUTSIDE
+        self.come_from = Source.ELSEWHERE
         this = weakref.ref(self)
         for i, p in enumerate(self.parameters):
 
@@ -75,21 +75,21 @@ class Gradients:
     def _accumulated(self, i: int) -> None:
         if self.come_from is Source.BACKWARD:
             self._estimates.pop(i, None)
-            self._outside.discard(i)
+            self._elsewhere.discard(i)
         elif self.come_from is Source.PASS:
             raise RuntimeError(BACKWARD_IN_A_PASS)
         else:
-            self._outside.add(i)
+            self._elsewhere.add(i)
 
     def left_estimates(self) -> None:
         """What the gradients hold now is the estimate of a step, or the gradient that it leaves as it is."""
         self._estimates = {i: weakref.ref(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
-        self._outside.clear()
+        self._elsewhere.clear()
 
     def is_estimate(self, i: int) -> bool:
         """Whether the gradient of parameter ``i`` holds that and nothing else."""
-        found = self._estimates.get(i)
-        return found is not None and found() is self.parameters[i].grad and i not in self._outside
+        estimate = self._estimates.get(i)
+        return estimate is not None and estimate() is self.parameters[i].grad and i not in self._elsewhere
 
     def check_fresh(self, names: Sequence[str]) -> None:
         """Raise unless the gradients are None or 0, as before a step.
@@ -100,15 +100,15 @@ class Gradients:
             RuntimeError: one holds the last estimate, or that of another backward.
         """
         if not capturing():
-            held = [(i, local(p.grad)) for i, p in enumerate(self.parameters) if p.grad is not None]
-            if held and not all_zero([grad for _, grad in held]):
-                i = next(i for i, grad in held if bool(grad.any()))
-                what = ESTIMATED if self.is_estimate(i) else OUTSIDE.format(names[i])
+            grads = {i: local(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
+            if grads and not all_zero([*grads.values()]):
+                i = next(i for i, grad in grads.items() if bool(grad.any()))
+                what = ESTIMATED if self.is_estimate(i) else ELSEWHERE.format(names[i])
                 raise RuntimeError(
                     f"model.zero_grad() (or the optimizer's) must be called before the next step: {what}"
                 )
         self._estimates.clear()
-        self._outside.clear()
+        self._elsewhere.clear()
         if self._lost is not None:
             self._lost.remove()
             self._lost = None
@@ -167,3 +167,22 @@ def all_zero(tensors: list[Tensor]) -> bool:
     The sum of absolute values, which no small element leaves at 0, takes few launches for all of them.
     """
     return not bool(torch.stack(torch._foreach_norm(tensors, 1)).any())
+
+
+class Leftovers:
+    """Gradients as the gradient pass left them, which no probe may change.
+
+    Args:
+        tensors: whose gradients.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._left = [(p, p.grad, local(p.grad)._version) for p in tensors if p.grad is not None]
+
+    def check(self, who: str) -> None:
+        """Raise if gradients are gone or were written. ``who``: what ran since then."""
+        if any(p.grad is not grad or local(grad)._version != version for p, grad, version in self._left):
+            raise RuntimeError(
+                f"zero_grad must be called before a step, not in the closure, which every pass runs: {who}"
+                " cleared or changed the gradients that the gradient pass had left"
+            )

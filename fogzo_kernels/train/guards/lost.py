@@ -34,29 +34,28 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(plain):
         kinds.setdefault((t.device, t.dtype), []).append(i)
-    some: list[bool | Tensor] = [True] * len(plain)
+    nonzero: list[bool | Tensor] = [True] * len(plain)
     finite: list[bool | Tensor] = []
     for (where, dtype), places in kinds.items():
         own = [plain[i] for i in places]
         if where.type != "cpu":
             norms = torch.stack(torch._foreach_norm(own, 1, dtype=torch.float32 if dtype in HALVES else None))
             finite.append(norms.isfinite().all())
-            for i, one in zip(places, (norms != 0).unbind(), strict=True):
-                some[i] = one
+            for i, flag in zip(places, (norms != 0).unbind(), strict=True):
+                nonzero[i] = flag
             continue
         # the second norm is the fast one, and may overflow or underflow
         for i, t, norm in zip(places, own, torch.stack(torch._foreach_norm(own, 2)).tolist(), strict=True):
             finite.append(math.isfinite(norm) or bool(t.isfinite().all()))
-            some[i] = not zeros or norm != 0 or bool(t.any())
-    return _flags(some, device), _flags(finite, device).all()
+            nonzero[i] = not zeros or norm != 0 or bool(t.any())
+    return _flags(nonzero, device), _flags(finite, device).all()
 
 
-def _flags(found: Sequence[bool | Tensor], device: torch.device) -> Tensor:
-    """Makes one bool tensor of bools and 0-dim tensors, by one copy if all are bools."""
-    if all(isinstance(one, bool) for one in found):
-        return torch.tensor(found, dtype=torch.bool, device=device)
-    there = [torch.as_tensor(one).to(device, non_blocking=True) for one in found]
-    return torch.stack(there)
+def _flags(flags: Sequence[bool | Tensor], device: torch.device) -> Tensor:
+    """Make one bool tensor of bools and 0-dim tensors, by one copy if all are bools."""
+    if all(isinstance(flag, bool) for flag in flags):
+        return torch.tensor(flags, dtype=torch.bool, device=device)
+    return torch.stack([torch.as_tensor(flag).to(device, non_blocking=True) for flag in flags])
 
 
 def _numbers(grad: Tensor) -> Tensor:
