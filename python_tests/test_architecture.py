@@ -279,26 +279,28 @@ def includes(path):
 def test_headers_of_the_contract_include_no_torch():
     """Only C++'s own headers, which have no suffix: any compiler and device can use them."""
     for name, own in (
-        ("names.h", set()), ("philox.h", {"names.h"}), ("element.h", {"elementary.h"}),
-        ("elementary.h", {"philox.h", "elementary_body.h"}), ("checks.h", set()),
+        ("names.h", set()), ("philox.h", {"names.h"}), ("element.h", {"philox.h", "formulas.h"}),
+        ("formulas.h", set()), ("checks.h", set()),
     ):  # fmt: skip
         found = includes(ROOT / "csrc" / name)
         assert own <= set(found)
         assert not [h for h in found if h not in own and ("." in h or "/" in h)]
-    assert includes(ROOT / "csrc/elementary_body.h") == []
 
 
-def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
+def test_instruction_sets_are_turned_on_after_all_includes_from_elsewhere():
     """Or the linker may take a shared inline function that not every processor can run."""
-    own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "hadamard.h", "learned.h", "fused.h",
-           "estimate_fused.h", "quantize_fused.h", "learned_fused.h", "rotated.h"]  # fmt: skip
     for name in ("avx2", "avx512"):
         text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
         before, after = text.split("#pragma GCC target", 1)
-        assert re.findall(r'#include ["<](.*?)[">]', before) == ["outside.h"]
-        assert re.findall(r'#include ["<](.*?)[">]', after) == own
-    for name in own[1:]:
-        assert includes(ROOT / "csrc/cpu" / name) == []
+        assert re.findall(r'#include ["<](.*?)[">]', before) == ["prelude.h"]
+        assert re.findall(r'#include ["<](.*?)[">]', after) == ["kernel_table.h"]
+    headers = ["kernel_table.h"]
+    for name in headers:  # and what these include
+        headers += [h for h in includes(ROOT / "csrc/cpu" / name) if h not in [*headers, "prelude.h"]]
+        assert all((ROOT / "csrc/cpu" / h).exists() for h in headers), headers
+        text = (ROOT / "csrc/cpu" / name).read_text()
+        assert name == "../formulas.h" or "namespace fogzo::cpu {\nnamespace {\n" in text, name
+    assert "vector.h" in headers
 
 
 def test_constants_of_the_cpu_are_named_once():
