@@ -28,14 +28,15 @@ FLOORS = {
            "__init__ packed saved scales sharded stale parallel inputs held quantized permuted linear"
            " products conv embedding transposed twins replaced rules sharing fast_path pretrained report"
            " convert"),
-    "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn"),
+    "distributed": (("spec", "functional", "nn"), "packing fsdp tensor_parallel group __init__"),
+    "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn", "distributed"),
               "__init__ guards guards.uncompiled guards.derivatives guards.fingerprints replay guards.lost"
               " guards.gradients guards.graph_reads guards.unmoved_alphas losses settings device stats"
               " calls run step guards.closure fogzo"),
     "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
               "__init__ groups memory scaling fused adamw sgd"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
-    "export": (("spec", "ops.checks", "functional", "nn", "integrations.transformers"),
+    "export": (("spec", "ops.checks", "functional", "nn", "distributed.packing", "integrations.transformers"),
                "files integers blocks ao plain compressed llama freeze __init__ __main__"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim", "export"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
