@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends.gpu import plans
 
 from . import cases as c
 from .machine import machine

@@ -14,7 +14,7 @@ from ptx.build import executor
 from ptx_programs import PLACES, kernel, run
 
 from bench import cases, executed, report
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends.gpu import plans
 
 ROOT = Path(__file__).parents[1]
 WARP, CHUNK = 32, 8  # threads; elements that one takes at once

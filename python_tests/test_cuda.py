@@ -12,7 +12,7 @@ from conftest import device_of
 
 import cuda_units
 import fogzo_kernels as fk
-from fogzo_kernels.backends import cells, plans
+from fogzo_kernels.backends.gpu import cells, plans
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.straight_through import VARIANTS
 from fogzo_kernels.spec.update import UpdateRule

@@ -15,7 +15,7 @@ from tolerances import HALF_ULP, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends.gpu import plans
 from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.spec.hadamard import BLOCKS, factor
 
@@ -319,16 +319,15 @@ def test_bad_call(args, exception, message, chosen):
     raises_and_writes_nothing("hadamard_", args | {"backend": chosen}, exception, re.escape(message))
 
 
-@pytest.mark.parametrize(("args", "_exception", "message"), BAD)
-def test_bad_native_call(args, _exception, message):
+@pytest.mark.parametrize("args", [args for args, _, _ in BAD])
+def test_bad_native_call(args):
     """The native op refuses them by itself, and writes nothing."""
     lists = [args["out"], args["tensors"]]
     if not all(isinstance(x, list) for x in lists) or type(args["block"]) is not int:
         return  # no such call can be made
     held = [t for t in lists[0] + lists[1] if not t.is_meta]
     before = [t.clone() for t in held]
-    message = re.sub(r"(, got strides| on cpu).*", "", message)
-    with pytest.raises((RuntimeError, ValueError), match=re.escape(message)):
+    with pytest.raises((RuntimeError, ValueError), match=r"^refused: |^block must be one of "):
         native.hadamard(*lists, args["block"])
     for t, old in zip(held, before, strict=True):
         torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)

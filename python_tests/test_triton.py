@@ -108,7 +108,7 @@ def test_the_package_gives_the_functions_of_the_protocol():
 def key_of(order, folder):
     """The compiler's key of a kernel, with the plan's columns in some order."""
     code = f"""
-from fogzo_kernels.backends import plans
+from fogzo_kernels.backends.gpu import plans
 plans.COLUMNS = {order}
 from fogzo_kernels.backends.triton.norm import sumsq_kernel
 print(sumsq_kernel.cache_key)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import triton
+from triton._utils import find_paths_if
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fogzo_kernels.backends.triton import hadamard, launch, learned, norm, perturb, tail
+from fogzo_kernels.backends.triton import hadamard, launch, learned, measure, norm, perturb, tail
+from fogzo_kernels.backends.triton.elements import Grid
 from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
 from fogzo_kernels.backends.triton.hadamard import hadamard_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
@@ -40,18 +42,24 @@ KERNELS = {
         measure_kernel, join_kernel, hadamard_kernel,
     )
 }  # fmt: skip
-#: Types of a kernel's arguments where they are not fp32.
+#: Types of a kernel's arguments where they are not fp32; of the step's scalars, if they lie on the device.
 TYPES = {
-    "table": "*i64", "owner": "*i32", "crossing": "*i32", "partial": "*fp64", "norm": "*fp32", "coef": "*fp32",
-    "losses_plus": "*fp32", "losses_minus": "*fp32", "counters": "*i64", "one_minus_beta": "*fp64",
-    "seed": "*i64", "step": "*i64", "direction": "i32", "n": "i32", "count": "i32", "out": "*fp32",
-    "lr": "*fp64", "decay_rate": "i64", "log_beta1": "i64", "log_beta2": "i64", "keep": "i64",
+    "table": "*i64", "owner": "*i32", "crossing": "*i32", "partial": "*fp64", "coef": "*fp32", "out": "*fp32",
+    "counters": "*i64", "direction": "i32", "n": "i32", "count": "i32", "draw": ("*i64", "*i64"),
+    "mix": ("*fp32", "*fp64", "fp32", "fp32"), "losses": ("*fp32", "*fp32", "i32", "fp32"),
+    "optimizer": ("*fp64", "*i64", "i64", "i64", "i64", "i64"), "grid": Grid(*["fp32"] * 4),
+    "numbers": tail.Numbers(*["fp32"] * 6), "rule": measure.Rule(*["fp32"] * 3),
 }  # fmt: skip
+ON_HOST = {
+    "draw": ("i64", "i64"), "mix": ("*fp32", "constexpr", "fp32", "fp32"),
+    "optimizer": ("i64", "*i64", "i64", "i64", "i64", "i64"),
+}  # fmt: skip
+#: Partial sums that a kernel's turn adds.
+SUMS = {"sum_kernel": norm.SUM_BLOCK, "learned_sum_kernel": learned.SUM_BLOCK, "join_kernel": measure.JOINED}
 #: Tiles of a turn of the outer loop, where there is one: of cells that are eight rows of a tile long.
 INNER = {"measure_kernel": 8}
 #: Chunks that share an alpha: rows of 1,024 elements, groups of 128, any; each tensor's own.
 UNITS = {"tensor": 0, "row": learned.WIDE.value, "group": learned.MIDDLE.value, "any": 1, "mixed": None}
-HOST_SCALARS = {"seed": "i64", "step": "i64", "lr": "i64"}
 
 
 # ---- variants
@@ -163,25 +171,21 @@ def streaming_variants() -> Iterator[Variant]:
 
 def constants_of(variant: Variant) -> dict[str, object]:
     """Constexpr arguments of the kernel."""
-    latent, grad, out = (
-        launch.DTYPES.get(DTYPES.get(name or "")) for name in (variant.latent, variant.grad, variant.out)
-    )
-    found: dict[str, object] = {
-        "SPAN": SPAN, "TILE": tile_of(variant), "ALIGNED": variant.aligned, "DIST": variant.distribution,
-        "SHARD": variant.shard, "PER_TENSOR": variant.scale == "tensor", "WRITE_PLUS": True,
-        "WRITE_MINUS": variant.signs == "both", "KIND": variant.kind, "RULE": variant.kind,
-        "MASTER": variant.master, "NOISE_SCALE": 0.5, "BLOCK": variant.block, "ROOT": True,
-        "ONE": variant.directions == 1, "LATENT_T": latent, "GRAD_T": grad, "OUT_T": out, "DATA_T": grad,
-        "STATISTIC": variant.kind, "UNIT": UNITS.get(variant.scale or ""),
-    }  # fmt: skip
+    names = variant.latent, variant.grad, variant.out
+    latent, grad, out = (launch.DTYPES.get(DTYPES.get(name or "")) for name in names)
     if variant.kernel == "quantize_kernel" and variant.kind is None:
-        found["GRAD_T"] = latent
-    sums = {"sum_kernel": norm.SUM_BLOCK, "learned_sum_kernel": learned.SUM_BLOCK, "join_kernel": 1024}
-    if variant.kernel in sums:
-        found["BLOCK"] = sums[variant.kernel]
-    if variant.host:
-        found["one_minus_beta"] = None
-    return {name: value for name, value in found.items() if name in KERNELS[variant.kernel].arg_names}
+        grad = latent
+    if variant.kernel == "measure_kernel":
+        latent = grad
+    flags = {"aligned": variant.aligned, "per_tensor": variant.scale == "tensor", "shard": variant.shard}
+    config = launch.Config(
+        tile_of(variant), **flags, latent=latent, grad=grad, out=out, distribution=variant.distribution,
+        noise_scale=0.5, block=variant.block, block_factor=launch.block_factor(variant.block),
+        minus=variant.signs == "both", variant=variant.kind, states=RULES.get(variant.kind or "", 0),
+        master=variant.master, one_direction=variant.directions == 1, unit=UNITS.get(variant.scale or ""),
+    )  # fmt: skip
+    given = {"config": config, "ROOT": True, "STATISTIC": variant.kind, "BLOCK": SUMS.get(variant.kernel)}
+    return {name: value for name, value in given.items() if name in KERNELS[variant.kernel].arg_names}
 
 
 def tile_of(variant: Variant) -> int:
@@ -203,15 +207,13 @@ def options_of(variant: Variant) -> dict[str, int]:
 def compile_variant(variant: Variant, arch: int = 90) -> Report:
     """Compile for compute capability ``arch`` / 10 and read the machine code."""
     kernel, given = KERNELS[variant.kernel], constants_of(variant)
-    signature, constants, attributes = {}, {}, {}
-    types = {**TYPES, **HOST_SCALARS} if variant.host else TYPES
-    for i, name in enumerate(kernel.arg_names):
-        if name in given:
-            signature[name], constants[(i,)] = "constexpr", given[name]
-        else:
-            signature[name] = types.get(name, "fp32")
-            if signature[name].startswith("*"):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    types = {**TYPES, **ON_HOST} if variant.host else TYPES
+    signature = {name: "constexpr" if name in given else types.get(name, "fp32") for name in kernel.arg_names}
+    values = list(signature.values())
+    constants = dict.fromkeys(find_paths_if(values, lambda _, t: t == "constexpr"))
+    constants |= {(kernel.arg_names.index(name),): value for name, value in given.items()}
+    pointers = find_paths_if(values, lambda _, t: t.startswith("*"))
+    attributes = {path: [["tt.divisibility", 16]] for path in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options_of(variant))
     return read_cubin(binary.asm["cubin"], variant.directions or INNER.get(variant.kernel, 1))

@@ -2,17 +2,23 @@
 // off the stack in the schema's order, and tensors of which everything is asked once.
 #pragma once
 
-#include "../checks.h"
 #include "../names.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace fogzo::cpu {
+
+// Refuses a call that cannot be served. The checks of fogzo_kernels/ops word what was wrong.
+inline void require(bool holds, const char *reason) {
+  if (__builtin_expect(!holds, 0))
+    throw std::runtime_error(std::string("refused: ") + reason);
+}
 
 // Types of elements that some argument may have; the first four are Dtype's.
 enum class Type { FOGZO_DTYPES(FOGZO_ENUMERATOR) float64, int64, other };
@@ -21,31 +27,26 @@ constexpr unsigned bit(Type type) { return 1u << int(type); }
 constexpr unsigned kFloats = bit(Type::float32) | bit(Type::bfloat16) | bit(Type::float16);
 constexpr unsigned kOutputs = kFloats | bit(Type::int8);
 
-// What keeps a tensor from being read and written as elements in a row.
-enum class Fault { none, device, layout, strides, storage, alignment };
-
 struct DeleteTensor {
   void operator()(AtenTensorOpaque *handle) const { aoti_torch_delete_tensor_object(handle); }
 };
 
-// A tensor and what it says of itself. A storage may hold fewer elements than the tensor says (FSDP frees
-// storages between steps), at any address (torch.frombuffer), or something else (oneDNN, sparse).
+// A tensor and what it says of itself.
 struct Tensor {
   std::unique_ptr<AtenTensorOpaque, DeleteTensor> handle;
   void *data = nullptr;
-  const int64_t *sizes = nullptr;       // of the handle
-  int64_t dim = 0, numel = 0, size = 0; // size: of an element, in bytes
+  const int64_t *sizes = nullptr; // of the handle
+  int64_t dim = 0, numel = 0, bytes = 0;
   Type type = Type::other;
-  Fault fault = Fault::none;
+  bool usable; // its elements may be read and written as an array
 
-  explicit Tensor(AtenTensorHandle owned) : handle(owned) { fault = read(); }
+  explicit Tensor(AtenTensorHandle owned) : handle(owned) { usable = read(); }
 
-  int64_t bytes() const { return numel * size; }
   Dtype dtype() const { return Dtype(int(type)); } // of one that has been checked
   template <class T> T *at() const { return static_cast<T *>(data); }
 
 private:
-  Fault read();
+  bool read();
 };
 
 using Tensors = std::vector<Tensor>;
@@ -62,37 +63,30 @@ inline Type type_of(int32_t code) {
   return Type(i);
 }
 
-inline Fault Tensor::read() {
+// A storage may hold fewer elements than the tensor says (FSDP frees storages between steps), at any address
+// (torch.frombuffer), or something else (oneDNN, sparse).
+inline bool Tensor::read() {
   static const int32_t cpu = aoti_torch_device_type_cpu(), strided = aoti_torch_layout_strided();
-  static constexpr int64_t sizes_of_types[] = {4, 2, 2, 1, 8, 8};
+  static constexpr int64_t sizes_of_types[] = {4, 2, 2, 1, 8, 8, 1};
   AtenTensorOpaque *const t = handle.get();
   int32_t device = 0, layout = 0, code = 0;
   bool contiguous = false;
-  int64_t *lengths = nullptr, offset = 0, held = 0;
-  if (aoti_torch_get_dtype(t, &code) || aoti_torch_get_device_type(t, &device))
-    return Fault::device;
+  int64_t *lengths = nullptr, dimensions = 0, offset = 0, stored = 0;
+  if (aoti_torch_get_dtype(t, &code) || aoti_torch_get_device_type(t, &device) || device != cpu ||
+      aoti_torch_get_layout(t, &layout) || layout != strided || aoti_torch_get_dim(t, &dimensions) ||
+      aoti_torch_get_sizes(t, &lengths) || aoti_torch_is_contiguous(t, &contiguous) || !contiguous)
+    return false;
   type = type_of(code);
-  size = type == Type::other ? int64_t(aoti_torch_dtype_element_size(code)) : sizes_of_types[int(type)];
-  int64_t dimensions = 0;
-  if (aoti_torch_get_dim(t, &dimensions) || aoti_torch_get_sizes(t, &lengths))
-    return Fault::device;
-  dim = dimensions; // with its sizes, or an error's text would read what is not there
+  dim = dimensions; // with its sizes, or a comparison of shapes would read what is not there
   sizes = lengths;
   numel = 1;
   for (int64_t i = 0; i < dim; ++i)
     numel *= sizes[i];
-  if (device != cpu)
-    return Fault::device;
-  if (aoti_torch_get_layout(t, &layout) || layout != strided)
-    return Fault::layout;
-  if (aoti_torch_is_contiguous(t, &contiguous) || !contiguous)
-    return Fault::strides;
-  if (numel == 0)
-    return Fault::none;
-  if (aoti_torch_get_storage_size(t, &held) || aoti_torch_get_storage_offset(t, &offset) ||
-      held / size - offset < numel || aoti_torch_get_data_ptr(t, &data))
-    return Fault::storage;
-  return uintptr_t(data) % uintptr_t(size) ? Fault::alignment : Fault::none;
+  const int64_t size = sizes_of_types[int(type)];
+  bytes = numel * size;
+  return numel == 0 || (!aoti_torch_get_storage_size(t, &stored) &&
+                        !aoti_torch_get_storage_offset(t, &offset) && stored / size - offset >= numel &&
+                        !aoti_torch_get_data_ptr(t, &data) && uintptr_t(data) % uintptr_t(size) == 0);
 }
 
 // Takes the arguments off the stack; a list's elements are the reader's own. Nothing is checked here, so that
@@ -122,24 +116,24 @@ private:
     const char *data = nullptr;
     TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
     TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    const std::string found(data, length);
+    const std::string text(data, length);
     TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return found;
+    return text;
   }
 
   template <class T, class Convert> std::vector<T> list(Convert convert) {
     const auto handle = torch::stable::detail::to<StableListHandle>(*next_++);
     size_t size = 0;
     TORCH_ERROR_CODE_CHECK(torch_list_size(handle, &size));
-    std::vector<T> found;
-    found.reserve(size);
+    std::vector<T> values;
+    values.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue value = 0;
       TORCH_ERROR_CODE_CHECK(torch_list_get_item(handle, i, &value));
-      found.push_back(convert(value));
+      values.push_back(convert(value));
     }
     TORCH_ERROR_CODE_CHECK(torch_delete_list(handle));
-    return found;
+    return values;
   }
 
   StableIValue *next_;

@@ -1,57 +1,56 @@
-// CPU ops over lists of tensors: read the arguments, check them all, cut into blocks, spread over threads, call
-// the kernels. Registered through the LibTorch stable ABI, so that one build serves several torch releases.
-#include "blocks.h"
+// CPU ops over lists of tensors: read the arguments, check them all, cut tensors into ranges, spread these over
+// threads, call the kernels. Registered through the LibTorch stable ABI, so that one build serves several torch
+// releases.
+#include "call.h"
+
+#include <functional>
+#include <limits>
 
 namespace fogzo::cpu {
 namespace {
 
+constexpr unsigned kFloat32 = bit(Type::float32);
+
 // ---- noise and guide norm
 
-// An argument that is one tensor, as a list.
-Tensors alone(Arguments &a) {
-  Tensors list;
-  list.push_back(a.tensor());
-  return list;
-}
-
 void noise(Arguments a) {
-  const Tensors out = alone(a);
+  Tensors out;
+  out.push_back(a.tensor());
   Draw draw(a);
   const int64_t direction = a.integer();
-  check_tensor(out[0], "out", bit(Type::float32));
-  draw.check(out, 1);
-  check_range(direction, 0, kMaxDirection - 1, "direction");
+  Lists lists(out);
+  lists.write(&Item::plus, out, kFloat32);
+  draw.set_names(lists.items, 1);
+  check_direction(direction);
+
   const Kernels &run = kernels();
-  std::vector<Item> items = make_items(out, {});
-  draw.name_items(items);
+  const Item &item = lists.items[0];
   Noise what = draw.noise(direction);
-  what.names.tensor_id = items[0].tensor_id;
-  float *const data = out[0].at<float>();
-  for_each_block(make_blocks(items), [&](int64_t, const Block &block) {
-    run.noise(what, items[0].layout, float(draw.C), data, block.begin, block.end);
+  what.names.tensor_id = item.tensor_id;
+  for_each(make_ranges(lists.items), [&](int64_t, const Range &range) {
+    run.noise(what, item.layout, float(draw.C), out[0].at<float>(), range.begin, range.end);
   });
 }
 
 void guide_sumsq(Arguments a) {
-  const Tensors out = alone(a), grads = a.tensors(), alphas = a.tensors();
+  const Tensor out = a.tensor();
+  const Tensors grads = a.tensors(), alphas = a.tensors();
   const int64_t r = a.integer();
-  check_scalar(out[0], "out", Type::float64);
-  check_list(grads, "grads", kFloats);
-  check_range(r, 1, 2, "r");
-  check_length(alphas, grads.size(), "alphas");
-  check_alphas(alphas, grads, r);
+  double &result = scalar<double>(out, Type::float64);
+  Lists lists(grads);
+  lists.read(&Item::grad, grads, kFloats);
+  lists.set_alphas(alphas, grads.size(), r);
+
   const Kernels &run = kernels();
-  std::vector<Item> items = make_items(grads, alphas);
-  set_spans(items, &Item::grad, grads);
-  const std::vector<Block> blocks = make_blocks(items);
-  std::vector<double> partial(blocks.size());
-  for_each_block(blocks, [&](int64_t i, const Block &block) {
-    partial[i] = run.sumsq(*block.item, float(r), block.begin, block.end);
+  const std::vector<Range> ranges = make_ranges(lists.items);
+  std::vector<double> partial(ranges.size());
+  for_each(ranges, [&](int64_t i, const Range &range) {
+    partial[i] = run.sumsq(*range.item, float(r), range.begin, range.end);
   });
   double sum = 0;
   for (double x : partial)
     sum += x;
-  *out[0].at<double>() = sum;
+  result = sum;
 }
 
 // ---- perturb and quantize
@@ -64,46 +63,29 @@ void perturb_quantize(Arguments a) {
   const int64_t direction = a.integer();
   const Grid grid(a);
   const size_t count = latents.size();
-  check_list(latents, "latents", kFloats);
-  check_list_like(grads, "grads", kFloats, latents, count);
-  FOGZO_CHECK(!count || !plus.empty() || !minus.empty(), "plus and minus must not both be empty");
-  if (!plus.empty())
-    check_list_like(plus, "plus", kOutputs, latents, count);
-  if (!minus.empty())
-    check_list_like(minus, "minus", plus.empty() ? kOutputs : bit(plus[0].type), latents, count);
-  grid.check();
-  check_length(alphas, count, "alphas");
-  check_alphas(alphas, latents, grid.r);
-  mix.check();
-  draw.check(latents, count);
-  const int block = check_transform(grid.block, latents, "latents", alphas, &draw.layouts);
-  check_range(direction, 0, kMaxDirection - 1, "direction");
-  Memory memory;
-  memory.writes(plus, "plus");
-  memory.writes(minus, "minus");
-  memory.reads(latents, "latents");
-  memory.reads(grads, "grads");
-  memory.reads(alphas, "alphas");
-  memory.reads(mix.norm_tensor, "norm");
-  memory.check();
+  Lists lists(latents);
+  lists.read(&Item::latent, latents, kFloats);
+  lists.read(&Item::grad, grads, kFloats);
+  require(!count || !plus.empty() || !minus.empty(), "length");
+  lists.write(&Item::plus, plus, kOutputs, plus.empty() ? 0 : count);
+  lists.write(&Item::minus, minus, plus.empty() ? kOutputs : bit(plus[0].type), minus.empty() ? 0 : count);
+  const GridRange values = grid.set(lists, alphas, count);
+  mix.check(lists.memory);
+  draw.set_names(lists.items, count);
+  check_direction(direction);
+  lists.memory.check();
 
   const Kernels &run = kernels();
-  std::vector<Item> items = make_items(latents, alphas);
-  set_block(items, block);
-  draw.name_items(items);
-  set_spans(items, &Item::latent, latents);
-  set_spans(items, &Item::grad, grads);
-  set_spans(items, &Item::plus, plus);
-  set_spans(items, &Item::minus, minus);
   const Noise what = draw.noise(direction);
   const float sign = direction_sign(what.names.seed, what.names.step, what.names.direction);
   const Perturbation p{what,
-                       grid.range(),
+                       values,
                        float(grid.r),
                        float(mix.over_norm(float(std::sqrt(1.0 - mix.one_minus_beta)) * sign)),
                        float(std::sqrt(mix.one_minus_beta) * draw.C),
                        float(mix.epsilon)};
-  for_each_block(make_blocks(items), [&](int64_t, const Block &b) { run.perturb(*b.item, p, b.begin, b.end); });
+  for_each(make_ranges(lists.items),
+           [&](int64_t, const Range &range) { run.perturb(*range.item, p, range.begin, range.end); });
 }
 
 // ---- estimate
@@ -117,25 +99,25 @@ struct Coefficients {
 
 // Counts what is lost.
 Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &losses) {
-  Coefficients found;
+  Coefficients c;
   const int64_t n = losses.n();
   const float *plus = losses.plus.at<const float>(), *minus = losses.minus.at<const float>();
   double sum = 0;
   int64_t lost = 0;
   for (int64_t i = 0; i < n; ++i) {
-    double c = (double(plus[i]) - double(minus[i])) / (2.0 * double(float(mix.epsilon)));
-    if (!std::isfinite(float(c))) {
-      c = 0;
+    double slope = (double(plus[i]) - double(minus[i])) / (2.0 * double(float(mix.epsilon)));
+    if (!std::isfinite(float(slope))) {
+      slope = 0;
       ++lost;
     }
-    sum += c * direction_sign(uint64_t(draw.seed), uint32_t(draw.step), uint32_t(i));
-    found.B.push_back(float(c * std::sqrt(mix.one_minus_beta) * draw.C / double(n)));
+    sum += slope * direction_sign(uint64_t(draw.seed), uint32_t(draw.step), uint32_t(i));
+    c.B.push_back(float(slope * std::sqrt(mix.one_minus_beta) * draw.C / double(n)));
   }
-  found.A = float(mix.over_norm(sum * std::sqrt(1.0 - mix.one_minus_beta) / double(n)));
+  c.A = float(mix.over_norm(sum * std::sqrt(1.0 - mix.one_minus_beta) / double(n)));
   const bool norm_lost = !std::isfinite(mix.norm);
   losses.count(lost, norm_lost); // the third counter, of bad alphas, stays: they are refused
-  found.usable = lost < n && !norm_lost;
-  return found;
+  c.usable = lost < n && !norm_lost;
+  return c;
 }
 
 void estimate_gradient(Arguments a) {
@@ -143,117 +125,56 @@ void estimate_gradient(Arguments a) {
   Draw draw(a);
   Mix mix(a);
   const Losses losses(a, counters);
-  const int64_t r = a.integer(), given = a.integer();
-  check_list(grads, "grads", kFloats);
-  check_range(r, 1, 2, "r");
-  check_length(alphas, grads.size(), "alphas");
-  check_alphas(alphas, grads, r);
-  mix.check();
-  draw.check(grads, grads.size());
-  const int block = check_transform(given, grads, "grads", alphas, &draw.layouts);
-  losses.check(1);
-  Memory memory;
-  memory.writes(grads, "grads");
-  losses.touch(memory);
-  memory.reads(alphas, "alphas");
-  memory.reads(mix.norm_tensor, "norm");
-  memory.check();
+  const int64_t r = a.integer(), block = a.integer();
+  const size_t count = grads.size();
+  Lists lists(grads);
+  lists.write(&Item::grad, grads, kFloats);
+  lists.set_alphas(alphas, count, r);
+  lists.set_transform(block, count);
+  mix.check(lists.memory);
+  draw.set_names(lists.items, count);
+  losses.check(1, lists.memory);
+  lists.memory.check();
 
   const Kernels &run = kernels();
-  std::vector<Item> items = make_items(grads, alphas);
-  set_block(items, block);
-  draw.name_items(items);
-  set_spans(items, &Item::grad, grads);
   const Coefficients c = coefficients_of(draw, mix, losses);
   if (!c.usable)
     return;
   const Estimate e{draw.noise(0), float(r), c.A, c.B.data(), int64_t(c.B.size())};
-  for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { run.estimate(*b.item, e, b.begin, b.end); });
+  for_each(make_ranges(lists.items),
+           [&](int64_t, const Range &range) { run.estimate(*range.item, e, range.begin, range.end); });
 }
 
 // ---- the fused tail
 
-// Its lists. The first alphas.size() of the latents are quantized, the others have no alpha.
-struct TailLists {
-  Tensors latents, masters, first, second, quantized, counters, grads, alphas;
-
-  explicit TailLists(Arguments &a)
-      : latents(a.tensors()), masters(a.tensors()), first(a.tensors()), second(a.tensors()),
-        quantized(a.tensors()), counters(a.tensors()), grads(a.tensors()), alphas(a.tensors()) {}
-
-  void check(Rule rule, int64_t r) const {
-    const size_t count = latents.size();
-    check_list(latents, "latents", kFloats);
-    check_list_like(grads, "grads", kFloats, latents, count);
-    if (!masters.empty()) {
-      check_list_like(masters, "masters", bit(Type::float32), latents, count);
-      FOGZO_CHECK(latents[0].type != Type::float32,
-                  "latents must be bfloat16 or float16 where masters are given, got float32");
-    }
-    check_state(first, "first", rule, 0);
-    check_state(second, "second", rule, 1);
-    FOGZO_CHECK(alphas.size() <= count, "alphas must have at most ", count, " tensors, got ", alphas.size());
-    if (!quantized.empty())
-      check_list_like(quantized, "quantized", kOutputs, latents, alphas.size());
-    check_alphas(alphas, latents, r);
-  }
-
-  void touch(Memory &memory) const {
-    memory.writes(latents, "latents");
-    memory.writes(masters, "masters");
-    memory.writes(first, "first");
-    memory.writes(second, "second");
-    memory.writes(quantized, "quantized");
-    memory.reads(grads, "grads");
-    memory.reads(alphas, "alphas");
-  }
-
-  std::vector<Item> items() const {
-    std::vector<Item> found = make_items(latents, alphas);
-    set_spans(found, &Item::latent, latents);
-    set_spans(found, &Item::grad, grads);
-    set_spans(found, &Item::plus, quantized);
-    set_spans(found, &Item::master, masters);
-    set_spans(found, &Item::first, first);
-    set_spans(found, &Item::second, second);
-    return found;
-  }
-
-private:
-  void check_state(const Tensors &list, const char *name, Rule rule, int place) const {
-    const size_t count = place < states_of(rule) ? latents.size() : 0;
-    FOGZO_CHECK(list.size() == count, name, " must have ", count, " tensors for ", name_of(rule), ", got ",
-                list.size());
-    check_list_like(list, name, bit(Type::float32), latents, count);
-  }
-};
-
+// The first alphas.size() of the latents are quantized, the others have no alpha.
 void estimate_update(Arguments a) {
-  const TailLists lists(a);
+  const Tensors latents = a.tensors(), masters = a.tensors(), first = a.tensors(), second = a.tensors(),
+                quantized = a.tensors(), counters = a.tensors(), grads = a.tensors(), alphas = a.tensors();
   Draw draw(a);
   Mix mix(a);
-  const Losses losses(a, lists.counters);
+  const Losses losses(a, counters);
   const Grid grid(a);
-  Optimizer optimizer(a);
-  optimizer.check();
-  grid.check();
-  lists.check(optimizer.update.rule, grid.r);
-  mix.check();
-  draw.check(lists.latents, lists.alphas.size());
-  const int block = check_transform(grid.block, lists.latents, "latents", lists.alphas, &draw.layouts);
-  losses.check(0);
-  Memory memory;
-  lists.touch(memory);
-  losses.touch(memory);
-  memory.reads(mix.norm_tensor, "norm");
-  memory.check();
+  const Optimizer optimizer(a);
+  const Update update = optimizer.update();
+  const size_t count = latents.size();
+  Lists lists(latents);
+  lists.write(&Item::latent, latents, kFloats);
+  lists.read(&Item::grad, grads, kFloats);
+  lists.write(&Item::master, masters, kFloat32, masters.empty() ? 0 : count);
+  require(masters.empty() || latents[0].type != Type::float32, "dtype");
+  lists.write(&Item::first, first, kFloat32, states_of(update.rule) > 0 ? count : 0);
+  lists.write(&Item::second, second, kFloat32, states_of(update.rule) > 1 ? count : 0);
+  require(alphas.size() <= count, "length");
+  lists.write(&Item::plus, quantized, kOutputs, quantized.empty() ? 0 : alphas.size());
+  const GridRange values = grid.set(lists, alphas, alphas.size());
+  mix.check(lists.memory);
+  draw.set_names(lists.items, alphas.size());
+  losses.check(0, lists.memory);
+  lists.memory.check();
 
   const Kernels &run = kernels();
-  std::vector<Item> items = lists.items();
-  set_block(items, block);
-  draw.name_items(items);
-  Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, optimizer.update, grid.range(), false};
+  Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, update, values, false};
   Coefficients c;
   if (losses.n()) {
     tail.skip = !std::isfinite(mix.norm);
@@ -264,8 +185,8 @@ void estimate_update(Arguments a) {
     tail.estimate.B = c.B.data();
     tail.estimate.directions = int64_t(c.B.size());
   }
-  for_each_block(make_blocks(items),
-                 [&](int64_t, const Block &b) { run.update(*b.item, tail, b.begin, b.end); });
+  for_each(make_ranges(lists.items),
+           [&](int64_t, const Range &range) { run.update(*range.item, tail, range.begin, range.end); });
 }
 
 // ---- quantize and its straight-through derivative
@@ -273,25 +194,15 @@ void estimate_update(Arguments a) {
 void quantize(Arguments a) {
   const Tensors out = a.tensors(), latents = a.tensors(), alphas = a.tensors();
   const Grid grid(a);
-  check_list(latents, "latents", kFloats);
-  check_list_like(out, "out", kOutputs, latents, latents.size());
-  grid.check();
-  check_length(alphas, latents.size(), "alphas");
-  check_alphas(alphas, latents, grid.r);
-  const int block = check_transform(grid.block, latents, "latents", alphas);
-  Memory memory;
-  memory.writes(out, "out");
-  memory.reads(latents, "latents");
-  memory.reads(alphas, "alphas");
-  memory.check();
+  Lists lists(latents);
+  lists.read(&Item::latent, latents, kFloats);
+  lists.write(&Item::plus, out, kOutputs);
+  const GridRange values = grid.set(lists, alphas, latents.size());
+  lists.memory.check();
 
   const Kernels &run = kernels();
-  std::vector<Item> items = make_items(latents, alphas);
-  set_block(items, block);
-  set_spans(items, &Item::latent, latents);
-  set_spans(items, &Item::plus, out);
-  for_each_block(make_blocks(items), [&](int64_t, const Block &b) {
-    run.quantize(*b.item, grid.range(), float(grid.r), b.begin, b.end);
+  for_each(make_ranges(lists.items), [&](int64_t, const Range &range) {
+    run.quantize(*range.item, values, float(grid.r), range.begin, range.end);
   });
 }
 
@@ -299,30 +210,34 @@ void straight_through_backward(Arguments a) {
   const Tensors out = a.tensors(), grads = a.tensors(), latents = a.tensors(), alphas = a.tensors();
   const Grid grid(a);
   const std::string name = a.text();
-  check_list(latents, "latents", kFloats);
-  check_list_like(grads, "grads", kFloats, latents, latents.size());
-  check_list_like(out, "out", kFloats, latents, latents.size());
-  grid.check();
-  check_length(alphas, latents.size(), "alphas");
-  check_alphas(alphas, latents, grid.r);
-  const int block = check_transform(grid.block, latents, "latents", alphas);
-  const auto what = value_of<StraightThrough, Refusal>(name, "straight_through");
-  Memory memory;
-  memory.writes(out, "out");
-  memory.reads_in_place(grads, "grads", out);
-  memory.reads(latents, "latents");
-  memory.reads(alphas, "alphas");
-  memory.check();
+  const auto what = value_of<StraightThrough>(name, "straight_through");
+  Lists lists(latents);
+  lists.read(&Item::latent, latents, kFloats);
+  lists.write(&Item::plus, out, kFloats);
+  lists.read_in_place(&Item::grad, grads, kFloats, out);
+  const GridRange values = grid.set(lists, alphas, latents.size());
+  lists.memory.check();
 
   const Kernels &run = kernels();
-  std::vector<Item> items = make_items(latents, alphas);
-  set_block(items, block);
-  set_spans(items, &Item::latent, latents);
-  set_spans(items, &Item::grad, grads);
-  set_spans(items, &Item::plus, out);
-  for_each_block(make_blocks(items), [&](int64_t, const Block &b) {
-    run.straight_through(*b.item, what, grid.range(), float(grid.r), b.begin, b.end);
+  for_each(make_ranges(lists.items), [&](int64_t, const Range &range) {
+    run.straight_through(*range.item, what, values, float(grid.r), range.begin, range.end);
   });
+}
+
+// The gradients of alphas that several ranges share, added in the order of the ranges.
+void add_cuts(const std::vector<Range> &ranges, const std::vector<Cut> &cuts) {
+  double sum = 0;
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    const auto [item, begin, end] = ranges[i];
+    const int64_t length = item->scale_length, first = begin / length, last = (end - 1) / length;
+    if (begin % length) { // the alpha of its first element began before
+      sum += cuts[i].before;
+      if ((first + 1) * length <= end)
+        item->alpha_grad[first] = float(item->factor * sum);
+    }
+    if (last * length >= begin && end % length)
+      sum = cuts[i].behind;
+  }
 }
 
 void learned_backward(Arguments a) {
@@ -331,45 +246,116 @@ void learned_backward(Arguments a) {
   const Grid grid(a);
   const std::string name = a.text();
   const std::vector<double> factors = a.numbers();
-  check_list(latents, "latents", kFloats);
-  check_list_like(grads, "grads", kFloats, latents, latents.size());
-  check_list_like(out, "out", kFloats, latents, latents.size());
-  grid.check();
-  check_length(alphas, latents.size(), "alphas");
-  check_alphas(alphas, latents, grid.r);
-  const int block = check_transform(grid.block, latents, "latents", alphas);
-  check_list_like(alpha_grads, "alpha_grads", bit(Type::float32), alphas, alphas.size());
-  const auto what = value_of<StraightThrough, Refusal>(name, "straight_through");
-  FOGZO_CHECK(factors.size() == latents.size(), "factors must have ", latents.size(), " entries, got ",
-              factors.size());
-  for (size_t i = 0; i < factors.size(); ++i)
-    FOGZO_CHECK(std::isfinite(factors[i]), Name("factors", i), " must be finite, got ", factors[i]);
-  Memory memory;
-  memory.writes(out, "out");
-  memory.writes(alpha_grads, "alpha_grads");
-  memory.reads_in_place(grads, "grads", out);
-  memory.reads(latents, "latents");
-  memory.reads(alphas, "alphas");
-  memory.check();
+  const auto what = value_of<StraightThrough>(name, "straight_through");
+  const size_t count = latents.size();
+  Lists lists(latents);
+  lists.read(&Item::latent, latents, kFloats);
+  lists.write(&Item::plus, out, kFloats);
+  lists.read_in_place(&Item::grad, grads, kFloats, out);
+  const GridRange values = grid.set(lists, alphas, count);
+  check_list(alpha_grads, kFloat32, alphas, count);
+  require(factors.size() == count, "length");
+  for (size_t i = 0; i < count; ++i) {
+    require(std::isfinite(factors[i]), "factors");
+    lists.memory.add(alpha_grads[i], true);
+    lists.items[i].alpha_grad = alpha_grads[i].at<float>();
+    lists.items[i].factor = factors[i];
+  }
+  lists.memory.check();
 
   const Kernels &run = kernels();
-  std::vector<Item> items = make_items(latents, alphas);
-  set_block(items, block);
-  set_spans(items, &Item::latent, latents);
-  set_spans(items, &Item::grad, grads);
-  set_spans(items, &Item::plus, out);
-  for (size_t i = 0; i < items.size(); ++i) {
-    items[i].alpha_grad = alpha_grads[i].at<float>();
-    items[i].factor = factors[i];
-    if (!items[i].numel)
-      std::fill_n(items[i].alpha_grad, alpha_grads[i].numel, 0.0f);
-  }
-  const std::vector<Block> blocks = make_blocks(items);
-  std::vector<Cut> cuts(blocks.size());
-  for_each_block(blocks, [&](int64_t i, const Block &b) {
-    cuts[i] = run.learned(*b.item, what, grid.range(), float(grid.r), b.begin, b.end);
+  for (size_t i = 0; i < count; ++i)
+    if (!latents[i].numel)
+      std::fill_n(alpha_grads[i].at<float>(), alpha_grads[i].numel, 0.0f);
+  const std::vector<Range> ranges = make_ranges(lists.items);
+  std::vector<Cut> cuts(ranges.size());
+  for_each(ranges, [&](int64_t i, const Range &range) {
+    cuts[i] = run.learned(*range.item, what, values, float(grid.r), range.begin, range.end);
   });
-  add_cuts(blocks, cuts);
+  add_cuts(ranges, cuts);
+}
+
+// ---- alphas from data
+
+// Whole cells of a tensor, as many as lie in kBlock elements, or a piece of one that is longer. Where they are
+// cut depends on sizes alone, so that sums do not depend on threads.
+std::vector<Range> ranges_of_cells(const std::vector<Item> &items) {
+  std::vector<Range> ranges;
+  for (const Item &item : items) {
+    const int64_t length = item.scale_length, step = length > kBlock ? kBlock : kBlock / length * length;
+    for (int64_t cell = 0; length > kBlock && cell < item.numel; cell += length)
+      for (int64_t begin = cell; begin < cell + length; begin += step)
+        ranges.push_back({&item, begin, std::min(cell + length, begin + step)});
+    for (int64_t begin = 0; length <= kBlock && begin < item.numel; begin += step)
+      ranges.push_back({&item, begin, std::min(item.numel, begin + step)});
+  }
+  return ranges;
+}
+
+// The alphas of cells in pieces, from what these come to.
+template <Statistic S>
+void join_pieces(const std::vector<Range> &ranges, const std::vector<double> &totals, const Measure &measure) {
+  double total = 0;
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    const auto &[item, begin, end] = ranges[i];
+    if (item->scale_length <= kBlock)
+      continue;
+    total = begin % item->scale_length ? joined<S>(total, totals[i]) : totals[i];
+    if (end % item->scale_length == 0)
+      static_cast<float *>(item->plus.data)[begin / item->scale_length] =
+          alpha_of(statistic_of<S>(total, item->scale_length), measure);
+  }
+}
+
+// A number that float32 holds, `low` or more.
+float float_in(double value, float low) {
+  require(value >= low && value <= std::numeric_limits<float>::max(), "measure");
+  return float(value);
+}
+
+void measure_alphas(Arguments a) {
+  const Tensors alphas = a.tensors(), tensors = a.tensors();
+  const std::string name = a.text();
+  const double factor = a.number(), add = a.number(), least = a.number();
+  const Measure measure{value_of<Statistic>(name, "statistic"),
+                        float_in(factor, std::numeric_limits<float>::min()), float_in(add, 0.0f),
+                        float_in(least, 0.0f)};
+  Lists lists(tensors);
+  lists.read(&Item::latent, tensors, kFloats);
+  lists.set_cells(alphas, tensors.size(), true);
+  lists.memory.check();
+
+  const Kernels &run = kernels();
+  for (size_t i = 0; i < alphas.size(); ++i) {
+    lists.items[i].plus = {alphas[i].data, Dtype::float32};
+    if (!tensors[i].numel) // its cells hold nothing
+      std::fill_n(alphas[i].at<float>(), alphas[i].numel, alpha_of(0.0f, measure));
+  }
+  const std::vector<Range> ranges = ranges_of_cells(lists.items);
+  std::vector<double> totals(ranges.size());
+  for_each(ranges, [&](int64_t i, const Range &range) {
+    if (range.item->scale_length > kBlock)
+      totals[i] = run.total(*range.item, measure.statistic, range.begin, range.end);
+    else
+      run.measure(*range.item, measure, range.begin, range.end);
+  });
+  with_value(measure.statistic, [&](auto S) { join_pieces<decltype(S)::value>(ranges, totals, measure); });
+}
+
+// ---- the Hadamard transform
+
+void hadamard(Arguments a) {
+  const Tensors out = a.tensors(), tensors = a.tensors();
+  const int64_t block = a.integer();
+  Lists lists(tensors);
+  lists.write(&Item::plus, out, kFloats);
+  lists.read_in_place(&Item::latent, tensors, kFloats, out);
+  lists.set_transform(block_of(block), tensors.size());
+  lists.memory.check();
+
+  const Kernels &run = kernels();
+  for_each(make_ranges(lists.items),
+           [&](int64_t, const Range &range) { run.hadamard(*range.item, range.begin, range.end); });
 }
 
 } // namespace
@@ -391,6 +377,9 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
         "alphas, " FOGZO_GRID ", str straight_through) -> ()");
   m.def("learned_backward(Tensor(a!)[] out, Tensor(b!)[] alpha_grads, Tensor[] grads, Tensor[] latents, "
         "Tensor[] alphas, " FOGZO_GRID ", str straight_through, float[] factors) -> ()");
+  m.def("measure_alphas(Tensor(a!)[] alphas, Tensor[] tensors, str statistic, float factor, float add, float "
+        "least) -> ()");
+  m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
@@ -402,6 +391,8 @@ STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
   m.impl("quantize", boxed<quantize>);
   m.impl("straight_through_backward", boxed<straight_through_backward>);
   m.impl("learned_backward", boxed<learned_backward>);
+  m.impl("measure_alphas", boxed<measure_alphas>);
+  m.impl("hadamard", boxed<hadamard>);
 }
 
 } // namespace fogzo::cpu

@@ -1,6 +1,6 @@
 """Hand-written CUDA C++ on NVIDIA GPUs (csrc/cuda).
 
-Host side: one launch per op over all tensors, which a plan (backends/plans.py) names to the kernels.
+Host side: one launch per op over all tensors, which a plan (backends/gpu/plans.py) names to the kernels.
 The native module knows nothing of PyTorch: it gets addresses, the device's number and the stream.
 """
 
@@ -18,8 +18,8 @@ from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
 from ..spec.straight_through import StraightThrough
-from . import cells
-from .plans import Plan, learned_plan, plan
+from .gpu import cells
+from .gpu.plans import Plan, learned_plan, plan
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from ..backends import select
-from ..spec.call import Measure
+from ..spec.checks import check_number
 from ..spec.dtypes import FLOATS
-from ..spec.noise import check_number
 from ..spec.scale import STATISTICS
-from . import arguments, checks, memory
+from . import checks
 from .arguments import TensorOrList
-from .listop import list_op, run_checked
+from .listop import ListOp
 
 #: Positive normal float32 numbers.
 FLOAT32 = torch.finfo(torch.float32)
@@ -55,52 +50,34 @@ def measure_alphas_(
         RuntimeError: the backend is unavailable on the device.
     """
     checks.instance("statistic", statistic, str)
-    measure = Measure(statistic, factor, add, least)
-    check_measure(measure)
-    op(arguments.tensors("alphas", alphas), arguments.tensors("tensors", tensors), *measure, backend)
+    check(statistic, factor, add, least)
+    op(
+        alphas=alphas,
+        tensors=tensors,
+        statistic=statistic,
+        factor=factor,
+        add=add,
+        least=least,
+        backend=backend,
+    )
 
 
-def check_measure(measure: Measure) -> None:
-    if measure.statistic not in STATISTICS:
-        raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {measure.statistic!r}")
-    for name, low in (("factor", FLOAT32.smallest_normal), ("add", 0.0), ("least", 0.0)):
-        value = getattr(measure, name)
+def check(statistic: str, factor: float, add: float, least: float) -> None:
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}")
+    for name, value, low in (
+        ("factor", factor, FLOAT32.smallest_normal),
+        ("add", add, 0.0),
+        ("least", least, 0.0),
+    ):
         check_number(name, value)
         if not low <= value <= FLOAT32.max:
             raise ValueError(f"{name} must be in {low:g}..{FLOAT32.max:g}, got {value}")
 
 
-def check_lists(alphas: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    checks.tensor_list("tensors", tensors, FLOATS)
-    checks.alpha_list(alphas, tensors)
-
-
-@list_op(
-    "fogzo::measure_alphas_",
-    mutates_args=("alphas",),
-    schema="(Tensor(a!)[] alphas, Tensor[] tensors, str statistic, float factor, float add, float least,"
-    " str? backend) -> ()",
+op = ListOp(
+    "measure_alphas_(Tensor(a!)[] alphas, Tensor[] tensors, str statistic, float factor, float add,"
+    " float least, str? backend) -> ()",
+    {"tensors": FLOATS},
+    check,
 )
-def op(
-    alphas: Sequence[Tensor], tensors: Sequence[Tensor], statistic: str, factor: float, add: float,
-    least: float, backend: str | None,
-) -> None:  # fmt: skip
-    measure = Measure(statistic, factor, add, least)
-
-    def check() -> None:
-        check_measure(measure)
-        check_lists(alphas, tensors)
-        memory.overlaps({"alphas": alphas}, {"tensors": tensors}, memory.numels_of(tensors))
-
-    if not tensors:
-        return check()
-    run_checked(select(backend, tensors[0].device), check, "measure_alphas_", alphas, tensors, measure)
-
-
-@op.register_fake
-def _(
-    alphas: Sequence[Tensor], tensors: Sequence[Tensor], statistic: str, factor: float, add: float,
-    least: float, backend: str | None,
-) -> None:  # fmt: skip
-    check_measure(Measure(statistic, factor, add, least))
-    check_lists(alphas, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,36 +13,24 @@ from ..spec.grid import Grid
 from ..spec.noise import MAX_SEED, MAX_STEP, Layout, check_range, signed64
 from ..spec.straight_through import StraightThrough
 from . import checks
-from .listop import KEPT
+from .checks import KEPT
 
 TensorOrList = Tensor | Sequence[Tensor]
+#: Of whole numbers, exclusive.
+LIMITS = {"seed": MAX_SEED, "step": MAX_STEP, "optimizer_step": 2**63}
 
 
 def tensors(name: str, given: TensorOrList) -> list[Tensor]:
     """A list of tensors; a bare tensor is a list of one."""
-    if type(given) is not list and not isinstance(given, Tensor | Sequence):
+    if isinstance(given, Tensor):
+        return [given]
+    if not isinstance(given, Sequence):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}")
-    found = [given] if isinstance(given, Tensor) else list(given)
-    for kind in set(map(type, found)):
+    for kind in set(map(type, given)):
         if not issubclass(kind, Tensor):
-            i = list(map(type, found)).index(kind)
+            i = list(map(type, given)).index(kind)
             raise TypeError(f"{name}[{i}] must be a tensor, got {kind.__name__}")
-    return found
-
-
-def numbers(name: str, given: float | Sequence[float]) -> list[float]:
-    """A list of finite numbers; a bare number is a list of one."""
-    if isinstance(given, str) or not isinstance(given, int | float | Sequence):
-        raise TypeError(f"{name} must be a number or a list of numbers, got {type(given).__name__}")
-    found = list(given) if isinstance(given, Sequence) else [given]
-    for i, value in enumerate(found):
-        checks.real(f"{name}[{i}]", value)
-    return list(map(float, found))
-
-
-def tensor(name: str, given: Tensor) -> Tensor:
-    checks.instance(name, given, Tensor)
-    return given
+    return given if type(given) is list else list(given)
 
 
 def optional(name: str, given: TensorOrList | None) -> list[Tensor]:
@@ -49,47 +38,74 @@ def optional(name: str, given: TensorOrList | None) -> list[Tensor]:
     return [] if given is None else tensors(name, given)
 
 
-def seed(given: int | Tensor) -> Tensor:
+def numbers(name: str, given: float | Sequence[float]) -> list[float]:
+    """A list of finite numbers; a bare number is a list of one."""
+    if isinstance(given, str) or not isinstance(given, int | float | Sequence):
+        raise TypeError(f"{name} must be a number or a list of numbers, got {type(given).__name__}")
+    values = list(given) if isinstance(given, Sequence) else [given]
+    for i, value in enumerate(values):
+        checks.real(f"{name}[{i}]", value)
+    return list(map(float, values))
+
+
+def tensor(name: str, given: Tensor) -> Tensor:
+    checks.instance(name, given, Tensor)
+    return given
+
+
+def scalar(name: str, given: float | Tensor) -> Tensor:
+    """A number of :data:`checks.SCALARS` as a 0-dim tensor."""
     if isinstance(given, Tensor):
         return given
-    return torch.tensor(signed64(check_range("seed", given, MAX_SEED)), dtype=torch.int64)
+    if name in LIMITS:
+        given = signed64(check_range(name, given, LIMITS[name]))
+    elif name == "lr":
+        checks.finite(name, given)
+    else:
+        checks.unit_interval(name, given)
+    return torch.tensor(given, dtype=checks.SCALARS[name])
 
 
-def step(given: int | Tensor) -> Tensor:
-    if isinstance(given, Tensor):
-        return given
-    return torch.tensor(check_range("step", given, MAX_STEP), dtype=torch.int64)
+def flat_grid(grid: Grid) -> dict[str, Any]:
+    """The grid as schemas write it."""
+    checks.instance("grid", grid, Grid)
+    return {"qmin": grid.qmin, "qmax": grid.qmax, "offset": grid.offset, "r": grid.r}
 
 
-def one_minus_beta(given: float | Tensor) -> Tensor:
-    if isinstance(given, Tensor):
-        return given
-    checks.unit_interval("one_minus_beta", given)
-    return torch.tensor(given, dtype=torch.float64)
-
-
-def lr(given: float | Tensor) -> Tensor:
-    if isinstance(given, Tensor):
-        return given
-    checks.finite("lr", given)
-    return torch.tensor(given, dtype=torch.float64)
-
-
-def optimizer_step(given: int | Tensor) -> Tensor:
-    if isinstance(given, Tensor):
-        return given
-    return torch.tensor(check_range("optimizer_step", given, 2**63), dtype=torch.int64)
-
-
-def quantizer(grid: Grid, straight_through: StraightThrough) -> None:
-    """The two are what they should be and belong together."""
+def quantizer(grid: Grid, straight_through: StraightThrough) -> dict[str, Any]:
+    """Grid and derivative as schemas write them; they must belong together."""
     checks.instance("straight_through", straight_through, StraightThrough)
     straight_through.check_grid(grid)
+    return {**flat_grid(grid), "straight_through": straight_through.variant}
 
 
-def epsilon(straight_through: StraightThrough, grid: Grid, epsilon_scale: float) -> float:
+def noisy(
+    like: list[Tensor],
+    norm: Tensor,
+    grid: Grid,
+    straight_through: StraightThrough,
+    one_minus_beta: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    layouts: Sequence[Layout] | None = None,
+    epsilon_scale: float = 1.0,
+) -> dict[str, Any]:
+    """Grid, noise and how it is mixed, as schemas write them; the noise is drawn for ``like``."""
+    flat = quantizer(grid, straight_through)
     checks.finite("epsilon_scale", epsilon_scale)
-    return straight_through.epsilon(grid, epsilon_scale)
+    ids, places = names(tensor_ids, layouts, like)
+    return {
+        **flat,
+        "norm": tensor("norm", norm),
+        "seed": scalar("seed", seed),
+        "step": scalar("step", step),
+        "one_minus_beta": scalar("one_minus_beta", one_minus_beta),
+        "tensor_ids": ids,
+        "layouts": places,
+        "distribution": straight_through.distribution,
+        "epsilon": straight_through.epsilon(grid, epsilon_scale),
+    }
 
 
 def names(
@@ -101,7 +117,7 @@ def names(
     ids = list(range(len(like))) if tensor_ids is None else list(tensor_ids)
     integers("tensor_ids", ids)
     if layouts is not None:
-        return ids, [x for i, one in enumerate(layouts) for x in layout(f"layouts[{i}]", one)]
+        return ids, [x for i, place in enumerate(layouts) for x in layout(f"layouts[{i}]", place)]
     numels = tuple(map(Tensor.numel, like))
     known = set(map(type, numels)) <= {int}  # not symbolic
     return ids, list((_whole if known else _whole.__wrapped__)(numels))

@@ -6,21 +6,31 @@ addresses stands in :mod:`.memory`.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from ..spec.call import Draw, Losses, Mix, Update
-from ..spec.dtypes import FLOATS
+from ..spec.call import Draw, Losses, Mix
+from ..spec.checks import finite as finite
+from ..spec.checks import real as real
+from ..spec.checks import unit_interval as unit_interval
 from ..spec.hadamard import check_block
-from ..spec.noise import MAX_DIRECTION, Layout, check_number
+from ..spec.noise import MAX_DIRECTION, Layout
 
 Tensors = Sequence[Tensor]
-DTYPE, DEVICE, IS_CPU, SHAPE = map(operator.attrgetter, ("dtype", "device", "is_cpu", "shape"))
+KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
+#: Scalars that the host or the device may hold.
+SCALARS = {
+    "seed": torch.int64,
+    "step": torch.int64,
+    "one_minus_beta": torch.float64,
+    "lr": torch.float64,
+    "optimizer_step": torch.int64,
+}
+DTYPE, DEVICE, IS_CPU = map(operator.attrgetter, ("dtype", "device", "is_cpu"))
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -38,14 +48,33 @@ def named(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
+def same_shapes(tensors: Tensors, like: Tensors) -> bool:
+    return all(map(Tensor.is_same_size, tensors, like))
+
+
+def all_fit(alphas: Tensors, like: Tensors) -> bool:
+    """Whether each alpha fits its tensor; cheap, for lists of thousands, which have few shapes."""
+    if all(n == 1 for n in map(Tensor.numel, alphas)):
+        return True
+    pairs = [(a.shape, t.shape) for a, t in zip(alphas, like, strict=True)]
+    if not torch.compiler.is_dynamo_compiling():
+        with suppress(TypeError):  # symbolic sizes have no hash
+            pairs = [*set(pairs)]
+    return all(fits(*pair) for pair in pairs)
+
+
 def tensor_list(
-    name: str, tensors: Tensors, dtypes: Sequence[torch.dtype], like: Tensors | None = None
+    name: str,
+    tensors: Tensors,
+    dtypes: Sequence[torch.dtype],
+    like: Tensors | None = None,
+    shaped: Callable[[Tensors, Tensors], bool] = same_shapes,
 ) -> None:
-    """A list of contiguous tensors of one dtype and device, of the shapes of ``like``."""
+    """A list of contiguous tensors of one dtype and device, whose shapes suit ``like``."""
     if like is not None and len(tensors) != len(like):
         raise ValueError(f"{name} must have {len(like)} tensors, got {len(tensors)}")
     first = like[0] if like else tensors[0] if tensors else None
-    if first is not None and uniform(tensors, dtypes, first.device, like):
+    if first is not None and uniform(tensors, dtypes, first.device) and (like is None or shaped(tensors, like)):
         return
     for i, t in enumerate(tensors):
         what = f"{name}[{i}]"
@@ -57,19 +86,17 @@ def tensor_list(
             )
         if first is not None and t.device != first.device:
             raise ValueError(f"{what} must be on {first.device}, got {t.device}")
-        if like is not None and t.shape != like[i].shape:
-            raise ValueError(f"{what} must have shape {shape(like[i])}, got {shape(t)}")
+        if like is not None and not shaped([t], [like[i]]):
+            expected = f"shape {shape(like[i])}, got" if shaped is same_shapes else fitting(like[i].shape)
+            raise ValueError(f"{what} must have {expected} {shape(t)}")
         if t.layout != torch.strided or not t.is_contiguous():
             raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
 
 
-def uniform(
-    tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.device, like: Tensors | None
-) -> bool:
-    """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
+def uniform(tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
+    """Whether :func:`tensor_list` has only shapes to look at; cheap, for lists of thousands."""
     if torch.compiler.is_dynamo_compiling():  # it does not follow what makes this cheap
         return False
-    on_cpu = device.type == "cpu"
     try:
         contiguous = all(map(Tensor.is_contiguous, tensors))
     except RuntimeError:  # what is not strided has no such thing
@@ -77,39 +104,38 @@ def uniform(
     return (
         contiguous
         and set(map(DTYPE, tensors)) <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
-        and (all(map(IS_CPU, tensors)) if on_cpu else set(map(DEVICE, tensors)) <= {device})
-        and (like is None or all(map(Tensor.is_same_size, tensors, like)))
+        and (all(map(IS_CPU, tensors)) if device.type == "cpu" else set(map(DEVICE, tensors)) <= {device})
     )
 
 
-def alpha_list(alphas: Tensors, like: Tensors) -> None:
-    """One float32 scale per tensor, row (any leading dims) or group of the last dimension."""
-    if len(alphas) != len(like):
-        raise ValueError(f"alphas must have {len(like)} tensors, got {len(alphas)}")
-    alike = like and uniform(alphas, (torch.float32,), like[0].device, None)
-    if alike and (all(n == 1 for n in map(Tensor.numel, alphas)) or all_fit(alphas, like)):
+def alphas(alphas: Tensors, name: str, like: Tensors, block: int, layouts: Sequence[Layout] = ()) -> None:
+    """One float32 scale per tensor, row or group; where there is a transform, for whole blocks of it."""
+    tensor_list("alphas", alphas, (torch.float32,), like, all_fit)
+    if not block:
         return
+    whole_blocks(name, like, block)
     for i, (alpha, t) in enumerate(zip(alphas, like, strict=True)):
-        if alpha.dtype != torch.float32:
-            raise TypeError(f"alphas[{i}] must be float32, got {named([alpha.dtype])}")
-        if alpha.device != t.device:
-            raise ValueError(f"alphas[{i}] must be on {t.device}, got {alpha.device}")
-        if not alpha.is_contiguous():
-            raise ValueError(f"alphas[{i}] must be contiguous, got strides {alpha.stride()}")
-        if not fits(alpha.shape, t.shape):
+        length = t.numel() // max(alpha.numel(), 1)
+        if length % block:
             raise ValueError(
-                f"alphas[{i}] must have {fitting(t.shape)} a tensor of shape {shape(t)},"
-                f" got shape {shape(alpha)}"
+                f"alphas[{i}] must be one for whole blocks of {block}, the transform's, got one for each"
+                f" {length} elements"
+            )
+    for i, (layout, t) in enumerate(zip(layouts, like, strict=False)):
+        if t.numel() and any(x % block for x in layout):
+            raise ValueError(
+                f"layouts[{i}] must be multiples of block {block}, the transform's, got {tuple(layout)}"
             )
 
 
-def all_fit(alphas: Tensors, like: Tensors) -> bool:
-    """Whether each alpha fits its tensor; cheap, for lists of thousands, which have few shapes."""
-    pairs: Iterable[tuple[Sequence[int], Sequence[int]]]
-    pairs = list(zip(map(SHAPE, alphas), map(SHAPE, like), strict=True))
-    with suppress(TypeError):  # symbolic sizes have no hash
-        pairs = set(pairs)
-    return all(fits(*pair) for pair in pairs)
+def whole_blocks(name: str, tensors: Tensors, block: int) -> None:
+    """Blocks of the Hadamard transform divide the last dimension of each tensor."""
+    check_block(block)
+    for i, t in enumerate(tensors):
+        if t.ndim == 0 or t.shape[-1] % block:
+            raise ValueError(
+                f"{name}[{i}] must have a last dimension that block {block} divides, got shape {shape(t)}"
+            )
 
 
 def fits(alpha: Sequence[int], sizes: Sequence[int]) -> bool:
@@ -136,38 +162,7 @@ def fitting(sizes: Sequence[int]) -> str:
 
     row = f", one per row, shape {ending(1)}," if len(sizes) > 1 else ""
     group = f" or one per group of the last dimension, shape {ending('groups')}," if len(sizes) else ""
-    return f"one element{row}{group} for"
-
-
-def whole_blocks(name: str, tensors: Tensors, block: int) -> None:
-    """Blocks of the Hadamard transform divide the last dimension of each tensor."""
-    check_block(block)
-    for i, t in enumerate(tensors):
-        if t.ndim == 0 or t.shape[-1] % block:
-            raise ValueError(
-                f"{name}[{i}] must have a last dimension that block {block} divides, got shape {shape(t)}"
-            )
-
-
-def transformed(
-    name: str, tensors: Tensors, alphas: Tensors, block: int, layouts: Sequence[Layout] = ()
-) -> None:
-    """Where there is a transform: whole blocks, each with one alpha; of a shard, those of the parameter."""
-    if not block:
-        return
-    whole_blocks(name, tensors, block)
-    for i, (alpha, t) in enumerate(zip(alphas, tensors, strict=True)):
-        length = t.numel() // max(alpha.numel(), 1)
-        if length % block:
-            raise ValueError(
-                f"alphas[{i}] must be one for whole blocks of {block}, the transform's, got one for each"
-                f" {length} elements"
-            )
-    for i, (layout, t) in enumerate(zip(layouts, tensors, strict=False)):
-        if t.numel() and any(x % block for x in layout):
-            raise ValueError(
-                f"layouts[{i}] must be multiples of block {block}, the transform's, got {tuple(layout)}"
-            )
+    return f"one element{row}{group} for a tensor of shape {tuple(sizes)}, got shape"
 
 
 def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
@@ -179,90 +174,48 @@ def scalar_tensor(name: str, t: Tensor, dtype: torch.dtype, device: torch.device
         raise ValueError(f"{name} must be on {device}, got {t.device}")
 
 
-def unit_interval(name: str, value: float) -> None:
-    """A number in 0..1."""
-    check_number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in 0..1, got {value}")
+# ---- groups of arguments
 
 
-def finite(name: str, value: float) -> None:
-    """A finite number that is not negative."""
-    check_number(name, value)
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-
-
-def real(name: str, value: float) -> None:
-    """A finite number."""
-    check_number(name, value)
-    if not abs(value) < math.inf:  # as isfinite, of what torch.compile makes a symbol, too
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-# ---- what travels together
-
-
-def seed_and_step(draw: Draw, device: torch.device | None) -> None:
-    """0-dim int64 tensors, on the CPU or on the device."""
-    for name, t in (("seed", draw.seed), ("step", draw.step)):
-        scalar_tensor(name, t, torch.int64, None if t.is_cpu else device)
+def host_or(device: torch.device | None, **scalars: Tensor) -> None:
+    """0-dim tensors of their dtypes, each on the CPU or on the device."""
+    for name, t in scalars.items():
+        scalar_tensor(name, t, SCALARS[name], None if t.is_cpu else device)
 
 
 def draw(draw: Draw, like: Tensors) -> None:
     """Seed and step, and one tensor id and layout for each tensor of ``like``."""
-    seed_and_step(draw, like[0].device if like else None)
-    if len(draw.tensor_ids) != len(like):
-        raise ValueError(f"tensor_ids must have {len(like)} entries, got {len(draw.tensor_ids)}")
-    if len(draw.layouts) != len(like):
-        raise ValueError(f"layouts must have {len(like)} entries, got {len(draw.layouts)}")
+    host_or(like[0].device if like else None, seed=draw.seed, step=draw.step)
+    for name in ("tensor_ids", "layouts"):
+        if len(getattr(draw, name)) != len(like):
+            raise ValueError(f"{name} must have {len(like)} entries, got {len(getattr(draw, name))}")
 
 
 def mix(mix: Mix, like: Tensors) -> None:
     """The norm on the tensors' device; one_minus_beta there or on the CPU."""
     scalar_tensor("norm", mix.norm, torch.float32, like[0].device if like else None)
-    on_host = mix.one_minus_beta.is_cpu
-    scalar_tensor("one_minus_beta", mix.one_minus_beta, torch.float64, None if on_host else mix.norm.device)
+    host_or(mix.norm.device, one_minus_beta=mix.one_minus_beta)
 
 
 def losses(losses: Losses, device: torch.device, least: int) -> None:
     """losses_plus and losses_minus of one length, ``least`` or more; counters of the contract's shape."""
     for name, t in (("losses_plus", losses.plus), ("losses_minus", losses.minus)):
-        instance(name, t, Tensor)
-        if t.dtype != torch.float32 or t.ndim != 1 or not t.is_contiguous():
-            raise TypeError(
-                f"{name} must be a contiguous float32 tensor of shape (n,), got {named([t.dtype])} {shape(t)}"
-            )
-        if t.device != device:
-            raise ValueError(f"{name} must be on {device}, got {t.device}")
+        vector(name, t, torch.float32, None, device)
     n = losses.plus.shape[0]
     if not least <= n <= MAX_DIRECTION:
         raise ValueError(f"losses_plus must have {least}..{MAX_DIRECTION} entries, got {n}")
     if losses.minus.shape != losses.plus.shape:
         raise ValueError(f"losses_minus must have shape {shape(losses.plus)}, got {shape(losses.minus)}")
     if losses.counters is not None:
-        counters(losses.counters, device)
+        vector("counters", losses.counters, torch.int64, 3, device)
 
 
-def counters(t: Tensor, device: torch.device) -> None:
-    """int64, of the contract's shape."""
-    if t.dtype != torch.int64 or shape(t) != (3,) or not t.is_contiguous():
-        raise TypeError(f"counters must be an int64 tensor of shape (3,), got {named([t.dtype])} {shape(t)}")
+def vector(name: str, t: Tensor, dtype: torch.dtype, length: int | None, device: torch.device) -> None:
+    """A contiguous tensor of one dimension."""
+    if t.dtype != dtype or t.ndim != 1 or length not in (None, t.shape[0]) or not t.is_contiguous():
+        kind = f"a contiguous {named([dtype])}" if length is None else f"an {named([dtype])}"
+        raise TypeError(
+            f"{name} must be {kind} tensor of shape ({length or 'n'},), got {named([t.dtype])} {shape(t)}"
+        )
     if t.device != device:
-        raise ValueError(f"counters must be on {device}, got {t.device}")
-
-
-def update(update: Update, device: torch.device) -> None:
-    """lr and optimizer_step, 0-dim, on the CPU or on the device."""
-    for name, t, dtype in (
-        ("lr", update.lr, torch.float64),
-        ("optimizer_step", update.optimizer_step, torch.int64),
-    ):
-        scalar_tensor(name, t, dtype, None if t.is_cpu else device)
-
-
-def latents_and_alphas(latents: Tensors, alphas: Tensors, block: int) -> None:
-    """What every op on weights takes; block: of the transform, or 0."""
-    tensor_list("latents", latents, FLOATS)
-    alpha_list(alphas, latents)
-    transformed("latents", latents, alphas, block)
+        raise ValueError(f"{name} must be on {device}, got {t.device}")

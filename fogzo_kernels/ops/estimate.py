@@ -6,16 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..backends import select
-from ..spec.call import Draw, Losses, Mix
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import Layout
 from ..spec.straight_through import StraightThrough
-from . import arguments, checks, memory
+from . import arguments
 from .arguments import TensorOrList
-from .listop import NAMES, STATE, counters_of, list_op, run_checked, triples
+from .listop import NAMES, STATE, ListOp
 
 
 def estimate_gradient_(
@@ -70,73 +68,25 @@ def estimate_gradient_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    arguments.quantizer(grid, straight_through)
     grads = arguments.tensors("grads", grads)
-    ids, where = arguments.names(tensor_ids, layouts, grads)
+    noise = arguments.noisy(
+        grads, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale
+    )
     op(
-        grads, arguments.optional("counters", counters), arguments.tensor("losses_plus", losses_plus),
-        arguments.tensor("losses_minus", losses_minus), arguments.tensors("alphas", alphas),
-        arguments.tensor("norm", norm), arguments.seed(seed), arguments.step(step),
-        arguments.one_minus_beta(one_minus_beta), ids, where, grid.r, straight_through.distribution,
-        arguments.epsilon(straight_through, grid, epsilon_scale), backend, block_of(transform),
-    )  # fmt: skip
-
-
-def check_lists(
-    grads: Sequence[Tensor], alphas: Sequence[Tensor], block: int, layouts: Sequence[Layout]
-) -> None:
-    checks.tensor_list("grads", grads, FLOATS)
-    checks.alpha_list(alphas, grads)
-    checks.transformed("grads", grads, alphas, block, layouts)
-
-
-def check_numbers(draw: Draw, mix: Mix, losses: Losses, grads: Sequence[Tensor]) -> None:
-    checks.mix(mix, grads)
-    checks.draw(draw, grads)
-    checks.losses(losses, mix.norm.device, least=1)
-
-
-@list_op(
-    "fogzo::estimate_gradient_",
-    mutates_args=("grads", "counters"),
-    schema="(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus,"
-    f" Tensor[] alphas, {STATE}, {NAMES}, int r, str distribution, float epsilon,"
-    " str? backend, int block=0) -> ()",
-)
-def op(
-    grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor,
-    alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-    tensor_ids: Sequence[int], layouts: Sequence[int], r: int, distribution: str, epsilon: float,
-    backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
-    mix = Mix(norm, one_minus_beta, epsilon)
-    losses = Losses(losses_plus, losses_minus, counters_of(counters))
-
-    def check() -> None:
-        check_lists(grads, alphas, block, draw.layouts)
-        memory.alphas(alphas, r)
-        numels = memory.numels_of(grads)
-        memory.shards(draw, numels)
-        memory.overlaps(
-            {"grads": grads, "counters": counters},
-            {"alphas": alphas, "norm": [norm], "losses_plus": [losses_plus], "losses_minus": [losses_minus]},
-            numels,
-        )
-
-    check_numbers(draw, mix, losses, grads)
-    memory.numbers(draw, mix)
-    run_checked(
-        select(backend, norm.device), check, "estimate_gradient_", grads, alphas, draw, mix, losses, r, block
+        grads=grads,
+        counters=counters,
+        losses_plus=arguments.tensor("losses_plus", losses_plus),
+        losses_minus=arguments.tensor("losses_minus", losses_minus),
+        alphas=alphas,
+        backend=backend,
+        block=block_of(transform),
+        **noise,
     )
 
 
-@op.register_fake
-def _(grads: Sequence[Tensor], counters: Sequence[Tensor], losses_plus: Tensor, losses_minus: Tensor,
-      alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-      tensor_ids: Sequence[int], layouts: Sequence[int], r: int, distribution: str, epsilon: float,
-      backend: str | None, block: int = 0) -> None:  # fmt: skip
-    draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
-    losses = Losses(losses_plus, losses_minus, counters_of(counters))
-    check_numbers(draw, Mix(norm, one_minus_beta, epsilon), losses, grads)
-    check_lists(grads, alphas, block, draw.layouts)
+op = ListOp(
+    "estimate_gradient_(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus,"
+    f" Tensor[] alphas, {STATE}, {NAMES}, int r, str distribution, float epsilon,"
+    " str? backend, int block=0) -> ()",
+    {"grads": FLOATS},
+)

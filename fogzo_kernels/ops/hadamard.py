@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import check_name, select
+from ..backends import check_name
 from ..spec.dtypes import FLOATS
 from ..spec.hadamard import check_block
-from . import arguments, checks, memory, transforms
+from . import checks, transforms
 from .arguments import TensorOrList
-from .listop import list_op, run_checked
+from .listop import ListOp, of_one
 
 # ---- a list, into given memory
 
@@ -40,42 +39,13 @@ def hadamard_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    block = check_block(block)
-    list_hadamard(arguments.tensors("out", out), arguments.tensors("tensors", tensors), block, backend)
+    op_of_lists(out=out, tensors=tensors, block=check_block(block), backend=backend)
 
 
-def check_lists(out: Sequence[Tensor], tensors: Sequence[Tensor], block: int, name: str = "tensors") -> None:
-    checks.tensor_list(name, tensors, FLOATS)
-    checks.tensor_list("out", out, FLOATS, tensors)
-    checks.whole_blocks(name, tensors, block)
-
-
-def elsewhere(out: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, but none in the place of one that is its own output: that one is not read by another."""
-    return [
-        t.new_empty(0) if t.data_ptr() == o.data_ptr() and t.nbytes == o.nbytes else t
-        for t, o in zip(tensors, out, strict=True)
-    ]
-
-
-@list_op(
-    "fogzo::hadamard_",
-    mutates_args=("out",),
-    schema="(Tensor(a!)[] out, Tensor[] tensors, int block, str? backend) -> ()",
+op_of_lists = ListOp(
+    "hadamard_(Tensor(a!)[] out, Tensor[] tensors, int block, str? backend) -> ()",
+    {"tensors": FLOATS, "out": FLOATS},
 )
-def list_hadamard(out: Sequence[Tensor], tensors: Sequence[Tensor], block: int, backend: str | None) -> None:
-    def check() -> None:
-        check_lists(out, tensors, block)
-        memory.overlaps({"out": out}, {"tensors": elsewhere(out, tensors)}, memory.numels_of(tensors))
-
-    if not tensors:
-        return check()
-    run_checked(select(backend, tensors[0].device), check, "hadamard_", out, tensors, block)
-
-
-@list_hadamard.register_fake
-def _(out: Sequence[Tensor], tensors: Sequence[Tensor], block: int, _backend: str | None) -> None:
-    check_lists(out, tensors, block)
 
 
 # ---- one tensor, differentiable
@@ -98,25 +68,11 @@ def hadamard(x: Tensor, *, block: int = 128, backend: str | None = None) -> Tens
     checks.instance("x", x, Tensor)
     block = check_block(block)
     check_name(backend)
-    run = Transformed.apply if transforms.active() else op
-    found: Tensor = run(x, block, backend)
-    return found
+    y: Tensor = (Transformed.apply if transforms.active() else op)(x, block, backend)
+    return y
 
 
-@torch.library.custom_op(
-    "fogzo::hadamard", mutates_args=(), schema="(Tensor x, int block, str? backend) -> Tensor"
-)
-def op(x: Tensor, block: int, backend: str | None) -> Tensor:
-    check_lists([x], [x], block, "x")
-    out = torch.empty_like(x)
-    select(backend, x.device).hadamard_([out], [x], block)
-    return out
-
-
-@op.register_fake
-def _(x: Tensor, block: int, _backend: str | None) -> Tensor:
-    check_lists([x], [x], block, "x")
-    return torch.empty_like(x)
+op = of_one(op_of_lists, "hadamard(Tensor x, int block, str? backend) -> Tensor", {"out": "tensors"})
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -134,14 +90,12 @@ op.register_autograd(_backward, setup_context=_setup)
 class Transformed(torch.autograd.Function):
     """The op under a transform of ``torch.func``."""
 
-    @staticmethod
-    def forward(x: Tensor, block: int, backend: str | None) -> Tensor:
-        found: Tensor = op(x.contiguous(), block, backend)
-        return found
+    setup_context = staticmethod(_setup)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.options = inputs[1:]
+    def forward(x: Tensor, block: int, backend: str | None) -> Tensor:
+        y: Tensor = op(x.contiguous(), block, backend)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

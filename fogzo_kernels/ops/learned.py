@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import NO_SECOND, StraightThrough
-from . import arguments, checks, memory
+from . import arguments, checks
 from .arguments import TensorOrList
-from .listop import GRID, grid_of, list_op, run_checked
+from .listop import GRID, ListOp, of_one
 
 
 def learned_backward_(
@@ -57,99 +56,39 @@ def learned_backward_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    arguments.quantizer(grid, straight_through)
     op(
-        arguments.tensors("grads", grads), arguments.tensors("alpha_grads", alpha_grads),
-        arguments.tensors("latents", latents), arguments.tensors("alphas", alphas),
-        grid.qmin, grid.qmax, grid.offset, grid.r, straight_through.variant,
-        arguments.numbers("factors", factors), backend, block_of(transform),
-    )  # fmt: skip
+        grads=grads,
+        alpha_grads=alpha_grads,
+        latents=latents,
+        alphas=alphas,
+        factors=arguments.numbers("factors", factors),
+        backend=backend,
+        block=block_of(transform),
+        **arguments.quantizer(grid, straight_through),
+    )
 
 
-def check_lists(
-    grads: Sequence[Tensor], alpha_grads: Sequence[Tensor], latents: Sequence[Tensor],
-    alphas: Sequence[Tensor], factors: Sequence[float], block: int,
-) -> None:  # fmt: skip
-    checks.latents_and_alphas(latents, alphas, block)
-    checks.tensor_list("grads", grads, FLOATS, latents)
+def check(alpha_grads: Sequence[Tensor], alphas: Sequence[Tensor], factors: Sequence[float]) -> None:
     checks.tensor_list("alpha_grads", alpha_grads, (torch.float32,), alphas)
-    if len(factors) != len(latents):
-        raise ValueError(f"factors must have {len(latents)} entries, got {len(factors)}")
+    if len(factors) != len(alphas):
+        raise ValueError(f"factors must have {len(alphas)} entries, got {len(factors)}")
     for i, factor in enumerate(factors):
         checks.real(f"factors[{i}]", factor)
 
 
-@list_op(
-    "fogzo::learned_backward_",
-    mutates_args=("grads", "alpha_grads"),
-    schema="(Tensor(a!)[] grads, Tensor(b!)[] alpha_grads, Tensor[] latents, Tensor[] alphas,"
+op = ListOp(
+    "learned_backward_(Tensor(a!)[] grads, Tensor(b!)[] alpha_grads, Tensor[] latents, Tensor[] alphas,"
     f" {GRID}, str straight_through, float[] factors, str? backend, int block=0) -> ()",
+    {"latents": FLOATS, "grads": FLOATS},
+    check,
 )
-def op(
-    grads: Sequence[Tensor], alpha_grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor],
-    qmin: int, qmax: int, offset: float, r: int, straight_through: str, factors: Sequence[float],
-    backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    def check() -> None:
-        check_lists(grads, alpha_grads, latents, alphas, factors, block)
-        memory.alphas(alphas, r)
-        memory.overlaps(
-            {"grads": grads, "alpha_grads": alpha_grads}, {"latents": latents, "alphas": alphas},
-            memory.numels_of(latents),
-        )  # fmt: skip
-
-    if not latents:
-        return check()
-    run_checked(
-        select(backend, latents[0].device), check, "learned_backward_", grads, alpha_grads, grads, latents,
-        alphas, grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), factors, block,
-    )  # fmt: skip
-
-
-@op.register_fake
-def _(
-    grads: Sequence[Tensor], alpha_grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor],
-    qmin: int, qmax: int, offset: float, r: int, straight_through: str, factors: Sequence[float],
-    backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    check_lists(grads, alpha_grads, latents, alphas, factors, block)
-
-
-# ---- one tensor, not in place: the backward of quantize where alpha learns
-
-
-@torch.library.custom_op(
-    "fogzo::learned_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, float factor,"
+#: The backward of quantize where alpha learns, on one tensor and not in place.
+backward = of_one(
+    op,
+    f"learned_backward(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, float factor,"
     " str? backend, int block=0) -> (Tensor, Tensor)",
+    {"out": "latents", "alpha_grads": "alphas"},
 )
-def backward(
-    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
-    straight_through: str, factor: float, backend: str | None, block: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad, out, alpha_grad = grad.contiguous(), torch.empty_like(latent), torch.empty_like(alpha)
-
-    def check() -> None:
-        check_lists([grad], [alpha_grad], [latent], [alpha], [factor], block)
-        memory.alphas([alpha], r)
-
-    run_checked(
-        select(backend, latent.device), check, "learned_backward_", [out], [alpha_grad], [grad], [latent],
-        [alpha], grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), [factor],
-        block,
-    )  # fmt: skip
-    return out, alpha_grad
-
-
-@backward.register_fake
-def _(
-    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
-    straight_through: str, factor: float, backend: str | None, block: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, alpha_grad = torch.empty_like(latent), torch.empty_like(alpha)
-    check_lists([grad.contiguous()], [alpha_grad], [latent], [alpha], [factor], block)
-    return out, alpha_grad
 
 
 def _second(ctx: Any, *grads: Tensor) -> Any:

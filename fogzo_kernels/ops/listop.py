@@ -1,20 +1,29 @@
-"""What the ops over lists share: registration, the way around the dispatcher, and who checks first."""
+"""Ops over lists of tensors, each from one description: its schema, and what its lists hold.
+
+A schema is flat and stable: other front ends and exported graphs hold it. A backend takes the same arguments
+grouped into the values of ``spec/call.py``; the signatures of :class:`Backend` say which.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from ..backends import Backend
+from ..backends import Backend, select
+from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import Layout
-
-KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
+from ..spec.straight_through import StraightThrough
+from ..spec.update import KINDS, UpdateRule
+from . import arguments, checks, memory
+from .checks import KEPT
 
 #: Parts of schemas. Scalars that change each step are tensors, so that a new value neither recompiles a graph
 #: nor waits for the device; ``layouts`` holds offset, inner and stride of each tensor in a row.
@@ -22,36 +31,262 @@ GRID = "int qmin, int qmax, float offset, int r"
 NAMES = "SymInt[] tensor_ids, SymInt[] layouts"
 STATE = "Tensor norm, Tensor seed, Tensor step, Tensor one_minus_beta"
 
+#: Lists that a schema writes as empty where the public function takes None.
+OPTIONAL = {"plus", "minus", "masters", "quantized", "counters", "first", "second"}
+
+#: The arguments of a call by their names in the schema; then also the groups that the backend takes.
+Call = dict[str, Any]
+Dtypes = tuple[torch.dtype, ...]
+
+
+class Schema:
+    """A schema without its namespace, and the names in it."""
+
+    def __init__(self, text: str) -> None:
+        parsed = torch._C.parse_schema(f"fogzo::{text}")
+        self.text = text
+        self.names = [a.name for a in parsed.arguments]
+        self.lists = [a.name for a in parsed.arguments if str(a.type) == "List[Tensor]"]
+        self.written = [a.name for a in parsed.arguments if a.alias_info is not None]
+        self.defaults = {a.name: a.default_value for a in parsed.arguments if a.has_default_value()}
+
+    def register(self, run: Callable[[Call], Any], fake: Callable[[Call], Any]) -> CustomOpDef:
+        """The op that runs these functions of a call; ``fake`` serves graphs that are traced."""
+        name, brace, rest = self.text.partition("(")
+        op = torch.library.custom_op(
+            f"fogzo::{name}",
+            lambda *args: run(self.named(args)),
+            mutates_args=self.written,
+            schema=brace + rest,
+        )
+        op.register_fake(lambda *args: fake(self.named(args)))
+        return op
+
+    def named(self, args: Sequence[Any]) -> Call:
+        """The dispatcher leaves out the last arguments where they are the defaults."""
+        return {**self.defaults, **dict(zip(self.names, args, strict=False))}
+
 
 class ListOp:
-    """A custom op over lists of tensors, as ``torch._foreach_*`` are.
+    """An op over lists of tensors, as ``torch._foreach_*`` are.
 
     Eager calls on plain tensors skip the dispatcher, which takes longer over a list of small tensors than the
-    kernel does; whatever traces, wraps or profiles gets the op.
+    kernel does. Whatever traces, wraps or profiles gets the op.
+
+    Args:
+        schema: its name is that of the backend's function.
+        lists: the dtypes of each list of one length; the first list gives the others their shapes. Alphas are
+            known.
+        check: checks the rest that needs no data; it takes arguments by their names.
+        result: makes what the op returns where nothing is computed.
     """
 
-    def __init__(self, name: str, mutates_args: tuple[str, ...], schema: str, run: Callable[..., Any]) -> None:
-        self.op = torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
-        self.run = run
-        parameters = list(inspect.signature(run).parameters)
-        self.mutated = [parameters.index(argument) for argument in mutates_args]
-        self.register_fake = self.op.register_fake
+    def __init__(
+        self,
+        schema: str,
+        lists: Mapping[str, Dtypes],
+        check: Callable[..., None] | None = None,
+        result: Callable[[Call], Any] = lambda call: None,
+    ) -> None:
+        self.schema, self.lists, self.result = Schema(schema), lists, result
+        self.first = next(iter(lists))
+        self.function = schema.partition("(")[0]
+        taken = [*inspect.signature(getattr(Backend, self.function)).parameters][1:]
+        self.groups = [(name, GROUPS[name]) for name in taken if name in GROUPS]
+        self.taken = operator.itemgetter(*taken)
+        self.convert = [
+            (name, arguments.optional if name in OPTIONAL else arguments.tensors) for name in self.schema.lists
+        ]
+        self.rest = check, [*inspect.signature(check).parameters] if check else []
+        self.op = self.schema.register(self.run, self.fake)
 
-    def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or watched() or not plain(args):
-            return self.op(*map(detached, args))
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                found = self.run(*args)
+    def __call__(self, **call: Any) -> Any:
+        for name, convert in self.convert:
+            call[name] = convert(name, call[name])
+        if torch.compiler.is_compiling() or watched() or not self.plain(call):
+            return self.op(*[detached(call[name]) for name in self.schema.names])
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # no_grad() takes longer
+        try:
+            result = self.run(call)
+        finally:
+            torch._C._set_grad_enabled(grad)
+        for name in self.schema.written:
+            torch.autograd.graph.increment_version(call[name])
+        return result
+
+    def plain(self, call: Call) -> bool:
+        """No tensor is of a subclass, which may have its own idea of an op, or on the meta device."""
+        kinds = set(map(type, call.values()))
+        for name in self.schema.lists:
+            kinds.update(map(type, call[name]))
+        if not kinds <= PLAIN and any(issubclass(kind, Tensor) for kind in kinds - PLAIN):
+            return False
+        tensors = call[self.first]
+        return not tensors or not tensors[0].is_meta
+
+    def run(self, call: Call) -> Any:
+        """Check the call and let the backend compute it.
+
+        A backend with ``CHECKS_LISTS`` refuses a bad call itself, before it writes, and far cheaper than Python
+        can over thousands of tensors; the checks then only word what it refused.
+        """
+        self.group(call)
+        tensors = call[self.first]
+        if not tensors and "norm" not in call:  # nothing to do, on no device
+            self.check(call)
+            return self.result(call)
+        try:
+            backend = select(call["backend"], call["norm"].device if "norm" in call else tensors[0].device)
+            compute = getattr(backend, self.function)
+            if getattr(backend, "CHECKS_LISTS", False):
+                return compute(*self.taken(call))
+        except Exception:
+            self.check(call)
+            raise
+        self.check(call)
+        return compute(*self.taken(call))
+
+    def fake(self, call: Call) -> Any:
+        """Check what needs no data."""
+        self.group(call)
+        self.check_kinds(call)
+        return self.result(call)
+
+    def group(self, call: Call) -> None:
+        """Add the groups that the backend takes."""
+        for name, make in self.groups:
+            call[name] = make(call)
+
+    def check_kinds(self, call: Call) -> None:
+        """Types, shapes, dtypes, devices and lengths."""
+        like, titles = call[self.first], call.get("titles", {})
+        for name, dtypes in self.lists.items():
+            if call[name] or name not in OPTIONAL:
+                given = None if name == self.first else like
+                checks.tensor_list(titles.get(name, name), call[name], dtypes, given)
+        if "mix" in call:
+            checks.mix(call["mix"], like)
+        if "update" in call:
+            checks.host_or(call["norm"].device, lr=call["lr"], optimizer_step=call["optimizer_step"])
+            if len(call["alphas"]) > len(like):
+                raise ValueError(f"alphas must have at most {len(like)} tensors, got {len(call['alphas'])}")
+            like = like[: len(call["alphas"])]  # the others have neither alpha nor noise
+        if "draw" in call:
+            checks.draw(call["draw"], like)
+        if "losses" in call:
+            checks.losses(call["losses"], call["norm"].device, least=0 if "update" in call else 1)
+        if "alphas" in call:
+            layouts = call["draw"].layouts if "draw" in call else ()
+            checks.alphas(call["alphas"], self.first, like, call.get("block", 0), layouts)
         else:
-            found = self.run(*args)
-        for i in self.mutated:
-            torch.autograd.graph.increment_version(args[i])
-        return found
+            checks.whole_blocks(titles.get(self.first, self.first), like, call["block"])
+        check, names = self.rest
+        if check:
+            check(*[call[name] for name in names])
+
+    def check(self, call: Call) -> None:
+        """All that the op refuses."""
+        self.check_kinds(call)
+        draw, mix, numels = call.get("draw"), call.get("mix"), memory.numels_of(call[self.first])
+        memory.numbers(draw, mix, call.get("update"))
+        if "r" in call:
+            memory.alphas(call["alphas"], call["r"])
+        if draw is not None:
+            memory.shards(draw, numels[: len(call["alphas"])])
+        if "fresh" not in call:
+            memory.overlaps(*self.memory(call), numels)
+
+    def memory(self, call: Call) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[Tensor]]]:
+        """What the op writes and what it reads, by the public names."""
+        titles = dict(zip(("first", "second"), KINDS[call["kind"]], strict=False)) if "kind" in call else {}
+        written = {titles.get(name, name): call[name] for name in self.schema.written}
+        read = {name: call[name] for name in self.schema.lists if name not in self.schema.written}
+        read |= {name: [call[name]] for name in ("norm", "losses_plus", "losses_minus") if name in call}
+        if "tensors" in read and "out" in written:  # the Hadamard transform may be in place
+            read["tensors"] = memory.elsewhere(read["tensors"], written["out"])
+        return written, read
 
 
-def list_op(name: str, *, mutates_args: tuple[str, ...], schema: str) -> Callable[[Callable[..., Any]], ListOp]:
-    return lambda run: ListOp(name, mutates_args, schema, run)
+#: Of single tensors -> the list that stands for it.
+LISTED = {"latent": "latents", "grad": "grads", "alpha": "alphas", "x": "tensors", "factor": "factors"}
+
+
+def of_one(op: ListOp, schema: str, outputs: Mapping[str, str]) -> CustomOpDef:
+    """The op on one tensor, which returns what ``op`` writes; each of ``outputs`` has the shape of a list."""
+    parsed = Schema(schema)
+
+    def lists(call: Call) -> tuple[Any, Call]:
+        call = {LISTED.get(name, name): [x] if name in LISTED else x for name, x in call.items()}
+        if "grads" in call:
+            call["grads"] = [call["grads"][0].contiguous()]
+        made = {name: torch.empty_like(call[like][0]) for name, like in outputs.items()}
+        call |= {name: [t] for name, t in made.items()} | {"fresh": True, "titles": {"tensors": "x"}}
+        result = tuple(made.values())
+        return result[0] if len(result) == 1 else result, call
+
+    def run(call: Call) -> Any:
+        result, call = lists(call)
+        op.run(call)
+        return result
+
+    def fake(call: Call) -> Any:
+        result, call = lists(call)
+        op.fake(call)
+        return result
+
+    return parsed.register(run, fake)
+
+
+# ---- groups of arguments
+
+
+@functools.lru_cache(KEPT)  # a training loop gives the same one at every step
+def rule_of(kind: str, names: tuple[str, ...], values: tuple[float, ...], nesterov: bool) -> UpdateRule:
+    return UpdateRule(kind, **dict(zip(names, values, strict=True)), nesterov=nesterov)
+
+
+def update_of(call: Call) -> Update:
+    """A schema has two lists of state, of which a rule may need one or none."""
+    kind = call["kind"]
+    rule = rule_of(kind, tuple(call["hyperparameters"]), tuple(call["values"]), call["nesterov"])
+    states = call["first"], call["second"]
+    for name, tensors in zip((*KINDS[kind], "second")[rule.states :], states[rule.states :], strict=False):
+        if tensors:
+            raise ValueError(f"{name} must be None without momentum, got {len(tensors)} tensors")
+    return Update(rule, call["lr"], call["optimizer_step"], call["masters"], states[: rule.states])
+
+
+def triples(layouts: Sequence[int]) -> Sequence[Layout]:
+    """Layouts, which a schema writes as three numbers in a row for each tensor."""
+    known = set(map(type, layouts)) <= {int}  # not symbolic
+    return (_triples if known else _triples.__wrapped__)(tuple(layouts))
+
+
+@functools.lru_cache(KEPT)
+def _triples(layouts: tuple[int, ...]) -> tuple[Layout, ...]:
+    return tuple(zip(layouts[::3], layouts[1::3], layouts[2::3], strict=True))
+
+
+grid_of = functools.lru_cache(KEPT)(Grid)
+
+#: Each group that a backend takes, from the flat arguments.
+GROUPS: dict[str, Callable[[Call], Any]] = {
+    "draw": lambda c: Draw(c["distribution"], c["seed"], c["step"], c["tensor_ids"], triples(c["layouts"])),
+    "mix": lambda c: Mix(c["norm"], c["one_minus_beta"], c["epsilon"]),
+    "losses": lambda c: Losses(c["losses_plus"], c["losses_minus"], next(iter(c["counters"]), None)),
+    "grid": lambda c: grid_of(c["qmin"], c["qmax"], c["offset"], c["r"]),
+    "straight_through": lambda c: StraightThrough.of_variant(c["straight_through"]),
+    "measure": lambda c: Measure(*[c[name] for name in Measure._fields]),
+    "update": update_of,
+    "out": lambda c: c["out"] if "out" in c else c["grads"],  # what is written in place
+}
+
+
+# ---- the way around the dispatcher
+
+#: Types of arguments, none of them a subclass of Tensor with an idea of its own.
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, list, str, int, float, bool, type(None)}
 
 
 def detached(argument: Any) -> Any:
@@ -69,57 +304,3 @@ def watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
-
-
-#: Types of arguments, none of them a subclass of Tensor with an idea of its own.
-PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, list, str, int, float, bool, type(None)}
-
-
-def plain(args: Sequence[Any]) -> bool:
-    """No tensor is of a subclass, which may have its own idea of an op; lists hold data, on no meta device."""
-    kinds = set(map(type, args))
-    for argument in args:
-        if isinstance(argument, list) and argument:
-            kinds.update(map(type, argument))
-            if isinstance(argument[0], Tensor) and argument[0].is_meta:
-                return False
-    return kinds <= PLAIN or not any(issubclass(kind, Tensor) for kind in kinds - PLAIN)
-
-
-def run_checked(backend: Backend, check: Callable[[], None], op: str, *args: Any) -> Any:
-    """Check the lists, then let the backend run ``op`` on them.
-
-    A backend with ``CHECKS_LISTS`` refuses bad lists itself, before it writes, and far cheaper than Python can
-    over thousands of tensors; the checks then only word what it refused.
-    """
-    run = getattr(backend, op)
-    if not getattr(backend, "CHECKS_LISTS", False):
-        check()
-        return run(*args)
-    try:
-        return run(*args)
-    except Exception:
-        check()
-        raise
-
-
-def counters_of(counters: Sequence[Tensor]) -> Tensor | None:
-    """An optional output, which a schema writes as a list."""
-    return counters[0] if counters else None
-
-
-#: The grid that a schema writes as flat arguments.
-grid_of = functools.lru_cache(KEPT)(Grid)
-
-
-# ---- layouts, three numbers in a row for each tensor
-
-
-def triples(layouts: Sequence[int]) -> Sequence[Layout]:
-    known = set(map(type, layouts)) <= {int}  # not symbolic
-    return (_triples if known else _triples.__wrapped__)(tuple(layouts))
-
-
-@functools.lru_cache(KEPT)
-def _triples(layouts: tuple[int, ...]) -> tuple[Layout, ...]:
-    return tuple(zip(layouts[::3], layouts[1::3], layouts[2::3], strict=True))

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..spec.call import Draw, Mix, Update
 from ..spec.noise import MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_range
-from .checks import finite, unit_interval
-from .listop import KEPT
+from .checks import KEPT, finite, unit_interval
 
 DELTA_RANGE = (2.0**-100, 2.0**100)
 
@@ -106,6 +105,15 @@ def layout(value: Layout, numel: int, name: str = "layout") -> None:
 
 
 # ---- where they lie
+
+
+def elsewhere(tensors: Tensors, out: Tensors) -> list[Tensor]:
+    """The tensors, but nothing in the place of one that is its own output, which no other output may read."""
+    return [
+        t.new_empty(0) if t.data_ptr() == o.data_ptr() and t.nbytes == o.nbytes else t
+        for t, o in zip(tensors, out, strict=True)
+    ]
+
 
 #: Lists whose sizes are not those of the first tensors.
 OTHERS = {"alphas", "alpha_grads", "counters", "norm", "losses_plus", "losses_minus"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from ..backends import check_name, select
 from ..spec.call import Draw
 from ..spec.noise import DISTRIBUTIONS, MAX_DIRECTION, MAX_ELEMENT, MAX_TENSOR_ID, Layout, check_range
 from . import arguments, checks, memory
-from .listop import triples
+from .listop import Call, Schema
 
 
 def noise(
@@ -55,11 +53,9 @@ def noise(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    found: Tensor = op(
-        numel, distribution, arguments.seed(seed), arguments.step(step), direction, tensor_id, list(where),
-        device, backend,
-    )  # fmt: skip
-    return found
+    names = arguments.scalar("seed", seed), arguments.scalar("step", step), direction, tensor_id
+    u: Tensor = op(numel, distribution, *names, list(where), device, backend)
+    return u
 
 
 def check_distribution(name: str) -> None:
@@ -67,29 +63,30 @@ def check_distribution(name: str) -> None:
         raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {name!r}")
 
 
-@torch.library.custom_op(
-    "fogzo::noise",
-    mutates_args=(),
-    schema="(SymInt numel, str distribution, Tensor seed, Tensor step, SymInt direction,"
-    " SymInt tensor_id, SymInt[] layout, Device device, str? backend) -> Tensor",
-)
-def op(
-    numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
-    layout: Sequence[int], device: torch.device, backend: str | None,
-) -> Tensor:  # fmt: skip
-    draw = Draw(distribution, seed, step, [tensor_id], triples(layout))
-    check_distribution(distribution)
-    checks.seed_and_step(draw, device)
+def run(call: Call) -> Tensor:
+    numel, direction, device = call["numel"], call["direction"], call["device"]
+    draw = draw_of(call)
     memory.numbers(draw)
     check_range("direction", direction, MAX_DIRECTION)
-    check_range("tensor_id", tensor_id, MAX_TENSOR_ID)
+    check_range("tensor_id", call["tensor_id"], MAX_TENSOR_ID)
     memory.layout(draw.layouts[0], numel)
-    return select(backend, device).noise(numel, draw, direction, device)
+    return select(call["backend"], device).noise(numel, draw, direction, device)
 
 
-@op.register_fake
-def _(numel: int, distribution: str, seed: Tensor, step: Tensor, direction: int, tensor_id: int,
-      layout: Sequence[int], device: torch.device, backend: str | None) -> Tensor:  # fmt: skip
-    check_distribution(distribution)
-    checks.seed_and_step(Draw(distribution, seed, step, [], []), device)
-    return torch.empty(numel, dtype=torch.float32, device=device)
+def fake(call: Call) -> Tensor:
+    draw_of(call)
+    return torch.empty(call["numel"], dtype=torch.float32, device=call["device"])
+
+
+def draw_of(call: Call) -> Draw:
+    check_distribution(call["distribution"])
+    layout = [tuple(call["layout"])]
+    draw = Draw(call["distribution"], call["seed"], call["step"], [call["tensor_id"]], layout)
+    checks.host_or(call["device"], seed=draw.seed, step=draw.step)
+    return draw
+
+
+op = Schema(
+    "noise(SymInt numel, str distribution, Tensor seed, Tensor step, SymInt direction,"
+    " SymInt tensor_id, SymInt[] layout, Device device, str? backend) -> Tensor"
+).register(run, fake)

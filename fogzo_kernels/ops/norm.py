@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
-from . import arguments, checks, memory
+from . import checks
 from .arguments import TensorOrList
-from .listop import list_op, run_checked
+from .listop import Call, ListOp
 
 
 def guide_sumsq(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None) -> Tensor:
@@ -57,36 +54,17 @@ def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend
 
 def _guide(grads: TensorOrList, alphas: TensorOrList, grid: Grid, root: bool, backend: str | None) -> Tensor:
     checks.instance("grid", grid, Grid)
-    found: Tensor = op(
-        arguments.tensors("grads", grads), arguments.tensors("alphas", alphas), grid.r, root, backend
-    )
-    return found
+    result: Tensor = op(grads=grads, alphas=alphas, r=grid.r, root=root, backend=backend)
+    return result
 
 
-def check_lists(grads: Sequence[Tensor], alphas: Sequence[Tensor]) -> None:
-    checks.tensor_list("grads", grads, FLOATS)
-    checks.alpha_list(alphas, grads)
+def zero(call: Call) -> Tensor:
+    device = call["grads"][0].device if call["grads"] else torch.device("cpu")
+    return torch.zeros((), dtype=torch.float32 if call["root"] else torch.float64, device=device)
 
 
-@list_op(
-    "fogzo::guide_sumsq",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor[] alphas, int r, bool root, str? backend) -> Tensor",
+op = ListOp(
+    "guide_sumsq(Tensor[] grads, Tensor[] alphas, int r, bool root, str? backend) -> Tensor",
+    {"grads": FLOATS},
+    result=zero,
 )
-def op(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, root: bool, backend: str | None) -> Tensor:
-    def check() -> None:
-        check_lists(grads, alphas)
-        memory.alphas(alphas, r)
-
-    if not grads:  # on no device
-        check()
-        return torch.zeros((), dtype=torch.float32 if root else torch.float64)
-    found: Tensor = run_checked(select(backend, grads[0].device), check, "guide_sumsq", grads, alphas, r, root)
-    return found
-
-
-@op.register_fake
-def _(grads: Sequence[Tensor], alphas: Sequence[Tensor], r: int, root: bool, backend: str | None) -> Tensor:
-    check_lists(grads, alphas)
-    device = grads[0].device if grads else torch.device("cpu")
-    return torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..backends import select
-from ..spec.call import Draw, Mix
 from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import MAX_DIRECTION, Layout, check_range
 from ..spec.straight_through import StraightThrough
-from . import arguments, checks, memory
+from . import arguments, checks
 from .arguments import TensorOrList
-from .listop import GRID, NAMES, STATE, grid_of, list_op, run_checked, triples
+from .listop import GRID, NAMES, STATE, ListOp
 
 
 def perturb_quantize_(
@@ -70,83 +68,37 @@ def perturb_quantize_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    arguments.quantizer(grid, straight_through)
-    direction = check_range("direction", direction, MAX_DIRECTION)
     latents = arguments.tensors("latents", latents)
-    ids, where = arguments.names(tensor_ids, layouts, latents)
+    noise = arguments.noisy(
+        latents, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale
+    )
     op(
-        arguments.optional("plus", plus), arguments.optional("minus", minus), latents,
-        arguments.tensors("grads", grads), arguments.tensors("alphas", alphas),
-        arguments.tensor("norm", norm), arguments.seed(seed), arguments.step(step),
-        arguments.one_minus_beta(one_minus_beta), direction, ids, where, grid.qmin,
-        grid.qmax, grid.offset, grid.r, straight_through.distribution,
-        arguments.epsilon(straight_through, grid, epsilon_scale), backend, block_of(transform),
-    )  # fmt: skip
+        plus=plus,
+        minus=minus,
+        latents=latents,
+        grads=grads,
+        alphas=alphas,
+        direction=check_range("direction", direction, MAX_DIRECTION),
+        backend=backend,
+        block=block_of(transform),
+        **noise,
+    )
 
 
-def check_lists(
-    plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor], grads: Sequence[Tensor],
-    alphas: Sequence[Tensor], block: int, layouts: Sequence[Layout],
-) -> None:  # fmt: skip
-    checks.tensor_list("latents", latents, FLOATS)
-    checks.tensor_list("grads", grads, FLOATS, latents)
+def check(plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
     if latents and not plus and not minus:
         raise ValueError("plus and minus must not both be None")
-    for name, out in (("plus", plus), ("minus", minus)):
-        if out:
-            checks.tensor_list(name, out, OUTPUTS, latents)
     if plus and minus and plus[0].dtype != minus[0].dtype:
         raise TypeError(
             f"minus must have the dtype of plus, {checks.named([plus[0].dtype])},"
             f" got {checks.named([minus[0].dtype])}"
         )
-    checks.alpha_list(alphas, latents)
-    checks.transformed("latents", latents, alphas, block, layouts)
 
 
-@list_op(
-    "fogzo::perturb_quantize_",
-    mutates_args=("plus", "minus"),
-    schema="(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads,"
+op = ListOp(
+    "perturb_quantize_(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads,"
     f" Tensor[] alphas, {STATE}, SymInt direction, {NAMES}, {GRID}, str distribution,"
     " float epsilon, str? backend, int block=0) -> ()",
+    {"latents": FLOATS, "grads": FLOATS, "plus": OUTPUTS, "minus": OUTPUTS},
+    check,
 )
-def op(
-    plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor], grads: Sequence[Tensor],
-    alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor, direction: int,
-    tensor_ids: Sequence[int], layouts: Sequence[int], qmin: int, qmax: int, offset: float, r: int,
-    distribution: str, epsilon: float, backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
-    mix = Mix(norm, one_minus_beta, epsilon)
-
-    def check() -> None:
-        check_lists(plus, minus, latents, grads, alphas, block, draw.layouts)
-        memory.alphas(alphas, r)
-        numels = memory.numels_of(latents)
-        memory.shards(draw, numels)
-        memory.overlaps(
-            {"plus": plus, "minus": minus},
-            {"latents": latents, "grads": grads, "alphas": alphas, "norm": [norm]},
-            numels,
-        )
-
-    checks.mix(mix, latents)
-    checks.draw(draw, latents)
-    check_range("direction", direction, MAX_DIRECTION)
-    memory.numbers(draw, mix)
-    run_checked(
-        select(backend, norm.device), check, "perturb_quantize_", plus, minus, latents, grads, alphas, draw,
-        mix, direction, grid_of(qmin, qmax, offset, r), block,
-    )  # fmt: skip
-
-
-@op.register_fake
-def _(plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor], grads: Sequence[Tensor],
-      alphas: Sequence[Tensor], norm: Tensor, seed: Tensor, step: Tensor, one_minus_beta: Tensor,
-      direction: int, tensor_ids: Sequence[int], layouts: Sequence[int], qmin: int, qmax: int, offset: float,
-      r: int, distribution: str, epsilon: float, backend: str | None, block: int = 0) -> None:  # fmt: skip
-    checks.mix(Mix(norm, one_minus_beta, 0.0), latents)
-    draw = Draw(distribution, seed, step, tensor_ids, triples(layouts))
-    checks.draw(draw, latents)
-    check_lists(plus, minus, latents, grads, alphas, block, draw.layouts)

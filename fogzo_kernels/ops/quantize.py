@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import check_name, select
+from ..backends import check_name
 from ..spec.dtypes import FLOATS, OUTPUTS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, learned, memory, straight_through, transforms
 from .arguments import TensorOrList
-from .listop import GRID, grid_of, list_op, run_checked
+from .listop import GRID, ListOp, of_one
 
 # ---- a list, into given memory
 
@@ -44,47 +43,20 @@ def quantize_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    checks.instance("grid", grid, Grid)
-    list_quantize(
-        arguments.tensors("out", out), arguments.tensors("latents", latents),
-        arguments.tensors("alphas", alphas), grid.qmin, grid.qmax, grid.offset, grid.r, backend,
-        block_of(transform),
-    )  # fmt: skip
+    op_of_lists(
+        out=out,
+        latents=latents,
+        alphas=alphas,
+        backend=backend,
+        block=block_of(transform),
+        **arguments.flat_grid(grid),
+    )
 
 
-def check_lists(out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], block: int) -> None:
-    checks.latents_and_alphas(latents, alphas, block)
-    checks.tensor_list("out", out, OUTPUTS, latents)
-
-
-@list_op(
-    "fogzo::quantize_",
-    mutates_args=("out",),
-    schema=f"(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, {GRID}, str? backend, int block=0) -> ()",
+op_of_lists = ListOp(
+    f"quantize_(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, {GRID}, str? backend, int block=0) -> ()",
+    {"latents": FLOATS, "out": OUTPUTS},
 )
-def list_quantize(
-    out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
-    offset: float, r: int, backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    def check() -> None:
-        check_lists(out, latents, alphas, block)
-        memory.alphas(alphas, r)
-        memory.overlaps({"out": out}, {"latents": latents, "alphas": alphas}, memory.numels_of(latents))
-
-    if not latents:
-        return check()
-    run_checked(
-        select(backend, latents[0].device), check, "quantize_", out, latents, alphas,
-        grid_of(qmin, qmax, offset, r), block,
-    )  # fmt: skip
-
-
-@list_quantize.register_fake
-def _(
-    out: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
-    offset: float, r: int, backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    check_lists(out, latents, alphas, block)
 
 
 # ---- one tensor, differentiable
@@ -134,40 +106,34 @@ def quantize(
         float(alpha_factor), int(block_of(transform)),
     )  # fmt: skip
     if quantized is None:
-        run = transformed if transforms.active() else op
-        found: Tensor = run(latent, alpha, *options)
-        return found
-    checks.latents_and_alphas([latent], [alpha], options[-1])
+        values: Tensor = (Transformed.apply if transforms.active() else op)(latent, alpha, *options)
+        return values
+    checks.tensor_list("latents", [latent], FLOATS)
+    checks.alphas([alpha], "latents", [latent], options[-1])
     checks.tensor_list("quantized", [quantized], FLOATS, [latent])
-    given = QuantizedInTransform if transforms.active() else Quantized
-    found = given.apply(latent, alpha, quantized, *options)
-    return found
+    values = Quantized.apply(latent, alpha, quantized, *options)
+    return values
 
 
-@torch.library.custom_op(
-    "fogzo::quantize",
-    mutates_args=(),
-    schema=f"(Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend,"
+op = of_one(
+    op_of_lists,
+    f"quantize(Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend,"
     " float alpha_factor=1.0, int block=0) -> Tensor",
+    {"out": "latents"},
 )
-def op(
-    latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, straight_through: str,
-    backend: str | None, alpha_factor: float = 1.0, block: int = 0,
-) -> Tensor:  # fmt: skip
-    checks.latents_and_alphas([latent], [alpha], block)
-    memory.alphas([alpha], r)
-    out = torch.empty_like(latent)
-    select(backend, latent.device).quantize_([out], [latent], [alpha], grid_of(qmin, qmax, offset, r), block)
-    return out
 
 
-@op.register_fake
-def _(
-    latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int, straight_through: str,
-    backend: str | None, alpha_factor: float = 1.0, block: int = 0,
-) -> Tensor:  # fmt: skip
-    checks.latents_and_alphas([latent], [alpha], block)
-    return torch.empty_like(latent)
+def gradients(
+    grad: Tensor, latent: Tensor, alpha: Tensor, learns: bool, *options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Those of latent and alpha, in one pass."""
+    *quantizer, backend, alpha_factor, block = options
+    if learns:
+        both: tuple[Tensor, Tensor] = learned.backward(
+            grad, latent, alpha, *quantizer, alpha_factor, backend, block
+        )
+        return both
+    return straight_through.backward(grad, latent, alpha, *quantizer, backend, block), None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -176,58 +142,52 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *gradients(ctx, grad), *[None] * len(ctx.options)
-
-
-def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Those of latent and alpha, in one pass."""
-    latent, alpha = ctx.saved_tensors
-    return gradients_of(grad, latent, alpha, ctx.needs_input_grad[1], *ctx.options)
-
-
-def gradients_of(
-    grad: Tensor, latent: Tensor, alpha: Tensor, learns: bool, *options: Any
-) -> tuple[Tensor, Tensor | None]:
-    *quantizer, backend, alpha_factor, block = options
-    if learns:
-        found: tuple[Tensor, Tensor] = learned.backward(
-            grad, latent, alpha, *quantizer, alpha_factor, backend, block
-        )
-        return found
-    return straight_through.backward(grad, latent, alpha, *quantizer, backend, block), None
+    learns = ctx.needs_input_grad[1]
+    return *gradients(grad, *ctx.saved_tensors, learns, *ctx.options), *[None] * len(ctx.options)
 
 
 op.register_autograd(_backward, setup_context=_setup)
 
 
-def _needed(
-    grad: Tensor, latent: Tensor, alpha: Tensor, of_latent: bool, of_alpha: bool, *options: Any
-) -> tuple[Tensor, ...]:
-    found = gradients_of(grad, latent, alpha, of_alpha, *options)
-    return tuple(
-        one for one, need in zip(found, (of_latent, of_alpha), strict=True) if one is not None and need
-    )
+@transforms.one_by_one
+class Gradients(torch.autograd.Function):
+    """The gradients that are needed, under a transform of ``torch.func``."""
+
+    @staticmethod
+    def forward(grad: Tensor, latent: Tensor, alpha: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        needed, options = others[:2], others[2:]
+        both = gradients(grad.contiguous(), latent.contiguous(), alpha.contiguous(), needed[1], *options)
+        return tuple(g for g, need in zip(both, needed, strict=True) if g is not None and need)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError("a straight-through gradient must not be differentiated again: it has no derivative")
 
 
-transformed = transforms.differentiable(op, _needed, tensors=2)
+@transforms.one_by_one
+class Transformed(torch.autograd.Function):
+    """The op under a transform of ``torch.func``."""
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def forward(latent: Tensor, alpha: Tensor, *options: Any) -> Tensor:
+        result: Tensor = op(latent.contiguous(), alpha.contiguous(), *options)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:2]
+        some = iter(Gradients.apply(grads[0], *ctx.saved_tensors, *needed, *ctx.options))
+        return *(next(some) if need else None for need in needed), *[None] * len(ctx.options)
 
 
 class Quantized(torch.autograd.Function):
     """Q(latent) that the caller already has, with the gradient of :func:`quantize`: no kernel, no memory."""
-
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, alpha: Tensor, quantized: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(latent, alpha)
-        ctx.options = options
-        return quantized.view_as(quantized)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *gradients(ctx, grads[0]), *[None] * (1 + len(ctx.options))
-
-
-class QuantizedInTransform(torch.autograd.Function):
-    """The same under a transform of ``torch.func``, where it has its own form."""
 
     generate_vmap_rule = True
 
@@ -237,10 +197,12 @@ class QuantizedInTransform(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.options = inputs[3:]
+        latent, alpha, _, *ctx.options = inputs
+        ctx.save_for_backward(latent, alpha)
 
-    backward = Quantized.backward
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, grads[0]), None
 
 
 # ---- back
@@ -267,7 +229,7 @@ def dequantize(codes: Tensor, alpha: Tensor, *, grid: Grid, dtype: torch.dtype) 
         raise TypeError(f"codes must be int8, got {checks.named([codes.dtype])}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be {checks.named(FLOATS)}, got {checks.named([dtype])}")
-    checks.alpha_list([alpha], [codes])
+    checks.alphas([alpha], "codes", [codes], 0)
     memory.alphas([alpha], grid.r)
     length = codes.numel() // max(alpha.numel(), 1)
     delta = (alpha.flatten() * grid.r).unsqueeze(1)

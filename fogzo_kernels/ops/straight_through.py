@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..backends import select
 from ..spec.dtypes import FLOATS
 from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import FLAT, NO_SECOND, StraightThrough
-from . import arguments, checks, memory
+from . import arguments
 from .arguments import TensorOrList
-from .listop import GRID, grid_of, list_op, run_checked
+from .listop import GRID, ListOp, of_one
 
 
 def straight_through_backward_(
@@ -43,85 +40,28 @@ def straight_through_backward_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    arguments.quantizer(grid, straight_through)
     op(
-        arguments.tensors("grads", grads), arguments.tensors("latents", latents),
-        arguments.tensors("alphas", alphas), grid.qmin, grid.qmax, grid.offset, grid.r,
-        straight_through.variant, backend, block_of(transform),
-    )  # fmt: skip
+        grads=grads,
+        latents=latents,
+        alphas=alphas,
+        backend=backend,
+        block=block_of(transform),
+        **arguments.quantizer(grid, straight_through),
+    )
 
 
-def check_lists(
-    grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], block: int
-) -> None:
-    checks.latents_and_alphas(latents, alphas, block)
-    checks.tensor_list("grads", grads, FLOATS, latents)
-
-
-@list_op(
-    "fogzo::straight_through_backward_",
-    mutates_args=("grads",),
-    schema=f"(Tensor(a!)[] grads, Tensor[] latents, Tensor[] alphas, {GRID}, str straight_through,"
-    " str? backend, int block=0) -> ()",
+op = ListOp(
+    f"straight_through_backward_(Tensor(a!)[] grads, Tensor[] latents, Tensor[] alphas, {GRID},"
+    " str straight_through, str? backend, int block=0) -> ()",
+    {"latents": FLOATS, "grads": FLOATS},
 )
-def op(
-    grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
-    offset: float, r: int, straight_through: str, backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    def check() -> None:
-        check_lists(grads, latents, alphas, block)
-        memory.alphas(alphas, r)
-        memory.overlaps({"grads": grads}, {"latents": latents, "alphas": alphas}, memory.numels_of(latents))
-
-    if not latents:
-        return check()
-    run_checked(
-        select(backend, latents[0].device), check, "straight_through_backward_", grads, grads, latents, alphas,
-        grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
-    )  # fmt: skip
-
-
-@op.register_fake
-def _(
-    grads: Sequence[Tensor], latents: Sequence[Tensor], alphas: Sequence[Tensor], qmin: int, qmax: int,
-    offset: float, r: int, straight_through: str, backend: str | None, block: int = 0,
-) -> None:  # fmt: skip
-    check_lists(grads, latents, alphas, block)
-
-
-# ---- one tensor, not in place: the backward of quantize
-
-
-@torch.library.custom_op(
-    "fogzo::straight_through_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend,"
-    " int block=0) -> Tensor",
+#: The backward of quantize, on one tensor and not in place.
+backward = of_one(
+    op,
+    f"straight_through_backward(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through,"
+    " str? backend, int block=0) -> Tensor",
+    {"out": "latents"},
 )
-def backward(
-    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
-    straight_through: str, backend: str | None, block: int = 0,
-) -> Tensor:  # fmt: skip
-    grad, out = grad.contiguous(), torch.empty_like(latent)
-
-    def check() -> None:
-        check_lists([grad], [latent], [alpha], block)
-        memory.alphas([alpha], r)
-
-    run_checked(
-        select(backend, latent.device), check, "straight_through_backward_", [out], [grad], [latent], [alpha],
-        grid_of(qmin, qmax, offset, r), StraightThrough.of_variant(straight_through), block,
-    )  # fmt: skip
-    return out
-
-
-@backward.register_fake
-def _(
-    grad: Tensor, latent: Tensor, alpha: Tensor, qmin: int, qmax: int, offset: float, r: int,
-    straight_through: str, backend: str | None, block: int = 0,
-) -> Tensor:  # fmt: skip
-    check_lists([grad.contiguous()], [latent], [alpha], block)
-    return torch.empty_like(latent)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

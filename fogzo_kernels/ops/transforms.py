@@ -6,7 +6,7 @@ tensors are batched, an op runs once for each sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,54 +34,10 @@ def one_by_one(kind: type[Function]) -> type[Function]:
         def sample(i: int) -> Any:
             return kind.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
 
-        found = [sample(i) for i in range(info.batch_size)]
-        if isinstance(found[0], tuple):
-            return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
-        return torch.stack(found), 0
+        results = [sample(i) for i in range(info.batch_size)]
+        if isinstance(results[0], tuple):
+            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+        return torch.stack(results), 0
 
     kind.vmap = staticmethod(vmap)  # type: ignore[method-assign]
     return kind
-
-
-def differentiable(
-    op: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]], tensors: int
-) -> Callable[..., Tensor]:
-    """An op of that many tensors and other options, with its backward, for use under a transform.
-
-    ``backward`` takes the gradient, the tensors, whether each needs a gradient, and the options.
-    """
-
-    @one_by_one
-    class Gradients(Function):
-        @staticmethod
-        def forward(*args: Any) -> tuple[Tensor, ...]:
-            return backward(*(a.contiguous() if isinstance(a, Tensor) else a for a in args))
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            raise RuntimeError(
-                "a straight-through gradient must not be differentiated again: it has no derivative"
-            )
-
-    @one_by_one
-    class Op(Function):
-        @staticmethod
-        def forward(*args: Any) -> Tensor:
-            return op(*(a.contiguous() if isinstance(a, Tensor) else a for a in args))
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:tensors])
-            ctx.options = inputs[tensors:]
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            needed = tuple(ctx.needs_input_grad[:tensors])
-            found = iter(Gradients.apply(grads[0], *ctx.saved_tensors, *needed, *ctx.options))
-            return *(next(found) if need else None for need in needed), *[None] * len(ctx.options)
-
-    return Op.apply

@@ -233,7 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         lr = group["lr"]
         hyperparameters = self._hyperparameters(group)
         return _Options(
-            lr.double() if isinstance(lr, Tensor) else arguments.lr(lr),
+            lr.double() if isinstance(lr, Tensor) else arguments.scalar("lr", lr),
             hyperparameters,
             self._state_names()[: self._rule(group).states],
             (id(lr) if isinstance(lr, Tensor) else lr, *map(repr, hyperparameters.values())),

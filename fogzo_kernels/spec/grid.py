@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .noise import as_int
+from .checks import as_int
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Grid:
 
 
 def _checked_bits(bits: int, low: int) -> int:
-    found = as_int("bits", bits)
-    if not low <= found <= 8:
-        raise ValueError(f"bits must be in {low}..8, got {found}")
-    return found
+    bits = as_int("bits", bits)
+    if not low <= bits <= 8:
+        raise ValueError(f"bits must be in {low}..8, got {bits}")
+    return bits

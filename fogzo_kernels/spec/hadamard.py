@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .noise import as_int
+from .checks import as_int
 
 #: How many elements a block may have.
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -18,10 +18,10 @@ def factor(block: int) -> float:
 
 def check_block(block: int) -> int:
     """The int that ``block`` is; raise unless there are blocks of that size."""
-    found = as_int("block", block)
-    if found not in BLOCKS:
-        raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {found}")
-    return found
+    block = as_int("block", block)
+    if block not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {block}")
+    return block
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ it imports no backend.
 from __future__ import annotations
 
 import math
-import numbers
-from typing import SupportsInt
+
+from .checks import check_range
 
 MASK32 = 0xFFFFFFFF
 PHILOX_M0 = 0xD2511F53
@@ -61,26 +61,3 @@ def direction_sign(seed: int, step: int, direction: int) -> int:
     check_range("direction", direction, MAX_DIRECTION)
     word = philox4x32((0, direction << 16, step, SIGN_TENSOR_ID), (seed & MASK32, seed >> 32))[0]
     return -1 if word & 1 else 1
-
-
-def check_number(name: str, value: float) -> None:
-    """Raise unless ``value`` is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def as_int(name: str, value: SupportsInt) -> int:
-    """An int, also where it comes as one of NumPy's."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    return int(value)
-
-
-def check_range(name: str, value: SupportsInt, limit: int) -> int:
-    """The int that ``value`` is; raise unless ``0 <= value < limit``."""
-    found = as_int(name, value)
-    if not 0 <= found < limit:
-        raise ValueError(f"{name} must be in 0..{limit - 1}, got {found}")
-    return found

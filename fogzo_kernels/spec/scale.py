@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import as_int, check_number
 from .grid import Grid
-from .noise import as_int
 
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
 #: How many weights share an alpha: all, those of a row, or that many neighbours in a row.
@@ -200,8 +200,7 @@ class MeasuredScale(Scale):
         object.__setattr__(self, "granularity", checked_granularity(self.granularity))
         for name in ("factor", "add", "least"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            check_number(name, value)
             low = "> 0" if name == "factor" else ">= 0"
             if not (math.isfinite(value) and (value > 0 or (value == 0 and name != "factor"))):
                 raise ValueError(f"{name} must be finite and {low}, got {value}")
@@ -282,10 +281,8 @@ def levels_above(grid: Grid) -> int:
 
 def checked_granularity(granularity: Any) -> Granularity:
     """ "tensor", "row", or the int of a group; raise for anything else, and a group below 2."""
-    if granularity == "tensor":
-        return "tensor"
-    if granularity == "row":
-        return "row"
+    if isinstance(granularity, str) and granularity in ("tensor", "row"):
+        return granularity
     if isinstance(granularity, bool) or not isinstance(granularity, numbers.Integral) or granularity < 2:
         raise ValueError(
             f"granularity must be 'tensor', 'row' or an int >= 2, the size of a group, got {granularity!r}"

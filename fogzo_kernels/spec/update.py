@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .noise import check_number
+from .checks import check_number, finite, real
 
 #: kind -> its variants, which select the code -> the lists of state of each, as the public ops name them
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -44,18 +43,13 @@ class UpdateRule:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name in ("weight_decay", "eps", "momentum"):
-            value = getattr(self, name)
-            check_number(name, value)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be finite and >= 0, got {value}")
+            finite(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check_number(name, value)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be >= 0 and < 1, got {value}")
-        check_number("dampening", self.dampening)
-        if not math.isfinite(self.dampening):
-            raise ValueError(f"dampening must be finite, got {self.dampening}")
+        real("dampening", self.dampening)
         if not isinstance(self.nesterov, bool):
             raise TypeError(f"nesterov must be a bool, got {type(self.nesterov).__name__}")
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):

@@ -67,9 +67,9 @@ class Run:
         """Return which noise the coming step draws, and how much of it, as the ops take it."""
         state, left = self.device_state, self.settings.one_minus_beta_at(self.steps)
         return {
-            "one_minus_beta": None if left is None else arguments.one_minus_beta(left),
-            "seed": arguments.seed(self.settings.seed),
-            "step": arguments.step(self.steps),
+            "one_minus_beta": None if left is None else arguments.scalar("one_minus_beta", left),
+            "seed": arguments.scalar("seed", self.settings.seed),
+            "step": arguments.scalar("step", self.steps),
             **({} if state is None else state.noise()),
             "epsilon_scale": self.settings.epsilon_scale,
         }

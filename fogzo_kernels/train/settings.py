@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from ..spec.noise import MAX_DIRECTION, MAX_SEED, MAX_STEP, check_number, check_range
+from ..spec.checks import check_number, check_range
+from ..spec.noise import MAX_DIRECTION, MAX_SEED, MAX_STEP
 from ..spec.schedule import SCHEDULES, one_minus_beta_at
 
 #: Settings that states written before have, and the one value of each that a step still has.

@@ -88,7 +88,7 @@ def watch(backend: ModuleType) -> None:
 
 @functools.cache
 def watch_plans() -> None:
-    from fogzo_kernels.backends import cells, plans
+    from fogzo_kernels.backends.gpu import cells, plans
 
     kept = plans.kept
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,15 @@ class Utils:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
 
+def runtime(values: Iterable[Any], types: Iterable[Any]) -> Iterator[Any]:
+    """Arguments that a kernel gets when it runs, those of tuples one by one."""
+    for value, ty in zip(values, types, strict=True):
+        if isinstance(ty, tuple):
+            yield from runtime(value, ty)
+        elif ty != "constexpr":
+            yield value
+
+
 class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.types = list(source.signature.values())
@@ -69,7 +78,7 @@ class Launcher:
         self, x: int, y: int, z: int, stream: int, kernel: Kernel, packed: Any, metadata: Any, enter: Any,
         leave: Any, *args: Any,
     ) -> None:  # fmt: skip
-        given = [a for a, t in zip(args, self.types, strict=True) if t != "constexpr"]
+        given = [*runtime(args, self.types)]
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
         scratch = [0] * (len(kernel.parameters) - len(values))  # addresses of scratch memory, which it has not
         launches.run(

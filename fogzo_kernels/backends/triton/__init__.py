@@ -1,7 +1,7 @@
 """Triton on NVIDIA GPUs; on the CPU through Triton's interpreter (``TRITON_INTERPRET=1``).
 
 One file an op, with its kernels and below them what launches these: once for all tensors, which a plan
-(backends/plans.py) names to them.
+(backends/gpu/plans.py) names to them.
 """
 
 from .estimate import estimate_gradient_

@@ -1,13 +1,7 @@
-"""Device functions: Philox words -> noise -> direction -> code, on tiles (docs/contract.md, 2 and 4).
+"""Device functions: arithmetic, Philox and noise, and the quantizer (docs/contract.md, 1 to 4).
 
-A tile is TILE consecutive elements, held as their even and odd elements, [TILE / 2] each. Its
-TILE / 8 chunks make one Philox call each, and joining the four words in the order
-``join(join(x0, x2), join(x1, x3))`` puts word j of a chunk beside pair j of its elements in the same
-thread: no shuffle, no shared memory.
-
-One source serves the GPU and Triton's interpreter. Where they differ a function branches on
-INTERPRET: the interpreter has no inline assembly, its fma rounds twice and its conversion to bfloat16
-truncates.
+One source serves the GPU and Triton's interpreter. Where they differ, a function branches on INTERPRET: the
+interpreter has no inline assembly, its fma rounds twice, and its conversion to bfloat16 truncates.
 """
 
 from __future__ import annotations
@@ -49,7 +43,7 @@ class Grid(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """float32, one number, or one for each chunk or pair of elements."""
+    """float32, of all elements or of each."""
 
     delta: Any
     inv: Any  # 1 / delta
@@ -68,42 +62,22 @@ def fma(a, b, c):
 
 
 @triton.jit
-def hardware(x, INSTRUCTION: tl.constexpr):
-    """An approximate function of the hardware: far cheaper than the library's."""
-    ASM: tl.constexpr = INSTRUCTION + ".approx.ftz.f32 $0, $1;"
-    return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def approx_log2(x):
-    if INTERPRET:
+def approximate(x, FUNCTION: tl.constexpr):
+    """A function by its approximate instruction in the hardware: far cheaper than the library's."""
+    if not INTERPRET:
+        ASM: tl.constexpr = FUNCTION + ".approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    elif FUNCTION == "lg2":
         return tl.log2(x)
-    else:
-        return hardware(x, "lg2")
-
-
-@triton.jit
-def approx_rcp(x):
-    if INTERPRET:
+    elif FUNCTION == "rcp":
         return 1.0 / x
-    else:
-        return hardware(x, "rcp")
-
-
-@triton.jit
-def approx_sqrt(x):
-    if INTERPRET:
+    elif FUNCTION == "sqrt":
         return tl.sqrt(x)
+    elif FUNCTION == "cos":
+        return tl.cos(x)
     else:
-        return hardware(x, "sqrt")
-
-
-@triton.jit
-def approx_cos_sin(x):
-    if INTERPRET:
-        return tl.cos(x), tl.sin(x)
-    else:
-        return hardware(x, "cos"), hardware(x, "sin")
+        tl.static_assert(FUNCTION == "sin", "no code for function " + FUNCTION)
+        return tl.sin(x)
 
 
 @triton.jit
@@ -113,7 +87,7 @@ def reciprocal(x):
     The compiler makes rcp.rn.f32 of the same instructions, though PTX only promises that an approximation is
     within one ulp, from which the step is right for all mantissas but that of all ones (test_machine_code.py).
     """
-    y = approx_rcp(x)
+    y = approximate(x, "rcp")
     if INTERPRET:  # already the correctly rounded quotient
         return y
     else:
@@ -203,12 +177,13 @@ def high_uniform(word):
 def logistic_log2(k):
     """log2((k + 0.5) / (65535.5 - k)) for k given as 2^23 + k; every sum here is exact."""
     numerator = k - 8388607.5
-    return approx_log2(numerator * approx_rcp(65536.0 - numerator))
+    return approximate(numerator * approximate(65536.0 - numerator, "rcp"), "lg2")
 
 
 @triton.jit
-def noise_pair(word, DIST: tl.constexpr):
+def noise_pair(word, config: tl.constexpr):
     """m, times the factor in M_FACTOR if any, of the even and the odd element of a word."""
+    DIST: tl.constexpr = config.distribution
     if DIST == "uniform":
         return high_uniform(word << 16), high_uniform(word)
     elif DIST == "rademacher":
@@ -223,152 +198,38 @@ def noise_pair(word, DIST: tl.constexpr):
         return logistic_log2(even), logistic_log2(odd)
     elif DIST == "gaussian":  # Box-Muller: -2 ln x = -2 ln 2 log2 x; the angle is pi 2^-31 high_uniform
         low, _ = halves_as_float(word)
-        radius = approx_sqrt(approx_log2((low - 8388607.5) * (1.0 / 65536)) * -1.3862943611198906)
-        c, s = approx_cos_sin(high_uniform(word) * 1.4629180792671596e-09)
-        return radius * c, radius * s
+        log2 = approximate((low - 8388607.5) * (1.0 / 65536), "lg2")
+        radius, angle = (
+            approximate(log2 * -1.3862943611198906, "sqrt"),
+            high_uniform(word) * 1.4629180792671596e-09,
+        )
+        return radius * approximate(angle, "cos"), radius * approximate(angle, "sin")
     else:
         tl.static_assert(False, f"no code for distribution {DIST}")
 
 
 @triton.jit
-def tile_noise(chunk, names, direction, TILE: tl.constexpr, DIST: tl.constexpr):
-    """Noise of the tile whose chunk numbers are ``chunk`` [TILE / 8]: even, odd [TILE / 2]."""
+def tile_noise(chunk, names, direction, config: tl.constexpr):
+    """Noise of the tile whose chunks have the numbers ``chunk``, one Philox call each.
+
+    This order of joins puts word j of a chunk beside pair j of its elements in the same thread: no shuffle.
+    """
     x0, x1, x2, x3 = noise_words(chunk, names, direction)
-    words = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([TILE // 2])
-    return noise_pair(words, DIST)
+    words = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([config.tile // 2])
+    even, odd = noise_pair(words, config)
+    return tl.join(even, odd).reshape([config.tile])
 
 
 @triton.jit
-def element_noise(e, names, direction, DIST: tl.constexpr):
+def element_noise(e, names, direction, config: tl.constexpr):
     """Noise of any elements, one Philox call each: for tails and unaligned shards."""
     x0, x1, x2, x3 = noise_words(e >> 3, names, direction)
     high, low = tl.where((e & 2) != 0, x3, x2), tl.where((e & 2) != 0, x1, x0)
-    even, odd = noise_pair(tl.where((e & 4) != 0, high, low), DIST)
+    even, odd = noise_pair(tl.where((e & 4) != 0, high, low), config)
     return tl.where((e & 1) != 0, odd, even)
 
 
-@triton.jit
-def tile_sum(g0, g1, chunk, names, B, n, TILE: tl.constexpr, DIST: tl.constexpr):
-    """sum_i B_i m_i over n directions: even, odd [TILE / 2]. g is any tile that was loaded."""
-    acc0, acc1 = g0 * 0.0, g1 * 0.0  # from a load, so that the loop keeps the tile's layout
-    acc0, acc1 = tl.where(acc0 == 0, acc0, 0.0), tl.where(acc1 == 0, acc1, 0.0)
-    for i in tl.range(0, n):
-        m0, m1 = tile_noise(chunk, names, i, TILE, DIST)
-        b = tl.load(B + i)
-        acc0, acc1 = fma(m0, b, acc0), fma(m1, b, acc1)
-    return acc0, acc1
-
-
-@triton.jit
-def element_sum(e, names, B, n, DIST: tl.constexpr):
-    """sum_i B_i m_i over n directions, of any elements."""
-    acc = tl.zeros(e.shape, tl.float32)
-    for i in tl.range(0, n):
-        acc = fma(element_noise(e, names, i, DIST), tl.load(B + i), acc)
-    return acc
-
-
-# ---- tiles in memory
-
-
-@triton.jit
-def is_wide(ptr, ALIGNED: tl.constexpr):
-    """Whether 16 bytes lie aligned there. ALIGNED: they do for each tensor of the list."""
-    if ALIGNED:
-        return True
-    else:
-        return (ptr.to(tl.int64) & 15) == 0
-
-
-@triton.jit
-def load_tile(ptr, begin, start, left, TILE: tl.constexpr, ALIGNED: tl.constexpr, OTHER: tl.constexpr = None):
-    """Even and odd elements as float32, the first ``left`` from ``begin`` + ``start`` on.
-
-    A thread holds 8 consecutive elements whatever the dtype. By accesses of 16 bytes, if they lie aligned: of
-    four-byte elements as two halves of a chunk. Else by accesses of one element. OTHER stands for the rest.
-    """
-    if is_wide(ptr, ALIGNED):
-        at = tl.multiple_of(ptr + begin + start, 16)
-        if ptr.dtype.element_ty.primitive_bitwidth == 32:
-            offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
-            low = tl.load(at + offs, mask=offs < left, other=OTHER)
-            high = tl.load(at + offs + 4, mask=offs + 4 < left, other=OTHER)
-            x = tl.permute(tl.join(low, high), (0, 2, 1))
-        else:
-            offs = tl.arange(0, TILE)
-            x = tl.load(at + offs, mask=offs < left, other=OTHER).to(tl.float32)
-        even, odd = tl.split(x.reshape([TILE // 2, 2]))
-    else:
-        even = load_every_second(ptr + begin, start, left, 0, TILE, OTHER)
-        odd = load_every_second(ptr + begin, start, left, 1, TILE, OTHER)
-    return even, odd
-
-
-@triton.jit
-def load_every_second(ptr, start, left, ODD: tl.constexpr, TILE: tl.constexpr, OTHER: tl.constexpr):
-    """The even elements of each chunk, or the odd ones, one by one."""
-    offs = tl.arange(0, TILE // 8) * 8
-    at, some = ptr + (start + offs + ODD), offs < left
-    x0, x1 = tl.load(at, mask=some, other=OTHER), tl.load(at + 2, mask=some, other=OTHER)
-    x2, x3 = tl.load(at + 4, mask=some, other=OTHER), tl.load(at + 6, mask=some, other=OTHER)
-    return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([TILE // 2]).to(tl.float32)
-
-
-@triton.jit
-def store_tile(ptr, begin, start, even, odd, left, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store float32 values in the pointer's dtype, as load_tile reads them."""
-    DTYPE: tl.constexpr = ptr.dtype.element_ty
-    if is_wide(ptr, ALIGNED):
-        at = tl.multiple_of(ptr + begin + start, 16)
-        x = tl.join(even, odd)
-        if DTYPE.primitive_bitwidth == 32:
-            low, high = tl.split(tl.permute(x.reshape([TILE // 8, 2, 4]), (0, 2, 1)))
-            offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
-            tl.store(at + offs, low, mask=offs < left)
-            tl.store(at + offs + 4, high, mask=offs + 4 < left)
-        elif DTYPE.primitive_bitwidth == 8:  # 8 bytes a thread; wider would go through shared memory
-            offs = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-            tl.store(at + offs, convert(x.reshape([TILE // 8, 8]), DTYPE), mask=offs < left)
-        else:
-            offs = tl.arange(0, TILE)
-            tl.store(at + offs, convert(x.reshape([TILE]), DTYPE), mask=offs < left)
-    else:
-        store_every_second(ptr + begin, start, even, left, 0, TILE)
-        store_every_second(ptr + begin, start, odd, left, 1, TILE)
-
-
-@triton.jit
-def store_every_second(ptr, start, x, left, ODD: tl.constexpr, TILE: tl.constexpr):
-    """The even elements of each chunk, or the odd ones, one by one."""
-    x02, x13 = tl.split(convert(x, ptr.dtype.element_ty).reshape([TILE // 8, 2, 2]))
-    x0, x2 = tl.split(x02)
-    x1, x3 = tl.split(x13)
-    offs = tl.arange(0, TILE // 8) * 8
-    at, some = ptr + (start + offs + ODD), offs < left
-    tl.store(at, x0, mask=some)
-    tl.store(at + 2, x1, mask=some)
-    tl.store(at + 4, x2, mask=some)
-    tl.store(at + 6, x3, mask=some)
-
-
-@triton.jit
-def per_pair(x, TILE: tl.constexpr):
-    """One value per chunk -> one per pair of elements."""
-    twice = tl.join(x, x)
-    return tl.join(twice, twice).reshape([TILE // 2])
-
-
 # ---- quantizer
-
-
-@triton.jit
-def scale_of(delta, grid):
-    return Scale(delta, reciprocal(delta), delta * grid.offset)
-
-
-@triton.jit
-def scale_per_pair(scale, TILE: tl.constexpr):
-    return Scale(per_pair(scale.delta, TILE), per_pair(scale.inv, TILE), per_pair(scale.shift, TILE))
 
 
 @triton.jit
@@ -389,7 +250,7 @@ def code_of(y, grid):
 
 @triton.jit
 def output_of(y, scale, grid, DTYPE: tl.constexpr):
-    """What is stored for a position: its code for int8, else delta * (code + offset), float32.
+    """The value to store for a position: its code for int8, else delta * (code + offset), float32.
 
     fma(code, delta, delta * offset) has the same bits (contract section 4).
     """
@@ -401,6 +262,12 @@ def output_of(y, scale, grid, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def quantized(theta, scale, grid, DTYPE: tl.constexpr):
+    """Q(theta), as output_of() has it."""
+    return output_of(position(theta, scale, grid), scale, grid, DTYPE)
+
+
+@triton.jit
 def alpha_slope_of(theta, scale, grid):
     """dQ/dalpha (contract section 4, learned scales); r is 2 on the sign grid alone."""
     z = position(theta, scale, grid)
@@ -409,8 +276,9 @@ def alpha_slope_of(theta, scale, grid):
 
 
 @triton.jit
-def derivative_of(theta, scale, grid, KIND: tl.constexpr):
+def derivative_of(theta, scale, grid, config: tl.constexpr):
     """h'(theta) (contract section 1); x = theta / alpha = r theta / delta."""
+    KIND: tl.constexpr = config.variant
     x = tl.abs(theta * scale.inv * grid.r)
     if KIND == "identity_clipped":
         z = position(theta, scale, grid)

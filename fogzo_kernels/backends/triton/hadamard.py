@@ -5,14 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...spec import hadamard as spec
-from ..plans import plan
-from .elements import fma, load_tile, store_tile
-from .launch import DTYPES, TILE, Tensors, launch, rounded
-from .tables import left_in_tile, pointer, program_row, tiled_part
+from ..gpu.plans import plan
+from . import program
+from .elements import fma
+from .launch import Tensors, config_of, launch
 
-#: By block, float32. A constexpr, whose value is part of a compiled kernel's key.
-FACTORS = tl.constexpr({block: rounded(spec.factor(block)) for block in spec.BLOCKS})
 REGISTERS = 128  # the most of a thread: ptxas, left alone, spills some to reach fewer
 #: Consecutive elements of a tile that a warp holds: a chunk in each lane.
 WARP = tl.constexpr(8 * 32)
@@ -39,52 +36,29 @@ def butterflies(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
     return x
 
 
-@triton.constexpr_function
-def factor_of(block):
-    """What makes the transform of that block orthonormal."""
-    return FACTORS.value[block]
-
-
 @triton.jit
-def rotated(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """H of each block of a tile [TILE]; x itself without a transform, BLOCK = 0."""
-    if BLOCK:
-        x = butterflies(x, BLOCK, TILE) * factor_of(BLOCK)
+def rotated(x, config: tl.constexpr):
+    """H of each block of a tile; x itself without a transform."""
+    if config.block:
+        x = butterflies(x, config.block, config.tile) * config.block_factor
     return x
 
 
 @triton.jit
-def rotated_halves(even, odd, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The same of a tile's even and odd elements."""
-    if BLOCK:
-        x = rotated(tl.join(even, odd).reshape([TILE]), BLOCK, TILE)
-        even, odd = tl.split(x.reshape([TILE // 2, 2]))
-    return even, odd
-
-
-@triton.jit
-def hadamard_kernel(
-    table, owner, TILE: tl.constexpr, ALIGNED: tl.constexpr, LATENT_T: tl.constexpr, OUT_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def hadamard_kernel(table, owner, config: tl.constexpr):
     """H LATENT into PLUS, which may be LATENT: each element is stored after all of its block are loaded.
 
     A program and its tiles begin where a block does, and all elements go by tiles.
     """
-    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
-    latent, out = pointer(row, "LATENT", LATENT_T), pointer(row, "PLUS", OUT_T)
-    tiled = tiled_part(begin, end, fast)
-    for start in tl.range(0, tiled, TILE):
-        left = left_in_tile(start, tiled, TILE)
-        even, odd = load_tile(latent, begin, start, left, TILE, ALIGNED)
-        even, odd = rotated_halves(even, odd, BLOCK, TILE)
-        store_tile(out, begin, start, even, odd, left, TILE, ALIGNED)
+    p = program.read(program.own_span(table, owner), 1.0, config)
+    latent, out = program.pointer(p.row, "LATENT", config.latent), program.pointer(p.row, "PLUS", config.out)
+    for start in tl.range(0, p.tiled, config.tile):
+        turn = program.tile_at(p, start, config)
+        program.store(out, turn, rotated(program.load(latent, turn, config), config), config)
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
     """Write the Hadamard transform of each block: one launch."""
     p = plan(tensors, latents=tensors, plus=out)
-    launch(
-        hadamard_kernel, p.programs, tensors[0].device, p.table, p.owner, TILE=TILE, ALIGNED=p.aligned,
-        LATENT_T=DTYPES[tensors[0].dtype], OUT_T=DTYPES[out[0].dtype], BLOCK=block, maxnreg=REGISTERS,
-    )  # fmt: skip
+    config, device = config_of(p, tensors, out=out, block=block), tensors[0].device
+    launch(hadamard_kernel, p.programs, device, p.table, p.owner, config, maxnreg=REGISTERS)

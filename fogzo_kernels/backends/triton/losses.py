@@ -6,21 +6,24 @@ import math
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ...spec.call import Draw, Losses, Mix
+from ...spec.call import Losses, Mix
+from . import program
 from .elements import direction_sign, is_finite
-from .launch import mixed, rounded
-from .tables import entry, guide_scale, names_of, pointer
+from .launch import rounded
 
 ALPHAS = tl.constexpr(512)  # that a program checks at a time
 
 
 @triton.jit
-def read_losses(B, counters, seed, step, mixture, norm, losses_plus, losses_minus, n, half_inv_eps):
+def read_losses(B, counters, draw, mix, losses, config: tl.constexpr):
     """Write the B_i, count; A, whether every direction and whether the norm is lost. For one program."""
-    guide, b = mixture
+    losses_plus, losses_minus, n, half_inv_eps = losses
+    norm = mix[0]
+    guide, b = program.mixing(mix, config)
     zero = tl.load(norm) * 0.0
-    names = names_of(seed, step, (zero == zero).to(tl.int64))
+    names = program.names_of(draw, (zero == zero).to(tl.int64))
     total = tl.zeros([], tl.float32)
     lost = tl.zeros([], tl.int32)
     for i in tl.range(0, n):
@@ -34,37 +37,30 @@ def read_losses(B, counters, seed, step, mixture, norm, losses_plus, losses_minu
     if counters is not None:
         tl.atomic_add(counters, lost.to(tl.int64))  # by one thread; a load would be by all
         tl.atomic_add(counters + 1, norm_lost.to(tl.int64))
-    return guide_scale(norm, total * guide, 1.0), lost == n, norm_lost == 1
+    return program.guide_scale(norm, total * guide, 1.0), lost == n, norm_lost == 1
 
 
 @triton.jit
-def count_bad_alphas(counters, row, begin, PER_TENSOR: tl.constexpr):
+def count_bad_alphas(counters, p, config: tl.constexpr):
     """Count the alphas that are not finite and > 0, each by the program that holds its first element.
 
-    At the end of a kernel, when its loop has read them. Only what is wrong costs an access to the counters.
+    At the end of a kernel, when its loop has read them. Only a bad one costs an access to the counters.
     """
-    alpha = pointer(row, "ALPHA", tl.float32)
-    if PER_TENSOR:
-        first, stop = begin * 0, (begin == 0).to(tl.int64)
+    if config.per_tensor:
+        first, stop = p.begin * 0, (p.begin == 0).to(tl.int64)
     else:
-        length, end = entry(row, "SCALE_LENGTH"), tl.minimum(begin + entry(row, "SPAN"), entry(row, "NUMEL"))
-        first, stop = (begin + length - 1) // length, (end + length - 1) // length
-    stop = tl.where(entry(row, "ALPHA") != 0, stop, first)
+        length = program.entry(p.row, "SCALE_LENGTH")
+        first, stop = (p.begin + length - 1) // length, (p.end + length - 1) // length
+    stop = tl.where(program.entry(p.row, "ALPHA") != 0, stop, first)
     place = tl.arange(0, ALPHAS)
     bad = place * 0
     for start in tl.range(first, stop, ALPHAS):
-        x = tl.load(alpha + start + place, mask=start + place < stop, other=1.0)
+        x = tl.load(p.alpha + start + place, mask=start + place < stop, other=1.0)
         bad += (((x > 0) & is_finite(x)) == 0).to(tl.int32)
     tl.atomic_add(counters + 2 + place * 0, bad.to(tl.int64), mask=bad != 0)
 
 
-def loss_arguments(draw: Draw, mix: Mix, losses: Losses) -> dict[str, object]:
-    """Kernel arguments for read_losses and mixing."""
+def losses_of(losses: Losses, mix: Mix) -> tuple[Tensor, Tensor, int, float]:
+    """Losses, how many there are, and 1 / (2 eps)."""
     eps = rounded(mix.epsilon)
-    return {
-        "losses_plus": losses.plus,
-        "losses_minus": losses.minus,
-        "n": losses.plus.numel(),
-        "half_inv_eps": rounded(0.5 / eps) if eps else math.inf,
-        **mixed(draw, mix),
-    }
+    return losses.plus, losses.minus, losses.plus.numel(), rounded(0.5 / eps) if eps else math.inf

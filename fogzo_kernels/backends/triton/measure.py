@@ -9,13 +9,17 @@ import triton
 import triton.language as tl
 
 from ...spec.call import Measure
-from .. import cells
-from ..plans import SPAN
-from .launch import DTYPES, TILE, Tensors, launch, rounded
+from ..gpu import cells
+from ..gpu.plans import SPAN
+from .launch import Config, Tensors, dtype_of, launch, rounded
 
 COLUMNS = tl.constexpr(len(cells.COLUMNS))
 PLACES = tl.constexpr({name: place for place, name in enumerate(cells.COLUMNS)})
+PIECE = tl.constexpr(SPAN)  # elements
 WIDE, MIDDLE, NARROW = map(tl.constexpr, cells.WIDTHS)
+
+
+JOINED = 1024  # pieces whose sums are on their way at once
 
 
 class Rule(NamedTuple):
@@ -143,11 +147,10 @@ def totals(
 
 
 @triton.jit
-def measure_cells(
-    row, number, data, aligned, rule, TILE: tl.constexpr, WIDTH: tl.constexpr, STATISTIC: tl.constexpr
-):  # fmt: skip
-    """Alphas of the cells of a program, TILE / WIDTH at a time."""
-    ROWS: tl.constexpr = TILE // WIDTH
+def measure_cells(row, number, data, aligned, rule, WIDTH: tl.constexpr, config: tl.constexpr):
+    """Alphas of the cells of a program, tile / WIDTH at a time."""
+    ROWS: tl.constexpr = config.tile // WIDTH
+    STATISTIC: tl.constexpr = config.variant
     alpha = tl.cast(entry(row, "ALPHA"), tl.pointer_type(tl.float32))
     length, pack = entry(row, "LENGTH"), entry(row, "PACK")
     last = tl.minimum((number + 1) * pack, entry(row, "CELLS"))
@@ -162,36 +165,39 @@ def measure_cells(
 
 
 @triton.jit
-def measure_kernel(
-    table, owner, partial, factor, add, least, SPAN: tl.constexpr, TILE: tl.constexpr, DATA_T: tl.constexpr,
-    STATISTIC: tl.constexpr,
-):  # fmt: skip
-    """max(factor * (statistic + add), least) of whole cells; what a piece of a long one comes to."""
-    pid = tl.program_id(0)
-    row = table + tl.load(owner + pid).to(tl.int64) * COLUMNS
-    number, pieces, aligned = pid - entry(row, "FIRST"), entry(row, "PIECES"), entry(row, "ALIGNED") != 0
-    data = tl.cast(entry(row, "DATA"), tl.pointer_type(DATA_T))
-    rule, width = Rule(factor, add, least), entry(row, "WIDTH")
-    if pieces > 1:
-        length, cell = entry(row, "LENGTH"), number // pieces
-        begin = (number - cell * pieces) * SPAN
-        one = tl.arange(0, 1)
-        count = tl.minimum(length - begin, SPAN).to(tl.int32)
-        total = totals(data, cell * length + begin + one, one == 0, count, aligned, 1, WIDE, STATISTIC)
-        tl.store(partial + pid + one, total)
-    elif width == WIDE:
-        measure_cells(row, number, data, aligned, rule, TILE, WIDE, STATISTIC)
-    elif width == MIDDLE:
-        measure_cells(row, number, data, aligned, rule, TILE, MIDDLE, STATISTIC)
-    else:
-        measure_cells(row, number, data, aligned, rule, TILE, NARROW, STATISTIC)
+def row_of(table, owner, program):
+    return table + tl.load(owner + program).to(tl.int64) * COLUMNS
 
 
 @triton.jit
-def join_kernel(table, owner, partial, factor, add, least, BLOCK: tl.constexpr, STATISTIC: tl.constexpr):
+def measure_kernel(table, owner, partial, rule, config: tl.constexpr):
+    """max(factor * (statistic + add), least) of whole cells; what a piece of a long one comes to."""
+    pid = tl.program_id(0)
+    row = row_of(table, owner, pid)
+    number, pieces, aligned = pid - entry(row, "FIRST"), entry(row, "PIECES"), entry(row, "ALIGNED") != 0
+    data = tl.cast(entry(row, "DATA"), tl.pointer_type(config.latent))
+    STATISTIC: tl.constexpr = config.variant
+    width = entry(row, "WIDTH")
+    if pieces > 1:
+        length, cell = entry(row, "LENGTH"), number // pieces
+        begin = (number - cell * pieces) * PIECE
+        one = tl.arange(0, 1)
+        count = tl.minimum(length - begin, PIECE).to(tl.int32)
+        total = totals(data, cell * length + begin + one, one == 0, count, aligned, 1, WIDE, STATISTIC)
+        tl.store(partial + pid + one, total)
+    elif width == WIDE:
+        measure_cells(row, number, data, aligned, rule, WIDE, config)
+    elif width == MIDDLE:
+        measure_cells(row, number, data, aligned, rule, MIDDLE, config)
+    else:
+        measure_cells(row, number, data, aligned, rule, NARROW, config)
+
+
+@triton.jit
+def join_kernel(table, owner, partial, rule, BLOCK: tl.constexpr, STATISTIC: tl.constexpr):
     """The alpha of a cell in pieces, joined in a fixed order."""
     pid = tl.program_id(0)
-    row = table + tl.load(owner + pid).to(tl.int64) * COLUMNS
+    row = row_of(table, owner, pid)
     pieces, cell = entry(row, "PIECES"), pid - entry(row, "SECOND")
     acc = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(0, pieces, BLOCK):
@@ -199,7 +205,7 @@ def join_kernel(table, owner, partial, factor, add, least, BLOCK: tl.constexpr, 
         at = partial + entry(row, "FIRST") + cell * pieces + offs
         acc = joined(acc, tl.load(at, mask=offs < pieces, other=0.0), STATISTIC)
     alpha = tl.cast(entry(row, "ALPHA"), tl.pointer_type(tl.float32)) + cell
-    total, rule = joined_along(acc, STATISTIC), Rule(factor, add, least)
+    total = joined_along(acc, STATISTIC)
     write_alphas(alpha, True, total, entry(row, "LENGTH"), rule, STATISTIC)
 
 
@@ -208,12 +214,6 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
     device, p = tensors[0].device, cells.plan(tensors, alphas)
     partial = torch.empty(max(p.programs if p.seconds else 0, 1), dtype=torch.float64, device=device)
     statistic, *numbers = measure
-    rule = [rounded(x) for x in numbers]
-    launch(
-        measure_kernel, p.programs, device, p.table, p.owner, partial, *rule, SPAN=SPAN, TILE=TILE,
-        DATA_T=DTYPES[tensors[0].dtype], STATISTIC=statistic,
-    )  # fmt: skip
-    launch(
-        join_kernel, p.seconds, device, p.table, p.second, partial, *rule, BLOCK=1024,
-        STATISTIC=statistic,
-    )  # fmt: skip
+    rule, config = Rule(*map(rounded, numbers)), Config(latent=dtype_of(tensors), variant=statistic)
+    launch(measure_kernel, p.programs, device, p.table, p.owner, partial, rule, config)
+    launch(join_kernel, p.seconds, device, p.table, p.second, partial, rule, BLOCK=JOINED, STATISTIC=statistic)

@@ -8,52 +8,35 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec.call import Draw
-from ..plans import plan
-from .elements import element_noise, store_tile, tile_noise
-from .launch import TILE, launch, named, noise_scale, rounded
-from .tables import (
-    chunk_numbers,
-    chunks_from,
-    element_numbers,
-    entry,
-    layout_of,
-    left_in_tile,
-    names_of,
-    pointer,
-    program_row,
-    tiled_part,
-)
+from ..gpu.plans import plan
+from . import program
+from .launch import config_of, draw_of, launch, noise_scale, rounded
 
 
-@triton.jit(do_not_specialize=["seed", "step", "direction"])
-def noise_kernel(
-    table, owner, seed, step, direction, scale, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    DIST: tl.constexpr, SHARD: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def write_noise(out, turn, p, names, direction, scale, config: tl.constexpr):
+    m = program.noise_of(turn, p, names, direction, config)
+    program.store(out, turn, m * scale, config)
+
+
+@triton.jit(do_not_specialize=["draw", "direction"])
+def noise_kernel(table, owner, draw, direction, scale, config: tl.constexpr):
     """u = C m into PLUS, float32."""
-    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
-    names = names_of(seed, step, entry(row, "TENSOR_ID"))
-    out = pointer(row, "PLUS", tl.float32)
-    layout = layout_of(row, SHARD)
-    tiled = tiled_part(begin, end, fast)
-    for start in tl.range(0, tiled, TILE):
-        left = left_in_tile(start, tiled, TILE)
-        chunk = chunk_numbers(chunks_from(begin, start, TILE), layout, SHARD)
-        m0, m1 = tile_noise(chunk, names, direction, TILE, DIST)
-        store_tile(out, begin, start, m0 * scale, m1 * scale, left, TILE, ALIGNED)
-    SUB: tl.constexpr = TILE // 8
-    for start in tl.range(tl.maximum(begin, fast), end, SUB):
-        j = start + tl.arange(0, SUB)
-        m = element_noise(element_numbers(j, row), names, direction, DIST)
-        tl.store(out + j, m * scale, mask=j < end)
+    p = program.read(program.own_span(table, owner), 1.0, config)
+    names = program.names_of(draw, program.entry(p.row, "TENSOR_ID"))
+    out = program.pointer(p.row, "PLUS", tl.float32)
+    for start in tl.range(0, p.tiled, config.tile):
+        write_noise(out, program.tile_at(p, start, config), p, names, direction, scale, config)
+    REST: tl.constexpr = program.for_elements(config)
+    for start in tl.range(p.rest, p.end, config.tile // 8):
+        write_noise(out, program.elements_at(p, start), p, names, direction, scale, REST)
 
 
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, dtype=torch.float32, device=device)
     p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
-    launch(
-        noise_kernel, p.programs, device, p.table, p.owner, *named(draw), direction, rounded(noise_scale(draw)),
-        TILE=TILE, ALIGNED=p.aligned, DIST=draw.distribution, SHARD=p.shard,
-    )  # fmt: skip
+    config = config_of(p, distribution=draw.distribution)
+    scale = rounded(noise_scale(draw.distribution))
+    launch(noise_kernel, p.programs, device, p.table, p.owner, draw_of(draw), direction, scale, config)
     return out

@@ -7,53 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plans import plan
-from .elements import load_tile
-from .launch import DTYPES, TILE, Tensors, launch
-from .tables import (
-    chunk_delta,
-    chunks_from,
-    element_delta,
-    entry,
-    left_in_tile,
-    pointer,
-    program_row,
-    tiled_part,
-)
+from ..gpu.plans import plan
+from . import program
+from .launch import Tensors, config_of, launch
 
 SUM_BLOCK, SUM_WARPS = 8192, 16  # of the program that adds what the others leave
 
 
 @triton.jit
-def sumsq_kernel(
-    table, owner, partial, r, TILE: tl.constexpr, ALIGNED: tl.constexpr, GRAD_T: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
-):  # fmt: skip
+def sumsq_kernel(table, owner, partial, r, config: tl.constexpr):
     """Sum of (delta g)^2 of a program's elements: 8 squares in float32, the rest in float64."""
-    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
-    grad = pointer(row, "GRAD", GRAD_T)
-    alpha = pointer(row, "ALPHA", tl.float32)
-    if PER_TENSOR:
-        delta = tl.load(alpha) * r
-    else:
-        length, chunks = entry(row, "SCALE_DIVISOR"), (fast >> 3).to(tl.uint32)
-    acc = tl.zeros([TILE // 8], tl.float64)
-    tiled = tiled_part(begin, end, fast)
-    for start in tl.range(0, tiled, TILE):
-        left = left_in_tile(start, tiled, TILE)
-        g0, g1 = load_tile(grad, begin, start, left, TILE, ALIGNED, 0.0)
-        if not PER_TENSOR:
-            delta = chunk_delta(alpha, chunks_from(begin, start, TILE), length, r, chunks)[:, None]
-        h = tl.join(g0, g1).reshape([TILE // 8, 8]) * delta
+    p = program.read(program.own_span(table, owner), r, config)
+    grad = program.pointer(p.row, "GRAD", config.grad)
+    CHUNKS: tl.constexpr = config.tile // 8
+    acc = tl.zeros([CHUNKS], tl.float64)
+    for start in tl.range(0, p.tiled, config.tile):
+        turn = program.tile_at(p, start, config)
+        h = program.load(grad, turn, config, 0.0) * program.delta_of(turn, p, r, config)
+        h = h.reshape([CHUNKS, 8])
         acc += tl.sum(h * h, axis=1).to(tl.float64)
-    SUB: tl.constexpr = TILE // 8
-    tail = tl.zeros([SUB], tl.float64)
-    for start in tl.range(tl.maximum(begin, fast), end, SUB):
-        j = start + tl.arange(0, SUB)
-        g = tl.load(grad + j, mask=j < end, other=0.0).to(tl.float32)
-        h = (g * element_delta(alpha, j, row, r, j < end)).to(tl.float64)
-        tail += h * h
-    tl.store(partial + tl.program_id(0), tl.sum(acc, 0) + tl.sum(tail, 0))
+    rest = tl.zeros([CHUNKS], tl.float64)
+    REST: tl.constexpr = program.for_elements(config)
+    for start in tl.range(p.rest, p.end, CHUNKS):
+        turn = program.elements_at(p, start)
+        h = (program.load(grad, turn, REST) * program.delta_of(turn, p, r, REST)).to(tl.float64)
+        rest += h * h
+    tl.store(partial + tl.program_id(0), tl.sum(acc, 0) + tl.sum(rest, 0))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -78,9 +57,7 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
     p = plan(grads, grads=grads, alphas=alphas)
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
     out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
-    launch(
-        sumsq_kernel, p.programs, device, p.table, p.owner, partial, float(r), TILE=TILE, ALIGNED=p.aligned,
-        GRAD_T=DTYPES[grads[0].dtype], PER_TENSOR=p.per_tensor,
-    )  # fmt: skip
+    config = config_of(p, grads=grads)
+    launch(sumsq_kernel, p.programs, device, p.table, p.owner, partial, float(r), config)
     launch(sum_kernel, 1, device, partial, p.programs, out, BLOCK=SUM_BLOCK, ROOT=root, num_warps=SUM_WARPS)
     return out

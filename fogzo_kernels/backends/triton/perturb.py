@@ -2,131 +2,88 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.call import Draw, Mix
-from ..plans import plan
-from .elements import (
-    Grid,
-    convert,
-    direction_sign,
-    element_noise,
-    fma,
-    load_tile,
-    output_of,
-    per_pair,
-    position,
-    scale_of,
-    scale_per_pair,
-    store_tile,
-    tile_noise,
-)
-from .hadamard import rotated_halves
-from .launch import DTYPES, TILE, Tensors, grid_of, launch, mixed, named, rounded
-from .tables import (
-    chunk_delta,
-    chunk_numbers,
-    chunks_from,
-    element_delta,
-    element_numbers,
-    entry,
-    guide_scale,
-    layout_of,
-    left_in_tile,
-    mixing,
-    names_of,
-    pointer,
-    program_row,
-    tiled_part,
-)
+from ..gpu.plans import plan
+from . import program
+from .elements import direction_sign, fma, output_of, position
+from .hadamard import rotated
+from .launch import Tensors, config_of, draw_of, grid_of, launch, mix_of, noise_fields, rounded
 
 #: The most of a thread, by the outputs' dtype: ptxas, left alone, spills some to reach fewer.
 REGISTERS = {torch.int8: 80}
 
 
-def registers_of(out: torch.dtype, block: int) -> int | None:
-    """The most of a thread. A tile's larger blocks of the transform need more."""
-    return (128 if block <= 256 else 200) if block else REGISTERS.get(out)
+class Pass(NamedTuple):
+    """What a program needs beside its elements."""
+
+    latent: Any  # pointers
+    grad: Any
+    plus: Any
+    minus: Any
+    names: Any
+    direction: Any
+    a: Any  # v = fma(a delta, g, b m)
+    b: Any
+    eps: Any
+    grid: Any
 
 
-@triton.jit(do_not_specialize=["seed", "step", "direction"])
-def perturb_kernel(
-    table, owner, seed, step, one_minus_beta, norm, direction, sqrt_beta, noise_scale, eps, offset,
-    qmin, qmax, r, TILE: tl.constexpr, ALIGNED: tl.constexpr, DIST: tl.constexpr,
-    NOISE_SCALE: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
-    WRITE_PLUS: tl.constexpr, WRITE_MINUS: tl.constexpr, PER_TENSOR: tl.constexpr,
-    SHARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS, v = fma(a delta, g, b m).
+@triton.jit
+def probe(theta, g, m, eps, s, scale, config: tl.constexpr):
+    """Q(w + eps v), v = fma(a delta, g, b m).
 
-    With a transform, BLOCK > 0: v = b m, and theta moves along g by +-eps a delta^2 before it is rotated.
+    With a transform v = b m, and theta moves along g by eps a delta^2 before it is rotated.
     """
-    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
-    grid = Grid(offset, qmin, qmax, r)
-    names = names_of(seed, step, entry(row, "TENSOR_ID"))
-    guide, b = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
-    a = guide_scale(norm, guide, direction_sign(names, direction))
-    latent, grad = pointer(row, "LATENT", LATENT_T), pointer(row, "GRAD", GRAD_T)
-    plus, minus = pointer(row, "PLUS", OUT_T), pointer(row, "MINUS", OUT_T)
-    alpha = pointer(row, "ALPHA", tl.float32)
-    if PER_TENSOR:
-        delta = tl.load(alpha) * r
-        scale, gam = scale_of(delta, grid), a * delta
+    gam = s.a * scale.delta
+    if config.block:
+        theta = rotated(fma(g, eps * gam * scale.delta, theta), config)
+        v = m * s.b
     else:
-        length, chunks = entry(row, "SCALE_DIVISOR"), (fast >> 3).to(tl.uint32)
-    layout = layout_of(row, SHARD)
-    tiled = tiled_part(begin, end, fast)
-    for start in tl.range(0, tiled, TILE):
-        left = left_in_tile(start, tiled, TILE)
-        g0, g1 = load_tile(grad, begin, start, left, TILE, ALIGNED)
-        t0, t1 = load_tile(latent, begin, start, left, TILE, ALIGNED)
-        local = chunks_from(begin, start, TILE)
-        m0, m1 = tile_noise(chunk_numbers(local, layout, SHARD), names, direction, TILE, DIST)
-        if not PER_TENSOR:
-            delta = chunk_delta(alpha, local, length, r, chunks)
-            scale, gam = scale_per_pair(scale_of(delta, grid), TILE), per_pair(a * delta, TILE)
-        if BLOCK:
-            v0, v1 = m0 * b, m1 * b
-        else:
-            v0, v1 = fma(g0, gam, m0 * b), fma(g1, gam, m1 * b)
-            z0, z1 = position(t0, scale, grid), position(t1, scale, grid)
-        if WRITE_PLUS:
-            if BLOCK:
-                along = eps * gam * scale.delta
-                z0, z1 = rotated_halves(fma(g0, along, t0), fma(g1, along, t1), BLOCK, TILE)
-                z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
-            q0 = output_of(fma(v0, eps, z0), scale, grid, OUT_T)
-            q1 = output_of(fma(v1, eps, z1), scale, grid, OUT_T)
-            store_tile(plus, begin, start, q0, q1, left, TILE, ALIGNED)
-        if WRITE_MINUS:
-            if BLOCK:
-                along = -eps * gam * scale.delta
-                z0, z1 = rotated_halves(fma(g0, along, t0), fma(g1, along, t1), BLOCK, TILE)
-                z0, z1 = position(z0, scale, grid), position(z1, scale, grid)
-            q0 = output_of(fma(v0, -eps, z0), scale, grid, OUT_T)
-            q1 = output_of(fma(v1, -eps, z1), scale, grid, OUT_T)
-            store_tile(minus, begin, start, q0, q1, left, TILE, ALIGNED)
+        v = fma(g, gam, m * s.b)
+    return output_of(fma(v, eps, position(theta, scale, s.grid)), scale, s.grid, config.out)
+
+
+@triton.jit
+def write_probes(turn, p, s, config: tl.constexpr):
+    """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS."""
+    g, theta = program.load(s.grad, turn, config), program.load(s.latent, turn, config)
+    m = program.noise_of(turn, p, s.names, s.direction, config)
+    scale = program.scale_of(turn, p, s.grid, config)
+    if config.plus:
+        program.store(s.plus, turn, probe(theta, g, m, s.eps, s, scale, config), config)
+    if config.minus:
+        program.store(s.minus, turn, probe(theta, g, m, -s.eps, s, scale, config), config)
+
+
+@triton.jit(do_not_specialize=["draw", "direction"])
+def perturb_kernel(table, owner, draw, mix, direction, eps, grid, config: tl.constexpr):
+    row, begin, end = program.own_span(table, owner)
+    names = program.names_of(draw, program.entry(row, "TENSOR_ID"))
+    sqrt_beta, b = program.mixing(mix, config)
+    a = program.guide_scale(mix[0], sqrt_beta, direction_sign(names, direction))
+    latent, grad = program.pointer(row, "LATENT", config.latent), program.pointer(row, "GRAD", config.grad)
+    plus, minus = program.pointer(row, "PLUS", config.out), program.pointer(row, "MINUS", config.out)
+    p = program.read((row, begin, end), grid.r, config)
+    s = Pass(latent, grad, plus, minus, names, direction, a, b, eps, grid)
+    for start in tl.range(0, p.tiled, config.tile):
+        write_probes(program.tile_at(p, start, config), p, s, config)
     # read again, so that no registers are kept over the loop
-    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
-    SUB: tl.constexpr = TILE // 8  # without a transform: all elements of one with it go by tiles
-    for start in tl.range(tl.maximum(begin, fast), end, SUB):
-        j = start + tl.arange(0, SUB)
-        mask = j < end
-        d = element_delta(alpha, j, row, r, mask)
-        m = element_noise(element_numbers(j, row), names, direction, DIST)
-        g = tl.load(grad + j, mask=mask, other=0.0).to(tl.float32)
-        theta = tl.load(latent + j, mask=mask, other=0.0).to(tl.float32)
-        one = scale_of(d, grid)
-        v, z = fma(g, a * d, m * b), position(theta, one, grid)
-        if WRITE_PLUS:
-            q = output_of(fma(v, eps, z), one, grid, OUT_T)
-            tl.store(plus + j, convert(q, OUT_T), mask=mask)
-        if WRITE_MINUS:
-            q = output_of(fma(v, -eps, z), one, grid, OUT_T)
-            tl.store(minus + j, convert(q, OUT_T), mask=mask)
+    p = program.read(program.own_span(table, owner), grid.r, config)
+    REST: tl.constexpr = program.for_elements(config)
+    for start in tl.range(p.rest, p.end, config.tile // 8):
+        write_probes(program.elements_at(p, start), p, s, REST)
+
+
+def registers_of(out: torch.dtype | None, block: int) -> int | None:
+    """The most of a thread. A tile's larger blocks of the transform need more."""
+    return (128 if block <= 256 else 200) if block else REGISTERS.get(out) if out else None
 
 
 def perturb_quantize_(
@@ -140,11 +97,9 @@ def perturb_quantize_(
         latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
         tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    out = (plus or minus)[0].dtype
-    launch(
-        perturb_kernel, p.programs, mix.norm.device, p.table, p.owner, *named(draw), direction=direction,
-        **mixed(draw, mix), eps=rounded(mix.epsilon), **grid_of(grid), TILE=TILE, ALIGNED=p.aligned,
-        DIST=draw.distribution, LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
-        OUT_T=DTYPES[out], WRITE_PLUS=bool(plus), WRITE_MINUS=bool(minus), PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, BLOCK=block, maxnreg=registers_of(out, block),
-    )  # fmt: skip
+    out = plus or minus
+    probes = {"plus": bool(plus), "minus": bool(minus)}
+    config = config_of(p, latents, grads, out, block, **probes, **noise_fields(draw))
+    args = draw_of(draw), mix_of(draw, mix), direction, rounded(mix.epsilon), grid_of(grid), config
+    registers = registers_of(out[0].dtype, block)
+    launch(perturb_kernel, p.programs, mix.norm.device, p.table, p.owner, *args, maxnreg=registers)

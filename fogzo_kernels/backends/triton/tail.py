@@ -15,49 +15,25 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.call import Draw, Losses, Mix, Update
-from ...spec.update import VARIANTS, UpdateRule
-from ..plans import bits, plan
-from .elements import (
-    Grid,
-    convert,
-    element_sum,
-    fma,
-    load_tile,
-    output_of,
-    position,
-    product,
-    scale_of,
-    scale_per_pair,
-    store_tile,
-    tile_sum,
-)
-from .hadamard import rotated_halves
+from ...spec.update import UpdateRule
+from ..gpu.plans import bits, plan
+from . import program
+from .elements import convert, fma, product, quantized
+from .hadamard import rotated
 from .launch import (
-    DTYPES,
+    Config,
     Tensors,
     bits_or_device,
+    config_of,
+    draw_of,
     grid_of,
     host_or_device,
     launch,
-    named,
+    mix_of,
+    noise_fields,
     rounded,
 )
-from .losses import count_bad_alphas, loss_arguments, read_losses
-from .tables import (
-    chunk_delta,
-    chunk_numbers,
-    chunks_from,
-    element_delta,
-    element_numbers,
-    entry,
-    layout_of,
-    left_in_tile,
-    mixing,
-    names_of,
-    pointer,
-    program_row,
-    tiled_part,
-)
+from .losses import count_bad_alphas, losses_of, read_losses
 
 TILE = 1024  # elements per loop iteration, which holds twice as many arrays as those of the other ops
 REGISTERS = 96  # the most of a thread: ptxas, left alone, spills some to reach fewer
@@ -65,15 +41,11 @@ REGISTERS = 96  # the most of a thread: ptxas, left alone, spills some to reach 
 #: The coefficients' places: A, 1 if the directions count, 1 if the step is skipped, the optimizer's
 #: scalars, then the B_i.
 A_AT, NOISE_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, B_AT = (tl.constexpr(i) for i in range(7))
-STATES = tl.constexpr(dict(VARIANTS))  # whose value is part of a compiled kernel's key
 
 
-class Scalars(NamedTuple):
-    """Of the optimizer, float32; for SGD ``decay`` is keep."""
+class Numbers(NamedTuple):
+    """The optimizer's numbers that a step needs beside the coefficients, float32."""
 
-    size: Any
-    decay: Any
-    root: Any
     first_weight: Any
     second_weight: Any
     second_decay: Any
@@ -82,29 +54,26 @@ class Scalars(NamedTuple):
     momentum: Any
 
 
-class Arrays(NamedTuple):
-    """Pointers; ``weight`` is the master copy, or else the latent."""
+class Pass(NamedTuple):
+    """What a program needs beside its elements."""
 
-    latent: Any
+    latent: Any  # pointers
     grad: Any
-    weight: Any
-    first: Any
+    weight: Any  # the master copy, or else the latent
+    first: Any  # the optimizer's state
     second: Any
-    alpha: Any
-
-
-class Tail(NamedTuple):
-    """What is the same for all elements of a program."""
-
+    out: Any
     names: Any
-    coef: Any
+    B: Any
     A: Any
     noisy: Any  # whether the directions count
     directions: Any  # 0 unless they do
-    quantized: Any  # whether the tensor is
     skip: Any  # whether the step is skipped
+    size: Any  # float32; for SGD ``decay`` is keep
+    decay: Any
+    root: Any
+    numbers: Any
     grid: Any
-    scalars: Any
 
 
 # ---- coefficients
@@ -119,31 +88,16 @@ def float64_of(x):
         return x.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@triton.jit
-def integer_of(x):
-    if x.dtype.is_ptr():
-        return tl.load(x)
-    else:
-        return x.to(tl.int64)
-
-
-@triton.jit(
-    do_not_specialize=["seed", "step", "n", "lr", "count", "decay_rate", "log_beta1", "log_beta2", "keep"]
-)
-def update_coefficients_kernel(
-    coef, counters, seed, step, one_minus_beta, norm, losses_plus, losses_minus, n, sqrt_beta,
-    noise_scale, half_inv_eps, lr, count, decay_rate, log_beta1, log_beta2, keep,
-    NOISE_SCALE: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
-    """One program. log_beta1, log_beta2, decay_rate (of weights) and keep = 1 - dampening: bits."""
-    mixture = mixing(one_minus_beta, sqrt_beta, noise_scale, NOISE_SCALE)
-    A, lost, norm_lost = read_losses(
-        coef + B_AT, counters, seed, step, mixture, norm, losses_plus, losses_minus, n, half_inv_eps
-    )
+@triton.jit(do_not_specialize=["draw", "losses", "optimizer"])
+def update_coefficients_kernel(coef, counters, draw, mix, losses, optimizer, config: tl.constexpr):
+    """One program."""
+    A, lost, norm_lost = read_losses(coef + B_AT, counters, draw, mix, losses, config)
     tl.store(coef + A_AT, tl.where(lost, 1.0, A))
     tl.store(coef + NOISE_AT, tl.where(lost, 0.0, 1.0))
     tl.store(coef + SKIP_AT, tl.where(norm_lost, 1.0, 0.0))
-    rate, t = float64_of(lr), integer_of(count)
+    lr, count, decay_rate, log_beta1, log_beta2, keep = optimizer
+    RULE: tl.constexpr = config.variant
+    rate, t = float64_of(lr), program.scalar(count).to(tl.int64)
     if RULE == "adamw":
         size = rate / (1.0 - tl.exp(t.to(tl.float64) * float64_of(log_beta1)))
         root = 1.0 / tl.sqrt(1.0 - tl.exp(t.to(tl.float64) * float64_of(log_beta2)))
@@ -157,181 +111,97 @@ def update_coefficients_kernel(
         tl.static_assert(False, f"no code for rule {RULE}")
 
 
-# ---- one step of an element
+# ---- the pass
 
 
 @triton.jit
-def stepped(theta, G, first, second, u, RULE: tl.constexpr):
+def stepped(theta, G, first, second, s, config: tl.constexpr):
     """theta and its state after the step (contract section 4)."""
+    RULE: tl.constexpr = config.variant
+    u = s.numbers
     if RULE == "adamw":
         first = fma(G - first, u.first_weight, first)
         second = fma(G * u.second_weight, G, second * u.second_decay)
-        ratio = tl.div_rn(first, fma(tl.sqrt_rn(second), u.root, u.eps))
-        return fma(ratio, -u.size, theta * u.decay), first, second
+        ratio = tl.div_rn(first, fma(tl.sqrt_rn(second), s.root, u.eps))
+        return fma(ratio, -s.size, theta * s.decay), first, second
     elif RULE == "sgd":
-        return fma(fma(theta, u.weight_decay, G), -u.size, theta), first, second
+        return fma(fma(theta, u.weight_decay, G), -s.size, theta), first, second
     elif RULE == "momentum":
-        first = fma(fma(theta, u.weight_decay, G), u.decay, first * u.momentum)
-        return fma(first, -u.size, theta), first, second
+        first = fma(fma(theta, u.weight_decay, G), s.decay, first * u.momentum)
+        return fma(first, -s.size, theta), first, second
     elif RULE == "nesterov":
         d = fma(theta, u.weight_decay, G)
-        first = fma(d, u.decay, first * u.momentum)
-        return fma(fma(first, u.momentum, d), -u.size, theta), first, second
+        first = fma(d, s.decay, first * u.momentum)
+        return fma(fma(first, u.momentum, d), -s.size, theta), first, second
     else:
         tl.static_assert(False, f"no code for rule {RULE}")
 
 
 @triton.jit
-def next_latent(theta, stored, tail, LATENT_T: tl.constexpr):
-    """The latent as it is stored: ``stored`` itself in a skipped step."""
-    return tl.where(tail.skip, stored, convert(theta, LATENT_T).to(tl.float32))
+def update(turn, p, s, config: tl.constexpr):
+    """G, then the optimizer's step in place, then Q(theta)."""
+    written = program.turn_if(s.skip == 0, turn, config)
+    g, theta = program.load(s.grad, turn, config), program.load(s.weight, turn, config)
+    m, v = theta, theta
+    if config.states >= 1:
+        m = program.load(s.first, turn, config)
+    if config.states == 2:
+        v = program.load(s.second, turn, config)
+    total = program.noise_sum(g, turn, p, s.names, s.B, s.directions, config)
+    scale = program.scale_of(turn, p, s.grid, config)
+    total = product(total, scale.inv, config.block)
+    total = rotated(total, config)
+    G = tl.where(s.noisy, fma(g, s.A, total), g)
+    new, m, v = stepped(theta, G, m, v, s, config)
+    if config.out is not None:
+        stored = theta
+        if config.master:  # a skipped step leaves the latent, which may differ from its master
+            stored = program.load(s.latent, program.turn_if(s.skip, turn, config), config)
+        latent = tl.where(s.skip, stored, convert(new, config.latent).to(tl.float32))
+        latent = rotated(latent, config)
+        q = quantized(latent, scale, s.grid, config.out)
+        program.store(s.out, program.turn_if(p.has_alpha, turn, config), q, config)
+    program.store(s.weight, written, new, config)
+    if config.master:
+        program.store(s.latent, written, new, config)
+    if config.states >= 1:
+        program.store(s.first, written, m, config)
+    if config.states == 2:
+        program.store(s.second, written, v, config)
 
 
 @triton.jit
-def quantized_of(latent, scale, grid, OUT_T: tl.constexpr):
-    return output_of(position(latent, scale, grid), scale, grid, OUT_T)
-
-
-# ---- the pass
-
-
-@triton.constexpr_function
-def states_of(rule):
-    """How many lists of state the rule has."""
-    return STATES.value[rule]
-
-
-@triton.jit
-def arrays_of(row, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, MASTER: tl.constexpr):
-    latent = pointer(row, "LATENT", LATENT_T)
-    if MASTER:
-        weight = pointer(row, "MINUS", tl.float32)
-    else:
-        weight = latent
-    first, second = pointer(row, "STATE_1", tl.float32), pointer(row, "STATE_2", tl.float32)
-    alpha = pointer(row, "ALPHA", tl.float32)
-    return Arrays(latent, pointer(row, "GRAD", GRAD_T), weight, first, second, alpha)
-
-
-@triton.jit
-def tail_of(names, coef, n, quantized, grid, rest):
-    """``rest``: the optimizer's scalars that do not come from the coefficients."""
-    noisy = quantized & (tl.load(coef + NOISE_AT) != 0)
-    skip = tl.load(coef + SKIP_AT) != 0
-    A = tl.where(noisy, tl.load(coef + A_AT), 1.0)
+def pass_of(p, draw, coef, n, numbers, grid, config: tl.constexpr):
+    names = program.names_of(draw, program.entry(p.row, "TENSOR_ID"))
+    latent, grad = program.pointer(p.row, "LATENT", config.latent), program.pointer(p.row, "GRAD", config.grad)
+    first, second = program.pointer(p.row, "STATE_1", tl.float32), program.pointer(p.row, "STATE_2", tl.float32)
+    weight, out = latent, latent
+    if config.master:
+        weight = program.pointer(p.row, "MINUS", tl.float32)
+    if config.out is not None:
+        out = program.pointer(p.row, "PLUS", config.out)
+    noisy, skip = p.has_alpha & (tl.load(coef + NOISE_AT) != 0), tl.load(coef + SKIP_AT) != 0
+    A, directions = tl.where(noisy, tl.load(coef + A_AT), 1.0), tl.where(noisy, n, 0)
     size, decay, root = tl.load(coef + SIZE_AT), tl.load(coef + DECAY_AT), tl.load(coef + ROOT_AT)
-    first_weight, second_weight, second_decay, eps, weight_decay, momentum = rest
-    scalars = Scalars(size, decay, root, first_weight, second_weight, second_decay, eps, weight_decay, momentum)
-    return Tail(names, coef, A, noisy, tl.where(noisy, n, 0), quantized, skip, grid, scalars)
+    arrays = latent, grad, weight, first, second, out
+    return Pass(*arrays, names, coef + B_AT, A, noisy, directions, skip, size, decay, root, numbers, grid)
 
 
-@triton.jit
-def update_rest(
-    row, begin, end, tail, SUB: tl.constexpr, DIST: tl.constexpr, LATENT_T: tl.constexpr,
-    GRAD_T: tl.constexpr, OUT_T: tl.constexpr, MASTER: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
-    """The pass, element by element, without a transform: all elements of a tensor with it go by tiles."""
-    THETA_T: tl.constexpr = tl.float32 if MASTER else LATENT_T
-    p = arrays_of(row, LATENT_T, GRAD_T, MASTER)
-    for start in tl.range(begin, end, SUB):
-        j = start + tl.arange(0, SUB)
-        mask = j < end
-        write = mask & (tail.skip == 0)
-        g = tl.load(p.grad + j, mask=mask, other=0.0).to(tl.float32)
-        theta = tl.load(p.weight + j, mask=mask, other=0.0).to(tl.float32)
-        m, v = theta, theta
-        if states_of(RULE) >= 1:
-            m = tl.load(p.first + j, mask=mask, other=0.0)
-        if states_of(RULE) == 2:
-            v = tl.load(p.second + j, mask=mask, other=0.0)
-        acc = element_sum(element_numbers(j, row), tail.names, tail.coef + B_AT, tail.directions, DIST)
-        delta = element_delta(p.alpha, j, row, tail.grid.r, mask & tail.quantized)
-        scale = scale_of(delta, tail.grid)
-        G = tl.where(tail.noisy, fma(g, tail.A, acc * scale.inv), g)
-        new, m, v = stepped(theta, G, m, v, tail.scalars, RULE)
-        if OUT_T is not None:
-            stored = theta
-            if MASTER:
-                stored = tl.load(p.latent + j, mask=mask & (tail.skip != 0), other=0.0).to(tl.float32)
-            latent = next_latent(new, stored, tail, LATENT_T)
-            q = quantized_of(latent, scale, tail.grid, OUT_T)
-            tl.store(pointer(row, "PLUS", OUT_T) + j, convert(q, OUT_T), mask=mask & tail.quantized)
-        tl.store(p.weight + j, convert(new, THETA_T), mask=write)
-        if MASTER:
-            tl.store(p.latent + j, convert(new, LATENT_T), mask=write)
-        if states_of(RULE) >= 1:
-            tl.store(p.first + j, m, mask=write)
-        if states_of(RULE) == 2:
-            tl.store(p.second + j, v, mask=write)
-
-
-@triton.jit(do_not_specialize=["seed", "step", "n"])
-def update_kernel(
-    table, owner, counters, seed, step, coef, n, offset, qmin, qmax, r, first_weight, second_weight,
-    second_decay, eps, weight_decay, momentum, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    DIST: tl.constexpr, LATENT_T: tl.constexpr, GRAD_T: tl.constexpr, OUT_T: tl.constexpr,
-    MASTER: tl.constexpr, RULE: tl.constexpr, PER_TENSOR: tl.constexpr, SHARD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """G, then the optimizer's step in place, then Q(theta) into PLUS unless OUT_T is None."""
-    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
-    names = names_of(seed, step, entry(row, "TENSOR_ID"))
-    p = arrays_of(row, LATENT_T, GRAD_T, MASTER)
-    quantized = entry(row, "ALPHA") != 0
-    grid = Grid(offset, qmin, qmax, r)
-    rest = first_weight, second_weight, second_decay, eps, weight_decay, momentum
-    tail = tail_of(names, coef, n, quantized, grid, rest)
-    if PER_TENSOR:
-        scale = scale_of(tl.load(p.alpha, mask=quantized, other=1.0) * r, grid)
-    else:
-        length = entry(row, "SCALE_DIVISOR")
-        chunks = tl.where(quantized, fast >> 3, 0).to(tl.uint32)
-    layout = layout_of(row, SHARD)
-    tiled = tiled_part(begin, end, fast)
-    for start in tl.range(0, tiled, TILE):
-        left = left_in_tile(start, tiled, TILE)
-        written = tl.multiple_of(tl.where(tail.skip, 0, left), 8)
-        g0, g1 = load_tile(p.grad, begin, start, left, TILE, ALIGNED)
-        t0, t1 = load_tile(p.weight, begin, start, left, TILE, ALIGNED)
-        m0, m1, v0, v1 = t0, t1, t0, t1
-        if states_of(RULE) >= 1:
-            m0, m1 = load_tile(p.first, begin, start, left, TILE, ALIGNED)
-        if states_of(RULE) == 2:
-            v0, v1 = load_tile(p.second, begin, start, left, TILE, ALIGNED)
-        local = chunks_from(begin, start, TILE)
-        chunk = chunk_numbers(local, layout, SHARD)
-        acc0, acc1 = tile_sum(g0, g1, chunk, names, coef + B_AT, tail.directions, TILE, DIST)
-        if not PER_TENSOR:
-            delta = chunk_delta(p.alpha, local, length, r, chunks)
-            scale = scale_per_pair(scale_of(delta, grid), TILE)
-        acc0, acc1 = product(acc0, scale.inv, BLOCK != 0), product(acc1, scale.inv, BLOCK != 0)
-        acc0, acc1 = rotated_halves(acc0, acc1, BLOCK, TILE)
-        G0 = tl.where(tail.noisy, fma(g0, tail.A, acc0), g0)
-        G1 = tl.where(tail.noisy, fma(g1, tail.A, acc1), g1)
-        n0, m0, v0 = stepped(t0, G0, m0, v0, tail.scalars, RULE)
-        n1, m1, v1 = stepped(t1, G1, m1, v1, tail.scalars, RULE)
-        if OUT_T is not None:
-            s0, s1 = t0, t1
-            if MASTER:  # a skipped step leaves the latent, which may differ from its master
-                s0, s1 = load_tile(p.latent, begin, start, left - written, TILE, ALIGNED)
-            s0, s1 = next_latent(n0, s0, tail, LATENT_T), next_latent(n1, s1, tail, LATENT_T)
-            s0, s1 = rotated_halves(s0, s1, BLOCK, TILE)
-            q0 = quantized_of(s0, scale, tail.grid, OUT_T)
-            q1 = quantized_of(s1, scale, tail.grid, OUT_T)
-            out = pointer(row, "PLUS", OUT_T)
-            store_tile(out, begin, start, q0, q1, tl.where(quantized, left, 0), TILE, ALIGNED)
-        store_tile(p.weight, begin, start, n0, n1, written, TILE, ALIGNED)
-        if MASTER:
-            store_tile(p.latent, begin, start, n0, n1, written, TILE, ALIGNED)
-        if states_of(RULE) >= 1:
-            store_tile(p.first, begin, start, m0, m1, written, TILE, ALIGNED)
-        if states_of(RULE) == 2:
-            store_tile(p.second, begin, start, v0, v1, written, TILE, ALIGNED)
+@triton.jit(do_not_specialize=["draw", "n"])
+def update_kernel(table, owner, counters, draw, coef, n, grid, numbers, config: tl.constexpr):
+    """G, then the optimizer's step in place, then Q(theta) into PLUS unless it has no dtype."""
+    p = program.read(program.own_span(table, owner), grid.r, config, True)
+    s = pass_of(p, draw, coef, n, numbers, grid, config)
+    for start in tl.range(0, p.tiled, config.tile):
+        update(program.tile_at(p, start, config), p, s, config)
     # read again, so that no registers are kept over the loop
-    row, begin, end, fast = program_row(table, owner, tl.program_id(0))
-    update_rest(row, tl.maximum(begin, fast), end, tail, TILE // 8, DIST, LATENT_T, GRAD_T, OUT_T, MASTER, RULE)
+    p = program.read(program.own_span(table, owner), grid.r, config, True)
+    s = pass_of(p, draw, coef, n, numbers, grid, config)
+    REST: tl.constexpr = program.for_elements(config)
+    for start in tl.range(p.rest, p.end, config.tile // 8):
+        update(program.elements_at(p, start), p, s, REST)
     if counters is not None:
-        count_bad_alphas(counters, row, begin, PER_TENSOR)
+        count_bad_alphas(counters, p, config)
 
 
 # ---- host
@@ -346,31 +216,16 @@ def log_bits(x: float) -> int:
     return bits(math.log(x) if x else -math.inf)
 
 
-def coefficients_of(update: Update) -> dict[str, object]:
-    """Kernel arguments for the optimizer's part of the coefficients."""
-    rule = update.rule
-    return {
-        "lr": bits_or_device(update.lr),
-        "count": host_or_device(update.optimizer_step),
-        "decay_rate": bits(rule.weight_decay),
-        "log_beta1": log_bits(rule.beta1),
-        "log_beta2": log_bits(rule.beta2),
-        "keep": bits(1.0 - rule.dampening),
-        "RULE": rule.variant,
-    }
+def optimizer_of(update: Update) -> tuple[Any, ...]:
+    """The optimizer's part of the coefficients; all but the step count by bits, or on the device."""
+    rule, count = update.rule, host_or_device(update.optimizer_step)
+    logs = log_bits(rule.beta1), log_bits(rule.beta2)
+    return bits_or_device(update.lr), count, bits(rule.weight_decay), *logs, bits(1.0 - rule.dampening)
 
 
-def scalars_of(rule: UpdateRule) -> dict[str, float]:
-    """Kernel arguments for what the pass itself needs of the rule."""
-    found = {
-        "first_weight": 1.0 - rule.beta1,
-        "second_weight": 1.0 - rule.beta2,
-        "second_decay": rule.beta2,
-        "eps": rule.eps,
-        "weight_decay": rule.weight_decay,
-        "momentum": rule.momentum,
-    }
-    return {name: rounded(x) for name, x in found.items()}
+def numbers_of(rule: UpdateRule) -> Numbers:
+    weights = 1.0 - rule.beta1, 1.0 - rule.beta2, rule.beta2
+    return Numbers(*map(rounded, (*weights, rule.eps, rule.weight_decay, rule.momentum)))
 
 
 def estimate_update_(
@@ -378,24 +233,19 @@ def estimate_update_(
     losses: Losses, grid: spec.Grid, update: Update, block: int,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
-    device, n, rule = mix.norm.device, losses.plus.numel(), update.rule
-    names, counters = named(draw), losses.counters if n else None  # an op without losses does not count
+    device, n, masters = mix.norm.device, losses.plus.numel(), update.masters
+    counters = losses.counters if n else None  # an op without losses does not count
+    fields, drawn = noise_fields(draw), draw_of(draw)
+    fields |= {"variant": update.rule.variant, "states": len(update.states)}
     coef = torch.empty(B_AT.value + n, dtype=torch.float32, device=device)
-    launch(
-        update_coefficients_kernel, 1, device, coef, counters, *names, **loss_arguments(draw, mix, losses),
-        **coefficients_of(update),
-    )  # fmt: skip
+    scalars = drawn, mix_of(draw, mix), losses_of(losses, mix), optimizer_of(update)
+    launch(update_coefficients_kernel, 1, device, coef, counters, *scalars, Config(**fields))
     if not latents:
         return
     p = plan(
-        latents, latents=latents, grads=grads, plus=quantized, minus=update.masters, alphas=alphas,
+        latents, latents=latents, grads=grads, plus=quantized, minus=masters, alphas=alphas,
         states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    launch(
-        update_kernel, p.programs, device, p.table, p.owner, counters, *names, coef, n, **grid_of(grid),
-        **scalars_of(rule), TILE=TILE, ALIGNED=p.aligned, DIST=draw.distribution,
-        LATENT_T=DTYPES[latents[0].dtype], GRAD_T=DTYPES[grads[0].dtype],
-        OUT_T=DTYPES[quantized[0].dtype] if quantized else None, MASTER=bool(update.masters),
-        RULE=rule.variant, PER_TENSOR=p.per_tensor,
-        SHARD=p.shard, BLOCK=block, maxnreg=registers_of(block),
-    )  # fmt: skip
+    config = config_of(p, latents, grads, quantized, block, tile=TILE, master=bool(masters), **fields)
+    args = counters, drawn, coef, n, grid_of(grid), numbers_of(update.rule), config
+    launch(update_kernel, p.programs, device, p.table, p.owner, *args, maxnreg=registers_of(block))

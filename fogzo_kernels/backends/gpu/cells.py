@@ -1,9 +1,8 @@
-"""Tables for reductions over cells, the elements that share an alpha; kept as those of plans.py.
+"""Tables for reductions over cells, the elements that share an alpha; plans.py keeps them.
 
-Where cells are short, a program takes PACK whole ones, as many as lie in SPAN elements. One that is longer is
-cut into PIECES of SPAN elements, a program for each; what these come to is joined in a second launch, which has
-a program for each such cell. Both depend on the sizes of a cell alone, so that sums have the same bits in every
-list: SPAN is not shorter for a short list, as it is in plans.py.
+Where cells are short, a program takes PACK whole cells, as many as lie in SPAN elements. A longer cell is cut
+into PIECES of SPAN elements, a program for each. A second launch joins the results of the pieces: a program
+takes one such cell. Both numbers depend on a cell's size alone, so that sums have the same bits in every list.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ COLUMNS = (
     "WIDTH",  # elements of a cell in a tile of Triton
 )  # fmt: skip
 THREADS = 128  # of a program in CUDA
-CHUNKS_OF_A_THREAD = 8  # of 8 elements: what a cell's threads do once is then little
-TOGETHER = 8  # threads of a short cell, so that their accesses lie side by side
-WIDTHS = (2048, 128, 16)  # Triton compiles each; the last one serves all that is shorter
+CHUNKS_OF_A_THREAD = 8  # of 8 elements: enough that the work for each cell is little beside them
+SHORT_CELL = 8  # threads of a short cell, so that their accesses lie side by side
+WIDTHS = (2048, 128, 16)  # Triton compiles each; the last one serves all shorter cells
 
 #: Device, addresses of tensors and alphas, elements of each
 Key = tuple[object, ...]
@@ -37,33 +36,30 @@ Key = tuple[object, ...]
 class CellPlan(NamedTuple):
     table: Tensor  # int64, (tensors, len(COLUMNS)), flat
     owner: Tensor  # int32: the row of each program
+    second: Tensor  # int32: the row of each program of the second launch
     programs: int
-    second: Tensor  # the same of the second launch
-    seconds: int  # its programs
+    seconds: int  # programs of the second launch
 
 
 def plan(tensors: Tensors, alphas: Tensors) -> CellPlan:
     """The plan for these lists; the first one is not empty."""
-    device = tensors[0].device
-    addresses = tuple(tuple(t.data_ptr() for t in ts) for ts in (tensors, alphas))
-    numels, scales = (tuple(t.numel() for t in ts) for ts in (tensors, alphas))
-    key = (device, addresses, numels, scales)
+    sizes = tuple((t.data_ptr(), t.numel()) for ts in (tensors, alphas) for t in ts)
+    key = (tensors[0].device, len(tensors), sizes)
     return kept(key, tensors, lambda captured: build(key, tensors, alphas, captured))
 
 
 def build(key: Key, tensors: Tensors, alphas: Tensors, captured: bool) -> CellPlan:
-    entries: list[int] = []
+    rows: list[dict[str, int]] = []
     programs, seconds = [0], [0]
     for t, alpha in zip(tensors, alphas, strict=True):
-        row = row_of(t, alpha, sum(programs), sum(seconds))
-        entries += [row[name] for name in COLUMNS]
-        cells, pieces = row["CELLS"], row["PIECES"]
-        programs.append(cells * pieces if pieces > 1 else -(-cells // row["PACK"]))
+        rows.append(row_of(t, alpha, sum(programs), sum(seconds)))
+        cells, pieces = rows[-1]["CELLS"], rows[-1]["PIECES"]
+        programs.append(cells * pieces if pieces > 1 else -(-cells // rows[-1]["PACK"]))
         seconds.append(cells if pieces > 1 else 0)
-    first, second = owners(programs[1:]), owners(seconds[1:])
-    words = torch.tensor(entries, dtype=torch.int64)
-    table, owner, joining = upload(key, tensors[0].device, words, first, second, captured)
-    return CellPlan(table, owner, first.numel(), joining, second.numel())
+    table = torch.tensor([row[name] for row in rows for name in COLUMNS], dtype=torch.int64)
+    words = table, owners(programs[1:]), owners(seconds[1:])
+    table, owner, second = upload(key, tensors[0].device, words, captured)
+    return CellPlan(table, owner, second, sum(programs), sum(seconds))
 
 
 def row_of(t: Tensor, alpha: Tensor, first: int, second: int) -> dict[str, int]:
@@ -71,7 +67,7 @@ def row_of(t: Tensor, alpha: Tensor, first: int, second: int) -> dict[str, int]:
     cells = alpha.numel()
     length = t.numel() // max(cells, 1)
     chunks = -(-length // 8)
-    wanted = max(-(-chunks // CHUNKS_OF_A_THREAD), min(chunks, TOGETHER), 1)
+    wanted = max(-(-chunks // CHUNKS_OF_A_THREAD), min(chunks, SHORT_CELL), 1)
     return {
         "DATA": t.data_ptr(),
         "ALPHA": alpha.data_ptr(),

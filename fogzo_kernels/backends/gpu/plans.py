@@ -1,17 +1,15 @@
 """Plans: a table of the tensors' addresses on the device, built once and kept while they stay.
 
 The kernels of a GPU backend work on a list of tensors in one launch. A program takes a span of consecutive
-elements of one tensor: ``owner`` names its row in ``table``, and COLUMNS is what a row holds.
+elements of one tensor: ``owner`` names the program's row in ``table``, and a row holds COLUMNS.
 
-A plan is a pure function of its key, so it never goes stale. How long one lives:
+A plan is a pure function of its key, so it never goes stale. It lives as long as something may read it:
 
-- Built outside a capture, it is among the PLANS_KEPT used last. If a CUDA graph captured it, it stays for
-  good, once for each key: nothing tells when the last graph that reads it is gone.
-- Built while a graph is captured, it lies in memory of that graph, which uploads it again at every replay,
-  and is not kept here. What the upload reads, pinned memory of the host, stays for good, once for each key.
-
-So graphs that are captured again of the same tensors cost nothing more; of others, a row of 168 bytes for
-each tensor and 4 bytes for each program.
+- This module keeps the PLANS_KEPT plans that were used last. A plan that a CUDA graph captured stays for good,
+  once for each key: nothing tells when the last graph that reads it is gone.
+- A plan that is built during a capture lies in memory of the graph, which uploads it again at every replay. The
+  upload reads pinned memory of the host, which stays for good, once for each key: 168 bytes for each tensor and
+  4 bytes for each program.
 """
 
 from __future__ import annotations
@@ -26,12 +24,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..spec.noise import Layout
+from ...spec.noise import Layout
 
 COLUMNS = (
     "LATENT", "GRAD", "PLUS", "MINUS", "ALPHA",  # addresses
     "TENSOR_ID", "NUMEL",
-    "FAST",  # elements in full chunks of 8 that are those of the noise, each under one alpha
+    "FAST",  # elements in full chunks of 8 that are chunks of the noise too, each under one alpha
     "ALIGNED",  # 1: its tensors begin at multiples of 16 bytes
     "FIRST",  # first program of the tensor
     "OFFSET", "INNER", "SKIP",  # layout; SKIP = stride - inner
@@ -40,28 +38,32 @@ COLUMNS = (
     "INNER_DIVISOR", "SCALE_DIVISOR",  # in chunks, packed by divisor()
     "STATE_1", "STATE_2",  # addresses of the optimizer's state
     "ALPHA_GRAD",  # address of the gradient of a learned alpha
-    "FACTOR",  # of it: the bits of a float64
+    "FACTOR",  # of that gradient: the bits of a float64
 )  # fmt: skip
-#: In the order of a key.
-ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "ALPHA", "STATE_1", "STATE_2", "ALPHA_GRAD")
-BY_CHUNK = tuple(name for name in ADDRESSES if name not in ("ALPHA", "ALPHA_GRAD"))
+#: In the order of a key; the first six are read by chunks.
+ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "STATE_1", "STATE_2", "ALPHA", "ALPHA_GRAD")
 SPAN, SHORTEST = 16384, 2048  # elements of a program: the most, and the fewest, which are one tile
-ENOUGH = 1024  # programs, about 8 for each SM of the largest GPUs: then spans need not be shorter
+ENOUGH = 1024  # programs, about 8 for each SM of the largest GPUs: more would gain nothing
 PLANS_KEPT = 256
 
 Tensors = Sequence[Tensor]
-#: Device, addresses of each list of tensors, elements, alphas, tensor ids, layouts, factors
-Key = tuple[
-    torch.device | None, tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...], tuple[int, ...],
-    tuple[Layout, ...], tuple[float, ...],
-]  # fmt: skip
+
+
+class Key(NamedTuple):
+    device: torch.device | None
+    addresses: tuple[tuple[int, ...], ...]  # of each list of tensors
+    numels: tuple[int, ...]
+    scales: tuple[int, ...]  # numbers of alphas
+    tensor_ids: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    factors: tuple[float, ...]
 
 
 class Plan(NamedTuple):
     table: Tensor  # int64, (tensors, len(COLUMNS)), flat
     owner: Tensor  # int32, (programs,): the row of each program
+    crossing: Tensor  # int32: programs in which an alpha begins that goes on in the next, for learned scales
     programs: int
-    crossing: Tensor  # int32: programs in which an alpha begins that others hold too, for learned scales
     aligned: bool  # every tensor begins at a multiple of 16 bytes
     per_tensor: bool  # every alpha has one element
     scale_lengths: frozenset[int]  # numbers of elements that share an alpha
@@ -69,7 +71,7 @@ class Plan(NamedTuple):
 
 
 P = TypeVar("P")
-_plans: OrderedDict[Any, Any] = OrderedDict()  # by key, those of plans of other tables among them
+_plans: OrderedDict[Any, Any] = OrderedDict()  # by key; plans of cells.py are among them
 _captured: dict[Any, Any] = {}  # read by CUDA graphs, which may be replayed at any later time
 
 
@@ -92,34 +94,38 @@ def plan(
     ``like`` gives the numbers of elements and the device. ``alphas``, and with them ``plus``, ``tensor_ids``
     and ``layouts``, may end sooner; ``states`` are at most two lists.
     """
-    lists = latents, grads, plus, minus, alphas, *states, *((),) * (2 - len(states)), alpha_grads
-    addresses = tuple(tuple(t.data_ptr() for t in ts) for ts in lists)
-    numels = tuple(t.numel() for t in like)
-    scales = tuple(t.numel() for t in alphas)
-    device, names = like[0].device if like else None, (tuple(tensor_ids), tuple(layouts))
-    key = device, addresses, numels, scales, *names, tuple(factors)
+    lists = latents, grads, plus, minus, *states, *((),) * (2 - len(states)), alphas, alpha_grads
+    key = Key(
+        like[0].device if like else None,
+        tuple(tuple(t.data_ptr() for t in ts) for ts in lists),
+        tuple(t.numel() for t in like),
+        tuple(t.numel() for t in alphas),
+        tuple(tensor_ids),
+        tuple(layouts),
+        tuple(factors),
+    )
     return kept(key, like, lambda captured: build_plan(key, captured))
 
 
 def kept(key: Any, like: Tensors, build: Callable[[bool], P]) -> P:
     """The plan of a key; ``build`` makes it, for a graph that is being captured or not."""
-    found: P | None = _plans.get(key)
-    if found is not None:
+    plan: P | None = _plans.get(key)
+    if plan is not None:
         _plans.move_to_end(key)
     else:
-        found = _captured.get(key)
+        plan = _captured.get(key)
     if capturing(like):
-        if found is None:
+        if plan is None:
             return build(True)
-        _captured[key] = found
-        return found
+        _captured[key] = plan
+        return plan
     if like and like[0].is_cuda:
         replenish(pinned=True)
-    if found is None:
-        found = _plans[key] = build(False)
+    if plan is None:
+        plan = _plans[key] = build(False)
         if len(_plans) > PLANS_KEPT:
             _plans.popitem(last=False)
-    return found
+    return plan
 
 
 def learned_plan(
@@ -136,7 +142,7 @@ def learned_plan(
 
 
 def capturing(tensors: Tensors) -> bool:
-    """Whether ops on them go into a CUDA graph."""
+    """Whether ops on the tensors go into a CUDA graph."""
     return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -150,7 +156,7 @@ def divisor(d: int) -> int:
 
 
 def span_of(numels: Sequence[int]) -> int:
-    """Elements of a program: of a small list so few that all of a GPU has work."""
+    """Elements of a program: fewer for a small list, so that all of a GPU has work."""
     span = SPAN
     while span > SHORTEST and sum(-(-numel // span) for numel in numels) < ENOUGH:
         span //= 2
@@ -159,19 +165,24 @@ def span_of(numels: Sequence[int]) -> int:
 
 def build_plan(key: Key, captured: bool = False) -> Plan:
     """Table and owners of a key, on its device."""
-    addresses, numels, scales = key[1:4]
-    span = span_of(numels)
-    counts = [-(-numel // span) for numel in numels]
+    span = span_of(key.numels)
+    counts = [-(-numel // span) for numel in key.numels]
     firsts = [*accumulate(counts, initial=0)]
-    rows = [row_of(key, i, span, firsts[i]) for i in range(len(numels))]
-    learned = addresses[ADDRESSES.index("ALPHA_GRAD")]
+    rows = [row_of(key, i, span, firsts[i]) for i in range(len(counts))]
+    learned = key.addresses[ADDRESSES.index("ALPHA_GRAD")]
     cross = torch.cat([crossing(row) for row in rows]) if learned else torch.empty(0, dtype=torch.int32)
     entries = torch.tensor([row[name] for row in rows for name in COLUMNS], dtype=torch.int64)
-    table, owner, cross = upload(key, key[0], entries, owners(counts), cross, captured)
-    aligned = all(row["ALIGNED"] for row in rows)
-    per_tensor, shard = all(s == 1 for s in scales), any(row["SKIP"] for row in rows)
-    lengths = frozenset(row["SCALE_LENGTH"] for row in rows if row["NUMEL"])
-    return Plan(table, owner, firsts[-1], cross, aligned, per_tensor, lengths, shard)
+    table, owner, cross = upload(key, key.device, (entries, owners(counts), cross), captured)
+    return Plan(
+        table,
+        owner,
+        cross,
+        programs=firsts[-1],
+        aligned=all(row["ALIGNED"] for row in rows),
+        per_tensor=all(s == 1 for s in key.scales),
+        scale_lengths=frozenset(row["SCALE_LENGTH"] for row in rows if row["NUMEL"]),
+        shard=any(row["SKIP"] for row in rows),
+    )
 
 
 def owners(counts: Sequence[int]) -> Tensor:
@@ -186,18 +197,17 @@ def crossing(row: dict[str, int]) -> Tensor:
     numel, length, span, first = (row[name] for name in ("NUMEL", "SCALE_LENGTH", "SPAN", "FIRST"))
     if length > span:
         return (first + torch.arange(0, numel, length) // span).int()
-    period = length // math.gcd(length, span)  # where each so many programs meet the next one, an alpha ends
+    period = length // math.gcd(length, span)  # an alpha ends where so many programs do
     meetings = torch.arange(1, max(-(-numel // span), 1) if period > 1 else 1, dtype=torch.int32)
     return first - 1 + meetings[meetings % period != 0]
 
 
 def row_of(key: Key, i: int, span: int, first: int) -> dict[str, int]:
     """Row of tensor i, whose first program is ``first``, by column."""
-    _, addresses, numels, scales, tensor_ids, layouts, factors = key
-    numel = numels[i]
-    count = scales[i] if i < len(scales) else 1
-    offset, inner, stride = layouts[i] if i < len(layouts) else (0, max(numel, 1), max(numel, 1))
-    inner = min(inner, max(numel, 1))
+    numel, longest = key.numels[i], max(key.numels[i], 1)
+    count = key.scales[i] if i < len(key.scales) else 1
+    offset, inner, stride = key.layouts[i] if i < len(key.layouts) else (0, longest, longest)
+    inner = min(inner, longest)
     if inner == numel:
         stride = inner
     length = max(numel // max(count, 1), 1)
@@ -206,13 +216,13 @@ def row_of(key: Key, i: int, span: int, first: int) -> dict[str, int]:
         and (inner == numel or (inner % 8 == 0 and stride % 8 == 0))
         and (count == 1 or length % 8 == 0)
     )
-    pointers = {name: ts[i] if i < len(ts) else 0 for name, ts in zip(ADDRESSES, addresses, strict=True)}
+    pointers = [ts[i] if i < len(ts) else 0 for ts in key.addresses]
     return {
-        **pointers,
-        "TENSOR_ID": tensor_ids[i] if i < len(tensor_ids) else 0,
+        **dict(zip(ADDRESSES, pointers, strict=True)),
+        "TENSOR_ID": key.tensor_ids[i] if i < len(key.tensor_ids) else 0,
         "NUMEL": numel,
         "FAST": numel & ~7 if whole else 0,
-        "ALIGNED": int(all(pointers[name] % 16 == 0 for name in BY_CHUNK)),
+        "ALIGNED": int(all(pointer % 16 == 0 for pointer in pointers[:6])),
         "FIRST": first,
         "OFFSET": offset,
         "INNER": inner,
@@ -221,47 +231,40 @@ def row_of(key: Key, i: int, span: int, first: int) -> dict[str, int]:
         "SCALE_LENGTH": length,
         "INNER_DIVISOR": divisor(max(inner // 8, 1)),
         "SCALE_DIVISOR": divisor(max(length // 8, 1)),
-        "FACTOR": bits(factors[i]) if i < len(factors) else 0,
+        "FACTOR": bits(key.factors[i]) if i < len(key.factors) else 0,
     }
 
 
 def bits(x: float) -> int:
     """The bits of a float64, as a signed integer."""
-    found: int = struct.unpack("<q", struct.pack("<d", x))[0]
-    return found
+    return int.from_bytes(struct.pack("<d", x), "little", signed=True)
 
 
 # ---- uploading a plan without waiting for the device
 
 ARENA_WORDS = 1 << 18  # 2 MiB: about 13,000 tensors
-_arena: list[Tensor] = []  # what is left of the pinned host memory for uploads by graphs
-_uploads: dict[Any, Tensor] = {}  # what graphs read again at every replay
+_arena: list[Tensor] = []  # the rest of the pinned host memory for uploads by graphs
+_uploads: dict[Any, Tensor] = {}  # host memory that graphs read again at every replay
 
 
-def upload(
-    key: Any, device: torch.device | None, entries: Tensor, first: Tensor, second: Tensor, captured: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The int64 entries and two lists of int32 on the device, by one copy that the host does not wait for."""
-    sizes = entries.numel(), -(-first.numel() // 2), -(-second.numel() // 2)
-    words = [size + size % 2 for size in sizes]  # each begins at a multiple of 16 bytes
+def upload(key: Any, device: torch.device | None, lists: Sequence[Tensor], captured: bool) -> list[Tensor]:
+    """The lists on the device, by one copy that the host does not wait for."""
+    words = [-(-x.numel() * x.itemsize // 16) * 2 for x in lists]  # each begins at a multiple of 16 bytes
     on_gpu = device is not None and device.type == "cuda"
-    if captured and key in _uploads:
-        host = _uploads[key]
-    else:
+    host = _uploads.get(key) if captured else None
+    if host is None:
         total = sum(words)
         host = from_arena(total) if captured else torch.empty(total, dtype=torch.int64, pin_memory=on_gpu)
-        for part, given in zip(host.split(words), (entries, first, second), strict=True):
-            part.view(given.dtype)[: given.numel()] = given
+        for part, x in zip(host.split(words), lists, strict=True):
+            part.view(x.dtype)[: x.numel()] = x
         if captured:
             _uploads[key] = host
-    there = host.to(device, non_blocking=True) if on_gpu else host
-    table, *lists = there.split(words)
-    owner, other = (part.view(torch.int32) for part in lists)
-    return table[: sizes[0]], owner[: first.numel()], other[: second.numel()]
+    parts = (host.to(device, non_blocking=True) if on_gpu else host).split(words)
+    return [part.view(x.dtype)[: x.numel()] for part, x in zip(parts, lists, strict=True)]
 
 
 def replenish(pinned: bool) -> None:
-    """Outside a capture, which may not allocate it: see that half an arena is there for the next one."""
+    """See that half an arena is there for the next capture, which may not allocate one itself."""
     if not _arena or _arena[0].numel() < ARENA_WORDS // 2:
         _arena[:] = [torch.empty(ARENA_WORDS, dtype=torch.int64, pin_memory=pinned)]
 
@@ -279,5 +282,5 @@ def from_arena(words: int) -> Tensor:
             f"the tables of ops that are captured in CUDA graphs must have at most {left} words until the next"
             f" op outside a capture, got {words}"
         )
-    found, _arena[0] = _arena[0][:words], _arena[0][words:]
-    return found
+    taken, _arena[0] = _arena[0][:words], _arena[0][words:]
+    return taken

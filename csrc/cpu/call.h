@@ -1,0 +1,191 @@
+// Arguments that go together, as in fogzo_kernels/spec/call.py: each group reads its own in the schema's order,
+// and checks them.
+#pragma once
+
+#include "lists.h"
+
+namespace fogzo::cpu {
+
+// Which noise, but for the direction.
+#define FOGZO_DRAW                                                                                             \
+  "str distribution, float noise_scale, Tensor seed, Tensor step, int[] tensor_ids, int[] layouts"
+
+struct Draw {
+  std::string name;
+  double C; // u = C m
+  Tensor seed_tensor, step_tensor;
+  Ints tensor_ids, layouts; // layouts: offset, inner and stride of each tensor, one after the other
+  Distribution distribution{};
+  int64_t seed = 0, step = 0;
+
+  explicit Draw(Arguments &a)
+      : name(a.text()), C(a.number()), seed_tensor(a.tensor()), step_tensor(a.tensor()),
+        tensor_ids(a.integers()), layouts(a.integers()) {}
+
+  // Names the noise of the first `count` items. A number cut to its lower bits would name other noise.
+  void set_names(std::vector<Item> &items, size_t count) {
+    distribution = value_of<Distribution>(name, "distribution");
+    seed = scalar<int64_t>(seed_tensor, Type::int64);
+    step = scalar<int64_t>(step_tensor, Type::int64);
+    require(0 <= step && step < kMaxStep, "step");
+    require(tensor_ids.size() == count && layouts.size() == 3 * count, "length");
+    for (size_t i = 0; i < count; ++i) {
+      Item &item = items[i];
+      require(0 <= tensor_ids[i] && tensor_ids[i] < kMaxTensorId, "tensor_ids");
+      item.tensor_id = uint32_t(tensor_ids[i]);
+      item.layout = {layouts[3 * i], layouts[3 * i + 1], layouts[3 * i + 2]};
+      const auto [offset, inner, stride] = item.layout;
+      require(valid(item.layout, item.numel), "layouts");
+      require(!item.block || !item.numel ||
+                  (offset % item.block == 0 && inner % item.block == 0 && stride % item.block == 0),
+              "layouts");
+    }
+    require(names_differ(items), "tensor_ids");
+  }
+
+  Noise noise(int64_t direction) const {
+    return {distribution, {uint64_t(seed), uint32_t(step), uint32_t(direction), 0}};
+  }
+
+private:
+  // Rows do not overlap, and element indices stay below 2^51; by division, as a product may overflow.
+  static bool valid(const Layout &layout, int64_t numel) {
+    const auto [offset, inner, stride] = layout;
+    if (offset < 0 || inner < 1 || stride < 1)
+      return false;
+    const int64_t rows = numel > inner ? (numel - 1) / inner : 0;
+    const int64_t columns = std::min(inner, std::max<int64_t>(numel, 1));
+    return columns <= kMaxElement && offset <= kMaxElement - columns &&
+           (rows == 0 || (stride >= inner && stride <= (kMaxElement - columns - offset) / rows));
+  }
+
+  // No two tensors that hold something draw the same noise: one id at one offset.
+  bool names_differ(const std::vector<Item> &items) const {
+    if (std::adjacent_find(tensor_ids.begin(), tensor_ids.end(), std::greater_equal<>()) == tensor_ids.end())
+      return true;
+    std::vector<std::pair<int64_t, int64_t>> names;
+    for (size_t i = 0; i < tensor_ids.size(); ++i)
+      if (items[i].numel)
+        names.emplace_back(tensor_ids[i], layouts[3 * i]);
+    std::sort(names.begin(), names.end());
+    return std::adjacent_find(names.begin(), names.end()) == names.end();
+  }
+};
+
+inline void check_direction(int64_t direction) {
+  require(0 <= direction && direction < kMaxDirection, "direction");
+}
+
+// How noise and guide make v, and how far the probes go.
+#define FOGZO_MIX "Tensor norm, Tensor one_minus_beta, float epsilon"
+
+struct Mix {
+  Tensor norm_tensor, one_minus_beta_tensor;
+  double epsilon;
+  float norm = 0.0f;
+  double one_minus_beta = 0.0;
+
+  explicit Mix(Arguments &a)
+      : norm_tensor(a.tensor()), one_minus_beta_tensor(a.tensor()), epsilon(a.number()) {}
+
+  void check(Memory &memory) {
+    norm = scalar<float>(norm_tensor, Type::float32);
+    one_minus_beta = scalar<double>(one_minus_beta_tensor, Type::float64);
+    require(0.0 <= one_minus_beta && one_minus_beta <= 1.0, "one_minus_beta");
+    memory.add(norm_tensor, false);
+  }
+
+  // a / N of the contract: 0 unless N is finite and > 0
+  double over_norm(double numerator) const { return std::isfinite(norm) && norm > 0 ? numerator / norm : 0.0; }
+};
+
+// What the probes returned. `counters` is one tensor or none: lost directions, lost norms, bad alphas.
+#define FOGZO_LOSSES "Tensor losses_plus, Tensor losses_minus"
+
+struct Losses {
+  Tensor plus, minus;
+  const Tensors &counters;
+
+  Losses(Arguments &a, const Tensors &counters) : plus(a.tensor()), minus(a.tensor()), counters(counters) {}
+
+  void check(int64_t least, Memory &memory) const {
+    for (const Tensor *t : {&plus, &minus}) {
+      check_tensor(*t, bit(Type::float32));
+      require(t->dim == 1 && t->numel == plus.numel, "losses");
+      memory.add(*t, false);
+    }
+    require(least <= n() && n() <= kMaxDirection, "losses");
+    require(counters.size() <= 1, "length");
+    for (const Tensor &t : counters) {
+      check_tensor(t, bit(Type::int64));
+      require(t.dim == 1 && t.numel == 3, "shape");
+      memory.add(t, true);
+    }
+  }
+
+  int64_t n() const { return plus.numel; }
+
+  // adds to the counters: lost directions, lost norms
+  void count(int64_t directions, int64_t norms) const {
+    for (const Tensor &t : counters) {
+      int64_t *const counts = t.at<int64_t>();
+      counts[0] += directions;
+      counts[1] += norms;
+    }
+  }
+};
+
+// The values that a weight may take, and the block of its transform.
+#define FOGZO_GRID "int qmin, int qmax, float offset, int r, int block"
+
+struct Grid {
+  int64_t qmin, qmax;
+  double offset;
+  int64_t r, block;
+
+  explicit Grid(Arguments &a)
+      : qmin(a.integer()), qmax(a.integer()), offset(a.number()), r(a.integer()), block(a.integer()) {}
+
+  // Gives the first `count` items their alphas and the block. Codes fit in int8, so that their conversion from
+  // float32 is defined.
+  GridRange set(Lists &lists, const Tensors &alphas, size_t count) const {
+    require(-128 <= qmin && qmin <= qmax && qmax <= 127 && (offset == 0.0 || offset == 0.5), "grid");
+    lists.set_alphas(alphas, count, r);
+    lists.set_transform(block, count);
+    return {float(qmin), float(qmax), float(offset)};
+  }
+};
+
+// The optimizer's rule and this step's numbers.
+#define FOGZO_UPDATE "str rule, str[] names, float[] values, Tensor lr, Tensor optimizer_step"
+
+struct Optimizer {
+  std::string name;
+  std::vector<std::string> names; // of hyperparameters
+  std::vector<double> values;
+  Tensor lr_tensor, count_tensor;
+
+  explicit Optimizer(Arguments &a)
+      : name(a.text()), names(a.texts()), values(a.numbers()), lr_tensor(a.tensor()), count_tensor(a.tensor()) {
+  }
+
+  Update update() const {
+    const Rule rule = value_of<Rule>(name, "rule");
+    require(names.size() == values.size(), "length");
+    std::vector<std::pair<std::string, double>> pairs;
+    for (size_t i = 0; i < names.size(); ++i)
+      pairs.emplace_back(names[i], values[i]);
+    const Hyperparameters h = hyperparameters_of(pairs);
+    const double lr = scalar<double>(lr_tensor, Type::float64);
+    const int64_t count = scalar<int64_t>(count_tensor, Type::int64);
+    require(lr >= 0 && std::isfinite(lr), "lr");
+    require(count >= 1, "optimizer_step");
+    Update update = update_of(rule, h);
+    update.size = step_size(rule, h, lr, double(count));
+    update.decay = step_decay(rule, h, lr, double(count));
+    update.root = step_root(rule, h, double(count));
+    return update;
+  }
+};
+
+} // namespace fogzo::cpu
