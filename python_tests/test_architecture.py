@@ -1,12 +1,14 @@
-"""Who may import whom, and other rules that keep the project small; an import walk holds them."""
+"""Who may import whom, and other rules that keep the project small."""
 
 import ast
 import inspect
+import itertools
 import os
+import posixpath
 import re
 import subprocess
 import sys
-from collections import Counter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -16,233 +18,204 @@ from fogzo_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fogzo_kernels"
-# Floors, bottom first: what each may import of the floors below it, and its own modules, bottom first: a module
-# imports of its floor what stands before it. A new module is given its place here.
+#: The floors of the package, bottom first, and what each may import beside itself. Within a floor any order
+#: will do that has no circle. ``distributed`` gives ``nn`` its views, so ``nn`` does not import it.
 FLOORS = {
-    "spec": ((), "dtypes noise grid straight_through scale hadamard quantizer presets update schedule call"),
-    "backends": (("spec",), "__init__ plans cells reference cpu cuda triton"),
-    "ops": (("spec", "backends"), "__init__ checks listop memory transforms arguments alphas noise norm perturb"
-            " estimate tail straight_through learned quantize hadamard"),
-    "functional": (("spec", "ops"), ""),
-    "nn": (("spec", "backends", "ops.checks", "ops.memory", "ops.transforms", "functional"),
-           "__init__ packed saved scales sharded stale parallel inputs held quantized permuted linear"
-           " products conv embedding transposed twins replaced rules sharing fast_path pretrained report"
-           " convert"),
-    "distributed": (("spec", "functional", "nn"), "packing fsdp tensor_parallel group __init__"),
-    "train": (("spec", "backends", "ops.checks", "ops.arguments", "functional", "nn", "distributed"),
-              "__init__ guards guards.uncompiled guards.derivatives guards.fingerprints replay guards.lost"
-              " guards.gradients guards.graph_reads guards.unmoved_alphas losses settings device stats"
-              " calls run step guards.closure fogzo"),
-    "optim": (("spec", "ops.checks", "ops.arguments", "functional", "nn", "train"),
-              "__init__ groups memory scaling fused adamw sgd"),
-    "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
-    "export": (("spec", "ops.checks", "functional", "nn", "distributed.packing", "integrations.transformers"),
-               "files integers blocks ao plain compressed llama freeze __init__ __main__"),
-    "__init__": (("spec", "backends", "functional", "nn", "train", "optim", "export"), ""),
-    "info": (("__init__", "backends", "_C", "_cuda"), ""),
-}  # fmt: skip
-#: Of the Triton backend, bottom first.
-ORDER_OF_TRITON = (
-    "elements tables launch losses noise norm measure hadamard perturb estimate tail quantize learned __init__"
-)
-TRITON = ORDER_OF_TRITON.split()
-#: What a backend may import of the package.
-BACKENDS_MAY_IMPORT = ("spec", "backends.plans", "backends.cells")
-# The language or compiled module of each backend, beside torch and the standard library.
-OWN = {
-    "reference": set(), "cpu": {"fogzo_kernels._C"}, "triton": {"triton"}, "cuda": {"fogzo_kernels._cuda"},
-}  # fmt: skip
-COMPILED = ("_C", "_cuda")
+    "_C": "",
+    "_cuda": "",
+    "spec": "",
+    "backends": "spec _C _cuda",
+    "ops": "spec backends",
+    "functional": "spec ops",
+    "nn": "spec backends ops functional",
+    "distributed": "spec backends ops functional nn",
+    "train": "spec backends ops functional nn distributed",
+    "optim": "spec ops functional nn train",
+    "integrations": "spec nn train",
+    "export": "spec ops functional nn distributed.packing integrations.transformers",
+    "__init__": "spec backends functional nn train optim export",
+    "info": "__init__ backends _C _cuda",
+}
+COMPILED = {"_C", "_cuda"}
+#: The language or compiled module of each backend, beside torch and the standard library.
+OWN = {"reference": set(), "cpu": {"_C"}, "triton": {"triton"}, "cuda": {"_cuda"}}
 
 
 # ---- the walk
 
 
-def imports(source, module, is_package=False):
-    """Absolute names that a module imports, anywhere in it; ``from x import y`` gives x.y."""
-    package = module.split(".") if is_package else module.split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(source)):
+def imports(source, module, types=True):
+    """Absolute names that a module imports, anywhere in it; ``from x import y`` gives x.y.
+
+    ``types`` says whether imports under TYPE_CHECKING count. A package's own module is ``x.__init__``.
+    """
+    package, names, nodes = f"fogzo_kernels.{module}".rpartition(".")[0], set(), [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not types
+        nodes += node.orelse if for_types else ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            up = package[: len(package) + 1 - node.level] if node.level else []
-            base = ".".join([*up, *filter(None, [node.module])])
-            found |= {f"{base}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if name in ("import_module", "__import__"):
-                found.add(str(node.args[0].value))
-    return found
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and re.search(r"\b(import_module|__import__)$", ast.unparse(node.func)):
+            names |= {resolve_name(n.value, package) for n in node.args[:1] if isinstance(n, ast.Constant)}
+    return names
 
 
-def imports_of(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    is_package = parts[-1] == "__init__"
-    module = ".".join(parts[:-1] if is_package else parts)
-    return imports(path.read_text(), module, is_package)
+def module_of(name, modules):
+    """The module of the package that holds an absolute name; None where another package does."""
+    top, *parts = name.split(".")
+    starts = [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
+    found = [m for start in starts for m in (start, f"{start}.__init__".lstrip(".")) if m in modules]
+    return found[0] if top == "fogzo_kernels" else None
 
 
-def modules_of(names):
-    """The package's modules among those names, or that hold them; without its prefix."""
-    return {module_of(n.split(".")[1:]) for n in names if n.split(".")[0] == "fogzo_kernels"}
+def graph(sources, types=True):
+    """The modules that each module imports; of texts by name: ``"nn.a"``, ``"nn.__init__"``, ``"__init__"``."""
+    found = {m: {module_of(n, sources) for n in imports(text, m, types)} for m, text in sources.items()}
+    return {module: others - {None, module} for module, others in found.items()}
 
 
-def module_of(parts):
-    name = ".".join(parts)
-    if not parts:
-        return "__init__"
-    return name if name in COMPILED or file_of(name).exists() else module_of(parts[:-1])
+def circles(edges):
+    """The sets of nodes that reach each other."""
+    reached = {node: set(others) for node, others in edges.items()}
+    for middle, node in itertools.product(edges, edges):
+        if middle in reached[node]:
+            reached[node] |= reached[middle]
+    return sorted({tuple(sorted(m for m in reached[n] if n in reached[m])) for n in edges if n in reached[n]})
 
 
-def file_of(name):
-    path = PACKAGE / name.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+def floor_of(module):
+    return module.split(".")[0]
 
 
-def files_of_backend(name):
-    path = PACKAGE / "backends" / name
-    return paths(path, "*.py") if path.is_dir() else [path.with_suffix(".py")]
+def violations(sources):
+    """Imports that the floors forbid, and circles of modules.
+
+    An import inside a function counts as any other. One under TYPE_CHECKING counts between floors, but not
+    within one, where it may name the type of a caller.
+    """
+    wrong = [f"{module} lies on no floor" for module in sources if floor_of(module) not in FLOORS]
+    for module, others in graph(sources).items():
+        may = {floor_of(module), *FLOORS.get(floor_of(module), "").split()}
+        wrong += [f"{module} imports {other}" for other in sorted(others) if not may & {other, floor_of(other)}]
+    return wrong + [f"circle: {' '.join(circle)}" for circle in circles(graph(sources, types=False))]
 
 
-def paths(folder, pattern):
-    """Files anywhere below the folder; there is one."""
-    found = sorted(folder.rglob(pattern))
+def texts(folder, pattern):
+    """The text of each file below a folder, by its path from there; there is one."""
+    found = {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob(pattern))}
     assert found, f"no {pattern} in {folder}"
     return found
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("import triton.language as tl", "triton.language"),
-        ("from torch import Tensor", "torch.Tensor"),
-        ("from . import reference", "fogzo_kernels.backends.reference"),
-        ("from .reference import fma", "fogzo_kernels.backends.reference.fma"),
-        ("from .. import _C", "fogzo_kernels._C"),
-        ("from ..nn import QuantLinear", "fogzo_kernels.nn.QuantLinear"),
-        ("def f():\n    from .. import nn", "fogzo_kernels.nn"),
-        ("if True:\n    import fogzo_kernels.nn", "fogzo_kernels.nn"),
-        ("importlib.import_module('triton')", "triton"),
-        ("__import__('triton')", "triton"),
-    ],
-)
-def test_the_walk_sees_every_form(source, expected):
-    assert expected in imports(source, "fogzo_kernels.backends.cpu")
-    assert expected in imports(source, "fogzo_kernels.backends", is_package=True)
+SOURCES = {path[:-3].replace("/", "."): text for path, text in texts(PACKAGE, "*.py").items()}
+SOURCES |= dict.fromkeys(COMPILED, "")
+CSRC = texts(ROOT / "csrc", "*.*")
+GRAPH = graph(SOURCES)
+
+
+# ---- planted imports are found
+
+FOLDERS = [floor for floor in FLOORS if not floor.startswith("_")]
+MODULES = [f"{floor}.{name}" for floor in FOLDERS for name in ("__init__", "a", "b")]
+SMALL = dict.fromkeys([*MODULES, "__init__", *COMPILED], "")
+
+
+@pytest.mark.parametrize("end", ["a", "__init__"])
+@pytest.mark.parametrize(("floor", "other"), [*itertools.permutations([*FOLDERS, "__init__"], 2)])
+def test_an_import_that_the_floors_forbid_is_found(floor, other, end):
+    importer = floor if floor == "__init__" else f"{floor}.b"
+    imported = other if other == "__init__" else f"{other}.{end}"
+    name = f"fogzo_kernels.{imported}".removesuffix(".__init__")
+    below = list(FLOORS)[: list(FLOORS).index(floor)]
+    expected = [] if other in below and other in FLOORS[floor].split() else [f"{importer} imports {imported}"]
+    assert violations(SMALL | {importer: f"from {name} import x"}) == expected
+
+
+UP = ["train.a imports optim.a"]
 
 
 @pytest.mark.parametrize(
-    ("name", "module"),
+    ("planted", "wrong"),
     [
-        ("fogzo_kernels", "__init__"),
-        ("fogzo_kernels.Fogzo", "__init__"),
-        ("fogzo_kernels.nn.linear.QuantLinear", "nn.linear"),
-        ("fogzo_kernels.backends.select", "backends"),
-        ("fogzo_kernels.backends.cpu.flat", "backends.cpu"),
-        ("fogzo_kernels._C", "_C"),
+        ({"train.a": "from ..optim.a import x"}, UP), ({"train.a": "from ..optim import a"}, UP),
+        ({"train.a": "from ..optim.a import *"}, UP), ({"train.a": "import fogzo_kernels.optim.a as one"}, UP),
+        ({"train.a": "def f():\n    from ..optim import a"}, UP),
+        ({"train.a": "if 1: import fogzo_kernels.optim.a"}, UP),
+        ({"train.a": "__import__('fogzo_kernels.optim.a')"}, UP),
+        ({"train.a": "importlib.import_module('fogzo_kernels.optim.a')"}, UP),
+        ({"train.a": "import_module('..optim.a', __package__)"}, UP),
+        ({"train.a": "if TYPE_CHECKING:\n    from ..optim.a import X"}, UP),
+        ({"train.a": "from ..optim import x"}, ["train.a imports optim.__init__"]),
+        ({"train.a": "from .. import optim"}, ["train.a imports optim.__init__"]),
+        ({"train.a": "from .. import x"}, ["train.a imports __init__"]),
+        ({"train.a": "import fogzo_kernels"}, ["train.a imports __init__"]),
+        ({"nn.a": "from .b import x", "nn.b": "from .a import x"}, ["circle: nn.a nn.b"]),
+        ({"nn.a": "from . import b", "nn.b": "def f():\n    from . import a"}, ["circle: nn.a nn.b"]),
+        ({"nn.a": "from . import x", "nn.__init__": "from .a import x"}, ["circle: nn.__init__ nn.a"]),
+        ({"nn.a": "from ..nn import x", "nn.__init__": "from . import b", "nn.b": "from .a import x"},
+         ["circle: nn.__init__ nn.a nn.b"]),
+        ({"nn.a": "from .b import x", "nn.b": "if TYPE_CHECKING:\n    from .a import X"}, []),
+        ({"extra.a": ""}, ["extra.a lies on no floor"]),
     ],
-)
-def test_the_walk_finds_the_module_of_a_name(name, module):
-    assert modules_of({name, "torch.nn"}) == {module}
+)  # fmt: skip
+def test_every_form_and_every_circle_is_found(planted, wrong):
+    assert violations(SMALL | planted) == wrong
 
 
 # ---- who may import whom
 
 
-def allowed(floor):
-    """What the modules of a floor may import, by their names."""
-    may, own = FLOORS[floor]
-    modules = [m if m != "__init__" else floor for m in own.split()] or [floor]
-    named = [m if m == floor else f"{floor}.{m}" for m in modules]
-    return {name: (*may, *named[:i]) for i, name in enumerate(named)}
+def test_the_package_keeps_its_floors_and_has_no_circle():
+    assert violations(SOURCES) == []
 
 
-MAY_IMPORT = {name: may for floor in FLOORS for name, may in allowed(floor).items()}
-
-
-def outside(found, may):
-    """Of the modules, those that are neither allowed nor lie in a package that is."""
-    return {m for m in found if not any(f"{m}.".startswith(f"{one}.") for one in may)}
-
-
-def test_floors_import_only_lower_ones():
-    below = {"_C", "_cuda"}
-    for floor, (may, _) in FLOORS.items():
-        assert {m.split(".")[0] for m in may} <= below, floor
-        below.add(floor)
-
-
-def test_every_module_has_its_place():
-    found = {".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")}
-    found = {name.removesuffix(".__init__") for name in found if not name.startswith("backends.triton.")}
-    assert found - {"spec", "backends.triton"} == set(MAY_IMPORT) - {"backends.triton"}
-
-
-@pytest.mark.parametrize("name", [name for name in MAY_IMPORT if not name.startswith("backends.")])
-def test_module_imports_only_what_it_may(name):
-    assert not outside(modules_of(imports_of(file_of(name))), MAY_IMPORT[name])
-
-
-def test_triton_is_built_from_the_bottom():
-    assert {p.stem for p in (PACKAGE / "backends/triton").glob("*.py")} == set(TRITON)
-    for i, name in enumerate(TRITON):
-        found = modules_of(imports_of(PACKAGE / f"backends/triton/{name}.py"))
-        own = {m.removeprefix("backends.triton.") for m in found if m.startswith("backends.triton.")}
-        assert own <= set(TRITON[:i]), name
+def test_ops_are_called_through_functional():
+    """Above it, only the ops' helpers are imported from where they lie."""
+    ops = {m for m in GRAPH["functional"] if m.startswith("ops.")}
+    assert "ops.quantize" in ops
+    assert not [m for m in GRAPH if floor_of(m) not in ("ops", "functional") and GRAPH[m] & ops]
 
 
 def test_no_argument_list_is_longer_than_12():
     """Except public functions, schemas and fakes, kernels: a long list is the sign of a missing noun."""
-    found = {}
-    for path in paths(PACKAGE, "*.py") + paths(ROOT / "bench", "*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, text in [*texts(PACKAGE, "*.py").items(), *texts(ROOT / "bench", "*.py").items()]:
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
-                entry = any(
-                    word in ast.unparse(d)
-                    for d in node.decorator_list
-                    for word in ("custom_op", "list_op", "register_fake", "jit")
-                )
+                decorators = " ".join(map(ast.unparse, node.decorator_list))
+                entry = re.search("custom_op|list_op|register_fake|jit", decorators)
                 public = node.name in fk.__all__ or node.name == "__init__"
-                if count > 12 and not entry and not public:
-                    found[f"{path.relative_to(ROOT)}:{node.name}"] = count
-    assert not found
+                assert count <= 12 or entry or public, f"{path}: {node.name}"
 
 
 def test_ops_name_no_backend():
     """They take what select() gives, for a name that the caller chose."""
-    for path in paths(PACKAGE / "ops", "*.py"):
-        tree = ast.parse(path.read_text())
-        used = {n.rsplit(".", 1)[1] for n in imports_of(path) if n.startswith("fogzo_kernels.backends.")}
-        assert used <= {"Backend", "check_name", "select"}, path
-        chosen = [
-            n.args[0] for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "select"
-        ]
-        assert not [name for name in chosen if isinstance(name, ast.Constant)], path
+    for module in (m for m in SOURCES if m.startswith("ops.")):
+        used = {n for n in imports(SOURCES[module], module) if n.startswith("fogzo_kernels.backends.")}
+        assert {n.rsplit(".", 1)[1] for n in used} <= {"Backend", "check_name", "select"}, module
+        assert not re.search(r"\bselect\(\s*[\"']", SOURCES[module]), module
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_backend_imports_torch_its_language_and_the_constants(name):
-    known = {"torch", *sys.stdlib_module_names}
-    for path in files_of_backend(name):
-        found = imports_of(path)
-        inside = modules_of(found)
-        own = {m for m in inside if f"{m}.".startswith(f"backends.{name}.")}
-        compiled = {m.removeprefix("fogzo_kernels.") for m in OWN[name]}
-        assert not outside(inside - own, (*BACKENDS_MAY_IMPORT, *compiled)), path
-        others = {m.split(".")[0] for m in found} - {"fogzo_kernels"}
-        assert others <= known | OWN[name], path
-
-
-def test_every_backend_is_known():
-    assert set(FLOORS["backends"][1].split()) - {"__init__", "plans", "cells"} == set(backends.OWN) == set(OWN)
+@pytest.mark.parametrize("name", backends.OWN)
+def test_a_backend_imports_torch_its_language_and_what_backends_share(name):
+    """Neither another backend nor how one is selected."""
+    mine = [m for m in SOURCES if f"{m}.".startswith(f"backends.{name}.")]
+    assert mine
+    known = {"torch", "fogzo_kernels", *sys.stdlib_module_names, *OWN[name]}
+    for module in mine:
+        inside = {m for m in GRAPH[module] - set(mine) if floor_of(m) == "backends"}
+        assert not {m for m in inside if m.split(".")[1] in (*OWN, "__init__")}, module
+        assert GRAPH[module] & COMPILED <= OWN[name], module
+        assert {n.split(".")[0] for n in imports(SOURCES[module], module)} <= known, module
 
 
 def test_nobody_imports_the_reference():
     """It is the specification: code that leans on it would agree with it by construction."""
-    for path in paths(PACKAGE, "*.py"):
-        assert "backends.reference" not in modules_of(imports_of(path)), path
+    assert not [m for m in GRAPH if "backends.reference" in GRAPH[m]]
 
 
 # ---- what an import loads
@@ -252,17 +225,15 @@ def loaded(statement):
     """Modules that a fresh interpreter has loaded after a statement."""
     code = f"import sys\n{statement}\nprint(*sys.modules)"
     environment = {k: v for k, v in os.environ.items() if k != "FOGZO_BACKEND"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    command, options = [sys.executable, "-c", code], {"cwd": ROOT, "env": environment, "text": True}
+    return set(subprocess.run(command, capture_output=True, check=True, **options).stdout.split())
 
 
 def test_import_loads_no_backend_and_use_loads_one():
     found = loaded("import fogzo_kernels")
     assert "fogzo_kernels.ops.perturb" in found
-    assert "transformers" not in found
-    assert not {f"fogzo_kernels.{name}" for name in COMPILED} & found
-    assert not {f"fogzo_kernels.backends.{name}" for name in backends.OWN} & found
+    others = [*COMPILED, *(f"backends.{name}" for name in backends.OWN)]
+    assert not {"transformers", *(f"fogzo_kernels.{name}" for name in others)} & found
     if "triton" not in loaded("import torch"):  # a release of PyTorch may import it itself
         assert "triton" not in found
     used = loaded("import fogzo_kernels as fk; fk.noise(1, 'uniform', seed=1, backend='cpu')")
@@ -274,20 +245,67 @@ def test_import_loads_no_backend_and_use_loads_one():
 # ---- C++
 
 
-def includes(path):
-    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
+def includes(text):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', text, re.MULTILINE)
 
 
-def test_headers_of_the_contract_include_no_torch():
-    """Only C++'s own headers, which have no suffix: any compiler and device can use them."""
-    for name, own in (
-        ("names.h", set()), ("philox.h", {"names.h"}), ("element.h", {"elementary.h"}),
-        ("elementary.h", {"philox.h", "elementary_body.h"}), ("checks.h", set()),
-    ):  # fmt: skip
-        found = includes(ROOT / "csrc" / name)
-        assert own <= set(found)
-        assert not [h for h in found if h not in own and ("." in h or "/" in h)]
-    assert includes(ROOT / "csrc/elementary_body.h") == []
+def include_graph(files):
+    """The files that each file includes; of texts by path."""
+    edges = {}
+    for path, text in files.items():
+        places = [posixpath.join(posixpath.dirname(path), name) for name in includes(text)]
+        edges[path] = {posixpath.normpath(place) for place in places} & files.keys()
+    return edges
+
+
+def declared_ahead(files):
+    """Functions that a header declares and another header of its folder defines, if it has no includes.
+
+    Such a header is pasted into a kernel's file: what it declares comes after it there, and needs it.
+    """
+    function = r"^(?! |return |using |typedef )[\w:<>,&* ]*[ &*](\w+)\([^;{}()]*\)\s*(;|\{|noexcept\s*\{)"
+    headers = {p: re.sub("//.*", "", text) for p, text in files.items() if p.endswith((".h", ".cuh"))}
+    found = {p: re.findall(function, text, re.MULTILINE) for p, text in headers.items()}
+    declared = {p: {name for name, end in found[p] if end == ";"} for p in found if not includes(files[p])}
+    defined = {p: {name for name, end in found[p] if end != ";"} for p in found}
+    pairs = [(p, q) for p in declared for q in defined if posixpath.dirname(p) == posixpath.dirname(q)]
+    ahead = [(p, name, q) for p, q in pairs for name in declared[p] & defined[q] - defined[p]]
+    return sorted(f"{path} declares {name} of {other}" for path, name, other in ahead)
+
+
+def test_a_circle_of_headers_is_found():
+    files = {"d/a.h": '#include "../b.h"', "b.h": '# include "d/c.h"', "d/c.h": '#include "a.h"'}
+    assert circles(include_graph(files | {"e.h": '#include "b.h"'})) == [("b.h", "d/a.h", "d/c.h")]
+
+
+def test_a_function_that_is_declared_ahead_is_found():
+    ahead, later = "int f(int x,\n      int y); // below", "template <class T>\nint f(int x, int y) {\n}"
+    assert declared_ahead({"d/a.h": ahead, "d/b.h": later}) == ["d/a.h declares f of d/b.h"]
+
+
+def test_headers_have_no_circle():
+    assert "element.h" in include_graph(CSRC)["cpu/kernels.h"]
+    assert circles(include_graph(CSRC)) == []
+    assert declared_ahead(CSRC) == []
+
+
+def test_csrc_includes_itself_and_named_libraries():
+    """CUDA's part includes no torch, so that one build serves every release; nothing includes the tests."""
+    libraries = {
+        "module.cpp": "pybind11/", "cuda/module.cpp": "pybind11/", "cuda": "cuda_runtime.h",
+        "cpu": "torch/ immintrin.h cpuid.h",
+    }  # fmt: skip
+    for path, text in CSRC.items():
+        allowed = tuple(libraries.get(path, libraries.get(posixpath.dirname(path), "")).split())
+        names = [name for name in includes(text) if "." in name and not name.startswith(allowed)]
+        assert not [name for name in names if not (ROOT / "csrc" / path).parent.joinpath(name).exists()], path
+
+
+def test_headers_include_their_own_folder_and_the_contract():
+    """The contract's, at the top, know no device, and no device knows another."""
+    for path, others in include_graph(CSRC).items():
+        folders = {posixpath.dirname(other) for other in others} - {"", posixpath.dirname(path)}
+        assert not folders or path == "module.cpp", path
 
 
 def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
@@ -295,40 +313,19 @@ def test_instruction_sets_are_turned_on_after_all_includes_from_outside():
     own = ["../elementary_body.h", "vectors.h", "tiles.h", "cells.h", "hadamard.h", "learned.h", "fused.h",
            "estimate_fused.h", "quantize_fused.h", "learned_fused.h", "rotated.h"]  # fmt: skip
     for name in ("avx2", "avx512"):
-        text = (ROOT / f"csrc/cpu/{name}.cpp").read_text()
-        before, after = text.split("#pragma GCC target", 1)
-        assert re.findall(r'#include ["<](.*?)[">]', before) == ["outside.h"]
-        assert re.findall(r'#include ["<](.*?)[">]', after) == own
-    for name in own[1:]:
-        assert includes(ROOT / "csrc/cpu" / name) == []
+        before, after = CSRC[f"cpu/{name}.cpp"].split("#pragma GCC target", 1)
+        assert includes(before) == ["outside.h"]
+        assert includes(after) == own
+    for name in own:
+        assert includes(CSRC[posixpath.normpath(f"cpu/{name}")]) == []
 
 
 def test_constants_of_the_cpu_are_named_once():
     """One in the kernels' unnamed namespace would hide that of kernels.h, which sizes what they are given."""
-    declared = [
-        name
-        for path in [*(ROOT / "csrc").glob("*.h"), *paths(ROOT / "csrc/cpu", "*.h")]
-        for name in re.findall(r"^constexpr [\w: ]+ (k\w+)\b", path.read_text(), re.MULTILINE)
-    ]
+    headers = [text for path, text in CSRC.items() if path.endswith(".h") and not path.startswith("cuda")]
+    declared = re.findall(r"^constexpr [\w: ]+ (k\w+)\b", "\n".join(headers), re.MULTILINE)
     assert "kBlock" in declared
-    assert [name for name, count in Counter(declared).items() if count > 1] == []
-
-
-def test_devices_do_not_include_each_other():
-    for path in paths(ROOT / "csrc", "c*/*"):
-        other = {"cpu": "cuda", "cuda": "cpu"}[path.parent.name]
-        assert not [h for h in includes(path) if f"{other}/" in h], path
-
-
-def test_cuda_includes_no_torch():
-    """One build serves every release; only hardware.cuh knows CUDA's headers, only module.cpp pybind11."""
-    for path in paths(ROOT / "csrc/cuda", "*.*"):
-        outside = {h for h in includes(path) if ("." in h or "/" in h) and not (path.parent / h).exists()}
-        own = {
-            "hardware.cuh": {"cuda_runtime.h", "on_host.h"}, "launch.cuh": {"on_host_launch.h"},
-            "module.cpp": {"pybind11/pybind11.h", "pybind11/stl.h"},
-        }  # fmt: skip
-        assert outside <= own.get(path.name, set()), path
+    assert sorted(declared) == sorted(set(declared))
 
 
 # ---- size and words
@@ -336,11 +333,10 @@ def test_cuda_includes_no_torch():
 
 def test_no_file_is_longer_than_450_lines():
     folders = (PACKAGE, ROOT / "csrc", ROOT / "python_tests", ROOT / "bench")
-    paths = [p for folder in folders for p in folder.rglob("*.*")] + list(ROOT.glob("*.py"))
-    sources = [p for p in paths if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
+    files = [*ROOT.glob("*.py"), *(p for folder in folders for p in folder.rglob("*.*"))]
+    sources = [p for p in files if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
     assert {".py", ".cpp", ".h"} <= {p.suffix for p in sources}
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources}
-    assert not {path: n for path, n in lengths.items() if n > 450}
+    assert not [str(p) for p in sources if len(p.read_text().splitlines()) > 450]
 
 
 @pytest.mark.parametrize("name", fk.__all__)
@@ -353,7 +349,8 @@ def test_public_name_has_a_docstring(name):
 
 def test_all_names_what_is_public():
     for name, module in (("functional", fk.functional), ("__init__", fk)):
-        imported = {n.rsplit(".", 1)[1] for n in imports_of(file_of(name)) if n.startswith("fogzo_kernels.")}
+        inside = [n for n in imports(SOURCES[name], name) if n.startswith("fogzo_kernels.")]
+        imported = {n.rsplit(".", 1)[1] for n in inside}
         if name == "__init__":
             imported = imported - {"functional", "*", "export"} | set(fk.functional.__all__)
         assert imported == set(module.__all__)
