@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
-#: Sources that are compiled once for each distribution; their units' names begin so.
-PER_DISTRIBUTION = {"perturb_kernels": "perturb", "rotated_kernels": "rotated"}
+#: Sources that are compiled once for each distribution.
+PER_DISTRIBUTION = ("estimate", "perturb", "tail")
 
 
 class Unit(NamedTuple):
@@ -44,8 +44,10 @@ def units() -> list[Unit]:
     """Every compilation, in a fixed order."""
     found = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
-        if prefix := PER_DISTRIBUTION.get(source.stem):
-            found += [Unit(f"{prefix}_{d}", source, (f"-DFOGZO_DISTRIBUTION={d}",)) for d in distributions()]
+        if source.stem in PER_DISTRIBUTION:
+            found += [
+                Unit(f"{source.stem}_{d}", source, (f"-DFOGZO_DISTRIBUTION={d}",)) for d in distributions()
+            ]
         else:
             found.append(Unit(source.stem, source, ()))
     return found
