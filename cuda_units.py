@@ -100,7 +100,9 @@ def compiled(arch: int, advance: Callable[[], object] = lambda: None) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found: install nvidia-cuda-nvcc, or set CUDA_HOME")
-    key = digest([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*")], NVCC_FLAGS, nvcc_version(nvcc), units())
+    sources = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*")]
+    commands = [(unit.name, unit.defines) for unit in units()]  # without paths: all checkouts share a build
+    key = digest(sources, NVCC_FLAGS, nvcc_version(nvcc), commands)
     folder = ROOT / "build/cuda" / key / str(arch)
 
     def compile_one(unit: Unit) -> None:
