@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
-#: Sources that are compiled once for each distribution; their units' names begin so.
-PER_DISTRIBUTION = {"perturb_kernels": "perturb", "rotated_kernels": "rotated"}
+#: Sources that are compiled once for each distribution.
+PER_DISTRIBUTION = ("estimate", "perturb", "tail")
 
 
 class Unit(NamedTuple):
@@ -44,8 +44,10 @@ def units() -> list[Unit]:
     """Every compilation, in a fixed order."""
     found = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
-        if prefix := PER_DISTRIBUTION.get(source.stem):
-            found += [Unit(f"{prefix}_{d}", source, (f"-DFOGZO_DISTRIBUTION={d}",)) for d in distributions()]
+        if source.stem in PER_DISTRIBUTION:
+            found += [
+                Unit(f"{source.stem}_{d}", source, (f"-DFOGZO_DISTRIBUTION={d}",)) for d in distributions()
+            ]
         else:
             found.append(Unit(source.stem, source, ()))
     return found
@@ -98,7 +100,9 @@ def compiled(arch: int, advance: Callable[[], object] = lambda: None) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found: install nvidia-cuda-nvcc, or set CUDA_HOME")
-    key = digest([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*")], NVCC_FLAGS, nvcc_version(nvcc), units())
+    sources = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*")]
+    commands = [(unit.name, unit.defines) for unit in units()]  # without paths: all checkouts share a build
+    key = digest(sources, NVCC_FLAGS, nvcc_version(nvcc), commands)
     folder = ROOT / "build/cuda" / key / str(arch)
 
     def compile_one(unit: Unit) -> None:

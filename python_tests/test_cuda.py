@@ -21,30 +21,27 @@ ROOT = Path(__file__).parents[1]
 cuda = pytest.importorskip("fogzo_kernels.backends.cuda")
 native = cuda._cuda
 WHERE, PLAN, DTYPES, GRID = (0, 0), (0, 0, 0, True, False), ("float32",) * 3, (0, 1, 0, 1)
-DRAW = ("uniform", 1.0, ((0, 1), (0, 2), (0, 0.5)))
-LOSSES, SUMS = (0, 0, 0, 0, 0, 1.0), (0, 0, 0)
+CALL = WHERE, PLAN, DTYPES
+DRAW, MIX = ("uniform", 1.0, (0, 1), (0, 2), 0), (0, (0, 0.5), 1.0)
+LOSSES, SUMS = (0, 0, 0, 0), (0, 0, 0)
 HYPERPARAMETERS = UpdateRule("sgd").hyperparameters
-CELLS, MEASURE = (0, 0, 0, 0, 0), ("rms", 1, 0, 0)
+CELLS, MEASURE = (0, 0, 0, 0, 0, "float32"), ("rms", 1, 0, 0)
 
 
-def update(rule, hyperparameters):
-    native.estimate_update(
-        WHERE, PLAN, DTYPES, False, False, DRAW, LOSSES, GRID, (rule, hyperparameters, (0, 0.1), (0, 1)), 0, 0
-    )
+def update(rule, hyperparameters, block=0):
+    optimizer = rule, hyperparameters, (0, 0.1), (0, 1), False
+    native.estimate_update(CALL, DRAW, MIX, LOSSES, GRID, block, optimizer, 0, False)
 
 
 def test_each_op_with_a_transform_names_a_wrong_block():
-    draw, losses, optimizer = DRAW, LOSSES, ("sgd", HYPERPARAMETERS, (0, 0.1), (0, 1))
     calls = [
-        lambda block: native.quantize(WHERE, PLAN, DTYPES, GRID, block),
-        lambda block: native.perturb_quantize(
-            WHERE, PLAN, DTYPES, True, False, draw, 0, 0, GRID, 1.0, block),
-        lambda block: native.estimate_gradient(WHERE, PLAN, "float32", draw, losses, 1, 0, block),
-        lambda block: native.estimate_update(
-            WHERE, PLAN, DTYPES, False, False, draw, losses, GRID, optimizer, 0, block),
-        lambda block: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "identity", block),
-        lambda block: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "identity", SUMS, block),
-    ]  # fmt: skip
+        lambda block: native.quantize(CALL, GRID, block),
+        lambda block: native.perturb_quantize(CALL, DRAW, MIX, GRID, block, True, False),
+        lambda block: native.estimate_gradient(CALL, DRAW, MIX, LOSSES, 1, block, 0),
+        lambda block: update("sgd", HYPERPARAMETERS, block),
+        lambda block: native.straight_through_backward(CALL, GRID, "identity", block),
+        lambda block: native.learned_backward(CALL, GRID, "identity", block, SUMS),
+    ]
     for call in calls:
         for block in (-16, 1, 100, 2048):
             message = f"block must be one of 16, 32, 64, 128, 256, 512, 1024, got {block}"
@@ -66,34 +63,34 @@ def test_build_info_names_compiler_and_architectures():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: native.quantize(WHERE, (0, 0, -1, True, False), DTYPES, GRID, 0),
+        (lambda: native.quantize((WHERE, (0, 0, -1, True, False), DTYPES), GRID, 0),
          "plan's blocks must be in 0..2147483647, got -1"),
-        (lambda: native.quantize(WHERE, PLAN, ("int8", "float32", "int8"), GRID, 0),
+        (lambda: native.quantize((WHERE, PLAN, ("int8", "float32", "int8")), GRID, 0),
          "latent's dtype must be float32, bfloat16 or float16, got int8"),
-        (lambda: native.quantize(WHERE, PLAN, ("float32", "float32", "float64"), GRID, 0),
+        (lambda: native.quantize((WHERE, PLAN, ("float32", "float32", "float64")), GRID, 0),
          "output's dtype must be one of float32, bfloat16, float16, int8, got float64"),
-        (lambda: native.noise(WHERE, PLAN, ("poisson", *DRAW[1:]), 0),
+        (lambda: native.noise(CALL, ("poisson", *DRAW[1:])),
          "distribution must be one of uniform, rademacher, triangular, logistic, gaussian, got poisson"),
-        (lambda: native.noise(WHERE, PLAN, DRAW, 65536), "direction must be in 0..65535, got 65536"),
-        (lambda: native.straight_through_backward(WHERE, PLAN, DTYPES, GRID, "sine", 0),
+        (lambda: native.noise(CALL, (*DRAW[:4], 65536)), "direction must be in 0..65535, got 65536"),
+        (lambda: native.straight_through_backward(CALL, GRID, "sine", 0),
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
-        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "sine", SUMS, 0),
+        (lambda: native.learned_backward(CALL, GRID, "sine", 0, SUMS),
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
-        (lambda: native.learned_backward(WHERE, PLAN, DTYPES, GRID, "identity", (0, 0, -1), 0),
+        (lambda: native.learned_backward(CALL, GRID, "identity", 0, (0, 0, -1)),
          "number of crossing alphas must be in 0..2147483647, got -1"),
-        (lambda: native.estimate_gradient(WHERE, PLAN, "float32", DRAW, (0, 0, -1, *LOSSES[3:]), 1, 0, 0),
+        (lambda: native.estimate_gradient(CALL, DRAW, MIX, (0, 0, -1, 0), 1, 0, 0),
          "number of losses must be in 0..65536, got -1"),
-        (lambda: native.measure_alphas(WHERE, CELLS, "float32", ("median", 1, 0, 0), 0),
+        (lambda: native.measure_alphas(WHERE, CELLS, ("median", 1, 0, 0), 0),
          "statistic must be one of absmax, absmean, rms, got median"),
-        (lambda: native.measure_alphas(WHERE, CELLS, "int8", MEASURE, 0),
+        (lambda: native.measure_alphas(WHERE, (*CELLS[:5], "int8"), MEASURE, 0),
          "data's dtype must be float32, bfloat16 or float16, got int8"),
-        (lambda: native.measure_alphas(WHERE, (*CELLS[:3], -1, 0), "float32", MEASURE, 0),
+        (lambda: native.measure_alphas(WHERE, (*CELLS[:3], -1, *CELLS[4:]), MEASURE, 0),
          "plan's blocks must be in 0..2147483647, got -1"),
-        (lambda: native.measure_alphas(WHERE, (*CELLS[:3], 0, 2**31), "float32", MEASURE, 0),
+        (lambda: native.measure_alphas(WHERE, (*CELLS[:4], 2**31, "float32"), MEASURE, 0),
          "plan's second blocks must be in 0..2147483647, got 2147483648"),
-        (lambda: native.hadamard(WHERE, PLAN, DTYPES, 100),
+        (lambda: native.hadamard(CALL, 100),
          "block must be one of 16, 32, 64, 128, 256, 512, 1024, got 100"),
-        (lambda: native.hadamard(WHERE, PLAN, ("float32", "float32", "int8"), 128),
+        (lambda: native.hadamard((WHERE, PLAN, ("float32", "float32", "int8")), 128),
          "output's dtype must be float32, bfloat16 or float16, got int8"),
         (lambda: update("lion", HYPERPARAMETERS),
          "rule must be one of adamw, sgd, momentum, nesterov, got lion"),
@@ -238,12 +235,12 @@ def test_setup_says_what_is_left_out_and_why():
         assert setup().stdout.startswith(("this PyTorch has no CUDA", "nvcc was not found"))
 
 
-def test_every_distribution_has_its_perturbation():
+def test_every_distribution_has_its_units():
     found = {unit.name: unit for unit in cuda_units.units()}
-    assert {f"{name}_{d}" for d in DISTRIBUTIONS for name in ("perturb", "rotated")} < set(found)
+    assert {f"{name}_{d}" for d in DISTRIBUTIONS for name in ("perturb", "estimate", "tail")} < set(found)
     assert {unit.source for unit in found.values()} == set((ROOT / "csrc/cuda").glob("*.cu"))
     assert found["perturb_gaussian"].defines == ("-DFOGZO_DISTRIBUTION=gaussian",)
-    assert found["tail"].defines == ()
+    assert found["norm"].defines == ()
 
 
 def test_setup_takes_architectures():

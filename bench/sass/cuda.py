@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from build_cuda import find_nvcc
 from cuda_units import Unit, compiled, once, parallel, run, units
@@ -39,8 +39,8 @@ INNER = {
     "measure_kernel": {"bf16": 2, "fp16": 2, "fp32": 4},
 }
 TURN_OF_OTHERS = 8
-#: Kernels around a transform know its block when they run: counted are the stages that go between threads for
-#: blocks of 128, of pairs of chunks.
+#: Kernels around a transform are told its block when they run. The count takes the stages between threads of
+#: blocks of 128, in pairs of chunks.
 BLOCK, STAGES = "128", 3
 
 
@@ -83,83 +83,48 @@ def spills(folder: Path) -> dict[str, int]:
 
 
 def variant_of(name: str) -> Variant | None:
-    """Of a demangled name; None for what is no kernel."""
+    """The variant of a demangled name, or None for what is no kernel."""
     found = re.match(r"(?:void )?fogzo::cuda::(\w+)(?:<(.*)>)?\(", name)
     if found is None:
         return None
-    kernel = found.group(1)
-    arguments = [a.rsplit(")", 1)[-1].strip() for a in (found.group(2) or "").split(",")]
-    if kernel == "noise_kernel":
-        return Variant(kernel, out="fp32", distribution=DISTRIBUTIONS[int(arguments[0])])
-    if kernel == "sumsq_kernel":
-        return Variant(kernel, grad=DTYPES[int(arguments[0])], scale=scale_of(arguments[1]))
-    if kernel == "perturb_kernel":
-        dist, *types, both, plain = arguments
-        signs = "both" if both == "true" else "one"
-        return Variant(kernel, *dtypes(*types), signs=signs, **drawn(dist, plain))
-    if kernel == "estimate_kernel":
-        dist, grad, plain = arguments
-        return Variant(kernel, grad=DTYPES[int(grad)], directions=1, **drawn(dist, plain))
-    if kernel == "update_kernel":
-        dist, adamw, plain, *types = arguments
-        rule = "adamw" if adamw == "true" else "momentum"  # with one state, as momentum and nesterov have
-        return Variant(kernel, *dtypes(*types), kind=rule, **drawn(dist, plain))
-    if kernel.startswith("rotated"):
-        return rotated_variant(kernel, arguments)
-    if kernel == "quantize_kernel":
-        latent, out = dtypes(*arguments)
-        return Variant(kernel, latent, None, out, scale="row")
-    if kernel in ("backward_kernel", "learned_kernel"):
-        dtype = DTYPES[int(arguments[1])]
-        return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
-    if kernel == "measure_kernel":
-        return Variant(kernel, grad=DTYPES[int(arguments[1])], kind=STATISTICS[int(arguments[0])])
-    if kernel == "join_kernel":
-        return Variant(kernel, kind=STATISTICS[int(arguments[0])])
-    if kernel == "hadamard_kernel":
-        latent, out = dtypes(*arguments[1:])
-        return Variant(kernel, latent, None, out, block=int(arguments[0]))
-    return Variant(kernel)
+    kernel, template = found.groups()
+    arguments = defaultdict[str, list[str]](list)  # by enumeration, "" for numbers and flags
+    for enumeration, value in re.findall(r"(?:::(\w+)\))?\b(\d+|true|false)\b", template or ""):
+        arguments[enumeration].append(value)
 
+    def value_of(enumeration: str, names: tuple[str, ...]) -> str | None:
+        return names[int(arguments[enumeration][0])] if arguments[enumeration] else None
 
-def rotated_variant(kernel: str, arguments: list[str]) -> Variant:
-    """Of a kernel around a transform. Rows, groups and shards go by the same kernel."""
-    if kernel == "rotated_perturb_kernel":
-        dist, *types, both, _ = arguments
-        signs = "both" if both == "true" else "one"
-        return Variant(kernel, *dtypes(*types), signs=signs, kind=BLOCK, **drawn(dist, "false"))
-    if kernel == "rotated_estimate_kernel":
-        dist, grad, _ = arguments
-        return Variant(kernel, grad=DTYPES[int(grad)], kind=BLOCK, directions=1, **drawn(dist, "false"))
-    if kernel == "rotated_update_kernel":
-        dist, adamw = arguments
-        rule = "adamw" if adamw == "true" else "momentum"
-        return Variant(kernel, "any", "any", "any", kind=rule, **drawn(dist, "false"))
-    if kernel == "rotated_quantize_kernel":
-        latent, out = dtypes(*arguments[:2])
-        return Variant(kernel, latent, None, out, scale="row", kind=BLOCK)
-    if kernel in ("rotated_backward_kernel", "rotated_learned_kernel"):
-        dtype = DTYPES[int(arguments[1])]
-        return Variant(kernel, dtype, dtype, dtype, scale="row", kind=KINDS[int(arguments[0])])
-    return Variant(kernel)
-
-
-def drawn(dist: str, plain: str) -> dict[str, Any]:
-    """Fields of a variant that draws noise."""
-    return {
-        "distribution": DISTRIBUTIONS[int(dist)],
-        "scale": scale_of(plain),
-        "shard": plain == "false",
-    }
-
-
-def scale_of(plain: str) -> str:
-    """The kernels that are not plain take rows, groups, shards and scalars in device memory."""
-    return "tensor" if plain == "true" else "row"
-
-
-def dtypes(*numbers: str) -> tuple[str, ...]:
-    return tuple(DTYPES[int(n)] for n in numbers)
+    numbers, op = arguments[""], kernel.removeprefix("rotated_")
+    rotated = op != kernel
+    plain = numbers[-1:] == ["true"] and not rotated  # others take rows, groups, shards, scalars on the device
+    scale = "tensor" if plain else "row"
+    latent, grad, out = (DTYPES[int(n)] for n in arguments["Dtype"] or ["-1"] * 3)
+    distribution = value_of("Distribution", DISTRIBUTIONS)
+    drawn = {"distribution": distribution, "scale": scale, "shard": not plain}
+    kind = value_of("StraightThrough", KINDS) or value_of("Statistic", STATISTICS)
+    kind = BLOCK if rotated and kind is None else kind
+    if op == "noise_kernel":
+        return Variant(kernel, out="fp32", distribution=distribution)
+    if op == "sumsq_kernel":
+        return Variant(kernel, grad=grad, scale=scale)
+    if op == "perturb_kernel":
+        return Variant(
+            kernel, latent, grad, out, signs="both" if numbers[0] == "true" else "one", kind=kind, **drawn
+        )
+    if op == "estimate_kernel":
+        return Variant(kernel, grad=grad, directions=1, kind=kind, **drawn)
+    if op == "update_kernel":  # momentum stands for rules with one state
+        return Variant(kernel, latent, grad, out, kind="adamw" if numbers[0] == "true" else "momentum", **drawn)
+    if op == "quantize_kernel":
+        return Variant(kernel, latent, None, out, scale="row", kind=kind)
+    if op in ("backward_kernel", "learned_kernel"):
+        return Variant(kernel, latent, grad, out, scale="row", kind=kind)
+    if op == "measure_kernel":
+        return Variant(kernel, grad=grad, kind=kind)
+    if op == "hadamard_kernel":
+        return Variant(kernel, latent, None, out, block=int(numbers[0]))
+    return Variant(kernel, kind=kind)
 
 
 def functions(cubin: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:

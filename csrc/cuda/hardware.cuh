@@ -1,4 +1,4 @@
-// What the hardware does in one instruction, under plain names.
+// Single instructions of the hardware under plain names. No other file includes CUDA's headers.
 #pragma once
 
 #include "../element.h"
@@ -14,40 +14,37 @@ namespace fogzo::cuda {
 
 using Words4 = uint4;
 
+// Calls f(0), ..., f(Count - 1).
+template <int Count, class F> FOGZO_DEVICE void unrolled(F f) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i)
+    f(i);
+}
+
 FOGZO_DEVICE int thread() { return int(threadIdx.x); }
 FOGZO_DEVICE int64_t block() { return int64_t(blockIdx.x); }
 FOGZO_DEVICE void barrier() { __syncthreads(); }
 
 // Approximate functions: far cheaper than the library's (docs/contract.md, section 6, allows for them).
-FOGZO_DEVICE float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+#define FOGZO_APPROXIMATE(name, instruction)                                                                   \
+  FOGZO_DEVICE float name(float x) {                                                                           \
+    float y;                                                                                                   \
+    asm(instruction ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));                                             \
+    return y;                                                                                                  \
+  }
+FOGZO_APPROXIMATE(fast_log2, "lg2")
+FOGZO_APPROXIMATE(fast_rcp, "rcp")
+FOGZO_APPROXIMATE(fast_sqrt, "sqrt")
+FOGZO_APPROXIMATE(fast_cos, "cos")
+FOGZO_APPROXIMATE(fast_sin, "sin")
+#undef FOGZO_APPROXIMATE
 
-FOGZO_DEVICE float fast_rcp(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-FOGZO_DEVICE float fast_sqrt(float x) {
-  float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-FOGZO_DEVICE void fast_cos_sin(float x, float &cosine, float &sine) {
-  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(x));
-  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(x));
-}
-
-// c plus the bytes of a, each times that of `weights`.
+// Adds to c each byte of a times the byte of `weights` in the same place.
 FOGZO_DEVICE int weigh_bytes(uint32_t a, uint32_t weights, int c) {
   return int(__dp4a(a, weights, uint32_t(c)));
 }
 
-// Two floats as bfloat16 or float16, to nearest even; the first in the lower half.
+// Rounds two floats to bfloat16 or float16, to nearest even; the first goes into the lower half.
 FOGZO_DEVICE uint32_t pack_bfloat16(float low, float high) {
   uint32_t word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
@@ -66,26 +63,20 @@ FOGZO_DEVICE float widen_float16(uint32_t half) {
   return x;
 }
 
-// The bytes of a and b that the digits of `which` name.
-FOGZO_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }
+// Takes the bytes of a and b that the digits of `bytes` name.
+FOGZO_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t bytes) { return __byte_perm(a, b, bytes); }
 
-// What the thread of the same warp holds whose number differs in `bit`; all threads of the warp ask.
-template <int N> FOGZO_DEVICE void from_warp(const float (&x)[N], int bit, float (&other)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i)
-    other[i] = __shfl_xor_sync(0xFFFFFFFFu, x[i], bit);
-}
+// Gives x of the thread of the same warp whose number differs in `bit`; all threads of the warp must call it.
+template <class T> FOGZO_DEVICE T from_warp(T x, int bit) { return __shfl_xor_sync(0xFFFFFFFFu, x, bit); }
 
-FOGZO_DEVICE double from_warp(double x, int bit) { return __shfl_xor_sync(0xFFFFFFFFu, x, bit); }
-
-// Pointers come from a table, so the compiler must be told that they lead to global memory.
+// Tells the compiler that a pointer, which comes from a table, leads to global memory.
 template <class T> FOGZO_DEVICE T *global(T *at) {
   __builtin_assume(__isGlobal(at));
   return at;
 }
 
 FOGZO_DEVICE Words4 load16(const void *at) { return *global(static_cast<const Words4 *>(at)); }
-// In assembly, as the compiler may make two stores of one.
+// The compiler may split a store of four words; it cannot split the instruction.
 FOGZO_DEVICE void store16(void *at, const Words4 &x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");

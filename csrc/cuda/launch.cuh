@@ -1,8 +1,7 @@
-// Launches: on a given device and stream, with errors that name the kernel.
+// Launches: which kernel serves the dtypes, on a given device and stream, with errors that name the kernel.
 #pragma once
 
-#include "hardware.cuh"
-#include "ops.h"
+#include "tiles.cuh"
 
 #include <stdexcept>
 #include <string>
@@ -19,11 +18,11 @@ inline void check(cudaError_t status, const char *kernel) {
                            cudaGetErrorString(status) + (none ? " (no CUDA device was found)" : ""));
 }
 
-// One launch of `blocks` blocks of `threads`; nothing for no blocks. The caller's own runtime has made
-// the device current; this module's is a copy of its own, and is told as well.
+// Launches `blocks` blocks of `threads`, or nothing if there are no blocks. The caller's runtime has made the
+// device current; this module has a runtime of its own, which must be told as well.
 template <class P>
-void launch(const char *name, void (*kernel)(P), const Where &where, int64_t blocks, int threads,
-            const std::remove_const_t<P> &parameters) {
+void launch(const char *name, void (*kernel)(P), const Where &where, int64_t blocks,
+            const std::remove_const_t<P> &parameters, int threads = kThreads) {
   if (!blocks)
     return;
   check(cudaSetDevice(where.device), name);
@@ -33,5 +32,27 @@ void launch(const char *name, void (*kernel)(P), const Where &where, int64_t blo
                          dim3(unsigned(threads)), arguments, 0, reinterpret_cast<cudaStream_t>(where.stream)),
         name);
 }
+
+using Float32 = Same<Dtype::float32>;
+using Bfloat16 = Same<Dtype::bfloat16>;
+using Float16 = Same<Dtype::float16>;
+using MixedBfloat16 = Types<Dtype::float32, Dtype::bfloat16, Dtype::bfloat16>; // with float32 latents
+using Any = Same<Dtype::any>;
+
+// Gives f(T()) for the first T of the list that fits the operands' dtypes; `Any` fits all.
+template <class First, class... Rest, class F> auto with_dtypes(const Dtypes &dtypes, F f) {
+  if (First::fits(dtypes))
+    return f(First());
+  if constexpr (sizeof...(Rest) > 0)
+    return with_dtypes<Rest...>(dtypes, f);
+  else
+    throw std::logic_error("with_dtypes() must have a kernel for each triple of dtypes");
+}
+
+// Gives f(std::true_type()) or f(std::false_type()).
+template <class F> auto with_flag(bool flag, F f) { return flag ? f(std::true_type()) : f(std::false_type()); }
+
+// Whether the fast kernels serve: one alpha for each tensor, no shard of several rows, scalars on the host.
+inline bool is_plain(const Plan &plan, bool on_host) { return plan.per_tensor && !plan.shard && on_host; }
 
 } // namespace fogzo::cuda

@@ -1,11 +1,140 @@
-// Learned scales: g h'(theta) into PLUS, which may be GRAD, and the gradients of alphas into ALPHA_GRAD.
-#include "learned.cuh"
+// Learned scales: g h'(theta) into PLUS, which may be GRAD, and the gradients of alphas into ALPHA_GRAD. Around
+// a transform both are of the transformed weight, and H(g h') is written.
+//
+// A team of threads takes the elements that share an alpha. If several blocks hold them, a second launch adds
+// what each block has: one sum of the alpha that began in an earlier block, one of the alpha that begins in
+// this block and goes on behind it. No atomics, so that the sums have the same bits in every run.
+#include "hadamard.cuh"
+#include "launch.cuh"
+#include "teams.cuh"
+
+#include <cstring>
 
 namespace fogzo::cuda {
 
-// The threads for what shares an alpha, by chunks where there are any: as many as eight take it together, so
-// that their accesses lie side by side, and more only where each has its share of chunks, as all threads of a
-// block do of its elements. What a team does once, the scale and the sum, is then little.
+struct Learned {
+  Plan plan;
+  Dtypes dtypes;
+  Grid grid;
+  AlphaSums sums;
+  Rotation rotation;
+};
+
+// The elements that share alpha number `index`: all, and the block's, `first` to `last`.
+struct Cell {
+  int64_t index, begin, end, first, last;
+
+  FOGZO_DEVICE bool some() const { return first < last; }
+};
+
+FOGZO_DEVICE Cell cell_of(const Part &part, int64_t index) {
+  const int64_t length = part[SCALE_LENGTH], begin = index * length, end = begin + length, stop = part.end();
+  return {index, begin, end, begin < part.begin ? part.begin : begin, end < stop ? end : stop};
+}
+
+FOGZO_DEVICE void write_alpha_grad(const Part &part, int64_t index, double sum) {
+  const int64_t bits = part[FACTOR];
+  double factor;
+  std::memcpy(&factor, &bits, sizeof factor);
+  *global(part.pointer<float>(ALPHA_GRAD) + index) = float(factor * sum);
+}
+
+// Writes the block's share of the sum of an alpha's gradient: one thread calls it.
+FOGZO_DEVICE void write_sum(const Learned &p, const Part &part, const Cell &cell, double sum) {
+  if (cell.begin < cell.first)
+    *global(p.sums.partial + 2 * block()) = sum;
+  else if (cell.end > cell.last)
+    *global(p.sums.partial + 2 * block() + 1) = sum;
+  else
+    write_alpha_grad(part, cell.index, sum);
+}
+
+// Gives alpha_slope_of() of element.h by the hardware's minimum and maximum.
+FOGZO_DEVICE float alpha_slope(float z, const Grid &grid) {
+  const bool between = (grid.qmin <= z) & (z <= grid.qmax) & (grid.r == 1.0f);
+  return std::fma(grid.r, shifted_code(z, grid) - kRounding, between ? -z : grid.r * grid.offset);
+}
+
+// Writes g h', and gives the terms of alpha's gradient: a chunk's are added in float32.
+template <StraightThrough Kind, class Items>
+FOGZO_DEVICE double learned(const Learned &p, const Operands &o, const Scale &scale, const Items &at) {
+  constexpr int count = Items::count, size = Items::size;
+  const Grid &grid = p.grid;
+  Loads<Items> latent, grad;
+  float x[count][size], g[count][size], terms[count] = {};
+  load_own(at, o.latent, latent);
+  load_own(at, o.grad, grad);
+  widen(latent, o.latent.dtype, x);
+  widen(grad, o.grad.dtype, g);
+  at.transform(x);
+  unrolled<count>([&](int k) {
+    unrolled<size>([&](int i) {
+      terms[k] += g[k][i] * alpha_slope(position(x[k][i], scale.inv, grid), grid);
+      g[k][i] *= derivative_of<Kind>(x[k][i], scale, {grid.qmin, grid.qmax, grid.offset}, grid.r);
+    });
+  });
+  at.transform(g);
+  if (!at.some)
+    return 0.0;
+  unrolled<count>([&](int k) { at.store(o.out, k, g[k]); });
+  return count == 2 ? double(terms[0]) + double(terms[count - 1]) : double(terms[0]);
+}
+
+// Gives a thread's share of a cell to `learned`: every `threads`-th chunk, then element, from `mate` on.
+template <StraightThrough Kind, bool Aligned>
+FOGZO_DEVICE double cell_terms(const Learned &p, const Frame<false> &frame, const Operands &o, const Cell &cell,
+                               int mate, int threads) {
+  if (!cell.some())
+    return 0.0;
+  const Part &part = frame.part;
+  const Scale scale = scale_of(*global(part.pointer<const float>(ALPHA) + cell.index), p.grid.r);
+  double sum = 0.0;
+  const int64_t fast = part[FAST], last = cell.last < fast ? cell.last : fast;
+  const int chunks = last > cell.first ? int((last - part.begin) / kChunk) : 0;
+#pragma unroll 1
+  for (int c = int((cell.first - part.begin) / kChunk) + mate; c < chunks; c += threads)
+    sum += learned<Kind>(p, o, scale, Chunks<1, Aligned, false>{frame, c, 0});
+#pragma unroll 1
+  for (int64_t j = (cell.first > fast ? cell.first : fast) + mate; j < cell.last; j += threads)
+    sum += learned<Kind>(p, o, scale, Element<false>{frame, j});
+  return sum;
+}
+
+// The same by two chunks a turn. All threads take every turn of every cell.
+template <StraightThrough Kind, bool Far, bool Aligned>
+FOGZO_DEVICE double rotated_terms(const Learned &p, const Frame<false> &frame, const Operands &o,
+                                  const Cell &cell, int mate, int threads, int pairs) {
+  const Part &part = frame.part;
+  const int begin = int((cell.first - part.begin) / kChunk), end = int((cell.last - part.begin) / kChunk);
+  const float *alpha = part.pointer<const float>(ALPHA) + cell.index;
+  const Scale scale = cell.some() ? scale_of(*global(alpha), p.grid.r) : Scale{1.0f, 1.0f};
+  double sum = 0.0;
+#pragma unroll 1
+  for (int turn = 0; turn < pairs; turn += threads) {
+    const int c = begin + 2 * turn + first_of_two(p.rotation, mate);
+    const TwoChunks<Far, Aligned> at{{frame, c, p.rotation.half}, p.rotation, scale, c < end};
+    sum += learned<Kind>(p, o, scale, at);
+  }
+  return sum;
+}
+
+// Sums the terms of each cell of the block, a team of threads for each; `terms` gives a thread's share.
+template <class Terms>
+FOGZO_DEVICE void over_cells(const Learned &p, const Part &part, int threads, Terms terms) {
+  const int team = thread() / threads, mate = thread() & (threads - 1);
+  const int64_t length = part[SCALE_LENGTH], last = (part.end() - 1) / length;
+#pragma unroll 1
+  for (int64_t turn = part.begin / length; turn <= last; turn += kThreads / threads) {
+    const Cell cell = cell_of(part, turn + team);
+    const double sum = sum_over_team(terms(cell, mate), threads);
+    if (cell.some() && !mate)
+      write_sum(p, part, cell, sum);
+  }
+}
+
+// The threads of a team. As many as eight take what shares an alpha, chunks or else elements, so that their
+// accesses lie side by side; more only if each has its share of chunks, as all threads of a block have of its
+// elements. What a team does once, the scale and the sum, is then little.
 FOGZO_DEVICE int team_of(const Part &part) {
   const int share = part.span / kThreads / kChunk;
   const int64_t length = part[SCALE_LENGTH], units = part[FAST] ? (length + kChunk - 1) / kChunk : length;
@@ -15,99 +144,77 @@ FOGZO_DEVICE int team_of(const Part &part) {
   return threads;
 }
 
-// A thread's share of a cell: every `threads`-th chunk, then element, from `mate` on.
-template <StraightThrough Kind, bool Aligned>
-FOGZO_DEVICE double cell_terms(const Learned &p, const Part &part, const Cell &cell, const Dtypes &t, int mate,
-                               int threads) {
-  const char *latent = part.address(LATENT, bytes_of(t.latent)), *grad = part.address(GRAD, bytes_of(t.grad));
-  char *out = part.address(PLUS, bytes_of(t.out));
-  const Scale scale = scale_of(*global(part.pointer<const float>(ALPHA) + cell.index), p.grid.r);
-  double sum = 0.0;
-  const int64_t fast = part[FAST], last = cell.last < fast ? cell.last : fast;
-  const int chunks = last > cell.first ? int((last - part.begin) / kChunk) : 0;
-#pragma unroll 1
-  for (int c = int((cell.first - part.begin) / kChunk) + mate; c < chunks; c += threads) {
-    float theta[kChunk], g[kChunk], terms = 0.0f;
-    const Raw raw = load_chunk<Aligned>(latent, c, t.latent), raw_g = load_chunk<Aligned>(grad, c, t.grad);
-    widen(raw, t.latent, theta);
-    widen(raw_g, t.grad, g);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      terms += learned<Kind>(g[i], theta[i], scale, p.grid);
-    sum += double(terms);
-    store_chunk<Aligned>(out, c, g, t.out);
-  }
-#pragma unroll 1
-  for (int64_t j = (cell.first > fast ? cell.first : fast) + mate; j < cell.last; j += threads) {
-    const float theta = load_element(part.pointer<void>(LATENT), j, t.latent);
-    float g = load_element(part.pointer<void>(GRAD), j, t.grad);
-    sum += double(learned<Kind>(g, theta, scale, p.grid));
-    store_element(part.pointer<void>(PLUS), j, g, t.out);
-  }
-  return sum;
-}
-
-template <StraightThrough Kind, bool Aligned>
-FOGZO_DEVICE void learned_part(const Learned &p, const Part &part, const Dtypes &types) {
-  const int threads = team_of(part), team = thread() / threads, mate = thread() & (threads - 1);
-  const int64_t length = part[SCALE_LENGTH], last = (part.end() - 1) / length;
-#pragma unroll 1
-  for (int64_t turn = part.begin / length; turn <= last; turn += kThreads / threads) {
-    const Cell cell = cell_of(part, turn + team);
-    const bool some = cell.index <= last;
-    const double share = some ? cell_terms<Kind, Aligned>(p, part, cell, types, mate, threads) : 0.0;
-    const double sum = over_team(share, threads, Plus());
-    if (some && !mate)
-      write_sum(p, part, cell, sum);
-  }
-}
-
-// Of dtypes that are told when it runs, one block less on a multiprocessor, or tanh spills 16 bytes on sm_80.
-template <StraightThrough Kind, Dtype T>
-FOGZO_KERNEL(kThreads, (T == Dtype::any ? 5 : 6))
+// Of dtypes that are known when it runs: one block less on a multiprocessor, or tanh spills 16 bytes on sm_80.
+template <StraightThrough Kind, class T>
+FOGZO_KERNEL(kThreads, (T::any ? 5 : 6))
 learned_kernel(FOGZO_PARAMETER Learned p) {
-  const Dtypes types{actual<T>(p.dtypes.latent), actual<T>(p.dtypes.grad), actual<T>(p.dtypes.out)};
-  const Part part = part_of(p.tables);
+  const Part part = part_of(p.plan);
+  const Frame<false> frame = frame_of<false>(part, p.grid.r);
+  const Operands o = operands_of(part, T::of(p.dtypes));
+  const int threads = team_of(part);
   if (part.aligned())
-    learned_part<Kind, true>(p, part, types);
+    over_cells(p, part, threads, [&](const Cell &cell, int mate) {
+      return cell_terms<Kind, true>(p, frame, o, cell, mate, threads);
+    });
   else
-    learned_part<Kind, false>(p, part, types);
+    over_cells(p, part, threads, [&](const Cell &cell, int mate) {
+      return cell_terms<Kind, false>(p, frame, o, cell, mate, threads);
+    });
+}
+
+template <StraightThrough Kind, class T>
+FOGZO_KERNEL(kThreads, 4)
+rotated_learned_kernel(FOGZO_PARAMETER Learned p) {
+  const Part part = part_of(p.plan);
+  const Frame<false> frame = frame_of<false>(part, p.grid.r);
+  const Operands o = operands_of(part, T::of(p.dtypes));
+  const int64_t length = part[SCALE_LENGTH];
+  const int pairs = int(length < part.span ? length : part.span) / (2 * kChunk); // of a cell, at most
+  int threads = 1;
+  while (threads < pairs && threads < kThreads)
+    threads *= 2;
+  if (part.aligned())
+    over_cells(p, part, threads, [&](const Cell &cell, int mate) {
+      return rotated_terms<Kind, T::any, true>(p, frame, o, cell, mate, threads, pairs);
+    });
+  else
+    over_cells(p, part, threads, [&](const Cell &cell, int mate) {
+      return rotated_terms<Kind, T::any, false>(p, frame, o, cell, mate, threads, pairs);
+    });
 }
 
 // Adds the sums of all blocks that hold the alpha which begins in one of them and goes on behind it.
 FOGZO_KERNEL(kThreads, 8) learned_sum_kernel(FOGZO_PARAMETER Learned p) {
-  const int64_t here = p.sums.crossing[block()];
-  const Part part = part_of(p.tables, here);
+  const int64_t first = p.sums.crossing[block()];
+  const Part part = part_of(p.plan, first);
   const Cell cell = cell_of(part, (part.end() - 1) / part[SCALE_LENGTH]);
   const int64_t last = part[FIRST] + (cell.end - 1) / part.span;
-  double sum = thread() ? 0.0 : *global(p.sums.partial + 2 * here + 1);
+  double sum = thread() ? 0.0 : *global(p.sums.partial + 2 * first + 1);
 #pragma unroll 16
-  for (int64_t i = here + 1 + thread(); i <= last; i += kThreads)
+  for (int64_t i = first + 1 + thread(); i <= last; i += kThreads)
     sum += *global(p.sums.partial + 2 * i);
-  sum = over_team(sum, kThreads, Plus());
+  sum = sum_over_team(sum, kThreads);
   if (thread() == 0)
     write_alpha_grad(part, cell.index, sum);
 }
 
-template <StraightThrough Kind> void (*learned_for(const Dtypes &t))(Learned) {
-  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
-  const auto all = [&](Dtype one) { return t.latent == one && t.grad == one && t.out == one; };
-  return all(f32)   ? learned_kernel<Kind, f32>
-         : all(b16) ? learned_kernel<Kind, b16>
-                    : learned_kernel<Kind, any>;
-}
-
-void write_long_sums(const Where &where, const Learned &p) {
-  launch("learned_sum_kernel", learned_sum_kernel, where, p.sums.count, kThreads, p);
-}
-
-void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                      StraightThrough kind, const AlphaSums &sums) {
-  const Learned p{tables_of(plan), grid, dtypes, sums};
-  with_value(kind, [&](auto S) {
-    launch("learned_kernel", learned_for<decltype(S)::value>(dtypes), where, plan.blocks, kThreads, p);
+void learned_backward(const Call &call, const Grid &grid, StraightThrough kind, Transform transform,
+                      const AlphaSums &sums) {
+  const Learned p{call.plan, call.dtypes, grid, sums, rotation_of(transform)};
+  with_value(kind, [&](auto value) {
+    constexpr StraightThrough Kind = decltype(value)::value;
+    if (transform.block)
+      return launch(
+          "rotated_learned_kernel",
+          with_dtypes<Float32, Bfloat16, Any>(dtypes_around(transform, call.dtypes),
+                                              [](auto t) { return rotated_learned_kernel<Kind, decltype(t)>; }),
+          call.where, call.plan.blocks, p);
+    launch("learned_kernel",
+           with_dtypes<Float32, Bfloat16, Any>(call.dtypes,
+                                               [](auto t) { return learned_kernel<Kind, decltype(t)>; }),
+           call.where, call.plan.blocks, p);
   });
-  write_long_sums(where, p);
+  launch("learned_sum_kernel", learned_sum_kernel, call.where, sums.count, p);
 }
 
 } // namespace fogzo::cuda

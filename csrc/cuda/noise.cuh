@@ -1,8 +1,7 @@
 // Noise on the device: round keys, Philox words, m of a word's two elements (docs/contract.md, section 2).
 #pragma once
 
-#include "hardware.cuh"
-#include "ops.h"
+#include "tiles.cuh"
 
 namespace fogzo::cuda {
 
@@ -24,54 +23,60 @@ FOGZO_HD Keys round_keys(uint64_t seed) {
   return keys;
 }
 
-// Names of noise as a kernel gets them: those of the host, or where they lie in device memory.
+// Seed and step as a kernel gets them: from the host, or as addresses in device memory.
 struct Source {
   Keys keys;
   const int64_t *seed_at, *step_at;
   uint32_t step;
 };
 
-inline Source source_of(const Step &step) {
-  return {round_keys(uint64_t(step.seed.value)), step.seed.at, step.step.at, uint32_t(step.step.value)};
+inline Source source_of(const Draw &draw) {
+  return {round_keys(uint64_t(draw.seed.value)), draw.seed.at, draw.step.at, uint32_t(draw.step.value)};
 }
 
-// Plain: the step's scalars come from the host, and the keys stay in constant memory.
-template <bool Plain> FOGZO_DEVICE Keys keys_of(const Source &source) {
-  return Plain || !source.seed_at ? source.keys : round_keys(uint64_t(*source.seed_at));
+// What noise is a function of, but for chunk and direction.
+struct Names {
+  Keys keys;
+  uint32_t step, tensor_id;
+};
+
+// Plain: seed and step come from the host, and the keys stay in constant memory.
+template <bool Plain> FOGZO_DEVICE Names names_of(const Source &source, uint32_t tensor_id) {
+  return {Plain || !source.seed_at ? source.keys : round_keys(uint64_t(*source.seed_at)),
+          Plain || !source.step_at ? source.step : uint32_t(*source.step_at), tensor_id};
 }
 
-template <bool Plain> FOGZO_DEVICE uint32_t step_of(const Source &source) {
-  return Plain || !source.step_at ? source.step : uint32_t(*source.step_at);
+template <bool Plain> FOGZO_DEVICE Names names_of(const Source &source, const Part &part) {
+  return names_of<Plain>(source, uint32_t(part[TENSOR_ID]));
 }
 
-FOGZO_DEVICE Words words_of(int64_t chunk, uint32_t direction, uint32_t step, uint32_t tensor_id,
-                            const Keys &keys) {
+FOGZO_DEVICE Words words_of(int64_t chunk, uint32_t direction, const Names &names) {
   uint32_t c0 = uint32_t(chunk), c1 = uint32_t(uint64_t(chunk) >> 32) | direction << 16;
-  uint32_t c2 = step, c3 = tensor_id;
+  uint32_t c2 = names.step, c3 = names.tensor_id;
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = uint64_t(c0) * kPhiloxM0, p1 = uint64_t(c2) * kPhiloxM1;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ keys.k[2 * round];
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ keys.k[2 * round + 1];
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ names.keys.k[2 * round];
+    c2 = uint32_t(p0 >> 32) ^ c3 ^ names.keys.k[2 * round + 1];
     c1 = uint32_t(p1);
     c3 = uint32_t(p0);
   }
   return {{c0, c1, c2, c3}};
 }
 
-// 2^15 (2 ks + 1) of the word's upper half: one signed conversion
+// Gives 2^15 (2 ks + 1) of the word's upper half by one signed conversion.
 FOGZO_DEVICE float high_uniform(uint32_t word) { return float(int32_t(permute(word, 0x8000u, 0x3254))); }
 
 FOGZO_DEVICE float exponent_set(uint32_t half) { return float_of(half | 0x4B000000u); } // 2^23 + half
 
-// log2((k + 0.5) / (65535.5 - k)) of 2^23 + k; every sum is exact
+// Gives log2((k + 0.5) / (65535.5 - k)) of 2^23 + k; every sum is exact.
 FOGZO_DEVICE float logistic_log2(float k) {
   const float numerator = k - 8388607.5f;
   return fast_log2(numerator * fast_rcp(65536.0f - numerator));
 }
 
-// pair(): m times the factor, of the even and the odd element of a word; the coefficient of the noise is
-// divided by the factor.
+// pair() gives m times the factor of the even and the odd element of a word. The caller divides the coefficient
+// of the noise by the factor.
 template <Distribution D> struct Scaled;
 
 template <> struct Scaled<Distribution::uniform> {
@@ -108,65 +113,53 @@ template <> struct Scaled<Distribution::gaussian> {
   static FOGZO_DEVICE Pair pair(uint32_t word) {
     const float x = (exponent_set(word & 0xFFFFu) - 8388607.5f) * (1.0f / 65536.0f);
     const float radius = fast_sqrt(fast_log2(x) * -1.3862943611198906f);
-    float cosine, sine;
-    fast_cos_sin(high_uniform(word) * 1.4629180792671596e-09f, cosine, sine);
-    return {radius * cosine, radius * sine};
+    const float angle = high_uniform(word) * 1.4629180792671596e-09f;
+    return {radius * fast_cos(angle), radius * fast_sin(angle)};
   }
 };
 
-// Of the chunk's 8 elements, in order.
-template <Distribution D> FOGZO_DEVICE void scaled_noise(const Words &words, float (&m)[kChunk]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Pair pair = Scaled<D>::pair(words.x[i]);
-    m[2 * i] = pair.even;
-    m[2 * i + 1] = pair.odd;
+// Writes the scaled m of a chunk, or of one element: then the chunk's Philox call serves one element alone.
+template <Distribution D, class Items>
+FOGZO_DEVICE void scaled_noise(const Items &at, int k, uint32_t direction, const Names &names,
+                               float (&m)[Items::size]) {
+  const int64_t number = at.number(k);
+  if constexpr (Items::size == 1) {
+    const Words words = words_of(number >> 3, direction, names);
+    const uint32_t low = number & 2 ? words.x[1] : words.x[0], high = number & 2 ? words.x[3] : words.x[2];
+    const Pair pair = Scaled<D>::pair(number & 4 ? high : low);
+    m[0] = number & 1 ? pair.odd : pair.even;
+  } else {
+    const Words words = words_of(number, direction, names);
+    unrolled<kChunk / 2>([&](int i) {
+      const Pair pair = Scaled<D>::pair(words.x[i]);
+      m[2 * i] = pair.even;
+      m[2 * i + 1] = pair.odd;
+    });
   }
 }
 
-// Of one element, by a Philox call of its own: for tails and tensors that are not aligned.
-template <Distribution D>
-FOGZO_DEVICE float scaled_element(int64_t e, uint32_t direction, uint32_t step, uint32_t tensor_id,
-                                  const Keys &keys) {
-  const Words words = words_of(e >> 3, direction, step, tensor_id, keys);
-  const uint32_t low = e & 2 ? words.x[1] : words.x[0], high = e & 2 ? words.x[3] : words.x[2];
-  const Pair pair = Scaled<D>::pair(e & 4 ? high : low);
-  return e & 1 ? pair.odd : pair.even;
+// Adds sum_i B_i m_i to x.
+template <Distribution D, class Items>
+FOGZO_DEVICE void add_noise(const Items &at, const Names &names, const float *B, int directions,
+                            float (&x)[Items::count][Items::size]) {
+#pragma unroll 1
+  for (int i = 0; i < directions; ++i) {
+    const float b = *global(B + i);
+    unrolled<Items::count>([&](int k) {
+      float m[Items::size];
+      scaled_noise<D>(at, k, uint32_t(i), names, m);
+      unrolled<Items::size>([&](int j) { x[k][j] = std::fma(b, m[j], x[k][j]); });
+    });
+  }
 }
 
-FOGZO_DEVICE float sign_of(uint32_t direction, uint32_t step, const Keys &keys) {
-  return words_of(0, direction, step, kSignTensorId, keys).x[0] & 1 ? -1.0f : 1.0f;
+// Gives the sign of a direction, which is noise of a reserved tensor.
+FOGZO_DEVICE float sign_of(uint32_t direction, Names names) {
+  names.tensor_id = kSignTensorId;
+  return words_of(0, direction, names).x[0] & 1 ? -1.0f : 1.0f;
 }
 
-// float32 of sqrt(beta), and of sqrt(1 - beta) C over the noise's factor.
-struct Mixing {
-  float guide, noise;
-};
-
-// As a kernel gets them: from the host, or to be made of 1 - beta in device memory.
-struct MixingSource {
-  const double *one_minus_beta_at;
-  double scale;
-  Mixing mixing;
-};
-
-inline MixingSource mixing_of(const Step &step, double C, double factor) {
-  const double one_minus_beta = step.one_minus_beta.at ? 0.0 : step.one_minus_beta.value, scale = C / factor;
-  return {step.one_minus_beta.at,
-          scale,
-          {float(std::sqrt(1.0 - one_minus_beta)), float(std::sqrt(one_minus_beta) * scale)}};
-}
-
-template <bool Plain> FOGZO_DEVICE Mixing read_mixing(const MixingSource &source) {
-  if (Plain || !source.one_minus_beta_at)
-    return source.mixing;
-  const double one_minus_beta = *source.one_minus_beta_at;
-  return {float(std::sqrt(1.0 - one_minus_beta)), float(std::sqrt(one_minus_beta) * source.scale)};
-}
-
-// numerator / N, or 0 unless N is finite and > 0
-FOGZO_DEVICE float over_norm(float numerator, float norm) {
-  return norm > 0.0f && norm < INFINITY ? numerator / norm : 0.0f;
-}
+// Gives C over the noise's factor.
+double noise_scale(const Draw &draw);
 
 } // namespace fogzo::cuda

@@ -1,33 +1,32 @@
-// The CUDA ops' interface: addresses, counts and scalars in, one or two launches out. No torch, no CUDA
-// header, so that one build serves every release of PyTorch and the callers compile without nvcc.
+// The CUDA ops' interface: an op takes addresses, counts and scalars, and makes one or two launches. It needs
+// no torch, so that one build serves every release, and no CUDA header, so that callers compile without nvcc.
 #pragma once
 
 #include "../element.h"
 
 #include <cstdint>
-#include <string>
 
 namespace fogzo::cuda {
 
 enum class Dtype { FOGZO_DTYPES(FOGZO_ENUMERATOR) any }; // any: known when it runs
 
-// Columns of a row of the table (fogzo_kernels/plans.py), in order.
+// Columns of a plan's table (fogzo_kernels/backends/gpu/plans.py), in order.
 #define FOGZO_COLUMNS                                                                                          \
   LATENT, GRAD, PLUS, MINUS, ALPHA, TENSOR_ID, NUMEL, FAST, ALIGNED, FIRST, OFFSET, INNER, SKIP, SPAN,         \
       SCALE_LENGTH, INNER_DIVISOR, SCALE_DIVISOR, STATE_1, STATE_2, ALPHA_GRAD, FACTOR
 
 enum Column { FOGZO_COLUMNS, COLUMNS };
 
-// Of a row of a reduction over cells (fogzo_kernels/backends/cells.py).
+// Columns of the table of a reduction over cells (fogzo_kernels/backends/gpu/cells.py), in order.
 #define FOGZO_CELL_COLUMNS DATA, ALPHA, LENGTH, CELLS, ALIGNED, FIRST, PACK, PIECES, SECOND, THREADS, WIDTH
 
 namespace cells {
 enum Column { FOGZO_CELL_COLUMNS, COLUMNS };
 } // namespace cells
 
-constexpr int kSpan = 16384;  // elements of a block in a reduction over cells, and the most elsewhere
-constexpr int kThreads = 128; // of a block
-constexpr int kWarp = 32;     // threads that run together
+constexpr int kSpan = 16384;  // elements of a thread block in a reduction over cells, and at most elsewhere
+constexpr int kThreads = 128; // of a thread block
+constexpr int kWarp = 32;     // threads that run in step
 constexpr int kChunk = 8;     // elements of a Philox call
 
 struct Where {
@@ -35,7 +34,7 @@ struct Where {
   uintptr_t stream;
 };
 
-// A plan: what each block works on, as long as its row's SPAN says.
+// A table of tensors on the device, and for each thread block the row that it works on.
 struct Plan {
   const int64_t *table;
   const int32_t *owner;
@@ -43,19 +42,29 @@ struct Plan {
   bool per_tensor, shard;
 };
 
-// Sums of the gradients of alphas that several blocks hold: two for each block; and those blocks, `count` of
-// them, in which such an alpha begins.
-struct AlphaSums {
-  double *partial;
-  const int32_t *crossing;
-  int64_t count;
-};
-
-// The same as a plan of a reduction over cells; the second launch joins what pieces of long cells come to.
+// The same for a reduction over cells. The second launch joins the results of a long cell's pieces.
 struct CellPlan {
   const int64_t *table;
   const int32_t *owner, *second_owner;
   int64_t blocks, second_blocks;
+  Dtype data;
+};
+
+struct Dtypes {
+  Dtype latent, grad, out;
+};
+
+// What almost every op is told: where it runs, on which tensors, and their dtypes.
+struct Call {
+  Where where;
+  Plan plan;
+  Dtypes dtypes;
+};
+
+// An address on the device; Python gives a number, 0 for none.
+template <class T> struct Address {
+  T *at;
+  operator T *() const { return at; }
 };
 
 // A scalar on the host, or in device memory where `at` is not null.
@@ -64,33 +73,38 @@ template <class T> struct Scalar {
   T value;
 };
 
-struct Step {
+// The noise of a step, as a function of the element; `C` makes its variance 1.
+struct Draw {
+  Distribution distribution;
+  double C;
   Scalar<int64_t> seed, step;
-  Scalar<double> one_minus_beta;
-  bool on_host() const { return !seed.at && !step.at && !one_minus_beta.at; }
+  uint32_t direction;
 };
+
+// How noise and guide make v, and how far the probes go along it.
+struct Mix {
+  const float *norm;
+  Scalar<double> one_minus_beta;
+  float epsilon;
+};
+
+inline bool on_host(const Draw &draw, const Mix &mix) {
+  return !draw.seed.at && !draw.step.at && !mix.one_minus_beta.at;
+}
 
 struct Losses {
   const float *plus, *minus;
   int64_t n;
-  const float *norm;
   int64_t *counters; // null: none
-  double epsilon;
 };
 
 struct Grid {
   float qmin, qmax, offset, r;
 };
 
-struct Dtypes {
-  Dtype latent, grad, out;
-};
-
-// Which noise, but for the direction.
-struct Draw {
-  Distribution distribution;
-  double C;
-  Step step;
+// A quantizer's Hadamard transform; block 0 is none.
+struct Transform {
+  int block;
 };
 
 // The optimizer's part of the fused tail.
@@ -99,38 +113,45 @@ struct Optimizer {
   Hyperparameters hyperparameters;
   Scalar<double> lr;
   Scalar<int64_t> count;
+  bool master;
 };
 
-constexpr int kEstimateCoefficients = 2, kUpdateCoefficients = 6; // before the B_i
+// The gradients of alphas whose elements several thread blocks hold: two sums for each block, and the `count`
+// blocks in which such an alpha begins.
+struct AlphaSums {
+  double *partial;
+  const int32_t *crossing;
+  int64_t count;
+};
 
-// block: of the quantizer's transform, 0 for none
-void noise(const Where &where, const Plan &plan, const Draw &draw, uint32_t direction);
-void guide_sumsq(const Where &where, const Plan &plan, Dtype grad, float r, double *partial, void *out,
-                 bool root);
-void perturb_quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, bool plus, bool minus,
-                      const Draw &draw, uint32_t direction, const float *norm, const Grid &grid, double epsilon,
-                      int block);
-void estimate_gradient(const Where &where, const Plan &plan, Dtype grad, const Draw &draw, const Losses &losses,
-                       float r, float *coefficients, int block);
-void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes, bool master, bool quantized,
-                     const Draw &draw, const Losses &losses, const Grid &grid, const Optimizer &optimizer,
-                     float *coefficients, int block);
-void quantize(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid, int block);
-void straight_through_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                               StraightThrough kind, int block);
-void learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                      StraightThrough kind, const AlphaSums &sums);
-void rotated_learned_backward(const Where &where, const Plan &plan, const Dtypes &dtypes, const Grid &grid,
-                              StraightThrough kind, const AlphaSums &sums, int block);
+// Places of the coefficients before the B_i: A, 1 if some direction counts, 1 if the norm is lost, and the
+// scalars of the optimizer's step.
+enum Place { A_AT, NOISE_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, kCoefficients };
+
+void noise(const Call &call, const Draw &draw);
+void guide_sumsq(const Call &call, float r, Address<double> partial, Address<void> out, bool root);
+void quantize(const Call &call, const Grid &grid, Transform transform);
+void straight_through_backward(const Call &call, const Grid &grid, StraightThrough kind, Transform transform);
+void learned_backward(const Call &call, const Grid &grid, StraightThrough kind, Transform transform,
+                      const AlphaSums &sums);
+void hadamard(const Call &call, int block);
 
 // partial: one for each block, null where there is no second launch
-void measure_alphas(const Where &where, const CellPlan &plan, Dtype data, const Measure &measure,
-                    double *partial);
+void measure_alphas(const Where &where, const CellPlan &plan, const Measure &measure, Address<double> partial);
 
-// H of the latents into the outputs.
-void hadamard(const Where &where, const Plan &plan, const Dtypes &dtypes, int block);
+// The build compiles the definition of each of these once for each distribution.
+template <Distribution D>
+void perturb_quantize(const Call &call, const Draw &draw, const Mix &mix, const Grid &grid, Transform transform,
+                      bool plus, bool minus);
+template <Distribution D>
+void estimate_gradient(const Call &call, const Draw &draw, const Mix &mix, const Losses &losses, float r,
+                       Transform transform, float *coefficients);
+template <Distribution D>
+void estimate_update(const Call &call, const Draw &draw, const Mix &mix, const Losses &losses, const Grid &grid,
+                     Transform transform, const Optimizer &optimizer, float *coefficients, bool quantized);
 
-// The factor that the kernels' noise has over m, and that its coefficient has under C.
-double noise_factor(Distribution distribution);
+// Writes the coefficients A and B_i of the estimate, and the step's scalars if there is an optimizer.
+void write_coefficients(const Call &call, const Draw &draw, const Mix &mix, const Losses &losses,
+                        const Optimizer *optimizer, float *coefficients);
 
 } // namespace fogzo::cuda

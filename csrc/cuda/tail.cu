@@ -1,103 +1,197 @@
 // The fused tail: G, the optimizer's step in place, the next Q(theta), in one pass (docs/contract.md,
-// section 4). A row has the quantized weight in PLUS and the master copy in MINUS; a tensor without an
-// alpha is not quantized: G = g, and no Q is written.
+// section 4). A row has the quantized weight in PLUS and the master copy in MINUS. A tensor without an alpha is
+// not quantized: G = g, and no Q is written. Around a transform noise is transformed back, and the stored
+// latent is transformed for Q. The build compiles this file once for each distribution of the noise.
+#include "hadamard.cuh"
 #include "launch.cuh"
-#include "losses.cuh"
-#include "tail.cuh"
+#include "noise.cuh"
 
 namespace fogzo::cuda {
 
-struct UpdateCoefficients {
-  LossesSource losses;
-  Optimizer optimizer;
-  float *out;
+struct Tail {
+  Plan plan;
+  Dtypes dtypes;
+  Source source;
+  const float *coefficients;
+  int directions;
+  Grid grid;
+  Update update; // size, decay and root come from the coefficients
+  bool master, quantized;
+  int64_t *counters;
+  Rotation rotation;
 };
 
-FOGZO_KERNEL(1, 1) update_coefficients_kernel(FOGZO_PARAMETER UpdateCoefficients p) {
-  Coefficients found{1.0f, false, false};
-  if (p.losses.losses.n)
-    found = read_losses(p.losses, p.out + kUpdateCoefficients);
-  p.out[A_AT] = found.A;
-  p.out[NOISE_AT] = found.usable ? 1.0f : 0.0f;
-  p.out[SKIP_AT] = found.norm_lost ? 1.0f : 0.0f;
-  const Optimizer &o = p.optimizer;
-  const double lr = read(o.lr), count = double(read(o.count));
-  p.out[SIZE_AT] = step_size(o.rule, o.hyperparameters, lr, count);
-  p.out[DECAY_AT] = step_decay(o.rule, o.hyperparameters, lr, count);
-  p.out[ROOT_AT] = step_root(o.rule, o.hyperparameters, count);
+// What is constant over a block.
+struct Step {
+  Names names;
+  bool quantized, noisy, skip;
+  int directions;
+  float A;
+  Update update;
+  Dtypes dtypes;
+};
+
+template <bool Plain, class T> FOGZO_DEVICE Step step_of(const Tail &p, const Part &part) {
+  const float *coefficients = p.coefficients;
+  Step step{names_of<Plain>(p.source, part)};
+  step.quantized = part[ALPHA] != 0;
+  step.noisy = step.quantized && coefficients[NOISE_AT] != 0.0f;
+  step.skip = coefficients[SKIP_AT] != 0.0f;
+  step.directions = step.noisy ? p.directions : 0;
+  step.A = coefficients[A_AT];
+  step.update = p.update;
+  step.update.size = coefficients[SIZE_AT];
+  step.update.decay = coefficients[DECAY_AT];
+  step.update.root = coefficients[ROOT_AT];
+  step.dtypes = T::of(p.dtypes);
+  return step;
 }
 
-// Of dtypes that are told when it runs with one alpha, one block less on a multiprocessor, or some spill 4
+// Gives theta after the step, and writes its states. Without Adamw the rule is one of SGD's, which the run
+// knows.
+template <bool Adamw>
+FOGZO_DEVICE float stepped(const Update &u, float theta, float G, float &first, float &second) {
+  static_assert(kCount<Rule> == 4, "stepped() must know each rule"); // a switch would cost instructions
+  if (Adamw)
+    return updated<Rule::adamw>(u, theta, G, first, second);
+  if (u.rule == Rule::sgd)
+    return updated<Rule::sgd>(u, theta, G, first, second);
+  if (u.rule == Rule::momentum)
+    return updated<Rule::momentum>(u, theta, G, first, second);
+  return updated<Rule::nesterov>(u, theta, G, first, second);
+}
+
+// Gives x as it is after a store in the dtype.
+FOGZO_DEVICE float stored(float x, Dtype dtype) {
+  if (dtype == Dtype::float32)
+    return x;
+  float even, odd;
+  widen_half(pack(x, 0.0f, dtype), dtype, even, odd);
+  return even;
+}
+
+template <class Items> struct TailItem {
+  typename Items::Loaded theta, g, first, second;
+};
+
+template <Distribution D, bool Adamw, class Items>
+FOGZO_DEVICE void update(const Tail &p, const Part &part, const Step &step, const Items &at) {
+  constexpr int count = Items::count, size = Items::size;
+  const bool has_first = Adamw || step.update.rule != Rule::sgd;
+  const Operand latent = part.operand(LATENT, step.dtypes.latent);
+  const Operand weight = p.master ? part.operand(MINUS, Dtype::float32) : latent;
+  const Operand grad = part.operand(GRAD, step.dtypes.grad);
+  const Operand first = part.operand(STATE_1, Dtype::float32), second = part.operand(STATE_2, Dtype::float32);
+  const auto load = [&](int k) {
+    TailItem<Items> item{at.load(weight, k), at.load(grad, k)};
+    if (has_first)
+      item.first = at.load(first, k);
+    if (Adamw)
+      item.second = at.load(second, k);
+    return item;
+  };
+  TailItem<Items> items[count];
+  if (!Items::transformed) // on their way while noise is drawn; two chunks would take too many registers
+    items[0] = load(0);
+  float x[count][size] = {};
+  Scale scale[count];
+  unrolled<count>([&](int k) { scale[k] = step.quantized ? at.scale(k) : Scale{1.0f, 1.0f}; });
+  add_noise<D>(at, step.names, p.coefficients + kCoefficients, step.directions, x);
+  unrolled<count>([&](int k) { unrolled<size>([&](int i) { x[k][i] *= scale[k].inv; }); });
+  if (Items::transformed && step.noisy)
+    at.transform(x);
+  if (at.some)
+    unrolled<count>([&](int k) {
+      if (Items::transformed)
+        items[k] = load(k);
+      float theta[size], g[size], m[size], v[size];
+      widen(items[k].theta, weight.dtype, theta);
+      widen(items[k].g, grad.dtype, g);
+      widen(items[k].first, Dtype::float32, m);
+      widen(items[k].second, Dtype::float32, v);
+      if (!step.skip) {
+        unrolled<size>([&](int i) {
+          const float G = step.noisy ? std::fma(step.A, g[i], x[k][i]) : g[i];
+          theta[i] = stepped<Adamw>(step.update, theta[i], G, m[i], v[i]);
+        });
+        at.store(weight, k, theta);
+        if (p.master)
+          at.store(latent, k, theta);
+        if (has_first)
+          at.store(first, k, m);
+        if (Adamw)
+          at.store(second, k, v);
+      } else if (p.master) { // the latent stays, and may differ from its master
+        widen(at.load(latent, k), latent.dtype, theta);
+      }
+      unrolled<size>([&](int i) { x[k][i] = stored(theta[i], latent.dtype); });
+    });
+  if (!p.quantized || !step.quantized)
+    return;
+  at.transform(x);
+  const Operand out = part.operand(PLUS, step.dtypes.out);
+  unrolled<count>([&](int k) {
+    unrolled<size>([&](int i) { x[k][i] = position(x[k][i], scale[k].inv, p.grid); });
+    if (at.some)
+      at.quantize(out, k, x[k], scale[k].delta, p.grid);
+  });
+}
+
+// Of dtypes that are known when it runs and one alpha: one block less on a multiprocessor, or some spill 4
 // bytes.
-template <Distribution D, bool Adamw, bool Plain, Dtype L, Dtype G, Dtype O>
-FOGZO_KERNEL(kThreads, (Plain && L == Dtype::any ? 3 : 4))
+template <Distribution D, bool Adamw, bool Plain, class T>
+FOGZO_KERNEL(kThreads, (Plain && T::any ? 3 : 4))
 update_kernel(FOGZO_PARAMETER Tail p) {
-  const Part part = part_of(p.tables);
-  const TailNames names = tail_names<Plain, L, G, O>(p, part);
-  const Layout layout = layout_of<Plain>(part);
-  const Scales scales = names.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
-  const int chunks = part.chunks();
-  if (part.aligned()) {
-#pragma unroll 1
-    for (int c = thread(); c < chunks; c += kThreads)
-      update_chunk<D, Adamw, Plain, true>(p, part, names, layout, scales, c);
-  } else {
-#pragma unroll 1
-    for (int c = thread(); c < chunks; c += kThreads)
-      update_chunk<D, Adamw, Plain, false>(p, part, names, layout, scales, c);
-  }
-  const int64_t end = part.end();
-#pragma unroll 1
-  for (int64_t j = part.rest() + thread(); j < end; j += kThreads)
-    update_element<D, Adamw>(p, part, names, j);
+  const Part part = part_of(p.plan);
+  const Step step = step_of<Plain, T>(p, part);
+  const Scales scales = step.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
+  walk<1>(Frame<Plain>{part, layout_of<Plain>(part), scales},
+          [&](const auto &at) { update<D, Adamw>(p, part, step, at); });
   count_bad_alphas<Plain>(p.counters, part);
 }
 
-using TailKernel = void (*)(Tail);
-
-// The common dtypes are compiled where scalars come from the host and alphas are per tensor; the others
-// are told when the kernel runs, which the memory's time hides.
-template <Distribution D, bool Adamw> TailKernel update_for(const Dtypes &t, bool plain) {
-  constexpr Dtype f32 = Dtype::float32, b16 = Dtype::bfloat16, any = Dtype::any;
-  const auto is = [&](Dtype latent, Dtype grad, Dtype out) {
-    return t.latent == latent && t.grad == grad && t.out == out;
-  };
-  if (!plain)
-    return update_kernel<D, Adamw, false, any, any, any>;
-  if (is(f32, b16, b16))
-    return update_kernel<D, Adamw, true, f32, b16, b16>;
-  if (is(f32, f32, f32))
-    return update_kernel<D, Adamw, true, f32, f32, f32>;
-  if (is(b16, b16, b16))
-    return update_kernel<D, Adamw, true, b16, b16, b16>;
-  return update_kernel<D, Adamw, true, any, any, any>;
+template <Distribution D, bool Adamw> FOGZO_KERNEL(kThreads, 3) rotated_update_kernel(FOGZO_PARAMETER Tail p) {
+  const Part part = part_of(p.plan);
+  const Step step = step_of<false, Same<Dtype::any>>(p, part);
+  const Frame<false> frame = frame_of<false>(part, p.grid.r);
+  const auto f = [&](const auto &at) { update<D, Adamw>(p, part, step, at); };
+  if (step.quantized)
+    walk_rotated<true>(frame, p.rotation, f);
+  else
+    walk<1>(frame, f);
+  count_bad_alphas<false>(p.counters, part);
 }
 
-void estimate_update(const Where &where, const Plan &plan, const Dtypes &dtypes, bool master, bool quantized,
-                     const Draw &draw, const Losses &losses, const Grid &grid, const Optimizer &optimizer,
-                     float *coefficients, int block) {
-  launch("update_coefficients_kernel", update_coefficients_kernel, where, 1, 1,
-         UpdateCoefficients{losses_of(draw, losses), optimizer, coefficients});
-  const bool plain = plan.per_tensor && !plan.shard && draw.step.on_host();
-  const Tail p{tables_of(plan),
-               source_of(draw.step),
+template <Distribution D>
+void estimate_update(const Call &call, const Draw &draw, const Mix &mix, const Losses &losses, const Grid &grid,
+                     Transform transform, const Optimizer &optimizer, float *coefficients, bool quantized) {
+  write_coefficients(call, draw, mix, losses, &optimizer, coefficients);
+  const Tail p{call.plan,
+               call.dtypes,
+               source_of(draw),
                coefficients,
                int(losses.n),
                grid,
                update_of(optimizer.rule, optimizer.hyperparameters),
-               master,
+               optimizer.master,
                quantized,
-               dtypes,
-               losses.counters};
-  const bool adamw = optimizer.rule == Rule::adamw;
-  with_value(draw.distribution, [&](auto which) {
-    constexpr Distribution D = decltype(which)::value;
-    if (block)
-      return launch("rotated_update_kernel", rotated_update_for<D>(adamw), where, plan.blocks, kThreads,
-                    Rotated<Tail>{p, rotation_of(block)});
-    const TailKernel kernel = adamw ? update_for<D, true>(dtypes, plain) : update_for<D, false>(dtypes, plain);
-    launch("update_kernel", kernel, where, plan.blocks, kThreads, p);
+               losses.counters,
+               rotation_of(transform)};
+  const bool plain = is_plain(call.plan, on_host(draw, mix));
+  with_flag(optimizer.rule == Rule::adamw, [&](auto is_adamw) {
+    constexpr bool Adamw = decltype(is_adamw)::value;
+    if (transform.block)
+      return launch("rotated_update_kernel", rotated_update_kernel<D, Adamw>, call.where, call.plan.blocks, p);
+    auto kernel = update_kernel<D, Adamw, false, Any>;
+    if (plain) // the common dtypes are compiled for this case alone: elsewhere the memory's time hides the rest
+      kernel = with_dtypes<MixedBfloat16, Float32, Bfloat16, Any>(
+          call.dtypes, [](auto t) { return update_kernel<D, Adamw, true, decltype(t)>; });
+    launch("update_kernel", kernel, call.where, call.plan.blocks, p);
   });
 }
+
+template void estimate_update<Distribution::FOGZO_DISTRIBUTION>(const Call &, const Draw &, const Mix &,
+                                                                const Losses &, const Grid &, Transform,
+                                                                const Optimizer &, float *, bool);
 
 } // namespace fogzo::cuda

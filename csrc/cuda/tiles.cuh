@@ -1,8 +1,8 @@
-// Where a block works, and the chunks of 8 elements that its threads hold.
+// The elements that a thread works on, and how it reads and writes them.
 //
 // A block takes a span of consecutive elements of one tensor, which a row of the plan's table describes
-// (Column). Full chunks, up to the row's FAST, go two a thread and turn, by 16-byte accesses where memory is
-// aligned; the rest, most often at most 7 elements, element by element.
+// (Column). Its threads take chunks of 8 elements up to the row's FAST, by accesses of 16 bytes where memory is
+// aligned, and single elements from there on, of which there are mostly at most 7.
 #pragma once
 
 #include "hardware.cuh"
@@ -10,14 +10,38 @@
 
 namespace fogzo::cuda {
 
-struct Tables {
-  const int64_t *table;
-  const int32_t *owner;
+// ---- dtypes
+
+// The dtypes that a kernel is compiled for; `any` is known when it runs.
+template <Dtype L, Dtype G, Dtype O> struct Types {
+  static constexpr Dtype latent = L, grad = G, out = O;
+  static constexpr bool any = L == Dtype::any;
+
+  static bool fits(const Dtypes &t) { return any || (t.latent == L && t.grad == G && t.out == O); }
+  static FOGZO_DEVICE Dtypes of(const Dtypes &t) { return any ? t : Dtypes{L, G, O}; }
 };
 
-inline Tables tables_of(const Plan &plan) { return {plan.table, plan.owner}; }
+template <Dtype T> using Same = Types<T, T, T>;
+
+FOGZO_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
 
 // ---- a block's part of a tensor
+
+// The block's elements of one operand.
+struct Operand {
+  char *begin;
+  Dtype dtype;
+
+  FOGZO_DEVICE char *element(int64_t j) const { return begin + j * bytes_of(dtype); }
+  FOGZO_DEVICE char *chunk(int c) const { return begin + int64_t(c) * (kChunk * bytes_of(dtype)); }
+};
+
+// Gives the same operand. The compiler cannot see where its address comes from, so that it keeps it in a
+// register instead of computing it anew in a loop.
+FOGZO_DEVICE Operand opaque(Operand x) {
+  asm("" : "+l"(x.begin));
+  return x;
+}
 
 struct Part {
   const int64_t *row;
@@ -30,32 +54,43 @@ struct Part {
     return last < numel ? last : numel;
   }
   FOGZO_DEVICE bool aligned() const { return row[ALIGNED] != 0; }
-  // Full chunks, and the first element of the rest.
-  FOGZO_DEVICE int chunks() const {
+  FOGZO_DEVICE int full_chunks() const {
     const int64_t left = row[FAST] - begin;
     return int(left < 0 ? 0 : left < span ? left : span) / kChunk;
   }
+  // The first element behind the full chunks.
   FOGZO_DEVICE int64_t rest() const { return begin > row[FAST] ? begin : row[FAST]; }
-  // Address of the block's first element; of an operand that is absent, null or unused.
-  FOGZO_DEVICE char *address(Column column, int bytes) const {
-    return reinterpret_cast<char *>(row[column]) + begin * bytes;
-  }
   template <class T> FOGZO_DEVICE T *pointer(Column column) const { return reinterpret_cast<T *>(row[column]); }
+  // The address of an operand that is absent must not be used.
+  FOGZO_DEVICE Operand operand(Column column, Dtype dtype) const {
+    return {pointer<char>(column) + begin * bytes_of(dtype), dtype};
+  }
 };
 
-FOGZO_DEVICE Part part_of(const Tables &tables, int64_t number) {
-  const int64_t *row = tables.table + int64_t(tables.owner[number]) * COLUMNS;
+// The operands that most ops have. An op that lacks one does not use it.
+struct Operands {
+  Operand latent, grad, out;
+};
+
+FOGZO_DEVICE Operands operands_of(const Part &part, const Dtypes &t) {
+  return {opaque(part.operand(LATENT, t.latent)), opaque(part.operand(GRAD, t.grad)),
+          opaque(part.operand(PLUS, t.out))};
+}
+
+FOGZO_DEVICE Part part_of(const Plan &plan, int64_t number) {
+  const int64_t *row = plan.table + int64_t(plan.owner[number]) * COLUMNS;
   return {row, (number - row[FIRST]) * row[SPAN], int(row[SPAN])};
 }
 
-FOGZO_DEVICE Part part_of(const Tables &tables) { return part_of(tables, block()); }
+FOGZO_DEVICE Part part_of(const Plan &plan) { return part_of(plan, block()); }
 
-// n / d for 0 <= n < 2^31, given plans.divisor(d)
+// Gives n / d for 0 <= n < 2^31 and divisor(d) of plans.py.
 FOGZO_DEVICE uint32_t divide(uint32_t n, int64_t packed) {
   return uint32_t((uint64_t(n) * uint32_t(uint64_t(packed) >> 6)) >> (packed & 63));
 }
 
-// Where the tensor's chunks lie in the whole parameter. Plain: not sharded, or one contiguous shard.
+// Where the tensor's chunks lie in the whole parameter. Plain: the tensor is all of it, or one contiguous
+// shard.
 struct Layout {
   int64_t offset, skip, inner; // the first two in chunks; inner is a divisor
   uint32_t first;              // the block's first chunk in the tensor; 32 bits reach 2^35 elements
@@ -68,7 +103,7 @@ template <bool Plain> FOGZO_DEVICE Layout layout_of(const Part &part) {
   return {part[OFFSET] >> 3, part[SKIP] >> 3, part[INNER_DIVISOR], first};
 }
 
-// Number in the parameter of the block's chunk c.
+// The number of the block's chunk c in the parameter.
 template <bool Plain> FOGZO_DEVICE int64_t chunk_number(const Layout &layout, int c) {
   if (Plain)
     return layout.offset + c;
@@ -82,9 +117,10 @@ FOGZO_DEVICE int64_t element_number(const Part &part, int64_t j) {
 
 // ---- scales
 
-// 1 / x, correctly rounded for 2^-100 <= x <= 2^100: one Newton step on the approximation. The compiler makes
-// rcp.rn.f32 of the same instructions, though PTX only promises that an approximation is within one ulp, from
-// which the step is right for all mantissas but that of all ones (python_tests/test_machine_code.py).
+// Gives 1 / x, correctly rounded for 2^-100 <= x <= 2^100, by one Newton step on the approximation. The
+// compiler makes rcp.rn.f32 of the same instructions. PTX only promises that the approximation is within one
+// ulp; from there the step is right for all mantissas but the one of all ones
+// (python_tests/test_machine_code.py).
 FOGZO_DEVICE float reciprocal(float x) {
   const float y = fast_rcp(x);
   return std::fma(y, std::fma(-x, y, 1.0f), y);
@@ -95,13 +131,13 @@ FOGZO_DEVICE Scale scale_of(float alpha, float r) {
   return {delta, reciprocal(delta)};
 }
 
-// Plain: one alpha for the tensor, read before the loop. Else one per chunk.
+// Plain: the tensor has one alpha, which is read before the loop. Else each chunk reads its own.
 struct Scales {
   const float *alpha;
   int64_t length; // chunks that share an alpha, as a divisor
   uint32_t first;
   float r;
-  Scale one;
+  Scale shared;
 };
 
 template <bool Plain> FOGZO_DEVICE Scales scales_of(const Part &part, float r) {
@@ -113,7 +149,7 @@ template <bool Plain> FOGZO_DEVICE Scales scales_of(const Part &part, float r) {
 
 template <bool Plain> FOGZO_DEVICE Scale chunk_scale(const Scales &scales, int c) {
   if (Plain)
-    return scales.one;
+    return scales.shared;
   return scale_of(*global(scales.alpha + divide(scales.first + uint32_t(c), scales.length)), scales.r);
 }
 
@@ -123,39 +159,33 @@ FOGZO_DEVICE Scale element_scale(const Part &part, int64_t j, float r) {
 
 // ---- chunks in memory
 
-FOGZO_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
-
-// T, or the dtype of the run: constant where a kernel is compiled for T.
-template <Dtype T> FOGZO_DEVICE Dtype actual(Dtype dtype) { return T == Dtype::any ? dtype : T; }
-
-// A chunk as it lies in memory; the second half is that of float32.
+// A chunk as it lies in memory; only float32 has a second half.
 struct Raw {
   Words4 low, high;
 };
 
-// Of a tensor all chunks lie aligned to 16 bytes, or none: a gradient may begin anywhere in a bucket of many. A
-// loop over chunks is compiled for rows whose tensors all do, and for others, where each tensor is looked at.
-// Noise is drawn by the chunk in both.
-FOGZO_DEVICE bool lies_aligned(const void *at) { return uintptr_t(at) % 16 == 0; }
+// All chunks of an operand are aligned to 16 bytes, or none is: a gradient may begin anywhere in a buffer. A
+// loop over chunks is compiled twice: for rows whose operands are all aligned, and for others, where each
+// operand is looked at. Both draw noise by the chunk.
+FOGZO_DEVICE bool is_aligned(Operand x) { return uintptr_t(x.begin) % 16 == 0; }
 
-FOGZO_DEVICE Raw load_elements(const char *base, int c, Dtype dtype) {
+FOGZO_DEVICE Raw load_elements(Operand x, int c) {
   uint32_t words[8] = {};
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const int64_t j = int64_t(c) * kChunk + i;
-    if (dtype == Dtype::float32)
-      words[i] = *global(reinterpret_cast<const uint32_t *>(base) + j);
+  unrolled<kChunk>([&](int i) {
+    const char *at = x.element(int64_t(c) * kChunk + i);
+    if (x.dtype == Dtype::float32)
+      words[i] = *global(reinterpret_cast<const uint32_t *>(at));
     else
-      words[i / 2] |= uint32_t(*global(reinterpret_cast<const uint16_t *>(base) + j)) << 16 * (i & 1);
-  }
+      words[i / 2] |= uint32_t(*global(reinterpret_cast<const uint16_t *>(at))) << 16 * (i & 1);
+  });
   return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
 }
 
-template <bool Aligned> FOGZO_DEVICE Raw load_chunk(const char *base, int c, Dtype dtype) {
-  if (!Aligned && !lies_aligned(base))
-    return load_elements(base, c, dtype);
-  const char *at = base + int64_t(c) * (kChunk * bytes_of(dtype));
-  return {load16(at), dtype == Dtype::float32 ? load16(at + 16) : Words4{}};
+template <bool Aligned> FOGZO_DEVICE Raw load_chunk(Operand x, int c) {
+  if (!Aligned && !is_aligned(x))
+    return load_elements(x, c);
+  const char *at = x.chunk(c);
+  return {load16(at), x.dtype == Dtype::float32 ? load16(at + 16) : Words4{}};
 }
 
 FOGZO_DEVICE void widen_half(uint32_t word, Dtype dtype, float &even, float &odd) {
@@ -171,56 +201,41 @@ FOGZO_DEVICE void widen_half(uint32_t word, Dtype dtype, float &even, float &odd
 FOGZO_DEVICE void widen(const Raw &raw, Dtype dtype, float (&x)[kChunk]) {
   const uint32_t words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
                              raw.high.x, raw.high.y, raw.high.z, raw.high.w};
-  if (dtype == Dtype::float32) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      x[i] = float_of(words[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      widen_half(words[i], dtype, x[2 * i], x[2 * i + 1]);
-  }
-}
-
-template <bool Aligned>
-FOGZO_DEVICE void load_widened(const char *base, int c, Dtype dtype, float (&x)[kChunk]) {
-  widen(load_chunk<Aligned>(base, c, dtype), dtype, x);
+  if (dtype == Dtype::float32)
+    unrolled<kChunk>([&](int i) { x[i] = float_of(words[i]); });
+  else
+    unrolled<kChunk / 2>([&](int i) { widen_half(words[i], dtype, x[2 * i], x[2 * i + 1]); });
 }
 
 FOGZO_DEVICE uint32_t pack(float even, float odd, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? pack_bfloat16(even, odd) : pack_float16(even, odd);
 }
 
-FOGZO_DEVICE float load_element(const void *base, int64_t j, Dtype dtype) {
-  if (dtype == Dtype::float32)
-    return *global(static_cast<const float *>(base) + j);
+FOGZO_DEVICE float load_element(Operand x, int64_t j) {
+  if (x.dtype == Dtype::float32)
+    return *global(reinterpret_cast<const float *>(x.element(j)));
   float even, odd;
-  widen_half(*global(static_cast<const uint16_t *>(base) + j), dtype, even, odd);
+  widen_half(*global(reinterpret_cast<const uint16_t *>(x.element(j))), x.dtype, even, odd);
   return even;
 }
 
-FOGZO_DEVICE void store_element(void *base, int64_t j, float x, Dtype dtype) {
-  if (dtype == Dtype::float32)
-    *global(static_cast<float *>(base) + j) = x;
+FOGZO_DEVICE void store_element(Operand out, int64_t j, float x) {
+  if (out.dtype == Dtype::float32)
+    *global(reinterpret_cast<float *>(out.element(j))) = x;
   else
-    *global(static_cast<uint16_t *>(base) + j) = uint16_t(pack(x, 0.0f, dtype));
+    *global(reinterpret_cast<uint16_t *>(out.element(j))) = uint16_t(pack(x, 0.0f, out.dtype));
 }
 
-template <bool Aligned>
-FOGZO_DEVICE void store_chunk(char *base, int c, const float (&x)[kChunk], Dtype dtype) {
-  if (!Aligned && !lies_aligned(base)) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      store_element(base, int64_t(c) * kChunk + i, x[i], dtype);
-    return;
-  }
-  char *at = base + int64_t(c) * (kChunk * bytes_of(dtype));
-  if (dtype == Dtype::float32) {
+template <bool Aligned> FOGZO_DEVICE void store_chunk(Operand out, int c, const float (&x)[kChunk]) {
+  if (!Aligned && !is_aligned(out))
+    return unrolled<kChunk>([&](int i) { store_element(out, int64_t(c) * kChunk + i, x[i]); });
+  char *at = out.chunk(c);
+  const auto packed = [&](int i) { return pack(x[i], x[i + 1], out.dtype); };
+  if (out.dtype == Dtype::float32) {
     store16(at, {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])});
     store16(at + 16, {bits_of(x[4]), bits_of(x[5]), bits_of(x[6]), bits_of(x[7])});
   } else {
-    store16(at, {pack(x[0], x[1], dtype), pack(x[2], x[3], dtype), pack(x[4], x[5], dtype),
-                 pack(x[6], x[7], dtype)});
+    store16(at, {packed(0), packed(2), packed(4), packed(6)});
   }
 }
 
@@ -228,12 +243,17 @@ FOGZO_DEVICE void store_chunk(char *base, int c, const float (&x)[kChunk], Dtype
 
 constexpr float kRounding = 12582912.0f; // 1.5 * 2^23: adding it rounds half to even
 
+// Gives position_of() of element.h for the grid in this form.
+FOGZO_DEVICE float position(float theta, float inv, const Grid &grid) {
+  return std::fma(theta, inv, -grid.offset);
+}
+
 // The code in the low bits of its float: rint(min(max(y, qmin), qmax)) + kRounding; NaN gives qmin.
 FOGZO_DEVICE float shifted_code(float y, const Grid &grid) {
   return fminf(fmaxf(y, grid.qmin), grid.qmax) + kRounding;
 }
 
-// delta * (code + offset), given shift = delta * offset: the same bits
+// Gives delta * (code + offset) for shift = delta * offset: the same bits.
 FOGZO_DEVICE float value_of(float shifted, float delta, float shift) {
   return std::fma(shifted - kRounding, delta, shift);
 }
@@ -242,44 +262,138 @@ FOGZO_DEVICE uint32_t four_bytes(float a, float b, float c, float d) {
   return permute(permute(bits_of(a), bits_of(b), 0x0040), permute(bits_of(c), bits_of(d), 0x0040), 0x5410);
 }
 
-// Codes, or values, of a chunk's positions y.
+// Stores codes, or values, of a chunk's positions y.
 template <bool Aligned>
-FOGZO_DEVICE void store_quantized(char *base, int c, const float (&y)[kChunk], float delta, const Grid &grid,
-                                  Dtype dtype) {
+FOGZO_DEVICE void quantize_chunk(Operand out, int c, const float (&y)[kChunk], float delta, const Grid &grid) {
   float x[kChunk];
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] = shifted_code(y[i], grid);
-  if (dtype == Dtype::int8) {
+  unrolled<kChunk>([&](int i) { x[i] = shifted_code(y[i], grid); });
+  if (out.dtype == Dtype::int8) {
     const uint32_t low = four_bytes(x[0], x[1], x[2], x[3]), high = four_bytes(x[4], x[5], x[6], x[7]);
-    char *at = base + int64_t(c) * kChunk;
-    if (Aligned || lies_aligned(base))
+    char *at = out.chunk(c);
+    if (Aligned || is_aligned(out))
       return store8(at, low, high);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      *global(at + i) = char((i < 4 ? low : high) >> 8 * (i & 3));
-    return;
+    return unrolled<kChunk>([&](int i) { *global(at + i) = char((i < 4 ? low : high) >> 8 * (i & 3)); });
   }
   const float shift = delta * grid.offset;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    x[i] = value_of(x[i], delta, shift);
-  store_chunk<Aligned>(base, c, x, dtype);
+  unrolled<kChunk>([&](int i) { x[i] = value_of(x[i], delta, shift); });
+  store_chunk<Aligned>(out, c, x);
 }
 
-FOGZO_DEVICE void store_quantized_element(void *base, int64_t j, float y, float delta, const Grid &grid,
-                                          Dtype dtype) {
+FOGZO_DEVICE void quantize_element(Operand out, int64_t j, float y, float delta, const Grid &grid) {
   const float shifted = shifted_code(y, grid);
-  if (dtype == Dtype::int8)
-    *global(static_cast<uint8_t *>(base) + j) = uint8_t(bits_of(shifted));
+  if (out.dtype == Dtype::int8)
+    *global(reinterpret_cast<uint8_t *>(out.element(j))) = uint8_t(bits_of(shifted));
   else
-    store_element(base, j, value_of(shifted, delta, delta * grid.offset), dtype);
+    store_element(out, j, value_of(shifted, delta, delta * grid.offset));
+}
+
+// ---- what a thread takes at once: chunks, or one element
+
+// What is constant over a block for its elements.
+template <bool Plain> struct Frame {
+  Part part;
+  Layout layout;
+  Scales scales;
+};
+
+template <bool Plain> FOGZO_DEVICE Frame<Plain> frame_of(const Part &part, float r) {
+  return {part, layout_of<Plain>(part), scales_of<Plain>(part, r)};
+}
+
+// Count chunks, `step` apart. Of a thread without work (`some`) nothing may be written.
+template <int Count, bool Aligned, bool Plain> struct Chunks {
+  using Loaded = Raw;
+  static constexpr int count = Count, size = kChunk;
+  static constexpr bool some = true, transformed = false;
+  Frame<Plain> frame;
+  int first, step;
+
+  FOGZO_DEVICE int chunk(int k) const { return first + k * step; }
+  FOGZO_DEVICE int64_t number(int k) const { return chunk_number<Plain>(frame.layout, chunk(k)); }
+  FOGZO_DEVICE Scale scale(int k) const { return chunk_scale<Plain>(frame.scales, chunk(k)); }
+  FOGZO_DEVICE Raw load(Operand x, int k) const { return load_chunk<Aligned>(x, chunk(k)); }
+  FOGZO_DEVICE void store(Operand out, int k, const float (&x)[kChunk]) const {
+    store_chunk<Aligned>(out, chunk(k), x);
+  }
+  FOGZO_DEVICE void quantize(Operand out, int k, const float (&y)[kChunk], float delta,
+                             const Grid &grid) const {
+    quantize_chunk<Aligned>(out, chunk(k), y, delta, grid);
+  }
+  FOGZO_DEVICE void transform(float (&)[Count][kChunk]) const {}
+};
+
+// One element, by its place in the tensor.
+template <bool Plain> struct Element {
+  using Loaded = float;
+  static constexpr int count = 1, size = 1;
+  static constexpr bool some = true, transformed = false;
+  Frame<Plain> frame;
+  int64_t place;
+
+  FOGZO_DEVICE int64_t local() const { return place - frame.part.begin; }
+  FOGZO_DEVICE int64_t number(int) const { return element_number(frame.part, place); }
+  FOGZO_DEVICE Scale scale(int) const { return element_scale(frame.part, place, frame.scales.r); }
+  FOGZO_DEVICE float load(Operand x, int) const { return load_element(x, local()); }
+  FOGZO_DEVICE void store(Operand out, int, const float (&x)[1]) const { store_element(out, local(), x[0]); }
+  FOGZO_DEVICE void quantize(Operand out, int, const float (&y)[1], float delta, const Grid &grid) const {
+    quantize_element(out, local(), y[0], delta, grid);
+  }
+  FOGZO_DEVICE void transform(float (&)[1][1]) const {}
+};
+
+FOGZO_DEVICE void widen(float loaded, Dtype, float (&x)[1]) { x[0] = loaded; }
+
+// What a thread takes at once of an operand, as it lies in memory.
+template <class Items> using Loads = typename Items::Loaded[Items::count];
+
+template <class Items> FOGZO_DEVICE void load(const Items &at, Operand from, Loads<Items> &loads) {
+  unrolled<Items::count>([&](int k) { loads[k] = at.load(from, k); });
+}
+
+// Loads what the thread may write, which no other thread may read.
+template <class Items> FOGZO_DEVICE void load_own(const Items &at, Operand from, Loads<Items> &loads) {
+  unrolled<Items::count>([&](int k) { loads[k] = at.some ? at.load(from, k) : typename Items::Loaded{}; });
+}
+
+template <class T, int Count, int Size>
+FOGZO_DEVICE void widen(const T (&loads)[Count], Dtype dtype, float (&x)[Count][Size]) {
+  unrolled<Count>([&](int k) { widen(loads[k], dtype, x[k]); });
+}
+
+template <bool Aligned, bool Plain, class F>
+FOGZO_DEVICE void walk_chunks(const Frame<Plain> &frame, int c, int chunks, F f) {
+#pragma unroll 1
+  for (; c < chunks; c += kThreads)
+    f(Chunks<1, Aligned, Plain>{frame, c, kThreads});
+}
+
+// Gives the block's elements to f: Count chunks a thread and turn where memory is aligned, else single chunks,
+// and then single elements.
+template <int Count, bool Plain, class F> FOGZO_DEVICE void walk(const Frame<Plain> &frame, F f) {
+  const Part &part = frame.part;
+  const int chunks = part.full_chunks();
+  if constexpr (Count > 1) {
+    const int wide = part.aligned() ? chunks : 0;
+    int c = thread();
+#pragma unroll 1
+    for (; c + (Count - 1) * kThreads < wide; c += Count * kThreads)
+      f(Chunks<Count, true, Plain>{frame, c, kThreads});
+    walk_chunks<false>(frame, c, chunks, f);
+  } else if (part.aligned()) {
+    walk_chunks<true>(frame, thread(), chunks, f);
+  } else {
+    walk_chunks<false>(frame, thread(), chunks, f);
+  }
+  const int64_t end = part.end();
+#pragma unroll 1
+  for (int64_t j = part.rest() + thread(); j < end; j += kThreads)
+    f(Element<Plain>{frame, j});
 }
 
 // ---- counters
 
-// Alphas that are not finite or not > 0, each counted by the block that holds its first element: at the end of
-// a kernel, when its loop has read them. Only what is wrong costs an access to the counters. Plain: one alpha.
+// Counts the alphas that are not finite or not > 0, each in the block that holds its first element. A kernel
+// does so at its end, when its loop has read them. Only a bad alpha costs an access to the counters.
 template <bool Plain> FOGZO_DEVICE void count_bad_alphas(int64_t *counters, const Part &part) {
   if (!counters || !part[ALPHA] || (Plain && part.begin))
     return;
@@ -295,11 +409,6 @@ template <bool Plain> FOGZO_DEVICE void count_bad_alphas(int64_t *counters, cons
   }
   for (; bad; --bad)
     add_one(counters + 2);
-}
-
-// position_of() of element.h, given the grid in this form
-FOGZO_DEVICE float position(float theta, float inv, const Grid &grid) {
-  return std::fma(theta, inv, -grid.offset);
 }
 
 } // namespace fogzo::cuda

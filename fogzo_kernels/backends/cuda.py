@@ -1,15 +1,17 @@
 """Hand-written CUDA C++ on NVIDIA GPUs (csrc/cuda).
 
-Host side: one launch per op over all tensors, which a plan (backends/gpu/plans.py) names to the kernels.
-The native module knows nothing of PyTorch: it gets addresses, the device's number and the stream.
+An op takes one launch over all tensors, which a plan (backends/gpu/plans.py) names to the kernels. The native
+module knows nothing of PyTorch: it takes addresses, the device's number, the stream, and tuples of numbers and
+names, which csrc/cuda/module.cpp reads.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def unavailable(device: torch.device) -> str | None:
 
 @functools.cache  # every op asks, and the driver's answer stays
 def unavailable_on(device: torch.device) -> str | None:
-    """Of one GPU."""
+    """None, or why the kernels cannot run on this GPU."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     architectures = _cuda.build_info()["architectures"]
@@ -74,12 +76,8 @@ def where(device: torch.device) -> tuple[int, int]:
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes it current where it is not."""
+    """Makes the device the current one."""
     return torch.cuda.device(device)
-
-
-def planned(p: Plan) -> tuple[int, int, int, bool, bool]:
-    return p.table.data_ptr(), p.owner.data_ptr(), p.programs, p.per_tensor, p.shard
 
 
 def on_host(t: Tensor) -> bool:
@@ -87,32 +85,25 @@ def on_host(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
-def integer(t: Tensor) -> tuple[int, int]:
-    """A scalar's address, for the kernel to read, or its value."""
-    return (0, int(t)) if on_host(t) else (t.data_ptr(), 0)
+def scalar(t: Tensor) -> tuple[int, int | float]:
+    """A scalar's address, for the kernel to read, or 0 and its value."""
+    return (0, t.item()) if on_host(t) else (t.data_ptr(), 0)
 
 
-def number(t: Tensor) -> tuple[int, float]:
-    """The same of a float64."""
-    return (0, float(t)) if on_host(t) else (t.data_ptr(), 0.0)
+def drawn(draw: Draw, direction: int = 0) -> tuple[Any, ...]:
+    C = DISTRIBUTIONS[draw.distribution]
+    return draw.distribution, C, scalar(draw.seed), scalar(draw.step), direction
 
 
-Drawn = tuple[str, float, tuple[tuple[int, int], tuple[int, int], tuple[int, float]]]
+def mixed(mix: Mix) -> tuple[Any, ...]:
+    return mix.norm.data_ptr(), scalar(mix.one_minus_beta), mix.epsilon
 
 
-def drawn(draw: Draw, mix: Mix | None) -> Drawn:
-    """Distribution, its C, and what changes from step to step; noise alone is not mixed."""
-    one_minus_beta = (0, 0.0) if mix is None else number(mix.one_minus_beta)
-    scalars = integer(draw.seed), integer(draw.step), one_minus_beta
-    return draw.distribution, DISTRIBUTIONS[draw.distribution], scalars
-
-
-def losses_of(losses: Losses, mix: Mix) -> tuple[int, int, int, int, int, float]:
-    """An op without losses does not count."""
+def measured(losses: Losses) -> tuple[int, int, int, int]:
+    """The losses' addresses and number; an op without losses does not count."""
     plus, minus, counters = losses
-    n = plus.numel()
-    counter = counters.data_ptr() if counters is not None and n else 0
-    return plus.data_ptr(), minus.data_ptr(), n, mix.norm.data_ptr(), counter, mix.epsilon
+    counter = counters.data_ptr() if counters is not None and plus.numel() else 0
+    return plus.data_ptr(), minus.data_ptr(), plus.numel(), counter
 
 
 def grid_of(grid: Grid) -> tuple[int, int, float, int]:
@@ -120,8 +111,16 @@ def grid_of(grid: Grid) -> tuple[int, int, float, int]:
 
 
 def name_of(tensors: Tensors) -> str:
-    """Of their dtype; of no tensors, one that is never used."""
+    """The name of the tensors' dtype; of no tensors, one that is never used."""
     return str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+
+
+def run(op: Callable[..., None], like: Tensors, p: Plan, dtypes: Sequence[Tensors], *arguments: Any) -> None:
+    """Run a native op on the device of ``like``; ``dtypes``: the latents, gradients and outputs."""
+    device = like[0].device
+    planned = p.table.data_ptr(), p.owner.data_ptr(), p.programs, p.per_tensor, p.shard
+    with on(device):
+        op((where(device), planned, tuple(map(name_of, dtypes))), *arguments)
 
 
 # ---- ops (docs/contract.md)
@@ -131,8 +130,7 @@ def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tenso
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, dtype=torch.float32, device=device)
     p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
-    with on(out.device):
-        _cuda.noise(where(out.device), planned(p), drawn(draw, None), direction)
+    run(_cuda.noise, [out], p, [[out]] * 3, drawn(draw, direction))
     return out
 
 
@@ -142,10 +140,7 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
     p = plan(grads, grads=grads, alphas=alphas)
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
     out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
-    with on(device):
-        _cuda.guide_sumsq(
-            where(device), planned(p), name_of(grads), r, partial.data_ptr(), out.data_ptr(), root
-        )
+    run(_cuda.guide_sumsq, grads, p, [grads] * 3, r, partial.data_ptr(), out.data_ptr(), root)
     return out
 
 
@@ -160,28 +155,18 @@ def perturb_quantize_(
         latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
         tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    device, dtypes = mix.norm.device, (name_of(latents), name_of(grads), name_of(plus or minus))
-    with on(device):
-        _cuda.perturb_quantize(
-            where(device), planned(p), dtypes, bool(plus), bool(minus), drawn(draw, mix), direction,
-            mix.norm.data_ptr(), grid_of(grid), mix.epsilon, block,
-        )  # fmt: skip
+    dtypes, written = [latents, grads, plus or minus], (bool(plus), bool(minus))
+    nouns = drawn(draw, direction), mixed(mix)
+    run(_cuda.perturb_quantize, latents, p, dtypes, *nouns, grid_of(grid), block, *written)
 
 
 def estimate_gradient_(
     grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
 ) -> None:
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
-    device = mix.norm.device
     p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
-    coefficients = torch.empty(
-        _cuda.ESTIMATE_COEFFICIENTS + losses.plus.numel(), dtype=torch.float32, device=device
-    )
-    with on(device):
-        _cuda.estimate_gradient(
-            where(device), planned(p), name_of(grads), drawn(draw, mix), losses_of(losses, mix), r,
-            coefficients.data_ptr(), block,
-        )  # fmt: skip
+    room, nouns = coefficients(mix, losses), (drawn(draw), mixed(mix), measured(losses))
+    run(_cuda.estimate_gradient, [room], p, [grads] * 3, *nouns, r, block, room.data_ptr())
 
 
 def estimate_update_(
@@ -189,29 +174,28 @@ def estimate_update_(
     losses: Losses, grid: Grid, update: Update, block: int,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
-    device, rule = mix.norm.device, update.rule
+    rule = update.rule
     p = plan(
         latents, latents=latents, grads=grads, plus=quantized, minus=update.masters, alphas=alphas,
         states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
     )  # fmt: skip
-    coefficients = torch.empty(
-        _cuda.UPDATE_COEFFICIENTS + losses.plus.numel(), dtype=torch.float32, device=device
-    )
-    optimizer = rule.variant, rule.hyperparameters, number(update.lr), integer(update.optimizer_step)
-    with on(device):
-        _cuda.estimate_update(
-            where(device), planned(p), (name_of(latents), name_of(grads), name_of(quantized)),
-            bool(update.masters), bool(quantized), drawn(draw, mix), losses_of(losses, mix), grid_of(grid),
-            optimizer, coefficients.data_ptr(), block,
-        )  # fmt: skip
+    room, nouns = coefficients(mix, losses), (drawn(draw), mixed(mix), measured(losses))
+    scalars = scalar(update.lr), scalar(update.optimizer_step)
+    optimizer = rule.variant, rule.hyperparameters, *scalars, bool(update.masters)
+    arguments = grid_of(grid), block, optimizer, room.data_ptr(), bool(quantized)
+    run(_cuda.estimate_update, [room], p, [latents, grads, quantized], *nouns, *arguments)
+
+
+def coefficients(mix: Mix, losses: Losses) -> Tensor:
+    """Room for what the first launch makes of the losses."""
+    size = _cuda.COEFFICIENTS + losses.plus.numel()
+    return torch.empty(size, dtype=torch.float32, device=mix.norm.device)
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
     """Write Q(theta): one launch."""
-    device, p = latents[0].device, plan(latents, latents=latents, plus=out, alphas=alphas)
-    dtypes = name_of(latents), name_of(latents), name_of(out)
-    with on(device):
-        _cuda.quantize(where(device), planned(p), dtypes, grid_of(grid), block)
+    p = plan(latents, latents=latents, plus=out, alphas=alphas)
+    run(_cuda.quantize, latents, p, [latents, latents, out], grid_of(grid), block)
 
 
 def straight_through_backward_(
@@ -219,40 +203,34 @@ def straight_through_backward_(
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta): one launch."""
-    device, p = latents[0].device, plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
-    dtypes = name_of(latents), name_of(grads), name_of(out)
-    with on(device):
-        _cuda.straight_through_backward(
-            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, block
-        )
+    p = plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
+    arguments = grid_of(grid), straight_through.variant, block
+    run(_cuda.straight_through_backward, latents, p, [latents, grads, out], *arguments)
 
 
 def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:
     """Write max(factor * (statistic + add), least) of each cell: one launch, and one for cells in pieces."""
     device, p = tensors[0].device, cells.plan(tensors, alphas)
     partial = torch.empty(p.programs if p.seconds else 0, dtype=torch.float64, device=device)
-    planned = p.table.data_ptr(), p.owner.data_ptr(), p.second.data_ptr(), p.programs, p.seconds
+    tables = p.table.data_ptr(), p.owner.data_ptr(), p.second.data_ptr()
+    planned = *tables, p.programs, p.seconds, name_of(tensors)
     with on(device):
-        _cuda.measure_alphas(where(device), planned, name_of(tensors), tuple(measure), partial.data_ptr())
+        _cuda.measure_alphas(where(device), planned, tuple(measure), partial.data_ptr())
 
 
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
-    """Write g * h'(theta), and the gradients of the alphas: a launch, and one for those of several programs."""
+    """Write g * h'(theta) and the alphas' gradients: one launch, and one for alphas of several programs."""
     p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
-    device, dtypes = latents[0].device, (name_of(latents), name_of(grads), name_of(out))
-    partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
+    partial = torch.empty(2 * p.programs, dtype=torch.float64, device=latents[0].device)
     sums = partial.data_ptr(), p.crossing.data_ptr(), p.crossing.numel()
-    with on(device):
-        _cuda.learned_backward(
-            where(device), planned(p), dtypes, grid_of(grid), straight_through.variant, sums, block
-        )
+    arguments = grid_of(grid), straight_through.variant, block, sums
+    run(_cuda.learned_backward, latents, p, [latents, grads, out], *arguments)
 
 
 def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
     """Write the Hadamard transform of each block: one launch."""
-    device, p = tensors[0].device, plan(tensors, latents=tensors, plus=out)
-    with on(device):
-        _cuda.hadamard(where(device), planned(p), (name_of(tensors), name_of(tensors), name_of(out)), block)
+    p = plan(tensors, latents=tensors, plus=out)
+    run(_cuda.hadamard, tensors, p, [tensors, tensors, out], block)
