@@ -18,10 +18,9 @@ constexpr int64_t kGroup = FOGZO_ISA ? kWidth : 16; // Philox calls at a time
 
 #if FOGZO_ISA
 // A batch: kGroup chunks, for each of which a vector of floats holds one value.
-constexpr int64_t kBatch = 8 * kGroup;    // elements
-constexpr int kVectors = kBatch / kWidth; // F of a batch
-constexpr int kHalves = kVectors / 2;     // H of a batch
-constexpr int64_t kCalls = kGroup / 2;    // Philox calls of a vector
+constexpr int64_t kBatch = 8 * kGroup;         // elements
+constexpr int kHalves = kBatch / (2 * kWidth); // H of a batch
+constexpr int64_t kCalls = kGroup / 2;         // Philox calls of a vector
 
 // ---- Philox
 

@@ -102,11 +102,13 @@ __attribute__((noinline)) void perturb_batch(const Item &item, const Perturbatio
   const auto scale = [&](int k) { return kernel.scale(spread<PAIRS>(delta, k), spread<PAIRS>(inv, k)); };
   for (int h = 0; h < kHalves; ++h) {
     const int64_t i = begin + 2 * kWidth * h;
-    prefetch<L, 0>(kernel.latent, i);
-    prefetch<G, 0>(kernel.grad, i);
-    prefetch<O, 1>(kernel.plus, i);
-    if (BOTH)
-      prefetch<O, 1>(kernel.minus, i);
+    if (batch.full()) { // else the operands lie in buffers
+      prefetch<L, 0>(kernel.latent, i);
+      prefetch<G, 0>(kernel.grad, i);
+      prefetch<O, 1>(kernel.plus, i);
+      if (BOTH)
+        prefetch<O, 1>(kernel.minus, i);
+    }
     const PerturbScale s0 = scale(2 * h), s1 = PAIRS ? s0 : scale(2 * h + 1);
     kernel.two(noise.get(h), i, s0, s1);
   }

@@ -32,6 +32,8 @@ struct Batch {
   int64_t skip;
   uint64_t chunk[kGroup];
   float delta[kGroup];
+
+  bool full() const { return end - begin == kBatch; }
 };
 
 // Walks over the elements of a range, with their names and scales.
@@ -109,8 +111,10 @@ struct PartialBatch {
     for (int k = 0; k < 4; ++k)
       if (const Span &span = whole.*kSpans[k]; span.data) {
         item.*kSpans[k] = span_from(bytes[k], span.dtype, batch.begin - batch.skip);
-        if (k < 2) { // an input
-          std::memset(bytes[k], 0, sizeof bytes[k]);
+        if (k < 2) {                            // an input
+          std::memset(bytes[k], 0, kBatch * 2); // sizes that the compiler knows need no call
+          if (span.dtype == Dtype::float32)
+            std::memset(bytes[k] + kBatch * 2, 0, kBatch * 2);
           copy(item.*kSpans[k], span);
         }
       }
@@ -143,7 +147,7 @@ void for_each_run(const Item &item, float r, int64_t begin, int64_t end, OnRun o
     }
     const Batch batch =
         walk.batch_until(chunked ? least(end, walk.at + kBatch) : least(same, walk.at + kBatch - skip));
-    if (batch.end - batch.begin == kBatch) {
+    if (batch.full()) {
       on_batch(item, batch);
     } else {
       const PartialBatch partial(item, batch);
