@@ -22,15 +22,17 @@ LIMITS = {"seed": MAX_SEED, "step": MAX_STEP, "optimizer_step": 2**63}
 
 def tensors(name: str, given: TensorOrList) -> list[Tensor]:
     """A list of tensors; a bare tensor is a list of one."""
-    if isinstance(given, Tensor):
-        return [given]
-    if not isinstance(given, Sequence):
-        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}")
+    if type(given) is not list:
+        if isinstance(given, Tensor):
+            return [given]
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}")
+        given = list(given)
     for kind in set(map(type, given)):
         if not issubclass(kind, Tensor):
             i = list(map(type, given)).index(kind)
             raise TypeError(f"{name}[{i}] must be a tensor, got {kind.__name__}")
-    return given if type(given) is list else list(given)
+    return given
 
 
 def optional(name: str, given: TensorOrList | None) -> list[Tensor]:

@@ -89,7 +89,8 @@ class ListOp:
         result: Callable[[Call], Any] = lambda call: None,
     ) -> None:
         self.schema, self.lists, self.result = Schema(schema), lists, result
-        self.first = next(iter(lists))
+        self.first, *others = lists
+        self.others = [(name, lists[name]) for name in others]
         self.function = schema.partition("(")[0]
         taken = [*inspect.signature(getattr(Backend, self.function)).parameters][1:]
         self.groups = [(name, GROUPS[name]) for name in taken if name in GROUPS]
@@ -97,6 +98,8 @@ class ListOp:
         self.convert = [
             (name, arguments.optional if name in OPTIONAL else arguments.tensors) for name in self.schema.lists
         ]
+        self.read = [name for name in self.schema.lists if name not in self.schema.written]
+        self.scalars = [name for name in ("norm", "losses_plus", "losses_minus") if name in self.schema.names]
         self.rest = check, [*inspect.signature(check).parameters] if check else []
         self.op = self.schema.register(self.run, self.fake)
 
@@ -160,11 +163,11 @@ class ListOp:
 
     def check_kinds(self, call: Call) -> None:
         """Types, shapes, dtypes, devices and lengths."""
-        like, titles = call[self.first], call.get("titles", {})
-        for name, dtypes in self.lists.items():
-            if call[name] or name not in OPTIONAL:
-                given = None if name == self.first else like
-                checks.tensor_list(titles.get(name, name), call[name], dtypes, given)
+        like, first, fresh = call[self.first], call.get("title", self.first), call.get("fresh", ())
+        checks.tensor_list(first, like, self.lists[self.first])
+        for name, dtypes in self.others:
+            if name not in fresh and (call[name] or name not in OPTIONAL):
+                checks.tensor_list(name, call[name], dtypes, like)
         if "mix" in call:
             checks.mix(call["mix"], like)
         if "update" in call:
@@ -178,9 +181,9 @@ class ListOp:
             checks.losses(call["losses"], call["norm"].device, least=0 if "update" in call else 1)
         if "alphas" in call:
             layouts = call["draw"].layouts if "draw" in call else ()
-            checks.alphas(call["alphas"], self.first, like, call.get("block", 0), layouts)
+            checks.alphas(call["alphas"], first, like, call.get("block", 0), layouts)
         else:
-            checks.whole_blocks(titles.get(self.first, self.first), like, call["block"])
+            checks.whole_blocks(first, like, call["block"])
         check, names = self.rest
         if check:
             check(*[call[name] for name in names])
@@ -188,21 +191,25 @@ class ListOp:
     def check(self, call: Call) -> None:
         """All that the op refuses."""
         self.check_kinds(call)
-        draw, mix, numels = call.get("draw"), call.get("mix"), memory.numels_of(call[self.first])
-        memory.numbers(draw, mix, call.get("update"))
         if "r" in call:
             memory.alphas(call["alphas"], call["r"])
+        if "fresh" in call:
+            return
+        draw, numels = call.get("draw"), memory.numels_of(call[self.first])
+        memory.numbers(draw, call.get("mix"), call.get("update"))
         if draw is not None:
             memory.shards(draw, numels[: len(call["alphas"])])
-        if "fresh" not in call:
-            memory.overlaps(*self.memory(call), numels)
+        memory.overlaps(*self.memory(call), numels)
 
     def memory(self, call: Call) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[Tensor]]]:
         """What the op writes and what it reads, by the public names."""
-        titles = dict(zip(("first", "second"), KINDS[call["kind"]], strict=False)) if "kind" in call else {}
-        written = {titles.get(name, name): call[name] for name in self.schema.written}
-        read = {name: call[name] for name in self.schema.lists if name not in self.schema.written}
-        read |= {name: [call[name]] for name in ("norm", "losses_plus", "losses_minus") if name in call}
+        written = {name: call[name] for name in self.schema.written}
+        if "kind" in call:
+            states = written.pop("first"), written.pop("second")
+            written |= dict(zip(KINDS[call["kind"]], states, strict=False))
+        read = {name: call[name] for name in self.read}
+        for name in self.scalars:
+            read[name] = [call[name]]
         if "tensors" in read and "out" in written:  # the Hadamard transform may be in place
             read["tensors"] = memory.elsewhere(read["tensors"], written["out"])
         return written, read
@@ -215,23 +222,28 @@ LISTED = {"latent": "latents", "grad": "grads", "alpha": "alphas", "x": "tensors
 def of_one(op: ListOp, schema: str, outputs: Mapping[str, str]) -> CustomOpDef:
     """The op on one tensor, which returns what ``op`` writes; each of ``outputs`` has the shape of a list."""
     parsed = Schema(schema)
+    listed = [(name, LISTED[name]) for name in parsed.names if name in LISTED]
 
-    def lists(call: Call) -> tuple[Any, Call]:
-        call = {LISTED.get(name, name): [x] if name in LISTED else x for name, x in call.items()}
-        if "grads" in call:
-            call["grads"] = [call["grads"][0].contiguous()]
-        made = {name: torch.empty_like(call[like][0]) for name, like in outputs.items()}
-        call |= {name: [t] for name, t in made.items()} | {"fresh": True, "titles": {"tensors": "x"}}
-        result = tuple(made.values())
-        return result[0] if len(result) == 1 else result, call
+    def made(call: Call) -> Any:
+        """The outputs; the call becomes one of lists."""
+        for name, list_name in listed:
+            x = call[name]
+            call[list_name] = [x.contiguous() if name == "grad" else x]
+        tensors = [torch.empty_like(call[like][0]) for like in outputs.values()]
+        for name, t in zip(outputs, tensors, strict=True):
+            call[name] = [t]
+        call["fresh"] = outputs
+        if "x" in call:
+            call["title"] = "x"
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     def run(call: Call) -> Any:
-        result, call = lists(call)
+        result = made(call)
         op.run(call)
         return result
 
     def fake(call: Call) -> Any:
-        result, call = lists(call)
+        result = made(call)
         op.fake(call)
         return result
 
