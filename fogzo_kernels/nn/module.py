@@ -152,12 +152,6 @@ class QuantizedModule(SavedModule):
         self.__class__ = self.PLAIN  # type: ignore[assignment]
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A class that :func:`quantized_class` made is made again where the module is unpickled."""
-        found: Any = super().__reduce_ex__(protocol)
-        made = vars(type(self)).get("MADE")
-        return found if made is None else (_blank, made, *found[2:])
-
     @property
     def activation(self) -> Quantizer | None:
         return None if self.input_quantizer is None else self.input_quantizer.quantizer
@@ -425,32 +419,3 @@ class QuantizedModule(SavedModule):
         self.lay_out()
         if self.placement is not LOCAL:  # its shard may be another tensor now
             place(self)
-
-
-_classes: dict[tuple[Any, ...], type[QuantizedModule]] = {}
-
-
-def quantized_class(
-    plain: type[nn.Module], parameter: str = "weight", outputs: int = 0, rotated: str = "weight"
-) -> type[QuantizedModule]:
-    """The class of a module of any class that runs with one of its parameters quantized.
-
-    Args:
-        plain: the module's class.
-        parameter: which of its parameters; it has two dimensions or more.
-        outputs: the parameter's dimension that counts the outputs.
-        rotated: where a transform of the weight is undone: at the "weight", or of a module that multiplies
-            rows by its "input" there, or of one that returns rows at its "output".
-    """
-    made = plain, parameter, outputs, rotated
-    names = {"PLAIN": plain, "PARAMETER": parameter, "OUTPUTS": outputs, "ROTATED": rotated, "MADE": made}
-    if made not in _classes:
-        _classes[made] = type(f"Quant{plain.__name__}", (QuantizedModule, plain), names)
-    return _classes[made]
-
-
-def _blank(*made: Any) -> QuantizedModule:
-    """A module of a class that was made, without its state."""
-    kind = quantized_class(*made)
-    module: QuantizedModule = kind.__new__(kind)
-    return module
