@@ -166,6 +166,8 @@ class QuantizedModule(SavedModule):
     def latent(self) -> Tensor:
         """The parameter itself, also inside a forward."""
         found = self._parameters.get(self.PARAMETER)
+        if found is None:  # PyTorch keeps here what is no Parameter, as of prune or DataParallel
+            found = self.__dict__.get(self.PARAMETER)
         return getattr(self, self.PARAMETER) if found is None else found
 
     def order(self) -> tuple[int, ...]:
