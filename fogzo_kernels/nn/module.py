@@ -316,11 +316,13 @@ class QuantizedModule(SavedModule):
                 " run with what is not quantized: call dequantize_model(model, latents=True) before"
             )
         block, at = self.quantizer.block, self.ROTATED
-        args = (self.effective_input(args[0], block if at == "input" else 0), *args[1:])
-        value = self.effective_weight() if at == "weight" else self.shaped(self.quantized_rows())
+        if self.input_quantizer is not None or (block and at == "input"):
+            args = (self.effective_input(args[0], block if at == "input" else 0), *args[1:])
+        rows = self.quantized_rows()
+        value = self.shaped(rotated(rows, block, self.backend) if block and at == "weight" else rows)
         values: Values = self.__dict__[VALUES]
         out = values.during({self.PARAMETER: value}, super().forward, args, kwargs)
-        return rotated(out, block, self.backend) if at == "output" else out
+        return rotated(out, block, self.backend) if block and at == "output" else out
 
     def input_rows(self, input: Tensor) -> Tensor:
         """An input as a matrix. A row is a token, what the last dimension holds; of convolutions, a sample."""
