@@ -179,7 +179,8 @@ class QuantizedModule(SavedModule):
         w = self.latent
         plain = (self.OUTPUTS, *(d for d in range(w.ndim) if d != self.OUTPUTS))
         last = (*plain[:1], *plain[2:], *plain[1:2])
-        if self.alpha.numel() > w.shape[self.OUTPUTS] or w.permute(plain).is_contiguous():
+        in_order = w.permute(plain).is_contiguous() if self.OUTPUTS else w.is_contiguous()
+        if in_order or self.alpha.numel() > w.shape[self.OUTPUTS]:
             return plain
         return last if w.permute(last).is_contiguous() else plain
 
