@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.module import quantized_class
+from fogzo_kernels.nn.registry import quantized_class
 from fogzo_kernels.nn.weight import WeightQuantizer, alpha_of
 
 PRESETS = {"fixed": fk.presets.fixed(3, 0.1), "lsq": fk.presets.lsq(2, "row"), "bitnet": fk.presets.bitnet()}

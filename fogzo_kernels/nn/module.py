@@ -152,12 +152,6 @@ class QuantizedModule(SavedModule):
         self.__class__ = self.PLAIN  # type: ignore[assignment]
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A class that :func:`quantized_class` made is made again where the module is unpickled."""
-        found: Any = super().__reduce_ex__(protocol)
-        made = vars(type(self)).get("MADE")
-        return found if made is None else (_blank, made, *found[2:])
-
     @property
     def activation(self) -> Quantizer | None:
         return None if self.input_quantizer is None else self.input_quantizer.quantizer
@@ -172,6 +166,8 @@ class QuantizedModule(SavedModule):
     def latent(self) -> Tensor:
         """The parameter itself, also inside a forward."""
         found = self._parameters.get(self.PARAMETER)
+        if found is None:  # PyTorch keeps here what is no Parameter, as of prune or DataParallel
+            found = self.__dict__.get(self.PARAMETER)
         return getattr(self, self.PARAMETER) if found is None else found
 
     def order(self) -> tuple[int, ...]:
@@ -183,7 +179,8 @@ class QuantizedModule(SavedModule):
         w = self.latent
         plain = (self.OUTPUTS, *(d for d in range(w.ndim) if d != self.OUTPUTS))
         last = (*plain[:1], *plain[2:], *plain[1:2])
-        if self.alpha.numel() > w.shape[self.OUTPUTS] or w.permute(plain).is_contiguous():
+        in_order = w.permute(plain).is_contiguous() if self.OUTPUTS else w.is_contiguous()
+        if in_order or self.alpha.numel() > w.shape[self.OUTPUTS]:
             return plain
         return last if w.permute(last).is_contiguous() else plain
 
@@ -320,11 +317,13 @@ class QuantizedModule(SavedModule):
                 " run with what is not quantized: call dequantize_model(model, latents=True) before"
             )
         block, at = self.quantizer.block, self.ROTATED
-        args = (self.effective_input(args[0], block if at == "input" else 0), *args[1:])
-        value = self.effective_weight() if at == "weight" else self.shaped(self.quantized_rows())
+        if self.input_quantizer is not None or (block and at == "input"):
+            args = (self.effective_input(args[0], block if at == "input" else 0), *args[1:])
+        rows = self.quantized_rows()
+        value = self.shaped(rotated(rows, block, self.backend) if block and at == "weight" else rows)
         values: Values = self.__dict__[VALUES]
         out = values.during({self.PARAMETER: value}, super().forward, args, kwargs)
-        return rotated(out, block, self.backend) if at == "output" else out
+        return rotated(out, block, self.backend) if block and at == "output" else out
 
     def input_rows(self, input: Tensor) -> Tensor:
         """An input as a matrix. A row is a token, what the last dimension holds; of convolutions, a sample."""
@@ -425,32 +424,3 @@ class QuantizedModule(SavedModule):
         self.lay_out()
         if self.placement is not LOCAL:  # its shard may be another tensor now
             place(self)
-
-
-_classes: dict[tuple[Any, ...], type[QuantizedModule]] = {}
-
-
-def quantized_class(
-    plain: type[nn.Module], parameter: str = "weight", outputs: int = 0, rotated: str = "weight"
-) -> type[QuantizedModule]:
-    """The class of a module of any class that runs with one of its parameters quantized.
-
-    Args:
-        plain: the module's class.
-        parameter: which of its parameters; it has two dimensions or more.
-        outputs: the parameter's dimension that counts the outputs.
-        rotated: where a transform of the weight is undone: at the "weight", or of a module that multiplies
-            rows by its "input" there, or of one that returns rows at its "output".
-    """
-    made = plain, parameter, outputs, rotated
-    names = {"PLAIN": plain, "PARAMETER": parameter, "OUTPUTS": outputs, "ROTATED": rotated, "MADE": made}
-    if made not in _classes:
-        _classes[made] = type(f"Quant{plain.__name__}", (QuantizedModule, plain), names)
-    return _classes[made]
-
-
-def _blank(*made: Any) -> QuantizedModule:
-    """A module of a class that was made, without its state."""
-    kind = quantized_class(*made)
-    module: QuantizedModule = kind.__new__(kind)
-    return module

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 #: Where a module keeps its :class:`Values`.
 VALUES = "values_in_forward"
@@ -27,7 +27,7 @@ class Values:
 
     def now(self) -> dict[str, Tensor] | None:
         """The values of this thread's forward, or None outside a forward."""
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return self.of_threads.get(threading.get_ident(), self.traced)
         if self.traced is None and self.of_threads:  # the compiler began inside a forward
             (values,) = self.of_threads.values()
@@ -36,20 +36,25 @@ class Values:
 
     def during(self, values: dict[str, Tensor], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a forward that reads parameters as these values."""
-        before = self.now()
-        self._set(values)
+        if is_compiling():
+            return self._trace(values, forward, args, kwargs)
+        threads, thread = self.of_threads, threading.get_ident()
+        before = threads.get(thread)
+        threads[thread] = values
         try:
             return forward(*args, **kwargs)
         finally:
-            self._set(before)
+            if before is None:
+                del threads[thread]
+            else:  # a forward that runs its own module again
+                threads[thread] = before
 
-    def _set(self, values: dict[str, Tensor] | None) -> None:
-        if torch.compiler.is_compiling():
-            self.traced = values
-        elif values is not None:
-            self.of_threads[threading.get_ident()] = values
-        else:
-            del self.of_threads[threading.get_ident()]
+    def _trace(self, values: dict[str, Tensor], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, self.traced = self.traced, values
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.traced = before
 
     def __reduce__(self) -> tuple[type[Values], tuple[()]]:
         return Values, ()  # a copy runs no forward

@@ -92,17 +92,11 @@ def entries(found: dict[str, Any]) -> dict[str, Entry]:
     """
     try:
         quantizers = [Quantizer.from_dict(q) for q in found["quantizers"]]
-        rows = found["modules"].items()
-        read = {
-            name: Entry(
-                quantizers[int(q)],
-                tuple(map(int, alpha)),
-                int(tensor_id),
-                backend,
-                None if inputs is None else quantizers[int(inputs)],
-            )
-            for name, (q, alpha, tensor_id, backend, inputs) in rows
-        }
+        read = {}
+        for name, (q, alpha, tensor_id, backend, inputs) in found["modules"].items():
+            activation = None if inputs is None else quantizers[int(inputs)]
+            shape = tuple(map(int, alpha))
+            read[name] = Entry(quantizers[int(q)], shape, int(tensor_id), backend, activation)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"quantization_config must be as quantize_model writes it, got {found} ({error})"

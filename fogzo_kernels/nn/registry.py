@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from ..ops import checks
 from ..spec.dtypes import FLOATS
 from .linear import QuantLinear
-from .module import QuantizedModule, quantized_class
+from .module import QuantizedModule
 from .view import FSDPModule, local
 
 
@@ -51,6 +51,43 @@ class QuantEmbedding(QuantizedModule, nn.Embedding):
 
     PLAIN = nn.Embedding
     ROTATED = "output"  # only entries that were read, not all
+
+
+#: The classes that were made, by the arguments of :func:`quantized_class`.
+_classes: dict[tuple[Any, ...], type[QuantizedModule]] = {}
+
+
+def quantized_class(
+    plain: type[nn.Module], parameter: str = "weight", outputs: int = 0, rotated: str = "weight"
+) -> type[QuantizedModule]:
+    """The class of a module of any class that runs with one of its parameters quantized.
+
+    Args:
+        plain: the module's class.
+        parameter: which of its parameters; it has two dimensions or more.
+        outputs: the parameter's dimension that counts the outputs.
+        rotated: where a transform of the weight is undone: at the "weight", or of a module that multiplies
+            rows by its "input" there, or of one that returns rows at its "output".
+    """
+    made = plain, parameter, outputs, rotated
+
+    def reduce(module: QuantizedModule, protocol: Any) -> Any:
+        """Where the module is unpickled, its class is made again."""
+        found: Any = nn.Module.__reduce_ex__(module, protocol)
+        return (_blank, made, *found[2:]) if type(module) is _classes[made] else found
+
+    if made not in _classes:
+        names: dict[str, Any] = {"PLAIN": plain, "PARAMETER": parameter, "OUTPUTS": outputs, "ROTATED": rotated}
+        names["__reduce_ex__"] = reduce
+        _classes[made] = type(f"Quant{plain.__name__}", (QuantizedModule, plain), names)
+    return _classes[made]
+
+
+def _blank(*made: Any) -> QuantizedModule:
+    """A module of a class that was made, without its state."""
+    kind = quantized_class(*made)
+    module: QuantizedModule = kind.__new__(kind)
+    return module
 
 
 #: Which class a plain module becomes; subclasses of it stay as they are.

@@ -84,11 +84,8 @@ def units_of(model: nn.Module) -> list[Unit]:
     for name, m in paths.items():
         if id(m) not in parts and any(weights_of(m)):
             names.setdefault(m, []).append(name)
-    return [Unit(found, m, _around(found, paths)) for m, found in names.items()]
-
-
-def _around(names: list[str], paths: dict[str, nn.Module]) -> list[nn.Module]:
-    return [paths[part] for name in names for part in _path(name)]
+    around = {m: [paths[part] for name in own for part in _path(name)] for m, own in names.items()}
+    return [Unit(own, m, around[m]) for m, own in names.items()]
 
 
 def _path(name: str) -> list[str]:

@@ -240,9 +240,8 @@ def named(module: QuantizedModule) -> str:
 def fits(module: QuantizedModule) -> bool:
     """Whether alpha was made for the weight that is there, and for as many rows."""
     alpha = module.alpha
-    return not module.weight_quantizer.stale and (
-        alpha.numel() == 1 or alpha.shape[0] == module.latent.shape[module.OUTPUTS]
-    )
+    rows = alpha.numel() == 1 or alpha.shape[0] == module.latent.shape[module.OUTPUTS]
+    return rows and not module.weight_quantizer.stale
 
 
 def check(module: QuantizedModule, name: str | None = None) -> None:
