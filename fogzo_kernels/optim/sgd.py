@@ -37,6 +37,10 @@ class SGD(FusedOptimizer):
         weight_decay: float = 0.0, nesterov: bool = False, *, fogzo: Fogzo | None = None,
         master_weights: bool = False, capturable: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
-        hyperparameters = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-        hyperparameters["weight_decay"] = weight_decay
+        hyperparameters = {
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
         super().__init__(params, hyperparameters, lr, fogzo, master_weights, capturable, backend)
