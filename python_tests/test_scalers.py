@@ -82,7 +82,7 @@ def same(a, b):
     ids=str,
 )  # fmt: skip
 def test_every_scale_gives_the_same_step(options, kind, way):
-    found = []
+    found, changes = [], set()
     for scale in [0, *SCALES]:
         run = Run(kind, scale, fused=way is direct, **options)
         for _ in range(2):
@@ -91,8 +91,11 @@ def test_every_scale_gives_the_same_step(options, kind, way):
         found.append(run.state())
         assert run.fogzo.steps == 2
         if way is direct:
-            assert run.fogzo.stats()["loss"] < 3  # the unscaled one
+            stats = run.fogzo.stats()
+            assert stats["loss"] < 3  # the unscaled one
+            changes.add(str(stats["code_changes"]))
     assert all(same(state, found[0]) for state in found[1:])
+    assert len(changes) == (way is direct)  # codes are counted with the unscaled norm
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -52,7 +52,7 @@ class FogzoMixin:
         self.fogzo: Fogzo | None = None
         self._resumed: str | None = None  # the checkpoint's folder
         self._awaited = 1  # micro-batches of the step
-        self._batches: list[Any] = []  # of them, those that have come
+        self._batches: list[Any] = []  # micro-batches that have come so far
         super().__init__(*args, **kwargs)
 
     # ---- a step

@@ -198,7 +198,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             options = self._options(group)
             calls: dict[tuple[Any, ...], _Call] = {}
-            first: dict[tuple[Any, ...], _Call] = {}  # of those that are estimated, for others that are alike
+            first: dict[tuple[Any, ...], _Call] = {}  # estimated weights, which others that are alike join
             others: list[tuple[Tensor, _Operands]] = []
             for p in group["params"]:
                 if p.grad is None:
@@ -389,5 +389,5 @@ class _Call:
     def __init__(self, options: _Options, number: int) -> None:
         self.options, self.number = options, number
         self.operands: list[_Operands] = []
-        self.places: list[int] = []  # of those that are estimated among the weights of the step's group
+        self.places: list[int] = []  # of the estimated weights in their group
         self.weights: WeightGroup | None = None

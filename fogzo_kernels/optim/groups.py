@@ -28,7 +28,7 @@ def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, alpha_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """The parameters of a model in groups, for any optimizer: those that decay, others, and learned alphas.
+    """The parameters of a model in groups, for any optimizer: decaying ones, others, and learned alphas.
 
     Learned alphas, of weights and inputs, do not decay, which would shrink the range of what is quantized; nor
     do biases and norms, which have one dimension or none. Adam and its like change a parameter by about the

@@ -161,7 +161,7 @@ def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | 
 
 
 def add_to_gradients(alphas: Iterable[tuple[WeightView, Tensor]]) -> None:
-    """Add gradients to those of the alphas of weights, as a backward does."""
+    """Add to the gradients of alphas, given with their weights, as a backward does."""
     present, added = [], []
     for w, grad in alphas:
         alpha = w.modules[0].alpha

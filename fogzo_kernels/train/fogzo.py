@@ -189,7 +189,7 @@ class Fogzo:
             state: from :meth:`state_dict` of an object with the same settings.
             may_differ: names of settings in which that object may differ from this one, whose own values stand:
                 ``["total_steps"]`` for more steps, ``["one_minus_beta"]`` where ``kappa`` is of other weights.
-                Steps taken and counters are those of the state.
+                Steps taken and counters come from the state.
 
         Raises:
             ValueError: a setting differs, or a key or value is wrong; nothing has changed then.
@@ -308,7 +308,7 @@ class Fogzo:
     # ---- for optimizers that make the estimate in their own update
 
     def pending_step(self) -> Step | None:
-        """Return the step whose passes were run and whose estimate is still to be made; None without one.
+        """Return the step whose passes were run and whose estimate is still to be made, or None.
 
         An optimizer that makes the estimate in its update, as :class:`fogzo_kernels.AdamW` does, calls in this
         order: ``step.lose_if_not_finite`` with gradients that are not the model's, ``step.collect()``, unless

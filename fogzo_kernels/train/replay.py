@@ -64,7 +64,7 @@ class Snapshot(NamedTuple):
 class ReplayState:
     """Saves and loads PyTorch's generators, a model's buffers and generators of its modules, in place.
 
-    All buffers but those that quantized modules add, which passes only read.
+    It leaves out the buffers that quantized modules add, which passes only read.
 
     Args:
         model: whose buffers, and on whose devices the generators.

@@ -69,7 +69,7 @@ class Settings:
 def loaded(
     state: Mapping[str, Any], settings: Settings, counters: Tensor, may_differ: Sequence[str]
 ) -> tuple[int, Tensor]:
-    """Return the steps and counters of a state of these settings, but for those that may differ.
+    """Return the steps and counters of a state. Its settings must be these, but for names that may differ.
 
     Raises:
         ValueError: a setting differs, ``may_differ`` has a name that is none of a setting, or a key or a value

@@ -118,7 +118,7 @@ class Step:
         self._compared = not run.passes_compared  # whether to look for what passes do not see alike
         self._generators: Prints = {}  # if so, others' generators as the gradient pass began
         self._leaves: dict[int, Tensor] = {}  # if so, whatever gets a gradient in the gradient pass
-        self.leftovers = Leftovers(())  # those gradients as it left them
+        self.leftovers = Leftovers(())  # these gradients as it left them
 
     @property
     def complete(self) -> bool:

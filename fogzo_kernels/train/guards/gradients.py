@@ -1,4 +1,4 @@
-"""Whose gradients the weights have: those of a pass, an estimate, or those of a backward elsewhere.
+"""Whose gradients the weights have: of a pass, of an estimate, or of a backward elsewhere.
 
 A hook on each weight sees who accumulates into its gradient; an estimate is known by its tensor. A tensor's
 version would not do: clipping changes it too. The hook does not tell which weights take part in a step:
@@ -37,7 +37,7 @@ class Source(Enum):
     """Where gradients come from that are accumulated now."""
 
     ELSEWHERE = auto()
-    PASS = auto()  # an error, beside
+    PASS = auto()  # an error: inside a pass only its own backward may accumulate
     BACKWARD = auto()  # the backward of the gradient pass
 
 
@@ -51,7 +51,7 @@ class Gradients:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
-        self._elsewhere: set[int] = set()  # accumulated into outside the passes since then
+        self._elsewhere: set[int] = set()  # a backward elsewhere has added to these since then
         self._read: list[tuple[weakref.ref[Tensor], int]] = []  # as a step read them, and versions
         self._bits: Tensor | None = None  # and a sum over the bits of each
         self.edited: Tensor | None = None  # whether they were edited, 0-dim bool that only the device knows yet
@@ -94,7 +94,7 @@ class Gradients:
     def check_fresh(self, names: Sequence[str]) -> None:
         """Raise unless the gradients are None or 0, as before a step.
 
-        One look at those that are not None waits for their device; not while a graph is captured.
+        One look at all gradients waits for their device. While a graph is captured, nothing is looked at.
 
         Raises:
             RuntimeError: one holds the last estimate, or that of another backward.

@@ -17,20 +17,20 @@ class UnmovedAlphas:
     """Looks, in the first steps, whether alphas that got a gradient are moved where weights are.
 
     Versions tell, which every write by PyTorch raises, one with a learning rate of 0 too. An optimizer that
-    writes through ``.data`` raises none, neither those of weights: then this says nothing.
+    writes through ``.data`` raises no version, of weights neither: then this says nothing.
     """
 
     def __init__(self) -> None:
         self._weights: Versions = []
         self._began: Versions = []  # of alphas, before the step
-        self._alphas: Versions = []  # of those that got a gradient, once the step is over
+        self._alphas: Versions = []  # once a step is over, the alphas that got a gradient
         self._due = True
 
     def begin(self, model: nn.Module, modules: Iterable[nn.Module], weights: Sequence[WeightView]) -> None:
         """Before a step: warn once of alphas that the step before left where they were."""
         if not self._due:
             return
-        if self._alphas and any(_moved(*one) for one in self._weights):
+        if self._alphas and any(_moved(w, version) for w, version in self._weights):
             self._due = False
             left = {id(alpha) for alpha, version in self._alphas if not _moved(alpha, version)}
             self._weights, self._alphas = [], []
