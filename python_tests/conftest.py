@@ -7,7 +7,7 @@ from itertools import islice
 import ptx
 import pytest
 import torch
-from interpreted import patch_once
+from support.interpreted import patch_once
 
 #: Set, it leaves out no test: every combination of Triton's variants, CUDA for every architecture, long runs.
 EVERYTHING = "FOGZO_TEST_EVERYTHING"

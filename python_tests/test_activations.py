@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from layers import LAYERS, of_groups, rows_of
+from support.layers import LAYERS, of_groups, rows_of
 from torch import nn
 
 import fogzo_kernels as fk

@@ -6,7 +6,7 @@ import torch
 from conftest import BACKENDS, device_of
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import (
+from support.tolerances import (
     DERIVATIVE_TOLERANCE,
     EXACT,
     INEXACT,

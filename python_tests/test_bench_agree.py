@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import M_TOLERANCE
+from support.tolerances import M_TOLERANCE
 
 import fogzo_kernels as fk
 from bench import agree, cases, comparison, sanitize

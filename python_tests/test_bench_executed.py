@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GPU_BACKENDS, MISSING
 from ptx.build import executor
-from ptx_programs import PLACES, kernel, run
+from support.ptx_programs import PLACES, kernel, run
 
 from bench import cases, executed, report
 from fogzo_kernels.backends.gpu import plans

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from savable import (
+from support.savable import (
     IDENTITY,
     LAYERS,
     Tied,
@@ -25,8 +25,8 @@ from savable import (
     row_mean,
     state_of,
 )  # fmt: skip
+from support.training import batch, loss_of, make
 from torch import nn
-from training import batch, loss_of, make
 
 import fogzo_kernels as fk
 

@@ -9,9 +9,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from support.training import QUANTIZER, batch, loss_of, make
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from training import QUANTIZER, batch, loss_of, make
 
 import fogzo_kernels as fk
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import LAYERS
+from support.layers import LAYERS
 from torch import nn
 
 import fogzo_kernels as fk

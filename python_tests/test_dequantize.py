@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from savable import (
+from support.savable import (
     IDENTITY,
     LAYERS,
     Tied,
@@ -17,8 +17,8 @@ from savable import (
     row_mean,
     state_of,
 )  # fmt: skip
+from support.training import batch, loss_of, make
 from torch import nn
-from training import batch, loss_of, make
 
 import fogzo_kernels as fk
 

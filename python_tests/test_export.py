@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from exported import GRIDS, SCALES, llama, logits, mlp, quantizer, spans, values_of
+from support.exported import GRIDS, SCALES, llama, logits, mlp, quantizer, spans, values_of
 from test_gguf import gguf_of
 from torch import nn
 from transformers import AutoModelForCausalLM

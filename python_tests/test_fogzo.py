@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 from torch import nn
-from training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.view import WeightView

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from processes import needs_gloo, spawned
-from sharded_models import (
+from support.processes import needs_gloo, spawned
+from support.sharded_models import (
     CASES,
     ONLY_BEFORE,
     STEPS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import GRIDS, llama, mlp, quantizer, spans, values_of
+from support.exported import GRIDS, llama, mlp, quantizer, spans, values_of
 
 import fogzo_kernels as fk
 from fogzo_kernels import export

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU_BACKENDS
-from tolerances import EXACT, M_TOLERANCE
+from support.tolerances import EXACT, M_TOLERANCE
 from torch import nn
 
 import fogzo_kernels as fk

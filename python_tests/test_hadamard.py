@@ -9,9 +9,9 @@ import torch
 from conftest import BACKENDS, device_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tolerances import HALF_ULP, SMALLEST
 from test_ops import compiled
 from test_validation import raises_and_writes_nothing, transposed_memory
-from tolerances import HALF_ULP, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C

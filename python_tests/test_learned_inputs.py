@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import LAYERS
+from support.layers import LAYERS
 from torch import nn
 
 import fogzo_kernels as fk

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import as_launched, leave, needs_gloo, two_of
+from support.processes import as_launched, leave, needs_gloo, two_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 

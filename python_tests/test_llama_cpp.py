@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from exported import GRIDS, llama, quantizer, values_of
+from support.exported import GRIDS, llama, quantizer, values_of
 
 from fogzo_kernels import export
 from fogzo_kernels.export.llama import block_for, encoded

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import leave, needs_gloo, spawned
+from support.processes import leave, needs_gloo, spawned
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -13,7 +13,7 @@ import fogzo_kernels as fk
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from models import CASES, Reference, eight, low, observe, quantized_modules
+from support.models import CASES, Reference, eight, low, observe, quantized_modules
 from transformers.pytorch_utils import Conv1D
 
 TRAINED = {"total_steps": 100, "schedule": "constant"}

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from fuzz_spoil import cut, freed, misaligned
+from support.fuzz_spoil import cut, freed, misaligned
 from torch import Tensor
 
 import fogzo_kernels as fk

@@ -9,7 +9,7 @@ import fogzo_kernels as fk
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from models import CASES, Reference, observe, quantized_modules
+from support.models import CASES, Reference, observe, quantized_modules
 from test_models import GRADIENT_TOLERANCE, LOSS_TOLERANCE, check_losses_and_guides
 
 QUEST = fk.presets.quest(2, block=16)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from layers import LAYERS, cells, rows_of, weight_of
+from support.layers import LAYERS, cells, rows_of, weight_of
 from torch import nn
 
 import fogzo_kernels as fk

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from training import batch, loss_of, make
+from support.training import batch, loss_of, make
 
 import fogzo_kernels as fk
 

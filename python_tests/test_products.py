@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import start
+from support.processes import start
 from torch import nn
 
 import fogzo_kernels as fk

@@ -6,7 +6,7 @@ from ptx.build import executor
 from ptx.decode import Kernel
 from ptx.fusing import fuse
 from ptx.text import Module
-from ptx_programs import HEADER, PLACES, kernel, lanes, run
+from support.ptx_programs import HEADER, PLACES, kernel, lanes, run
 
 LANES = np.arange(32, dtype=np.uint64)
 WORDS = LANES * 0x0101010101010101 + 0x8070605040302010

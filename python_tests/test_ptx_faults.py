@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ptx_programs import PLACES, kernel, lanes, run
+from support.ptx_programs import PLACES, kernel, lanes, run
 
 LANES = np.arange(32, dtype=np.uint64)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from ptx.build import executor
-from ptx_models import edges, model, operands, width
-from ptx_programs import apply
+from support.ptx_models import edges, model, operands, width
+from support.ptx_programs import apply
 
 OPCODES = dict(executor().opcodes())
 EXACT = [name for name in OPCODES if model(name) is not None]

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import conv1d_of_transformers, rows_of, weight_of
+from support.layers import conv1d_of_transformers, rows_of, weight_of
 from test_hadamard import matrix
 from torch import nn
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from layers import QUANTIZER, row_mean
+from support.layers import QUANTIZER, row_mean
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

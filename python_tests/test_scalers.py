@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import fresh_accelerate  # noqa: F401
+from support.processes import fresh_accelerate  # noqa: F401
 from torch import nn
 
 import fogzo_kernels as fk

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from layers import LAYERS, cells
+from support.layers import LAYERS, cells
 from torch import nn
 
 import fogzo_kernels as fk

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tolerances import EXACT, INEXACT
+from support.tolerances import EXACT, INEXACT
 
 import fogzo_kernels as fk
 

@@ -11,8 +11,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from support.training import batch, loss_of, make, same_state, state_of
 from torch import nn
-from training import batch, loss_of, make, same_state, state_of
 
 import fogzo_kernels as fk
 

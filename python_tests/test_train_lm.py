@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from conftest import EVERYTHING
-from processes import die_after, server
+from support.processes import die_after, server
 
 from bench.evidence import record, text, train_lm
 

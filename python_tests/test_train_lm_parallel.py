@@ -4,8 +4,8 @@ import signal
 
 import pytest
 import torch
-from exported import logits
-from processes import as_launched, meeting_point, needs_gloo, server
+from support.exported import logits
+from support.processes import as_launched, meeting_point, needs_gloo, server
 from test_train_lm import SMALL, die_in, moments, rows, same, train
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
+from support.processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
 
 import fogzo_kernels as fk
 

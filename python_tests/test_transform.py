@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 import torch
+from support.tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 from test_hadamard import matrix
 from test_ops import compiled
-from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.dtypes import FLOATS

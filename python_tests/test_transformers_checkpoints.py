@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from processes import run_code
+from support.processes import run_code
 from torch import nn
 
 import fogzo_kernels as fk

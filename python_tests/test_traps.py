@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import QUANTIZER
+from support.layers import QUANTIZER
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import device_of
-from tolerances import EXACT, INEXACT, M_TOLERANCE, coefficient, estimate_error
+from support.tolerances import EXACT, INEXACT, M_TOLERANCE, coefficient, estimate_error
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from tolerances import N_TOLERANCE, estimate_error
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.scale import FixedScale
+
+from .tolerances import N_TOLERANCE, estimate_error
 
 # ---- models, as docs/models.md has them
 
