@@ -1,4 +1,4 @@
-"""The native CPU ops under random and bad calls (support/fuzzing.py), in a process whose crash can be told of."""
+"""The native CPU ops under random and bad calls (fuzzing.py), in a process whose crash can be told of."""
 
 import os
 import signal
@@ -23,7 +23,8 @@ def fuzz(log, *arguments, code="from support import fuzzing; fuzzing.main()"):
 def reason(status, output, log):
     """Why the process failed, with the call during which it did."""
     ended = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return f"{ended}, in the call that python -m support.fuzzing --case repeats:\n{log.read_text()}\n{output[-6000:]}"
+    call = f"{ended}, in the call that python -m support.fuzzing --case repeats:"
+    return f"{call}\n{log.read_text()}\n{output[-6000:]}"
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
