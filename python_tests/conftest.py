@@ -130,6 +130,19 @@ def generator():
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(scope="module")
+def triton():
+    """The counts of Triton's kernels; here its compiler goes on to machine code."""
+    if INTERPRETED:
+        pytest.skip("Triton's interpreter makes no machine code")
+    from ptx.triton_driver import to_machine_code
+
+    with to_machine_code():
+        from bench.sass import triton
+
+        yield triton
+
+
 def selecting() -> list[str | None]:
     return [os.environ.get(name) for name in ("TRITON_INTERPRET", "FOGZO_BACKEND", "FOGZO_CPU_ISA")]
 

@@ -6,6 +6,7 @@ import torch
 from conftest import BACKENDS, device_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.samples import GRID_CASES, GRID_IDS, IDENTITY, alphas_for, poisoned
 from support.tolerances import (
     DERIVATIVE_TOLERANCE,
     EXACT,
@@ -24,30 +25,8 @@ from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32
 
 SIZES = (0, 1, 7, 8, 9, 1023, 65537)
 OFFSETS = (0, 3, 8, 2**34 + 5)
-IDENTITY = fk.StraightThrough("identity", clip=False)
-CASES = [
-    (fk.Grid.uniform(2), fk.StraightThrough("identity")),
-    (fk.Grid.uniform(8), fk.StraightThrough("identity", noise="gaussian")),
-    (fk.Grid.half_offset(1), fk.StraightThrough("identity", noise="rademacher")),
-    (fk.Grid.half_offset(4), IDENTITY),
-    (fk.Grid.ternary(), IDENTITY),
-    (fk.Grid.sign(), fk.StraightThrough("hardtanh")),
-    (fk.Grid.sign(), fk.StraightThrough("tanh")),
-    (fk.Grid.sign(), fk.StraightThrough("approxsign")),
-]
-IDS = [f"{s.kind}-{s.distribution}-{g.levels}" for g, s in CASES]
 TRUST = fk.StraightThrough("identity", clip="trust")
-DERIVATIVES = [*CASES, (fk.Grid.half_offset(2), TRUST), (fk.Grid.uniform(3), TRUST)]
-
-
-def poisoned(like, dtype):
-    return torch.full(like.shape, float("nan"), device=like.device).to(dtype)
-
-
-def alphas_for(shape, kind, generator):
-    """One scale per tensor, row, or group of 4 of the last dimension."""
-    sizes = {"tensor": (), "row": (*shape[:-1], 1), "group": (*shape[:-1], shape[-1] // 4)}
-    return 0.05 + torch.rand(sizes[kind], generator=generator)
+DERIVATIVES = [*GRID_CASES, (fk.Grid.half_offset(2), TRUST), (fk.Grid.uniform(3), TRUST)]
 
 
 def model(generator, dtype, kind="row", shapes=((33, 20), (8, 64), (7, 4), (1, 4), (0, 4))):
@@ -184,7 +163,7 @@ def agrees(distribution, found, expected, codes, alphas, r):
             assert (different > 0).sum() <= 1 + 2e-3 * x.numel()
 
 
-@pytest.mark.parametrize(("grid", "straight_through"), CASES, ids=IDS)
+@pytest.mark.parametrize(("grid", "straight_through"), GRID_CASES, ids=GRID_IDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
 def test_perturb(backend, grid, straight_through, dtype, kind, generator):
@@ -263,7 +242,7 @@ def test_perturb_and_estimate_of_shards_equal_the_whole(backend, device, parts, 
 # ---- estimate
 
 
-@pytest.mark.parametrize(("grid", "straight_through"), CASES, ids=IDS)
+@pytest.mark.parametrize(("grid", "straight_through"), GRID_CASES, ids=GRID_IDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
 @pytest.mark.parametrize("n", [1, 3])
@@ -308,7 +287,7 @@ def test_estimate(backend, device, grid, straight_through, dtype, kind, n, gener
 # ---- quantizer and straight-through derivative
 
 
-@pytest.mark.parametrize(("grid", "straight_through"), DERIVATIVES, ids=[*IDS, "trust-4", "trust-8"])
+@pytest.mark.parametrize(("grid", "straight_through"), DERIVATIVES, ids=[*GRID_IDS, "trust-4", "trust-8"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
 def test_quantize_and_straight_through(backend, device, grid, straight_through, dtype, kind, generator):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.exported import GRIDS, SCALES, llama, logits, mlp, quantizer, spans, values_of
-from test_gguf import gguf_of
+from support.gguf_files import gguf_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 

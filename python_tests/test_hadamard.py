@@ -9,9 +9,10 @@ import torch
 from conftest import BACKENDS, device_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.compiling import compiled
+from support.hadamard import matrix
+from support.spoiled import raises_and_writes_nothing, transposed_memory
 from support.tolerances import HALF_ULP, SMALLEST
-from test_ops import compiled
-from test_validation import raises_and_writes_nothing, transposed_memory
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
@@ -22,14 +23,6 @@ from fogzo_kernels.spec.hadamard import BLOCKS, factor
 native = torch.ops.fogzo_cpu
 NAN, INF = math.nan, math.inf
 HERE = [b for b in BACKENDS if fk.available_backends(device_of(b))[b] is None]
-
-
-def matrix(block):
-    """Sylvester's, orthonormal, float64."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < block:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / math.sqrt(block)
 
 
 def exact(x, block):

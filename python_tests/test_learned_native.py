@@ -2,22 +2,10 @@
 
 import pytest
 import torch
-from test_native import (
-    INF,
-    NAN,
-    SHAPES,
-    Tensor,
-    arguments,
-    inside,
-    item,
-    joined,
-    names_of,
-    native,
-    of_list,
-    one,
-    put,
-    refusal,
-)
+from support.native_calls import inside, of_list, refusal
+from support.samples import INF, NAN, SHAPES, names_of, native, native_arguments
+from support.spoiled import item, joined, one, put
+from torch import Tensor
 
 L = "learned_backward"
 ROWS = [
@@ -51,7 +39,7 @@ ROWS = [
 
 def valid():
     """A valid call by the schema's names; what it writes holds 99."""
-    known = arguments("straight_through_backward") | {
+    known = native_arguments("straight_through_backward") | {
         "factors": [0.5, 2.0],
         "alpha_grads": [torch.tensor(99.0), torch.full((4, 1), 99.0)],
     }

@@ -66,7 +66,7 @@ def test_blocks_and_logits(name, block, tmp_path):
 
 
 def test_it_writes_text(tmp_path):
-    from test_train_lm import train
+    from support.lm_runs import train
 
     from bench.evidence import save_run
     from fogzo_kernels.export.__main__ import main

@@ -13,12 +13,19 @@ import fogzo_kernels as fk
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from support.models import CASES, Reference, eight, low, observe, quantized_modules
+from support.models import (
+    CASES,
+    GRADIENT_TOLERANCE,
+    Reference,
+    check_losses_and_guides,
+    eight,
+    low,
+    observe,
+    quantized_modules,
+)
 from transformers.pytorch_utils import Conv1D
 
 TRAINED = {"total_steps": 100, "schedule": "constant"}
-#: Sums in another order, over some hundred terms at most, in float32.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2.0**-19, 2.0**-16
 
 
 def quantized(name, *, train=True, prepare=None, **options):
@@ -210,14 +217,6 @@ def test_printed_report_names_every_weight(name):
 
 
 # ---- one step
-
-
-def check_losses_and_guides(reference):
-    seen = reference.seen
-    for ours, theirs in zip(seen.losses, reference.losses, strict=True):
-        assert (ours - theirs).abs() <= LOSS_TOLERANCE * theirs.abs()
-    for name, spread in reference.spread.items():
-        assert spread.max() <= GRADIENT_TOLERANCE * reference.guides[name].abs().max(), name
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

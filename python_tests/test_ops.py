@@ -4,24 +4,23 @@ import copy
 
 import pytest
 import torch
-from test_validation import (
+from support.compiling import compiled
+from support.samples import (
     MIX,
     ON_BACKENDS,
     arguments,
     f64,
     i64,
-    raises_and_writes_nothing,
+    samples,
     tensors,
 )
+from support.spoiled import raises_and_writes_nothing
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fogzo_kernels as fk
 from fogzo_kernels import backends
-from fogzo_kernels.spec.update import UpdateRule
 
 GRID, STRAIGHT_THROUGH = fk.Grid.uniform(2), fk.StraightThrough()
-ADAMW = UpdateRule("adamw", weight_decay=0.01, beta2=0.99).hyperparameters
 ON_GRID = {"grid": GRID, "straight_through": STRAIGHT_THROUGH}
 
 
@@ -31,45 +30,6 @@ def _no_graphs_from_other_tests():
 
 
 # ---- schemas, fakes, autograd
-
-
-def samples(device, dtype, backend):
-    """Arguments of every op, in the order of its schema."""
-    args = arguments("perturb_quantize_", device)
-    lists = {x: [t.to(dtype) for t in args[x]] for x in ("latents", "grads")}
-    latents, grads, alphas = lists["latents"], lists["grads"], args["alphas"]
-    out = [[torch.zeros_like(t) for t in latents] for _ in "ab"]
-    losses = [torch.tensor(x, device=device) for x in ([2.0, 1.0], [0.5, 3.0])]
-    states = [[torch.ones(t.shape, device=device) for t in latents] for _ in "mv"]
-    counters = [torch.zeros(3, dtype=torch.int64, device=device)]
-    names = (args["norm"], i64(1), i64(2), f64(0.25))
-    where = ([4, 5], [0, 3, 3, 8, 8, 16])
-    grid, drawn = (-2, 1, 0.0, 1), ("uniform", 0.29)
-    smooth, learned = (*grid, "identity_clipped", backend), torch.full((4, 1), 0.25, device=device)
-    blocks = [torch.randn(s, device=device).to(dtype) for s in ((2, 32), (16,))]
-    return {
-        "noise": (5, "uniform", i64(1), i64(2), 3, 4, [0, 5, 5], device, backend),
-        "guide_sumsq": (grads, alphas, 1, False, backend),
-        "perturb_quantize_": (
-            *out, latents, grads, alphas, *names, 3, *where, *grid, *drawn, backend,
-        ),
-        "estimate_gradient_": (
-            grads, counters, *losses, alphas, *names, *where, 1, *drawn, backend,
-        ),
-        "estimate_update_": (
-            latents, [], out[0], counters, *states, grads, *losses, alphas, *names, *where, *grid,
-            *drawn, f64(0.1), i64(3), "adamw", [*ADAMW], [*ADAMW.values()], False, backend,
-        ),
-        "quantize_": (out[0], latents, alphas, *grid, backend),
-        "straight_through_backward_": (grads, latents, alphas, *smooth),
-        "measure_alphas_": ([t.clone() for t in alphas], latents, "rms", 1.5, 1e-8, 1e-5, backend),
-        "learned_backward_": (grads, copy.deepcopy(alphas), latents, alphas, *smooth[:-1], [0.5, 2.0], backend),
-        "quantize": (latents[1].clone().requires_grad_(), learned.requires_grad_(), *smooth, 0.5),
-        "straight_through_backward": (grads[1], latents[1], alphas[1], *smooth),
-        "learned_backward": (grads[1], latents[1], alphas[1], *smooth[:-1], 0.5, backend),
-        "hadamard_": ([torch.zeros_like(t) for t in blocks], blocks, 16, backend),
-        "hadamard": (blocks[0].clone().requires_grad_(), 16, backend),
-    }  # fmt: skip
 
 
 def registered():
@@ -84,12 +44,6 @@ def test_opcheck(op, dtype, backend, device):
 
 
 # ---- compiled
-
-
-def compiled(function):
-    """The function in one graph, and what counts how often it was compiled."""
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
 def call(op, backend):

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from support.hadamard import matrix
 from support.layers import conv1d_of_transformers, rows_of, weight_of
-from test_hadamard import matrix
 from torch import nn
 
 import fogzo_kernels as fk

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_step_traps import setup
+from support.training import setup
 from torch import nn
 
 import fogzo_kernels as fk

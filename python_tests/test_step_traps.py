@@ -11,16 +11,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from support.training import batch, loss_of, make, same_state, state_of
+from support.training import batch, loss_of, make, same_state, setup, state_of
 from torch import nn
 
 import fogzo_kernels as fk
-
-
-def setup(**options):
-    model, fogzo = make(schedule="constant", **options)
-    x, y = batch()
-    return model, fogzo, lambda: loss_of(model, x, y)
 
 
 def values(model):

@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 from support.exported import logits
+from support.lm_runs import SMALL, die_in, moments, rows, same, train
 from support.processes import as_launched, meeting_point, needs_gloo, server
-from test_train_lm import SMALL, die_in, moments, rows, same, train
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from bench.evidence import record, train_lm

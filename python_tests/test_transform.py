@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 import torch
+from support.compiling import compiled
+from support.hadamard import matrix
 from support.tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
-from test_hadamard import matrix
-from test_ops import compiled
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.dtypes import FLOATS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import device_of
-from test_agreement import CASES, IDENTITY, IDS, alphas_for, poisoned
+from support.samples import GRID_CASES, GRID_IDS, IDENTITY, alphas_for, poisoned
 
 import fogzo_kernels as fk
 
@@ -58,7 +58,7 @@ def stepped(rule, theta, G, states, lr, t):
 class Setup:
     """Fresh tensors on the backend's device; ``options`` are those that all calls share."""
 
-    def __init__(self, backend, generator, dtypes, kind="row", case=CASES[0], shapes=SHAPES):
+    def __init__(self, backend, generator, dtypes, kind="row", case=GRID_CASES[0], shapes=SHAPES):
         device, (latent, grad, out, master) = device_of(backend), dtypes
         self.grid, straight_through = case
 
@@ -117,7 +117,7 @@ def test_tail_is_estimate_then_step_then_quantize(backend, rule, dtypes, generat
         assert all(torch.equal(q, x) for q, x in zip(s.quantized, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", GRID_CASES, ids=GRID_IDS)
 @pytest.mark.parametrize("kind", ["tensor", "group"])
 def test_tail_on_every_grid_and_distribution(backend, case, kind, generator):
     s = Setup(backend, generator, DTYPES[0], kind, case, SHAPES[:QUANTIZED])
