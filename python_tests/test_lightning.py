@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 import fogzo_kernels as fk
 from fogzo_kernels.integrations.lightning import KEY, FogzoMixin
 
-L = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
 STEPS, OPTIONS = 6, {"kappa": 0.5, "seed": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -34,7 +34,7 @@ class Rows(Dataset):
         return self.x[i], self.y[i]
 
 
-class Plain(L.LightningModule):
+class Plain(lightning.LightningModule):
     def __init__(self, fused=False, rate=0.05):
         super().__init__()
         torch.manual_seed(0)
@@ -63,7 +63,7 @@ def trainer_of(folder, **options):
         "max_steps": STEPS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder),
     } | options  # fmt: skip
-    return L.Trainer(**given)
+    return lightning.Trainer(**given)
 
 
 def fit(model, folder, ckpt_path=None, rows=None, batch=8, **options):
@@ -163,7 +163,7 @@ def test_a_gradient_scaler(tmp_path, fused, clip):
 
 def half(folder, edit=lambda checkpoint: None):
     """The checkpoint of a run after 3 steps."""
-    keep = L.callbacks.ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
+    keep = lightning.callbacks.ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
     fit(Ours(), folder, enable_checkpointing=True, callbacks=[keep])
     path = folder / "kept/step=3.ckpt"
     checkpoint = torch.load(path, weights_only=False)
@@ -223,7 +223,7 @@ class OursNormed(FogzoMixin, Normed):
 @pytest.mark.parametrize("preset", ["lsq", "bitnet"])
 def test_averaged_weights_and_their_statistics(tmp_path, preset, accumulated):
     """StochasticWeightAveraging runs an epoch without steps, for BatchNorm: no weight moves."""
-    model, average = OursNormed(preset), L.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
+    model, average = OursNormed(preset), lightning.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
     fit(model, tmp_path, max_steps=-1, max_epochs=3, callbacks=[average], accumulate_grad_batches=accumulated)
     assert model.fogzo.steps == 3 * STEPS // accumulated
     assert not model.fogzo.pending
