@@ -52,7 +52,7 @@ def exported(model, x, grad=True, strict=False):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_weights(preset, grad):
+def test_a_program_gives_the_output_of_the_model(preset, grad):
     model, x = made(preset)
     expected = model(x)
     assert torch.equal(exported(model, x, grad)(x), expected)
@@ -62,7 +62,7 @@ def test_weights(preset, grad):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("compute", [None, "int8"])
-def test_inputs(inputs, compute, grad):
+def test_a_program_quantizes_inputs_as_the_model(inputs, compute, grad):
     if compute and inputs == "none":
         return
     preset = "quest" if inputs == "quest" else "lsq"
@@ -71,7 +71,7 @@ def test_inputs(inputs, compute, grad):
 
 
 @pytest.mark.parametrize("preset", ["lsq", "bitnet", "quest"])
-def test_strict_and_in_bfloat16(preset):
+def test_a_strict_program_in_bfloat16_gives_the_output_of_the_model(preset):
     model, x = made(preset, dtype=torch.bfloat16)
     assert torch.equal(exported(model, x, strict=True)(x), model(x))
 
@@ -100,7 +100,7 @@ print("alike", *sys.argv[2:])
 """
 
 
-def test_in_a_fresh_process(tmp_path):
+def test_a_saved_program_gives_the_same_output_in_a_fresh_process(tmp_path):
     for preset in PRESETS:
         model, x = made(preset, "quest" if preset == "quest" else "dynamic")
         torch.export.save(torch.export.export(model, (x,)), tmp_path / f"{preset}.pt2")

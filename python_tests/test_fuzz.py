@@ -93,7 +93,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("defect", PLANTED)
-def test_the_harness_sees(defect, tmp_path):
+def test_the_harness_sees_planted_defects(defect, tmp_path):
     body, message = PLANTED[defect]
     log = tmp_path / "case.json"
     status, output = fuzz(log, "--isa", "portable", "--examples", "100", code=PLANT.format(body=body))

@@ -53,7 +53,7 @@ def test_blocks_hold_q_of_the_weight(name, block, scale, tmp_path):
         assert np.array_equal(found[f"{target}.weight"], expected)
 
 
-def test_groups_embeddings_tied_heads_and_bytes(tmp_path):
+def test_a_file_holds_groups_embeddings_tied_heads_and_byte_tokens(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     model = llama(fk.presets.lsq(2, 64), tie=True, skip=())
     export.freeze_scales_(model, torch.float16)

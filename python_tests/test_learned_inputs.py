@@ -198,7 +198,7 @@ def test_it_does_not_decay():
 
 
 @pytest.mark.parametrize("activation", [INPUTS, TURNED], ids=["lsq", "rotated"])
-def test_it_travels_in_checkpoints(activation):
+def test_checkpoints_keep_the_learned_input_alpha(activation):
     model, x = calibrated(activation)
     other = net(activation)
     other.load_state_dict(model.state_dict())
@@ -216,7 +216,7 @@ def test_it_travels_in_checkpoints(activation):
     assert set(plain.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
-def test_it_travels_through_transformers(tmp_path):
+def test_transformers_keep_the_learned_input_alpha(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     import fogzo_kernels.integrations.transformers  # noqa: F401
 
@@ -231,7 +231,7 @@ def test_it_travels_through_transformers(tmp_path):
     assert torch.equal(loaded(x).logits, model(x).logits)
 
 
-def test_compiled():
+def test_a_compiled_model_gives_the_eager_output():
     model, x = calibrated()
     wanted = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), wanted)

@@ -134,7 +134,7 @@ def test_bfloat16_trains(tmp_path):
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_gradient_scaler(tmp_path, fused, clip):
+def test_under_a_gradient_scaler_an_overflow_skips_the_step(tmp_path, fused, clip):
     """Its losses are those of float16; the overflow of the first step is skipped, and halves the scale."""
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -221,7 +221,7 @@ class OursNormed(FogzoMixin, Normed):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("preset", ["lsq", "bitnet"])
-def test_averaged_weights_and_their_statistics(tmp_path, preset, accumulated):
+def test_an_epoch_that_averages_weights_moves_none(tmp_path, preset, accumulated):
     """StochasticWeightAveraging runs an epoch without steps, for BatchNorm: no weight moves."""
     model, average = OursNormed(preset), lightning.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
     fit(model, tmp_path, max_steps=-1, max_epochs=3, callbacks=[average], accumulate_grad_batches=accumulated)
@@ -302,7 +302,7 @@ class Manual(Ours):
         optimizer.step()
 
 
-def test_manual_optimization(tmp_path):
+def test_manual_optimization_takes_the_steps_of_a_loop_by_hand(tmp_path):
     model = Manual()
     trainer = fit(model, tmp_path)
     losses, weights = by_parts()

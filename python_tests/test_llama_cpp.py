@@ -46,7 +46,7 @@ def logits_of(path):
 
 
 @pytest.mark.parametrize(("name", "block"), CASES)
-def test_blocks_and_logits(name, block, tmp_path):
+def test_llama_cpp_decodes_the_blocks_and_gives_the_logits(name, block, tmp_path):
     """Blocks to the bit; logits as far as products of inputs rounded to 8 bits go."""
     model = llama(quantizer(GRIDS[name]), hidden=256)
     export.freeze_scales_(model, torch.float16)
@@ -65,7 +65,7 @@ def test_blocks_and_logits(name, block, tmp_path):
     assert divergence < 1e-4
 
 
-def test_it_writes_text(tmp_path):
+def test_llama_cpp_writes_text_with_an_exported_model(tmp_path):
     from support.lm_runs import train
 
     from bench.evidence import save_run

@@ -42,7 +42,7 @@ def without_a_count(monkeypatch):
 @pytest.mark.parametrize(
     "defect", [without_noise, without_a_look, without_the_scale, without_buffers, without_a_count]
 )
-def test_loops_see(defect, monkeypatch):
+def test_random_loops_see_a_planted_defect(defect, monkeypatch):
     defect(monkeypatch)
     with pytest.raises(AssertionError, match=r"loop \d+, step"):
         loops.many(0, 60)

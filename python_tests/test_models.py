@@ -249,7 +249,7 @@ def test_step_is_the_contract_by_hand(name, train):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [n for n in CASES if n != "resnet"])
-def test_attention_implementations(name, attention):
+def test_a_step_is_the_contract_with_every_attention(name, attention):
     plain, model, _ = quantized(name, attn_implementation=attention)
     assert model.config._attn_implementation == attention
     seen, which = observed(model, name)
@@ -293,7 +293,7 @@ def checkpoint(model, **options):
         model.gradient_checkpointing_enable(options)
 
 
-def test_hidden_states_and_generation():
+def test_a_dequantized_model_has_the_same_hidden_states_and_text():
     _, model, _ = quantized("gpt2", train=False)
     tokens = CASES["gpt2"].batch()["input_ids"]
     hidden = model(tokens, output_hidden_states=True).hidden_states

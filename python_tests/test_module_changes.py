@@ -128,7 +128,7 @@ def test_a_fused_convolution_is_an_error_that_names_the_remedy(preset):
     torch.testing.assert_close(nn.utils.fuse_conv_bn_eval(model[0], model[1])(x), expected)
 
 
-def test_a_fused_linear_layer_too():
+def test_a_fused_linear_layer_is_an_error_too():
     model, x = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).eval(), torch.randn(3, 6)
     model[1].running_var.fill_(4)
     fk.quantize_model(model, fk.presets.lsq(3))

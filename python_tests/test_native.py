@@ -258,7 +258,7 @@ def test_names_differ_behind_an_empty_tensor():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (4,), (4, 1), (4, 1, 1), (4, 4), (4, 2), (4, 8)])
-def test_alphas_that_fit(shape, generator):
+def test_every_shape_of_alphas_that_fits_is_taken(shape, generator):
     args = native_arguments(QUANTIZE)
     args["alphas"][1] = 0.1 + torch.rand(shape, generator=generator)
     native.quantize(*args.values())

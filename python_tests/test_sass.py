@@ -294,7 +294,7 @@ def test_stages_of_a_transform_are_counted_by_themselves():
     assert loop == {"FADD": 1, "IMAD": 4, "BRA": 4 + 3 + 1, "BRA.DIV": 3, "SHFL.BFLY": 3, "STG.E.128": 1}
 
 
-def test_table_and_json(triton, tmp_path, capsys):
+def test_the_program_prints_a_table_and_writes_json(triton, tmp_path, capsys):
     path = tmp_path / "a" / "rows.json"
     main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel", "--json", str(path)])
     out = capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_runs_stop_and_go_on(options, tmp_path):
     assert losses[-1] < losses[0] < 1.2 * math.log(256)
 
 
-def test_log_events_validation_and_sample(tmp_path, capsys):
+def test_a_run_logs_rows_events_validation_and_a_sample(tmp_path, capsys):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

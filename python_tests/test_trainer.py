@@ -137,7 +137,7 @@ def test_without_probes_it_is_the_plain_trainer(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
-def test_precision_and_checkpointing(tmp_path, options):
+def test_bfloat16_and_checkpointing_keep_the_losses(tmp_path, options):
     trainer = trainer_of(tmp_path, **options)
     trainer.train()
     losses, _ = by_hand()

@@ -45,7 +45,7 @@ def loss_of(model):
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.filterwarnings("error:There is a performance drop")
-def test_gradients_and_those_of_samples(preset, inputs):
+def test_torch_func_gives_gradients_of_batches_and_samples(preset, inputs):
     model, x, y = made(preset, inputs)
     p, of = dict(model.named_parameters()), loss_of(model)
     found = grad(of)(p, x, y)
@@ -58,14 +58,14 @@ def test_gradients_and_those_of_samples(preset, inputs):
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("preset", ["lsq", "bitnet", "quest"])
-def test_vmap_and_jacobians(preset, inputs):
+def test_vmap_and_jacrev_give_those_of_autograd(preset, inputs):
     model, x, _ = made(preset, inputs)
     torch.testing.assert_close(vmap(model)(x), model(x))
     expected = torch.autograd.functional.jacobian(model, x[:1])[0, :, 0]
     torch.testing.assert_close(jacrev(lambda one: model(one[None])[0])(x[0]), expected)
 
 
-def test_int8_products():
+def test_torch_func_differentiates_int8_products():
     model, x, y = made(inputs="dynamic", compute="int8")
     found = grad(loss_of(model))(dict(model.named_parameters()), x, y)
     for one, g in zip(found.values(), per_autograd(model, x, y), strict=True):

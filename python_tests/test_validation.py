@@ -265,7 +265,7 @@ def expanded(cases):
 
 @pytest.mark.parametrize("chosen", ["cpu", "reference"])
 @pytest.mark.parametrize(("op", "change", "exception", "message"), expanded(CASES))
-def test_bad_argument(op, change, exception, message, chosen):
+def test_a_bad_argument_is_named_and_nothing_is_written(op, change, exception, message, chosen):
     """On a backend that checks its lists, and Python words what it refused; on one that does not."""
     args = arguments(op, "cpu") | ({"backend": chosen} if op in ON_BACKENDS else {})
     raises_and_writes_nothing(op, args | change(args), exception, re.escape(message))
@@ -283,7 +283,7 @@ def test_the_call_that_is_spoiled_is_valid(op, backend, device):
 
 
 @pytest.mark.parametrize(("op", "value", "grid"), ALPHA_CASES)
-def test_alpha_out_of_range(op, value, grid):
+def test_an_alpha_out_of_range_is_named(op, value, grid):
     args = arguments(op, "cpu") | {"grid": grid}
     if "alphas" in args:  # one row of many is enough
         args["alphas"][1][2] = value
@@ -294,7 +294,7 @@ def test_alpha_out_of_range(op, value, grid):
     raises_and_writes_nothing(op, args, ValueError, message)
 
 
-def test_duplicate_behind_an_empty_tensor():
+def test_a_duplicate_id_behind_an_empty_tensor_is_named():
     """An empty tensor draws nothing, and must not hide two others of one name."""
     args = arguments("estimate_gradient_", "cpu") | {"tensor_ids": [4, 4, 4], "layouts": None}
     args["grads"] = [torch.zeros(0), torch.ones(3), torch.ones(3)]
@@ -303,7 +303,7 @@ def test_duplicate_behind_an_empty_tensor():
     raises_and_writes_nothing("estimate_gradient_", args, ValueError, message)
 
 
-def test_output_in_a_long_input_behind_a_short_one():
+def test_an_output_in_a_long_input_behind_a_short_one_is_named():
     """Inputs may overlap, so the neighbour below an output is not the one that reaches furthest."""
     memory = torch.ones(31)
     latents, alphas = [memory[:30], memory[2:7], torch.ones(3)], [torch.tensor(0.5)] * 3
