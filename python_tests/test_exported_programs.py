@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support.layers import INPUTS
 from torch import nn
 
 import fogzo_kernels as fk
@@ -17,12 +18,6 @@ PRESETS = {
     "bitnet": fk.presets.bitnet(),
     "quest": fk.presets.quest(3, block=16),
     "fixed": fk.presets.fixed(3, 0.1),
-}
-INPUTS = {
-    "none": None,
-    "dynamic": fk.presets.dynamic(8),
-    "quest": fk.presets.quest(4, block=16),
-    "learned": fk.presets.lsq(4),
 }
 
 

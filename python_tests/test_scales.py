@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from support.layers import LAYERS, cells
+from support.training import estimator
 from torch import nn
 
 import fogzo_kernels as fk
@@ -33,10 +34,6 @@ def made(q, make=mlp, **options):
     model = make()
     fk.quantize_model(model, q, **options)
     return model
-
-
-def estimator(model, **options):
-    return fk.Fogzo(model, **({"total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options))
 
 
 X = torch.linspace(-1, 1, 40).view(5, 8)

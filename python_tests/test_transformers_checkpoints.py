@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from support.processes import run_code
+from support.savable import assert_equal, row_mean
 from torch import nn
 
 import fogzo_kernels as fk
@@ -19,10 +20,6 @@ hub = importlib.import_module("fogzo_kernels.integrations.transformers")
 
 IDENTITY = fk.StraightThrough("identity")
 FILE = "model.safetensors"
-
-
-def row_mean(w):
-    return 1.5 * w.abs().mean(1, keepdim=True)
 
 
 def groups_of_8(w):
@@ -114,12 +111,6 @@ def step(model):
     model.zero_grad()
     loss = fogzo.step(lambda: model(**batch(model)).loss)
     return {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}}
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    assert [k for k in expected if found[k].dtype != expected[k].dtype] == []
-    assert [k for k in expected if not torch.equal(found[k], expected[k])] == []
 
 
 def edited(folder, edit):

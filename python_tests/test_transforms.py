@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.layers import INPUTS
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -14,12 +15,6 @@ PRESETS = {
     "bitnet": fk.presets.bitnet(),
     "quest": fk.presets.quest(3, block=16),
     "fixed": fk.presets.fixed(3, 0.1),
-}
-INPUTS = {
-    "none": None,
-    "dynamic": fk.presets.dynamic(8),
-    "quest": fk.presets.quest(4, block=16),
-    "learned": fk.presets.lsq(4),
 }
 
 

@@ -8,15 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layers import QUANTIZER
+from support.training import estimator
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
 
 import fogzo_kernels as fk
-
-
-def estimator(model, **options):
-    return fk.Fogzo(model, **({"total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options))
 
 
 def mlp():

@@ -71,3 +71,7 @@ def setup(**options):
     model, fogzo = make(schedule="constant", **options)
     x, y = batch()
     return model, fogzo, lambda: loss_of(model, x, y)
+
+
+def estimator(model, **options):
+    return fk.Fogzo(model, **({"total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options))
