@@ -78,7 +78,7 @@ def test_the_program_writes_rows_and_a_plot(model, tmp_path, capsys):
     assert "fogzo: " in said
 
 
-def test_axes_are_settings_of_their_own(tmp_path, capsys):
+def test_each_setting_of_an_axis_has_a_row_of_its_own(tmp_path, capsys):
     path = tmp_path / "step.json"
     axes = ["--hidden", "16", "32", "--directions", "1", "2", "--methods", "fogzo", "--no-traffic"]
     program.main([*SMALL, "--model", "mlp", *axes, "--json", str(path), "--plot", str(tmp_path / "step.png")])

@@ -84,7 +84,7 @@ def test_the_order_is_sylvesters(backend, device, block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_it_is_its_own_inverse(backend, device, block, generator):
+def test_the_transform_is_its_own_inverse(backend, device, block, generator):
     """To the bit where nothing rounds: integers, and blocks whose factor is a power of 2."""
     x = torch.randint(-9, 10, (3, 2 * block), generator=generator).float().to(device)
     twice = fk.hadamard(fk.hadamard(x, block=block, backend=backend), block=block, backend=backend)

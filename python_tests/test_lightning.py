@@ -94,7 +94,7 @@ def by_hand(clip=None):
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("fused", [False, True])
-def test_its_steps_are_those_of_a_loop_by_hand(tmp_path, fused, clip):
+def test_lightning_takes_the_steps_of_a_loop_by_hand(tmp_path, fused, clip):
     model = Ours(fused)
     trainer = fit(model, tmp_path, gradient_clip_val=clip)
     losses, weights = by_hand(clip)
@@ -114,7 +114,7 @@ def test_what_is_logged_is_the_gradient_pass(tmp_path):
     assert not model.probing
 
 
-def test_without_probes_it_is_the_plain_module(tmp_path):
+def test_without_probes_a_run_is_that_of_the_plain_module(tmp_path):
     class Late(Ours):
         fogzo_options = OPTIONS | {"start": 1.0}
 
@@ -326,7 +326,7 @@ def test_manual_optimization_of_two_processes_is_refused(tmp_path):
     assert two_of(manual_worker, tmp_path) == [True, True]
 
 
-def test_what_it_cannot_run_is_refused(tmp_path):
+def test_settings_that_lightning_cannot_run_are_refused(tmp_path):
     class Twice(Ours):
         fogzo_options = OPTIONS | {"total_steps": 3}
 

@@ -318,7 +318,7 @@ def test_copies_train_alike(generator):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_capturable_takes_the_same_steps(backend, schedule, generator):
+def test_a_capturable_optimizer_takes_the_same_steps(backend, schedule, generator):
     """Seed, step, 1 - beta, learning rate and the optimizer's count as tensors: the same bits."""
     seed = generator.initial_seed()
     found = []

@@ -66,7 +66,7 @@ def check(values, codes, x, tolerance):
 @pytest.mark.parametrize("of_input", SCALES)
 @pytest.mark.parametrize("inputs", GRIDS)
 @pytest.mark.parametrize("weights", GRIDS)
-def test_it_is_the_product_of_the_values(weights, inputs, of_weight, of_input):
+def test_an_int8_product_is_the_product_of_the_values(weights, inputs, of_weight, of_input):
     check(*pair(quantizer(weights, of_weight), quantizer(inputs, of_input)), torch.randn(7, 32), 2e-6)
 
 

@@ -112,7 +112,7 @@ def test_report_names_everything_once():
     assert report.bits == pytest.approx(8 * report.size / total)
 
 
-def test_report_reads_well():
+def test_a_report_prints_each_quantizer_and_each_reason():
     report = fk.quantize_model(Model(), QUANTIZER, rules=[("blocks", FOUR), ("lstm", None)])
     text = str(report)
     lines = {line.split("  ")[0]: " ".join(line.split()) for line in text.splitlines() if line}
