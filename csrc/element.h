@@ -3,16 +3,46 @@
 // compile with -ffp-contract=off so that only std::fma fuses.
 #pragma once
 
-#include "elementary.h"
+#include "philox.h"
+
+#include <cmath>
+#include <cstring>
 
 namespace fogzo {
+
+FOGZO_HD uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FOGZO_HD float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Operations of formulas.h on one float; cpu/vector.h has the same on vectors.
+FOGZO_HD float fused(float a, float b, float c) { return std::fma(a, b, c); }
+FOGZO_HD float float_from(uint32_t k) { return float(int32_t(k)); } // as a signed number
+FOGZO_HD float larger(float a, float b) { return a > b ? a : b; }   // b where a is NaN
+FOGZO_HD float smaller(float a, float b) { return a < b ? a : b; }
+FOGZO_HD float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; } // half to even, abs(x) < 2^22
+FOGZO_HD float where_equal(float a, float b, float then, float otherwise) { return a == b ? then : otherwise; }
+FOGZO_HD float open_indicator(float x, float low, float high) { return low < x && x < high ? 1.0f : 0.0f; }
+FOGZO_HD float closed_indicator(float x, float low, float high) { return low <= x && x <= high ? 1.0f : 0.0f; }
+
+#include "formulas.h"
+
+using GridRange = GridOf<float>;
+using Scale = ScaleOf<float>;
 
 // m of the even and the odd element of one Philox word.
 struct Pair {
   float even, odd;
 };
 
-// m of an element, where it is a function of the element's half
+// m of an element, of a distribution whose m is a function of the element's half
 template <Distribution D> FOGZO_HD float noise_of_half(uint32_t k) {
   if constexpr (D == Distribution::uniform)
     return float(2 * int32_t(int16_t(k)) + 1);
@@ -26,54 +56,22 @@ template <Distribution D> FOGZO_HD float noise_of_half(uint32_t k) {
     static_assert(unknown<D>, "noise_of_half() must know each distribution that is drawn from a half");
 }
 
-// m of two elements, where it is a function of their word
-template <Distribution D> FOGZO_HD Pair noise_of_word(uint32_t low, uint32_t high) {
-  if constexpr (D == Distribution::gaussian) { // Box-Muller
-    const float radius = std::sqrt(-2.0f * log_of((float(low) + 0.5f) / 65536.0f));
-    float cosine, sine;
-    cos_sin_pi(float(2 * int32_t(int16_t(high)) + 1) / 65536.0f, cosine, sine);
-    return {radius * cosine, radius * sine};
-  } else {
-    static_assert(unknown<D>, "noise_of_word() must know each distribution that is drawn from a word");
-  }
+// m of the two elements of a word, of the gaussian distribution alone: Box-Muller
+FOGZO_HD Pair noise_of_word(uint32_t low, uint32_t high) {
+  const float radius = std::sqrt(-2.0f * log_of((float(low) + 0.5f) / 65536.0f));
+  float cosine, sine;
+  cos_sin_pi(float(2 * int32_t(int16_t(high)) + 1) / 65536.0f, cosine, sine);
+  return {radius * cosine, radius * sine};
 }
-
-// A grid without its step.
-struct GridRange {
-  float qmin, qmax, offset;
-};
-
-// What is constant over one tensor, row or group.
-struct Scale {
-  float delta, inv;
-};
 
 FOGZO_HD Scale make_scale(float alpha, float r) {
   const float delta = alpha * r;
   return {delta, 1.0f / delta};
 }
 
-// fma(gam, g, b m)
-FOGZO_HD float direction_of(float gam, float g, float b, float m) { return std::fma(gam, g, b * m); }
-
-// theta in units of delta, minus the grid's offset
-FOGZO_HD float position_of(float theta, const Scale &scale, const GridRange &grid) {
-  return std::fma(theta, scale.inv, -grid.offset);
-}
-
-// rint(min(max(y, qmin), qmax)); NaN gives qmin. The sum rounds half to even for abs(y) < 2^22.
-FOGZO_HD float code_of(float y, const GridRange &grid) {
-  const float low = y > grid.qmin ? y : grid.qmin;
-  const float clamped = low < grid.qmax ? low : grid.qmax;
-  return (clamped + 12582912.0f) - 12582912.0f;
-}
-
 FOGZO_HD float value_of(float code, const Scale &scale, const GridRange &grid) {
   return scale.delta * (code + grid.offset);
 }
-
-// fma(A, g, inv acc)
-FOGZO_HD float estimate_of(float A, float g, float inv, float acc) { return std::fma(A, g, inv * acc); }
 
 // One of the Hadamard transform, in place.
 FOGZO_HD void butterfly(float &a, float &b) {
@@ -154,14 +152,8 @@ template <Rule R> FOGZO_HD float updated(const Update &u, float theta, float G, 
 template <StraightThrough S>
 FOGZO_HD float derivative_of(float theta, const Scale &scale, const GridRange &grid, float r) {
   const float x = theta * scale.inv * r;
-  if constexpr (S == StraightThrough::identity_clipped) {
-    const float z = position_of(theta, scale, grid);
-    return grid.qmin < z && z < grid.qmax ? 1.0f : 0.0f;
-  } else if constexpr (S == StraightThrough::identity_trust) { // where a code is at most half a delta away
-    const float z = position_of(theta, scale, grid);
-    return grid.qmin - 0.5f <= z && z <= grid.qmax + 0.5f ? 1.0f : 0.0f;
-  } else if constexpr (S == StraightThrough::identity) {
-    return 1.0f;
+  if constexpr (has_indicator<S>) {
+    return indicator_of<S>(position_of(theta, scale, grid), grid);
   } else if constexpr (S == StraightThrough::hardtanh) {
     return std::fabs(x) < 1.0f ? 1.0f : 0.0f;
   } else if constexpr (S == StraightThrough::tanh) { // 1 - tanh(x)^2, without its cancellation
@@ -204,13 +196,6 @@ template <Statistic S> FOGZO_HD float statistic_of(double total, int64_t count) 
 FOGZO_HD float alpha_of(float statistic, const Measure &measure) {
   const float scaled = measure.factor * (statistic + measure.add);
   return scaled < measure.least ? measure.least : scaled;
-}
-
-// dQ/dalpha (docs/contract.md, section 4, learned scales); r is 2 on the sign grid alone
-FOGZO_HD float alpha_slope_of(float theta, const Scale &scale, const GridRange &grid, float r) {
-  const float z = position_of(theta, scale, grid);
-  const bool between = (grid.qmin <= z) & (z <= grid.qmax) & (r == 1.0f);
-  return std::fma(r, code_of(z, grid), between ? -z : r * grid.offset); // exact, both ways
 }
 
 } // namespace fogzo

@@ -20,10 +20,8 @@ std::map<std::string, std::string> build_info() {
   return {
 #if defined(__clang__)
       {"compiler", "clang " FOGZO_STR(__clang_major__) "." FOGZO_STR(__clang_minor__)},
-#elif defined(__GNUC__)
-      {"compiler", "gcc " FOGZO_STR(__GNUC__) "." FOGZO_STR(__GNUC_MINOR__)},
 #else
-      {"compiler", "unknown"},
+      {"compiler", "gcc " FOGZO_STR(__GNUC__) "." FOGZO_STR(__GNUC_MINOR__)},
 #endif
       {"c++", FOGZO_STR(__cplusplus)},
       {"target torch ABI", FOGZO_TORCH_TARGET},
@@ -38,10 +36,10 @@ std::map<std::string, std::string> build_info() {
 
 // The sets of kernels that this processor can run, the best one first.
 std::vector<std::string> cpu_isas() {
-  std::vector<std::string> found;
-  for (const fogzo::cpu::Kernels *one : fogzo::cpu::usable_kernels())
-    found.push_back(one->isa);
-  return found;
+  std::vector<std::string> names;
+  for (const fogzo::cpu::Kernels *kernels : fogzo::cpu::usable_kernels())
+    names.push_back(kernels->isa);
+  return names;
 }
 
 std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4> &counter,
@@ -57,22 +55,22 @@ template <class E> std::vector<std::string> names_of() {
 // Every enumeration and constant of names.h, under the names that Python gives them.
 py::dict names() {
   using namespace fogzo;
-  py::dict found, constants, rules;
+  py::dict lists, constants, rules;
 #define FOGZO_ENTRY(name, of_python, value) constants[#of_python] = value;
   FOGZO_CONSTANTS(FOGZO_ENTRY)
 #undef FOGZO_ENTRY
 #define FOGZO_ENTRY(name, states) rules[#name] = states;
   FOGZO_RULES(FOGZO_ENTRY)
 #undef FOGZO_ENTRY
-  found["distributions"] = names_of<Distribution>();
-  found["straight_throughs"] = names_of<StraightThrough>();
-  found["statistics"] = names_of<Statistic>();
-  found["rules"] = rules;
-  found["hyperparameters"] = names_of<Hyperparameter>();
-  found["dtypes"] = names_of<Dtype>();
-  found["blocks"] = std::vector<int>(std::begin(kBlocks), std::end(kBlocks));
-  found["constants"] = constants;
-  return found;
+  lists["distributions"] = names_of<Distribution>();
+  lists["straight_throughs"] = names_of<StraightThrough>();
+  lists["statistics"] = names_of<Statistic>();
+  lists["rules"] = rules;
+  lists["hyperparameters"] = names_of<Hyperparameter>();
+  lists["dtypes"] = names_of<Dtype>();
+  lists["blocks"] = std::vector<int>(std::begin(kBlocks), std::end(kBlocks));
+  lists["constants"] = constants;
+  return lists;
 }
 
 } // namespace

@@ -2,19 +2,17 @@
 // fogzo_kernels/spec; a test compares the two (_C.names()). Host and device; no torch.
 //
 // A list is a macro that applies another to each name. From it come the enumeration, its names as text, the
-// value of a name (value_of) and the switch that makes of a value a constant of the compiler (with_value). The
-// CPU kernels switch by themselves: a function from here could not become a part of theirs, which are
-// compiled for an instruction set.
+// value of a name (value_of) and the switch that makes of a value a constant of the compiler (with_value).
 #pragma once
 
 #include <cstdint>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-// Of noise, and what m is a function of: a 16-bit half, or a word of two elements.
-#define FOGZO_DISTRIBUTIONS(X)                                                                                 \
-  X(uniform, half) X(rademacher, half) X(triangular, half) X(logistic, half) X(gaussian, word)
+// Of noise.
+#define FOGZO_DISTRIBUTIONS(X) X(uniform) X(rademacher) X(triangular) X(logistic) X(gaussian)
 
 // Forms of the straight-through derivative.
 #define FOGZO_STRAIGHT_THROUGHS(X)                                                                             \
@@ -89,45 +87,55 @@ template <class E> constexpr int kCount = int(std::extent<decltype(Listed<E>::na
 
 template <class E> const char *name_of(E value) { return Listed<E>::names[int(value)]; }
 
-// The value of that name; an error of type Error lists those that there are.
+// An error that lists what an argument may be.
+template <class Error, class List, class Given>
+[[noreturn]] void refuse_unknown(const char *argument, const List &known, const Given &given) {
+  std::ostringstream text;
+  const char *separator = " must be one of ";
+  text << argument;
+  for (const auto &value : known) {
+    text << separator << value;
+    separator = ", ";
+  }
+  text << ", got " << given;
+  throw Error(text.str());
+}
+
+// The value of that name.
 template <class E, class Error = std::invalid_argument>
 E value_of(const std::string &name, const char *argument) {
   for (int i = 0; i < kCount<E>; ++i)
     if (name == Listed<E>::names[i])
       return E(i);
-  std::string known;
-  for (const char *one : Listed<E>::names)
-    known += (known.empty() ? "" : ", ") + std::string(one);
-  throw Error(std::string(argument) + " must be one of " + known + ", got " + name);
+  refuse_unknown<Error>(argument, Listed<E>::names, name);
 }
 
-#define FOGZO_MEMBER(size) size,
-constexpr int kBlocks[] = {FOGZO_BLOCKS(FOGZO_MEMBER)};
-#undef FOGZO_MEMBER
+#define FOGZO_STATES(name, states) states,
+#define FOGZO_SIZE(size) size,
+constexpr int kStates[] = {FOGZO_RULES(FOGZO_STATES)};
+constexpr int kBlocks[] = {FOGZO_BLOCKS(FOGZO_SIZE)};
+#undef FOGZO_STATES
+#undef FOGZO_SIZE
 
-// The size of a block; an error of type Error lists those that there are.
-template <class Error = std::invalid_argument> int block_of(int64_t given) {
-  std::string known;
-  for (int one : kBlocks) {
-    if (one == given)
-      return one;
-    known += (known.empty() ? "" : ", ") + std::to_string(one);
-  }
-  throw Error("block must be one of " + known + ", got " + std::to_string(given));
-}
-
-// What m is a function of.
-enum class DrawnFrom { half, word };
-
-#define FOGZO_SECOND(name, second) second,
-#define FOGZO_DRAWN_FROM(name, from) DrawnFrom::from,
-constexpr DrawnFrom kDrawnFrom[] = {FOGZO_DISTRIBUTIONS(FOGZO_DRAWN_FROM)};
-constexpr int kStates[] = {FOGZO_RULES(FOGZO_SECOND)};
-#undef FOGZO_DRAWN_FROM
-#undef FOGZO_SECOND
-
-template <Distribution D> constexpr DrawnFrom drawn_from() { return kDrawnFrom[int(D)]; }
 constexpr int states_of(Rule rule) { return kStates[int(rule)]; }
+
+// f(std::integral_constant<int, block>) for a block of kBlocks
+template <class F> void with_block(int block, F f) {
+#define FOGZO_CASE(size)                                                                                       \
+  case size:                                                                                                   \
+    return f(std::integral_constant<int, size>());
+  switch (block) { FOGZO_BLOCKS(FOGZO_CASE) }
+#undef FOGZO_CASE
+  throw std::logic_error("a block has none of the sizes of its own");
+}
+
+// The size of a block.
+template <class Error = std::invalid_argument> int block_of(int64_t given) {
+  for (int block : kBlocks)
+    if (block == given)
+      return block;
+  refuse_unknown<Error>("block", kBlocks, given);
+}
 
 // One number for each hyperparameter.
 struct Hyperparameters {
@@ -142,20 +150,20 @@ Hyperparameters hyperparameters_of(const Pairs &pairs) {
 #define FOGZO_MEMBER(name) &Hyperparameters::name,
   constexpr double Hyperparameters::*members[] = {FOGZO_HYPERPARAMETERS(FOGZO_MEMBER)};
 #undef FOGZO_MEMBER
-  Hyperparameters found{};
+  Hyperparameters hyperparameters{};
   bool given[kCount<Hyperparameter>] = {};
   for (const auto &[name, value] : pairs) {
     const int i = int(value_of<Hyperparameter, Error>(name, "hyperparameters"));
     if (given[i])
       throw Error("hyperparameters must name " + std::string(name) + " once, got it twice");
-    found.*members[i] = value;
+    hyperparameters.*members[i] = value;
     given[i] = true;
   }
   for (int i = 0; i < kCount<Hyperparameter>; ++i)
     if (!given[i])
       throw Error("hyperparameters must name " + std::string(Listed<Hyperparameter>::names[i]) +
                   ", got none of that name");
-  return found;
+  return hyperparameters;
 }
 
 } // namespace fogzo

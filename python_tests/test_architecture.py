@@ -32,7 +32,7 @@ FLOORS = {
     "train": "spec backends ops functional nn distributed",
     "optim": "spec ops functional nn train",
     "integrations": "spec nn train",
-    "export": "spec ops functional nn integrations.transformers",
+    "export": "spec ops functional nn distributed.packing integrations.transformers",
     "__init__": "spec backends functional nn train optim export",
     "info": "__init__ backends _C _cuda",
 }

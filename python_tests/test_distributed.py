@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo_kernels as fk
+from fogzo_kernels.nn.view import Part
 
 STEPS = 3
 
@@ -204,3 +205,9 @@ def test_losses_are_those_of_the_group_that_shares_the_model(tmp_path):
 def test_a_reduction_is_named(reduction):
     with pytest.raises(ValueError, match=f"loss_reduction must be 'mean', 'sum' or None, got {reduction!r}"):
         fk.Fogzo(net("fixed"), total_steps=1, kappa=0.1, loss_reduction=reduction)
+
+
+def test_a_padding_row_is_found_in_the_part_that_has_it():
+    rows = [Part(0, first, 4, (8, 3), None).own_row(5) for first in (0, 4)]
+    assert rows == [None, 1]
+    assert Part(1, 2, 1, (8, 3), None).own_row(5) == 5

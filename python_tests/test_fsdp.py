@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.view import Part, local, whole
+from fogzo_kernels.nn.view import local, whole
 
 pytestmark = needs_gloo
 #: Of these the sums of a scale or its gradient are made in another order than in one process.
@@ -448,9 +448,3 @@ def test_tensor_parallelism_trains_as_one_process(tmp_path, scale):
             torch.testing.assert_close(values[name], state[name], rtol=1e-2, atol=1e-3, msg=name)
         for name, grad in found.items():
             torch.testing.assert_close(grad, grads[name], rtol=1e-2, atol=1e-4, msg=name)
-
-
-def test_a_padding_row_is_found_in_the_part_that_has_it():
-    rows = [Part(0, first, 4, (8, 3), None).own_row(5) for first in (0, 4)]
-    assert rows == [None, 1]
-    assert Part(1, 2, 1, (8, 3), None).own_row(5) == 5

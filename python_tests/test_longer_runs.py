@@ -64,7 +64,7 @@ def test_more_steps_go_on_where_the_run_was(schedule):
     assert longer.diagnostics()["lost_directions"] == 7
     assert longer.one_minus_beta == (0.01 if schedule == "linear" else 0.02)
     whole = fk.Fogzo(model, total_steps=8, schedule=schedule, one_minus_beta=0.02)
-    whole._steps = 4  # as if it had run from the first step on
+    whole._run.steps = 4  # as if it had run from the first step on
     found = []
     for one in (longer, whole):
         model.zero_grad()

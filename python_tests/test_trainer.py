@@ -206,11 +206,11 @@ def test_settings_that_would_mislead_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="model must be plain or DistributedDataParallel for FOGZO, got DataParallel"
     ):
-        trainer._made(torch.nn.DataParallel(trainer.model))
+        trainer._new_fogzo(torch.nn.DataParallel(trainer.model))
     for kind in ("DEEPSPEED", "FSDP"):
         trainer.accelerator.state.distributed_type = accelerate.utils.DistributedType[kind]
         with pytest.raises(ValueError, match=f"for FOGZO, got {kind}"):
-            trainer._made(trainer.model)
+            trainer._new_fogzo(trainer.model)
 
 
 def test_a_plain_trainer_with_a_fused_optimizer_says_what_is_missing(tmp_path):

@@ -9,18 +9,20 @@ from triton._utils import find_paths_if
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fogzo_kernels.backends.triton import hadamard, launch, learned, measure, norm, perturb, tail
+from fogzo_kernels.backends.triton import (
+    estimate,
+    hadamard,
+    launch,
+    learned,
+    measure,
+    norm,
+    perturb,
+    quantize,
+    tail,
+)
 from fogzo_kernels.backends.triton.elements import Grid
-from fogzo_kernels.backends.triton.estimate import coefficients_kernel, estimate_kernel
-from fogzo_kernels.backends.triton.hadamard import hadamard_kernel
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
-from fogzo_kernels.backends.triton.learned import learned_kernel, learned_sum_kernel
-from fogzo_kernels.backends.triton.measure import join_kernel, measure_kernel
 from fogzo_kernels.backends.triton.noise import noise_kernel
-from fogzo_kernels.backends.triton.norm import sum_kernel, sumsq_kernel
-from fogzo_kernels.backends.triton.perturb import perturb_kernel
-from fogzo_kernels.backends.triton.quantize import quantize_kernel
-from fogzo_kernels.backends.triton.tail import update_coefficients_kernel, update_kernel
 from fogzo_kernels.spec.dtypes import FLOATS, OUTPUTS
 from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
@@ -34,21 +36,17 @@ from .machine_code import Report, read_cubin
 from .report import SPAN, Row, Variant, row_of_report
 
 DTYPES = {short(dtype): dtype for dtype in OUTPUTS}
-KERNELS = {
-    kernel.__name__: kernel
-    for kernel in (
-        noise_kernel, sumsq_kernel, sum_kernel, perturb_kernel, coefficients_kernel, estimate_kernel,
-        update_coefficients_kernel, update_kernel, quantize_kernel, learned_kernel, learned_sum_kernel,
-        measure_kernel, join_kernel, hadamard_kernel,
-    )
-}  # fmt: skip
+MODULES = (norm, perturb, estimate, tail, quantize, learned, measure, hadamard)
+KERNELS = {"noise_kernel": noise_kernel} | {
+    name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")
+}
 #: Types of a kernel's arguments where they are not fp32; of the step's scalars, if they lie on the device.
 TYPES = {
     "table": "*i64", "owner": "*i32", "crossing": "*i32", "partial": "*fp64", "coef": "*fp32", "out": "*fp32",
     "counters": "*i64", "direction": "i32", "n": "i32", "count": "i32", "draw": ("*i64", "*i64"),
     "mix": ("*fp32", "*fp64", "fp32", "fp32"), "losses": ("*fp32", "*fp32", "i32", "fp32"),
     "optimizer": ("*fp64", "*i64", "i64", "i64", "i64", "i64"), "grid": Grid(*["fp32"] * 4),
-    "numbers": tail.Numbers(*["fp32"] * 6), "rule": measure.Rule(*["fp32"] * 3),
+    "numbers": ("fp32",) * 6, "rule": ("fp32",) * 3,
 }  # fmt: skip
 ON_HOST = {
     "draw": ("i64", "i64"), "mix": ("*fp32", "constexpr", "fp32", "fp32"),
@@ -198,7 +196,7 @@ def options_of(variant: Variant) -> dict[str, int]:
         "update_kernel": tail.registers_of(variant.block),
         "hadamard_kernel": hadamard.REGISTERS,
         "learned_kernel": learned.registers_of(unit, kind, variant.block),
-        "perturb_kernel": perturb.registers_of(DTYPES.get(variant.out or ""), variant.block),
+        "perturb_kernel": perturb.registers_of(DTYPES[variant.out or "fp32"], variant.block),
     }.get(variant.kernel)
     warps = norm.SUM_WARPS if variant.kernel == "sum_kernel" else NUM_WARPS
     return {"num_warps": warps} | ({"maxnreg": registers} if registers else {})

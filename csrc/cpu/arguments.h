@@ -24,7 +24,8 @@ inline void require(bool holds, const char *reason) {
 enum class Type { FOGZO_DTYPES(FOGZO_ENUMERATOR) float64, int64, other };
 
 constexpr unsigned bit(Type type) { return 1u << int(type); }
-constexpr unsigned kFloats = bit(Type::float32) | bit(Type::bfloat16) | bit(Type::float16);
+constexpr unsigned kFloat32 = bit(Type::float32);
+constexpr unsigned kFloats = kFloat32 | bit(Type::bfloat16) | bit(Type::float16);
 constexpr unsigned kOutputs = kFloats | bit(Type::int8);
 
 struct DeleteTensor {

@@ -44,6 +44,7 @@ struct Draw {
   }
 
   Noise noise(int64_t direction) const {
+    require(0 <= direction && direction < kMaxDirection, "direction");
     return {distribution, {uint64_t(seed), uint32_t(step), uint32_t(direction), 0}};
   }
 
@@ -72,10 +73,6 @@ private:
   }
 };
 
-inline void check_direction(int64_t direction) {
-  require(0 <= direction && direction < kMaxDirection, "direction");
-}
-
 // How noise and guide make v, and how far the probes go.
 #define FOGZO_MIX "Tensor norm, Tensor one_minus_beta, float epsilon"
 
@@ -100,13 +97,13 @@ struct Mix {
 };
 
 // What the probes returned. `counters` is one tensor or none: lost directions, lost norms, bad alphas.
-#define FOGZO_LOSSES "Tensor losses_plus, Tensor losses_minus"
+#define FOGZO_LOSSES "Tensor losses_plus, Tensor losses_minus, Tensor(z!)[] counters"
 
 struct Losses {
   Tensor plus, minus;
-  const Tensors &counters;
+  Tensors counters;
 
-  Losses(Arguments &a, const Tensors &counters) : plus(a.tensor()), minus(a.tensor()), counters(counters) {}
+  explicit Losses(Arguments &a) : plus(a.tensor()), minus(a.tensor()), counters(a.tensors()) {}
 
   void check(int64_t least, Memory &memory) const {
     for (const Tensor *t : {&plus, &minus}) {
@@ -135,20 +132,19 @@ struct Losses {
   }
 };
 
-// The values that a weight may take, and the block of its transform.
-#define FOGZO_GRID "int qmin, int qmax, float offset, int r, int block"
+// The values that a weight may take.
+#define FOGZO_GRID "int qmin, int qmax, float offset, int r"
 
 struct Grid {
   int64_t qmin, qmax;
   double offset;
-  int64_t r, block;
+  int64_t r;
 
-  explicit Grid(Arguments &a)
-      : qmin(a.integer()), qmax(a.integer()), offset(a.number()), r(a.integer()), block(a.integer()) {}
+  explicit Grid(Arguments &a) : qmin(a.integer()), qmax(a.integer()), offset(a.number()), r(a.integer()) {}
 
-  // Gives the first `count` items their alphas and the block. Codes fit in int8, so that their conversion from
-  // float32 is defined.
-  GridRange set(Lists &lists, const Tensors &alphas, size_t count) const {
+  // Gives the first `count` items their alphas and the transform's block. Codes fit in int8, so that their
+  // conversion from float32 is defined.
+  GridRange set(Lists &lists, const Tensors &alphas, size_t count, int64_t block) const {
     require(-128 <= qmin && qmin <= qmax && qmax <= 127 && (offset == 0.0 || offset == 0.5), "grid");
     lists.set_alphas(alphas, count, r);
     lists.set_transform(block, count);
@@ -156,20 +152,23 @@ struct Grid {
   }
 };
 
-// The optimizer's rule and this step's numbers.
-#define FOGZO_UPDATE "str rule, str[] names, float[] values, Tensor lr, Tensor optimizer_step"
+// The optimizer's rule, this step's numbers and its memory.
+#define FOGZO_UPDATE                                                                                           \
+  "str rule, str[] names, float[] values, Tensor lr, Tensor optimizer_step, Tensor(w!)[] masters, "            \
+  "Tensor(x!)[] first, Tensor(y!)[] second"
 
 struct Optimizer {
   std::string name;
   std::vector<std::string> names; // of hyperparameters
   std::vector<double> values;
   Tensor lr_tensor, count_tensor;
+  Tensors masters, first, second;
 
   explicit Optimizer(Arguments &a)
-      : name(a.text()), names(a.texts()), values(a.numbers()), lr_tensor(a.tensor()), count_tensor(a.tensor()) {
-  }
+      : name(a.text()), names(a.texts()), values(a.numbers()), lr_tensor(a.tensor()), count_tensor(a.tensor()),
+        masters(a.tensors()), first(a.tensors()), second(a.tensors()) {}
 
-  Update update() const {
+  Update set(Lists &lists) const {
     const Rule rule = value_of<Rule>(name, "rule");
     require(names.size() == values.size(), "length");
     std::vector<std::pair<std::string, double>> pairs;
@@ -180,6 +179,11 @@ struct Optimizer {
     const int64_t count = scalar<int64_t>(count_tensor, Type::int64);
     require(lr >= 0 && std::isfinite(lr), "lr");
     require(count >= 1, "optimizer_step");
+    const size_t all = lists.items.size();
+    lists.write(&Item::master, masters, kFloat32, masters.empty() ? 0 : all);
+    require(masters.empty() || lists.items[0].latent.dtype != Dtype::float32, "dtype");
+    lists.write(&Item::first, first, kFloat32, states_of(rule) > 0 ? all : 0);
+    lists.write(&Item::second, second, kFloat32, states_of(rule) > 1 ? all : 0);
     Update update = update_of(rule, h);
     update.size = step_size(rule, h, lr, double(count));
     update.decay = step_decay(rule, h, lr, double(count));

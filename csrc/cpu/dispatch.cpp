@@ -20,27 +20,21 @@ bool has_f16c() {
 }
 #endif
 
-bool supported(const std::string &isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  if (isa == "avx2")
-    return avx2;
-  if (isa == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-  return isa == "portable";
-}
-
 } // namespace
 
 std::vector<const Kernels *> usable_kernels() {
-  std::vector<const Kernels *> found;
-  for (const Kernels *one : {avx512_kernels(), avx2_kernels(), portable_kernels()})
-    if (one && supported(one->isa))
-      found.push_back(one);
-  return found;
+  std::vector<const Kernels *> usable;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    usable.push_back(avx512_kernels());
+  if (avx2)
+    usable.push_back(avx2_kernels());
+#endif
+  usable.push_back(portable_kernels());
+  return usable;
 }
 
 const Kernels &kernels() {
@@ -49,10 +43,10 @@ const Kernels &kernels() {
   if (!wanted || !*wanted)
     return *usable.front();
   std::string names;
-  for (const Kernels *one : usable) {
-    if (one->isa == std::string(wanted))
-      return *one;
-    names += (names.empty() ? "" : ", ") + std::string(one->isa);
+  for (const Kernels *kernels : usable) {
+    if (kernels->isa == std::string(wanted))
+      return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
   }
   throw std::invalid_argument("FOGZO_CPU_ISA must be one that this processor runs, " + names + ", got " +
                               wanted);

@@ -87,12 +87,11 @@ struct Kernels {
   void (*hadamard)(const Item &item, int64_t begin, int64_t end);
 };
 
-// Null where the compiler's target has no such instructions.
 const Kernels *portable_kernels();
-const Kernels *avx2_kernels();
+const Kernels *avx2_kernels(); // these two where the compiler's target is x86-64
 const Kernels *avx512_kernels();
 
-// Those that this processor can run, the best one first.
+// Kernels that this processor can run, the best ones first.
 std::vector<const Kernels *> usable_kernels();
 
 // The best one, or the one that FOGZO_CPU_ISA names; throws std::invalid_argument where it cannot run.

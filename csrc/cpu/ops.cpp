@@ -9,8 +9,6 @@
 namespace fogzo::cpu {
 namespace {
 
-constexpr unsigned kFloat32 = bit(Type::float32);
-
 // ---- noise and guide norm
 
 void noise(Arguments a) {
@@ -21,7 +19,6 @@ void noise(Arguments a) {
   Lists lists(out);
   lists.write(&Item::plus, out, kFloat32);
   draw.set_names(lists.items, 1);
-  check_direction(direction);
 
   const Kernels &run = kernels();
   const Item &item = lists.items[0];
@@ -62,6 +59,7 @@ void perturb_quantize(Arguments a) {
   Mix mix(a);
   const int64_t direction = a.integer();
   const Grid grid(a);
+  const int64_t block = a.integer();
   const size_t count = latents.size();
   Lists lists(latents);
   lists.read(&Item::latent, latents, kFloats);
@@ -69,10 +67,9 @@ void perturb_quantize(Arguments a) {
   require(!count || !plus.empty() || !minus.empty(), "length");
   lists.write(&Item::plus, plus, kOutputs, plus.empty() ? 0 : count);
   lists.write(&Item::minus, minus, plus.empty() ? kOutputs : bit(plus[0].type), minus.empty() ? 0 : count);
-  const GridRange values = grid.set(lists, alphas, count);
+  const GridRange values = grid.set(lists, alphas, count, block);
   mix.check(lists.memory);
   draw.set_names(lists.items, count);
-  check_direction(direction);
   lists.memory.check();
 
   const Kernels &run = kernels();
@@ -121,10 +118,10 @@ Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &los
 }
 
 void estimate_gradient(Arguments a) {
-  const Tensors grads = a.tensors(), counters = a.tensors(), alphas = a.tensors();
+  const Tensors grads = a.tensors(), alphas = a.tensors();
   Draw draw(a);
   Mix mix(a);
-  const Losses losses(a, counters);
+  const Losses losses(a);
   const int64_t r = a.integer(), block = a.integer();
   const size_t count = grads.size();
   Lists lists(grads);
@@ -149,27 +146,23 @@ void estimate_gradient(Arguments a) {
 
 // The first alphas.size() of the latents are quantized, the others have no alpha.
 void estimate_update(Arguments a) {
-  const Tensors latents = a.tensors(), masters = a.tensors(), first = a.tensors(), second = a.tensors(),
-                quantized = a.tensors(), counters = a.tensors(), grads = a.tensors(), alphas = a.tensors();
+  const Tensors latents = a.tensors(), quantized = a.tensors(), grads = a.tensors(), alphas = a.tensors();
   Draw draw(a);
   Mix mix(a);
-  const Losses losses(a, counters);
+  const Losses losses(a);
   const Grid grid(a);
   const Optimizer optimizer(a);
-  const Update update = optimizer.update();
-  const size_t count = latents.size();
+  const int64_t block = a.integer();
+  const size_t quantizing = alphas.size();
   Lists lists(latents);
   lists.write(&Item::latent, latents, kFloats);
   lists.read(&Item::grad, grads, kFloats);
-  lists.write(&Item::master, masters, kFloat32, masters.empty() ? 0 : count);
-  require(masters.empty() || latents[0].type != Type::float32, "dtype");
-  lists.write(&Item::first, first, kFloat32, states_of(update.rule) > 0 ? count : 0);
-  lists.write(&Item::second, second, kFloat32, states_of(update.rule) > 1 ? count : 0);
-  require(alphas.size() <= count, "length");
-  lists.write(&Item::plus, quantized, kOutputs, quantized.empty() ? 0 : alphas.size());
-  const GridRange values = grid.set(lists, alphas, alphas.size());
+  const Update update = optimizer.set(lists);
+  require(quantizing <= latents.size(), "length");
+  lists.write(&Item::plus, quantized, kOutputs, quantized.empty() ? 0 : quantizing);
+  const GridRange values = grid.set(lists, alphas, quantizing, block);
   mix.check(lists.memory);
-  draw.set_names(lists.items, alphas.size());
+  draw.set_names(lists.items, quantizing);
   losses.check(0, lists.memory);
   lists.memory.check();
 
@@ -194,10 +187,11 @@ void estimate_update(Arguments a) {
 void quantize(Arguments a) {
   const Tensors out = a.tensors(), latents = a.tensors(), alphas = a.tensors();
   const Grid grid(a);
+  const int64_t block = a.integer();
   Lists lists(latents);
   lists.read(&Item::latent, latents, kFloats);
   lists.write(&Item::plus, out, kOutputs);
-  const GridRange values = grid.set(lists, alphas, latents.size());
+  const GridRange values = grid.set(lists, alphas, latents.size(), block);
   lists.memory.check();
 
   const Kernels &run = kernels();
@@ -210,12 +204,13 @@ void straight_through_backward(Arguments a) {
   const Tensors out = a.tensors(), grads = a.tensors(), latents = a.tensors(), alphas = a.tensors();
   const Grid grid(a);
   const std::string name = a.text();
+  const int64_t block = a.integer();
   const auto what = value_of<StraightThrough>(name, "straight_through");
   Lists lists(latents);
   lists.read(&Item::latent, latents, kFloats);
   lists.write(&Item::plus, out, kFloats);
   lists.read_in_place(&Item::grad, grads, kFloats, out);
-  const GridRange values = grid.set(lists, alphas, latents.size());
+  const GridRange values = grid.set(lists, alphas, latents.size(), block);
   lists.memory.check();
 
   const Kernels &run = kernels();
@@ -246,13 +241,14 @@ void learned_backward(Arguments a) {
   const Grid grid(a);
   const std::string name = a.text();
   const std::vector<double> factors = a.numbers();
+  const int64_t block = a.integer();
   const auto what = value_of<StraightThrough>(name, "straight_through");
   const size_t count = latents.size();
   Lists lists(latents);
   lists.read(&Item::latent, latents, kFloats);
   lists.write(&Item::plus, out, kFloats);
   lists.read_in_place(&Item::grad, grads, kFloats, out);
-  const GridRange values = grid.set(lists, alphas, count);
+  const GridRange values = grid.set(lists, alphas, count, block);
   check_list(alpha_grads, kFloat32, alphas, count);
   require(factors.size() == count, "length");
   for (size_t i = 0; i < count; ++i) {
@@ -362,21 +358,22 @@ void hadamard(Arguments a) {
 
 // ---- schemas
 
+// In the order of the functions of Backend (fogzo_kernels/backends), with each group's arguments in a row.
 STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("noise(Tensor(a!) out, " FOGZO_DRAW ", int direction) -> ()");
   m.def("guide_sumsq(Tensor(a!) out, Tensor[] grads, Tensor[] alphas, int r) -> ()");
   m.def("perturb_quantize(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads, "
-        "Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", int direction, " FOGZO_GRID ") -> ()");
-  m.def("estimate_gradient(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor[] alphas, " FOGZO_DRAW
-        ", " FOGZO_MIX ", " FOGZO_LOSSES ", int r, int block) -> ()");
-  m.def("estimate_update(Tensor(a!)[] latents, Tensor(b!)[] masters, Tensor(c!)[] first, Tensor(d!)[] second, "
-        "Tensor(e!)[] quantized, Tensor(f!)[] counters, Tensor[] grads, Tensor[] alphas, " FOGZO_DRAW
-        ", " FOGZO_MIX ", " FOGZO_LOSSES ", " FOGZO_GRID ", " FOGZO_UPDATE ") -> ()");
-  m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ") -> ()");
+        "Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", int direction, " FOGZO_GRID ", int block) -> ()");
+  m.def("estimate_gradient(Tensor(a!)[] grads, Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", " FOGZO_LOSSES
+        ", int r, int block) -> ()");
+  m.def("estimate_update(Tensor(a!)[] latents, Tensor(b!)[] quantized, Tensor[] grads, Tensor[] "
+        "alphas, " FOGZO_DRAW ", " FOGZO_MIX ", " FOGZO_LOSSES ", " FOGZO_GRID ", " FOGZO_UPDATE
+        ", int block) -> ()");
+  m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ", int block) -> ()");
   m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] "
-        "alphas, " FOGZO_GRID ", str straight_through) -> ()");
+        "alphas, " FOGZO_GRID ", str straight_through, int block) -> ()");
   m.def("learned_backward(Tensor(a!)[] out, Tensor(b!)[] alpha_grads, Tensor[] grads, Tensor[] latents, "
-        "Tensor[] alphas, " FOGZO_GRID ", str straight_through, float[] factors) -> ()");
+        "Tensor[] alphas, " FOGZO_GRID ", str straight_through, float[] factors, int block) -> ()");
   m.def("measure_alphas(Tensor(a!)[] alphas, Tensor[] tensors, str statistic, float factor, float add, float "
         "least) -> ()");
   m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block) -> ()");

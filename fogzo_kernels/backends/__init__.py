@@ -1,8 +1,8 @@
 """Finds and selects backends; no arithmetic.
 
-A backend is an object, usually a module, with the functions of :class:`Backend`. Those of this package are
-modules here; others come as entry points of the group ``fogzo_kernels.backends``, loaded when they are asked
-for (CONTRIBUTING.md, "Add a backend").
+A backend is an object, usually a module, with the functions of :class:`Backend`. The backends of this package
+are modules here. Other packages give theirs by entry points of the group ``fogzo_kernels.backends``, which this
+module loads when a caller asks for them (CONTRIBUTING.md, "Add a backend").
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 
-#: Without a name, the first that runs on the tensors' device is taken, those from outside before ``reference``.
-#: ``cpu`` stands before ``triton`` so that Triton's interpreter, which also runs on the CPU, is used only where
-#: it is named; on a GPU Triton comes first, and ``cuda`` where Triton is missing.
+#: In the order of preference; backends of other packages come before ``reference``. ``cpu`` comes before
+#: ``triton`` so that Triton's interpreter, which also runs on the CPU, is used only by its name.
 OWN = ("cpu", "triton", "cuda", "reference")
 GROUP = "fogzo_kernels.backends"
 VARIABLE = "FOGZO_BACKEND"
@@ -32,13 +31,13 @@ Tensors = Sequence[Tensor]
 
 
 class Backend(Protocol):
-    """What a backend computes: docs/contract.md. Arguments arrive checked.
+    """The functions of a backend, which docs/contract.md defines. Arguments arrive checked.
 
     Lists hold one tensor for each latent, contiguous, of one dtype and device. An empty ``plus`` or ``minus``
-    is not written. ``root`` asks for the norm, float32, instead of the sum of squares. ``out`` of the Hadamard
-    transform may be ``tensors``, and so may single ones of them, each in its place. ``block``: of the
-    quantizer's transform, or 0. In the fused tail ``alphas``, the draw's tensor ids and layouts, and a
-    non-empty ``quantized`` belong to the first latents.
+    is not written. ``root`` asks for the norm, float32, instead of the sum of squares. ``block`` is the block
+    of the quantizer's transform, or 0. A tensor of ``out`` may be the input at the same place in the Hadamard
+    transform. In the fused tail ``alphas``, the draw's tensor ids and layouts, and a non-empty ``quantized``
+    belong to the first latents.
     """
 
     def unavailable(self, device: torch.device) -> str | None: ...
@@ -78,22 +77,22 @@ class Backend(Protocol):
     def hadamard_(self, out: Tensors, tensors: Tensors, block: int) -> None: ...
 
 
-#: What a backend must have.
+#: The functions that a backend must have.
 FUNCTIONS = tuple(name for name in vars(Backend) if not name.startswith("_"))
 
 
 @functools.cache
 def entry_points() -> tuple[dict[str, metadata.EntryPoint], list[str]]:
-    """Backends of other packages, by name, and why others of them are not taken."""
-    found: dict[str, metadata.EntryPoint] = {}
+    """Backends of other packages by name, and for each refused entry point the reason."""
+    taken: dict[str, metadata.EntryPoint] = {}
     refused = []
     for point in metadata.entry_points(group=GROUP):
-        if point.name in OWN or point.name in found:
-            owner = "this package" if point.name in OWN else found[point.name].value
+        if point.name in OWN or point.name in taken:
+            owner = "this package" if point.name in OWN else taken[point.name].value
             refused.append(f"{point.name} of {point.value} is not taken: the name belongs to {owner}")
         else:
-            found[point.name] = point
-    return found, refused
+            taken[point.name] = point
+    return taken, refused
 
 
 def names() -> tuple[str, ...]:
@@ -111,11 +110,11 @@ def load(name: str) -> Backend | str:
             return f"cannot be imported: {error}"
     point = entry_points()[0][name]
     try:
-        found: Backend = point.load()
-    except Exception as error:  # whatever another package raises is the reason, not this one's failure
+        backend: Backend = point.load()
+    except Exception as error:  # another package's error is the reason, and no failure of this one
         return f"cannot be loaded from {point.value}: {type(error).__name__}: {error}"
-    missing = [function for function in FUNCTIONS if not callable(getattr(found, function, None))]
-    return f"{point.value} has no {', '.join(missing)}" if missing else found
+    missing = [function for function in FUNCTIONS if not callable(getattr(backend, function, None))]
+    return f"{point.value} has no {', '.join(missing)}" if missing else backend
 
 
 def reason_unavailable(name: str, device: torch.device) -> str | None:
@@ -127,10 +126,10 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
 def available_backends(device: str | torch.device | None = None) -> dict[str, str | None]:
     """Each backend's name -> None, or the reason why it is unavailable.
 
-    Those of other packages (entry points of the group ``fogzo_kernels.backends``) are among them.
+    Backends of other packages (entry points of the group ``fogzo_kernels.backends``) are included.
 
     Args:
-        device: where it should run; by default the GPU where there is one, else the CPU.
+        device: the device to run on; by default the GPU if there is one, else the CPU.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,25 +137,25 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
 
 
 def check_name(name: str | None) -> None:
-    """Raise unless it is a name or None; whether it is a known one is for :func:`check_known`."""
+    """Raise unless ``name`` is a string or None."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"backend must be a string or None, got {type(name).__name__}")
 
 
 def check_known(name: str | None, source: str = "backend") -> None:
-    """Raise unless it is the name of a backend, or None; whether that runs here is for :func:`select`."""
+    """Raise unless ``name`` is the name of a backend, or None."""
     check_name(name)
     if name is not None and name not in names():
         raise ValueError(f"{source} must be one of {', '.join(names())}, got {name!r}")
 
 
 def select(name: str | None, device: torch.device) -> Backend:
-    """The backend ``name``, or else ``FOGZO_BACKEND``, or else the best one for ``device``.
+    """The backend ``name``, or else ``FOGZO_BACKEND``, or else the first one that runs on ``device``.
 
     Raises:
         TypeError: the name is no string.
         ValueError: the name is unknown.
-        RuntimeError: the named backend is unavailable there; the message says why.
+        RuntimeError: the named backend is unavailable on the device; the message says why.
     """
     source = "backend"
     if name is None and (asked := os.environ.get(VARIABLE)):
@@ -165,8 +164,7 @@ def select(name: str | None, device: torch.device) -> Backend:
         name = next(n for n in names() if reason_unavailable(n, device) is None)
     else:
         check_known(name, source)
-        reason = reason_unavailable(name, device)
-        if reason is not None:
+        if (reason := reason_unavailable(name, device)) is not None:
             raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
     backend = load(name)
     assert not isinstance(backend, str)

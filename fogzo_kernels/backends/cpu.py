@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,98 +41,54 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
     return out.sqrt_().float() if root else out
 
 
-def perturb_quantize_(
-    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    direction: int, grid: Grid, block: int,
-) -> None:  # fmt: skip
-    """Write Q(w + eps v) and Q(w - eps v) in one pass."""
-    native.perturb_quantize(
-        plus, minus, latents, grads, alphas, *drawn(draw), *mixed(mix), direction, *grid_of(grid, block)
-    )
+# ---- ops that a native op serves as it is
 
 
-def estimate_gradient_(
-    grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
-) -> None:
-    """Replace g by G in one pass over all directions."""
-    native.estimate_gradient(
-        grads, counters_of(losses), alphas, *drawn(draw), *mixed(mix), losses.plus, losses.minus, r, block
-    )
+def flattened(op: str) -> Callable[..., None]:
+    """The function of :class:`Backend` with the arguments of this native op, in groups."""
+    native_op = getattr(native, op)
+
+    def run(*args: Any) -> None:
+        flat: list[Any] = []
+        for arg in args:
+            if type(arg) in FLAT:
+                flat += FLAT[type(arg)](arg)
+            else:
+                flat.append(arg)
+        native_op(*flat)
+
+    return run
 
 
-def estimate_update_(
-    latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    losses: Losses, grid: Grid, update: Update, block: int,
-) -> None:  # fmt: skip
-    """G, the optimizer's step and Q(theta) in one pass."""
-    first, second = (*update.states, [], [])[:2]
-    native.estimate_update(
-        latents, update.masters, first, second, quantized, counters_of(losses), grads, alphas, *drawn(draw),
-        *mixed(mix), losses.plus, losses.minus, *grid_of(grid, block), *update_of(update),
-    )  # fmt: skip
-
-
-def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
-    """Write Q(theta)."""
-    native.quantize(out, latents, alphas, *grid_of(grid, block))
-
-
-def straight_through_backward_(
-    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, block: int,
-) -> None:  # fmt: skip
-    """Write g * h'(theta)."""
-    native.straight_through_backward(
-        out, grads, latents, alphas, *grid_of(grid, block), straight_through.variant
-    )
-
-
-def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None:
-    """Write max(factor * (statistic + add), least) of each cell."""
-    native.measure_alphas(alphas, tensors, *measure)
-
-
-def learned_backward_(
-    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, factors: Sequence[float],
-    block: int,
-) -> None:  # fmt: skip
-    """Write g * h'(theta), and the gradients of the alphas; whatever the number of threads."""
-    native.learned_backward(
-        out, alpha_grads, grads, latents, alphas, *grid_of(grid, block), straight_through.variant, factors
-    )
-
-
-def hadamard_(out: Tensors, tensors: Tensors, block: int) -> None:
-    """Write the Hadamard transform of each block."""
-    native.hadamard(out, tensors, block)
-
-
-# ---- arguments of the native ops (csrc/cpu/nouns.h)
-
-
-def drawn(draw: Draw) -> tuple[str, float, Tensor, Tensor, Sequence[int], list[int]]:
+def drawn(draw: Draw) -> tuple[Any, ...]:
     """Distribution and its C, seed, step, tensor ids, and layouts in a row."""
     C = DISTRIBUTIONS.get(draw.distribution, 0.0)  # the op names the known ones
     return draw.distribution, C, draw.seed, draw.step, draw.tensor_ids, [*chain.from_iterable(draw.layouts)]
 
 
-def mixed(mix: Mix) -> tuple[Tensor, Tensor, float]:
-    """N, 1 - beta and eps."""
-    return mix.norm, mix.one_minus_beta, mix.epsilon
-
-
-def grid_of(grid: Grid, block: int) -> tuple[int, int, float, int, int]:
-    """qmin, qmax, offset and r, and the block of the transform or 0."""
-    return grid.qmin, grid.qmax, grid.offset, grid.r, block
-
-
-def update_of(update: Update) -> tuple[str, list[str], list[float], Tensor, Tensor]:
-    """The rule's variant, its hyperparameters' names and values, lr, and the optimizer's step."""
+def updating(update: Update) -> tuple[Any, ...]:
+    """The rule's variant, its hyperparameters' names and values, lr, the optimizer's step, its memory."""
     h = update.rule.hyperparameters
-    return update.rule.variant, list(h), list(h.values()), update.lr, update.optimizer_step
+    rule = update.rule.variant, list(h), list(h.values())
+    return *rule, update.lr, update.optimizer_step, update.masters, *(*update.states, [], [])[:2]
 
 
-def counters_of(losses: Losses) -> Tensors:
-    """As a list of one or none."""
-    return [] if losses.counters is None else [losses.counters]
+#: The groups of ``spec/call.py`` as native ops take them (csrc/cpu/call.h).
+FLAT: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    Draw: drawn,
+    Mix: tuple,
+    Measure: tuple,
+    Losses: lambda losses: (losses.plus, losses.minus, [] if losses.counters is None else [losses.counters]),
+    Grid: lambda grid: (grid.qmin, grid.qmax, grid.offset, grid.r),
+    StraightThrough: lambda straight_through: (straight_through.variant,),
+    Update: updating,
+}
+
+perturb_quantize_ = flattened("perturb_quantize")
+estimate_gradient_ = flattened("estimate_gradient")
+estimate_update_ = flattened("estimate_update")
+quantize_ = flattened("quantize")
+straight_through_backward_ = flattened("straight_through_backward")
+learned_backward_ = flattened("learned_backward")
+measure_alphas_ = flattened("measure_alphas")
+hadamard_ = flattened("hadamard")

@@ -15,17 +15,7 @@ from torch import Tensor
 from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.hadamard import factor
-from ..spec.noise import (
-    DISTRIBUTIONS,
-    MASK32,
-    PHILOX_M0,
-    PHILOX_M1,
-    PHILOX_ROUNDS,
-    PHILOX_W0,
-    PHILOX_W1,
-    SIGN_TENSOR_ID,
-    Layout,
-)
+from ..spec.noise import DISTRIBUTIONS, MASK32, SIGN_TENSOR_ID, Layout, philox4x32
 from ..spec.scale import STATISTICS
 from ..spec.straight_through import VARIANTS as DERIVATIVES
 from ..spec.straight_through import StraightThrough
@@ -40,18 +30,6 @@ def unavailable(device: torch.device) -> str | None:
 
 
 # ---- section 2: noise
-
-
-def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32, 10 rounds, on int64 tensors that hold 32-bit words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(PHILOX_ROUNDS):
-        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1  # wraps modulo 2^64, as the words need it
-        c0, c1 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, p1 & MASK32
-        c2, c3 = ((p0 >> 32) & MASK32) ^ c3 ^ k1, p0 & MASK32
-        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
-    return c0, c1, c2, c3
 
 
 def noise_words(chunk: Tensor, draw: Draw, direction: int, tensor_id: int) -> tuple[Tensor, ...]:
@@ -121,10 +99,19 @@ def fma(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
     return (a.double() * b.double() + (c.double() if isinstance(c, Tensor) else c)).float()
 
 
+def cells_of(t: Tensor, alpha: Tensor) -> Tensor:
+    """The elements of each alpha in a row: a tensor, a row, or a group of the last dimension."""
+    return t.reshape(alpha.numel(), t.numel() // max(alpha.numel(), 1))
+
+
 def delta_of(alpha: Tensor, r: int, like: Tensor) -> Tensor:
-    """delta of each element, flat: tensor, row or group of the last dimension."""
-    length = like.numel() // max(alpha.numel(), 1)
-    return (alpha.flatten() * r).repeat_interleave(length)
+    """delta of each element, flat."""
+    return (alpha.flatten() * r).repeat_interleave(cells_of(like, alpha).shape[1])
+
+
+def position(x: Tensor, delta: Tensor, grid: Grid) -> Tensor:
+    """z: the place of x on the grid, in steps of delta from code 0."""
+    return fma(x, 1 / delta, -grid.offset)
 
 
 def code_of(y: Tensor, grid: Grid) -> Tensor:
@@ -163,16 +150,15 @@ def perturb_quantize_(
     for i, (theta, g, alpha) in enumerate(zip(latents, grads, alphas, strict=True)):
         m = noise_m(elements(theta.numel(), draw.layouts[i], device), draw, direction, draw.tensor_ids[i])
         delta = delta_of(alpha, grid.r, theta)
-        inv, gam, noise = 1 / delta, a * delta, b * m
+        gam, v, x = a * delta, b * m, theta.flatten()
         for out, signed_eps in ((plus, eps), (minus, -eps)):
             if not out:
                 continue
-            if block:  # the guide moves the weight as it is, the noise the rotated one
-                moved = fma(signed_eps * gam * delta, g.flatten(), theta.flatten())
-                v, z = noise, fma(rotated(moved, block), inv, -grid.offset)
+            if block:  # the guide moves the weight, the noise moves the rotated weight
+                x = rotated(fma(signed_eps * gam * delta, g.flatten(), theta.flatten()), block)
             else:
-                v, z = fma(gam, g.flatten(), noise), fma(theta.flatten(), inv, -grid.offset)
-            write(out[i], code_of(fma(signed_eps, v, z), grid), delta, grid)
+                v = fma(gam, g.flatten(), b * m)
+            write(out[i], code_of(fma(signed_eps, v, position(x, delta, grid)), grid), delta, grid)
 
 
 def estimate_gradient_(
@@ -285,19 +271,16 @@ def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block
     for q, theta, alpha in zip(out, latents, alphas, strict=True):
         delta = delta_of(alpha, grid.r, theta)
         x = rotated(theta.flatten(), block)
-        write(q, code_of(fma(x, 1 / delta, -grid.offset), grid), delta, grid)
+        write(q, code_of(position(x, delta, grid), grid), delta, grid)
 
 
 def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: StraightThrough) -> Tensor:
     """h'(theta); x = theta / alpha."""
-    inv = 1 / delta
-    x = theta * inv * grid.r
+    x, z = theta * (1 / delta) * grid.r, position(theta, delta, grid)
     match straight_through.variant:
         case "identity_clipped":
-            z = fma(theta, inv, -grid.offset)
             return ((z > grid.qmin) & (z < grid.qmax)).float()
         case "identity_trust":
-            z = fma(theta, inv, -grid.offset)
             return ((z >= grid.qmin - 0.5) & (z <= grid.qmax + 0.5)).float()
         case "identity":
             return torch.ones_like(theta)
@@ -329,7 +312,7 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
     """Write max(factor * (statistic + add), least) of each cell."""
     for alpha, t in zip(alphas, tensors, strict=True):
         if alpha.numel():
-            cells = t.reshape(alpha.numel(), t.numel() // alpha.numel())
+            cells = cells_of(t, alpha)
             factor, add, least = alpha.new_tensor(measure[1:]).unbind()
             scaled = factor * (statistic_of(cells.double().abs(), measure.statistic).float() + add)
             alpha.copy_(torch.where(scaled < least, least, scaled).view(alpha.shape))  # NaN stays
@@ -349,11 +332,11 @@ def statistic_of(cells: Tensor, statistic: str) -> Tensor:
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {unknown!r}")
 
 
-def sum_of(rows: Tensor, block: int = 4096) -> Tensor:
-    """In blocks of a fixed size: PyTorch cuts a long sum by its number of threads."""
-    while rows.shape[1] > block:
-        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block))
-        rows = rows.view(rows.shape[0], -1, block).sum(2)
+def sum_of(rows: Tensor, piece: int = 4096) -> Tensor:
+    """The sum of each row, in pieces of a fixed size: PyTorch cuts a long sum by its number of threads."""
+    while rows.shape[1] > piece:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % piece))
+        rows = rows.view(rows.shape[0], -1, piece).sum(2)
     return rows.sum(1)
 
 
@@ -362,23 +345,20 @@ def sum_of(rows: Tensor, block: int = 4096) -> Tensor:
 
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, factors: Sequence[float],
-    block: int,
+    straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas."""
     for i, (total, g, theta, alpha) in enumerate(zip(alpha_grads, grads, latents, alphas, strict=True)):
         x = rotated(theta.flatten().float(), block)
         slope = alpha_slope(x, delta_of(alpha, grid.r, theta), grid)
-        terms, cells = g.flatten().float() * slope, alpha.numel()
-        total.copy_(
-            (factors[i] * sum_of(terms.double().view(cells, terms.numel() // max(cells, 1)))).view(total.shape)
-        )
+        terms = cells_of((g.flatten().float() * slope).double(), alpha)
+        total.copy_((factors[i] * sum_of(terms)).view(total.shape))
     straight_through_backward_(out, grads, latents, alphas, grid, straight_through, block)
 
 
 def alpha_slope(theta: Tensor, delta: Tensor, grid: Grid) -> Tensor:
     """dQ/dalpha."""
-    z = fma(theta, 1 / delta, -grid.offset)
+    z = position(theta, delta, grid)
     code = code_of(z, grid)
     between = (z >= grid.qmin) & (z <= grid.qmax) & (not grid.is_sign)
     return torch.where(between, code - z, grid.r * (code + grid.offset))

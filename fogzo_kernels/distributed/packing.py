@@ -20,10 +20,11 @@ def pack(numbers: Tensor, bits: int, apart: int = 1) -> Tensor:
         uint8, (..., bytes).
     """
     if 8 % bits:
-        numbers, bits = (numbers.unsqueeze(-1) >> _shifts(bits, 1, numbers) & 1).flatten(-2), 1
+        numbers, bits = (numbers.unsqueeze(-1) >> _places(bits, numbers) & 1).flatten(-2), 1
     count = 8 // bits
-    padded = F.pad(numbers, (0, -numbers.shape[-1] % (count * apart)))
-    first, *others = padded.unflatten(-1, (-1, count, apart)).unbind(-2)
+    if rest := -numbers.shape[-1] % (count * apart):
+        numbers = F.pad(numbers, (0, rest))
+    first, *others = numbers.unflatten(-1, (-1, count, apart)).unbind(-2)
     packed: Tensor = first.clone()
     for i, part in enumerate(others, 1):
         packed |= part << (i * bits)
@@ -34,13 +35,13 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """Inverts :func:`pack` where ``apart`` is 1; returns uint8, (..., count)."""
     if 8 % bits:
         ones: Tensor = unpack(packed, count * bits, 1).unflatten(-1, (count, bits))
-        return (ones << _shifts(bits, 1, packed)).sum(-1, dtype=torch.uint8)
-    numbers: Tensor = packed.unsqueeze(-1) >> _shifts(8, bits, packed) & 2**bits - 1
+        return (ones << _places(bits, packed)).sum(-1, dtype=torch.uint8)
+    numbers: Tensor = torch.stack([packed >> place for place in range(0, 8, bits)], dim=-1) & (2**bits - 1)
     return numbers.flatten(-2)[..., :count]
 
 
-def _shifts(end: int, step: int, like: Tensor) -> Tensor:
-    return torch.arange(0, end, step, dtype=torch.uint8, device=like.device)
+def _places(bits: int, like: Tensor) -> Tensor:
+    return torch.arange(bits, dtype=torch.uint8, device=like.device)
 
 
 def code_bits(grid: Grid) -> int:

@@ -20,7 +20,7 @@ from .registry import check_weight, quantized_form, weights_of
 from .replaced import guard_merges, settle
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
-from .tied import check_shared, share_alphas, unwatch, watch
+from .tied import check_shared, share_alphas, watch
 from .view import HANDLERS, LOCAL, reshard, whole
 from .weight import WeightQuantizer, alpha_of, check
 
@@ -84,7 +84,6 @@ def quantize_model(
     check_shared(model, {c.unit.module: c.quantizer for c in chosen if c.quantizer is not None})
     pretrained.check(model)
     plan = _planned(model, chosen)
-    kinds = {c.unit.module: type(c.unit.module).__name__ for c in chosen}
     for c, (alpha, tensor_id) in zip(chosen, plan, strict=True):
         form = quantized_form(c.unit.module)
         assert form is not None
@@ -98,7 +97,7 @@ def quantize_model(
     settle(model)
     guard_merges(model)
     pretrained.record(model)
-    return _report(choices, kinds)
+    return _report(choices)
 
 
 def _nothing_to_do(choices: list[Choice]) -> str:
@@ -130,7 +129,7 @@ def _planned(model: nn.Module, chosen: list[Choice]) -> list[tuple[Tensor, int]]
     return plan
 
 
-def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
+def _report(choices: list[Choice]) -> Report:
     """What stands in the model now."""
     quantized, left = [], []
     vectors: dict[Tensor, None] = {}
@@ -145,7 +144,7 @@ def _report(choices: list[Choice], kinds: dict[nn.Module, str]) -> Report:
             weight, q, scales = module.latent, module.quantizer, module.alpha.numel()
             tied = seen.get(weight, "")
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
-            kind = kinds.get(module, module.PLAIN.__name__)
+            kind = module.PLAIN.__name__
             shapes, inputs = _shapes(own.matrices), module.activation
             quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
         elif own.matrices:
@@ -227,7 +226,7 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
     modules = {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, QuantizedModule) and m.activation and isinstance(m.activation.scale, LearnedScale)
+        if isinstance(m, QuantizedModule) and m.activation and m.activation.learned
     }
     if not modules:
         raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
@@ -288,7 +287,7 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
     for m in modules:
         m.to_plain()
     fast_path.update(model)
-    unwatch(model)
+    watch(model)
     settle(model)
     pretrained.record(model)
     return model

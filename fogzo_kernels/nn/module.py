@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,14 +39,10 @@ if TYPE_CHECKING:
 
 def _of_weight(name: str) -> Any:
     """An attribute of the module that its :class:`WeightQuantizer` has."""
-
-    def get(module: QuantizedModule) -> Any:
-        return getattr(module.weight_quantizer, name)
-
-    def put(module: QuantizedModule, value: Any) -> None:
-        setattr(module.weight_quantizer, name, value)
-
-    return property(get, put)
+    return property(
+        lambda module: getattr(module.weight_quantizer, name),
+        lambda module, value: setattr(module.weight_quantizer, name, value),
+    )
 
 
 class QuantizedModule(SavedModule):
@@ -111,6 +109,10 @@ class QuantizedModule(SavedModule):
             cls.READ = read_as_values(cls.PARAMETER)
             setattr(cls, cls.PARAMETER, cls.READ)
             cls.INPUT = list(inspect.signature(cls.PLAIN.forward).parameters)[1]
+            if "forward" not in vars(cls):  # with the plain forward's signature
+                own = QuantizedModule.forward
+                copy = types.FunctionType(own.__code__, own.__globals__, closure=own.__closure__)
+                cls.forward = functools.update_wrapper(copy, cls.PLAIN.forward)  # type: ignore[method-assign]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Makes a plain module from arguments: adapters call the type of the module that they adapt."""
@@ -234,8 +236,7 @@ class QuantizedModule(SavedModule):
     def effective_weight(self) -> Tensor:
         """The weight to run with: the probe where there is one, else Q(weight), with a gradient.
 
-        It is of the basis that the weight has; of a rotated one, H is applied to Q. A module that can rotate
-        its input instead takes :meth:`quantized_rows`.
+        It has the weight's basis: of a rotated weight, H is applied to Q.
 
         Raises:
             RuntimeError, ValueError: as :meth:`quantized_rows`.
@@ -267,11 +268,10 @@ class QuantizedModule(SavedModule):
         learned = how.learned
         if not learned and self.alpha.requires_grad:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
-        rows = self.rows(weight)
         if held is not None and held.deferred:
-            found: Tensor = Deferred.apply(rows, alpha, held.rows)
+            found: Tensor = Deferred.apply(self.rows(weight), alpha, held.rows)
             return found
-        rows = rows.contiguous()
+        rows = self.rows(weight).contiguous()
         if held is None and not learned:
             self._measure(rows)
         elif held is None and torch.compiler.is_exporting():
@@ -335,10 +335,7 @@ class QuantizedModule(SavedModule):
     def effective_input(self, input: Tensor, block: int = 0) -> Tensor:
         """The input to run with: quantized, with a straight-through gradient, if ``activation`` says so.
 
-        Args:
-            input: of the module.
-            block: of the weight's transform, where the module takes :meth:`quantized_rows`: the input is
-                brought to their basis.
+        A ``block`` of the weight's transform brings it to the basis of :meth:`quantized_rows`.
 
         Raises:
             RuntimeError: a learned scale of the input has no value yet.
@@ -388,21 +385,17 @@ class QuantizedModule(SavedModule):
         ready = [n for n in names if f"{n}_least" in self._buffers and (n == "alpha" or inputs)]
         return [(getattr(self, name), getattr(self, f"{name}_least")) for name in ready]
 
-    def share_alpha(self, first: QuantizedModule) -> None:
-        """Train the same alpha as another module that has the same weight."""
-        self.alpha, self.alpha_least = first.alpha, first.alpha_least.clone()
-        self.weight_quantizer.shares = True
-
     # ---- what PyTorch does to a module
 
     __repr__ = nn.Module.__repr__  # the plain class's own would not show the quantizer
 
     def extra_repr(self) -> str:
-        how, alpha = self.quantizer, tuple(self.alpha.shape)
+        own, how, alpha = self.PLAIN.__repr__, self.quantizer, tuple(self.alpha.shape)
+        plain = super().extra_repr() if own is nn.Module.__repr__ else own(self).partition("(")[2][:-1]
         added = f"levels={how.grid.levels}, alpha={alpha}, {how.straight_through}"
         added += f", {how.transform}" if how.transform else ""
         inputs = "" if self.activation is None else f"input levels={self.activation.grid.levels}"
-        return ", ".join(filter(None, [super().extra_repr() or str(tuple(self.latent.shape)), added, inputs]))
+        return ", ".join(filter(None, [plain, added, inputs]))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute and notes a new weight. ``fully_shard`` sets its shards through this method."""

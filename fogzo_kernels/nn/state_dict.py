@@ -32,11 +32,8 @@ class SavedModule(nn.Module):
     def own_tensors(self) -> list[str]:
         """The names of the tensors that the plain module does not have."""
         inputs = self.activation is not None and self.activation.learned
-        return (
-            ["alpha"]
-            + ["alpha_least"] * self.weight_quantizer.quantizer.learned
-            + ["input_alpha", "input_alpha_least"] * inputs
-        )
+        found = ["alpha", "alpha_least"] if self.weight_quantizer.quantizer.learned else ["alpha"]
+        return found + ["input_alpha", "input_alpha_least"] * inputs
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A shared alpha has memory of its own there: formats that take each memory once hold it twice."""
@@ -86,16 +83,8 @@ class SavedModule(nn.Module):
             raise ValueError(f"activation must be {self.activation}, got a state with {activation}")
         return saved
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
+        state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs = args
         own, extra, name = self.own_tensors(), prefix + EXTRA_STATE, prefix.removesuffix(".") or "model"
         added, weight = [*(prefix + x for x in own), extra], prefix + self.PARAMETER
         try:
@@ -113,7 +102,7 @@ class SavedModule(nn.Module):
         missing: list[str] = []
         failed = len(error_msgs)
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+            state_dict, prefix, metadata, strict, missing, unexpected_keys, error_msgs
         )
         self.weight_quantizer.stale = self.weight_quantizer.stale and weight not in state_dict
         missing_keys += [key for key in missing if not (plain and key in added)]

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..spec.quantizer import Quantizer
-from ..spec.scale import LearnedScale
 from .module import QuantizedModule
 from .view import local
 
@@ -71,31 +70,25 @@ def check_raw_uses(places: Mapping[str, Owner]) -> None:
 def share_alphas(model: nn.Module) -> None:
     """Let modules that share a weight share a learned alpha too."""
     for places in owners_of(model).values():
-        tied = [m for m in _quantized(places).values() if isinstance(m.quantizer.scale, LearnedScale)]
+        tied = [m for m in _quantized(places).values() if m.quantizer.learned]
         for module in tied[1:]:
-            module.share_alpha(tied[0])
+            module.alpha, module.alpha_least = tied[0].alpha, tied[0].alpha_least.clone()
+            module.weight_quantizer.shares = True
 
 
 def watch(model: nn.Module) -> None:
     """Keep the alphas of tied weights equal when a state dict is loaded that has such a weight once."""
-    unwatch(model)
-    if any(len(_quantized(places)) > 1 for places in owners_of(model).values()):
-        model.register_load_state_dict_post_hook(follow)
-
-
-def unwatch(model: nn.Module) -> None:
-    """Undo :func:`watch`."""
     for module in model.modules():
         hooks = module._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is follow]:
             del hooks[key]
+    if any(len(_quantized(places)) > 1 for places in owners_of(model).values()):
+        model.register_load_state_dict_post_hook(follow)
 
 
 def follow(model: nn.Module, incompatible: Any) -> None:
     """A module whose weight came under the name of another one takes the alpha of that one."""
-    missing = tuple(
-        f".{key}" for key in incompatible.missing_keys
-    )  # of a whole that the model may be a part of
+    missing = [f".{key}" for key in incompatible.missing_keys]  # of a whole that the model may be a part of
     for places in owners_of(model).values():
         tied = _quantized(places)
         absent = [where for where in tied if any(key.endswith(f".{where}") for key in missing)]
@@ -106,12 +99,9 @@ def follow(model: nn.Module, incompatible: Any) -> None:
 
 
 def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:
-    """Of the places of a weight, those that are quantized."""
-    return {
-        where: m
-        for where, (m, name) in places.items()
-        if isinstance(m, QuantizedModule) and name == m.PARAMETER
-    }
+    """The places of a weight that are quantized."""
+    found = {where: m for where, (m, name) in places.items() if getattr(m, "PARAMETER", None) == name}
+    return {where: m for where, m in found.items() if isinstance(m, QuantizedModule)}
 
 
 def _both(quantized: str, raw: str) -> str:

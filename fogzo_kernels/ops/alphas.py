@@ -51,15 +51,8 @@ def measure_alphas_(
     """
     checks.instance("statistic", statistic, str)
     check(statistic, factor, add, least)
-    op(
-        alphas=alphas,
-        tensors=tensors,
-        statistic=statistic,
-        factor=factor,
-        add=add,
-        least=least,
-        backend=backend,
-    )
+    lists = {"alphas": alphas, "tensors": tensors}
+    op(**lists, statistic=statistic, factor=factor, add=add, least=least, backend=backend)
 
 
 def check(statistic: str, factor: float, add: float, least: float) -> None:

@@ -7,7 +7,7 @@ addresses stands in :mod:`.memory`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 import torch
@@ -30,7 +30,7 @@ SCALARS = {
     "lr": torch.float64,
     "optimizer_step": torch.int64,
 }
-DTYPE, DEVICE, IS_CPU = map(operator.attrgetter, ("dtype", "device", "is_cpu"))
+DTYPE, DEVICE, IS_CPU, SHAPE = map(operator.attrgetter, ("dtype", "device", "is_cpu", "shape"))
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -48,33 +48,18 @@ def named(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def same_shapes(tensors: Tensors, like: Tensors) -> bool:
-    return all(map(Tensor.is_same_size, tensors, like))
-
-
-def all_fit(alphas: Tensors, like: Tensors) -> bool:
-    """Whether each alpha fits its tensor; cheap, for lists of thousands, which have few shapes."""
-    if all(n == 1 for n in map(Tensor.numel, alphas)):
-        return True
-    pairs = [(a.shape, t.shape) for a, t in zip(alphas, like, strict=True)]
-    if not torch.compiler.is_dynamo_compiling():
-        with suppress(TypeError):  # symbolic sizes have no hash
-            pairs = [*set(pairs)]
-    return all(fits(*pair) for pair in pairs)
-
-
 def tensor_list(
     name: str,
     tensors: Tensors,
     dtypes: Sequence[torch.dtype],
     like: Tensors | None = None,
-    shaped: Callable[[Tensors, Tensors], bool] = same_shapes,
+    fit: Callable[[Sequence[int], Sequence[int]], bool] = operator.eq,
 ) -> None:
     """A list of contiguous tensors of one dtype and device, whose shapes suit ``like``."""
     if like is not None and len(tensors) != len(like):
         raise ValueError(f"{name} must have {len(like)} tensors, got {len(tensors)}")
     first = like[0] if like else tensors[0] if tensors else None
-    if first is not None and uniform(tensors, dtypes, first.device) and (like is None or shaped(tensors, like)):
+    if first is not None and uniform(tensors, dtypes, first.device, like, fit):
         return
     for i, t in enumerate(tensors):
         what = f"{name}[{i}]"
@@ -86,15 +71,21 @@ def tensor_list(
             )
         if first is not None and t.device != first.device:
             raise ValueError(f"{what} must be on {first.device}, got {t.device}")
-        if like is not None and not shaped([t], [like[i]]):
-            expected = f"shape {shape(like[i])}, got" if shaped is same_shapes else fitting(like[i].shape)
+        if like is not None and not fit(t.shape, like[i].shape):
+            expected = fitting(like[i].shape) if fit is fits else f"shape {shape(like[i])}, got"
             raise ValueError(f"{what} must have {expected} {shape(t)}")
         if t.layout != torch.strided or not t.is_contiguous():
             raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
 
 
-def uniform(tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
-    """Whether :func:`tensor_list` has only shapes to look at; cheap, for lists of thousands."""
+def uniform(
+    tensors: Tensors,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    like: Tensors | None,
+    fit: Callable[[Sequence[int], Sequence[int]], bool],
+) -> bool:
+    """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
     if torch.compiler.is_dynamo_compiling():  # it does not follow what makes this cheap
         return False
     try:
@@ -105,12 +96,25 @@ def uniform(tensors: Tensors, dtypes: Sequence[torch.dtype], device: torch.devic
         contiguous
         and set(map(DTYPE, tensors)) <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
         and (all(map(IS_CPU, tensors)) if device.type == "cpu" else set(map(DEVICE, tensors)) <= {device})
+        and (like is None or all_fit(tensors, like, fit))
     )
+
+
+def all_fit(tensors: Tensors, like: Tensors, fit: Callable[[Sequence[int], Sequence[int]], bool]) -> bool:
+    if fit is operator.eq:
+        return all(map(Tensor.is_same_size, tensors, like))
+    if all(n == 1 for n in map(Tensor.numel, tensors)):  # any tensor has room for one alpha
+        return True
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]]
+    pairs = list(zip(map(SHAPE, tensors), map(SHAPE, like), strict=True))
+    with suppress(TypeError):  # symbolic sizes have no hash
+        pairs = set(pairs)  # a long list has few shapes
+    return all(fit(*pair) for pair in pairs)
 
 
 def alphas(alphas: Tensors, name: str, like: Tensors, block: int, layouts: Sequence[Layout] = ()) -> None:
     """One float32 scale per tensor, row or group; where there is a transform, for whole blocks of it."""
-    tensor_list("alphas", alphas, (torch.float32,), like, all_fit)
+    tensor_list("alphas", alphas, (torch.float32,), like, fits)
     if not block:
         return
     whole_blocks(name, like, block)

@@ -72,16 +72,9 @@ def estimate_gradient_(
     noise = arguments.noisy(
         grads, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale
     )
-    op(
-        grads=grads,
-        counters=counters,
-        losses_plus=arguments.tensor("losses_plus", losses_plus),
-        losses_minus=arguments.tensor("losses_minus", losses_minus),
-        alphas=alphas,
-        backend=backend,
-        block=block_of(transform),
-        **noise,
-    )
+    lists = {"grads": grads, "counters": counters, "alphas": alphas}
+    losses = arguments.losses(losses_plus, losses_minus)
+    op(**lists, **losses, **noise, backend=backend, block=block_of(transform))
 
 
 op = ListOp(

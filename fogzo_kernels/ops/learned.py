@@ -56,16 +56,10 @@ def learned_backward_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    op(
-        grads=grads,
-        alpha_grads=alpha_grads,
-        latents=latents,
-        alphas=alphas,
-        factors=arguments.numbers("factors", factors),
-        backend=backend,
-        block=block_of(transform),
-        **arguments.quantizer(grid, straight_through),
-    )
+    lists = {"grads": grads, "alpha_grads": alpha_grads, "latents": latents, "alphas": alphas}
+    quantizer = arguments.quantizer(grid, straight_through)
+    factors = arguments.numbers("factors", factors)
+    op(**lists, **quantizer, factors=factors, backend=backend, block=block_of(transform))
 
 
 def check(alpha_grads: Sequence[Tensor], alphas: Sequence[Tensor], factors: Sequence[float]) -> None:

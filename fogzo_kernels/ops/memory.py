@@ -140,9 +140,11 @@ def overlaps(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors], nume
 
 @functools.lru_cache(KEPT)
 def check_overlaps(
-    written: int, names: tuple[str, ...], addresses: tuple[tuple[int, ...], ...],
+    written: int,
+    names: tuple[str, ...],
+    addresses: tuple[tuple[int, ...], ...],
     sizes: tuple[tuple[int, tuple[int, ...]], ...],
-) -> None:  # fmt: skip
+) -> None:
     """The first ``written`` lists are outputs. Sizes are a unit in bytes and numbers of it."""
     spans = sorted(
         (begin, begin + sizes[k][0] * size, k < written, k, i)
@@ -155,7 +157,7 @@ def check_overlaps(
         for other_output, (other_end, other_k, other_i) in furthest.items():
             if (output or other_output) and begin < other_end:
                 pair = f"{names[k]}[{i}]", f"{names[other_k]}[{other_i}]"
-                one, two = pair if output else reversed(pair)
-                raise ValueError(f"{one} must not share memory with {two}")
+                first, second = pair if output else reversed(pair)
+                raise ValueError(f"{first} must not share memory with {second}")
         if output not in furthest or end > furthest[output][0]:
             furthest[output] = end, k, i

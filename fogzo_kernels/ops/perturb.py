@@ -72,17 +72,9 @@ def perturb_quantize_(
     noise = arguments.noisy(
         latents, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale
     )
-    op(
-        plus=plus,
-        minus=minus,
-        latents=latents,
-        grads=grads,
-        alphas=alphas,
-        direction=check_range("direction", direction, MAX_DIRECTION),
-        backend=backend,
-        block=block_of(transform),
-        **noise,
-    )
+    direction = check_range("direction", direction, MAX_DIRECTION)
+    lists = {"plus": plus, "minus": minus, "latents": latents, "grads": grads, "alphas": alphas}
+    op(**lists, **noise, direction=direction, backend=backend, block=block_of(transform))
 
 
 def check(plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Tensor]) -> None:

@@ -43,14 +43,9 @@ def quantize_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    op_of_lists(
-        out=out,
-        latents=latents,
-        alphas=alphas,
-        backend=backend,
-        block=block_of(transform),
-        **arguments.flat_grid(grid),
-    )
+    checks.instance("grid", grid, Grid)
+    lists = {"out": out, "latents": latents, "alphas": alphas}
+    op_of_lists(**lists, **arguments.flat_grid(grid), backend=backend, block=block_of(transform))
 
 
 op_of_lists = ListOp(
@@ -100,11 +95,9 @@ def quantize(
     checks.instance("alpha", alpha, Tensor)
     check_name(backend)
     checks.real("alpha_factor", alpha_factor)
-    # numbers, which torch.compile(dynamic=True) makes symbols of else; a backward cannot take these
-    options = (
-        int(grid.qmin), int(grid.qmax), float(grid.offset), int(grid.r), straight_through.variant, backend,
-        float(alpha_factor), int(block_of(transform)),
-    )  # fmt: skip
+    # torch.compile(dynamic=True) may have made symbols of these numbers, which a backward cannot take
+    numbers = int(grid.qmin), int(grid.qmax), float(grid.offset), int(grid.r)
+    options = *numbers, straight_through.variant, backend, float(alpha_factor), int(block_of(transform))
     if quantized is None:
         values: Tensor = (Transformed.apply if transforms.active() else op)(latent, alpha, *options)
         return values

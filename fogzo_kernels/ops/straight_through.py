@@ -40,14 +40,9 @@ def straight_through_backward_(
             written.
         RuntimeError: the backend is unavailable on the device.
     """
-    op(
-        grads=grads,
-        latents=latents,
-        alphas=alphas,
-        backend=backend,
-        block=block_of(transform),
-        **arguments.quantizer(grid, straight_through),
-    )
+    lists = {"grads": grads, "latents": latents, "alphas": alphas}
+    quantizer = arguments.quantizer(grid, straight_through)
+    op(**lists, **quantizer, backend=backend, block=block_of(transform))
 
 
 op = ListOp(

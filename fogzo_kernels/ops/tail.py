@@ -105,8 +105,9 @@ def estimate_adamw_(
     beta1, beta2 = betas
     rule = UpdateRule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    losses = {"losses_plus": losses_plus, "losses_minus": losses_minus}
-    update(rule, states, latents, grads, losses, alphas, norm, lr, optimizer_step, common)
+    lists = {"latents": latents, "grads": grads, "alphas": alphas}
+    numbers = {"lr": lr, "optimizer_step": optimizer_step}
+    update(rule, states, lists, arguments.losses(losses_plus, losses_minus), norm, numbers, common)
 
 
 def estimate_sgd_(
@@ -172,50 +173,35 @@ def estimate_sgd_(
         "sgd", weight_decay=weight_decay, momentum=momentum, dampening=dampening, nesterov=nesterov
     )
     states = {"momentum_buffers": momentum_buffers}
-    losses = {"losses_plus": losses_plus, "losses_minus": losses_minus}
-    update(rule, states, latents, grads, losses, alphas, norm, lr, optimizer_step, common)
+    lists = {"latents": latents, "grads": grads, "alphas": alphas}
+    numbers = {"lr": lr, "optimizer_step": optimizer_step}
+    update(rule, states, lists, arguments.losses(losses_plus, losses_minus), norm, numbers, common)
 
 
 def update(
     rule: UpdateRule,
     states: Mapping[str, TensorOrList | None],
-    latents: TensorOrList,
-    grads: TensorOrList,
+    lists: Mapping[str, TensorOrList],
     losses: Mapping[str, Tensor],
-    alphas: TensorOrList,
     norm: Tensor,
-    lr: float | Tensor,
-    optimizer_step: int | Tensor,
+    numbers: Mapping[str, float | Tensor],
     common: TailOptions,
 ) -> None:
-    """What every rule's public function does."""
+    """What every rule's public function does; ``numbers`` are lr and optimizer_step."""
     for name in TailOptions.__required_keys__ - set(common):
         raise TypeError(f"{name} must be given")
     for name in set(common) - set(TailOptions.__annotations__):
         raise TypeError(f"{name} is not a keyword of the fused tail: {', '.join(TailOptions.__annotations__)}")
-    latents, alphas = arguments.tensors("latents", latents), arguments.tensors("alphas", alphas)
-    first, second = [*(arguments.optional(*state) for state in states.items()), []][:2]
-    lists = {name: common.get(name) for name in ("masters", "quantized", "counters")}
-    given: dict[str, Any] = {**common}
-    noise = {name: given[name] for name in given if name not in (*lists, "transform", "backend")}
-    op(
-        latents=latents,
-        first=first,
-        second=second,
-        grads=grads,
-        alphas=alphas,
-        lr=arguments.scalar("lr", lr),
-        optimizer_step=arguments.scalar("optimizer_step", optimizer_step),
-        kind=rule.kind,
-        hyperparameters=list(rule.hyperparameters),
-        values=list(rule.hyperparameters.values()),
-        nesterov=rule.nesterov,
-        backend=common.get("backend"),
-        block=block_of(common.get("transform")),
-        **lists,
-        **{name: arguments.tensor(name, t) for name, t in losses.items()},
-        **arguments.noisy(latents[: len(alphas)], norm, **noise),
-    )
+    given: dict[str, Any] = {"masters": None, "quantized": None, "counters": None, **common}
+    backend, block = given.pop("backend", None), block_of(given.pop("transform", None))
+    own = {name: given.pop(name) for name in ("masters", "quantized", "counters")}
+    latents, alphas = (arguments.tensors(name, lists[name]) for name in ("latents", "alphas"))
+    own["first"], own["second"] = [*(arguments.optional(*state) for state in states.items()), []][:2]
+    noise = arguments.noisy(latents[: len(alphas)], norm, **given)
+    scalars = {name: arguments.scalar(name, value) for name, value in numbers.items()}
+    names, values = list(rule.hyperparameters), list(rule.hyperparameters.values())
+    kind = {"kind": rule.kind, "hyperparameters": names, "values": values, "nesterov": rule.nesterov}
+    op(**lists, **own, **losses, **noise, **scalars, **kind, backend=backend, block=block)
 
 
 def check(

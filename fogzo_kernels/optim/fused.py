@@ -199,7 +199,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             options = self._options(group)
             calls: dict[tuple[Any, ...], _Call] = {}
             first: dict[tuple[Any, ...], _Call] = {}  # of those that are estimated, for others that are alike
-            others: list[tuple[tuple[Any, ...], Tensor, _Operands]] = []
+            others: list[tuple[Tensor, _Operands]] = []
             for p in group["params"]:
                 if p.grad is None:
                     if id(p) in self._joined:  # its number of steps falls behind
@@ -208,23 +208,24 @@ class FusedOptimizer(torch.optim.Optimizer):
                 k, i = places.get(id(p), (None, 0))
                 view = in_memory(p) if k is None else estimated[k].weights[i].rows
                 operands = self._prepare(p, group, options.states, view)
-                alike = p.device, p.dtype, *operands.alike
                 if k is None:
-                    others.append((alike, p, operands))
+                    others.append((p, operands))
                     continue
-                if (*alike, k) not in calls:
-                    calls[*alike, k] = _Call(options, operands.number)
-                call = calls[*alike, k]
-                first.setdefault(alike, call)
+                key = *operands.alike, k
+                if key not in calls:
+                    calls[key] = _Call(options, operands.number)
+                call = calls[key]
+                first.setdefault(operands.alike, call)
                 call.operands.append(operands)
                 call.places.append(i)
             for (*_, k), call in calls.items():
                 call.weights = estimated[k].part(call.places)
-            for alike, p, operands in others:
+            for p, operands in others:
                 # with estimated ones of their group, if any, in one call; else with all that is updated alike
-                joint = None if id(p) in alphas else first.get(alike)
+                joint = None if id(p) in alphas else first.get(operands.alike)
                 if joint is None:
-                    joint = last.setdefault((*alike, *options.key), _Call(options, operands.number))
+                    key = *operands.alike, *options.key
+                    joint = last.setdefault(key, _Call(options, operands.number))
                 joint.operands.append(operands)
             yield from calls.values()
         yield from last.values()
@@ -241,15 +242,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Operands:
         """Make the state. Gradient and state come to lie in memory as the parameter does, for ``view``."""
-        grad, latent, state = p.grad, view(p), self.state[p]
+        grad, latent = p.grad, view(p)
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"params must have dense gradients, got a sparse one of shape {tuple(p.shape)}")
-        seen = local if latent is p else view
+        seen, state = local if latent is p else view, self.state[p]
 
         def like_parameter(t: Tensor) -> Tensor:
-            if seen(t).is_contiguous():
-                return t
             return torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
 
         if not seen(grad).is_contiguous():
@@ -267,7 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         for name in ("master", *names) if "master" in state else names:
-            state[name] = like_parameter(state[name])  # from a checkpoint of another layout
+            if not seen(state[name]).is_contiguous():  # from a checkpoint of another layout
+                state[name] = like_parameter(state[name])
         master = seen(state["master"]) if "master" in state else None
         if master is not None:
             follow(master, latent)
@@ -278,8 +278,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             joined = self._joined[id(p)]
         else:
             number = int(state["step"]) + 1
+        alike = p.device, p.dtype, grad.dtype, number, joined, master is None
         states = [seen(state[name]) for name in names]
-        return _Operands(latent, seen(grad), master, states, state["step"], number, joined)
+        return _Operands(latent, seen(grad), master, states, state["step"], number, alike)
 
     # ---- one call
 
@@ -379,12 +380,7 @@ class _Operands(NamedTuple):
     states: list[Tensor]
     step: Tensor  # how many steps were taken; not a view
     number: int  # of the coming step, or 0 if only the device knows it
-    joined: int  # the same for parameters with one number then
-
-    @property
-    def alike(self) -> tuple[Any, ...]:
-        """What parameters of one call have in common, beside their own device and dtype."""
-        return self.grad.dtype, self.number, self.joined, self.master is None
+    alike: tuple[Any, ...]  # the same for parameters that one call can have
 
 
 class _Call:

@@ -8,6 +8,7 @@ it imports no backend.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from .checks import check_range
 
@@ -43,13 +44,14 @@ def signed64(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, ...]:
-    """Philox4x32 with 10 rounds on the host (Salmon et al., SC 2011; Random123)."""
+def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Philox4x32 with 10 rounds (Salmon et al., SC 2011; Random123). Words are ints, or int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
-        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & MASK32
+        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1  # tensors wrap modulo 2^64, and >> keeps the sign
+        c0, c1 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, p1 & MASK32
+        c2, c3 = ((p0 >> 32) & MASK32) ^ c3 ^ k1, p0 & MASK32
         k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
     return c0, c1, c2, c3
 

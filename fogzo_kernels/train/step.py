@@ -389,11 +389,13 @@ class Step:
         if not capturing():
             run.peers.check(run.settings.seed, run.settings, run.steps, run.weights)
         run.peers.reduce(losses)
-        if norm is not None and not capturing():
+        if self._norm is not None and not capturing():
             if self._compared:
                 warn_of_scales(losses[: 1 + self.pairs])
             if run.stats.counts_codes:
-                run.stats.note_code_changes(calls.code_changes(self.groups, norm, self.options))
+                # the guides are scaled as this norm is
+                changes = calls.code_changes(self.groups, self._norm, self.options)
+                run.stats.note_code_changes(changes)
         plus, minus = losses[1:].view(2, self.pairs)
         self.estimate = Estimate(losses[0], plus, minus, norm)
         return self.estimate

@@ -96,7 +96,7 @@ def updated(case, a, draw, grid):
         drawn = [a[k] for k in ("distribution", "noise_scale", "seed", "step", "tensor_ids", "layouts")]
         mixed = a["norm"], a["one_minus_beta"], a["epsilon"]
         losses = a["losses_plus"], a["losses_minus"]
-        native.estimate_gradient(G[:quantizing], [], a["alphas"], *drawn, *mixed, *losses, grid.r, block)
+        native.estimate_gradient(G[:quantizing], a["alphas"], *drawn, *mixed, *losses, [], grid.r, block)
         reference.coefficients(a["grads"], a["alphas"], draw, mix, losses_of(a))
     if not skip:
         rule = rule_of(case)

@@ -12,18 +12,13 @@ from . import program
 from .elements import fma, product, reciprocal
 from .hadamard import rotated
 from .launch import Config, Tensors, config_of, draw_of, launch, mix_of, noise_fields
-from .losses import count_bad_alphas, losses_of, read_losses
-
-#: The coefficients' places: A, 1 if g must stay as it is, then the B_i.
-A_AT, KEEP_AT, B_AT = (tl.constexpr(i) for i in range(3))
+from .losses import A_AT, B_AT, LOST_AT, count_bad_alphas, losses_of, write_coefficients
 
 
 @triton.jit(do_not_specialize=["draw", "losses"])
 def coefficients_kernel(coef, counters, draw, mix, losses, config: tl.constexpr):
     """One program."""
-    A, lost, norm_lost = read_losses(coef + B_AT, counters, draw, mix, losses, config)
-    tl.store(coef + A_AT, A)
-    tl.store(coef + KEEP_AT, tl.where(lost | norm_lost, 1.0, 0.0))
+    write_coefficients(coef, counters, draw, mix, losses, config)
 
 
 @triton.jit
@@ -35,7 +30,7 @@ def write_estimate(grad, turn, p, names, coefficients, n, r, config: tl.constexp
     A, B0, B = coefficients
     g = program.load(grad, turn, config)
     if config.one_direction:
-        total = program.noise_of(turn, p, names, 0, config) * B0
+        total = program.noise_of(program.places_of(turn, p, config), names, 0, config) * B0
     else:
         total = program.noise_sum(g, turn, p, names, B, n, config)
     total = product(total, reciprocal(program.delta_of(turn, p, r, config)), config.block)
@@ -50,7 +45,7 @@ def estimate_kernel(table, owner, counters, draw, coef, n, r, config: tl.constex
     names = program.names_of(draw, program.entry(p.row, "TENSOR_ID"))
     grad = program.pointer(p.row, "GRAD", config.grad)
     coefficients = tl.load(coef + A_AT), tl.load(coef + B_AT), coef + B_AT
-    keep = tl.load(coef + KEEP_AT) != 0
+    keep = tl.load(coef + LOST_AT) != 0
     for start in tl.range(0, tl.where(keep, 0, p.tiled), config.tile):
         write_estimate(grad, program.tile_at(p, start, config), p, names, coefficients, n, r, config)
     REST: tl.constexpr = program.for_elements(config)

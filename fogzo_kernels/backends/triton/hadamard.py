@@ -50,7 +50,7 @@ def hadamard_kernel(table, owner, config: tl.constexpr):
 
     A program and its tiles begin where a block does, and all elements go by tiles.
     """
-    p = program.read(program.own_span(table, owner), 1.0, config)
+    p = program.read(program.own_span(table, owner), None, config)
     latent, out = program.pointer(p.row, "LATENT", config.latent), program.pointer(p.row, "PLUS", config.out)
     for start in tl.range(0, p.tiled, config.tile):
         turn = program.tile_at(p, start, config)

@@ -17,7 +17,7 @@ from .hadamard import rotated
 from .launch import Tensors, config_of, grid_of, launch
 from .program import entry
 
-#: Chunks of 8 elements by which alphas are shared, that their sums take together.
+#: Chunks that share an alpha, of which a tile's sums take so many at once.
 WIDE, MIDDLE = tl.constexpr(128), tl.constexpr(16)
 SUM_BLOCK = 2048  # programs whose sums are on their way at once
 
@@ -30,14 +30,13 @@ def write_backward(arrays, turn, p, grid, config: tl.constexpr):
     theta = rotated(theta, config)
     scale = program.scale_of(turn, p, grid, config)
     x = product(g, derivative_of(theta, scale, grid, config), config.block)
-    x = rotated(x, config)
-    program.store(out, turn, x, config)
+    program.store(out, turn, rotated(x, config), config)
     return g * alpha_slope_of(theta, scale, grid)
 
 
 @triton.jit
 def add_within(first_a, sum_a, first_b, sum_b):
-    """Sums that begin anew where an alpha does."""
+    """Add sums, which begin anew where an alpha does."""
     return first_a | first_b, tl.where(first_b != 0, sum_b, sum_a + sum_b)
 
 
@@ -49,16 +48,16 @@ def write_alpha_grad(row, index, total, mask):
 
 @triton.jit
 def partial_sums(partial):
-    """Where the program leaves its two."""
+    """The place of the program's two sums."""
     return partial + 2 * tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
 def write_sums(p, partial, terms, carry, place, exists, index, inside, length):
-    """Adds up the terms of each alpha, writes the sums of those that end here, returns that of the one at hand.
+    """Add up the terms of each alpha, write the sums of alphas that end here, return the sum of the last one.
 
-    terms: float64, of the units or elements that exist (``exists``), place 0, 1, 2, ...; each is number
-    ``inside`` of the ``length`` that share alpha ``index``. carry: the sum of the alpha at hand, so far.
+    ``terms`` are float64, of the units or elements at ``place`` 0, 1, 2, ... that exist. Each is number
+    ``inside`` of the ``length`` terms of alpha ``index``. ``carry`` is the sum of the alpha at hand so far.
     """
     terms = tl.where((place == 0) & (inside != 0), terms + carry, terms)
     _, sums = tl.associative_scan(((inside == 0).to(tl.int32), terms), 0, add_within)
@@ -72,7 +71,7 @@ def write_sums(p, partial, terms, carry, place, exists, index, inside, length):
 
 @triton.jit
 def write_rest(p, partial, total, WRITTEN: tl.constexpr):
-    """The sum of the alpha at hand when the program ends. WRITTEN: those that ended are."""
+    """Write the sum of the alpha at hand when the program ends. WRITTEN: sums of ended alphas are written."""
     length = entry(p.row, "SCALE_LENGTH")
     index = (p.end - 1) // length
     before, goes_on = index * length < p.begin, (index + 1) * length > p.end
@@ -85,7 +84,7 @@ def write_rest(p, partial, total, WRITTEN: tl.constexpr):
 
 @triton.jit
 def learned_tiles(arrays, partial, p, grid, UNIT: tl.constexpr, config: tl.constexpr):
-    """The program's tiles. Returns the sum of the alpha at hand."""
+    """Do the program's tiles, and return the sum of the alpha at hand."""
     length, divisor = entry(p.row, "SCALE_LENGTH"), entry(p.row, "SCALE_DIVISOR")
     CHUNKS: tl.constexpr = config.tile // 8
     acc = tl.zeros([CHUNKS], tl.float64)
@@ -93,7 +92,7 @@ def learned_tiles(arrays, partial, p, grid, UNIT: tl.constexpr, config: tl.const
     for start in tl.range(0, p.tiled, config.tile):
         turn = program.tile_at(p, start, config)
         terms = write_backward(arrays, turn, p, grid, config)
-        terms = tl.sum(terms.reshape([CHUNKS, 8]), 1)
+        terms = tl.sum(tl.sum(terms.reshape([CHUNKS, 4, 2]), 2), 1)
         terms = tl.where(tl.arange(0, CHUNKS) < (turn.left >> 3), terms, 0.0).to(tl.float64)
         if UNIT == 0:
             acc += terms

@@ -13,12 +13,15 @@ from . import program
 from .elements import direction_sign, is_finite
 from .launch import rounded
 
+#: Places of the coefficients: A, 1 if directions or norm are lost, 1 if the norm is, the optimizer's scalars,
+#: then the B_i.
+A_AT, LOST_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, B_AT = (tl.constexpr(i) for i in range(7))
 ALPHAS = tl.constexpr(512)  # that a program checks at a time
 
 
 @triton.jit
-def read_losses(B, counters, draw, mix, losses, config: tl.constexpr):
-    """Write the B_i, count; A, whether every direction and whether the norm is lost. For one program."""
+def write_coefficients(coef, counters, draw, mix, losses, config: tl.constexpr):
+    """Write A, the B_i and what is lost, and count it. For one program."""
     losses_plus, losses_minus, n, half_inv_eps = losses
     norm = mix[0]
     guide, b = program.mixing(mix, config)
@@ -32,12 +35,14 @@ def read_losses(B, counters, draw, mix, losses, config: tl.constexpr):
         lost += tl.where(usable, 0, 1)
         c = tl.div_rn(tl.where(usable, c, 0.0), tl.zeros([], tl.float32) + n)  # `/` may be 2 ulp off
         total += c * direction_sign(names, i)
-        tl.store(B + i, c * b)
+        tl.store(coef + B_AT + i, c * b)
     norm_lost = tl.where((n > 0) & (is_finite(tl.load(norm)) == 0), 1, 0)
     if counters is not None:
         tl.atomic_add(counters, lost.to(tl.int64))  # by one thread; a load would be by all
         tl.atomic_add(counters + 1, norm_lost.to(tl.int64))
-    return program.guide_scale(norm, total * guide, 1.0), lost == n, norm_lost == 1
+    tl.store(coef + A_AT, program.guide_scale(norm, total * guide, 1.0))
+    tl.store(coef + LOST_AT, ((lost == n) | (norm_lost == 1)).to(tl.float32))
+    tl.store(coef + SKIP_AT, norm_lost.to(tl.float32))
 
 
 @triton.jit

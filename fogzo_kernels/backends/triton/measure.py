@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,17 +15,7 @@ COLUMNS = tl.constexpr(len(cells.COLUMNS))
 PLACES = tl.constexpr({name: place for place, name in enumerate(cells.COLUMNS)})
 PIECE = tl.constexpr(SPAN)  # elements
 WIDE, MIDDLE, NARROW = map(tl.constexpr, cells.WIDTHS)
-
-
 JOINED = 1024  # pieces whose sums are on their way at once
-
-
-class Rule(NamedTuple):
-    """How a statistic becomes an alpha, float32."""
-
-    factor: Any
-    add: Any
-    least: Any
 
 
 @triton.constexpr_function
@@ -59,7 +47,7 @@ def parts(x, STATISTIC: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def sound(total, STATISTIC: tl.constexpr):
-    """Whether no overflow can be in a sum of float32 parts, and of squares at most 2^-149 for each in 2^-80."""
+    """Whether a sum of float32 parts lost nothing: no overflow, and of squares at most 2^-149 each in 2^-80."""
     if STATISTIC == "absmax":
         return total >= 0
     elif STATISTIC == "rms":
@@ -96,8 +84,9 @@ def write_alphas(alpha, mask, total, length, rule, STATISTIC: tl.constexpr):
     else:
         tl.static_assert(STATISTIC == "rms", "no code for statistic " + STATISTIC)
         statistic = tl.sqrt(mean).to(tl.float32)
-    scaled = rule.factor * (statistic + rule.add)
-    tl.store(alpha, tl.where(scaled < rule.least, rule.least, scaled), mask=mask)
+    factor, add, least = rule
+    scaled = factor * (statistic + add)
+    tl.store(alpha, tl.where(scaled < least, least, scaled), mask=mask)
 
 
 # ---- tiles
@@ -131,19 +120,19 @@ def tile_totals(
 def totals(
     data, first, valid, count, aligned, ROWS: tl.constexpr, WIDTH: tl.constexpr, STATISTIC: tl.constexpr
 ):  # fmt: skip
-    found = tl.zeros([ROWS], tl.float64)
+    total = tl.zeros([ROWS], tl.float64)
     done = 0
     if aligned:
         fast = count & -8
-        found = tile_totals(data, first, valid, 0, fast, ROWS, WIDTH, True, STATISTIC)
-        if tl.min((sound(found, STATISTIC) | (~valid)).to(tl.int32), 0) != 0:
+        total = tile_totals(data, first, valid, 0, fast, ROWS, WIDTH, True, STATISTIC)
+        if tl.min((sound(total, STATISTIC) | (~valid)).to(tl.int32), 0) != 0:
             done = fast
         else:
-            found = tl.zeros([ROWS], tl.float64)
+            total = tl.zeros([ROWS], tl.float64)
     if done < count:
         rest = tile_totals(data, first, valid, done, count, ROWS, WIDTH, False, STATISTIC)
-        found = joined(found, rest, STATISTIC)
-    return found
+        total = joined(total, rest, STATISTIC)
+    return total
 
 
 @triton.jit
@@ -214,6 +203,6 @@ def measure_alphas_(alphas: Tensors, tensors: Tensors, measure: Measure) -> None
     device, p = tensors[0].device, cells.plan(tensors, alphas)
     partial = torch.empty(max(p.programs if p.seconds else 0, 1), dtype=torch.float64, device=device)
     statistic, *numbers = measure
-    rule, config = Rule(*map(rounded, numbers)), Config(latent=dtype_of(tensors), variant=statistic)
+    rule, config = tuple(map(rounded, numbers)), Config(latent=dtype_of(tensors), variant=statistic)
     launch(measure_kernel, p.programs, device, p.table, p.owner, partial, rule, config)
     launch(join_kernel, p.seconds, device, p.table, p.second, partial, rule, BLOCK=JOINED, STATISTIC=statistic)

@@ -15,14 +15,14 @@ from .launch import config_of, draw_of, launch, noise_scale, rounded
 
 @triton.jit
 def write_noise(out, turn, p, names, direction, scale, config: tl.constexpr):
-    m = program.noise_of(turn, p, names, direction, config)
+    m = program.noise_of(program.places_of(turn, p, config), names, direction, config)
     program.store(out, turn, m * scale, config)
 
 
 @triton.jit(do_not_specialize=["draw", "direction"])
 def noise_kernel(table, owner, draw, direction, scale, config: tl.constexpr):
     """u = C m into PLUS, float32."""
-    p = program.read(program.own_span(table, owner), 1.0, config)
+    p = program.read(program.own_span(table, owner), None, config)
     names = program.names_of(draw, program.entry(p.row, "TENSOR_ID"))
     out = program.pointer(p.row, "PLUS", tl.float32)
     for start in tl.range(0, p.tiled, config.tile):

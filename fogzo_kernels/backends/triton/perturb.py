@@ -54,7 +54,7 @@ def probe(theta, g, m, eps, s, scale, config: tl.constexpr):
 def write_probes(turn, p, s, config: tl.constexpr):
     """Q(w + eps v) into PLUS and Q(w - eps v) into MINUS."""
     g, theta = program.load(s.grad, turn, config), program.load(s.latent, turn, config)
-    m = program.noise_of(turn, p, s.names, s.direction, config)
+    m = program.noise_of(program.places_of(turn, p, config), s.names, s.direction, config)
     scale = program.scale_of(turn, p, s.grid, config)
     if config.plus:
         program.store(s.plus, turn, probe(theta, g, m, s.eps, s, scale, config), config)
@@ -64,6 +64,7 @@ def write_probes(turn, p, s, config: tl.constexpr):
 
 @triton.jit(do_not_specialize=["draw", "direction"])
 def perturb_kernel(table, owner, draw, mix, direction, eps, grid, config: tl.constexpr):
+    """Both probes, or one of them."""
     row, begin, end = program.own_span(table, owner)
     names = program.names_of(draw, program.entry(row, "TENSOR_ID"))
     sqrt_beta, b = program.mixing(mix, config)
@@ -81,9 +82,9 @@ def perturb_kernel(table, owner, draw, mix, direction, eps, grid, config: tl.con
         write_probes(program.elements_at(p, start), p, s, REST)
 
 
-def registers_of(out: torch.dtype | None, block: int) -> int | None:
+def registers_of(out: torch.dtype, block: int) -> int | None:
     """The most of a thread. A tile's larger blocks of the transform need more."""
-    return (128 if block <= 256 else 200) if block else REGISTERS.get(out) if out else None
+    return (128 if block <= 256 else 200) if block else REGISTERS.get(out)
 
 
 def perturb_quantize_(

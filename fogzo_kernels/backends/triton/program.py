@@ -23,14 +23,6 @@ WIDTH = tl.constexpr(len(COLUMNS))
 PLACES = tl.constexpr({name: place for place, name in enumerate(COLUMNS)})
 
 
-class Span(NamedTuple):
-    """The elements [begin, end) of the tensor of a row."""
-
-    row: Any
-    begin: Any
-    end: Any
-
-
 class Program(NamedTuple):
     """The elements [begin, end) of a tensor, and what the program reads of its row before a loop."""
 
@@ -82,7 +74,7 @@ def span_of(table, owner, number):
     row = table + tl.load(owner + number).to(tl.int64) * WIDTH
     span = entry(row, "SPAN")
     begin = (number - entry(row, "FIRST")) * span
-    return Span(row, begin, tl.minimum(begin + span, entry(row, "NUMEL")))
+    return row, begin, tl.minimum(begin + span, entry(row, "NUMEL"))
 
 
 @triton.jit
@@ -91,17 +83,15 @@ def own_span(table, owner):
 
 
 @triton.jit
-def read(span, r, config: tl.constexpr, MAY_LACK_ALPHA: tl.constexpr = False):
-    """The program of a span; ``r`` is the grid's. MAY_LACK_ALPHA: delta of a tensor without alphas is r."""
+def read(span, r, config: tl.constexpr, SOME_ALPHAS: tl.constexpr = False):
+    """The program of a span. ``r`` is the grid's, None without alphas. SOME_ALPHAS: some tensors have none."""
     row, begin, end = span
     fast = entry(row, "FAST")
     alpha = pointer(row, "ALPHA", tl.float32)
-    delta, chunks, divisor = r, fast, fast
-    if MAY_LACK_ALPHA:
+    delta, has_alpha, chunks, divisor = 1.0, True, fast, fast
+    if SOME_ALPHAS:
         has_alpha = entry(row, "ALPHA") != 0
-    else:
-        has_alpha = True
-    if config.per_tensor:
+    if r is not None and config.per_tensor:
         delta = tl.load(alpha, mask=has_alpha, other=1.0) * r
     else:
         chunks, divisor = tl.where(has_alpha, fast >> 3, 0).to(tl.uint32), entry(row, "SCALE_DIVISOR")
@@ -127,7 +117,7 @@ def divide(n, packed):
 @triton.constexpr_function
 def for_elements(config):
     """The configuration for turns of single elements. A tensor with a transform has none."""
-    return config.replaced(single=True, block=0)
+    return config.replaced(single=True, block=0, one_direction=False)
 
 
 @triton.jit
@@ -170,29 +160,24 @@ def chunks_of(turn, config: tl.constexpr):
 @triton.jit
 def places_of(turn, p, config: tl.constexpr):
     """Places in the whole parameter: of a tile's chunks, or of single elements."""
-    if not config.single:
+    if config.single:
+        j, _ = single(turn, config)
+        place = entry(p.row, "OFFSET") + j + j // entry(p.row, "INNER") * entry(p.row, "SKIP")
+    else:
         local = chunks_of(turn, config)
         place = p.offset + local
         if config.shard:
             place += divide(local, p.inner_divisor).to(tl.int64) * p.skip
-    else:
-        j, _ = single(turn, config)
-        place = entry(p.row, "OFFSET") + j + j // entry(p.row, "INNER") * entry(p.row, "SKIP")
     return place
 
 
 @triton.jit
-def noise_at(place, names, direction, config: tl.constexpr):
-    """Noise of a turn's places_of(): m times its factor in elements.M_FACTOR."""
-    if not config.single:
-        return tile_noise(place, names, direction, config)
-    else:
+def noise_of(place, names, direction, config: tl.constexpr):
+    """Noise of the places of a turn: m times its factor in elements.M_FACTOR."""
+    if config.single:
         return element_noise(place, names, direction, config)
-
-
-@triton.jit
-def noise_of(turn, p, names, direction, config: tl.constexpr):
-    return noise_at(places_of(turn, p, config), names, direction, config)
+    else:
+        return tile_noise(place, names, direction, config)
 
 
 @triton.jit
@@ -205,7 +190,7 @@ def noise_sum(like, turn, p, names, B, n, config: tl.constexpr):
     else:
         acc = tl.zeros(place.shape, tl.float32)
     for i in tl.range(0, n):
-        acc = fma(noise_at(place, names, i, config), tl.load(B + i), acc)
+        acc = fma(noise_of(place, names, i, config), tl.load(B + i), acc)
     return acc
 
 

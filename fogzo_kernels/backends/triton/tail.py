@@ -33,25 +33,21 @@ from .launch import (
     noise_fields,
     rounded,
 )
-from .losses import count_bad_alphas, losses_of, read_losses
+from .losses import (
+    A_AT,
+    B_AT,
+    DECAY_AT,
+    LOST_AT,
+    ROOT_AT,
+    SIZE_AT,
+    SKIP_AT,
+    count_bad_alphas,
+    losses_of,
+    write_coefficients,
+)
 
 TILE = 1024  # elements per loop iteration, which holds twice as many arrays as those of the other ops
 REGISTERS = 96  # the most of a thread: ptxas, left alone, spills some to reach fewer
-
-#: The coefficients' places: A, 1 if the directions count, 1 if the step is skipped, the optimizer's
-#: scalars, then the B_i.
-A_AT, NOISE_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, B_AT = (tl.constexpr(i) for i in range(7))
-
-
-class Numbers(NamedTuple):
-    """The optimizer's numbers that a step needs beside the coefficients, float32."""
-
-    first_weight: Any
-    second_weight: Any
-    second_decay: Any
-    eps: Any
-    weight_decay: Any
-    momentum: Any
 
 
 class Pass(NamedTuple):
@@ -72,7 +68,7 @@ class Pass(NamedTuple):
     size: Any  # float32; for SGD ``decay`` is keep
     decay: Any
     root: Any
-    numbers: Any
+    numbers: Any  # of the optimizer's rule, as numbers_of() gives them
     grid: Any
 
 
@@ -91,10 +87,7 @@ def float64_of(x):
 @triton.jit(do_not_specialize=["draw", "losses", "optimizer"])
 def update_coefficients_kernel(coef, counters, draw, mix, losses, optimizer, config: tl.constexpr):
     """One program."""
-    A, lost, norm_lost = read_losses(coef + B_AT, counters, draw, mix, losses, config)
-    tl.store(coef + A_AT, tl.where(lost, 1.0, A))
-    tl.store(coef + NOISE_AT, tl.where(lost, 0.0, 1.0))
-    tl.store(coef + SKIP_AT, tl.where(norm_lost, 1.0, 0.0))
+    write_coefficients(coef, counters, draw, mix, losses, config)
     lr, count, decay_rate, log_beta1, log_beta2, keep = optimizer
     RULE: tl.constexpr = config.variant
     rate, t = float64_of(lr), program.scalar(count).to(tl.int64)
@@ -118,21 +111,21 @@ def update_coefficients_kernel(coef, counters, draw, mix, losses, optimizer, con
 def stepped(theta, G, first, second, s, config: tl.constexpr):
     """theta and its state after the step (contract section 4)."""
     RULE: tl.constexpr = config.variant
-    u = s.numbers
+    first_weight, second_weight, second_decay, eps, weight_decay, momentum = s.numbers
     if RULE == "adamw":
-        first = fma(G - first, u.first_weight, first)
-        second = fma(G * u.second_weight, G, second * u.second_decay)
-        ratio = tl.div_rn(first, fma(tl.sqrt_rn(second), s.root, u.eps))
+        first = fma(G - first, first_weight, first)
+        second = fma(G * second_weight, G, second * second_decay)
+        ratio = tl.div_rn(first, fma(tl.sqrt_rn(second), s.root, eps))
         return fma(ratio, -s.size, theta * s.decay), first, second
     elif RULE == "sgd":
-        return fma(fma(theta, u.weight_decay, G), -s.size, theta), first, second
+        return fma(fma(theta, weight_decay, G), -s.size, theta), first, second
     elif RULE == "momentum":
-        first = fma(fma(theta, u.weight_decay, G), s.decay, first * u.momentum)
+        first = fma(fma(theta, weight_decay, G), s.decay, first * momentum)
         return fma(first, -s.size, theta), first, second
     elif RULE == "nesterov":
-        d = fma(theta, u.weight_decay, G)
-        first = fma(d, s.decay, first * u.momentum)
-        return fma(fma(first, u.momentum, d), -s.size, theta), first, second
+        d = fma(theta, weight_decay, G)
+        first = fma(d, s.decay, first * momentum)
+        return fma(fma(first, momentum, d), -s.size, theta), first, second
     else:
         tl.static_assert(False, f"no code for rule {RULE}")
 
@@ -180,7 +173,7 @@ def pass_of(p, draw, coef, n, numbers, grid, config: tl.constexpr):
         weight = program.pointer(p.row, "MINUS", tl.float32)
     if config.out is not None:
         out = program.pointer(p.row, "PLUS", config.out)
-    noisy, skip = p.has_alpha & (tl.load(coef + NOISE_AT) != 0), tl.load(coef + SKIP_AT) != 0
+    noisy, skip = p.has_alpha & (tl.load(coef + LOST_AT) == 0), tl.load(coef + SKIP_AT) != 0
     A, directions = tl.where(noisy, tl.load(coef + A_AT), 1.0), tl.where(noisy, n, 0)
     size, decay, root = tl.load(coef + SIZE_AT), tl.load(coef + DECAY_AT), tl.load(coef + ROOT_AT)
     arrays = latent, grad, weight, first, second, out
@@ -223,9 +216,10 @@ def optimizer_of(update: Update) -> tuple[Any, ...]:
     return bits_or_device(update.lr), count, bits(rule.weight_decay), *logs, bits(1.0 - rule.dampening)
 
 
-def numbers_of(rule: UpdateRule) -> Numbers:
+def numbers_of(rule: UpdateRule) -> tuple[float, ...]:
+    """The numbers of the rule that a step of an element needs, float32."""
     weights = 1.0 - rule.beta1, 1.0 - rule.beta2, rule.beta2
-    return Numbers(*map(rounded, (*weights, rule.eps, rule.weight_decay, rule.momentum)))
+    return tuple(map(rounded, (*weights, rule.eps, rule.weight_decay, rule.momentum)))
 
 
 def estimate_update_(

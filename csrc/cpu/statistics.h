@@ -1,4 +1,10 @@
-// Statistics of cells, the elements that share an alpha. Like tiles.h, which comes before it.
+// Statistics of cells, the elements that share an alpha, and the norm of the guide.
+#pragma once
+
+#include "tiles.h"
+
+namespace fogzo::cpu {
+namespace {
 
 template <Statistic S> using Lane = std::conditional_t<S == Statistic::absmax, int32_t, double>;
 
@@ -60,41 +66,31 @@ template <Statistic S> double total(const float *x, int64_t n, Dtype dtype) {
   return sound ? found : exact_total<S>(x, n);
 }
 
-constexpr int64_t kShort = 2 * kSums; // elements of a cell
+constexpr int64_t kShort = 2 * kSums; // elements of a cell for which so many lanes are too many
 
-// Cells for which so many lanes are too many.
-template <Statistic S, class Done>
-void for_each_short_cell(const Item &item, int64_t begin, int64_t end, Done done) {
+// What a short cell comes to.
+template <Statistic S> double short_total(const float *x, int64_t n) {
+  Lane<S> lane = 0;
+  for (int64_t i = 0; i < n; ++i)
+    add<S>(lane, x[i]);
+  return double(lane);
+}
+
+// done(index, total) for each cell of the range: whole cells, or a piece of one. Short cells lie within a tile.
+template <Statistic S, class Done> void for_each_cell(const Item &item, int64_t begin, int64_t end, Done done) {
   float buffer[kTile];
-  const int64_t length = item.scale_length, step = kTile / length * length;
-  int64_t index = 0;
+  const bool is_short = item.scale_length < kShort;
+  const int64_t length = least(item.scale_length, end - begin);
+  const int64_t step = is_short ? kTile / length * length : kTile;
+  int64_t index = 0, left = length;
+  double sum = 0;
   for (int64_t start = begin; start < end; start += step) {
     const int64_t count = least(step, end - start);
     const float *x = load(item.latent, start, count, buffer);
     prefetch_tile(item.latent, start + step);
-    for (int64_t first = 0; first < count; first += length) {
-      Lane<S> lane = 0;
-      for (int64_t i = first; i < first + length; ++i)
-        add<S>(lane, x[i]);
-      done(index++, double(lane));
-    }
-  }
-}
-
-// done(index, total) for each cell of the range: whole cells, or a piece of one.
-template <Statistic S, class Done> void for_each_cell(const Item &item, int64_t begin, int64_t end, Done done) {
-  if (item.scale_length < kShort)
-    return for_each_short_cell<S>(item, begin, end, done);
-  float buffer[kTile];
-  const int64_t length = least(item.scale_length, end - begin);
-  int64_t index = 0, left = length;
-  double sum = 0;
-  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    const float *x = load(item.latent, start, count, buffer);
-    prefetch_tile(item.latent, start + kTile);
     for (int64_t first = 0; first < count;) {
       const int64_t n = least(count - first, left);
-      sum = joined<S>(sum, total<S>(x + first, n, item.latent.dtype));
+      sum = joined<S>(sum, is_short ? short_total<S>(x + first, n) : total<S>(x + first, n, item.latent.dtype));
       first += n;
       left -= n;
       if (!left) {
@@ -103,37 +99,57 @@ template <Statistic S, class Done> void for_each_cell(const Item &item, int64_t 
         left = length;
       }
     }
-  });
+  }
 }
 
-template <Statistic S>
 void measure_range(const Item &item, const Measure &measure, int64_t begin, int64_t end) {
   float *alpha = static_cast<float *>(item.plus.data) + begin / item.scale_length;
-  for_each_cell<S>(item, begin, end, [&](int64_t cell, double total) {
-    alpha[cell] = alpha_of(statistic_of<S>(total, item.scale_length), measure);
+  with_value(measure.statistic, [&](auto statistic) {
+    constexpr Statistic S = decltype(statistic)::value;
+    for_each_cell<S>(item, begin, end, [&](int64_t cell, double total) {
+      alpha[cell] = alpha_of(statistic_of<S>(total, item.scale_length), measure);
+    });
   });
-}
-
-void measure_range(const Item &item, const Measure &measure, int64_t begin, int64_t end) {
-  switch (measure.statistic) {
-#define FOGZO_CASE(name, ...)                                                                                  \
-  case Statistic::name:                                                                                        \
-    return measure_range<Statistic::name>(item, measure, begin, end);
-    FOGZO_STATISTICS(FOGZO_CASE)
-#undef FOGZO_CASE
-  }
 }
 
 double total_range(const Item &item, Statistic statistic, int64_t begin, int64_t end) {
-  double found = 0;
-  const auto keep = [&](int64_t, double total) { found = total; };
-  switch (statistic) {
-#define FOGZO_CASE(name, ...)                                                                                  \
-  case Statistic::name:                                                                                        \
-    for_each_cell<Statistic::name>(item, begin, end, keep);                                                    \
-    break;
-    FOGZO_STATISTICS(FOGZO_CASE)
-#undef FOGZO_CASE
-  }
-  return found;
+  double sum = 0;
+  with_value(statistic, [&](auto S) {
+    for_each_cell<decltype(S)::value>(item, begin, end, [&](int64_t, double total) { sum = total; });
+  });
+  return sum;
 }
+
+// Element i of a tile goes to sum i % kSums, so that the order of additions is the same everywhere.
+double sumsq_range(const Item &item, float r, int64_t begin, int64_t end) {
+  float buffer[kTile];
+  double sums[kSums] = {};
+  for_each_tile(begin, end, [&](int64_t start, int64_t count) {
+    const float *g = load(item.grad, start, count, buffer);
+    prefetch_tile(item.grad, start + kTile);
+    for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
+      const double delta = scale.delta;
+      int64_t i = first;
+      const auto add = [&](int64_t at) {
+        const double h = double(g[at]) * delta;
+        sums[at % kSums] += h * h;
+      };
+      for (; i < last && i % kSums; ++i)
+        add(i);
+      for (; i + kSums <= last; i += kSums)
+        for (int l = 0; l < kSums; ++l) {
+          const double h = double(g[i + l]) * delta;
+          sums[l] += h * h;
+        }
+      for (; i < last; ++i)
+        add(i);
+    });
+  });
+  double total = 0;
+  for (double sum : sums)
+    total += sum;
+  return total;
+}
+
+} // namespace
+} // namespace fogzo::cpu

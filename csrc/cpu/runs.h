@@ -1,0 +1,168 @@
+// Ranges cut for the kernels on vectors: runs of whole batches with one scale and consecutive chunks, and
+// single batches each of whose chunks has its own scale and number, as rows, groups and shards whose lengths
+// are multiples of 8 need them.
+#pragma once
+
+#include "noise.h"
+
+#if FOGZO_ISA
+namespace fogzo::cpu {
+namespace {
+
+constexpr int64_t kAhead = 4096; // bytes; the hardware's own prefetching stops at each page
+
+// Two vectors, kAhead bytes after element i.
+template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
+  const char *ahead = static_cast<const char *>(data) + i * size_of(T) + kAhead;
+  for (int64_t line = 0; line < 2 * kWidth * size_of(T); line += 64)
+    __builtin_prefetch(ahead + line, WRITE);
+}
+
+struct Run {
+  int64_t begin, end; // local elements: whole batches
+  uint64_t chunk;     // of the first one; the upper half of all of them
+  Scale scale;
+
+  uint64_t chunk_at(int64_t i) const { return chunk + uint64_t(i - begin) / 8; }
+  int64_t drawn_at(int64_t i) const { return least(kDrawn, (end - i) / (2 * kWidth)); }
+};
+
+struct Batch {
+  int64_t begin, end; // local elements, before which the first `skip` elements of the batch lie
+  int64_t skip;
+  uint64_t chunk[kGroup];
+  float delta[kGroup];
+};
+
+// Walks over the elements of a range, with their names and scales.
+struct Walk {
+  const Item &item;
+  float r;
+  int64_t at, column, e, group, left; // e: of element `at`; left: elements up to the group's end
+
+  Walk(const Item &item, float r, int64_t begin)
+      : item(item), r(r), at(begin), column(begin % item.layout.inner),
+        e(item.layout.offset + begin / item.layout.inner * item.layout.stride + column),
+        group(begin / item.scale_length), left(item.scale_length - begin % item.scale_length) {}
+
+  // the next end of a row, a group or the range
+  int64_t same_until(int64_t end) const {
+    return least(least(end, at + item.layout.inner - column), at + left);
+  }
+
+  // by a count that leads at most to the end of the row and of the group
+  void advance(int64_t count) {
+    at += count, column += count, e += count, left -= count;
+    if (column == item.layout.inner) {
+      column = 0;
+      e += item.layout.stride - item.layout.inner;
+    }
+    if (left == 0) {
+      ++group;
+      left = item.scale_length;
+    }
+  }
+
+  // The batch up to `stop`: whole chunks, or consecutive elements with one scale.
+  Batch batch_until(int64_t stop) {
+    Batch batch;
+    batch.begin = at, batch.end = stop, batch.skip = e & 7;
+    int i = 0;
+    while (at < stop) {
+      const int64_t count = same_until(stop) - at;
+      const float delta = item.alpha[group] * r;
+      for (int64_t chunk = e >> 3; chunk <= (e + count - 1) >> 3; ++chunk, ++i)
+        batch.chunk[i] = uint64_t(chunk), batch.delta[i] = delta;
+      advance(count);
+    }
+    for (; i < kGroup; ++i)
+      batch.chunk[i] = 0, batch.delta[i] = 1.0f; // of elements that are not there
+    return batch;
+  }
+};
+
+// Of one value for each chunk of a batch, those of the elements of its vector k.
+template <bool PAIRS> inline F spread(F chunks, int k) {
+  return pick(chunks, (lane_numbers() * (PAIRS ? 2u : 1u) + uint32_t(k * kWidth)) >> 3);
+}
+
+inline bool in_chunks(const Item &item) {
+  const Layout &l = item.layout;
+  return l.offset % 8 == 0 && (l.inner >= item.numel || (l.inner % 8 == 0 && l.stride % 8 == 0)) &&
+         (item.scale_length >= item.numel || item.scale_length % 8 == 0);
+}
+
+// Whether batches would hold so few elements that tiles are faster.
+inline bool better_by_tiles(const Item &item) {
+  return !in_chunks(item) && least(item.layout.inner, item.scale_length) < kBatch / 4;
+}
+
+// The operands of a batch that they do not fill, in buffers of a batch's size.
+struct PartialBatch {
+  static constexpr Span Item::*kSpans[] = {&Item::latent, &Item::grad, &Item::plus, &Item::minus};
+  alignas(64) char bytes[4][kBatch * sizeof(float)];
+  const Item &whole;
+  const Batch &batch;
+  Item item;
+
+  PartialBatch(const Item &whole, const Batch &batch) : whole(whole), batch(batch), item(whole) {
+    for (int k = 0; k < 4; ++k)
+      if (const Span &span = whole.*kSpans[k]; span.data) {
+        item.*kSpans[k] = span_from(bytes[k], span.dtype, batch.begin - batch.skip);
+        if (k < 2) { // an input
+          std::memset(bytes[k], 0, sizeof bytes[k]);
+          copy(item.*kSpans[k], span);
+        }
+      }
+  }
+  void write() const {
+    for (int k = 2; k < 4; ++k)
+      if ((whole.*kSpans[k]).data)
+        copy(whole.*kSpans[k], item.*kSpans[k]);
+  }
+
+private:
+  void copy(const Span &to, const Span &from) const {
+    std::memcpy(address_of(to, batch.begin), address_of(from, batch.begin),
+                (batch.end - batch.begin) * size_of(to.dtype));
+  }
+};
+
+// Cuts a range into runs for on_run(run) and batches for on_batch(item, batch), whose operands fill it.
+template <class OnRun, class OnBatch>
+void for_each_run(const Item &item, float r, int64_t begin, int64_t end, OnRun on_run, OnBatch on_batch) {
+  const bool chunked = in_chunks(item);
+  for (Walk walk(item, r, begin); walk.at < end;) {
+    const int64_t same = walk.same_until(end), skip = walk.e & 7;
+    const int64_t to_next_half = (int64_t(1) << 35) - walk.e % (int64_t(1) << 35); // of the chunk's number
+    const int64_t whole = skip ? 0 : least(same - walk.at, to_next_half) / kBatch * kBatch;
+    if (whole) {
+      on_run(Run{walk.at, walk.at + whole, uint64_t(walk.e) >> 3, make_scale(item.alpha[walk.group], r)});
+      walk.advance(whole);
+      continue;
+    }
+    const Batch batch =
+        walk.batch_until(chunked ? least(end, walk.at + kBatch) : least(same, walk.at + kBatch - skip));
+    if (batch.end - batch.begin == kBatch) {
+      on_batch(item, batch);
+    } else {
+      const PartialBatch partial(item, batch);
+      on_batch(partial.item, batch);
+      partial.write();
+    }
+  }
+}
+
+// Operands of dtypes that have kernels of their own, in the order of an op's operands.
+template <Dtype... T> struct Dtypes {
+  template <class... Given> static bool are(Given... given) { return ((given == T) && ...); }
+};
+
+// body(dtypes) for the first of LIST that is given; false where there is none
+template <class... List, class Body, class... Given> bool with_dtypes(Body body, Given... given) {
+  return ((List::are(given...) && (body(List()), true)) || ...);
+}
+
+} // namespace
+} // namespace fogzo::cpu
+#endif
