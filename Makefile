@@ -90,8 +90,8 @@ bench: $(VENV)/built $(VENV)/has-triton $(VENV)/has-demo
 SECONDS := 60
 fuzz: $(TESTABLE)
 	mkdir -p build
-	$(BIN)/python python_tests/fuzzing.py --seconds $(SECONDS) --log build/fuzz.json
-	PYTHONPATH=. $(BIN)/python python_tests/loops.py --seconds $(SECONDS) --seed $$(date +%s)
+	PYTHONPATH=.:python_tests $(BIN)/python -m support.fuzzing --seconds $(SECONDS) --log build/fuzz.json
+	PYTHONPATH=.:python_tests $(BIN)/python -m support.loops --seconds $(SECONDS) --seed $$(date +%s)
 
 # The CPU part of the suite with the native module under the compiler's sanitizers
 sanitize: $(TESTABLE)

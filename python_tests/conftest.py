@@ -7,7 +7,7 @@ from itertools import islice
 import ptx
 import pytest
 import torch
-from interpreted import patch_once
+from support.interpreted import patch_once
 
 #: Set, it leaves out no test: every combination of Triton's variants, CUDA for every architecture, long runs.
 EVERYTHING = "FOGZO_TEST_EVERYTHING"
@@ -128,6 +128,19 @@ def generator():
     seed = int(os.environ.get("FOGZO_TEST_SEED", torch.seed() % 2**32))
     print(f"FOGZO_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def triton():
+    """The counts of Triton's kernels; here its compiler goes on to machine code."""
+    if INTERPRETED:
+        pytest.skip("Triton's interpreter makes no machine code")
+    from ptx.triton_driver import to_machine_code
+
+    with to_machine_code():
+        from bench.sass import triton
+
+        yield triton
 
 
 def selecting() -> list[str | None]:

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
+from support.processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
 from torch import nn
 
 import fogzo_kernels as fk

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from layers import LAYERS, of_groups, rows_of
+from support.layers import LAYERS, of_groups, rows_of
 from torch import nn
 
 import fogzo_kernels as fk
@@ -68,7 +68,7 @@ def of_integers_(module):
             p.copy_(torch.randint(-7, 8, p.shape))
 
 
-def test_shapes_of_inputs():
+def test_inputs_of_any_rank_have_an_alpha_per_token():
     """Any number of leading dimensions, none, no rows, and one sample of a convolution."""
     linear, conv = nn.Linear(6, 4), nn.Conv2d(2, 3, 3)
     weights = fk.Quantizer(fk.Grid.uniform(4), fk.Scale.fixed(1.0), fk.StraightThrough("identity"))
@@ -104,7 +104,7 @@ def quantized(**options):
     return model, report
 
 
-def test_rules_and_report():
+def test_a_rule_gives_its_modules_their_own_input_quantizer():
     """A third entry of a rule is its modules' own; embeddings take indices."""
     model, report = quantized(rules=[("4", WEIGHTS, TENSOR), ("5", fk.presets.bitnet(), None)])
     assert [m.activation for m in model if hasattr(m, "activation")] == [None, INT8, TENSOR, None]
@@ -132,7 +132,7 @@ def test_a_step_perturbs_weights_only():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_exported_copied_in_bfloat16(name):
+def test_compiled_exported_copied_and_bfloat16_layers_give_the_eager_output(name):
     layer = LAYERS[name]
     module = layer.make()
     fk.quantize_model(module, fk.presets.fixed(4, 0.1), activation=INT8)
@@ -151,7 +151,7 @@ def test_compiled_exported_copied_in_bfloat16(name):
     torch.testing.assert_close(low.float(), y, rtol=0.05, atol=0.05)
 
 
-def test_it_travels_in_checkpoints():
+def test_checkpoints_keep_the_input_quantizer():
     model, _ = quantized()
     twin, _ = quantized()
     twin.load_state_dict(model.state_dict())
@@ -167,7 +167,7 @@ def test_it_travels_in_checkpoints():
     assert set(model.state_dict()) == set(net().state_dict())
 
 
-def test_it_travels_through_transformers(tmp_path):
+def test_transformers_keep_the_input_quantizer(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     import fogzo_kernels.integrations.transformers  # noqa: F401
 

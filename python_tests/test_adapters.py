@@ -89,7 +89,7 @@ def test_a_merge_into_quantized_weights_is_an_error_that_names_the_remedy(preset
     ],
     ids=str,
 )
-def test_other_adapters(options):
+def test_every_kind_of_adapter_refuses_to_merge_until_dequantized(options):
     model = adapted(PRESETS["lsq"], targets=["head"], **options)
     with pytest.raises(RuntimeError, match="got head, a QuantLinear"):
         model.merge_and_unload()
@@ -191,7 +191,7 @@ def test_tied_embeddings_are_resized(tmp_path):
     torch.testing.assert_close(loaded(TOKENS).logits, model.eval()(TOKENS).logits, rtol=0, atol=1e-6)
 
 
-def test_new_heads_deleted_and_wrapped_modules():
+def test_modules_may_be_deleted_or_wrapped_but_not_replaced_by_plain_ones():
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), nn.Linear(4, 4))
     fk.quantize_model(model, PRESETS["lsq"])
     model[2] = nn.Sequential(model[2])  # still there

@@ -6,7 +6,8 @@ import torch
 from conftest import BACKENDS, device_of
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import (
+from support.samples import GRID_CASES, GRID_IDS, IDENTITY, alphas_for, poisoned
+from support.tolerances import (
     DERIVATIVE_TOLERANCE,
     EXACT,
     INEXACT,
@@ -24,30 +25,8 @@ from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32
 
 SIZES = (0, 1, 7, 8, 9, 1023, 65537)
 OFFSETS = (0, 3, 8, 2**34 + 5)
-IDENTITY = fk.StraightThrough("identity", clip=False)
-CASES = [
-    (fk.Grid.uniform(2), fk.StraightThrough("identity")),
-    (fk.Grid.uniform(8), fk.StraightThrough("identity", noise="gaussian")),
-    (fk.Grid.half_offset(1), fk.StraightThrough("identity", noise="rademacher")),
-    (fk.Grid.half_offset(4), IDENTITY),
-    (fk.Grid.ternary(), IDENTITY),
-    (fk.Grid.sign(), fk.StraightThrough("hardtanh")),
-    (fk.Grid.sign(), fk.StraightThrough("tanh")),
-    (fk.Grid.sign(), fk.StraightThrough("approxsign")),
-]
-IDS = [f"{s.kind}-{s.distribution}-{g.levels}" for g, s in CASES]
 TRUST = fk.StraightThrough("identity", clip="trust")
-DERIVATIVES = [*CASES, (fk.Grid.half_offset(2), TRUST), (fk.Grid.uniform(3), TRUST)]
-
-
-def poisoned(like, dtype):
-    return torch.full(like.shape, float("nan"), device=like.device).to(dtype)
-
-
-def alphas_for(shape, kind, generator):
-    """One scale per tensor, row, or group of 4 of the last dimension."""
-    sizes = {"tensor": (), "row": (*shape[:-1], 1), "group": (*shape[:-1], shape[-1] // 4)}
-    return 0.05 + torch.rand(sizes[kind], generator=generator)
+DERIVATIVES = [*GRID_CASES, (fk.Grid.half_offset(2), TRUST), (fk.Grid.uniform(3), TRUST)]
 
 
 def model(generator, dtype, kind="row", shapes=((33, 20), (8, 64), (7, 4), (1, 4), (0, 4))):
@@ -133,7 +112,7 @@ def test_shards_equal_the_whole(backend, distribution, parts):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
-def test_guide_norm(backend, device, dtype, kind, generator):
+def test_guide_norm_is_the_float64_norm(backend, device, dtype, kind, generator):
     _, grads, alphas = model(generator, dtype, kind)
     for grid in (fk.Grid.uniform(2), fk.Grid.sign()):
         exact = sum(
@@ -184,10 +163,10 @@ def agrees(distribution, found, expected, codes, alphas, r):
             assert (different > 0).sum() <= 1 + 2e-3 * x.numel()
 
 
-@pytest.mark.parametrize(("grid", "straight_through"), CASES, ids=IDS)
+@pytest.mark.parametrize(("grid", "straight_through"), GRID_CASES, ids=GRID_IDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
-def test_perturb(backend, grid, straight_through, dtype, kind, generator):
+def test_perturb_agrees_with_the_reference(backend, grid, straight_through, dtype, kind, generator):
     latents, grads, alphas = model(generator, dtype, kind)
     options = {
         "grid": grid, "straight_through": straight_through, "one_minus_beta": 1e-3,
@@ -211,7 +190,7 @@ def test_perturb(backend, grid, straight_through, dtype, kind, generator):
 
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_perturb_sizes_and_offsets(backend, numel, offset, generator):
+def test_perturb_agrees_at_any_size_offset_and_alignment(backend, numel, offset, generator):
     """Odd sizes, element offsets that no chunk starts at, and memory off 16-byte boundaries."""
     storage = torch.randn(2, numel + 3, generator=generator).to(device_of(backend))
     for shift in (0, 1):
@@ -263,11 +242,11 @@ def test_perturb_and_estimate_of_shards_equal_the_whole(backend, device, parts, 
 # ---- estimate
 
 
-@pytest.mark.parametrize(("grid", "straight_through"), CASES, ids=IDS)
+@pytest.mark.parametrize(("grid", "straight_through"), GRID_CASES, ids=GRID_IDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_estimate(backend, device, grid, straight_through, dtype, kind, n, generator):
+def test_estimate_is_the_float64_formula(backend, device, grid, straight_through, dtype, kind, n, generator):
     _, grads, alphas = model(generator, dtype, kind)
     norm = fk.guide_norm(grads, alphas, grid=grid, backend="reference")
     plus, minus = 1 + torch.rand(2, n, generator=generator)
@@ -308,10 +287,12 @@ def test_estimate(backend, device, grid, straight_through, dtype, kind, n, gener
 # ---- quantizer and straight-through derivative
 
 
-@pytest.mark.parametrize(("grid", "straight_through"), DERIVATIVES, ids=[*IDS, "trust-4", "trust-8"])
+@pytest.mark.parametrize(("grid", "straight_through"), DERIVATIVES, ids=[*GRID_IDS, "trust-4", "trust-8"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
-def test_quantize_and_straight_through(backend, device, grid, straight_through, dtype, kind, generator):
+def test_quantize_and_its_derivative_are_the_float64_formulas(
+    backend, device, grid, straight_through, dtype, kind, generator
+):
     latents, grads, alphas = model(generator, dtype, kind)
     expected, slopes = [], []
     for t, alpha in zip(latents, alphas, strict=True):
@@ -353,7 +334,7 @@ def test_quantize_and_straight_through(backend, device, grid, straight_through, 
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_number_of_levels(backend, device, bits):
+def test_a_grid_of_b_bits_has_two_to_the_b_values(backend, device, bits):
     """A grid of b bits has 2^b values (not one more or less)."""
     theta = torch.linspace(-300, 300, 60_001, device=device)
     grids = [fk.Grid.half_offset(bits)] + ([fk.Grid.uniform(bits)] if bits > 1 else [])

@@ -35,7 +35,7 @@ def spread(alpha, sizes):
     return found
 
 
-def test_spread():
+def test_spread_repeats_alpha_along_each_dimension():
     rows = spread(torch.tensor([2.0, 3.0]), (2, 2, 2))
     assert rows.tolist() == [[[2, 2], [2, 2]], [[3, 3], [3, 3]]]
     groups = spread(torch.tensor([[2.0, 3.0], [4.0, 5.0]]), (2, 4))
@@ -74,7 +74,7 @@ def test_shapes_that_fit_and_no_others():
 
 
 @pytest.mark.parametrize("odd", [0, 1, 999])
-def test_one_of_many_does_not_fit(odd):
+def test_one_alpha_of_many_that_does_not_fit_is_named(odd):
     like = [torch.ones(4, 8) for _ in range(1000)]
     alphas = [torch.ones(4, 1) for _ in like]
     checks.alphas(alphas, "tensors", like, 0)

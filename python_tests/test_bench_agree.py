@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import M_TOLERANCE
+from support.tolerances import M_TOLERANCE
 
 import fogzo_kernels as fk
 from bench import agree, cases, comparison, sanitize
@@ -74,7 +74,7 @@ def test_one_wrong_element_is_found(name, monkeypatch):
     assert any(one.startswith(BROKEN[name]) for one in wrong), wrong
 
 
-def test_differences():
+def test_a_difference_is_measured_by_its_rule():
     a = torch.tensor([1.0, float("nan"), float("inf"), 4.0])
     b = torch.tensor([1.0, float("nan"), float("inf"), 5.0])
     assert comparison.difference([a, a], [a, a], comparison.EQUAL) is None

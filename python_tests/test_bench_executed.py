@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GPU_BACKENDS, MISSING
 from ptx.build import executor
-from ptx_programs import PLACES, kernel, run
+from support.ptx_programs import PLACES, kernel, run
 
 from bench import cases, executed, report
 from fogzo_kernels.backends.gpu import plans
@@ -90,7 +90,7 @@ def counted(body):
         ("%wide", 16, 0.5),  # one word left out behind each
     ],
 )
-def test_sectors_of_a_request(address, sectors, share):
+def test_a_request_counts_the_sectors_that_it_touches(address, sectors, share):
     body = f"add.s64 %wide, %rd8, %rd7;\nld.global.b64 %rd2, [{address}];\nst.global.b64 [%rd9], %rd2;"
     counts = counted(body)
     expected = {"requests": 1, "sectors_per_request": sectors, "share_used": round(share, 3)}
@@ -119,7 +119,7 @@ def test_requests_for_one_value_do_not_count():
 
 @pytest.mark.parametrize(("dtypes", "halves"), [("bf16", 1), ("fp16", 1), ("fp32", 2)])
 @pytest.mark.parametrize("scale_length", [0, 128])
-def test_accesses_of_a_perturbation(gpu_backend, dtypes, halves, scale_length):
+def test_a_perturbation_accesses_whole_sectors(gpu_backend, dtypes, halves, scale_length):
     """16 bytes a thread: whole sectors of 2-byte elements, and each half of the sectors of float32."""
     found = row("perturb", dtypes, gpu_backend, scale_length=scale_length)
     chunks = ELEMENTS // CHUNK // WARP
@@ -169,7 +169,7 @@ def test_spans_are_those_of_a_large_list(gpu_backend):
 # ---- the program
 
 
-def test_program(gpu_backend, tmp_path):
+def test_the_program_runs_in_a_process_of_its_own(gpu_backend, tmp_path):
     """As a user runs it, with an executor of its own."""
     path = tmp_path / "folder/rows.json"
     command = [

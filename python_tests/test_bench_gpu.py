@@ -168,7 +168,7 @@ def test_what_is_asked_to_end_says_what_it_has_found(tmp_path, monkeypatch):
     assert (found.status, found.text) == (sessions.TIMEOUT, "found\n")
 
 
-def test_no_time_left_skips(tmp_path):
+def test_without_time_left_stages_are_skipped(tmp_path):
     session = sessions.Session(tmp_path, 0.0, summary.summary, backends=dict.fromkeys(stages.BACKENDS, ""))
     for name in ("ops", "large", "step", "profile", "memory", "rest"):
         stages.STAGES[name].work(session, -1.0)
@@ -256,7 +256,7 @@ def test_a_build_that_fails_is_followed_by_one_without_cuda(tmp_path, monkeypatc
         ("[]", "passed", "9 passed in 1s"),
     ],
 )
-def test_packages_that_tests_need(missing, state, note, tmp_path):
+def test_tests_without_their_packages_are_skipped_or_run_on_one_process(missing, state, note, tmp_path):
     session = scripted(tmp_path, (0, missing, {}), (0, "=== 9 passed in 1s ===", {}))
     stages.tests(session, 60.0)
     assert [(o.state, o.note) for o in session.outcomes] == [(state, note)]
@@ -284,7 +284,7 @@ def test_tests_that_failed_before_the_limit_are_named(tmp_path):
         (124, "perturb bf16 uniform", "cut"),
     ],
 )
-def test_verdict_of_a_tool(status, text, state):
+def test_the_output_of_a_tool_decides_its_verdict(status, text, state):
     assert tools.verdict(status, text, 1.0, "finished")[0] == state
 
 

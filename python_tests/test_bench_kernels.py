@@ -38,7 +38,7 @@ def case(op, dtypes="fp32", distribution="uniform", tensors=1, elements=2**12):
         ("learned", [6, 8, 12, 6, 6, 12]),
     ],
 )
-def test_bytes_per_element(op, expected):
+def test_bytes_per_element_follow_from_the_dtypes(op, expected):
     names = "bf16", "mixed", "fp32", "int8", "fp16", "int8-fp32"
     assert [*cases.DTYPES] == [*names]
     assert [case(op, dtypes).bytes_per_element for dtypes in names] == expected
@@ -62,7 +62,7 @@ def test_bytes_are_those_of_the_operands(op, dtypes):
 
 
 @pytest.mark.parametrize("total", [2**15, 2**20, 2**24 + 8, 10**6 + 1])
-def test_mixed_sizes(total):
+def test_mixed_sizes_add_up_to_the_total(total):
     sizes = cases.mixed_sizes(total)
     assert sum(sizes) == total
     assert len(sizes) == 300
@@ -113,7 +113,7 @@ def test_a_row_has_the_shares_of_its_turns(monkeypatch):
     assert (row["share_of_copy"], row["share_of_triad"]) == (0.5, 1.5)
 
 
-def test_lists_of_one_size():
+def test_equal_lists_need_a_multiple_of_the_tensors():
     case = cases.Case("perturb", "fp32", "uniform", 10, 1000, equal=True)
     o = cases.operands(case, torch.device("cpu"))
     assert {t.numel() for t in o.latents + o.grads + o.plus} == {100}
@@ -121,7 +121,7 @@ def test_lists_of_one_size():
         cases.sizes_of(cases.Case("perturb", "fp32", "uniform", 7, 1000, equal=True))
 
 
-def test_scales_of_groups(tmp_path, capsys):
+def test_group_scales_and_blocks_must_divide_the_list(tmp_path, capsys):
     groups = cases.operands(cases.Case("norm", "fp32", "none", 1, 96, scale_length=32), torch.device("cpu"))
     assert [alpha.shape for alpha in groups.alphas] == [(3,)]
     with pytest.raises(ValueError, match=r"elements must be multiples of the scale length 32, got \[100\]"):
@@ -135,7 +135,7 @@ def test_scales_of_groups(tmp_path, capsys):
         cases.operands(cases.Case("quantize", "fp32", "none", 1, 96, block=64), torch.device("cpu"))
 
 
-def test_scales_and_transforms_against_the_plain_op(tmp_path, capsys):
+def test_rows_have_the_share_of_one_scale_and_of_no_transform(tmp_path, capsys):
     """Speed over that of one scale, and over that without a transform, of the same run."""
     scales = ["--scale-length", "0", "64", "--block", "0", "32"]
     chosen = ["--ops", "quantize", "measure", "--dtypes", "fp32", *scales]
@@ -442,6 +442,6 @@ def test_times_of_backends_for_a_gpu_on_the_cpu_are_refused():
         kernels.main(["--device", "cpu", "--backend", "fast"])
 
 
-def test_sizes():
+def test_sizes_are_read_and_written_as_powers_of_two():
     assert [kernels.size_of(text) for text in ("2^10", "1000")] == [1024, 1000]
     assert [kernels.power(n) for n in (1024, 1000)] == ["2^10", "1000"]

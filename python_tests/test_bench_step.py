@@ -38,7 +38,7 @@ def counted_forwards(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forwards_of_a_step(name, monkeypatch):
+def test_a_step_runs_the_stated_number_of_forwards(name, monkeypatch):
     calls = counted_forwards(monkeypatch)
     step, clock = method(name), Clock(CPU)
     for _ in range(2):
@@ -56,7 +56,7 @@ def test_every_fourth_step_has_probes(monkeypatch):
 
 
 @pytest.mark.parametrize("model", models.SHAPES)
-def test_rows_table_and_plot(model, tmp_path, capsys):
+def test_the_program_writes_rows_and_a_plot(model, tmp_path, capsys):
     names = ["fogzo", "eager", "mezo"]
     hidden = ["--hidden", "64"] if model == "llama" else []
     chosen = ["--model", model, *hidden, "--context", "8", "--methods", *names]
@@ -78,7 +78,7 @@ def test_rows_table_and_plot(model, tmp_path, capsys):
     assert "fogzo: " in said
 
 
-def test_axes_are_settings_of_their_own(tmp_path, capsys):
+def test_each_setting_of_an_axis_has_a_row_of_its_own(tmp_path, capsys):
     path = tmp_path / "step.json"
     axes = ["--hidden", "16", "32", "--directions", "1", "2", "--methods", "fogzo", "--no-traffic"]
     program.main([*SMALL, "--model", "mlp", *axes, "--json", str(path), "--plot", str(tmp_path / "step.png")])
@@ -105,7 +105,7 @@ def test_peers_have_no_compiled_or_quantized_inputs(capsys):
 
 
 @pytest.mark.parametrize("options", [["--compiled"], ["--activation-bits", "8", "--compute", "int8"]])
-def test_other_ways_to_run_a_model(options):
+def test_a_step_runs_with_every_option_of_the_model(options):
     step = method("fogzo", *options)
     for _ in range(2):
         step(Clock(CPU))
@@ -166,7 +166,7 @@ def test_a_method_that_fails_is_left_out(lost, monkeypatch, tmp_path, capsys):
 # ---- what a step moves
 
 
-def test_bytes_of_calls():
+def test_each_call_counts_the_bytes_of_its_lists():
     """Each list once, and once more where it is updated; nothing is counted when it has ended."""
     x, g, out = (torch.randn(6, 5) for _ in range(3))
     alpha, norm = torch.full((6, 1), 0.1), torch.ones(())
@@ -210,7 +210,7 @@ def test_peak_is_what_is_held_at_once():
     assert peak_of(make, CPU) == 4 * 15_000
 
 
-def test_memory_of_a_step():
+def test_a_step_needs_at_most_one_quantized_copy_more_than_ste():
     """FOGZO's is plain STE's plus at most one quantized copy, that of the second probe."""
     options = ("--hidden", "256", "--layers", "3", "--rows", "4")
     names = "ste", "fogzo", "eager"

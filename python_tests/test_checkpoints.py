@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from savable import (
+from support.savable import (
     IDENTITY,
     LAYERS,
     Tied,
@@ -25,8 +25,8 @@ from savable import (
     row_mean,
     state_of,
 )  # fmt: skip
+from support.training import batch, loss_of, make
 from torch import nn
-from training import batch, loss_of, make
 
 import fogzo_kernels as fk
 
@@ -68,7 +68,7 @@ def make_plain_keys(make_layer):
     return nn.Sequential(make_layer()).state_dict()
 
 
-def test_into_the_meta_device():
+def test_a_state_loads_into_a_model_from_the_meta_device():
     model = quantized(mlp())
     with torch.device("meta"):
         other = quantized(mlp())
@@ -82,7 +82,7 @@ def test_into_the_meta_device():
     assert torch.equal(other(torch.ones(2, 8)), model(torch.ones(2, 8)))
 
 
-def test_a_pickled_module():
+def test_a_pickled_model_takes_the_same_step():
     model, _ = make()
     loaded = pickle.loads(pickle.dumps(model))
     assert_equal(loaded.state_dict(), model.state_dict())
@@ -108,7 +108,7 @@ def test_a_step_of_fogzo_after_loading_is_that_before_saving():
     assert_equal(*({name: p.grad for name, p in one.named_parameters()} for one in (other, model)))
 
 
-def test_distributed_checkpoint_without_a_process_group(tmp_path):
+def test_a_distributed_checkpoint_loads_without_a_process_group(tmp_path):
     model, other = quantized(Tied()), quantized(Tied(seed=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
@@ -127,7 +127,7 @@ def test_distributed_checkpoint_without_a_process_group(tmp_path):
 
 
 @pytest.mark.parametrize("make_model", [Tied, lambda seed=0: nn.ModuleList([conv1d()])], ids=["tied", "Conv1D"])
-def test_safetensors_of_a_model(make_model, tmp_path):
+def test_safetensors_keep_a_model_with_tied_and_transposed_weights(make_model, tmp_path):
     """Tied weights are saved once, and those whose memory is transposed."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     model, other = quantized(make_model()), quantized(make_model(seed=1))
@@ -136,7 +136,7 @@ def test_safetensors_of_a_model(make_model, tmp_path):
     assert_equal(other.state_dict(), model.state_dict())
 
 
-def test_safetensors_of_a_state_dict(tmp_path):
+def test_safetensors_keep_a_state_dict(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     model, other = quantized(mlp()), quantized(mlp(seed=1))
     safetensors.save_file(model.state_dict(), tmp_path / "model")
@@ -173,7 +173,7 @@ WITHOUT_GRID = {k: v for k, v in quantizer().to_dict().items() if k != "grid"}
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_state_that_does_not_fit(edit, message, strict):
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(edit, message, strict):
     """Named by module; that module stays as it was, and what else is wrong is in the same exception."""
     model, state = quantized(mlp()), quantized(mlp(seed=1)).state_dict()
     edit(state)
@@ -240,7 +240,7 @@ def test_plain_weights_get_new_alphas(layer, assign, alpha):
         assert error < 0.2 < (model[0].effective_weight() - w).norm() / w.norm()
 
 
-def test_plain_weights_of_another_dtype():
+def test_plain_weights_of_another_dtype_are_rounded_before_alphas_are_made():
     """The alphas are made from the weights as they are then, rounded."""
     model, plain = quantized(mlp()).bfloat16(), mlp(seed=1)
     model.load_state_dict(plain.state_dict())
@@ -257,7 +257,7 @@ def test_fixed_alphas_stay_and_one_warning_says_so():
     assert torch.equal(model[0].weight, plain[0].weight)
 
 
-def test_missing_and_unexpected_keys_of_plain_states():
+def test_alphas_stay_where_a_plain_state_lacks_the_weight():
     """Alphas stay where no weight came."""
     model, state = quantized(mlp()), mlp(seed=1).state_dict()
     before = model[2].alpha.clone()
@@ -276,7 +276,7 @@ def test_missing_and_unexpected_keys_of_plain_states():
     assert torch.equal(model[2].alpha, before)
 
 
-def test_a_scale_that_cannot_make_alphas_anew():
+def test_a_scale_that_cannot_make_alphas_anew_is_an_error():
     model = pickle.loads(pickle.dumps(quantized(mlp(), alpha=lambda w: w.abs().mean())))
     with pytest.raises(RuntimeError, match=r"\t0: alpha must be given anew: it was a function") as caught:
         model.load_state_dict(mlp(seed=1).state_dict())
@@ -286,7 +286,7 @@ def test_a_scale_that_cannot_make_alphas_anew():
         quantized(mlp()).load_state_dict(zeros)
 
 
-def test_a_scale_that_was_a_tensor():
+def test_alphas_stay_where_the_scale_was_a_tensor():
     """As a model has it whose quantizers came from a config: the alphas are there, the scale is not."""
     model, plain = quantized(mlp(), alpha=torch.tensor([0.3])), mlp(seed=1)
     for m in (model[0], model[2]):
@@ -304,7 +304,7 @@ def test_a_scale_that_was_a_tensor():
 @pytest.mark.parametrize(
     "change", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 )
-def test_plain_tied_weights_of_which_one_is_saved(left_out, change):
+def test_both_tied_alphas_follow_one_saved_plain_weight(left_out, change):
     """As safetensors and transformers save them; both alphas follow, whichever is loaded first."""
     model, plain = change(quantized(Tied())), Tied(seed=1)
     state = plain.state_dict()
@@ -317,7 +317,7 @@ def test_plain_tied_weights_of_which_one_is_saved(left_out, change):
     assert_equal(whole["part"].state_dict(), model.state_dict())
 
 
-def test_a_state_of_one_of_two_tied_modules():
+def test_the_state_of_one_tied_module_sets_both_alphas():
     """Its alpha is no function of the weight any more, and goes with it."""
     model, other = quantized(Tied()), quantized(Tied(seed=1))
     with torch.no_grad():

@@ -9,19 +9,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from support.training import QUANTIZER, batch, loss_of, setup
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from training import QUANTIZER, batch, loss_of, make
 
 import fogzo_kernels as fk
 
 WARNING = "a pass of a step changes"
-
-
-def setup(**options):
-    model, fogzo = make(schedule="constant", **options)
-    x, y = batch()
-    return model, fogzo, lambda: loss_of(model, x, y)
 
 
 # ---- what passes see otherwise: found through functions, iterators and modules

@@ -47,7 +47,7 @@ int main() {
 
 @pytest.mark.slow_first
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_same_bits(compiler, tmp_path):
+def test_every_compiler_gives_the_same_bits(compiler, tmp_path):
     if not shutil.which(compiler):
         pytest.skip(f"there is no {compiler}")
     main, program = tmp_path / "main.cpp", tmp_path / "program"

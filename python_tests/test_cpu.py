@@ -69,7 +69,7 @@ def assert_same(one, other):
         assert torch.equal(a, b)
 
 
-def test_sets_of_this_processor():
+def test_the_first_usable_instruction_set_is_chosen():
     assert _C.cpu_isas()[-1] == "portable"
     assert set(_C.cpu_isas()) <= set(KNOWN)
     assert _C.cpu_isa() == (os.environ.get(VARIABLE) or _C.cpu_isas()[0])
@@ -94,7 +94,7 @@ def test_every_set_gives_the_portable_bits(isa, distribution, dtypes, generator,
 
 @pytest.mark.parametrize("isa", KNOWN[:2])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_chunk_numbers_beyond_32_bits(isa, distribution, generator, monkeypatch):
+def test_chunk_numbers_beyond_32_bits_give_the_portable_bits(isa, distribution, generator, monkeypatch):
     """The upper half of a chunk's number changes within a row, and within a block."""
     if isa not in _C.cpu_isas():
         pytest.skip(f"this processor has no {isa}")
@@ -111,7 +111,9 @@ def test_chunk_numbers_beyond_32_bits(isa, distribution, generator, monkeypatch)
     offset=st.integers(0, 70), skip=st.integers(0, 70), distribution=st.sampled_from(list(DISTRIBUTIONS)),
     seed=st.integers(0, 2**31), n=st.integers(1, 3),
 )  # fmt: skip
-def test_rows_groups_and_shards(isa, rows, columns, groups, by_group, offset, skip, distribution, seed, n):
+def test_rows_groups_and_shards_give_the_portable_bits(
+    isa, rows, columns, groups, by_group, offset, skip, distribution, seed, n
+):
     if isa not in _C.cpu_isas():
         pytest.skip(f"this processor has no {isa}")
     width = 8 * columns * groups if columns % 2 else columns * groups

@@ -117,7 +117,7 @@ def test_wrong_arguments_of_a_native_op_are_named(call, message):
         ("8.0+PTX", (9, 0), True),
     ],
 )
-def test_what_a_build_runs_on(architectures, capability, expected):
+def test_a_build_runs_on_its_architectures_and_on_newer_ones_by_ptx(architectures, capability, expected):
     assert cuda.runs_on(architectures, *capability) is expected
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import LAYERS
+from support.layers import LAYERS
 from torch import nn
 
 import fogzo_kernels as fk
@@ -90,24 +90,24 @@ def assert_same(make):
 
 @pytest.mark.parametrize("activation", INPUTS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets(preset, activation):
+def test_presets_do_not_depend_on_the_default_dtype(preset, activation):
     dtype = torch.bfloat16 if activation == "dynamic" else torch.float32
     assert_same(lambda: run(PRESETS[preset], INPUTS[activation], dtype=dtype))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_backends_and_optimizers(optimizer, backend):
+def test_backends_and_optimizers_do_not_depend_on_the_default_dtype(optimizer, backend):
     assert_same(lambda: run(PRESETS["lsq"], optimizer=optimizer, backend=backend))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "rademacher", "triangular", "logistic", "gaussian"])
-def test_noise(distribution, backend, device):
+def test_noise_does_not_depend_on_the_default_dtype(distribution, backend, device):
     options = {"distribution": distribution, "seed": 3, "step": 1, "backend": backend, "device": device}
     assert_same(lambda: {"noise": fk.noise(301, **options)})
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers(layer):
+def test_layers_do_not_depend_on_the_default_dtype(layer):
     def make():
         module, x = LAYERS[layer].make().float(), LAYERS[layer].input()
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_layers(layer):
 
 
 @pytest.mark.parametrize("compute", [None, "int8"])
-def test_int8_products_and_export(compute, tmp_path):
+def test_int8_products_and_exports_do_not_depend_on_the_default_dtype(compute, tmp_path):
     def make():
         model = nn.Sequential(nn.Linear(32, 16)).float()
         torch.manual_seed(0)

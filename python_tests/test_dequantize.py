@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from savable import (
+from support.savable import (
     IDENTITY,
     LAYERS,
     Tied,
@@ -17,15 +17,15 @@ from savable import (
     row_mean,
     state_of,
 )  # fmt: skip
+from support.training import batch, loss_of, make
 from torch import nn
-from training import batch, loss_of, make
 
 import fogzo_kernels as fk
 
 # ---- calibrate_
 
 
-def test_calibrate():
+def test_calibrate_makes_alphas_from_the_weights_in_place():
     model = quantized(mlp())
     alphas = [model[i].alpha for i in (0, 2)]
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_calibrate():
     assert not any(torch.equal(a, b) for a, b in zip(alphas, before, strict=True))
 
 
-def test_calibrate_with_another_scale():
+def test_calibrate_takes_another_scale():
     model = quantized(Tied())
     scale = fk.Scale.fixed(lambda w: w.abs().mean())
     fk.calibrate_(model, scale)
@@ -94,7 +94,7 @@ def test_errors_change_nothing(call, exception, message):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("layer", LAYERS)
-def test_dequantize(layer):
+def test_dequantize_gives_the_plain_layer_with_q_as_its_weight(layer):
     make_layer, x = layer_of(layer)
     plain = nn.Sequential(make_layer())
     model = quantized(copy.deepcopy(plain))
@@ -136,7 +136,7 @@ def test_dequantize_keeps_ties_and_dtype():
     assert torch.equal(model(torch.arange(5)), expected)
 
 
-def test_latents_to_quantize_in_another_way():
+def test_dequantized_latents_may_be_quantized_in_another_way():
     plain = Tied()
     model = quantized(copy.deepcopy(plain))
     fk.dequantize_model(model, latents=True)
@@ -146,7 +146,7 @@ def test_latents_to_quantize_in_another_way():
     assert [m.tensor_id for m in (model.embedding, model.head, model.body)] == [0, 0, 1]
 
 
-def test_dequantize_one_module():
+def test_dequantize_takes_a_module_that_is_the_model():
     model = quantized(nn.Linear(8, 4))
     expected = model.effective_weight()
     assert torch.equal(fk.dequantize_model(model).weight, expected)
@@ -154,7 +154,7 @@ def test_dequantize_one_module():
 
 
 @pytest.mark.parametrize("call", [fk.dequantize_model, fk.calibrate_])
-def test_inside_a_pass_it_is_refused(call):
+def test_inside_a_pass_dequantize_is_refused(call):
     model, fogzo = make()
     before = model.first.weight.clone()
     for i, probe in enumerate(fogzo.probes()):

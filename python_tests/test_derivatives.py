@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import as_launched, leave, needs_gloo, two_of
+from support.processes import as_launched, leave, needs_gloo, two_of
+from support.training import QUANTIZER
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training import QUANTIZER
 
 import fogzo_kernels as fk
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import needs_gloo, spawned
+from support.processes import needs_gloo, spawned
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

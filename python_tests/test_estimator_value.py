@@ -79,7 +79,7 @@ def test_value_is_the_directional_derivatives(backend, generator, one_minus_beta
 
 @pytest.mark.parametrize("distribution", ["uniform", "rademacher", "gaussian"])
 @pytest.mark.parametrize("one_minus_beta", [1.0, 0.5])
-def test_mean_over_directions(distribution, one_minus_beta, generator):
+def test_the_mean_over_directions_is_the_stated_expectation(distribution, one_minus_beta, generator):
     """E[G] = beta g_hat g_hat^T grad + (1 - beta) grad; random signs remove the cross term."""
     loss, theta, grad, guide = quadratic(generator)
     ste = fk.StraightThrough("identity", clip=False, noise=distribution)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from exported import GRIDS, SCALES, llama, logits, mlp, quantizer, spans, values_of
-from test_gguf import gguf_of
+from support.exported import GRIDS, SCALES, llama, logits, mlp, quantizer, spans, values_of
+from support.gguf_files import gguf_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def test_in_bfloat16_scales_are_frozen_first(name, tmp_path):
     assert torch.equal(logits(from_pretrained(tmp_path / "out", torch.bfloat16)), logits(model))
 
 
-def test_mixed_bits_and_tied_embeddings(tmp_path):
+def test_mixed_bits_and_tied_embeddings_keep_the_logits(tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     rules = [("*.down_proj", quantizer(GRIDS["uniform(4)"], "group")), ("*.q_proj", None)]
     model = llama(quantizer(GRIDS["uniform(2)"]), tie=True, rules=rules)
@@ -186,7 +186,7 @@ def test_transforms_and_inputs_stay_quantized(tmp_path):
         assert isinstance(loaded[0], fk.QuantLinear)
 
 
-def test_a_transformer(tmp_path):
+def test_a_file_gives_a_transformer_the_same_logits_and_is_small(tmp_path):
     model, fresh = (llama(quantizer(GRIDS["ternary"])) for _ in "ab")
     export.safetensors(model, tmp_path / "out")
     assert torch.equal(logits(export.load(tmp_path / "out", fresh)), logits(model))
@@ -268,7 +268,7 @@ def test_a_frozen_model_is_saved_and_loaded(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
 
 
-def test_streams_of_any_width():
+def test_codes_of_any_width_are_unpacked_as_packed():
     for grid in GRIDS.values():
         codes = torch.randint(grid.qmin, grid.qmax + 1, (3, 13)).to(torch.int8)
         for bits in {packing.code_bits(grid), 8}:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support.layers import INPUTS
 from torch import nn
 
 import fogzo_kernels as fk
@@ -17,12 +18,6 @@ PRESETS = {
     "bitnet": fk.presets.bitnet(),
     "quest": fk.presets.quest(3, block=16),
     "fixed": fk.presets.fixed(3, 0.1),
-}
-INPUTS = {
-    "none": None,
-    "dynamic": fk.presets.dynamic(8),
-    "quest": fk.presets.quest(4, block=16),
-    "learned": fk.presets.lsq(4),
 }
 
 
@@ -52,7 +47,7 @@ def exported(model, x, grad=True, strict=False):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_weights(preset, grad):
+def test_a_program_gives_the_output_of_the_model(preset, grad):
     model, x = made(preset)
     expected = model(x)
     assert torch.equal(exported(model, x, grad)(x), expected)
@@ -62,7 +57,7 @@ def test_weights(preset, grad):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("compute", [None, "int8"])
-def test_inputs(inputs, compute, grad):
+def test_a_program_quantizes_inputs_as_the_model(inputs, compute, grad):
     if compute and inputs == "none":
         return
     preset = "quest" if inputs == "quest" else "lsq"
@@ -71,7 +66,7 @@ def test_inputs(inputs, compute, grad):
 
 
 @pytest.mark.parametrize("preset", ["lsq", "bitnet", "quest"])
-def test_strict_and_in_bfloat16(preset):
+def test_a_strict_program_in_bfloat16_gives_the_output_of_the_model(preset):
     model, x = made(preset, dtype=torch.bfloat16)
     assert torch.equal(exported(model, x, strict=True)(x), model(x))
 
@@ -100,7 +95,7 @@ print("alike", *sys.argv[2:])
 """
 
 
-def test_in_a_fresh_process(tmp_path):
+def test_a_saved_program_gives_the_same_output_in_a_fresh_process(tmp_path):
     for preset in PRESETS:
         model, x = made(preset, "quest" if preset == "quest" else "dynamic")
         torch.export.save(torch.export.export(model, (x,)), tmp_path / f"{preset}.pt2")

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 from torch import nn
-from training import GRID, QUANTIZER, STE, batch, loss_of, make, run_step, same_state, state_of
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.view import WeightView
@@ -61,7 +61,7 @@ def test_zero_learning_rate_moves_nothing(dtype):
     assert fogzo.steps == 100
 
 
-def test_zero_learning_rate_in_training_mode():
+def test_zero_learning_rate_leaves_buffers_and_generator_as_plain_steps():
     """100 steps with dropout and BatchNorm: latents stay, buffers and generator as after plain steps."""
     model, fogzo = make()
     plain = copy.deepcopy(model)
@@ -357,7 +357,7 @@ def test_stale_gradients_are_refused():
     run_step(model, fogzo, [batch()])
 
 
-def test_misuse_of_passes():
+def test_misused_passes_say_what_to_write():
     model, fogzo = make()
     x, y = batch()
     with pytest.raises(RuntimeError, match="with probe"):

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from processes import needs_gloo, spawned
-from sharded_models import (
+from support.processes import needs_gloo, spawned
+from support.sharded_models import (
     CASES,
     ONLY_BEFORE,
     STEPS,
@@ -98,7 +98,7 @@ def of_inputs(rank):
     return with_inputs(shard)
 
 
-def test_inputs_checks_and_a_pull(tmp_path):
+def test_learned_inputs_and_checks_are_those_of_one_process(tmp_path):
     expected, state, said = with_inputs()
     assert said == []
     for losses, values, found in spawned(of_inputs, tmp_path):
@@ -227,7 +227,7 @@ def mixed(rank):
     return losses, weight, fk.dequantize(conv.codes(), conv.alpha, grid=grid, dtype=torch.bfloat16)
 
 
-def test_mixed_precision(tmp_path):
+def test_mixed_precision_stays_near_the_losses_of_one_process(tmp_path):
     expected, _ = one_process("images")
     for losses, weight, values in spawned(mixed, tmp_path):
         assert torch.equal(weight.flatten(1), values)
@@ -244,7 +244,7 @@ def compiled(rank):
     return train(model, "learned row"), values_of(model)
 
 
-def test_compiled_blocks(tmp_path):
+def test_compiled_blocks_train_as_one_process(tmp_path):
     expected, state = one_process("learned row")
     for losses, values in spawned(compiled, tmp_path):
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
@@ -323,7 +323,7 @@ def messages(rank):
     return found
 
 
-def test_what_cannot_be_is_said(tmp_path):
+def test_unsupported_models_and_calls_are_errors(tmp_path):
     for found in spawned(messages, tmp_path):
         assert found["half"].startswith("model must have all its quantized weights under fully_shard")
         assert found["alphas"].startswith("embed.alpha must be whole in every process, got a shard")
@@ -350,7 +350,7 @@ def from_meta(rank):
     return train(model, "fixed"), values_of(model)
 
 
-def test_a_model_from_meta(tmp_path):
+def test_a_model_from_the_meta_device_has_the_bits_of_one_process(tmp_path):
     expected, state = one_process("fixed")
     for losses, values in spawned(from_meta, tmp_path):
         assert losses == expected
@@ -439,7 +439,7 @@ def parallel_run(scale, sharded=lambda model: None):
 
 
 @pytest.mark.parametrize("scale", ["tensor", "row", 8])
-def test_tensor_parallelism(tmp_path, scale):
+def test_tensor_parallelism_trains_as_one_process(tmp_path, scale):
     """Rows of one layer and columns of the next on each process: the noise of one, up to float's sums."""
     expected, state, grads = parallel_run(scale)
     for losses, values, found in spawned(functools.partial(in_parts, scale), tmp_path):

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from processes import run_code
+from support.processes import run_code
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
@@ -13,7 +13,7 @@ from fogzo_kernels import _C
 EXAMPLES = os.environ.get("FOGZO_FUZZ_EXAMPLES", "120")
 
 
-def fuzz(log, *arguments, code="import fuzzing; fuzzing.main()"):
+def fuzz(log, *arguments, code="from support import fuzzing; fuzzing.main()"):
     """Exit status and output of a process of its own; it imports the package that this one does."""
     paths = [str(Path(fk.__file__).parents[1]), str(Path(__file__).parent)]
     code = f"import sys; sys.path[:0] = {paths!r}\n{code}"
@@ -23,7 +23,8 @@ def fuzz(log, *arguments, code="import fuzzing; fuzzing.main()"):
 def reason(status, output, log):
     """Why the process failed, with the call during which it did."""
     ended = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return f"{ended}, in the call that python fuzzing.py --case repeats:\n{log.read_text()}\n{output[-6000:]}"
+    call = f"{ended}, in the call that python -m support.fuzzing --case repeats:"
+    return f"{call}\n{log.read_text()}\n{output[-6000:]}"
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
@@ -39,7 +40,8 @@ def test_native_ops_are_right_or_raise(isa, tmp_path):
 # ---- what the harness must see, planted in the place of a native op
 
 PLANT = """
-import fuzzing, torch
+import torch
+from support import fuzzing
 class Native:
     def __getattr__(self, op):
         real = getattr(torch.ops.fogzo_cpu, op)
@@ -91,7 +93,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("defect", PLANTED)
-def test_the_harness_sees(defect, tmp_path):
+def test_the_harness_sees_planted_defects(defect, tmp_path):
     body, message = PLANTED[defect]
     log = tmp_path / "case.json"
     status, output = fuzz(log, "--isa", "portable", "--examples", "100", code=PLANT.format(body=body))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU_BACKENDS
-from tolerances import EXACT, M_TOLERANCE
+from support.tolerances import EXACT, M_TOLERANCE
 from torch import nn
 
 import fogzo_kernels as fk
@@ -88,7 +88,7 @@ class Training:
 
 
 @pytest.mark.parametrize("scales", [(), (300, 1), (300, 8)], ids=str)
-def test_learned_scales_in_a_graph_and_in_as_few_launches(backend, scales):
+def test_learned_scales_take_two_launches_and_can_be_captured(backend, scales):
     """A replay reads what the memory holds by then, and writes what an eager call does, to the bit.
 
     The second launch is for an alpha that several programs share.
@@ -308,7 +308,7 @@ def test_scalars_of_host_and_device_give_the_same_bits(backend):
         assert torch.equal(one, other)
 
 
-def test_a_thousand_small_tensors_and_a_few_large_ones(backend):
+def test_a_thousand_small_tensors_and_a_few_large_ones_equal_the_reference(backend):
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
     sizes = [*torch.randint(0, 2000, (1000,), generator=generator).tolist(), 3 * 16384 + 5, 2**20, 2**18 + 3]
     latents, grads = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(2))

@@ -97,7 +97,7 @@ def test_weights_that_are_written_past_autograd_are_seen(start, fused):
 
 
 @pytest.mark.parametrize("preset", [fk.presets.lsq(2), fk.presets.quest(2), fk.presets.fixed(2, 0.1)], ids=str)
-def test_steps_of_a_model_compiled_for_any_shapes(preset):
+def test_a_model_compiled_for_any_shapes_takes_the_eager_steps(preset):
     """A backward cannot take numbers that torch.compile has made symbols of."""
     found = []
     for compiled in (True, False):

@@ -37,7 +37,7 @@ GUARDS = {
         "nn/weight.py", "return rows and not module", "return not module", "test_module_changes.py"),
     "An adapter is merged into a quantized layer (`peft`)": (
         "nn/replaced.py", "if isinstance(base, QuantizedModule):\n        path", "if False:\n        path",
-        "test_adapters.py::test_other_adapters"),
+        "test_adapters.py::test_every_kind_of_adapter_refuses_to_merge_until_dequantized"),
     "Weights are initialized in place after `quantize_model`": (
         "nn/weight.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
     "A weight is replaced, frozen, unfrozen or tied after `Fogzo(model)`": (
@@ -57,22 +57,22 @@ GUARDS = {
         "test_traps.py::test_functional_call_with_other_weights_is_refused_inside_a_pass"),
     "`.grad` holds the last estimate, or the gradient of another backward": (
         "train/guards/gradients.py", "if grads and not all_zero", "if False and not all_zero",
-        "test_step_traps.py::test_gradients_that_were_not_cleared"),
+        "test_step_traps.py::test_gradients_that_were_not_cleared_are_an_error"),
     "The closure calls `backward`": (
         "train/guards/gradients.py", "raise RuntimeError(BACKWARD_IN_A_PASS)", "pass",
-        "test_step_traps.py::test_a_closure_that_calls_backward"),
+        "test_step_traps.py::test_a_closure_that_calls_backward_is_an_error"),
     "The closure calls `zero_grad`": (
         "train/guards/gradients.py", "if any(p.grad is not grad", "if False and any(p.grad is not grad",
         "test_closures.py::test_zero_grad_in_the_closure_is_named"),
     "The loss does not depend on the weights": (
         "train/step.py", "if self.pairs and not self.groups:", "if False:",
-        "test_step_traps.py::test_a_closure_of_another_model"),
+        "test_step_traps.py::test_a_closure_of_another_model_is_an_error"),
     "Passes see other batches, masks or states, and the loss shows it": (
         "train/guards/fingerprints.py", "    if names:\n        warnings", "    if False:\n        warnings",
         "test_closures.py::test_the_first_step_looks_into_functions_that_the_closure_calls"),
     "Passes get losses of different scales": (
         "train/losses.py", "if not 1 / FAR", "if False and not 1 / FAR",
-        "test_step_traps.py::test_a_pass_that_is_scaled_otherwise"),
+        "test_step_traps.py::test_a_pass_that_is_scaled_otherwise_draws_a_warning"),
     "The two losses of a probe differ by rounding alone": (
         "train/stats.py", "if difference <", "if False and difference <", "test_stats.py"),
     "The processes of a group train different models or settings": (
@@ -84,7 +84,7 @@ GUARDS = {
     "The loss or a gradient is not finite": (
         "train/step.py", "*part, lost, was_edited = map(bool, flags.tolist())",
         "*part, lost, was_edited = map(bool, flags.tolist()); lost = False",
-        "test_lost_steps.py::test_a_fused_step"),
+        "test_lost_steps.py::test_a_lost_fused_step_changes_nothing"),
     "A weight has no gradient, or one of zeros": (
         "train/step.py", "strict=True) if takes}", "strict=True) if w.parameter.grad is not None}",
         "test_taking_part.py::test_none_zeros_and_no_tokens_are_alike"),
@@ -93,13 +93,13 @@ GUARDS = {
         "test_scalers.py::test_every_scale_gives_the_same_step"),
     "`scaler.unscale_` comes between passes and a fused step": (
         "optim/scaling.py", "if passes and self.scale is None", "if False and self.scale is None",
-        "test_scalers.py::test_gradients_that_are_unscaled_before_a_fused_step"),
+        "test_scalers.py::test_gradients_unscaled_before_a_fused_step_are_an_error"),
     "A fused step follows a plain backward": (
         "train/fogzo.py", "            if bool(local(grad).any()):", "            if False:",
-        "test_step_traps.py::test_a_fused_step_after_a_plain_backward"),
+        "test_step_traps.py::test_a_fused_step_after_a_plain_backward_is_an_error"),
     "The estimate of a step was forgotten": (
         "train/fogzo.py", "        if self.pending:\n", "        if False:\n",
-        "test_step_traps.py::test_a_step_whose_estimate_was_forgotten"),
+        "test_step_traps.py::test_a_forgotten_estimate_is_an_error_at_the_next_step"),
     "A fused optimizer lacks some of the quantized weights": (
         "optim/fused.py", "        if others:\n            raise", "        if False:\n            raise",
         "test_optim.py"),

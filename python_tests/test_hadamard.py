@@ -9,9 +9,10 @@ import torch
 from conftest import BACKENDS, device_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ops import compiled
-from test_validation import raises_and_writes_nothing, transposed_memory
-from tolerances import HALF_ULP, SMALLEST
+from support.compiling import compiled
+from support.hadamard import matrix
+from support.spoiled import raises_and_writes_nothing, transposed_memory
+from support.tolerances import HALF_ULP, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
@@ -22,14 +23,6 @@ from fogzo_kernels.spec.hadamard import BLOCKS, factor
 native = torch.ops.fogzo_cpu
 NAN, INF = math.nan, math.inf
 HERE = [b for b in BACKENDS if fk.available_backends(device_of(b))[b] is None]
-
-
-def matrix(block):
-    """Sylvester's, orthonormal, float64."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < block:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / math.sqrt(block)
 
 
 def exact(x, block):
@@ -71,7 +64,7 @@ def by(backend, tensors, block, dtype):
     [*product(BLOCKS, FLOATS[:1], FLOATS[:1]), *list(product([32], FLOATS, FLOATS))[1:]],
     ids=str,
 )
-def test_against_the_matrix(backend, device, block, dtype, out_dtype, generator):
+def test_the_transform_is_the_product_with_the_matrix(backend, device, block, dtype, out_dtype, generator):
     tensors = draw(generator, block, dtype)
     for x, y in zip(tensors, by(backend, tensors, block, out_dtype), strict=True):
         off = (y.double() - exact(x, block)).abs()
@@ -91,7 +84,7 @@ def test_the_order_is_sylvesters(backend, device, block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_it_is_its_own_inverse(backend, device, block, generator):
+def test_the_transform_is_its_own_inverse(backend, device, block, generator):
     """To the bit where nothing rounds: integers, and blocks whose factor is a power of 2."""
     x = torch.randint(-9, 10, (3, 2 * block), generator=generator).float().to(device)
     twice = fk.hadamard(fk.hadamard(x, block=block, backend=backend), block=block, backend=backend)
@@ -104,7 +97,7 @@ def test_it_is_its_own_inverse(backend, device, block, generator):
 
 @pytest.mark.parametrize("block", [16, 128, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_longer_than_a_program(backend, device, block, dtype, generator):
+def test_tensors_longer_than_a_program_equal_the_reference(backend, device, block, dtype, generator):
     """More than one block of threads, tile and task of each backend, and a last one that is not full."""
     tensors = [torch.randn(s, generator=generator).to(dtype) for s in ((1, 33 * 1024), (5, 4096), (7, 1024))]
     found = by(backend, tensors, block, dtype)
@@ -164,7 +157,7 @@ def test_backends_agree(data):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_in_place(backend, device, dtype, generator):
+def test_the_transform_may_be_in_place(backend, device, dtype, generator):
     """All of a list, or some of it."""
     before = draw(generator, 32, dtype, device)
     wanted = by("reference", [t.cpu() for t in before], 32, dtype)
@@ -182,7 +175,9 @@ def test_in_place(backend, device, dtype, generator):
 @pytest.mark.parametrize(
     ("dtype", "out_dtype"), [(torch.float32, torch.float16), (torch.bfloat16,) * 2], ids=str
 )
-def test_unaligned_memory(backend, device, shift, dtype, out_dtype, generator):
+def test_unaligned_memory_gives_the_same_bits_and_keeps_its_neighbours(
+    backend, device, shift, dtype, out_dtype, generator
+):
     """At any offset in a storage; the neighbours stay."""
     whole = torch.randn(shift + 3 * 64 + 5, generator=generator).to(dtype).to(device)
     x = whole[shift : shift + 192].view(3, 64)
@@ -194,11 +189,11 @@ def test_unaligned_memory(backend, device, shift, dtype, out_dtype, generator):
     assert memory[shift + 194 :].eq(7).all()
 
 
-def test_empty_lists(backend):
+def test_an_empty_list_is_no_error(backend):
     assert fk.hadamard_([], [], backend=backend) is None
 
 
-def test_one_launch_for_a_list(monkeypatch, generator):
+def test_a_list_takes_one_launch(monkeypatch, generator):
     launches = []
     triton = pytest.importorskip("fogzo_kernels.backends.triton.hadamard")
     monkeypatch.setattr(triton, "launch", lambda kernel, programs, *a, **k: launches.append(programs))
@@ -224,7 +219,7 @@ def test_the_gradient_is_the_same_transform(backend, device, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_compiled_with_its_gradient(backend, device, dtype, generator):
+def test_it_compiles_with_its_gradient(backend, device, dtype, generator):
     w = torch.randn(4, 256, generator=generator).to(dtype).to(device)
 
     def loss(x):
@@ -241,7 +236,7 @@ def test_compiled_with_its_gradient(backend, device, dtype, generator):
     assert counter.frame_count == 1
 
 
-def test_compiled_in_place(backend, device, generator):
+def test_it_compiles_in_place(backend, device, generator):
     def twice(tensors):
         fk.hadamard_(tensors, tensors, block=64, backend=backend)
         fk.hadamard_(tensors, tensors, block=64, backend=backend)
@@ -255,7 +250,7 @@ def test_compiled_in_place(backend, device, generator):
     assert counter.frame_count == 1
 
 
-def test_exported():
+def test_an_exported_program_has_the_transform():
     class Rotated(torch.nn.Module):
         def forward(self, x):
             return fk.hadamard(x, block=16) + 1
@@ -315,12 +310,12 @@ BAD = [
 
 @pytest.mark.parametrize("chosen", ["cpu", "reference"])
 @pytest.mark.parametrize(("args", "exception", "message"), BAD)
-def test_bad_call(args, exception, message, chosen):
+def test_a_bad_call_is_named_and_writes_nothing(args, exception, message, chosen):
     raises_and_writes_nothing("hadamard_", args | {"backend": chosen}, exception, re.escape(message))
 
 
 @pytest.mark.parametrize("args", [args for args, _, _ in BAD])
-def test_bad_native_call(args):
+def test_a_bad_native_call_is_refused_and_writes_nothing(args):
     """The native op refuses them by itself, and writes nothing."""
     lists = [args["out"], args["tensors"]]
     if not all(isinstance(x, list) for x in lists) or type(args["block"]) is not int:
@@ -344,7 +339,7 @@ def test_bad_native_call(args):
         ([1.0], {}, TypeError, "x must be a Tensor, got list"),
     ],
 )
-def test_bad_call_of_one_tensor(x, options, exception, message):
+def test_a_bad_call_of_one_tensor_is_named(x, options, exception, message):
     with pytest.raises(exception, match=re.escape(message)):
         fk.hadamard(x, **options)
 

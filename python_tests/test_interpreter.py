@@ -18,7 +18,7 @@ LONG = pytest.mark.everything
 @pytest.mark.parametrize(
     "name", ["vectors", *(pytest.param(name, marks=pytest.mark.everything) for name in ("triton", "hadamard"))]
 )
-def test_a_file_of_tests_passes_in_it(name):
+def test_a_file_of_tests_passes_in_the_interpreter(name):
     pytest.importorskip("triton")
     command = [
         sys.executable,

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from layers import GRID, LAYERS, QUANTIZER, STE, made, of_groups, row_mean, rows_of, weight_of
+from support.layers import GRID, LAYERS, QUANTIZER, STE, made, of_groups, row_mean, rows_of, weight_of
 from torch import nn
 
 import fogzo_kernels as fk

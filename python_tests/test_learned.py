@@ -101,7 +101,9 @@ def run(backend, device, latents, grads, alphas, factors, grid, straight_through
 
 @pytest.mark.parametrize(("grid", "straight_through"), CASES, ids=IDS)
 @pytest.mark.parametrize("dtypes", [(a, b) for a in FLOATS for b in FLOATS], ids=str)
-def test_against_float64(backend, device, grid, straight_through, dtypes, generator):
+def test_gradients_of_alphas_are_the_float64_formula(
+    backend, device, grid, straight_through, dtypes, generator
+):
     given = model(generator, SHAPES, dtypes, theta_scale=0.3 * grid.levels)
     _, found = run(backend, device, *given, grid, straight_through)
     agree(found, *given[:3], grid, given[3])
@@ -110,7 +112,7 @@ def test_against_float64(backend, device, grid, straight_through, dtypes, genera
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
 @pytest.mark.parametrize("shape", LONG, ids=str)
-def test_alphas_over_many_programs(backend, device, shape, dtypes, generator):
+def test_an_alpha_over_many_programs_gets_its_whole_sum(backend, device, shape, dtypes, generator):
     """Behind a short tensor, so that programs and elements are counted from different places."""
     given = model(generator, [((3, 8), (3, 1)), shape], dtypes)
     _, found = run(backend, device, *given, fk.Grid.uniform(2), CLIPPED)
@@ -123,14 +125,14 @@ def test_alphas_over_many_programs(backend, device, shape, dtypes, generator):
     [((130, 128), (130, 1)), ((45, 384), (45, 1)), ((3, 4, 256), (3, 4)), ((0, 128), (7,))],
     [((0, 3), (3,)), ((2, 9216), (2, 1)), ((3, 8), (3, 1)), ((7, 640), (7, 5)), ((5000,), ())],
 ], ids=["by 1024", "by 128", "mixed"])  # fmt: skip
-def test_alphas_of_many_elements(backend, device, shapes, dtypes, generator):
+def test_alphas_of_many_elements_get_their_whole_sums(backend, device, shapes, dtypes, generator):
     """Long ones are added up faster; some are cut by the 16,384 elements of a program, some end in them."""
     given = model(generator, shapes, dtypes)
     _, found = run(backend, device, *given, fk.Grid.uniform(2), CLIPPED)
     agree(found, *given[:3], fk.Grid.uniform(2), given[3])
 
 
-def test_one_list_of_all(backend, device, generator):
+def test_one_list_of_all_shapes_is_the_float64_formula(backend, device, generator):
     shapes = [*SHAPES, ((3, 6001), (3, 1)), ((2, 20000), (2, 1))]
     given = model(generator, shapes, (torch.float32, torch.bfloat16))
     _, found = run(backend, device, *given, fk.Grid.uniform(3), IDENTITY)
@@ -149,7 +151,7 @@ def tensor_with_alpha(draw):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape_at_any_place(backend, device, data):
+def test_any_shape_at_any_place_is_the_float64_formula(backend, device, data):
     """Odd sizes, in memory that begins between two chunks; nothing beside the outputs is written."""
     shapes = data.draw(st.lists(tensor_with_alpha(), min_size=1, max_size=4))
     grid, straight_through = data.draw(st.sampled_from(CASES))
@@ -196,19 +198,19 @@ def one_alpha(backend, device, theta, grad, alpha, grid, straight_through=CLIPPE
         (1e-40, -1e-40),
     ],
 )  # fmt: skip
-def test_slope_of_one_weight(backend, device, theta, slope):
+def test_the_slope_of_one_weight_is_the_papers(backend, device, theta, slope):
     """As the paper has it: round(w) - w within the grid and at its ends, ties to even; the end beyond."""
     assert one_alpha(backend, device, [theta], [1.0], 1.0, fk.Grid.uniform(3)) == pytest.approx(slope)
 
 
 @pytest.mark.parametrize(("theta", "slope"), [(0.5, 1.0), (-0.5, -1.0), (0.0, 1.0), (-9.0, -1.0), (NAN, -1.0)])
 @pytest.mark.parametrize("kind", SIGNS, ids=str)
-def test_slope_on_the_sign_grid(backend, device, theta, slope, kind):
+def test_the_slope_on_the_sign_grid_is_exact(backend, device, theta, slope, kind):
     assert one_alpha(backend, device, [theta], [1.0], 2.0, fk.Grid.sign(), kind) == slope
 
 
 @pytest.mark.parametrize("alpha", [2.0**-99, 2.0**-60, 1.0, 2.0**60, 2.0**99])
-def test_scales_tiny_and_huge(backend, device, alpha):
+def test_tiny_and_huge_scales_keep_the_slopes(backend, device, alpha):
     """The slopes are those of theta / alpha; half an ulp at the ends changes the side."""
     theta = [x * alpha for x in (-9.0, -2.0, -1.5, -0.25, 0.0, 0.5, 1.0, 1.5, 1e4)]
     for grid in (fk.Grid.uniform(2), fk.Grid.half_offset(2), fk.Grid.ternary()):
@@ -216,12 +218,12 @@ def test_scales_tiny_and_huge(backend, device, alpha):
 
 
 @pytest.mark.parametrize("grad", [1e-45, 1e-38, 1e30])
-def test_gradients_tiny_and_huge(backend, device, grad):
+def test_tiny_and_huge_gradients_keep_their_sums(backend, device, grad):
     one_alpha(backend, device, [0.3] * 40 + [9.0] * 9, [grad] * 49, 1.0, fk.Grid.uniform(2))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25, 1.0, -2.0, 7.0])
-def test_constant_rows(backend, device, value):
+def test_constant_rows_have_exact_sums(backend, device, value):
     """The sums are multiples of one term: exact."""
     theta, grad = torch.full((4, 4096), value), torch.full((4, 4096), 0.5)
     alphas = [torch.full((4, 1), 1.0)]

@@ -54,7 +54,9 @@ def nothing(latent, where):
 @pytest.mark.parametrize("known", [False, True], ids=["quantize", "quantized"])
 @pytest.mark.parametrize(("grid", "straight_through"), ON_GRIDS, ids=str)
 @pytest.mark.parametrize("groups", [1, 4])
-def test_autograd_against_plain_pytorch(backend, device, grid, straight_through, groups, known, generator):
+def test_autograd_gives_the_gradients_of_plain_pytorch(
+    backend, device, grid, straight_through, groups, known, generator
+):
     """Away from ties and ends, where float32 and float64 may disagree on a code."""
     latent, weight = torch.randn(2, 6, 32, generator=generator)
     alpha, factor = 0.2 + torch.rand(6, groups, generator=generator), 0.125
@@ -106,7 +108,7 @@ def watched(function, name, called):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_gradient_of_another_layout(backend, device, dtype, generator):
+def test_a_gradient_of_another_layout_gives_the_same_bits(backend, device, dtype, generator):
     """Transposed, and expanded from one element, as sums and products give it."""
     latent = torch.randn(6, 32, generator=generator).to(device, dtype).requires_grad_()
     alpha = torch.full((6, 1), 0.5, device=device, requires_grad=True)
@@ -138,7 +140,7 @@ class Learned(torch.nn.Module):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
-def test_compiled_in_one_graph(backend, device, compiler):
+def test_it_compiles_into_one_graph_with_the_same_bits(backend, device, compiler):
     torch._dynamo.reset()
     model, x = Learned(backend).to(device), torch.eye(32, device=device)
     results = []
@@ -150,7 +152,7 @@ def test_compiled_in_one_graph(backend, device, compiler):
     assert results[0][1].count_nonzero() == 6
 
 
-def test_compiled_with_a_known_quantized(backend, device):
+def test_it_compiles_with_a_known_quantized_weight(backend, device):
     torch._dynamo.reset()
 
     def loss(latent, alpha, q):
@@ -168,7 +170,7 @@ def test_compiled_with_a_known_quantized(backend, device):
     assert results[0][1].count_nonzero() > 6
 
 
-def test_exported():
+def test_an_exported_program_gives_the_output_of_the_model():
     model, x = Learned(None), torch.eye(32)
     program = torch.export.export(model, (x,))
     assert torch.equal(program.module()(x), model(x))

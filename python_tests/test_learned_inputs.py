@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import LAYERS
+from support.layers import LAYERS
 from torch import nn
 
 import fogzo_kernels as fk
@@ -45,7 +45,7 @@ def names(model):
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "embedding"])
-def test_it_begins_as_lsq_says_from_the_first_input(name, backend):
+def test_an_input_alpha_begins_as_lsq_says_from_the_first_input(name, backend):
     layer = LAYERS[name]
     module = layer.make()
     fk.quantize_model(module, WEIGHTS, activation=INPUTS, backend=backend)
@@ -67,7 +67,7 @@ def test_each_layer_takes_its_own_input_as_it_is_when_those_before_are_quantized
     torch.testing.assert_close(model[2].input_alpha.detach(), 2 * hidden.detach().abs().mean() / math.sqrt(3))
 
 
-def test_without_a_value_it_is_an_error():
+def test_an_input_alpha_without_a_value_is_an_error():
     model = net()
     message = "input_alpha, the learned scale of the input of 0, has no value yet"
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -75,7 +75,7 @@ def test_without_a_value_it_is_an_error():
 
 
 @pytest.mark.parametrize("broken", ["raises", "misses", "zero", "nan"])
-def test_a_run_that_fails_changes_nothing(broken):
+def test_a_calibration_whose_run_fails_changes_nothing(broken):
     model, x = calibrated()
     before = copy.deepcopy(model.state_dict())
 
@@ -93,7 +93,7 @@ def test_a_run_that_fails_changes_nothing(broken):
     assert not any(m.input_quantizer.calibrating for m in (model[0], model[2]))
 
 
-def test_what_has_none_is_said():
+def test_calibrate_inputs_names_a_model_without_learned_inputs():
     with pytest.raises(ValueError, match="whose inputs have a learned scale, got none"):
         fk.calibrate_inputs_(net(fk.presets.dynamic(8)), lambda: None)
     with pytest.raises(TypeError, match="run must be a function that runs the model, got Tensor"):
@@ -104,7 +104,7 @@ def test_what_has_none_is_said():
 
 
 @pytest.mark.parametrize("activation", [INPUTS, TURNED], ids=["lsq", "rotated"])
-def test_gradients_are_lsqs(activation, backend):
+def test_gradients_of_input_alphas_are_lsqs(activation, backend):
     """Of a linear layer, in float64 by the formulas; the features of a token share the scale."""
     torch.manual_seed(1)  # a tie would go another way in float64
     linear, x = nn.Linear(16, 5), torch.randn(6, 16)
@@ -131,7 +131,7 @@ def test_gradients_are_lsqs(activation, backend):
     torch.testing.assert_close(linear.input_alpha.grad.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_training_moves_it_and_lowers_the_loss():
+def test_training_moves_input_alphas_and_lowers_the_loss():
     torch.manual_seed(0)
     model, x = calibrated()
     y = torch.randint(3, (8,))
@@ -146,7 +146,7 @@ def test_training_moves_it_and_lowers_the_loss():
     assert all(model.get_parameter(n).item() != b for n, b in zip(names(model), before, strict=True))
 
 
-def test_fogzo_leaves_its_gradient_alone():
+def test_fogzo_leaves_the_gradient_of_input_alphas_alone():
     """Its gradient is that of the gradient pass, whatever the probes do."""
     model, x = calibrated()
     y = torch.randint(3, (8,))
@@ -163,7 +163,7 @@ def test_fogzo_leaves_its_gradient_alone():
 
 @pytest.mark.parametrize("value", [-0.1, 0.0, math.nan, math.inf])
 @pytest.mark.parametrize("by", ["forward", "fogzo"])
-def test_one_out_of_range_is_held_counted_warned_of_once(value, by):
+def test_an_input_alpha_out_of_range_is_held_counted_and_warned_of_once(value, by):
     model, x = calibrated()
     y, first = torch.randint(3, (8,)), model[0].input_alpha.item()
     fogzo = fk.Fogzo(model, total_steps=5, kappa=1.0)
@@ -188,7 +188,7 @@ def test_one_out_of_range_is_held_counted_warned_of_once(value, by):
 # ---- groups, checkpoints
 
 
-def test_it_does_not_decay():
+def test_an_input_alpha_does_not_decay():
     model, _ = calibrated()
     decays, _, alphas = fk.parameter_groups(model, weight_decay=0.1)
     ids = {id(p) for p in alphas["params"]}
@@ -198,7 +198,7 @@ def test_it_does_not_decay():
 
 
 @pytest.mark.parametrize("activation", [INPUTS, TURNED], ids=["lsq", "rotated"])
-def test_it_travels_in_checkpoints(activation):
+def test_checkpoints_keep_the_learned_input_alpha(activation):
     model, x = calibrated(activation)
     other = net(activation)
     other.load_state_dict(model.state_dict())
@@ -216,7 +216,7 @@ def test_it_travels_in_checkpoints(activation):
     assert set(plain.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
-def test_it_travels_through_transformers(tmp_path):
+def test_transformers_keep_the_learned_input_alpha(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     import fogzo_kernels.integrations.transformers  # noqa: F401
 
@@ -231,7 +231,7 @@ def test_it_travels_through_transformers(tmp_path):
     assert torch.equal(loaded(x).logits, model(x).logits)
 
 
-def test_compiled():
+def test_a_compiled_model_gives_the_eager_output():
     model, x = calibrated()
     wanted = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), wanted)

@@ -2,67 +2,55 @@
 
 import pytest
 import torch
-from test_native import (
-    INF,
-    NAN,
-    SHAPES,
-    Tensor,
-    arguments,
-    inside,
-    item,
-    joined,
-    names_of,
-    native,
-    of_list,
-    one,
-    put,
-    refusal,
-)
+from support.native_calls import inside, of_list, refusal
+from support.samples import INF, NAN, SHAPES, names_of, native, native_arguments
+from support.spoiled import item, joined, one, put
+from torch import Tensor
 
-L = "learned_backward"
+LEARNED = ("learned_backward",)
 ROWS = [
-    *of_list("latents", (L,), first=True), *of_list("grads", (L,)), *of_list("out", (L,)),
-    ((L,), item("alphas", 0, Tensor.half), "dtype"),
-    ((L,), one("alphas", lambda v: v[:1]), "length"),
-    ((L,), item("alphas", 1, lambda t: torch.full((1, 8), 0.5)), "shape"),
-    ((L,), put(alphas=[torch.tensor(0.0), torch.ones(4, 1)]), "alphas"),
+    *of_list("latents", LEARNED, first=True), *of_list("grads", LEARNED), *of_list("out", LEARNED),
+    (LEARNED, item("alphas", 0, Tensor.half), "dtype"),
+    (LEARNED, one("alphas", lambda v: v[:1]), "length"),
+    (LEARNED, item("alphas", 1, lambda t: torch.full((1, 8), 0.5)), "shape"),
+    (LEARNED, put(alphas=[torch.tensor(0.0), torch.ones(4, 1)]), "alphas"),
     # alpha_grads
-    ((L,), one("alpha_grads", lambda v: v[:1]), "length"),
-    ((L,), item("alpha_grads", 1, Tensor.double), "dtype"),
-    ((L,), item("alpha_grads", 0, Tensor.bfloat16), "dtype"),
-    ((L,), item("alpha_grads", 1, lambda t: torch.ones(4)), "shape"),
-    ((L,), item("alpha_grads", 0, lambda t: torch.ones(1)), "shape"),
-    ((L,), item("alpha_grads", 1, lambda t: torch.ones(4, 2)[:, :1]), "memory"),
-    ((L,), item("alpha_grads", 1, lambda t: t.to("meta")), "memory"),
+    (LEARNED, one("alpha_grads", lambda v: v[:1]), "length"),
+    (LEARNED, item("alpha_grads", 1, Tensor.double), "dtype"),
+    (LEARNED, item("alpha_grads", 0, Tensor.bfloat16), "dtype"),
+    (LEARNED, item("alpha_grads", 1, lambda t: torch.ones(4)), "shape"),
+    (LEARNED, item("alpha_grads", 0, lambda t: torch.ones(1)), "shape"),
+    (LEARNED, item("alpha_grads", 1, lambda t: torch.ones(4, 2)[:, :1]), "memory"),
+    (LEARNED, item("alpha_grads", 1, lambda t: t.to("meta")), "memory"),
     # the rest
-    *(((L,), put(factors=x), "length") for x in ([], [1.0], [1.0] * 3)),
-    *(((L,), put(factors=[1.0, x]), "factors") for x in (NAN, INF, -INF)),
-    ((L,), put(straight_through="unheard"), "straight_through"),
-    ((L,), put(qmin=-129), "grid"),
-    ((L,), put(offset=0.25), "grid"),
-    ((L,), put(r=3), "grid"),
+    *((LEARNED, put(factors=x), "length") for x in ([], [1.0], [1.0] * 3)),
+    *((LEARNED, put(factors=[1.0, x]), "factors") for x in (NAN, INF, -INF)),
+    (LEARNED, put(straight_through="unheard"), "straight_through"),
+    (LEARNED, put(qmin=-129), "grid"),
+    (LEARNED, put(offset=0.25), "grid"),
+    (LEARNED, put(r=3), "grid"),
     # memory
-    *(((L,), joined(a, b), "overlap") for a, b in (("out", "latents"), ("out", "grads"), ("out", "out"))),
-    *(((L,), inside(name, (4, 1), of), "overlap") for name, of in (
+    *((LEARNED, joined(a, b), "overlap") for a, b in (("out", "latents"), ("out", "grads"), ("out", "out"))),
+    *((LEARNED, inside(name, (4, 1), of), "overlap") for name, of in (
         ("alphas", "out"), ("alpha_grads", "latents"), ("alpha_grads", "grads"), ("alpha_grads", "out"))),
-    ((L,), lambda a: {"alpha_grads": a["alphas"]}, "overlap"),
+    (LEARNED, lambda a: {"alpha_grads": a["alphas"]}, "overlap"),
 ]  # fmt: skip
 
 
 def valid():
     """A valid call by the schema's names; what it writes holds 99."""
-    known = arguments("straight_through_backward") | {
+    known = native_arguments("straight_through_backward") | {
         "factors": [0.5, 2.0],
         "alpha_grads": [torch.tensor(99.0), torch.full((4, 1), 99.0)],
     }
-    return {name: known[name] for name in names_of(L)}
+    return {name: known[name] for name in names_of(*LEARNED)}
 
 
 @pytest.mark.parametrize(("change", "reason"), [(change, reason) for _, change, reason in ROWS])
 def test_bad_input_is_refused_and_nothing_is_written(change, reason):
     args = valid()
     changed = args | change(args)
-    assert refusal(L, {name: changed[name] for name in args}) == reason
+    assert refusal(*LEARNED, {name: changed[name] for name in args}) == reason
 
 
 def test_the_call_that_is_spoiled_is_valid():

@@ -6,14 +6,14 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import as_launched, leave, needs_gloo, two_of
+from support.processes import as_launched, leave, needs_gloo, two_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fogzo_kernels as fk
 from fogzo_kernels.integrations.lightning import KEY, FogzoMixin
 
-L = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
 STEPS, OPTIONS = 6, {"kappa": 0.5, "seed": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -34,7 +34,7 @@ class Rows(Dataset):
         return self.x[i], self.y[i]
 
 
-class Plain(L.LightningModule):
+class Plain(lightning.LightningModule):
     def __init__(self, fused=False, rate=0.05):
         super().__init__()
         torch.manual_seed(0)
@@ -63,7 +63,7 @@ def trainer_of(folder, **options):
         "max_steps": STEPS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder),
     } | options  # fmt: skip
-    return L.Trainer(**given)
+    return lightning.Trainer(**given)
 
 
 def fit(model, folder, ckpt_path=None, rows=None, batch=8, **options):
@@ -94,7 +94,7 @@ def by_hand(clip=None):
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("fused", [False, True])
-def test_its_steps_are_those_of_a_loop_by_hand(tmp_path, fused, clip):
+def test_lightning_takes_the_steps_of_a_loop_by_hand(tmp_path, fused, clip):
     model = Ours(fused)
     trainer = fit(model, tmp_path, gradient_clip_val=clip)
     losses, weights = by_hand(clip)
@@ -114,7 +114,7 @@ def test_what_is_logged_is_the_gradient_pass(tmp_path):
     assert not model.probing
 
 
-def test_without_probes_it_is_the_plain_module(tmp_path):
+def test_without_probes_a_run_is_that_of_the_plain_module(tmp_path):
     class Late(Ours):
         fogzo_options = OPTIONS | {"start": 1.0}
 
@@ -134,7 +134,7 @@ def test_bfloat16_trains(tmp_path):
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_gradient_scaler(tmp_path, fused, clip):
+def test_under_a_gradient_scaler_an_overflow_skips_the_step(tmp_path, fused, clip):
     """Its losses are those of float16; the overflow of the first step is skipped, and halves the scale."""
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -163,7 +163,7 @@ def test_a_gradient_scaler(tmp_path, fused, clip):
 
 def half(folder, edit=lambda checkpoint: None):
     """The checkpoint of a run after 3 steps."""
-    keep = L.callbacks.ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
+    keep = lightning.callbacks.ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
     fit(Ours(), folder, enable_checkpointing=True, callbacks=[keep])
     path = folder / "kept/step=3.ckpt"
     checkpoint = torch.load(path, weights_only=False)
@@ -221,9 +221,9 @@ class OursNormed(FogzoMixin, Normed):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("preset", ["lsq", "bitnet"])
-def test_averaged_weights_and_their_statistics(tmp_path, preset, accumulated):
+def test_an_epoch_that_averages_weights_moves_none(tmp_path, preset, accumulated):
     """StochasticWeightAveraging runs an epoch without steps, for BatchNorm: no weight moves."""
-    model, average = OursNormed(preset), L.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
+    model, average = OursNormed(preset), lightning.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
     fit(model, tmp_path, max_steps=-1, max_epochs=3, callbacks=[average], accumulate_grad_batches=accumulated)
     assert model.fogzo.steps == 3 * STEPS // accumulated
     assert not model.fogzo.pending
@@ -302,7 +302,7 @@ class Manual(Ours):
         optimizer.step()
 
 
-def test_manual_optimization(tmp_path):
+def test_manual_optimization_takes_the_steps_of_a_loop_by_hand(tmp_path):
     model = Manual()
     trainer = fit(model, tmp_path)
     losses, weights = by_parts()
@@ -326,7 +326,7 @@ def test_manual_optimization_of_two_processes_is_refused(tmp_path):
     assert two_of(manual_worker, tmp_path) == [True, True]
 
 
-def test_what_it_cannot_run_is_refused(tmp_path):
+def test_settings_that_lightning_cannot_run_are_refused(tmp_path):
     class Twice(Ours):
         fogzo_options = OPTIONS | {"total_steps": 3}
 

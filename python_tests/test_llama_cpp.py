@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from exported import GRIDS, llama, quantizer, values_of
+from support.exported import GRIDS, llama, quantizer, values_of
 
 from fogzo_kernels import export
 from fogzo_kernels.export.llama import block_for, encoded
@@ -46,7 +46,7 @@ def logits_of(path):
 
 
 @pytest.mark.parametrize(("name", "block"), CASES)
-def test_blocks_and_logits(name, block, tmp_path):
+def test_llama_cpp_decodes_the_blocks_and_gives_the_logits(name, block, tmp_path):
     """Blocks to the bit; logits as far as products of inputs rounded to 8 bits go."""
     model = llama(quantizer(GRIDS[name]), hidden=256)
     export.freeze_scales_(model, torch.float16)
@@ -65,8 +65,8 @@ def test_blocks_and_logits(name, block, tmp_path):
     assert divergence < 1e-4
 
 
-def test_it_writes_text(tmp_path):
-    from test_train_lm import train
+def test_llama_cpp_writes_text_with_an_exported_model(tmp_path):
+    from support.lm_runs import train
 
     from bench.evidence import save_run
     from fogzo_kernels.export.__main__ import main

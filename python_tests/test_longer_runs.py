@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.training import batch, loss_of, make
 from torch import nn
-from training import batch, loss_of, make
 
 import fogzo_kernels as fk
 

@@ -3,9 +3,9 @@
 import math
 import os
 
-import loops
 import pytest
 import torch
+from support import loops
 
 from fogzo_kernels.train.run import Run
 
@@ -13,7 +13,7 @@ from fogzo_kernels.train.run import Run
 def test_random_loops_are_those_of_the_contract(generator):
     seed = generator.initial_seed() % 2**31
     wanted = os.environ.get("FOGZO_FUZZ_LOOPS")
-    print(f"python python_tests/loops.py --seed {seed}")
+    print(f"python -m support.loops --seed {seed}")
     done = loops.many(seed, int(wanted or 10**9), math.inf if wanted else 5.0)
     assert done == int(wanted) if wanted else done > 0
 
@@ -42,7 +42,7 @@ def without_a_count(monkeypatch):
 @pytest.mark.parametrize(
     "defect", [without_noise, without_a_look, without_the_scale, without_buffers, without_a_count]
 )
-def test_loops_see(defect, monkeypatch):
+def test_random_loops_see_a_planted_defect(defect, monkeypatch):
     defect(monkeypatch)
     with pytest.raises(AssertionError, match=r"loop \d+, step"):
         loops.many(0, 60)

@@ -43,7 +43,7 @@ def made(inputs, compute=None, dtype=torch.float32, kind="linear"):
     ids=["values", "int8", "conv"],
 )
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_outputs_are_nan(inputs, kind, compute, bad, dtype):
+def test_inputs_that_are_not_finite_give_nan(inputs, kind, compute, bad, dtype):
     if compute and inputs in ("groups", "function"):
         return
     model, x = made(inputs, compute, dtype, kind)
@@ -61,7 +61,7 @@ def test_outputs_are_nan(inputs, kind, compute, bad, dtype):
 
 @pytest.mark.parametrize("compute", [None, "int8"])
 @pytest.mark.parametrize("inputs", ["dynamic", "learned", "fixed"])
-def test_compiled_and_exported_too(inputs, compute):
+def test_compiled_and_exported_models_give_nan_too(inputs, compute):
     model, x = made(inputs, compute)
     expected = model(x)
     program = torch.export.export(model, (x,)).module()

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import leave, needs_gloo, spawned
+from support.processes import leave, needs_gloo, spawned
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -147,20 +147,20 @@ def check(make, bad, first):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("kind", FUSED)
-def test_a_fused_step(kind, preset, bad):
+def test_a_lost_fused_step_changes_nothing(kind, preset, bad):
     for groups in (False, True):
         check(lambda g=groups: Run(FUSED[kind], True, g, preset), bad, first=groups)
 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_step_of_another_optimizer(kind, bad):
+def test_a_lost_step_of_pytorchs_optimizers_changes_nothing(kind, bad):
     check(lambda: Run(OTHERS[kind], False), bad, first=kind == "SGD")
 
 
 @pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("kind", FUSED)
-def test_bfloat16(kind, master):
+def test_a_lost_step_in_bfloat16_changes_nothing(kind, master):
     optimizer = functools.partial(FUSED[kind], master_weights=master)
     check(lambda: Run(optimizer, True, dtype=torch.bfloat16), bad_input, first=False)
 
@@ -171,14 +171,14 @@ def test_bfloat16(kind, master):
     [{"directions": 3}, {"start": 1.0}, {"every": 2}],
     ids=str,
 )
-def test_kinds_of_steps(options, fused):
+def test_a_lost_step_of_any_kind_changes_nothing(options, fused):
     bad = bad_input if "start" in options else overflow_of_the_norm
     if options.get("every"):
         bad = bad_gradient
     check(lambda: Run((FUSED if fused else OTHERS)["AdamW"], fused, **options), bad, first=False)
 
 
-def test_an_estimate_that_was_made_first():
+def test_a_lost_step_that_was_estimated_and_clipped_changes_nothing():
     """``fogzo.step`` and then a fused optimizer; clipped between."""
     runs = [Run(FUSED["AdamW"], False) for _ in "ab"]
     for run, numbers in zip(runs, ([0, 9, 1], [0, 1]), strict=True):
@@ -192,7 +192,7 @@ def test_an_estimate_that_was_made_first():
     assert same(runs[0].state(), runs[1].state())
 
 
-def test_optimizers_that_share_a_model():
+def test_all_optimizers_of_a_model_lose_the_step():
     """One of PyTorch before the fused one has heard of the step, and one after."""
 
     def go(numbers):
@@ -214,7 +214,7 @@ def test_optimizers_that_share_a_model():
     assert same(go([0, 9, 1, 10, 2]), go([0, 1, 2]))
 
 
-def test_a_parameter_beside_the_model():
+def test_a_parameter_beside_the_model_loses_the_step_too():
     """A temperature, say, that the optimizer has and the model has not."""
     model = network()
     fogzo, scale = fk.Fogzo(model, total_steps=10, kappa=1.0), torch.ones((), requires_grad=True)
@@ -286,7 +286,7 @@ def captured(monkeypatch):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("kind", [*FUSED, "torch"])
-def test_a_captured_step(kind, groups, bad):
+def test_a_captured_lost_step_changes_nothing(kind, groups, bad):
     rate = torch.tensor(1e-2, dtype=torch.float64)
 
     def make():

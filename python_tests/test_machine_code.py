@@ -4,14 +4,14 @@ import shutil
 import subprocess
 
 import pytest
-from test_sass import triton, triton_rows  # noqa: F401
+from support.triton_code import triton_rows
 
 from bench.sass import cuda, machine_code
 from build_cuda import find_nvcc
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_lists_that_are_not_aligned_stay_in_registers(triton, dtype):  # noqa: F811
+def test_lists_that_are_not_aligned_stay_in_registers(triton, dtype):
     """Those of their tensors that are aligned have the same accesses."""
     names = [f"perturb_kernel {dtype} {dtype} {dtype} uniform both row",
              f"estimate_kernel {dtype} uniform row n=1",

@@ -71,7 +71,7 @@ def random_tensors(generator, cases, dtype, device, scale=1.0):
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_near_float64(backend, device, dtype, statistic, generator):
+def test_statistics_are_near_float64(backend, device, dtype, statistic, generator):
     tensors = random_tensors(generator, CASES, dtype, device)
     found = check(backend, [shape for _, shape in CASES], tensors, statistic)
     if statistic == "absmax":
@@ -81,7 +81,7 @@ def test_near_float64(backend, device, dtype, statistic, generator):
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_memory_that_is_not_aligned(backend, device, dtype, statistic, generator):
+def test_statistics_of_unaligned_memory_are_near_float64(backend, device, dtype, statistic, generator):
     """Each tensor begins one element behind an aligned address, and ends before one that is huge."""
     cases = [case for case in CASES if math.prod(case[0]) < 2 * SPAN]
     tensors = random_tensors(generator, cases, dtype, device)
@@ -106,7 +106,7 @@ def tensor_with_alpha(draw):
     cases=st.lists(tensor_with_alpha(), min_size=1, max_size=6), seed=st.integers(0, 2**31),
     dtype=st.sampled_from(FLOATS), statistic=st.sampled_from(STATISTICS),
 )  # fmt: skip
-def test_any_list(backend, device, cases, seed, dtype, statistic):
+def test_statistics_of_any_list_are_near_float64(backend, device, cases, seed, dtype, statistic):
     tensors = random_tensors(torch.Generator().manual_seed(seed), cases, dtype, device)
     check(backend, [shape for _, shape in cases], tensors, statistic)
 
@@ -128,7 +128,7 @@ ADVERSARIAL = {
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("data", ADVERSARIAL)
-def test_every_finite_number(backend, device, data, statistic, generator):
+def test_squares_neither_overflow_nor_underflow(backend, device, data, statistic, generator):
     """Squares neither overflow nor underflow, in short and in long cells."""
     shapes = [((4, 8), (4, 1)), ((2, 520), (2, 65)), ((3, 77), (3,)), ((2, ROW), (2, 1))]
     shapes += [((3, 1024), (3, 1)), ((2, ROW + 4), (2, 1)), ((ROW,), ())]  # by chunks: sums of eight in float32
@@ -141,7 +141,7 @@ def test_every_finite_number(backend, device, data, statistic, generator):
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("length", [1, 3, 64, 1000, ROW])
-def test_special_values(backend, device, dtype, statistic, length):
+def test_nan_and_infinity_stay_in_their_cell(backend, device, dtype, statistic, length):
     """A NaN wins over everything, an infinity over what is finite; other cells see nothing of it."""
     places = sorted({0, length // 2, min(length - 1, SPAN), length - 1})
     rows = [(place, values) for place in places for values in ((NAN,), (-NAN,), (INF,), (-INF,), (INF, NAN))]
@@ -157,7 +157,7 @@ def test_special_values(backend, device, dtype, statistic, length):
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_from_statistic_to_alpha(backend, device, statistic, generator):
+def test_alpha_is_the_scaled_statistic_to_the_bit(backend, device, statistic, generator):
     """A float32 sum, product and maximum: to the bit."""
     cases = (((50, 40), (50, 1)), ((2, ROW), (2,)))
     tensors = random_tensors(generator, cases, torch.float32, device)
@@ -176,7 +176,7 @@ def test_from_statistic_to_alpha(backend, device, statistic, generator):
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_cells_without_elements(backend, device, statistic):
+def test_cells_without_elements_have_the_statistic_zero(backend, device, statistic):
     """Their statistic is 0; an alpha without elements stays so; others in the list are as alone."""
     shapes = [((5, 0), (5, 1)), ((0, 3), (0, 1)), ((4, 8), (4, 1)), ((0,), ()), ((2, 0, 3), (40_000,))]
     tensors = [torch.ones(s, device=device) for s, _ in shapes]
@@ -188,11 +188,11 @@ def test_cells_without_elements(backend, device, statistic):
     assert (found[0] == 3.0).all()
 
 
-def test_an_empty_list(backend):
+def test_an_empty_list_is_no_error(backend):
     fk.measure_alphas_([], [], statistic="rms", backend=backend)
 
 
-def test_many_small_tensors(backend, device, generator):
+def test_many_small_tensors_are_near_float64(backend, device, generator):
     cases = [((1 + i % 37,), ()) for i in range(300)]
     tensors = random_tensors(generator, cases, torch.bfloat16, device)
     check(backend, [()] * 300, tensors, "absmean")
@@ -259,7 +259,7 @@ def test_the_same_bits_with_any_instruction_set(dtype, statistic, generator, mon
 # ---- as PyTorch sees it
 
 
-def test_meta_tensors_and_export():
+def test_meta_tensors_are_checked_and_an_export_measures_anew():
     class Measured(torch.nn.Module):
         def forward(self, x):
             alpha = torch.empty(x.shape[0], 1)
@@ -295,7 +295,7 @@ def test_an_alpha_written_counts_as_a_change():
     ({"alphas": [torch.ones(1, 8)]}, "refused: shape"),
     ({"alphas": [torch.ones(4, 2)[:, :1]]}, "refused: memory"),
 ])  # fmt: skip
-def test_the_native_op_refuses(change, message):
+def test_the_native_op_refuses_bad_calls_and_writes_nothing(change, message):
     args = {"alphas": [torch.full((4, 1), 99.0)], "tensors": [torch.ones(4, 8)], "statistic": "rms"}
     args |= {"factor": 1.0, "add": 0.0, "least": 0.0, **change}
     before = [alpha.clone() for alpha in args["alphas"]]

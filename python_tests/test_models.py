@@ -13,12 +13,19 @@ import fogzo_kernels as fk
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from models import CASES, Reference, eight, low, observe, quantized_modules
+from support.models import (
+    CASES,
+    GRADIENT_TOLERANCE,
+    Reference,
+    check_losses_and_guides,
+    eight,
+    low,
+    observe,
+    quantized_modules,
+)
 from transformers.pytorch_utils import Conv1D
 
 TRAINED = {"total_steps": 100, "schedule": "constant"}
-#: Sums in another order, over some hundred terms at most, in float32.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2.0**-19, 2.0**-16
 
 
 def quantized(name, *, train=True, prepare=None, **options):
@@ -212,14 +219,6 @@ def test_printed_report_names_every_weight(name):
 # ---- one step
 
 
-def check_losses_and_guides(reference):
-    seen = reference.seen
-    for ours, theirs in zip(seen.losses, reference.losses, strict=True):
-        assert (ours - theirs).abs() <= LOSS_TOLERANCE * theirs.abs()
-    for name, spread in reference.spread.items():
-        assert spread.max() <= GRADIENT_TOLERANCE * reference.guides[name].abs().max(), name
-
-
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", CASES)
 def test_step_is_the_contract_by_hand(name, train):
@@ -250,7 +249,7 @@ def test_step_is_the_contract_by_hand(name, train):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [n for n in CASES if n != "resnet"])
-def test_attention_implementations(name, attention):
+def test_a_step_is_the_contract_with_every_attention(name, attention):
     plain, model, _ = quantized(name, attn_implementation=attention)
     assert model.config._attn_implementation == attention
     seen, which = observed(model, name)
@@ -294,7 +293,7 @@ def checkpoint(model, **options):
         model.gradient_checkpointing_enable(options)
 
 
-def test_hidden_states_and_generation():
+def test_a_dequantized_model_has_the_same_hidden_states_and_text():
     _, model, _ = quantized("gpt2", train=False)
     tokens = CASES["gpt2"].batch()["input_ids"]
     hidden = model(tokens, output_hidden_states=True).hidden_states

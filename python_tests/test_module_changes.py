@@ -64,7 +64,7 @@ def test_a_layer_that_begins_at_0_trains(preset, dtype):
     "make", [nn.Linear, lambda i, o: nn.Conv2d(i // 4, o, 2), lambda i, o: nn.Embedding(o, i)]
 )
 @pytest.mark.parametrize("statistic", ["absmax", "absmean", "rms"])
-def test_its_alpha_is_that_of_first_weights(statistic, make):
+def test_a_row_that_begins_at_0_gets_the_alpha_of_first_weights(statistic, make):
     """Those that PyTorch draws, in expectation; other rows keep their own."""
     q = fk.Quantizer(
         fk.Grid.uniform(3),
@@ -128,7 +128,7 @@ def test_a_fused_convolution_is_an_error_that_names_the_remedy(preset):
     torch.testing.assert_close(nn.utils.fuse_conv_bn_eval(model[0], model[1])(x), expected)
 
 
-def test_a_fused_linear_layer_too():
+def test_a_fused_linear_layer_is_an_error_too():
     model, x = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).eval(), torch.randn(3, 6)
     model[1].running_var.fill_(4)
     fk.quantize_model(model, fk.presets.lsq(3))
@@ -143,7 +143,7 @@ def fogzo(model, steps=3):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_new_weight_is_one_after_calibrate(preset):
+def test_a_new_weight_is_an_error_until_calibrate(preset):
     torch.manual_seed(0)
     model, like, x = nn.Linear(16, 4), nn.Linear(16, 4), torch.randn(3, 16)
     fk.quantize_model(model, PRESETS[preset])
@@ -158,7 +158,7 @@ def test_a_new_weight_is_one_after_calibrate(preset):
     fogzo(model).step(lambda: model(x).square().sum())
 
 
-def test_weights_that_move_are_no_new_ones():
+def test_a_weight_that_moves_with_its_alpha_is_no_error():
     """With their alphas, as whole modules, for the time of a call, or to another dtype or Parameter."""
     torch.manual_seed(0)
     model, other, x = nn.Linear(16, 4), nn.Linear(16, 4), torch.randn(3, 16)
@@ -232,7 +232,7 @@ def test_weights_initialized_in_place_draw_a_warning(scale):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_trained_alpha_draws_none():
+def test_a_trained_alpha_draws_no_warning():
     model = nn.Linear(16, 8)
     fk.quantize_model(model, fk.presets.lsq(2))
     with torch.no_grad():

@@ -1,12 +1,12 @@
 """The native CPU ops by themselves, past the checks in Python: they write what the reference does, and refuse
 all that fogzo_kernels/ops refuses, by an error that names the reason, before anything is written."""
 
-import math
-from functools import partial
-
 import pytest
 import torch
-from fuzz_spoil import cut, freed, misaligned
+from support.fuzz_spoil import cut
+from support.native_calls import both, inside, listed, of_list, refusal
+from support.samples import ADAMW, INF, NAN, SHAPES, f64, i64, native, native_arguments
+from support.spoiled import item, joined, one, put
 from torch import Tensor
 
 import fogzo_kernels as fk
@@ -15,64 +15,14 @@ from fogzo_kernels.backends import cpu, reference
 from fogzo_kernels.spec import noise, scale, straight_through, update
 from fogzo_kernels.spec.call import Draw, Losses, Mix, Update
 
-native = torch.ops.fogzo_cpu
 BIG = 2**63 - 1
-NAN, INF = math.nan, math.inf
-SHAPES = ((3,), (4, 8))
-N, G, P, E, U, Q, S = (
-    "noise", "guide_sumsq", "perturb_quantize", "estimate_gradient", "estimate_update", "quantize",
-    "straight_through_backward",
-)  # fmt: skip
-OPS = (N, G, P, E, U, Q, S)
+NOISE, SUMSQ, PERTURB, ESTIMATE = "noise", "guide_sumsq", "perturb_quantize", "estimate_gradient"
+UPDATE, QUANTIZE, BACKWARD = "estimate_update", "quantize", "straight_through_backward"
+OPS = (NOISE, SUMSQ, PERTURB, ESTIMATE, UPDATE, QUANTIZE, BACKWARD)
 WRITTEN = {
-    N: {"out"}, G: {"out"}, P: {"plus", "minus"}, E: {"grads", "counters"},
-    U: {"latents", "first", "second", "quantized", "counters"}, Q: {"out"}, S: {"out"},
+    NOISE: {"out"}, SUMSQ: {"out"}, PERTURB: {"plus", "minus"}, ESTIMATE: {"grads", "counters"},
+    UPDATE: {"latents", "first", "second", "quantized", "counters"}, QUANTIZE: {"out"}, BACKWARD: {"out"},
 }  # fmt: skip
-RULE = fk.spec.update.UpdateRule("adamw", weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6)
-
-
-f64, i64 = (partial(torch.tensor, dtype=d) for d in (torch.float64, torch.int64))
-
-
-def names_of(op):
-    return [a.name for a in getattr(native, op).default._schema.arguments]
-
-
-def arguments(op):
-    """A valid call by the schema's names; what it writes without reading holds 99."""
-    generator = torch.Generator().manual_seed(3)
-    latents, grads, first = ([torch.randn(s, generator=generator) for s in SHAPES] for _ in "abc")
-    poison = {name: [torch.full(s, 99.0) for s in SHAPES] for name in ("plus", "minus", "quantized", "out")}
-    known = {
-        **poison, "latents": latents, "grads": grads, "first": first, "second": [t.square() for t in first],
-        "masters": [], "counters": [torch.tensor([5, 6, 7])],
-        "alphas": [torch.tensor(0.5), torch.full((4, 1), 0.25)], "losses_plus": torch.tensor([2.0, 1.0, INF]),
-        "losses_minus": torch.tensor([0.5, 3.0, 1.0]), "norm": torch.tensor(2.0), "seed": i64(1),
-        "step": i64(2), "one_minus_beta": f64(0.25), "direction": 3, "tensor_ids": [4, 5],
-        "layouts": [0, 3, 3, 8, 8, 16], "qmin": -2, "qmax": 1, "offset": 0.0, "r": 1, "block": 0,
-        "distribution": "uniform", "noise_scale": noise.DISTRIBUTIONS["uniform"], "epsilon": 0.5,
-        "rule": RULE.variant, "names": list(RULE.hyperparameters), "lr": f64(0.1), "optimizer_step": i64(2),
-        "values": list(RULE.hyperparameters.values()), "straight_through": "identity_clipped",
-    }  # fmt: skip
-    if op == N:
-        known |= {"out": torch.full((32,), 99.0), "tensor_ids": [5], "layouts": [8, 8, 16]}
-    if op == G:
-        known["out"] = torch.tensor(99.0).double()
-    return {name: known[name] for name in names_of(op)}
-
-
-def listed(value):
-    return value if isinstance(value, list) else [value]
-
-
-def tensors(args):
-    """Those that hold all their elements."""
-    found = [x for value in args.values() for x in listed(value) if isinstance(x, Tensor)]
-    return [t for t in found if t.layout == torch.strided and not t.is_meta and not short(t)]
-
-
-def short(t):
-    return t.untyped_storage().nbytes() < (t.storage_offset() + t.numel()) * t.element_size()
 
 
 # ---- what they write
@@ -99,7 +49,7 @@ def by_the_reference(op, a):
         case "estimate_gradient":
             reference.estimate_gradient_(a["grads"], a["alphas"], draw, mix, losses, a["r"], 0)
         case "estimate_update":
-            rule = Update(RULE, a["lr"], a["optimizer_step"], [], [a["first"], a["second"]])
+            rule = Update(ADAMW, a["lr"], a["optimizer_step"], [], [a["first"], a["second"]])
             lists = [a[k] for k in ("latents", "quantized", "grads", "alphas")]
             reference.estimate_update_(*lists, draw, mix, losses, grid, rule, 0)
         case "quantize":
@@ -119,7 +69,7 @@ def copied(args):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_valid_call_writes_what_the_reference_does_and_nothing_else(op):
-    args = arguments(op)
+    args = native_arguments(op)
     before = copied(args)
     getattr(native, op)(*args.values())
     wanted = by_the_reference(op, copied(before))
@@ -134,34 +84,13 @@ def test_a_valid_call_writes_what_the_reference_does_and_nothing_else(op):
 
 def test_the_last_element_index_is_taken():
     for layout in ([2**51 - 32, 32, 32], [2**51 - 32, BIG, 1], [0, 1, (2**51 - 1) // 31]):
-        args = {**arguments(N), "layouts": layout}
-        wanted = by_the_reference(N, copied(args))["out"]
+        args = {**native_arguments(NOISE), "layouts": layout}
+        wanted = by_the_reference(NOISE, copied(args))["out"]
         native.noise(*args.values())
         assert torch.equal(args["out"], wanted), layout
 
 
 # ---- what they refuse
-
-
-def put(**values):
-    return lambda args: values
-
-
-def one(name, change):
-    return lambda args: {name: change(args[name])}
-
-
-def item(name, i, change):
-    return lambda args: {name: [change(t) if j == i else t for j, t in enumerate(args[name])]}
-
-
-def both(*changes):
-    def change(args):
-        for one_change in changes:
-            args = args | one_change(args)
-        return args
-
-    return change
 
 
 def halves(*names):
@@ -172,76 +101,30 @@ def halves(*names):
 MASTERED = both(halves("latents"), put(masters=[torch.ones(s) for s in SHAPES]))  # valid
 
 
-def transposed_memory(t):
-    return t.t().contiguous().t()
-
-
-def joined(a, b):
-    """Two arguments whose second tensors lie in one piece of memory, overlapping by one row."""
-
-    def change(args):
-        memory = torch.ones(7, 8)
-        if a == b:  # within one list: the second tensor begins where the first still goes on
-            return {a: [memory.flatten()[:3], memory.flatten()[2:34].view(4, 8)]}
-        return {a: [args[a][0], memory[:4]], b: [args[b][0], memory[3:]]}
-
-    return change
-
-
-def inside(name, shape, of):
-    """Argument ``name`` becomes a view of the second tensor of list ``of``, which holds ones."""
-
-    def change(args):
-        own = [args[of][0], torch.ones(SHAPES[1])]
-        view = own[1].flatten()[: math.prod(shape)].view(shape)
-        return {of: own, name: [args[name][0], view] if isinstance(args[name], list) else view}
-
-    return change
-
-
-def of_list(name, ops, first=False, before=lambda args: {}):
-    """What is wrong with a list, whatever it holds; ``first``: others go with it."""
-    rows = [
-        (item(name, 0, Tensor.double), "dtype"),
-        (item(name, 1, Tensor.half), "dtype"),
-        (item(name, 1, transposed_memory), "memory"),
-        (item(name, 1, lambda t: t.to("meta")), "memory"),
-        (item(name, 1, Tensor.to_sparse), "memory"),
-        (item(name, 1, Tensor.to_mkldnn), "memory"),
-        (item(name, 1, lambda t: freed(t.clone())), "memory"),
-        (item(name, 1, lambda t: cut(t.clone())), "memory"),
-        (item(name, 1, misaligned), "memory"),
-    ]
-    if not first:
-        rows += [
-            (one(name, lambda v: v[:1]), "length"),
-            (one(name, lambda v: [*v, v[-1]]), "length"),
-            (item(name, 1, lambda t: t.t().contiguous()), "shape"),
-            (item(name, 0, lambda t: t[:2].clone()), "shape"),
-        ]
-    return [(ops, both(before, change), reason) for change, reason in rows]
-
-
-LISTS, MIXED, DRAWN, GRIDS = (G, P, E, U, Q, S), (P, E, U), (N, P, E, U), (P, U, Q, S)
+LISTS, MIXED = (SUMSQ, PERTURB, ESTIMATE, UPDATE, QUANTIZE, BACKWARD), (PERTURB, ESTIMATE, UPDATE)
+DRAWN, GRIDS = (NOISE, *MIXED), (PERTURB, UPDATE, QUANTIZE, BACKWARD)
 SCALARS = (
-    (DRAWN, "seed"), (DRAWN, "step"), (MIXED, "one_minus_beta"), ((U,), "lr"), ((U,), "optimizer_step"),
+    (DRAWN, "seed"), (DRAWN, "step"), (MIXED, "one_minus_beta"), ((UPDATE,), "lr"),
+    ((UPDATE,), "optimizer_step"),
 )  # fmt: skip
-NAMES, VALUES = list(RULE.hyperparameters), list(RULE.hyperparameters.values())
+NAMES, VALUES = list(ADAMW.hyperparameters), list(ADAMW.hyperparameters.values())
 ROWS = [
-    *of_list("latents", (P, U, Q, S), first=True), *of_list("grads", (G, E), first=True),
-    *of_list("grads", (P, U, S)), *of_list("plus", (P,)), *of_list("quantized", (U,)),
-    *of_list("out", (Q, S)), *of_list("minus", (P,)), *of_list("minus", (P,), before=put(plus=[])),
-    *of_list("first", (U,)), *of_list("second", (U,)), *of_list("masters", (U,), before=MASTERED),
-    ((P, Q, S), put(latents=[torch.ones(3, dtype=torch.int8), torch.ones(4, 8)]), "dtype"),
-    ((P,), put(plus=[], minus=[]), "length"),
-    ((U,), put(masters=[torch.ones(s) for s in SHAPES]), "dtype"),
-    ((U,), put(rule="sgd"), "length"),
-    ((U,), put(rule="momentum"), "length"),
-    ((U,), put(second=[]), "length"),
+    *of_list("latents", GRIDS, first=True), *of_list("grads", (SUMSQ, ESTIMATE), first=True),
+    *of_list("grads", (PERTURB, UPDATE, BACKWARD)), *of_list("plus", (PERTURB,)),
+    *of_list("quantized", (UPDATE,)), *of_list("out", (QUANTIZE, BACKWARD)), *of_list("minus", (PERTURB,)),
+    *of_list("minus", (PERTURB,), before=put(plus=[])),
+    *of_list("first", (UPDATE,)), *of_list("second", (UPDATE,)),
+    *of_list("masters", (UPDATE,), before=MASTERED),
+    ((PERTURB, QUANTIZE, BACKWARD), put(latents=[torch.ones(3, dtype=torch.int8), torch.ones(4, 8)]), "dtype"),
+    ((PERTURB,), put(plus=[], minus=[]), "length"),
+    ((UPDATE,), put(masters=[torch.ones(s) for s in SHAPES]), "dtype"),
+    ((UPDATE,), put(rule="sgd"), "length"),
+    ((UPDATE,), put(rule="momentum"), "length"),
+    ((UPDATE,), put(second=[]), "length"),
     # alphas
     (LISTS, item("alphas", 0, Tensor.half), "dtype"),
-    ((G, P, E, Q, S), one("alphas", lambda v: v[:1]), "length"),
-    ((U,), one("alphas", lambda v: [*v, v[0]]), "length"),
+    ((SUMSQ, PERTURB, ESTIMATE, QUANTIZE, BACKWARD), one("alphas", lambda v: v[:1]), "length"),
+    ((UPDATE,), one("alphas", lambda v: [*v, v[0]]), "length"),
     (LISTS, item("alphas", 1, lambda t: torch.full((4, 2), 0.5)[:, :1]), "memory"),
     (LISTS, item("alphas", 1, lambda t: t.to("meta")), "memory"),
     (LISTS, item("alphas", 1, lambda t: cut(t.clone())), "memory"),
@@ -252,11 +135,11 @@ ROWS = [
     (LISTS, both(put(r=2), item("alphas", 0, lambda t: torch.tensor(2.0**100))), "alphas"),
     # names of noise
     *((DRAWN, put(step=i64(x)), "step") for x in (-1, 2**32, BIG)),
-    *(((N, P), put(direction=x), "direction") for x in (-1, 2**16)),
+    *(((NOISE, PERTURB), put(direction=x), "direction") for x in (-1, 2**16)),
     *((DRAWN, one("tensor_ids", lambda v, x=x: [x, *v[1:]]), "tensor_ids") for x in (-1, 2**32 - 1)),
-    ((P, E, U), one("tensor_ids", lambda v: v[:1]), "length"),
-    ((N,), one("tensor_ids", lambda v: v * 2), "length"),
-    ((P, E, U), one("layouts", lambda v: v[:-1]), "length"),
+    (MIXED, one("tensor_ids", lambda v: v[:1]), "length"),
+    ((NOISE,), one("tensor_ids", lambda v: v * 2), "length"),
+    (MIXED, one("layouts", lambda v: v[:-1]), "length"),
     *((DRAWN, one("layouts", lambda v, w=w: [*w, *v[3:]]), "layouts")
       for w in ((-1, 3, 3), (0, 0, 3), (0, 1, 0), (0, 2, 1), (0, -BIG, 1), (2**51 - 2, 3, 3),
                 (0, 1, 2**51 - 1), (0, 2, BIG), (BIG, BIG, BIG))),
@@ -268,43 +151,45 @@ ROWS = [
     *((ops, one(name, lambda t: t.to("meta")), "memory") for ops, name in ((MIXED, "norm"), *SCALARS)),
     *((ops, one(name, lambda t: t.view(1)), "shape") for ops, name in SCALARS),
     *((ops, one(name, Tensor.float), "dtype") for ops, name in SCALARS),
-    ((G,), put(out=torch.zeros(2).double()), "shape"),
+    ((SUMSQ,), put(out=torch.zeros(2).double()), "shape"),
     *((MIXED, put(one_minus_beta=f64(x)), "one_minus_beta") for x in (-0.5, 1.5, NAN, INF)),
-    *(((E, U), one(name, change), reason)
+    *(((ESTIMATE, UPDATE), one(name, change), reason)
       for name in ("losses_plus", "losses_minus")
       for change, reason in ((Tensor.double, "dtype"), (lambda t: t.view(1, 3), "losses"),
                              (torch.sum, "losses"), (lambda t: t.repeat(2)[::2], "memory"))),
-    ((E,), put(losses_plus=torch.ones(0), losses_minus=torch.ones(0)), "losses"),
-    ((E, U), put(losses_plus=torch.ones(2**16 + 1), losses_minus=torch.ones(2**16 + 1)), "losses"),
-    ((E, U), one("losses_minus", lambda t: t[:1]), "losses"),
-    *(((E, U), item("counters", 0, change), reason)
+    ((ESTIMATE,), put(losses_plus=torch.ones(0), losses_minus=torch.ones(0)), "losses"),
+    ((ESTIMATE, UPDATE), put(losses_plus=torch.ones(2**16 + 1), losses_minus=torch.ones(2**16 + 1)), "losses"),
+    ((ESTIMATE, UPDATE), one("losses_minus", lambda t: t[:1]), "losses"),
+    *(((ESTIMATE, UPDATE), item("counters", 0, change), reason)
       for change, reason in ((Tensor.float, "dtype"), (lambda t: t[:2], "shape"),
                              (lambda t: t.view(3, 1), "shape"), (lambda t: t.to("meta"), "memory"))),
-    ((E, U), one("counters", lambda v: v * 2), "length"),
+    ((ESTIMATE, UPDATE), one("counters", lambda v: v * 2), "length"),
     # numbers
     *((GRIDS, put(qmin=x), "grid") for x in (-129, 128, BIG)),
     *((GRIDS, put(qmax=x), "grid") for x in (-3, 128, 2**40)),
     *((GRIDS, put(offset=x), "grid") for x in (NAN, 0.25)),
     *((LISTS, put(r=x), "grid") for x in (0, 3)),
-    ((S,), put(straight_through="relu"), "straight_through"),
-    ((U,), put(rule="lion"), "rule"),
-    ((U,), put(names=NAMES[:-1], values=VALUES[:-1]), "hyperparameters"),
-    ((U,), put(names=["weight_decay", *NAMES[:-1]]), "hyperparameters"),
-    ((U,), put(names=["decay", *NAMES[1:]]), "hyperparameters"),
-    ((U,), put(values=VALUES[:-1]), "length"),
-    *(((U,), put(lr=f64(x)), "lr") for x in (-0.1, NAN, INF)),
-    *(((U,), put(optimizer_step=i64(x)), "optimizer_step") for x in (0, -1)),
+    ((BACKWARD,), put(straight_through="relu"), "straight_through"),
+    ((UPDATE,), put(rule="lion"), "rule"),
+    ((UPDATE,), put(names=NAMES[:-1], values=VALUES[:-1]), "hyperparameters"),
+    ((UPDATE,), put(names=["weight_decay", *NAMES[:-1]]), "hyperparameters"),
+    ((UPDATE,), put(names=["decay", *NAMES[1:]]), "hyperparameters"),
+    ((UPDATE,), put(values=VALUES[:-1]), "length"),
+    *(((UPDATE,), put(lr=f64(x)), "lr") for x in (-0.1, NAN, INF)),
+    *(((UPDATE,), put(optimizer_step=i64(x)), "optimizer_step") for x in (0, -1)),
     # memory
-    ((P,), lambda args: {"plus": args["latents"]}, "overlap"),
+    ((PERTURB,), lambda args: {"plus": args["latents"]}, "overlap"),
     *(((op,), joined(a, b), "overlap")
-      for op, a, b in ((P, "plus", "minus"), (P, "minus", "grads"), (P, "plus", "plus"), (E, "grads", "grads"),
-                       (Q, "out", "latents"), (Q, "out", "out"), (S, "out", "latents"), (S, "out", "grads"),
-                       (U, "latents", "grads"), (U, "first", "latents"), (U, "second", "first"),
-                       (U, "quantized", "second"))),
+      for op, a, b in ((PERTURB, "plus", "minus"), (PERTURB, "minus", "grads"), (PERTURB, "plus", "plus"),
+                       (ESTIMATE, "grads", "grads"), (QUANTIZE, "out", "latents"), (QUANTIZE, "out", "out"),
+                       (BACKWARD, "out", "latents"), (BACKWARD, "out", "grads"), (UPDATE, "latents", "grads"),
+                       (UPDATE, "first", "latents"), (UPDATE, "second", "first"),
+                       (UPDATE, "quantized", "second"))),
     *((ops, inside("alphas", (4, 1), of), "overlap")
-      for ops, of in (((P,), "plus"), ((E,), "grads"), ((U,), "latents"), ((Q, S), "out"))),
+      for ops, of in (((PERTURB,), "plus"), ((ESTIMATE,), "grads"), ((UPDATE,), "latents"),
+                      ((QUANTIZE, BACKWARD), "out"))),
     *((ops, inside(name, shape, of), "overlap")
-      for ops, of in (((E,), "grads"), ((U,), "first"))
+      for ops, of in (((ESTIMATE,), "grads"), ((UPDATE,), "first"))
       for name, shape in (("norm", ()), ("losses_plus", (3,)), ("losses_minus", (3,)))),
 ]  # fmt: skip
 
@@ -317,20 +202,9 @@ def expanded(rows):
     ]
 
 
-def refusal(op, args):
-    """Why the op refuses the call; nothing is written. A name that is unknown is the reason itself."""
-    kept = tensors(args)
-    before = [t.clone() for t in kept]
-    with pytest.raises((RuntimeError, ValueError), match=r"^refused: |must (be one of|name) ") as error:
-        getattr(native, op)(*args.values())
-    for t, old in zip(kept, before, strict=True):
-        torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
-    return str(error.value).removeprefix("refused: ").split(" must ")[0]
-
-
 @pytest.mark.parametrize(("op", "change", "reason"), expanded(ROWS))
 def test_bad_input_is_refused_and_nothing_is_written(op, change, reason):
-    args = arguments(op)
+    args = native_arguments(op)
     changed = args | change(args)
     assert refusal(op, {name: changed[name] for name in args}) == reason
 
@@ -341,7 +215,8 @@ def many(count):
     memory[:, 2] = 1.0
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
     latents, out = ([memory[i, k] for i in order] for k in (0, 1))
-    return {**arguments(Q), "latents": latents, "out": out, "alphas": [memory[i, 2, :1] for i in order]}
+    alphas = [memory[i, 2, :1] for i in order]
+    return {**native_arguments(QUANTIZE), "latents": latents, "out": out, "alphas": alphas}
 
 
 def test_long_lists_are_told_apart():
@@ -355,26 +230,27 @@ def test_long_lists_are_told_apart():
 def test_one_overlap_in_a_long_list_is_seen(place):
     args = many(1000)
     args["latents"][(place + 300) % 1000] = args["out"][place]
-    assert refusal(Q, args) == "overlap"
+    assert refusal(QUANTIZE, args) == "overlap"
 
 
 def test_an_output_in_a_long_input_behind_a_short_one():
     """Inputs may overlap, so the neighbour below an output is not the one that reaches furthest."""
     memory = torch.ones(31)
     args = {
-        **arguments(Q), "latents": [memory[:30], memory[2:7], torch.ones(3)], "alphas": [torch.tensor(0.5)] * 3,
+        **native_arguments(QUANTIZE), "latents": [memory[:30], memory[2:7], torch.ones(3)],
+        "alphas": [torch.tensor(0.5)] * 3,
         "out": [torch.full((30,), NAN), torch.full((5,), NAN), memory[28:]],
     }  # fmt: skip
-    assert refusal(Q, args) == "overlap"
+    assert refusal(QUANTIZE, args) == "overlap"
 
 
 def test_names_differ_behind_an_empty_tensor():
     """An empty tensor draws nothing, and must not hide two others of one name."""
     args = {
-        **arguments(E), "grads": [torch.ones(3), torch.zeros(0), torch.ones(3)], "tensor_ids": [4, 4, 4],
-        "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3,
+        **native_arguments(ESTIMATE), "grads": [torch.ones(3), torch.zeros(0), torch.ones(3)],
+        "tensor_ids": [4, 4, 4], "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3,
     }  # fmt: skip
-    assert refusal(E, args) == "tensor_ids"
+    assert refusal(ESTIMATE, args) == "tensor_ids"
     args["grads"][2] = torch.zeros(0)
     native.estimate_gradient(*args.values())
     args["grads"], args["layouts"] = [torch.ones(3) for _ in "abc"], [0, 3, 3, 3, 3, 3, 6, 3, 3]
@@ -382,11 +258,11 @@ def test_names_differ_behind_an_empty_tensor():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (4,), (4, 1), (4, 1, 1), (4, 4), (4, 2), (4, 8)])
-def test_alphas_that_fit(shape, generator):
-    args = arguments(Q)
+def test_every_shape_of_alphas_that_fits_is_taken(shape, generator):
+    args = native_arguments(QUANTIZE)
     args["alphas"][1] = 0.1 + torch.rand(shape, generator=generator)
     native.quantize(*args.values())
-    wanted = by_the_reference(Q, copied(args))["out"]
+    wanted = by_the_reference(QUANTIZE, copied(args))["out"]
     assert all(map(torch.equal, args["out"], wanted))
 
 
@@ -397,7 +273,7 @@ def test_enumerations_and_constants_are_those_of_python():
     assert found["statistics"] == list(scale.STATISTICS)
     assert found["rules"] == update.VARIANTS
     assert list(found["rules"]) == list(update.VARIANTS)
-    assert found["hyperparameters"] == list(RULE.hyperparameters)
+    assert found["hyperparameters"] == list(ADAMW.hyperparameters)
     assert found["dtypes"] == ["float32", "bfloat16", "float16", "int8"]
     constants = found["constants"]
     limits = {name for name in vars(noise) if name.startswith(("PHILOX_", "MAX_"))} - {"MAX_SEED"}

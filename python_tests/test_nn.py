@@ -94,7 +94,7 @@ def test_alpha_stays_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_and_autocast(dtype):
+def test_low_precision_and_autocast_keep_their_dtype(dtype):
     model = mlp()
     fk.quantize_model(model, quantizer(0.3))
     if dtype == torch.bfloat16:
@@ -106,7 +106,7 @@ def test_low_precision_and_autocast(dtype):
     assert out.dtype == model[0].weight.grad.dtype == dtype
 
 
-def test_tied_weights_and_deepcopy():
+def test_copies_keep_ties_and_tensor_ids():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     fk.quantize_model(model, quantizer(0.3))

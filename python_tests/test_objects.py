@@ -49,7 +49,7 @@ FLOATS = "float32 or bfloat16 or float16"
         ),
     ],
 )
-def test_bad_object(make, exception, message):
+def test_a_bad_argument_of_an_object_is_named(make, exception, message):
     with pytest.raises(exception, match=re.escape(message)):
         make()
 
@@ -102,7 +102,7 @@ def second_is_wrong(weight):
          "straight_through must be 'identity' for rounding grids"),
     ],
 )  # fmt: skip
-def test_bad_quantize_model(make, options, exception, message):
+def test_a_bad_call_of_quantize_model_is_named_and_changes_nothing(make, options, exception, message):
     model = make()
     before = [(type(m), list(m.state_dict()), dict(vars(m))) for m in model.modules()]
     with pytest.raises(exception, match=re.escape(message)):
@@ -154,7 +154,7 @@ def two_epsilons():
           for name in ("kappa", "start", "epsilon_scale")),
     ],
 )  # fmt: skip
-def test_bad_fogzo(make, options, exception, message):
+def test_a_bad_argument_of_fogzo_is_named_and_changes_nothing(make, options, exception, message):
     model = make()
     before = [dict(vars(m)) for m in model.modules()]
     with pytest.raises(exception, match=re.escape(message)):

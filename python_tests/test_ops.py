@@ -4,24 +4,23 @@ import copy
 
 import pytest
 import torch
-from test_validation import (
+from support.compiling import compiled
+from support.samples import (
     MIX,
     ON_BACKENDS,
     arguments,
     f64,
     i64,
-    raises_and_writes_nothing,
+    samples,
     tensors,
 )
+from support.spoiled import raises_and_writes_nothing
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fogzo_kernels as fk
 from fogzo_kernels import backends
-from fogzo_kernels.spec.update import UpdateRule
 
 GRID, STRAIGHT_THROUGH = fk.Grid.uniform(2), fk.StraightThrough()
-ADAMW = UpdateRule("adamw", weight_decay=0.01, beta2=0.99).hyperparameters
 ON_GRID = {"grid": GRID, "straight_through": STRAIGHT_THROUGH}
 
 
@@ -33,45 +32,6 @@ def _no_graphs_from_other_tests():
 # ---- schemas, fakes, autograd
 
 
-def samples(device, dtype, backend):
-    """Arguments of every op, in the order of its schema."""
-    args = arguments("perturb_quantize_", device)
-    lists = {x: [t.to(dtype) for t in args[x]] for x in ("latents", "grads")}
-    latents, grads, alphas = lists["latents"], lists["grads"], args["alphas"]
-    out = [[torch.zeros_like(t) for t in latents] for _ in "ab"]
-    losses = [torch.tensor(x, device=device) for x in ([2.0, 1.0], [0.5, 3.0])]
-    states = [[torch.ones(t.shape, device=device) for t in latents] for _ in "mv"]
-    counters = [torch.zeros(3, dtype=torch.int64, device=device)]
-    names = (args["norm"], i64(1), i64(2), f64(0.25))
-    where = ([4, 5], [0, 3, 3, 8, 8, 16])
-    grid, drawn = (-2, 1, 0.0, 1), ("uniform", 0.29)
-    smooth, learned = (*grid, "identity_clipped", backend), torch.full((4, 1), 0.25, device=device)
-    blocks = [torch.randn(s, device=device).to(dtype) for s in ((2, 32), (16,))]
-    return {
-        "noise": (5, "uniform", i64(1), i64(2), 3, 4, [0, 5, 5], device, backend),
-        "guide_sumsq": (grads, alphas, 1, False, backend),
-        "perturb_quantize_": (
-            *out, latents, grads, alphas, *names, 3, *where, *grid, *drawn, backend,
-        ),
-        "estimate_gradient_": (
-            grads, counters, *losses, alphas, *names, *where, 1, *drawn, backend,
-        ),
-        "estimate_update_": (
-            latents, [], out[0], counters, *states, grads, *losses, alphas, *names, *where, *grid,
-            *drawn, f64(0.1), i64(3), "adamw", [*ADAMW], [*ADAMW.values()], False, backend,
-        ),
-        "quantize_": (out[0], latents, alphas, *grid, backend),
-        "straight_through_backward_": (grads, latents, alphas, *smooth),
-        "measure_alphas_": ([t.clone() for t in alphas], latents, "rms", 1.5, 1e-8, 1e-5, backend),
-        "learned_backward_": (grads, copy.deepcopy(alphas), latents, alphas, *smooth[:-1], [0.5, 2.0], backend),
-        "quantize": (latents[1].clone().requires_grad_(), learned.requires_grad_(), *smooth, 0.5),
-        "straight_through_backward": (grads[1], latents[1], alphas[1], *smooth),
-        "learned_backward": (grads[1], latents[1], alphas[1], *smooth[:-1], 0.5, backend),
-        "hadamard_": ([torch.zeros_like(t) for t in blocks], blocks, 16, backend),
-        "hadamard": (blocks[0].clone().requires_grad_(), 16, backend),
-    }  # fmt: skip
-
-
 def registered():
     names = torch._C._dispatch_get_all_op_names()
     return sorted(name.removeprefix("fogzo::") for name in names if name.startswith("fogzo::"))
@@ -79,17 +39,11 @@ def registered():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", registered())
-def test_opcheck(op, dtype, backend, device):
+def test_every_op_passes_opcheck(op, dtype, backend, device):
     torch.library.opcheck(getattr(torch.ops.fogzo, op).default, samples(device, dtype, backend)[op])
 
 
 # ---- compiled
-
-
-def compiled(function):
-    """The function in one graph, and what counts how often it was compiled."""
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
 def call(op, backend):
@@ -114,7 +68,7 @@ def test_compiled_is_eager_bit_for_bit(op, backend, device):
     assert counter.frame_count == 1
 
 
-def test_a_whole_step_in_one_graph(backend, device):
+def test_a_whole_step_compiles_into_one_graph(backend, device):
     """Norm, probes and estimate, as a compiled training step would call them."""
     shared = {**ON_GRID, "one_minus_beta": 0.25, "seed": 1, "backend": backend}
 
@@ -136,7 +90,7 @@ def test_a_whole_step_in_one_graph(backend, device):
 
 
 @pytest.mark.parametrize("clip", [True, "trust"])
-def test_compiled_quantize_backward(clip, backend, device):
+def test_compiled_quantize_has_the_eager_gradient(clip, backend, device):
     options = {"grid": GRID, "straight_through": fk.StraightThrough(clip=clip), "backend": backend}
 
     def loss(latent, alpha, weight):
@@ -292,7 +246,7 @@ def test_variable_names_an_unknown_backend(op, monkeypatch):
 
 
 @pytest.mark.parametrize("op", ON_BACKENDS)
-def test_unavailable_backend_says_why(op, backend, device, monkeypatch):
+def test_an_unavailable_backend_says_why(op, backend, device, monkeypatch):
     monkeypatch.setattr(backends.load(backend), "unavailable", lambda device: "it is out of order")
     message = f"'{backend}' is unavailable on {device}.*: it is out of order"
     args = arguments(op, device)
@@ -301,7 +255,7 @@ def test_unavailable_backend_says_why(op, backend, device, monkeypatch):
     raises_and_writes_nothing(op, args, RuntimeError, f"FOGZO_BACKEND {message}")
 
 
-def test_backend_that_cannot_be_imported_says_why(monkeypatch):
+def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
     load = backends.load
     reason = "cannot be imported: No module named 'abacus'"
     monkeypatch.setattr(backends, "load", lambda name: reason if name == "cpu" else load(name))
@@ -312,7 +266,7 @@ def test_backend_that_cannot_be_imported_says_why(monkeypatch):
     assert not args["out"][0].isnan().any()
 
 
-def test_backend_on_a_device_that_it_does_not_serve():
+def test_a_backend_on_a_device_that_it_does_not_serve_says_why():
     with pytest.raises(RuntimeError, match="backend 'cpu' is unavailable on meta: it runs on the CPU"):
         fk.noise(4, "uniform", seed=1, device="meta", backend="cpu")
 
@@ -337,7 +291,7 @@ def run_all(shapes, backend, device, alpha_of=lambda t: torch.tensor(0.5), **nam
     return [norm, *plus, *minus, *out, *smoothed, *grads]
 
 
-def test_empty_tensors(backend, device):
+def test_empty_tensors_change_nothing_for_the_others(backend, device):
     """They change nothing for the others, wherever they stand in the list."""
     names = {"tensor_ids": [4, 5, 6, 7, 8], "layouts": None}
     shapes = [(0,), (4, 8), (0, 5), (5, 0), (2, 0, 3)]
@@ -350,14 +304,14 @@ def test_empty_tensors(backend, device):
     assert rows[0] == 0
 
 
-def test_tensors_without_dimensions(backend, device):
+def test_a_tensor_without_dimensions_is_one_element(backend, device):
     found = run_all([()], backend, device)
     expected = run_all([(1,)], backend, device)
     assert all(a.shape == () and a == b for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter, on inf * 0
-def test_empty_lists(backend, device):
+def test_empty_lists_are_no_error_and_count_what_is_lost(backend, device):
     if device.type == "cpu":  # a list without tensors names no other device
         assert run_all([], backend, device) == [torch.tensor(0.0)]
     given = {"one_minus_beta": 0.5, "seed": 1, "backend": backend, **ON_GRID}
@@ -369,7 +323,7 @@ def test_empty_lists(backend, device):
     assert counters.tolist() == [1, 1, 0]  # what was lost is lost for empty lists, too
 
 
-def test_no_noise():
+def test_noise_of_no_elements_is_empty():
     for layout in (None, (0, 1, 1), (2**51 - 1, 8, 8)):
         u = fk.noise(0, "gaussian", seed=1, layout=layout, backend="reference")
         assert u.shape == (0,)
@@ -410,7 +364,7 @@ def test_shards_of_one_tensor_share_its_id(backend, device):
 
 
 @pytest.mark.parametrize("value", [2.0**-100, 2.0**100])
-def test_alpha_at_the_ends_of_its_range(value, backend, device):
+def test_alphas_at_the_ends_of_their_range_quantize(value, backend, device):
     latent = torch.tensor([-3.0, 0.0, 3.0], device=device) * value
     out = torch.full((3,), 77, dtype=torch.int8, device=device)
     alpha = torch.tensor(value, device=device)

@@ -193,7 +193,7 @@ def test_a_step_is_seven_launches(name, generator, monkeypatch):
     ]  # fmt: skip
 
 
-def test_clipping_between_estimate_and_step(generator):
+def test_an_estimate_that_is_clipped_bounds_the_step(generator):
     model, data = network(generator), batch(generator)
     fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
     optimizer = fk.SGD(model.parameters(), lr=1.0, fogzo=fogzo)
@@ -239,7 +239,7 @@ def test_lost_norm_is_counted_and_skips_the_step(generator):
     assert all(torch.equal(w.parameter, b) for w, b in zip(fogzo.weights, before, strict=True))
 
 
-def test_several_grids_and_dtypes_in_one_optimizer(generator):
+def test_one_optimizer_takes_several_dtypes_and_names_a_bad_one(generator):
     model = network(generator)
     model[4].to(torch.float64)  # not supported: named before anything moves
     optimizer = fk.SGD(model.parameters(), lr=0.1)
@@ -318,7 +318,7 @@ def test_copies_train_alike(generator):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_capturable_takes_the_same_steps(backend, schedule, generator):
+def test_a_capturable_optimizer_takes_the_same_steps(backend, schedule, generator):
     """Seed, step, 1 - beta, learning rate and the optimizer's count as tensors: the same bits."""
     seed = generator.initial_seed()
     found = []
@@ -342,7 +342,7 @@ def test_capturable_takes_the_same_steps(backend, schedule, generator):
     assert found[0][2] == found[1][2] == 6
 
 
-def test_capturable_resumes(generator):
+def test_a_capturable_run_resumes_at_its_step(generator):
     model = network(generator)
     state = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3).state_dict() | {"steps": 3}
     fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3, capturable=True)

@@ -66,7 +66,7 @@ def run(installed, *command):
     return result.stdout
 
 
-def test_info_shows_them_and_why_one_cannot_run(installed):
+def test_info_shows_outside_backends_and_why_one_cannot_run(installed):
     lines = [" ".join(line.split()) for line in run(installed, "-m", "fogzo_kernels.info").splitlines()]
     assert "doubled available" in lines
     broken = next(line for line in lines if line.startswith("broken"))
@@ -77,7 +77,7 @@ def test_info_shows_them_and_why_one_cannot_run(installed):
     assert "cpu of outside is not taken: the name belongs to this package" in lines
 
 
-def test_it_runs_where_it_is_named_and_only_there(installed):
+def test_an_outside_backend_runs_only_where_it_is_named(installed):
     printed = run(installed, "-c", """
 import sys, torch, fogzo_kernels as fk
 own = fk.noise(40, "uniform", seed=1)

@@ -54,7 +54,7 @@ def test_a_row_holds_what_its_columns_say():
     assert (found.programs, found.per_tensor, found.shard) == (2, False, True)
 
 
-def test_one_list_of_states_or_none():
+def test_a_row_holds_the_states_that_are_given():
     given, state = lists(), [torch.zeros(40) for _ in range(2)]
     one = entries(plans.plan(given["latents"], **given, states=[state]))
     assert [row["STATE_1"] for row in one] == [t.data_ptr() for t in state]
@@ -63,7 +63,7 @@ def test_one_list_of_states_or_none():
         plans.plan(given["latents"], **given, states=[state] * 3)
 
 
-def test_a_row_of_learned_scales():
+def test_a_row_of_learned_scales_holds_gradients_and_factors():
     """Gradients of alphas lie anywhere; that of a tensor without elements is 0, with no program."""
     given, memory = lists(3), torch.full((9,), 7.0)
     given = {name: [*tensors[:2], torch.zeros(0)] for name, tensors in given.items()}

@@ -9,8 +9,15 @@ import fogzo_kernels as fk
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from models import CASES, Reference, observe, quantized_modules
-from test_models import GRADIENT_TOLERANCE, LOSS_TOLERANCE, check_losses_and_guides
+from support.models import (
+    CASES,
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    Reference,
+    check_losses_and_guides,
+    observe,
+    quantized_modules,
+)
 
 QUEST = fk.presets.quest(2, block=16)
 PRESETS = {

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from layers import LAYERS, cells, rows_of, weight_of
+from support.layers import LAYERS, cells, rows_of, weight_of
 from torch import nn
 
 import fogzo_kernels as fk
@@ -167,6 +167,6 @@ def test_scales_are_values(scale):
          "scale must not turn a learned alpha into another or back, got Scale.fixed(1.0)"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(make, exception, message):
+def test_a_bad_argument_of_a_preset_is_named(make, exception, message):
     with pytest.raises(exception, match=re.escape(message)):
         make()

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from training import batch, loss_of, make
+from support.training import batch, loss_of, make
 
 import fogzo_kernels as fk
 
@@ -140,7 +140,7 @@ def test_every_third_step_has_probes():
         ({"every": 2, "capturable": True}, "every must be 1 if capturable, got 2"),
     ],
 )
-def test_bad_settings(options, message):
+def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import start
+from support.processes import start
 from torch import nn
 
 import fogzo_kernels as fk
@@ -66,7 +66,7 @@ def check(values, codes, x, tolerance):
 @pytest.mark.parametrize("of_input", SCALES)
 @pytest.mark.parametrize("inputs", GRIDS)
 @pytest.mark.parametrize("weights", GRIDS)
-def test_it_is_the_product_of_the_values(weights, inputs, of_weight, of_input):
+def test_an_int8_product_is_the_product_of_the_values(weights, inputs, of_weight, of_input):
     check(*pair(quantizer(weights, of_weight), quantizer(inputs, of_input)), torch.randn(7, 32), 2e-6)
 
 
@@ -77,7 +77,7 @@ def test_it_is_the_product_of_the_values(weights, inputs, of_weight, of_input):
     ids=["lsq", "bitnet", "quest", "seq"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_presets(weights, inputs, dtype, backend):
+def test_products_of_every_preset_are_those_of_values(weights, inputs, dtype, backend):
     x = torch.randn(2, 3, 32, dtype=dtype)
     check(*pair(weights, inputs, dtype=dtype, backend=backend), x, 2e-6 if dtype == torch.float32 else 2e-2)
 
@@ -114,14 +114,14 @@ def test_long_rows_do_not_overflow():
 
 
 @pytest.mark.parametrize("shape", [(32,), (0, 32), (1, 32), (2, 3, 4, 32)], ids=str)
-def test_shapes_of_inputs(shape):
+def test_inputs_of_any_shape_give_the_product_of_values(shape):
     values, codes = pair(fk.presets.lsq(4), fk.presets.dynamic(8))
     x = torch.randn(shape)
     torch.testing.assert_close(codes(x), values(x))
     assert codes(x.to(torch.float32)).shape == (*shape[:-1], 5)
 
 
-def test_autocast_compile_and_no_bias():
+def test_products_keep_autocast_compile_and_take_no_bias():
     values, codes = pair(fk.presets.lsq(4), fk.presets.dynamic(8), bias=False)
     x = torch.randn(4, 32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -107,9 +107,20 @@ def test_the_wheel_is_tested_without_the_tests_of_the_tree():
 def test_tests_of_the_benchmarks_are_tests_of_the_tree():
     """Where the wheel is tested, they would fail to import."""
     tests = {path.stem.removeprefix("test_"): path.read_text() for path in ROOT.glob("python_tests/test_*.py")}
-    found = {n for n, text in tests.items() if re.search(r"^\s*(from|import) (bench|tools)\b", text, re.M)}
+    shared = {path.stem: path.read_text() for path in ROOT.glob("python_tests/support/*.py")}
+    of_bench = [
+        name for name, text in shared.items() if re.search(r"^(from|import) (bench|tools)\b", text, re.M)
+    ]
+    imported = "|".join(["bench", "tools", *(rf"support\.{name}" for name in of_bench)])
+    found = {n for n, text in tests.items() if re.search(rf"^\s*(from|import) ({imported})\b", text, re.M)}
     assert len(found) > 5
     assert found <= set(OF_THE_TREE)
+
+
+def test_no_test_imports_another():
+    folder = ROOT / "python_tests"
+    found = [p.name for p in folder.rglob("*.py") if re.search(r"^\s*(from|import) test_", p.read_text(), re.M)]
+    assert found == []
 
 
 def item(name):

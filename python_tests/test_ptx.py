@@ -6,7 +6,7 @@ from ptx.build import executor
 from ptx.decode import Kernel
 from ptx.fusing import fuse
 from ptx.text import Module
-from ptx_programs import HEADER, PLACES, kernel, lanes, run
+from support.ptx_programs import HEADER, PLACES, kernel, lanes, run
 
 LANES = np.arange(32, dtype=np.uint64)
 WORDS = LANES * 0x0101010101010101 + 0x8070605040302010
@@ -40,7 +40,7 @@ def test_load_and_store_of_a_type(kind):
 @pytest.mark.parametrize(
     ("count", "kind"), [(2, "b8"), (4, "b16"), (2, "f32"), (4, "u32"), (2, "b64"), (8, "b32")]
 )
-def test_vectors(count, kind):
+def test_vector_loads_and_stores_keep_their_order(count, kind):
     size = int(kind[1:]) // 8
     names = ", ".join(f"%x{i}" for i in range(count))
     reversed_names = ", ".join(f"%x{i}" for i in reversed(range(count)))
@@ -61,7 +61,7 @@ def test_vectors(count, kind):
     assert (out.reshape(32, count, size) == given.reshape(32, count, size)[:, ::-1]).all()
 
 
-def test_shared_memory_static_and_dynamic():
+def test_static_and_dynamic_shared_memory_lie_apart():
     outside = ".shared .align 8 .b8 first[256];\n.extern .shared .align 16 .b8 rest[];"
     body = f"""{PLACES}
     ld.global.b64 %rd2, [%rd8];
@@ -85,7 +85,7 @@ def test_shared_memory_static_and_dynamic():
     assert (out == given[LANES.astype(int) ^ 1]).all()
 
 
-def test_constant_arrays_local_memory_and_parameters():
+def test_constants_and_local_memory_keep_their_values():
     outside = ".const .align 8 .b32 table[4] = {10, 20, 0xFFFFFFFF, 40};"
     body = """
     .local .align 8 .b8 depot[16];
@@ -114,7 +114,7 @@ def test_parameters_lie_at_their_alignment():
     assert out.tolist() == [7, int(np.float64(2.5).view(np.uint64)), 0xABCD]
 
 
-def test_additions_in_memory():
+def test_additions_in_memory_lose_none():
     body = f"""{PLACES}
     atom.global.gpu.relaxed.add.u64 %rd3, [%rd0], 3;
     red.global.add.u32 [%rd0+8], 2;
@@ -132,7 +132,7 @@ def test_additions_in_memory():
 @pytest.mark.parametrize("segment", [32, 16, 8])
 @pytest.mark.parametrize("way", ["up", "down", "bfly", "idx"])
 @pytest.mark.parametrize("distance", [0, 1, 3, 8, 31])
-def test_shuffles(way, distance, segment):
+def test_a_shuffle_reads_the_lane_that_the_manual_says(way, distance, segment):
     bounds = (32 - segment) << 8 | (0 if way == "up" else 31)
     found = lanes(
         f"shfl.sync.{way}.b32 %r5|%p1, %rd2, {distance}, {bounds}, 0xffffffff;\n"
@@ -149,7 +149,7 @@ def test_shuffles(way, distance, segment):
 @pytest.mark.parametrize(
     "how", ["add.s32", "add.u32", "max.s32", "min.s32", "max.u32", "min.u32", "or.b32", "and.b32", "xor.b32"]
 )
-def test_reductions_of_a_warp(how):
+def test_a_reduction_of_a_warp_gives_every_lane_the_result(how):
     given = low(np.random.default_rng(3).integers(0, 2**64, 32, np.uint64))
     as_type = given.astype(np.uint32).view(np.int32 if how.endswith("s32") else np.uint32).astype(object)
     functions = {"add": sum, "max": max, "min": min, "or": np.bitwise_or.reduce, "and": np.bitwise_and.reduce,
@@ -158,7 +158,7 @@ def test_reductions_of_a_warp(how):
     assert (lanes(f"redux.sync.{how} %rd3, %rd2, 0xffffffff;", given) == expected).all()
 
 
-def test_votes():
+def test_a_vote_counts_every_lane():
     body = "setp.gt.u64 %p1, %rd2, 20;\n"
     assert (lanes(body + "vote.sync.ballot.b32 %rd3, %p1, 0xffffffff;", LANES) == 0xFFE00000).all()
     for how, limit, expected in (("any", 30, 1), ("any", 31, 0), ("all", 0, 0)):
@@ -174,7 +174,7 @@ def test_votes():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_matrices(transposed):
+def test_matrices_are_stored_and_loaded_as_the_manual_says(transposed):
     """stmatrix puts where the manual says, ldmatrix takes it back from there."""
     trans = ".trans" if transposed else ""
     outside = ".shared .align 16 .b8 room[512];"
@@ -208,7 +208,7 @@ def test_matrices(transposed):
     assert (found == (pairs[:, 0] | pairs[:, 1] << np.uint64(16))).all()
 
 
-def test_packing():
+def test_packed_registers_keep_their_order():
     body = """
     mov.b64 {%r1, %r2}, %rd2;
     mov.b32 {%x1, %x2}, %r1;
@@ -247,7 +247,7 @@ def test_loops_part_and_meet(order):
     assert (lanes(body, given, order=order) == sums + sums[given.astype(int) | 31]).all()
 
 
-def test_predicates_negation_and_joined_comparisons():
+def test_predicates_may_be_negated_and_joined():
     body = """
     setp.gt.u64 %p1, %rd2, 3;
     setp.lt.and.u64 %p2, %rd2, 9, %p1;
@@ -261,7 +261,7 @@ def test_predicates_negation_and_joined_comparisons():
     assert lanes(body, LANES).tolist() == expected
 
 
-def test_calls_and_scopes():
+def test_registers_and_labels_belong_to_their_scope():
     """A function's registers and labels are its own, at each call; so are those of a pair of braces."""
     outside = """
     .func (.param .b64 out) twice_and(.param .b64 a, .param .b64 b)
@@ -293,7 +293,7 @@ def test_calls_and_scopes():
     assert lanes(body, LANES, outside).tolist() == [f(x, f(x, 100)) for x in range(32)]
 
 
-def test_numbers_of_threads_and_blocks():
+def test_threads_know_their_numbers():
     body = """
     mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mov.u32 %r3, %nctaid.x;
     mov.u32 %r4, %laneid; mov.u32 %r5, %tid.y; mov.u32 %r6, %ntid.z;
@@ -343,7 +343,7 @@ def test_registers_begin_as_poison():
     assert np.isnan(found.astype(np.uint32).view(np.float32)).all()
 
 
-def test_counts():
+def test_instructions_lanes_and_sectors_are_counted():
     body = f"""{PLACES}
     setp.lt.u32 %p1, %r0, 16;
     @%p1 ld.global.b64 %rd2, [%rd8];

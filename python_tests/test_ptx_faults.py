@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ptx_programs import PLACES, kernel, lanes, run
+from support.ptx_programs import PLACES, kernel, lanes, run
 
 LANES = np.arange(32, dtype=np.uint64)
 
@@ -84,7 +84,7 @@ RACES = {
 
 
 @pytest.mark.parametrize("name", RACES)
-def test_races_of_blocks(name):
+def test_two_blocks_that_race_are_found(name):
     body = f"mov.u32 %r8, %ctaid.x;\nadd.s32 %r8, %r8, 5;\n{RACES[name]}"
     given, out = np.zeros(1, np.uint64), np.zeros(1, np.uint64)
     with pytest.raises(RuntimeError, match="race in global memory"):

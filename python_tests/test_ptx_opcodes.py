@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from ptx.build import executor
-from ptx_models import edges, model, operands, width
-from ptx_programs import apply
+from support.ptx_models import edges, model, operands, width
+from support.ptx_programs import apply
 
 OPCODES = dict(executor().opcodes())
 EXACT = [name for name in OPCODES if model(name) is not None]
@@ -18,7 +18,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("opcode", EXACT)
-def test_result(opcode, generator):
+def test_an_instruction_gives_the_exact_result_of_its_model(opcode, generator):
     one = model(opcode)
     assert len(one.operands) == OPCODES[opcode]
     columns = operands(one.operands, np.random.default_rng(generator.initial_seed()))
@@ -30,7 +30,7 @@ def test_result(opcode, generator):
 
 @pytest.mark.parametrize("mode", [0, 1, -1, 2])
 @pytest.mark.parametrize("opcode", [name for name in OPCODES if name not in EXACT and not name.endswith("f64")])
-def test_approximation(opcode, mode, generator):
+def test_an_approximation_stays_within_its_bound(opcode, mode, generator):
     """Within its bound, and in the modes 1 and -1 near the bound."""
     parts = opcode.split(".")
     f, how, bound = BOUNDS[parts[0]]
@@ -69,7 +69,7 @@ def test_approximation_of_doubles_keeps_the_upper_half(name):
     assert not (found.view(np.uint64) & np.uint64(0xFFFFFFFF)).any()
 
 
-def test_special_values_of_approximations():
+def test_approximations_of_special_values_are_exact():
     f32 = lambda *x: np.array(x, np.float32).view(np.uint32)  # noqa: E731
     cases = {
         "rcp.approx.ftz.f32": ([0.0, -0.0, np.inf, 1e-40, np.nan], [np.inf, -np.inf, 0, np.inf, np.nan]),

@@ -114,7 +114,7 @@ def test_a_run_that_diverged_is_not_the_best():
 @pytest.mark.parametrize(
     ("losses", "word"), [((0.5, 0.6, 0.7), "win"), ((1.0, 1.1, 1.0), "draw"), ((2.0, 2.1, 2.2), "loss")]
 )
-def test_verdicts(losses, word):
+def test_a_difference_counts_from_two_standard_errors(losses, word):
     """A difference counts from two standard errors on, at equal steps and at equal time."""
     ste = [result(loss=loss, seed=i) for i, loss in enumerate((1.0, 1.1, 1.05))]
     own = [result("fogzo", loss, i, seconds=1.4) for i, loss in enumerate(losses)]

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import conv1d_of_transformers, rows_of, weight_of
-from test_hadamard import matrix
+from support.hadamard import matrix
+from support.layers import conv1d_of_transformers, rows_of, weight_of
 from torch import nn
 
 import fogzo_kernels as fk
@@ -261,7 +261,7 @@ def test_a_fused_step_keeps_the_q_that_the_next_one_needs():
 # ---- checkpoints, reports
 
 
-def test_it_travels_in_checkpoints():
+def test_checkpoints_keep_the_transform():
     model, other = net(), net()
     assert "Hadamard(block=16)" in str(model)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import run_code
+from support.processes import run_code
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

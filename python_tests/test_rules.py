@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from layers import QUANTIZER, row_mean
+from support.layers import QUANTIZER, row_mean
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -112,7 +112,7 @@ def test_report_names_everything_once():
     assert report.bits == pytest.approx(8 * report.size / total)
 
 
-def test_report_reads_well():
+def test_a_report_prints_each_quantizer_and_each_reason():
     report = fk.quantize_model(Model(), QUANTIZER, rules=[("blocks", FOUR), ("lstm", None)])
     text = str(report)
     lines = {line.split("  ")[0]: " ".join(line.split()) for line in text.splitlines() if line}
@@ -343,7 +343,7 @@ def test_alphas_of_a_right_shape_are_taken(shape):
     torch.testing.assert_close(linear.effective_weight(), q, rtol=1e-6, atol=0)
 
 
-def test_quantizers_as_dicts():
+def test_a_quantizer_comes_back_from_its_dict():
     """What JSON holds of them comes back; a function or a tensor says that it did not."""
     for scale in (0.5, torch.ones(3, 1), row_mean):
         q = fk.Quantizer(fk.Grid.sign(), fk.Scale.fixed(scale), fk.StraightThrough("tanh", noise="gaussian"))
@@ -372,5 +372,5 @@ def test_quantizers_as_dicts():
     ],
     ids=str,
 )
-def test_bits_of_a_grid(grid, bits):
+def test_a_grid_knows_its_bits(grid, bits):
     assert grid.bits == pytest.approx(bits, abs=1e-3)

@@ -9,8 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import INTERPRETED
-from ptx.triton_driver import to_machine_code
+from support.triton_code import triton_rows
 
 from bench.cases import DTYPES, short
 from bench.sass import cuda
@@ -105,26 +104,6 @@ CHOSEN = {
     100: ["perturb_kernel fp32 bf16 bf16 uniform one tensor", "estimate_kernel bf16 triangular tensor n=4",
           "update_kernel fp32 fp32 fp32 uniform tensor momentum", "noise_kernel fp32 gaussian"],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def triton():
-    """The counts of Triton's kernels; here its compiler goes on to machine code."""
-    if INTERPRETED:
-        pytest.skip("Triton's interpreter makes no machine code")
-    with to_machine_code():
-        from bench.sass import triton
-
-        yield triton
-
-
-@functools.cache
-def triton_rows(arch):
-    """By name, each compiled when it is asked for."""
-    from bench.sass import triton
-
-    found = {str(variant): variant for variant in triton.variants()}
-    return functools.cache(lambda name: triton.row(found[name], arch))
 
 
 @pytest.mark.parametrize(("arch", "names"), [
@@ -315,7 +294,7 @@ def test_stages_of_a_transform_are_counted_by_themselves():
     assert loop == {"FADD": 1, "IMAD": 4, "BRA": 4 + 3 + 1, "BRA.DIV": 3, "SHFL.BFLY": 3, "STG.E.128": 1}
 
 
-def test_table_and_json(triton, tmp_path, capsys):
+def test_the_program_prints_a_table_and_writes_json(triton, tmp_path, capsys):
     path = tmp_path / "a" / "rows.json"
     main(["--arch", "90", "--backend", "triton", "--only", "noise_kernel", "--json", str(path)])
     out = capsys.readouterr().out

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import fresh_accelerate  # noqa: F401
+from support.processes import fresh_accelerate  # noqa: F401
 from torch import nn
 
 import fogzo_kernels as fk
@@ -99,7 +99,7 @@ def test_every_scale_gives_the_same_step(options, kind, way):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_gradients_that_are_unscaled_before_a_fused_step(scale):
+def test_gradients_unscaled_before_a_fused_step_are_an_error(scale):
     run = Run("AdamW", scale)
     before = run.state()
     run.passes()
@@ -111,7 +111,7 @@ def test_gradients_that_are_unscaled_before_a_fused_step(scale):
     assert same(run.state(), before)
 
 
-def test_a_closure_under_a_scaler():
+def test_a_closure_under_a_scaler_is_refused():
     run = Run("SGD", 8.0)
     run.scaler.scale(torch.ones(()))
     before = run.state()
@@ -146,7 +146,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(kind, way):
 
 
 @pytest.mark.parametrize("scale", [0, 2.0**12])
-def test_two_optimizers(scale):
+def test_under_a_scaler_two_optimizers_skip_the_same_step(scale):
     found = []
     for with_bad in (False, True):
         run = Run("AdamW", scale)
@@ -180,7 +180,7 @@ def test_without_fogzo_a_fused_optimizer_is_pytorchs():
             torch.testing.assert_close(ours, theirs)
 
 
-def test_a_captured_step_under_a_scaler(monkeypatch):
+def test_a_captured_step_under_a_scaler_skips_an_overflow(monkeypatch):
     """The scale and what it found are read on the device."""
     for module in ("train.step", "train.guards.gradients", "optim.fused"):
         monkeypatch.setattr(f"fogzo_kernels.{module}.capturing", lambda: True)
@@ -204,7 +204,7 @@ def test_a_captured_step_under_a_scaler(monkeypatch):
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("kind", ["fused", "estimated", "torch"])
-def test_accelerate(kind):
+def test_accelerates_optimizer_skips_an_overflow(kind):
     accelerate = pytest.importorskip("accelerate")
     accelerate.Accelerator(cpu=True)
     found = []

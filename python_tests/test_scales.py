@@ -8,7 +8,8 @@ import re
 
 import pytest
 import torch
-from layers import LAYERS, cells
+from support.layers import LAYERS, cells
+from support.training import estimator
 from torch import nn
 
 import fogzo_kernels as fk
@@ -33,10 +34,6 @@ def made(q, make=mlp, **options):
     model = make()
     fk.quantize_model(model, q, **options)
     return model
-
-
-def estimator(model, **options):
-    return fk.Fogzo(model, **({"total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options))
 
 
 X = torch.linspace(-1, 1, 40).view(5, 8)
@@ -178,7 +175,7 @@ def test_a_fused_step_is_the_estimate_and_a_plain_one(q, fused):
 
 @pytest.mark.parametrize("q", [MEASURED, LEARNED], ids=["measured", "learned"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_compiled_exported_copied_saved(name, q):
+def test_compiled_exported_copied_and_saved_layers_are_the_same(name, q):
     layer = LAYERS[name]
     module = layer.make()
     nn.init.normal_(module.weight)
@@ -311,7 +308,7 @@ def test_parameter_groups_decay_matrices_only():
 
 
 @pytest.mark.parametrize("q", [MEASURED, LEARNED], ids=["measured", "learned"])
-def test_checkpoints(q):
+def test_checkpoints_keep_alphas_and_plain_weights_make_new_ones(q):
     model, other = made(q), made(q)
     with torch.no_grad():
         model[0].weight.mul_(2)
@@ -359,7 +356,7 @@ def test_dequantized_models_have_no_alphas():
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("q", [MEASURED, LEARNED], ids=["measured", "learned"])
-def test_transformers_keep_them(q, tied, tmp_path):
+def test_transformers_keep_scales_and_alphas(q, tied, tmp_path):
     """Also where modules share a weight and a learned alpha, which its files hold twice."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     import fogzo_kernels.integrations.transformers  # noqa: F401

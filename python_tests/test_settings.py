@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training import batch, loss_of, make, run_step, same_state, state_of
+from support.training import batch, loss_of, make, run_step, same_state, state_of
 
 from fogzo_kernels.spec.schedule import linear
 

@@ -33,7 +33,7 @@ def test_latents_that_are_not_finite_clamp(backend):
 
 @pytest.mark.parametrize("grid", [fk.Grid.half_offset(2), fk.Grid.uniform(8), fk.Grid.ternary()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_where_the_identity_is_clipped(backend, device, grid, dtype):
+def test_the_identity_is_clipped_at_its_bounds(backend, device, grid, dtype):
     """Up to the outermost codes, or half a delta beyond; the bounds themselves, their neighbours, NaN, inf."""
     bounds = {True: (grid.qmin, grid.qmax), "trust": (grid.qmin - 0.5, grid.qmax + 0.5)}
     edges = torch.tensor([x + grid.offset for pair in bounds.values() for x in pair], dtype=dtype)

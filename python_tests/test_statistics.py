@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tolerances import EXACT, INEXACT
+from support.tolerances import EXACT, INEXACT
 
 import fogzo_kernels as fk
 
@@ -32,7 +32,7 @@ def draw(distribution, **names):
 
 
 @pytest.mark.parametrize("distribution", EXACT + INEXACT)
-def test_mean_and_variance(distribution):
+def test_noise_has_mean_0_and_variance_1(distribution):
     u = draw(distribution)
     kurtosis = LIMITS[distribution][1] if distribution in LIMITS else -2.0
     assert abs(u.mean()) < SIGMAS / math.sqrt(N)
@@ -43,7 +43,7 @@ def test_mean_and_variance(distribution):
 
 
 @pytest.mark.parametrize("distribution", sorted(LIMITS))
-def test_kolmogorov_smirnov(distribution):
+def test_noise_has_its_distribution(distribution):
     """A spread within the spacing of the discrete values turns them into the continuous limit."""
     u = draw(distribution)
     spread = np.random.default_rng(7).uniform(-0.5, 0.5, N)
@@ -65,7 +65,7 @@ def test_rademacher_is_a_fair_coin():
 
 
 @pytest.mark.parametrize("distribution", EXACT + INEXACT)
-def test_no_correlation(distribution):
+def test_noise_is_not_correlated(distribution):
     """Between neighbours, directions, steps, tensors and seeds; also of the magnitudes."""
     u = draw(distribution)
     others = {f"neighbour {k}": (u[:-k], u[k:]) for k in (1, 2, 3, 4, 7, 8, 16, 1024)}

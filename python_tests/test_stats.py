@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_step_traps import setup
+from support.training import setup
 from torch import nn
 
 import fogzo_kernels as fk
 
 
-def test_stats():
+def test_stats_are_those_of_the_step():
     _, fogzo, closure = setup(directions=2)
     assert all(math.isnan(v) for k, v in fogzo.stats().items() if k not in fogzo.diagnostics())
     losses = {}
@@ -83,7 +83,7 @@ def test_code_changes_are_those_of_the_probes():
     assert 0 < shares[0] < 1
 
 
-def test_alphas_at_their_floor():
+def test_stats_give_the_share_of_alphas_at_their_floor():
     model, fogzo, closure = wide(1.0, fk.Scale.absmean("row", factor=0.2, least=0.00625))
     fogzo.step(closure)
     share = float((model.alpha <= 0.00625).float().mean())

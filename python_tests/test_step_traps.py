@@ -11,16 +11,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from support.training import batch, loss_of, make, same_state, setup, state_of
 from torch import nn
-from training import batch, loss_of, make, same_state, state_of
 
 import fogzo_kernels as fk
-
-
-def setup(**options):
-    model, fogzo = make(schedule="constant", **options)
-    x, y = batch()
-    return model, fogzo, lambda: loss_of(model, x, y)
 
 
 def values(model):
@@ -35,7 +29,7 @@ def unchanged(model, before):
 
 
 @pytest.mark.parametrize("optimizer", [fk.AdamW, fk.SGD])
-def test_a_fused_step_after_a_plain_backward(optimizer):
+def test_a_fused_step_after_a_plain_backward_is_an_error(optimizer):
     """What a stock trainer does: nothing would say that this is plain STE."""
     model, fogzo, closure = setup()
     end = optimizer(model.parameters(), lr=0.1, fogzo=fogzo)
@@ -68,7 +62,7 @@ def test_a_fused_step_takes_an_estimate_that_was_clipped():
         end.step()
 
 
-def test_a_step_whose_estimate_was_forgotten():
+def test_a_forgotten_estimate_is_an_error_at_the_next_step():
     model, fogzo, closure = setup()
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
     fogzo.run(closure)
@@ -99,7 +93,7 @@ def second(model, closure):
 
 
 @pytest.mark.parametrize("between", [lambda model, closure: None, clipped, added, second])
-def test_gradients_that_were_not_cleared(between):
+def test_gradients_that_were_not_cleared_are_an_error(between):
     model, fogzo, closure = setup()
     fogzo.step(closure)
     between(model, closure)
@@ -110,7 +104,7 @@ def test_gradients_that_were_not_cleared(between):
     assert fogzo.steps == 2
 
 
-def test_an_auxiliary_loss_before_a_step():
+def test_the_gradient_of_an_auxiliary_loss_is_an_error():
     model, fogzo, closure = setup()
     (model.first(torch.ones(1, 9)).sum() * 0.01).backward()
     with pytest.raises(RuntimeError, match=r"\.grad of first\.weight holds that of a backward outside"):
@@ -123,7 +117,7 @@ def test_an_auxiliary_loss_before_a_step():
 # ---- closures
 
 
-def test_a_closure_that_calls_backward():
+def test_a_closure_that_calls_backward_is_an_error():
     model, fogzo, closure = setup()
 
     def stepped():
@@ -140,13 +134,13 @@ def test_a_closure_that_calls_backward():
 
 
 @pytest.mark.parametrize("spoil", [torch.Tensor.detach, lambda loss: torch.tensor(loss.item())])
-def test_a_closure_whose_loss_is_detached(spoil):
+def test_a_closure_whose_loss_is_detached_is_an_error(spoil):
     _, fogzo, closure = setup()
     with pytest.raises(RuntimeError, match=r"loss must depend on the model's weights by autograd"):
         fogzo.step(lambda: spoil(closure()))
 
 
-def test_a_closure_of_another_model():
+def test_a_closure_of_another_model_is_an_error():
     _, fogzo, _ = setup()
     _, _, closure = setup()
     with pytest.raises(RuntimeError, match="is it the model of this Fogzo that the loss depends on"):
@@ -154,7 +148,7 @@ def test_a_closure_of_another_model():
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.25, 4.0, 65536.0])
-def test_a_pass_that_is_scaled_otherwise(factor):
+def test_a_pass_that_is_scaled_otherwise_draws_a_warning(factor):
     """As by a gradient scaler, or by 1/K, in one place of a loop alone."""
     model, fogzo, closure = setup()
     for _ in range(2):
@@ -169,7 +163,7 @@ def test_a_pass_that_is_scaled_otherwise(factor):
         model.zero_grad()
 
 
-def test_a_loss_that_is_not_finite():
+def test_a_loss_that_is_not_finite_moves_nothing():
     model, fogzo, closure = setup()
     before = values(model)
     fused = fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo)
@@ -183,12 +177,12 @@ def test_a_loss_that_is_not_finite():
 
 
 @pytest.mark.parametrize("scale", [0, -1.0])
-def test_eps_that_gives_nothing(scale):
+def test_an_epsilon_scale_without_effect_is_refused(scale):
     with pytest.raises(ValueError, match="epsilon_scale must be"):
         make(epsilon_scale=scale)
 
 
-def test_beta_for_one_minus_beta():
+def test_beta_given_for_one_minus_beta_draws_a_warning():
     with pytest.warns(UserWarning, match=r"one_minus_beta is 1 - beta, got 0\.9999.* give 0\.0001"):
         make(one_minus_beta=0.9999)
     with warnings.catch_warnings():
@@ -404,7 +398,7 @@ def test_what_is_given_is_replayed(seed):
     assert counter.calls == 2
 
 
-def test_what_cannot_be_replayed():
+def test_a_replay_without_state_is_refused():
     model, _, _ = setup()
     with pytest.raises(TypeError, match=r"replay\[1\] must have one of get_state and set_state, .* got object"):
         fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, replay=[random, object()])

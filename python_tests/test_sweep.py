@@ -23,7 +23,7 @@ def test_every_setting_trains_and_again_alike(name, setting):
     assert (one.loss, one.accuracy) == (other.loss, other.accuracy)
 
 
-def test_lines_are_settings_of_their_own():
+def test_no_two_lines_have_the_same_setting():
     """None is that of another line: a setting that does nothing would be a line for nothing."""
     ours = [setting for _, setting in EVERY if setting.fogzo is not None]
     plain = [setting for _, setting in EVERY if setting.fogzo is None]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import leave, needs_gloo, spawned
+from support.processes import leave, needs_gloo, spawned
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -88,7 +88,7 @@ def test_an_idle_weight_is_not_moved_by_a_fused_step(optimizer, groups):
         assert torch.equal(model.experts[1].weight, before)
 
 
-def test_a_step_without_any_gradient_but_zeros():
+def test_a_step_without_any_gradient_but_zeros_is_no_error():
     """Nothing takes part; it is a step all the same, and no error."""
     model = experts("lsq")
     fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
@@ -98,7 +98,7 @@ def test_a_step_without_any_gradient_but_zeros():
 
 
 @pytest.mark.parametrize("ours", [fk.AdamW, fk.SGD])
-def test_counts_on_the_device_of_a_weight_that_was_idle(ours):
+def test_a_weight_that_was_idle_keeps_its_own_count_on_the_device(ours):
     """It has its own number of steps, as in PyTorch, and is not updated with that of another."""
     theirs = {fk.AdamW: torch.optim.AdamW, fk.SGD: functools.partial(torch.optim.SGD, momentum=0.9)}[ours]
     options = {"momentum": 0.9} if ours is fk.SGD else {}

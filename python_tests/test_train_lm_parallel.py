@@ -4,9 +4,9 @@ import signal
 
 import pytest
 import torch
-from exported import logits
-from processes import as_launched, meeting_point, needs_gloo, server
-from test_train_lm import SMALL, die_in, moments, rows, same, train
+from support.exported import logits
+from support.lm_runs import SMALL, die_in, moments, rows, same, train
+from support.processes import as_launched, meeting_point, needs_gloo, server
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from bench.evidence import record, train_lm

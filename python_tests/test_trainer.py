@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
+from support.processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
 
 import fogzo_kernels as fk
 
@@ -101,7 +101,7 @@ def logged(trainer, name="loss"):
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.05])
-def test_its_steps_are_those_of_a_loop_by_hand(tmp_path, clip):
+def test_the_trainer_takes_the_steps_of_a_loop_by_hand(tmp_path, clip):
     """What is clipped is the estimate."""
     model = network()
     trainer = trainer_of(tmp_path, model, max_grad_norm=clip)
@@ -124,7 +124,7 @@ def test_accumulation_is_one_step_of_all_micro_batches(tmp_path):
     assert trainer.fogzo.steps == STEPS
 
 
-def test_without_probes_it_is_the_plain_trainer(tmp_path):
+def test_without_probes_a_run_is_that_of_the_plain_trainer(tmp_path):
     """start=1: the passes are straight-through ones, to the bit what the Trainer does alone."""
     plain = trainer_of(tmp_path / "a", kind=transformers.Trainer)
     ours = trainer_of(tmp_path / "b", kind=FogzoTrainer)
@@ -137,7 +137,7 @@ def test_without_probes_it_is_the_plain_trainer(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
-def test_precision_and_checkpointing(tmp_path, options):
+def test_bfloat16_and_checkpointing_keep_the_losses(tmp_path, options):
     trainer = trainer_of(tmp_path, **options)
     trainer.train()
     losses, _ = by_hand()
@@ -199,7 +199,7 @@ def test_a_checkpoint_without_its_state_is_refused(tmp_path):
     assert before.keys() == weights_of(again.model).keys()
 
 
-def test_what_would_not_be_what_it_seems_is_refused(tmp_path):
+def test_settings_that_would_mislead_are_refused(tmp_path):
     with pytest.raises(ValueError, match="fogzo must not have total_steps"):
         FogzoTrainer(model=network(), fogzo={"total_steps": 5, "kappa": 1.0})
     trainer = trainer_of(tmp_path)

@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 import torch
-from test_hadamard import matrix
-from test_ops import compiled
-from tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
+from support.compiling import compiled
+from support.hadamard import matrix
+from support.tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.dtypes import FLOATS
@@ -163,7 +163,7 @@ def test_the_estimate_brings_noise_back(backend, device, dtype, n, generator):
 
 
 @pytest.mark.parametrize("how", [TRUST, fk.StraightThrough("identity"), SIGN], ids=lambda s: s.variant)
-def test_gradients_come_back(backend, device, how, generator):
+def test_gradients_are_rotated_back(backend, device, how, generator):
     """g = H(h'(H theta) dL/dQ), float64 by the matrix."""
     case = Case(generator, 16, FLOATS[:1] * 2, device)
     grid = fk.Grid.sign() if how is SIGN else GRID
@@ -186,7 +186,7 @@ def test_gradients_come_back(backend, device, how, generator):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_quantize_and_back_by_parts(backend, device, block, dtype, generator):
+def test_quantize_and_its_backward_are_their_parts(backend, device, block, dtype, generator):
     case = Case(generator, block, (dtype, dtype), device, shift=block % 3)
     x = [torch.empty_like(t, dtype=torch.float32) for t in case.latents]
     fk.hadamard_(x, case.latents, block=block, backend=backend)
@@ -242,7 +242,7 @@ def test_probes_at_eps_0_are_q(backend, device, block, generator):
 
 
 @pytest.mark.parametrize("sign", ["plus", "minus"])
-def test_one_sign_alone(backend, device, sign, generator):
+def test_one_sign_alone_has_the_bits_of_both(backend, device, sign, generator):
     case = Case(generator, 256, (torch.bfloat16, torch.bfloat16), device)
     both = by(backend, "perturb", case)
     out = case.out(torch.int8)
@@ -253,7 +253,7 @@ def test_one_sign_alone(backend, device, sign, generator):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
-def test_learned_scales(backend, device, dtypes, generator):
+def test_learned_scales_get_the_sums_of_the_rotated_weight(backend, device, dtypes, generator):
     """g as above; the terms are those of the rotated weight."""
     case = Case(generator, 32, dtypes, device)
     x = [torch.empty_like(t, dtype=torch.float32) for t in case.latents]
@@ -270,7 +270,7 @@ def test_learned_scales(backend, device, dtypes, generator):
 
 @pytest.mark.parametrize("block", [16, 512, 1024])
 @pytest.mark.parametrize("scales", [(3, 1), (3, 20), (1,)], ids=["rows", "groups", "tensor"])
-def test_learned_scales_of_long_rows(backend, device, block, scales, generator):
+def test_learned_scales_of_long_rows_get_joined_sums(backend, device, block, scales, generator):
     """More elements than a part of the work has: sums are joined."""
     t, g = (torch.randn(3, 20 * 1024, generator=generator).to(device) for _ in range(2))
     alpha = 0.3 + torch.rand(scales, generator=generator).to(device)
@@ -415,7 +415,7 @@ def test_a_transform_is_a_hadamard(given, error):
         fk.Hadamard(100)
 
 
-def test_compiled():
+def test_a_compiled_quantize_has_the_eager_gradient():
     t, alpha = torch.randn(4, 64, requires_grad=True), torch.ones(4, 1)
 
     def f(x):

@@ -7,7 +7,8 @@ import re
 
 import pytest
 import torch
-from processes import run_code
+from support.processes import run_code
+from support.savable import assert_equal, row_mean
 from torch import nn
 
 import fogzo_kernels as fk
@@ -19,10 +20,6 @@ hub = importlib.import_module("fogzo_kernels.integrations.transformers")
 
 IDENTITY = fk.StraightThrough("identity")
 FILE = "model.safetensors"
-
-
-def row_mean(w):
-    return 1.5 * w.abs().mean(1, keepdim=True)
 
 
 def groups_of_8(w):
@@ -116,12 +113,6 @@ def step(model):
     return {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}}
 
 
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    assert [k for k in expected if found[k].dtype != expected[k].dtype] == []
-    assert [k for k in expected if not torch.equal(found[k], expected[k])] == []
-
-
 def edited(folder, edit):
     """The checkpoint with other tensors."""
     tensors = safetensors.load_file(folder / FILE)
@@ -141,7 +132,7 @@ def configured(folder, edit):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_round_trip(name, dtype, tmp_path):
+def test_a_saved_model_loads_with_the_same_bits_and_step(name, dtype, tmp_path):
     model = quantized(name, dtype)
     model.save_pretrained(tmp_path / "1")
     loaded = type(model).from_pretrained(tmp_path / "1")
@@ -188,7 +179,7 @@ def test_alphas_are_not_cast(dtype, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_other_files_and_sources(tmp_path):
+def test_shards_binaries_and_states_load_with_the_same_bits(tmp_path):
     model = quantized("gpt2")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -255,7 +246,7 @@ def test_the_fast_path_of_encoder_layers_is_closed(tmp_path):
 # ---- a base model and a model with a head
 
 
-def test_base_model_into_one_with_a_head(tmp_path):
+def test_a_base_model_loads_into_one_with_a_head(tmp_path):
     base = quantized("llama").model
     del base.config.quantization_config
     fk.dequantize_model(base, latents=True)
@@ -269,7 +260,7 @@ def test_base_model_into_one_with_a_head(tmp_path):
     assert set(parts(type(whole).from_pretrained(tmp_path))) == set(parts(whole))
 
 
-def test_model_with_a_head_into_its_base_or_another_head(tmp_path):
+def test_a_model_with_a_head_loads_into_its_base_or_another_head(tmp_path):
     model = quantized("llama")
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"lm_head of \['LlamaForCausalLM'\] is no module of LlamaModel: left"):
@@ -353,14 +344,14 @@ QUERY = "model.layers.0.self_attn.q_proj"
         (put(f"{QUERY}._extra_state", lambda s: s[:9]), "the quantizer's state must be JSON, got"),
     ],
 )
-def test_damaged_tensors(edit, message, tmp_path):
+def test_damaged_tensors_are_named(edit, message, tmp_path):
     quantized("llama").save_pretrained(tmp_path)
     edited(tmp_path, edit)
     with pytest.raises(ValueError, match=re.escape(message)):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
-def test_an_alpha_of_another_shape(tmp_path):
+def test_an_alpha_of_another_shape_is_refused(tmp_path):
     quantized("llama").save_pretrained(tmp_path)
     edited(tmp_path, put(f"{QUERY}.alpha", lambda a: a[:1]))
     with pytest.raises(RuntimeError, match="mismatch"):
@@ -386,14 +377,14 @@ def module(name, row):
         (lambda config: config["quantizers"][0].update(version=2), "the quantizer must be of version 1, got 2"),
     ],
 )  # fmt: skip
-def test_damaged_config(edit, message, tmp_path):
+def test_a_damaged_config_is_named(edit, message, tmp_path):
     quantized("llama").save_pretrained(tmp_path)
     configured(tmp_path, edit)
     with pytest.raises(ValueError, match=re.escape(message)):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-def test_no_module_of_the_checkpoint_in_the_model(tmp_path):
+def test_a_checkpoint_without_modules_of_the_model_is_refused(tmp_path):
     model = transformers.LlamaForCausalLM(llama_config(False))
     fk.quantize_model(model, None, rules=[("lm_head", GROUPS)])
     model.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.layers import INPUTS
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -14,12 +15,6 @@ PRESETS = {
     "bitnet": fk.presets.bitnet(),
     "quest": fk.presets.quest(3, block=16),
     "fixed": fk.presets.fixed(3, 0.1),
-}
-INPUTS = {
-    "none": None,
-    "dynamic": fk.presets.dynamic(8),
-    "quest": fk.presets.quest(4, block=16),
-    "learned": fk.presets.lsq(4),
 }
 
 
@@ -45,7 +40,7 @@ def loss_of(model):
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.filterwarnings("error:There is a performance drop")
-def test_gradients_and_those_of_samples(preset, inputs):
+def test_torch_func_gives_gradients_of_batches_and_samples(preset, inputs):
     model, x, y = made(preset, inputs)
     p, of = dict(model.named_parameters()), loss_of(model)
     found = grad(of)(p, x, y)
@@ -58,14 +53,14 @@ def test_gradients_and_those_of_samples(preset, inputs):
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("preset", ["lsq", "bitnet", "quest"])
-def test_vmap_and_jacobians(preset, inputs):
+def test_vmap_and_jacrev_give_those_of_autograd(preset, inputs):
     model, x, _ = made(preset, inputs)
     torch.testing.assert_close(vmap(model)(x), model(x))
     expected = torch.autograd.functional.jacobian(model, x[:1])[0, :, 0]
     torch.testing.assert_close(jacrev(lambda one: model(one[None])[0])(x[0]), expected)
 
 
-def test_int8_products():
+def test_torch_func_differentiates_int8_products():
     model, x, y = made(inputs="dynamic", compute="int8")
     found = grad(loss_of(model))(dict(model.named_parameters()), x, y)
     for one, g in zip(found.values(), per_autograd(model, x, y), strict=True):

@@ -7,16 +7,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import QUANTIZER
+from support.layers import QUANTIZER
+from support.training import estimator
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
 
 import fogzo_kernels as fk
-
-
-def estimator(model, **options):
-    return fk.Fogzo(model, **({"total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options))
 
 
 def mlp():
@@ -241,7 +238,7 @@ class Reads(nn.Module):
         return self.read(self, h)
 
 
-I = torch.tensor([[0, 1, 5]])  # noqa: E741
+TOKENS = torch.tensor([[0, 1, 5]])
 
 
 @pytest.mark.parametrize(
@@ -264,7 +261,7 @@ def test_a_loss_that_reads_a_weight_itself_is_an_error(read, name, node):
         with pytest.raises(
             RuntimeError, match=f"{re.escape(name)} must be used only by .* reads it in ({node})"
         ):
-            fogzo.step(lambda: model(I))
+            fogzo.step(lambda: model(TOKENS))
         assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -284,14 +281,14 @@ def test_other_uses_are_no_error(read):
     model = Reads(read)
     fk.quantize_model(model, QUANTIZER)
     fogzo = estimator(model)
-    fogzo.step(lambda: model(I))
+    fogzo.step(lambda: model(TOKENS))
     with torch.autocast("cpu"):
         model.zero_grad()
-        fogzo.step(lambda: model(I))
+        fogzo.step(lambda: model(TOKENS))
     compiled = torch.compile(model, backend="aot_eager")
     twin = estimator(model)
     model.zero_grad()
-    twin.step(lambda: compiled(I))
+    twin.step(lambda: compiled(TOKENS))
     assert model.linear.weight.grad is not None
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import device_of
-from processes import run_code
+from support.processes import run_code
 
 import fogzo_kernels as fk
 from fogzo_kernels import backends

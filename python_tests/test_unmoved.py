@@ -59,7 +59,7 @@ def test_an_optimizer_made_before_quantize_model_is_told_at_the_second_step(kind
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("lr", [1e-3, 0.0])
 @pytest.mark.parametrize("quantizer", [fk.presets.lsq(2), fk.presets.bitnet()], ids=["learned", "measured"])
-def test_one_that_has_them_draws_no_warning(kind, lr, quantizer):
+def test_an_optimizer_that_has_the_alphas_draws_no_warning(kind, lr, quantizer):
     model, _, fogzo = network(quantizer=quantizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -67,7 +67,7 @@ def test_one_that_has_them_draws_no_warning(kind, lr, quantizer):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_remedy_that_is_named_is_one(kind):
+def test_the_named_remedy_moves_the_alphas(kind):
     model, weights, fogzo = network()
     optimizer = OPTIMIZERS[kind](weights, fogzo, 1e-3)
     optimizer.add_param_group({"params": list(fk.learned_alphas(model))})
@@ -78,7 +78,7 @@ def test_the_remedy_that_is_named_is_one(kind):
     assert not torch.equal(before, model[0].alpha)
 
 
-def test_alphas_of_inputs_count():
+def test_input_alphas_that_do_not_move_are_named():
     model, weights, fogzo = network(activation=fk.presets.lsq(4))
     fk.calibrate_inputs_(model, lambda: model(X))
     optimizer = torch.optim.AdamW([*weights, model[0].alpha, model[2].alpha], lr=1e-3)
@@ -86,7 +86,7 @@ def test_alphas_of_inputs_count():
         steps(model, fogzo, optimizer)
 
 
-def test_what_is_frozen_or_not_moved_yet_is_none():
+def test_frozen_or_waiting_alphas_draw_no_warning():
     """Alphas without a gradient; a loop whose first steps move no weight; one that writes through .data."""
     model, weights, fogzo = network()
     for alpha in fk.learned_alphas(model):

@@ -52,7 +52,7 @@ def test_an_edited_gradient_is_an_error(kind, dtype, edit):
 
 @pytest.mark.parametrize("shape", [(12, 16), (11, 13), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_that_are_only_read_and_those_that_are_not_quantized(dtype, shape):
+def test_reading_gradients_or_editing_plain_ones_is_no_error(dtype, shape):
     model, fogzo, closure = made(dtype, shape=shape)
     fogzo.run(closure)
     for p in model.parameters():
@@ -78,7 +78,7 @@ def test_a_sum_of_bits_sees_each_element(dtype, length, generator):
             values[i] = -values[i]
 
 
-def test_a_device_that_is_not_waited_for(monkeypatch):
+def test_an_edit_on_a_gpu_is_an_error_at_the_next_step(monkeypatch):
     """A GPU's: nothing moves, and the next step raises."""
     monkeypatch.setattr("fogzo_kernels.train.guards.gradients.seen_at_once", lambda tensor: False)
     model, fogzo, closure = made()

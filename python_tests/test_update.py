@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import device_of
-from test_agreement import CASES, IDENTITY, IDS, alphas_for, poisoned
+from support.samples import GRID_CASES, GRID_IDS, IDENTITY, alphas_for, poisoned
 
 import fogzo_kernels as fk
 
@@ -58,7 +58,7 @@ def stepped(rule, theta, G, states, lr, t):
 class Setup:
     """Fresh tensors on the backend's device; ``options`` are those that all calls share."""
 
-    def __init__(self, backend, generator, dtypes, kind="row", case=CASES[0], shapes=SHAPES):
+    def __init__(self, backend, generator, dtypes, kind="row", case=GRID_CASES[0], shapes=SHAPES):
         device, (latent, grad, out, master) = device_of(backend), dtypes
         self.grid, straight_through = case
 
@@ -117,9 +117,9 @@ def test_tail_is_estimate_then_step_then_quantize(backend, rule, dtypes, generat
         assert all(torch.equal(q, x) for q, x in zip(s.quantized, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", GRID_CASES, ids=GRID_IDS)
 @pytest.mark.parametrize("kind", ["tensor", "group"])
-def test_tail_on_every_grid_and_distribution(backend, case, kind, generator):
+def test_the_tail_is_its_parts_on_every_grid_and_distribution(backend, case, kind, generator):
     s = Setup(backend, generator, DTYPES[0], kind, case, SHAPES[:QUANTIZED])
     G, thetas, states = s.estimates(), s.thetas(), [[x.clone() for x in xs] for xs in s.states]
     s.run("adamw", t=3)
@@ -133,7 +133,7 @@ def test_tail_on_every_grid_and_distribution(backend, case, kind, generator):
 
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 1023, 16385])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_tail_sizes_and_unaligned_memory(backend, device, numel, shift, generator):
+def test_the_tail_takes_any_size_and_unaligned_memory(backend, device, numel, shift, generator):
     storage = torch.randn(5, numel + 3, generator=generator).to(device)
     theta, g, m, v, q = (row[shift : shift + numel] for row in storage)
     v.abs_()
@@ -385,7 +385,7 @@ def test_bad_sgd_hyperparameters_are_named(call, error, message, generator):
         )
 
 
-def test_tail_under_compile(generator):
+def test_the_tail_compiles_once_with_the_eager_bits(generator):
     """One graph, new scalars without recompiling; the mutated lists come back right."""
     s, eager = (Setup("reference", torch.Generator().manual_seed(3), DTYPES[1]) for _ in "ab")
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")

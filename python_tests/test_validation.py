@@ -2,17 +2,15 @@
 
 import math
 import re
-from functools import partial
 
 import pytest
 import torch
+from support.samples import GUIDE, INF, MIX, NAN, ON_BACKENDS, OPS, arguments, f64, i64, tensors
+from support.spoiled import item, joined, one, put, raises_and_writes_nothing, transposed_memory
 from torch import Tensor
 
 import fogzo_kernels as fk
 
-SHAPES = ((3,), (4, 8))
-GUIDE = ("guide_sumsq", "guide_norm")
-MIX = ("perturb_quantize_", "estimate_gradient_")
 PERTURB, ESTIMATE = MIX[:1], MIX[1:]
 BACKWARD = ("straight_through_backward_", "learned_backward_")
 MEASURE = ("measure_alphas_",)
@@ -20,92 +18,14 @@ LISTS = (*GUIDE, *MIX, "quantize_", *BACKWARD)
 NAMED = (*MIX, "noise", "direction_sign")
 DIRECTED = ("perturb_quantize_", "noise", "direction_sign")
 SMOOTHED = (*MIX, "quantize", *BACKWARD)
-MIXING = "norm grid straight_through one_minus_beta seed step tensor_ids layouts epsilon_scale"
-OPS = {
-    "noise": "numel distribution seed step direction tensor_id layout device",
-    "direction_sign": "seed step direction",
-    "guide_sumsq": "grads alphas grid",
-    "guide_norm": "grads alphas grid",
-    "perturb_quantize_": f"plus minus latents grads alphas direction {MIXING}",
-    "estimate_gradient_": f"grads losses_plus losses_minus alphas counters {MIXING}",
-    "quantize": "latent alpha grid straight_through",
-    "quantize_": "out latents alphas grid",
-    "dequantize": "codes alpha grid dtype",
-    "straight_through_backward_": "grads latents alphas grid straight_through",
-    "measure_alphas_": "alphas tensors statistic factor add least",
-    "learned_backward_": "grads alpha_grads latents alphas grid straight_through factors",
-    "hadamard": "x block",
-    "hadamard_": "out tensors block",
-}
-ON_BACKENDS = tuple(op for op in OPS if op not in ("direction_sign", "dequantize"))
-NAN, INF = math.nan, math.inf
 FLOATS = "float32 or bfloat16 or float16"
-
-f64, i64 = (partial(torch.tensor, dtype=d) for d in (torch.float64, torch.int64))
-
-
-def arguments(op, device):
-    """A valid call; what it would write is poisoned with NaN."""
-    generator = torch.Generator().manual_seed(3)
-    latents, grads = ([torch.randn(s, generator=generator).to(device) for s in SHAPES] for _ in "ab")
-    plus, minus, out = ([torch.full(s, NAN, device=device) for s in SHAPES] for _ in "abc")
-    losses_plus, losses_minus = (torch.tensor(x, device=device) for x in ([2.0, 1.0], [0.5, 3.0]))
-    known = {
-        "plus": plus, "minus": minus, "out": out, "latents": latents, "grads": grads,
-        "alphas": [torch.tensor(0.5, device=device), torch.full((4, 1), 0.25, device=device)],
-        "norm": torch.tensor(2.0, device=device), "losses_plus": losses_plus,
-        "losses_minus": losses_minus, "counters": torch.zeros(3, dtype=torch.int64, device=device),
-        "latent": latents[1], "alpha": torch.tensor(0.5, device=device),
-        "codes": torch.ones(SHAPES[1], dtype=torch.int8, device=device), "dtype": torch.float32,
-        "grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough(), "seed": 1, "step": 2,
-        "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
-        "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
-        "layout": (0, 4, 4), "device": device, "tensors": latents, "statistic": "rms", "factor": 1.5,
-        "add": 1e-8, "least": 1e-5, "factors": [0.5, 2.0], "block": 16,
-        "x": torch.randn(2, 32, generator=generator).to(device),
-        "alpha_grads": [torch.full((), NAN, device=device), torch.full((4, 1), NAN, device=device)],
-    }  # fmt: skip
-    if op == "hadamard_":
-        known["tensors"] = [torch.randn(s, generator=generator).to(device) for s in ((16,), (3, 48))]
-        known["out"] = [torch.full_like(t, NAN) for t in known["tensors"]]
-    return {name: known[name] for name in OPS[op].split()}
-
-
-def tensors(args):
-    """Every tensor of a call that holds data."""
-    values = [x for v in args.values() for x in (v if isinstance(v, list) else [v])]
-    return [x for x in values if isinstance(x, Tensor) and not x.is_meta]
-
-
-def raises_and_writes_nothing(op, args, exception, message):
-    before = [t.clone() for t in tensors(args)]
-    with pytest.raises(exception, match=message):
-        getattr(fk, op)(**args)
-    for t, old in zip(tensors(args), before, strict=True):
-        torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- how a valid call is spoiled
 
 
-def put(**values):
-    return lambda args: values
-
-
-def item(name, i, change):
-    return lambda args: {name: [change(t) if j == i else t for j, t in enumerate(args[name])]}
-
-
-def one(name, change):
-    return lambda args: {name: change(args[name])}
-
-
 def shorter(name):
     return lambda args: {name: args[name][:-1]}
-
-
-def transposed_memory(t):
-    return t.t().contiguous().t()
 
 
 def of_list(name, ops, expects=FLOATS, like=True):
@@ -159,18 +79,6 @@ def of_layouts(layout, wanted):
         (MIX, put(layouts=[(0, 3, 3), layout]), ValueError, f"layouts[1] must {wanted}"),
         (("noise",), put(layout=layout, numel=32), ValueError, f"layout must {wanted}"),
     ]
-
-
-def joined(a, b):
-    """Two arguments whose second tensors lie in one piece of memory, overlapping by one row."""
-
-    def change(args):
-        memory = torch.ones(7, 8)
-        if a == b:  # within one list: the second tensor begins where the first still goes on
-            return {a: [memory.flatten()[:3], memory.flatten()[2:34].view(4, 8)]}
-        return {a: [args[a][0], memory[:4]], b: [args[b][0], memory[3:]]}
-
-    return change
 
 
 def view_of_grads(name, shape):
@@ -357,7 +265,7 @@ def expanded(cases):
 
 @pytest.mark.parametrize("chosen", ["cpu", "reference"])
 @pytest.mark.parametrize(("op", "change", "exception", "message"), expanded(CASES))
-def test_bad_argument(op, change, exception, message, chosen):
+def test_a_bad_argument_is_named_and_nothing_is_written(op, change, exception, message, chosen):
     """On a backend that checks its lists, and Python words what it refused; on one that does not."""
     args = arguments(op, "cpu") | ({"backend": chosen} if op in ON_BACKENDS else {})
     raises_and_writes_nothing(op, args | change(args), exception, re.escape(message))
@@ -375,7 +283,7 @@ def test_the_call_that_is_spoiled_is_valid(op, backend, device):
 
 
 @pytest.mark.parametrize(("op", "value", "grid"), ALPHA_CASES)
-def test_alpha_out_of_range(op, value, grid):
+def test_an_alpha_out_of_range_is_named(op, value, grid):
     args = arguments(op, "cpu") | {"grid": grid}
     if "alphas" in args:  # one row of many is enough
         args["alphas"][1][2] = value
@@ -386,7 +294,7 @@ def test_alpha_out_of_range(op, value, grid):
     raises_and_writes_nothing(op, args, ValueError, message)
 
 
-def test_duplicate_behind_an_empty_tensor():
+def test_a_duplicate_id_behind_an_empty_tensor_is_named():
     """An empty tensor draws nothing, and must not hide two others of one name."""
     args = arguments("estimate_gradient_", "cpu") | {"tensor_ids": [4, 4, 4], "layouts": None}
     args["grads"] = [torch.zeros(0), torch.ones(3), torch.ones(3)]
@@ -395,7 +303,7 @@ def test_duplicate_behind_an_empty_tensor():
     raises_and_writes_nothing("estimate_gradient_", args, ValueError, message)
 
 
-def test_output_in_a_long_input_behind_a_short_one():
+def test_an_output_in_a_long_input_behind_a_short_one_is_named():
     """Inputs may overlap, so the neighbour below an output is not the one that reaches furthest."""
     memory = torch.ones(31)
     latents, alphas = [memory[:30], memory[2:7], torch.ones(3)], [torch.tensor(0.5)] * 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import device_of
-from tolerances import EXACT, INEXACT, M_TOLERANCE, coefficient, estimate_error
+from support.tolerances import EXACT, INEXACT, M_TOLERANCE, coefficient, estimate_error
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32
@@ -62,7 +62,7 @@ def test_file_covers_the_contract():
 
 
 @pytest.mark.parametrize("case", VECTORS["philox4x32_10"], ids=lambda c: str(c["key"][0]))
-def test_philox_words(case):
+def test_philox_gives_the_known_words(case):
     from fogzo_kernels import _C
 
     assert list(philox4x32(tuple(case["counter"]), tuple(case["key"]))) == case["words"]
@@ -70,14 +70,14 @@ def test_philox_words(case):
 
 
 @pytest.mark.parametrize("case", VECTORS["direction_sign"], ids=lambda c: c["seed"])
-def test_direction_sign(case):
+def test_direction_sign_gives_the_known_signs(case):
     signs = [fk.direction_sign(int(case["seed"]), case["step"], i) for i in range(16)]
     assert signs == case["signs"]
 
 
 @pytest.mark.parametrize("distribution", EXACT + INEXACT)
 @pytest.mark.parametrize("case", VECTORS["noise"], ids=lambda c: f"{c['seed']}-{c['offset']}")
-def test_noise(backend, case, distribution):
+def test_noise_gives_the_known_values(backend, case, distribution):
     m = np.array(case[f"m_{distribution}"], dtype=np.float64)
     u = fk.noise(
         len(m), distribution, seed=int(case["seed"]), step=case["step"],
@@ -92,7 +92,7 @@ def test_noise(backend, case, distribution):
 
 
 @pytest.mark.parametrize("index", range(len(VECTORS["perturb_quantize"])))
-def test_perturb_quantize(backend, index):
+def test_perturb_quantize_gives_the_known_codes(backend, index):
     case = VECTORS["perturb_quantize"][index]
     device = device_of(backend)
     distribution = fk.StraightThrough(case["ste"]).distribution
@@ -117,7 +117,7 @@ def test_perturb_quantize(backend, index):
 
 
 @pytest.mark.parametrize("index", range(len(VECTORS["estimate"])))
-def test_estimate(backend, index):
+def test_estimate_gives_the_known_gradients(backend, index):
     case = VECTORS["estimate"][index]
     device = device_of(backend)
     grads = tensor(case["g"], device)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from processes import needs_gloo, spawned
+from support.processes import needs_gloo, spawned
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -20,9 +20,9 @@ NEEDED = ("torch", "numpy", "scipy", "triton", "pytest", "pytest-xdist", "hypoth
 #: Tests of the source tree, not of what is installed.
 OF_THE_TREE = (
     "architecture", "bench", "bench_agree", "bench_executed", "bench_gpu", "bench_kernels", "bench_step",
-    "compilers", "cuda", "frontends", "gpu", "guards", "machine_code", "outside_backends", "project",
-    "ptx", "ptx_faults", "ptx_mutants", "ptx_opcodes", "quality", "readme", "report", "sass", "sweep",
-    "train_lm", "train_lm_parallel",
+    "compilers", "cuda", "frontends", "gpu", "guards", "llama_cpp", "machine_code", "outside_backends",
+    "project", "ptx", "ptx_faults", "ptx_mutants", "ptx_opcodes", "quality", "readme", "report", "sass",
+    "sweep", "train_lm", "train_lm_parallel",
 )  # fmt: skip
 LEFT_OUT = (".gitignore",)  # of the sdist
 

@@ -3,14 +3,15 @@
 import math
 
 import torch
-from fuzz_errors import alpha_errors, estimate_errors, one_code, slope_error
-from tolerances import M_TOLERANCE
 
 import fogzo_kernels as fk
 from fogzo_kernels.backends import reference
 from fogzo_kernels.spec.call import Draw, Losses, Measure, Mix, Update
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.update import UpdateRule
+
+from .fuzz_errors import alpha_errors, estimate_errors, one_code, slope_error
+from .tolerances import M_TOLERANCE
 
 native = torch.ops.fogzo_cpu
 RULES = {

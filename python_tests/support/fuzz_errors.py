@@ -1,9 +1,10 @@
 """By how much a result of a native op may differ from the reference's (fuzzing.py)."""
 
 import torch
-from tolerances import EXACT, HALF_ULP, SMALLEST
 
 from fogzo_kernels.backends import reference
+
+from .tolerances import EXACT, HALF_ULP, SMALLEST
 
 
 def one_code(alpha, out, grid, distribution):

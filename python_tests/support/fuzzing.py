@@ -4,7 +4,7 @@ A case is a dictionary of plain values, drawn evenly (hypothesis varies few choi
 whole ops out of hundreds of examples), from which :func:`run` builds every tensor. Bytes around each buffer
 must stay; where a case has none, an address sanitizer sees what is read past the end. A call that is valid
 must agree with the reference backend, a spoiled one must raise and write nothing. The case lies in a file
-before it is called, so that a crash leaves it behind; ``python python_tests/fuzzing.py --case '{...}'``
+before it is called, so that a crash leaves it behind; ``python -m support.fuzzing --case '{...}'``
 repeats one. ``test_fuzz.py`` runs this program.
 """
 
@@ -19,8 +19,6 @@ from pathlib import Path
 from random import Random
 
 import torch
-from fuzz_expected import RULES, expected, rule_of
-from fuzz_spoil import applicable, spoil
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
@@ -29,6 +27,9 @@ from fogzo_kernels.spec.call import Measure
 from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.scale import STATISTICS
+
+from .fuzz_expected import RULES, expected, rule_of
+from .fuzz_spoil import applicable, spoil
 
 native = torch.ops.fogzo_cpu
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes.OUTPUTS}

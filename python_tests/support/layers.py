@@ -23,6 +23,13 @@ def of_groups(weight):
 
 
 QUANTIZER = fk.Quantizer(GRID, fk.Scale.fixed(row_mean), STE)
+#: What may quantize the inputs of a layer.
+INPUTS = {
+    "none": None,
+    "dynamic": fk.presets.dynamic(8),
+    "quest": fk.presets.quest(4, block=16),
+    "learned": fk.presets.lsq(4),
+}
 
 
 def conv1d_of_transformers(outputs, inputs):

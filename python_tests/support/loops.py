@@ -1,6 +1,6 @@
 """Random training loops, each step compared with plain PyTorch written from docs/contract.md.
 
-    python python_tests/loops.py --loops 1000 --seed 0
+    PYTHONPATH=.:python_tests python -m support.loops --loops 1000 --seed 0
 
 A loop draws its model's preset and dtype, an optimizer, how gradients are cleared, clipped, scaled and
 accumulated; batches that are not finite; a branch that is unused; a save and load in the middle. Noise and

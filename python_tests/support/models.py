@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from tolerances import N_TOLERANCE, estimate_error
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import fogzo_kernels as fk
 from fogzo_kernels.spec.scale import FixedScale
+
+from .tolerances import N_TOLERANCE, estimate_error
+
+#: Sums in another order, over some hundred terms at most, in float32.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2.0**-19, 2.0**-16
 
 # ---- models, as docs/models.md has them
 
@@ -308,3 +312,11 @@ class Reference:
         """The largest error of Fogzo's estimate, in units of what is allowed."""
         found = self.rows(name, self.seen.estimates[name])
         return ((found - self.total[name]).abs() / self.error[name]).max()
+
+
+def check_losses_and_guides(reference):
+    seen = reference.seen
+    for ours, theirs in zip(seen.losses, reference.losses, strict=True):
+        assert (ours - theirs).abs() <= LOSS_TOLERANCE * theirs.abs()
+    for name, spread in reference.spread.items():
+        assert spread.max() <= GRADIENT_TOLERANCE * reference.guides[name].abs().max(), name

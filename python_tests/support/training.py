@@ -64,3 +64,14 @@ def run_step(model, fogzo, micro_batches):
         losses.append(probe.loss)
     fogzo.estimate_()
     return torch.stack(losses)
+
+
+def setup(**options):
+    """A model, its Fogzo, and a closure of one batch."""
+    model, fogzo = make(schedule="constant", **options)
+    x, y = batch()
+    return model, fogzo, lambda: loss_of(model, x, y)
+
+
+def estimator(model, **options):
+    return fk.Fogzo(model, **({"total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options))
