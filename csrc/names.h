@@ -88,7 +88,7 @@ template <class E> constexpr int kCount = int(std::extent<decltype(Listed<E>::na
 template <class E> const char *name_of(E value) { return Listed<E>::names[int(value)]; }
 
 // An error that lists what an argument may be.
-template <class Error, class List, class Given>
+template <class List, class Given>
 [[noreturn]] void refuse_unknown(const char *argument, const List &known, const Given &given) {
   std::ostringstream text;
   const char *separator = " must be one of ";
@@ -98,16 +98,15 @@ template <class Error, class List, class Given>
     separator = ", ";
   }
   text << ", got " << given;
-  throw Error(text.str());
+  throw std::invalid_argument(text.str());
 }
 
 // The value of that name.
-template <class E, class Error = std::invalid_argument>
-E value_of(const std::string &name, const char *argument) {
+template <class E> E value_of(const std::string &name, const char *argument) {
   for (int i = 0; i < kCount<E>; ++i)
     if (name == Listed<E>::names[i])
       return E(i);
-  refuse_unknown<Error>(argument, Listed<E>::names, name);
+  refuse_unknown(argument, Listed<E>::names, name);
 }
 
 #define FOGZO_STATES(name, states) states,
@@ -130,11 +129,11 @@ template <class F> void with_block(int block, F f) {
 }
 
 // The size of a block.
-template <class Error = std::invalid_argument> int block_of(int64_t given) {
+inline int block_of(int64_t given) {
   for (int block : kBlocks)
     if (block == given)
       return block;
-  refuse_unknown<Error>("block", kBlocks, given);
+  refuse_unknown("block", kBlocks, given);
 }
 
 // One number for each hyperparameter.
@@ -145,24 +144,23 @@ struct Hyperparameters {
 };
 
 // From pairs of a name and a number, each name once.
-template <class Error = std::invalid_argument, class Pairs>
-Hyperparameters hyperparameters_of(const Pairs &pairs) {
+template <class Pairs> Hyperparameters hyperparameters_of(const Pairs &pairs) {
 #define FOGZO_MEMBER(name) &Hyperparameters::name,
   constexpr double Hyperparameters::*members[] = {FOGZO_HYPERPARAMETERS(FOGZO_MEMBER)};
 #undef FOGZO_MEMBER
   Hyperparameters hyperparameters{};
   bool given[kCount<Hyperparameter>] = {};
   for (const auto &[name, value] : pairs) {
-    const int i = int(value_of<Hyperparameter, Error>(name, "hyperparameters"));
+    const int i = int(value_of<Hyperparameter>(name, "hyperparameters"));
     if (given[i])
-      throw Error("hyperparameters must name " + std::string(name) + " once, got it twice");
+      throw std::invalid_argument("hyperparameters must name " + std::string(name) + " once, got it twice");
     hyperparameters.*members[i] = value;
     given[i] = true;
   }
   for (int i = 0; i < kCount<Hyperparameter>; ++i)
     if (!given[i])
-      throw Error("hyperparameters must name " + std::string(Listed<Hyperparameter>::names[i]) +
-                  ", got none of that name");
+      throw std::invalid_argument("hyperparameters must name " + std::string(Listed<Hyperparameter>::names[i]) +
+                                  ", got none of that name");
   return hyperparameters;
 }
 

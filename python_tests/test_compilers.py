@@ -30,11 +30,14 @@ int main() {
   static uint16_t q[count];
   const Kernels &run = kernels();
   for (int d = 0; d < fogzo::kCount<fogzo::Distribution>; ++d) {
-    const Noise what{fogzo::Distribution(d), {uint64_t(3) << 40 | 11, 7, 5, 9}};
-    run.noise(what, {13, 100, 140}, 1.0f, u, 0, count);
-    Item item;
+    const Noise what{fogzo::Distribution(d), {uint64_t(3) << 40 | 11, 7, 5, 0}};
+    Operands item;
     item.numel = item.scale_length = count;
     item.alpha = &alpha;
+    item.layout = {13, 100, 140};
+    item.tensor_id = 9;
+    item.plus = {u, fogzo::Dtype::float32};
+    run.noise(item, what, 1.0f, 0, count);
     item.latent = {u, fogzo::Dtype::float32};
     item.plus = {q, fogzo::Dtype::float16};
     run.quantize(item, {-128, 127, 0.5f}, 1.0f, 0, count);

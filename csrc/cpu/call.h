@@ -23,14 +23,14 @@ struct Draw {
         tensor_ids(a.integers()), layouts(a.integers()) {}
 
   // Names the noise of the first `count` items. A number cut to its lower bits would name other noise.
-  void set_names(std::vector<Item> &items, size_t count) {
+  void set_names(std::vector<Operands> &items, size_t count) {
     distribution = value_of<Distribution>(name, "distribution");
     seed = scalar<int64_t>(seed_tensor, Type::int64);
     step = scalar<int64_t>(step_tensor, Type::int64);
     require(0 <= step && step < kMaxStep, "step");
     require(tensor_ids.size() == count && layouts.size() == 3 * count, "length");
     for (size_t i = 0; i < count; ++i) {
-      Item &item = items[i];
+      Operands &item = items[i];
       require(0 <= tensor_ids[i] && tensor_ids[i] < kMaxTensorId, "tensor_ids");
       item.tensor_id = uint32_t(tensor_ids[i]);
       item.layout = {layouts[3 * i], layouts[3 * i + 1], layouts[3 * i + 2]};
@@ -61,7 +61,7 @@ private:
   }
 
   // No two tensors that hold something draw the same noise: one id at one offset.
-  bool names_differ(const std::vector<Item> &items) const {
+  bool names_differ(const std::vector<Operands> &items) const {
     if (std::adjacent_find(tensor_ids.begin(), tensor_ids.end(), std::greater_equal<>()) == tensor_ids.end())
       return true;
     std::vector<std::pair<int64_t, int64_t>> names;
@@ -180,10 +180,10 @@ struct Optimizer {
     require(lr >= 0 && std::isfinite(lr), "lr");
     require(count >= 1, "optimizer_step");
     const size_t all = lists.items.size();
-    lists.write(&Item::master, masters, kFloat32, masters.empty() ? 0 : all);
+    lists.write(&Operands::master, masters, kFloat32, masters.empty() ? 0 : all);
     require(masters.empty() || lists.items[0].latent.dtype != Dtype::float32, "dtype");
-    lists.write(&Item::first, first, kFloat32, states_of(rule) > 0 ? all : 0);
-    lists.write(&Item::second, second, kFloat32, states_of(rule) > 1 ? all : 0);
+    lists.write(&Operands::first, first, kFloat32, states_of(rule) > 0 ? all : 0);
+    lists.write(&Operands::second, second, kFloat32, states_of(rule) > 1 ? all : 0);
     Update update = update_of(rule, h);
     update.size = step_size(rule, h, lr, double(count));
     update.decay = step_decay(rule, h, lr, double(count));

@@ -7,7 +7,7 @@
 namespace fogzo::cpu {
 namespace {
 
-void estimate_loops(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
+void estimate_loops(const Operands &item, const Estimate &e, int64_t begin, int64_t end) {
   float m[kTile], acc[kTile], grad[kTile], out[kTile];
   const float A = e.A;
   Noise noise{e.noise.distribution, names_in(e.noise, item)};
@@ -37,11 +37,10 @@ inline F with_noise(F B, F m, bool begun, const F &sum) { return begun ? fused(B
 // Of `count` vectors of halves from element i on: draw(noise, direction) draws them, inv_at(k) is 1 / delta of
 // vector k.
 template <Distribution D, Dtype G, Dtype O, class Draw, class InvAt>
-inline __attribute__((always_inline)) void estimate_vectors(const Item &item, const Estimate &e, int64_t i,
-                                                            int64_t count, Draw draw, InvAt inv_at) {
+inline __attribute__((always_inline)) void estimate_vectors(const void *grad, void *out, const Estimate &e,
+                                                            int64_t i, int64_t count, Draw draw, InvAt inv_at) {
   constexpr bool PAIRS = in_pairs<G>(O);
   const F A = broadcast(e.A);
-  void *const grad = item.grad.data, *const out = item.plus.data;
   DrawnNoise<D, PAIRS> noise;
   F acc[2 * kDrawn];
   for (int64_t direction = 0; direction < e.directions; ++direction) {
@@ -66,8 +65,8 @@ inline __attribute__((always_inline)) void estimate_vectors(const Item &item, co
 }
 
 template <Distribution D, Dtype G, Dtype O>
-__attribute__((noinline)) void estimate_run(Dtypes<G, O>, const Item &item, const Estimate &e, Stream &stream,
-                                            const Run &run) {
+__attribute__((noinline)) void estimate_run(Dtypes<G, O>, const Operands &item, const Estimate &e,
+                                            Stream &stream, const Run &run) {
   const F inv = broadcast(run.scale.inv);
   for (int64_t i = run.begin; i < run.end;) {
     const int64_t count = run.drawn_at(i);
@@ -75,25 +74,33 @@ __attribute__((noinline)) void estimate_run(Dtypes<G, O>, const Item &item, cons
       stream.turn_to(run.chunk, direction);
       noise.draw(stream, run.chunk_at(i), count);
     };
-    estimate_vectors<D, G, O>(item, e, i, count, draw, [&](int64_t) { return inv; });
+    estimate_vectors<D, G, O>(item.grad.data, item.plus.data, e, i, count, draw, [&](int64_t) { return inv; });
     i += count * 2 * kWidth;
   }
 }
 
 template <Distribution D, Dtype G, Dtype O>
-__attribute__((noinline)) void estimate_batch(Dtypes<G, O>, const Item &item, const Estimate &e, Keys &keys,
+__attribute__((noinline)) void estimate_batch(Dtypes<G, O>, const Operands &item, const Estimate &e, Keys &keys,
                                               const Batch &batch) {
   const F inv = 1.0f / read<F>(batch.delta);
   const auto draw = [&](auto &noise, uint32_t direction) {
     keys.turn_to(direction);
     noise.draw_batch(keys, batch.chunk);
   };
-  estimate_vectors<D, G, O>(item, e, batch.begin - batch.skip, kHalves, draw,
-                            [&](int64_t k) { return spread<in_pairs<G>(O)>(inv, int(k)); });
+  const auto estimate = [&](const void *in, void *to) {
+    estimate_vectors<D, G, O>(in, to, e, batch.begin - batch.skip, kHalves, draw,
+                              [&](int64_t k) { return spread<in_pairs<G>(O)>(inv, int(k)); });
+  };
+  if (batch.full())
+    return estimate(item.grad.data, item.plus.data);
+  Buffer<G> grad;
+  Buffer<O> out;
+  estimate(grad.filled(item.grad.data, batch), out.at(batch));
+  out.write(item.plus.data, batch);
 }
 
 // False where vectors have no kernel for the operands' dtypes.
-bool estimate_by_vectors(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
+bool estimate_by_vectors(const Operands &item, const Estimate &e, int64_t begin, int64_t end) {
   constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
   return with_value(e.noise.distribution, [&](auto distribution) {
     constexpr Distribution D = decltype(distribution)::value;
@@ -103,16 +110,14 @@ bool estimate_by_vectors(const Item &item, const Estimate &e, int64_t begin, int
           Stream stream(names_in(e.noise, item));
           for_each_run(
               item, e.r, begin, end, [&](const Run &run) { estimate_run<D>(dtypes, item, e, stream, run); },
-              [&](const Item &filled, const Batch &batch) {
-                estimate_batch<D>(dtypes, filled, e, stream.keys, batch);
-              });
+              [&](const Batch &batch) { estimate_batch<D>(dtypes, item, e, stream.keys, batch); });
         },
         item.grad.dtype, item.plus.dtype);
   });
 }
 #endif
 
-void estimate_plain(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
+void estimate_plain(const Operands &item, const Estimate &e, int64_t begin, int64_t end) {
 #if FOGZO_ISA
   if (!better_by_tiles(item) && estimate_by_vectors(item, e, begin, end))
     return;
@@ -120,7 +125,7 @@ void estimate_plain(const Item &item, const Estimate &e, int64_t begin, int64_t 
   estimate_loops(item, e, begin, end);
 }
 
-void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
+void estimate_range(const Operands &item, const Estimate &e, int64_t begin, int64_t end) {
   if (!item.block)
     return estimate_plain(item, e, begin, end);
   float grad[kTile], out[kTile];
@@ -128,7 +133,7 @@ void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t 
   noise_alone.A = 1.0f; // of a gradient of zeros: inv acc
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     float noise[kTile] = {};
-    Item tile = item;
+    Operands tile = item;
     tile.grad = tile.plus = tile_span(noise, start);
     estimate_plain(tile, noise_alone, start, start + count);
     rotate(noise, noise, count, item.block);
@@ -139,8 +144,8 @@ void estimate_range(const Item &item, const Estimate &e, int64_t begin, int64_t 
   });
 }
 
-void estimate_in_place(const Item &item, const Estimate &e, int64_t begin, int64_t end) {
-  Item both = item;
+void estimate_in_place(const Operands &item, const Estimate &e, int64_t begin, int64_t end) {
+  Operands both = item;
   both.plus = item.grad;
   estimate_range(both, e, begin, end);
 }
@@ -149,7 +154,7 @@ void estimate_in_place(const Item &item, const Estimate &e, int64_t begin, int64
 
 // the optimizer's step of a tile, in place
 template <Rule R>
-void step_tile(const Item &item, Update update, const float *G, int64_t start, int64_t count) {
+void step_tile(const Operands &item, Update update, const float *G, int64_t start, int64_t count) {
   float buffer[kTile], out[kTile], none[kTile];
   const Span &weight = item.master.data ? item.master : item.latent;
   const float *theta = load(weight, start, count, buffer);
@@ -162,12 +167,12 @@ void step_tile(const Item &item, Update update, const float *G, int64_t start, i
     store(to, item.latent, start, count);
 }
 
-void update_range(const Item &item, const Tail &tail, int64_t begin, int64_t end) {
+void update_range(const Operands &item, const Tail &tail, int64_t begin, int64_t end) {
   float G[kTile];
   const bool drawn = item.alpha && tail.estimate.directions;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     if (!tail.skip) {
-      Item tile = item;
+      Operands tile = item;
       tile.plus = tile_span(G, start);
       if (drawn)
         estimate_range(tile, tail.estimate, start, start + count);

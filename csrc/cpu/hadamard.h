@@ -78,7 +78,7 @@ void rotate(const float *in, float *out, int64_t count, int block) {
 }
 
 // The latents of a tile as float32, rotated where the quantizer has a transform.
-const float *load_rotated(const Item &item, int64_t start, int64_t count, float *buffer) {
+const float *load_rotated(const Operands &item, int64_t start, int64_t count, float *buffer) {
   const float *x = load(item.latent, start, count, buffer);
   if (!item.block)
     return x;
@@ -87,17 +87,17 @@ const float *load_rotated(const Item &item, int64_t start, int64_t count, float 
 }
 
 // body(tile, start, stop) for each tile of a range, an item without a transform that has the rotated latents
-template <class Body> void for_each_rotated_tile(const Item &item, int64_t begin, int64_t end, Body body) {
+template <class Body> void for_each_rotated_tile(const Operands &item, int64_t begin, int64_t end, Body body) {
   float latent[kTile];
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    Item tile = item;
+    Operands tile = item;
     tile.latent = tile_span(load_rotated(item, start, count, latent), start);
     tile.block = 0;
     body(tile, start, start + count);
   });
 }
 
-void hadamard_range(const Item &item, int64_t begin, int64_t end) {
+void hadamard_range(const Operands &item, int64_t begin, int64_t end) {
   float buffer[kTile];
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     store(load_rotated(item, start, count, buffer), item.plus, start, count);

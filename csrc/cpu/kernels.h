@@ -20,7 +20,7 @@ struct Span {
 };
 
 // One tensor of a list.
-struct Item {
+struct Operands {
   int64_t numel = 0, scale_length = 1; // elements that share one alpha
   const float *alpha = nullptr;        // null in the fused tail: not quantized
   float *alpha_grad = nullptr;         // of learned scales, as many
@@ -63,28 +63,28 @@ struct Cut {
   double before = 0, behind = 0;
 };
 
-constexpr int64_t kBlock = 32768; // elements of a range, at most; fixed, so that sums do not depend on threads
+constexpr int64_t kRange = 32768; // elements of a range, at most; fixed, so that sums do not depend on threads
+
+// A kernel works on the elements begin .. end - 1 of one tensor.
+template <class Result, class... Arguments>
+using Kernel = Result (*)(const Operands &item, Arguments..., int64_t begin, int64_t end);
 
 // The kernels, compiled for one instruction set. All sets give the same bits.
 struct Kernels {
   const char *isa;
-  void (*noise)(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin, int64_t end);
-  double (*sumsq)(const Item &item, float r, int64_t begin, int64_t end);
-  void (*perturb)(const Item &item, const Perturbation &p, int64_t begin, int64_t end);
-  void (*estimate)(const Item &item, const Estimate &e, int64_t begin, int64_t end);
-  void (*update)(const Item &item, const Tail &tail, int64_t begin, int64_t end);
-  void (*quantize)(const Item &item, GridRange grid, float r, int64_t begin, int64_t end);
+  Kernel<void, const Noise &, float> noise; // times the number, into plus
+  Kernel<double, float> sumsq;              // with r
+  Kernel<void, const Perturbation &> perturb;
+  Kernel<void, const Estimate &> estimate;
+  Kernel<void, const Tail &> update;
+  Kernel<void, GridRange, float> quantize; // with r, as all that follow a grid
   // reads grad, writes plus (which may be the same memory)
-  void (*straight_through)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
-                           int64_t end);
-  // alphas, into plus, of whole cells
-  void (*measure)(const Item &item, const Measure &measure, int64_t begin, int64_t end);
-  // what a piece of a cell comes to
-  double (*total)(const Item &item, Statistic statistic, int64_t begin, int64_t end);
-  // the same, and alpha_grad of the alphas whose elements all lie in the range
-  Cut (*learned)(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin, int64_t end);
-  // H of latent, into plus (which may be the same memory)
-  void (*hadamard)(const Item &item, int64_t begin, int64_t end);
+  Kernel<void, StraightThrough, GridRange, float> straight_through;
+  Kernel<void, const Measure &> measure; // alphas, into plus, of whole cells
+  Kernel<double, Statistic> total;       // of a piece of a cell
+  // as straight_through, and alpha_grad of the alphas whose elements all lie in the range
+  Kernel<Cut, StraightThrough, GridRange, float> learned;
+  Kernel<void> hadamard; // of latent, into plus (which may be the same memory)
 };
 
 const Kernels *portable_kernels();

@@ -8,7 +8,7 @@ namespace fogzo::cpu {
 namespace {
 
 template <StraightThrough S>
-void straight_through_loops(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
+void straight_through_loops(const Operands &item, GridRange grid, float r, int64_t begin, int64_t end) {
   float latent[kTile], grad[kTile], out[kTile];
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     const float *t = load_rotated(item, start, count, latent), *g = load(item.grad, start, count, grad);
@@ -22,7 +22,7 @@ void straight_through_loops(const Item &item, GridRange grid, float r, int64_t b
   });
 }
 
-void straight_through_range(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
+void straight_through_range(const Operands &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
                             int64_t end) {
   with_value(kind, [&](auto S) { straight_through_loops<decltype(S)::value>(item, grid, r, begin, end); });
 }
@@ -48,7 +48,7 @@ double sum_of(double (&sums)[kSums], bool begun, const float *terms, int64_t cou
 
 // By the compiler's vectors, of float32. Two loops: both in one are no vectors on every instruction set.
 template <StraightThrough S> struct LearnedLoops {
-  static double part(const Item &item, const GridRange &range, float r, int64_t begin, int64_t end,
+  static double part(const Operands &item, const GridRange &range, float r, int64_t begin, int64_t end,
                      Scale scale) {
     const int64_t count = end - begin;
     const float *const t = load(item.latent, begin, count, nullptr), *const g =
@@ -90,7 +90,7 @@ template <StraightThrough S, Dtype T> struct LearnedVectors {
   static constexpr bool PAIRS = in_pairs<T>(T);
   static constexpr int kStep = 2 * kWidth;
 
-  static double part(const Item &item, const GridRange &range, float r, int64_t begin, int64_t end,
+  static double part(const Operands &item, const GridRange &range, float r, int64_t begin, int64_t end,
                      Scale scale) {
     const GridOf<F> grid{broadcast(range.qmin), broadcast(range.qmax), broadcast(range.offset)};
     const ScaleOf<F> scales{broadcast(scale.delta), broadcast(scale.inv)};
@@ -121,13 +121,14 @@ template <StraightThrough S, Dtype T> struct LearnedVectors {
 
 // buffered: the kernel takes float32 copies of operands that are rotated or of another dtype
 template <class Kernel>
-Cut learned_by(const Item &item, const GridRange &grid, float r, bool buffered, int64_t begin, int64_t end) {
+Cut learned_by(const Operands &item, const GridRange &grid, float r, bool buffered, int64_t begin,
+               int64_t end) {
   float latent[kTile], grad[kTile], out[kTile];
   Cut cut;
   double sum = 0; // of the alpha at hand, so far
   const int64_t length = item.scale_length;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    Item tile = item;
+    Operands tile = item;
     float *const to = target(item.plus, start, out);
     if (buffered) {
       tile.latent = tile_span(load_rotated(item, start, count, latent), start);
@@ -155,8 +156,8 @@ Cut learned_by(const Item &item, const GridRange &grid, float r, bool buffered, 
   return cut;
 }
 
-Cut learned_range(const Item &item, StraightThrough kind, GridRange grid, float r, int64_t begin, int64_t end) {
-  constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16;
+Cut learned_range(const Operands &item, StraightThrough kind, GridRange grid, float r, int64_t begin,
+                  int64_t end) {
   const auto all = [&](Dtype dtype) {
     return !item.block && item.latent.dtype == dtype && item.grad.dtype == dtype && item.plus.dtype == dtype;
   };
@@ -164,12 +165,12 @@ Cut learned_range(const Item &item, StraightThrough kind, GridRange grid, float 
     constexpr StraightThrough S = decltype(form)::value;
 #if FOGZO_ISA
     if constexpr (has_indicator<S>) {
-      if (all(bf16))
-        return learned_by<LearnedVectors<S, bf16>>(item, grid, r, false, begin, end);
-      return learned_by<LearnedVectors<S, f32>>(item, grid, r, !all(f32), begin, end);
+      if (all(Dtype::bfloat16))
+        return learned_by<LearnedVectors<S, Dtype::bfloat16>>(item, grid, r, false, begin, end);
+      return learned_by<LearnedVectors<S, Dtype::float32>>(item, grid, r, !all(Dtype::float32), begin, end);
     }
 #endif
-    return learned_by<LearnedLoops<S>>(item, grid, r, !all(f32), begin, end);
+    return learned_by<LearnedLoops<S>>(item, grid, r, !all(Dtype::float32), begin, end);
   });
 }
 

@@ -116,12 +116,12 @@ inline void check_list(const Tensors &list, unsigned types, const Tensors &like,
   }
 }
 
-static_assert(kBlock % kBlocks[std::size(kBlocks) - 1] == 0, "a range has whole blocks of the transform");
+static_assert(kRange % kBlocks[std::size(kBlocks) - 1] == 0, "a range has whole blocks of the transform");
 
 // Checks an op's lists, and makes of them the items that kernels get, one for each tensor of the first list.
 class Lists {
 public:
-  std::vector<Item> items;
+  std::vector<Operands> items;
   Memory memory;
 
   explicit Lists(const Tensors &first) : items(first.size()), first_(first) {
@@ -129,23 +129,25 @@ public:
       items[i].numel = first[i].numel;
   }
 
-  void read(Span Item::*part, const Tensors &list, unsigned types) {
+  void read(Span Operands::*part, const Tensors &list, unsigned types) {
     add(part, list, types, items.size());
     add_memory(list, false);
   }
 
   // Reads tensors that may be those of `written`, each in its place.
-  void read_in_place(Span Item::*part, const Tensors &list, unsigned types, const Tensors &written) {
+  void read_in_place(Span Operands::*part, const Tensors &list, unsigned types, const Tensors &written) {
     add(part, list, types, items.size());
     for (size_t i = 0; i < list.size(); ++i)
       if (list[i].data != written[i].data || list[i].bytes != written[i].bytes)
         memory.add(list[i], false);
   }
 
-  void write(Span Item::*part, const Tensors &list, unsigned types) { write(part, list, types, items.size()); }
+  void write(Span Operands::*part, const Tensors &list, unsigned types) {
+    write(part, list, types, items.size());
+  }
 
   // Of the first `count` items.
-  void write(Span Item::*part, const Tensors &list, unsigned types, size_t count) {
+  void write(Span Operands::*part, const Tensors &list, unsigned types, size_t count) {
     add(part, list, types, count);
     add_memory(list, true);
   }
@@ -190,7 +192,7 @@ public:
   }
 
 private:
-  void add(Span Item::*part, const Tensors &list, unsigned types, size_t count) {
+  void add(Span Operands::*part, const Tensors &list, unsigned types, size_t count) {
     check_list(list, types, first_, count);
     for (size_t i = 0; i < count; ++i)
       items[i].*part = {list[i].data, list[i].dtype()};
@@ -207,17 +209,17 @@ private:
 // ---- ranges
 
 struct Range {
-  const Item *item;
+  const Operands *item;
   int64_t begin, end;
 };
 
-// Of at most kBlock elements.
-inline std::vector<Range> make_ranges(const std::vector<Item> &items) {
+// Of at most kRange elements.
+inline std::vector<Range> make_ranges(const std::vector<Operands> &items) {
   std::vector<Range> ranges;
   ranges.reserve(items.size());
-  for (const Item &item : items)
-    for (int64_t begin = 0; begin < item.numel; begin += kBlock)
-      ranges.push_back({&item, begin, std::min(item.numel, begin + kBlock)});
+  for (const Operands &item : items)
+    for (int64_t begin = 0; begin < item.numel; begin += kRange)
+      ranges.push_back({&item, begin, std::min(item.numel, begin + kRange)});
   return ranges;
 }
 
@@ -227,6 +229,13 @@ template <class Body> void for_each(const std::vector<Range> &ranges, Body body)
     for (int64_t i = begin; i < end; ++i)
       body(i, ranges[i]);
   });
+}
+
+// A kernel on all items, with its arguments.
+template <class Function, class... Given>
+void run(Function kernel, const std::vector<Operands> &items, const Given &...given) {
+  for_each(make_ranges(items),
+           [&](int64_t, const Range &range) { kernel(*range.item, given..., range.begin, range.end); });
 }
 
 } // namespace fogzo::cpu

@@ -8,11 +8,14 @@ namespace fogzo::cpu {
 namespace {
 
 // The names of a tensor's noise.
-inline Names names_in(const Noise &noise, const Item &item) {
+inline Names names_in(const Noise &noise, const Operands &item) {
   Names names = noise.names;
   names.tensor_id = item.tensor_id;
   return names;
 }
+
+// Elements from e on whose chunks have numbers of the same upper half.
+inline int64_t same_half_from(int64_t e) { return (int64_t(1) << 35) - e % (int64_t(1) << 35); }
 
 constexpr int64_t kGroup = FOGZO_ISA ? kWidth : 16; // Philox calls at a time
 
@@ -189,14 +192,15 @@ constexpr float kNoiseFactor = D == Distribution::uniform      ? 32768.0f
 // Distributions whose m takes two parts: end_noise() makes it of what begin_noise() gives.
 template <Distribution D> constexpr bool in_parts = D == Distribution::logistic || D == Distribution::gaussian;
 
+inline F odds_of(F k) { return (k + 0.5f) / (65535.5f - k); }
+
 template <Distribution D, bool PAIRS> inline Two begin_noise(H h) {
   U first, last;
   if constexpr (D == Distribution::gaussian) { // Box-Muller on words: an even and an odd element
     return {log_of((float_from(U(h) & 0xFFFFu) + 0.5f) * (1.0f / 65536)) * -2.0f, F{}};
   } else if constexpr (D == Distribution::logistic) {
-    const auto ratio = [](F k) { return (k + 0.5f) / (65535.5f - k); };
     numbers_of<PAIRS>(h, first, last);
-    return {ratio(float_from(first)), ratio(float_from(last))};
+    return {odds_of(float_from(first)), odds_of(float_from(last))};
   } else if constexpr (D == Distribution::rademacher) {
     raised<PAIRS>(h, 0, first, last);
     return {float_of(masked_or(first, 0x80000000u, 0x3F800000u)),
@@ -266,19 +270,15 @@ private:
   }
 };
 
-// The halves of `count` Philox calls, in order; writes up to kGroup - 1 calls more.
-void philox_halves(const Names &names, uint64_t chunk, int64_t count, uint16_t *halves) {
-  const Keys keys(names);
-  Wide chunks = ordered<true>(chunks_from(chunk));
-  for (int64_t done = 0; done < count; done += kGroup, halves += kBatch, chunks += uint64_t(kGroup)) {
-    H batch[kHalves];
-    philox_batch<true>(keys, chunks, chunks + uint64_t(kCalls), batch);
-    std::memcpy(halves, batch, sizeof batch);
-  }
+// The halves of `count` Philox calls of a run, in order; writes up to kGroup - 1 calls more.
+void philox_halves(Stream &stream, uint64_t chunk, int64_t count, uint16_t *halves) {
+  stream.turn_to(chunk, stream.x1 >> 16); // the same direction
+  draw_halves<true>(stream, chunk, (count + kCalls - 1) / kCalls, reinterpret_cast<H *>(halves), {});
 }
 
 #else
-// The halves of `count` Philox calls, in order; writes up to kGroup - 1 calls more.
+using Stream = Names;
+
 void philox_halves(const Names &names, uint64_t chunk, int64_t count, uint16_t *halves) {
   for (int64_t done = 0; done < count; done += kGroup)
     FOGZO_LOOP(int64_t l = done; l < done + kGroup; ++l) {
@@ -292,10 +292,10 @@ void philox_halves(const Names &names, uint64_t chunk, int64_t count, uint16_t *
 #endif
 
 // m of the consecutive elements e .. e + count - 1, count <= kTile
-template <Distribution D> void noise_run(const Names &names, uint64_t e, int64_t count, float *m) {
-  uint16_t halves[kTile + 8 * kGroup + 8];
+template <Distribution D> void noise_run(Stream &stream, uint64_t e, int64_t count, float *m) {
+  alignas(64) uint16_t halves[kTile + 8 * kGroup + 8];
   const int64_t shift = int64_t(e & 7);
-  philox_halves(names, e >> 3, (shift + count + 7) / 8, halves);
+  philox_halves(stream, e >> 3, (shift + count + 7) / 8, halves);
   if constexpr (D != Distribution::gaussian) {
     FOGZO_LOOP(int64_t i = 0; i < count; ++i) m[i] = noise_of_half<D>(halves[shift + i]);
   } else {
@@ -315,20 +315,22 @@ template <Distribution D> void noise_run(const Names &names, uint64_t e, int64_t
 // m of local elements begin .. begin + count - 1 of a shard, count <= kTile
 void noise_tile(const Noise &noise, const Layout &layout, int64_t begin, int64_t count, float *m) {
   with_value(noise.distribution, [&](auto D) {
+    Stream stream(noise.names);
     for (int64_t done = 0; done < count;) {
       const int64_t row = (begin + done) / layout.inner, column = (begin + done) % layout.inner;
-      const int64_t run = least(count - done, layout.inner - column);
       const int64_t e = layout.offset + row * layout.stride + column;
-      noise_run<decltype(D)::value>(noise.names, uint64_t(e), run, m + done);
+      const int64_t run = least(least(count - done, layout.inner - column), same_half_from(e));
+      noise_run<decltype(D)::value>(stream, uint64_t(e), run, m + done);
       done += run;
     }
   });
 }
 
-void noise_range(const Noise &noise, const Layout &layout, float scale, float *out, int64_t begin,
-                 int64_t end) {
+void noise_range(const Operands &item, const Noise &given, float scale, int64_t begin, int64_t end) {
+  const Noise noise{given.distribution, names_in(given, item)};
+  float *const out = static_cast<float *>(item.plus.data);
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
-    noise_tile(noise, layout, start, count, out + start);
+    noise_tile(noise, item.layout, start, count, out + start);
     FOGZO_LOOP(int64_t i = start; i < start + count; ++i) out[i] *= scale;
   });
 }

@@ -17,16 +17,10 @@ void noise(Arguments a) {
   Draw draw(a);
   const int64_t direction = a.integer();
   Lists lists(out);
-  lists.write(&Item::plus, out, kFloat32);
+  lists.write(&Operands::plus, out, kFloat32);
   draw.set_names(lists.items, 1);
 
-  const Kernels &run = kernels();
-  const Item &item = lists.items[0];
-  Noise what = draw.noise(direction);
-  what.names.tensor_id = item.tensor_id;
-  for_each(make_ranges(lists.items), [&](int64_t, const Range &range) {
-    run.noise(what, item.layout, float(draw.C), out[0].at<float>(), range.begin, range.end);
-  });
+  run(kernels().noise, lists.items, draw.noise(direction), float(draw.C));
 }
 
 void guide_sumsq(Arguments a) {
@@ -35,14 +29,14 @@ void guide_sumsq(Arguments a) {
   const int64_t r = a.integer();
   double &result = scalar<double>(out, Type::float64);
   Lists lists(grads);
-  lists.read(&Item::grad, grads, kFloats);
+  lists.read(&Operands::grad, grads, kFloats);
   lists.set_alphas(alphas, grads.size(), r);
 
-  const Kernels &run = kernels();
+  const Kernels &best = kernels();
   const std::vector<Range> ranges = make_ranges(lists.items);
   std::vector<double> partial(ranges.size());
   for_each(ranges, [&](int64_t i, const Range &range) {
-    partial[i] = run.sumsq(*range.item, float(r), range.begin, range.end);
+    partial[i] = best.sumsq(*range.item, float(r), range.begin, range.end);
   });
   double sum = 0;
   for (double x : partial)
@@ -62,17 +56,16 @@ void perturb_quantize(Arguments a) {
   const int64_t block = a.integer();
   const size_t count = latents.size();
   Lists lists(latents);
-  lists.read(&Item::latent, latents, kFloats);
-  lists.read(&Item::grad, grads, kFloats);
+  lists.read(&Operands::latent, latents, kFloats);
+  lists.read(&Operands::grad, grads, kFloats);
   require(!count || !plus.empty() || !minus.empty(), "length");
-  lists.write(&Item::plus, plus, kOutputs, plus.empty() ? 0 : count);
-  lists.write(&Item::minus, minus, plus.empty() ? kOutputs : bit(plus[0].type), minus.empty() ? 0 : count);
+  lists.write(&Operands::plus, plus, kOutputs, plus.empty() ? 0 : count);
+  lists.write(&Operands::minus, minus, plus.empty() ? kOutputs : bit(plus[0].type), minus.empty() ? 0 : count);
   const GridRange values = grid.set(lists, alphas, count, block);
   mix.check(lists.memory);
   draw.set_names(lists.items, count);
   lists.memory.check();
 
-  const Kernels &run = kernels();
   const Noise what = draw.noise(direction);
   const float sign = direction_sign(what.names.seed, what.names.step, what.names.direction);
   const Perturbation p{what,
@@ -81,8 +74,7 @@ void perturb_quantize(Arguments a) {
                        float(mix.over_norm(float(std::sqrt(1.0 - mix.one_minus_beta)) * sign)),
                        float(std::sqrt(mix.one_minus_beta) * draw.C),
                        float(mix.epsilon)};
-  for_each(make_ranges(lists.items),
-           [&](int64_t, const Range &range) { run.perturb(*range.item, p, range.begin, range.end); });
+  run(kernels().perturb, lists.items, p);
 }
 
 // ---- estimate
@@ -125,7 +117,7 @@ void estimate_gradient(Arguments a) {
   const int64_t r = a.integer(), block = a.integer();
   const size_t count = grads.size();
   Lists lists(grads);
-  lists.write(&Item::grad, grads, kFloats);
+  lists.write(&Operands::grad, grads, kFloats);
   lists.set_alphas(alphas, count, r);
   lists.set_transform(block, count);
   mix.check(lists.memory);
@@ -133,13 +125,12 @@ void estimate_gradient(Arguments a) {
   losses.check(1, lists.memory);
   lists.memory.check();
 
-  const Kernels &run = kernels();
+  const auto estimate = kernels().estimate;
   const Coefficients c = coefficients_of(draw, mix, losses);
   if (!c.usable)
     return;
   const Estimate e{draw.noise(0), float(r), c.A, c.B.data(), int64_t(c.B.size())};
-  for_each(make_ranges(lists.items),
-           [&](int64_t, const Range &range) { run.estimate(*range.item, e, range.begin, range.end); });
+  run(estimate, lists.items, e);
 }
 
 // ---- the fused tail
@@ -155,18 +146,18 @@ void estimate_update(Arguments a) {
   const int64_t block = a.integer();
   const size_t quantizing = alphas.size();
   Lists lists(latents);
-  lists.write(&Item::latent, latents, kFloats);
-  lists.read(&Item::grad, grads, kFloats);
+  lists.write(&Operands::latent, latents, kFloats);
+  lists.read(&Operands::grad, grads, kFloats);
   const Update update = optimizer.set(lists);
   require(quantizing <= latents.size(), "length");
-  lists.write(&Item::plus, quantized, kOutputs, quantized.empty() ? 0 : quantizing);
+  lists.write(&Operands::plus, quantized, kOutputs, quantized.empty() ? 0 : quantizing);
   const GridRange values = grid.set(lists, alphas, quantizing, block);
   mix.check(lists.memory);
   draw.set_names(lists.items, quantizing);
   losses.check(0, lists.memory);
   lists.memory.check();
 
-  const Kernels &run = kernels();
+  const auto update_latents = kernels().update;
   Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, update, values, false};
   Coefficients c;
   if (losses.n()) {
@@ -178,8 +169,7 @@ void estimate_update(Arguments a) {
     tail.estimate.B = c.B.data();
     tail.estimate.directions = int64_t(c.B.size());
   }
-  for_each(make_ranges(lists.items),
-           [&](int64_t, const Range &range) { run.update(*range.item, tail, range.begin, range.end); });
+  run(update_latents, lists.items, tail);
 }
 
 // ---- quantize and its straight-through derivative
@@ -189,15 +179,12 @@ void quantize(Arguments a) {
   const Grid grid(a);
   const int64_t block = a.integer();
   Lists lists(latents);
-  lists.read(&Item::latent, latents, kFloats);
-  lists.write(&Item::plus, out, kOutputs);
+  lists.read(&Operands::latent, latents, kFloats);
+  lists.write(&Operands::plus, out, kOutputs);
   const GridRange values = grid.set(lists, alphas, latents.size(), block);
   lists.memory.check();
 
-  const Kernels &run = kernels();
-  for_each(make_ranges(lists.items), [&](int64_t, const Range &range) {
-    run.quantize(*range.item, values, float(grid.r), range.begin, range.end);
-  });
+  run(kernels().quantize, lists.items, values, float(grid.r));
 }
 
 void straight_through_backward(Arguments a) {
@@ -207,16 +194,13 @@ void straight_through_backward(Arguments a) {
   const int64_t block = a.integer();
   const auto what = value_of<StraightThrough>(name, "straight_through");
   Lists lists(latents);
-  lists.read(&Item::latent, latents, kFloats);
-  lists.write(&Item::plus, out, kFloats);
-  lists.read_in_place(&Item::grad, grads, kFloats, out);
+  lists.read(&Operands::latent, latents, kFloats);
+  lists.write(&Operands::plus, out, kFloats);
+  lists.read_in_place(&Operands::grad, grads, kFloats, out);
   const GridRange values = grid.set(lists, alphas, latents.size(), block);
   lists.memory.check();
 
-  const Kernels &run = kernels();
-  for_each(make_ranges(lists.items), [&](int64_t, const Range &range) {
-    run.straight_through(*range.item, what, values, float(grid.r), range.begin, range.end);
-  });
+  run(kernels().straight_through, lists.items, what, values, float(grid.r));
 }
 
 // The gradients of alphas that several ranges share, added in the order of the ranges.
@@ -245,9 +229,9 @@ void learned_backward(Arguments a) {
   const auto what = value_of<StraightThrough>(name, "straight_through");
   const size_t count = latents.size();
   Lists lists(latents);
-  lists.read(&Item::latent, latents, kFloats);
-  lists.write(&Item::plus, out, kFloats);
-  lists.read_in_place(&Item::grad, grads, kFloats, out);
+  lists.read(&Operands::latent, latents, kFloats);
+  lists.write(&Operands::plus, out, kFloats);
+  lists.read_in_place(&Operands::grad, grads, kFloats, out);
   const GridRange values = grid.set(lists, alphas, count, block);
   check_list(alpha_grads, kFloat32, alphas, count);
   require(factors.size() == count, "length");
@@ -259,30 +243,30 @@ void learned_backward(Arguments a) {
   }
   lists.memory.check();
 
-  const Kernels &run = kernels();
+  const Kernels &best = kernels();
   for (size_t i = 0; i < count; ++i)
     if (!latents[i].numel)
       std::fill_n(alpha_grads[i].at<float>(), alpha_grads[i].numel, 0.0f);
   const std::vector<Range> ranges = make_ranges(lists.items);
   std::vector<Cut> cuts(ranges.size());
   for_each(ranges, [&](int64_t i, const Range &range) {
-    cuts[i] = run.learned(*range.item, what, values, float(grid.r), range.begin, range.end);
+    cuts[i] = best.learned(*range.item, what, values, float(grid.r), range.begin, range.end);
   });
   add_cuts(ranges, cuts);
 }
 
 // ---- alphas from data
 
-// Whole cells of a tensor, as many as lie in kBlock elements, or a piece of one that is longer. Where they are
+// Whole cells of a tensor, as many as lie in kRange elements, or a piece of one that is longer. Where they are
 // cut depends on sizes alone, so that sums do not depend on threads.
-std::vector<Range> ranges_of_cells(const std::vector<Item> &items) {
+std::vector<Range> ranges_of_cells(const std::vector<Operands> &items) {
   std::vector<Range> ranges;
-  for (const Item &item : items) {
-    const int64_t length = item.scale_length, step = length > kBlock ? kBlock : kBlock / length * length;
-    for (int64_t cell = 0; length > kBlock && cell < item.numel; cell += length)
+  for (const Operands &item : items) {
+    const int64_t length = item.scale_length, step = length > kRange ? kRange : kRange / length * length;
+    for (int64_t cell = 0; length > kRange && cell < item.numel; cell += length)
       for (int64_t begin = cell; begin < cell + length; begin += step)
         ranges.push_back({&item, begin, std::min(cell + length, begin + step)});
-    for (int64_t begin = 0; length <= kBlock && begin < item.numel; begin += step)
+    for (int64_t begin = 0; length <= kRange && begin < item.numel; begin += step)
       ranges.push_back({&item, begin, std::min(item.numel, begin + step)});
   }
   return ranges;
@@ -294,7 +278,7 @@ void join_pieces(const std::vector<Range> &ranges, const std::vector<double> &to
   double total = 0;
   for (size_t i = 0; i < ranges.size(); ++i) {
     const auto &[item, begin, end] = ranges[i];
-    if (item->scale_length <= kBlock)
+    if (item->scale_length <= kRange)
       continue;
     total = begin % item->scale_length ? joined<S>(total, totals[i]) : totals[i];
     if (end % item->scale_length == 0)
@@ -317,11 +301,11 @@ void measure_alphas(Arguments a) {
                         float_in(factor, std::numeric_limits<float>::min()), float_in(add, 0.0f),
                         float_in(least, 0.0f)};
   Lists lists(tensors);
-  lists.read(&Item::latent, tensors, kFloats);
+  lists.read(&Operands::latent, tensors, kFloats);
   lists.set_cells(alphas, tensors.size(), true);
   lists.memory.check();
 
-  const Kernels &run = kernels();
+  const Kernels &best = kernels();
   for (size_t i = 0; i < alphas.size(); ++i) {
     lists.items[i].plus = {alphas[i].data, Dtype::float32};
     if (!tensors[i].numel) // its cells hold nothing
@@ -330,10 +314,10 @@ void measure_alphas(Arguments a) {
   const std::vector<Range> ranges = ranges_of_cells(lists.items);
   std::vector<double> totals(ranges.size());
   for_each(ranges, [&](int64_t i, const Range &range) {
-    if (range.item->scale_length > kBlock)
-      totals[i] = run.total(*range.item, measure.statistic, range.begin, range.end);
+    if (range.item->scale_length > kRange)
+      totals[i] = best.total(*range.item, measure.statistic, range.begin, range.end);
     else
-      run.measure(*range.item, measure, range.begin, range.end);
+      best.measure(*range.item, measure, range.begin, range.end);
   });
   with_value(measure.statistic, [&](auto S) { join_pieces<decltype(S)::value>(ranges, totals, measure); });
 }
@@ -344,14 +328,12 @@ void hadamard(Arguments a) {
   const Tensors out = a.tensors(), tensors = a.tensors();
   const int64_t block = a.integer();
   Lists lists(tensors);
-  lists.write(&Item::plus, out, kFloats);
-  lists.read_in_place(&Item::latent, tensors, kFloats, out);
+  lists.write(&Operands::plus, out, kFloats);
+  lists.read_in_place(&Operands::latent, tensors, kFloats, out);
   lists.set_transform(block_of(block), tensors.size());
   lists.memory.check();
 
-  const Kernels &run = kernels();
-  for_each(make_ranges(lists.items),
-           [&](int64_t, const Range &range) { run.hadamard(*range.item, range.begin, range.end); });
+  run(kernels().hadamard, lists.items);
 }
 
 } // namespace

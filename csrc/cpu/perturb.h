@@ -6,7 +6,7 @@
 namespace fogzo::cpu {
 namespace {
 
-void perturb_loops(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
+void perturb_loops(const Operands &item, const Perturbation &p, int64_t begin, int64_t end) {
   float latent[kTile], grad[kTile], m[kTile], out[kTile];
   const GridRange grid = p.grid; // copies of constants: a store could change what lies in memory
   const float a = p.a, b = p.b, r = p.r;
@@ -49,7 +49,7 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
   const void *latent, *grad;
   void *plus, *minus;
 
-  PerturbVectors(const Item &item, const Perturbation &p)
+  PerturbVectors(const Operands &item, const Perturbation &p)
       : quantized(p.grid), a(broadcast(p.a)), b(broadcast(p.b / kNoiseFactor<D>)), eps(broadcast(p.epsilon)),
         latent(item.latent.data), grad(item.grad.data), plus(item.plus.data), minus(item.minus.data) {}
 
@@ -72,7 +72,7 @@ template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE> stru
 };
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH, bool TABLE>
-void perturb_run(const Item &item, const Perturbation &p, const Stream &stream, const Run &run) {
+void perturb_run(const Operands &item, const Perturbation &p, const Stream &stream, const Run &run) {
   const PerturbVectors<D, L, G, O, BOTH, TABLE> kernel(item, p);
   const PerturbScale scale = kernel.scale(broadcast(run.scale.delta), broadcast(run.scale.inv));
   constexpr bool fetched = kFetchedWhileDrawn && L == Dtype::float32 && G == Dtype::float32;
@@ -91,11 +91,20 @@ void perturb_run(const Item &item, const Perturbation &p, const Stream &stream, 
 }
 
 template <Distribution D, Dtype L, Dtype G, Dtype O, bool BOTH>
-__attribute__((noinline)) void perturb_batch(const Item &item, const Perturbation &p, const Keys &keys,
+__attribute__((noinline)) void perturb_batch(const Operands &item, const Perturbation &p, const Keys &keys,
                                              const Batch &batch) {
-  const PerturbVectors<D, L, G, O, BOTH, false> kernel(item, p);
+  PerturbVectors<D, L, G, O, BOTH, false> kernel(item, p);
   constexpr bool PAIRS = kernel.PAIRS;
   const int64_t begin = batch.begin - batch.skip;
+  Buffer<L> latent;
+  Buffer<G> grad;
+  Buffer<O> plus, minus;
+  if (!batch.full()) {
+    kernel.latent = latent.filled(kernel.latent, batch);
+    kernel.grad = grad.filled(kernel.grad, batch);
+    kernel.plus = plus.at(batch);
+    kernel.minus = minus.at(batch);
+  }
   DrawnNoise<D, PAIRS> noise;
   noise.draw_batch(keys, batch.chunk);
   const F delta = read<F>(batch.delta), inv = 1.0f / delta;
@@ -112,10 +121,15 @@ __attribute__((noinline)) void perturb_batch(const Item &item, const Perturbatio
     const PerturbScale s0 = scale(2 * h), s1 = PAIRS ? s0 : scale(2 * h + 1);
     kernel.two(noise.get(h), i, s0, s1);
   }
+  if (!batch.full()) {
+    plus.write(item.plus.data, batch);
+    if (BOTH)
+      minus.write(item.minus.data, batch);
+  }
 }
 
 template <Distribution D, bool BOTH, Dtype L, Dtype G, Dtype O>
-void perturb_vectors(Dtypes<L, G, O>, const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
+void perturb_vectors(Dtypes<L, G, O>, const Operands &item, const Perturbation &p, int64_t begin, int64_t end) {
   const auto perturb = O != Dtype::int8 && fit_a_table(p.grid) ? perturb_run<D, L, G, O, BOTH, O != Dtype::int8>
                                                                : perturb_run<D, L, G, O, BOTH, false>;
   Stream stream(names_in(p.noise, item));
@@ -125,13 +139,11 @@ void perturb_vectors(Dtypes<L, G, O>, const Item &item, const Perturbation &p, i
         stream.turn_to(run.chunk, p.noise.names.direction);
         perturb(item, p, stream, run);
       },
-      [&](const Item &filled, const Batch &batch) {
-        perturb_batch<D, L, G, O, BOTH>(filled, p, stream.keys, batch);
-      });
+      [&](const Batch &batch) { perturb_batch<D, L, G, O, BOTH>(item, p, stream.keys, batch); });
 }
 
 // False where vectors have no kernel for the operands' dtypes.
-bool perturb_by_vectors(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
+bool perturb_by_vectors(const Operands &item, const Perturbation &p, int64_t begin, int64_t end) {
   constexpr Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16, int8 = Dtype::int8;
   return with_value(p.noise.distribution, [&](auto distribution) {
     constexpr Distribution D = decltype(distribution)::value;
@@ -150,7 +162,7 @@ bool perturb_by_vectors(const Item &item, const Perturbation &p, int64_t begin, 
 #endif
 
 // plus, and minus where it is given
-void perturb_plain(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
+void perturb_plain(const Operands &item, const Perturbation &p, int64_t begin, int64_t end) {
 #if FOGZO_ISA
   if (!better_by_tiles(item) && perturb_by_vectors(item, p, begin, end))
     return;
@@ -159,14 +171,14 @@ void perturb_plain(const Item &item, const Perturbation &p, int64_t begin, int64
 }
 
 // With a transform: the guide moves the weight as it is, the noise the rotated one.
-void perturb_rotated(const Item &item, const Perturbation &given, int64_t begin, int64_t end) {
+void perturb_rotated(const Operands &item, const Perturbation &given, int64_t begin, int64_t end) {
   Perturbation p = given;
   float latent[kTile], grad[kTile], x[kTile];
   const float zeros[kTile] = {}, a = given.a;
   p.a = 0.0f;
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
     const float *t = load(item.latent, start, count, latent), *g = load(item.grad, start, count, grad);
-    Item tile = item;
+    Operands tile = item;
     tile.latent = tile_span(x, start);
     tile.grad = tile_span(zeros, start);
     tile.minus = {};
@@ -187,9 +199,9 @@ void perturb_rotated(const Item &item, const Perturbation &given, int64_t begin,
   });
 }
 
-void perturb_range(const Item &item, const Perturbation &p, int64_t begin, int64_t end) {
+void perturb_range(const Operands &item, const Perturbation &p, int64_t begin, int64_t end) {
   if (!item.plus.data) {
-    Item single = item;
+    Operands single = item;
     Perturbation opposite = p;
     single.plus = item.minus, single.minus = {};
     opposite.epsilon = -p.epsilon;

@@ -7,7 +7,7 @@
 namespace fogzo::cpu {
 namespace {
 
-void quantize_loops(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
+void quantize_loops(const Operands &item, GridRange grid, float r, int64_t begin, int64_t end) {
   float latent[kTile], out[kTile];
   const bool codes = item.plus.dtype == Dtype::int8; // holds the code itself
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {
@@ -68,7 +68,7 @@ private:
 };
 
 template <Dtype L, Dtype O, bool TABLE>
-void quantize_vectors(const Item &item, const GridRange &grid, float r, int64_t begin, int64_t end) {
+void quantize_vectors(const Operands &item, const GridRange &grid, float r, int64_t begin, int64_t end) {
   constexpr bool PAIRS = in_pairs<L>(O);
   const Quantizer<O, TABLE> quantized(grid);
   const void *const latent = item.latent.data;
@@ -96,9 +96,9 @@ template <Dtype L, Dtype O> auto quantize_of(Dtypes<L, O>, const GridRange &grid
 }
 #endif
 
-void quantize_range(const Item &item, GridRange grid, float r, int64_t begin, int64_t end) {
+void quantize_range(const Operands &item, GridRange grid, float r, int64_t begin, int64_t end) {
   if (item.block)
-    return for_each_rotated_tile(item, begin, end, [&](const Item &tile, int64_t start, int64_t stop) {
+    return for_each_rotated_tile(item, begin, end, [&](const Operands &tile, int64_t start, int64_t stop) {
       quantize_range(tile, grid, r, start, stop);
     });
 #if FOGZO_ISA

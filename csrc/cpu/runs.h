@@ -38,11 +38,11 @@ struct Batch {
 
 // Walks over the elements of a range, with their names and scales.
 struct Walk {
-  const Item &item;
+  const Operands &item;
   float r;
   int64_t at, column, e, group, left; // e: of element `at`; left: elements up to the group's end
 
-  Walk(const Item &item, float r, int64_t begin)
+  Walk(const Operands &item, float r, int64_t begin)
       : item(item), r(r), at(begin), column(begin % item.layout.inner),
         e(item.layout.offset + begin / item.layout.inner * item.layout.stride + column),
         group(begin / item.scale_length), left(item.scale_length - begin % item.scale_length) {}
@@ -88,72 +88,47 @@ template <bool PAIRS> inline F spread(F chunks, int k) {
   return pick(chunks, (lane_numbers() * (PAIRS ? 2u : 1u) + uint32_t(k * kWidth)) >> 3);
 }
 
-inline bool in_chunks(const Item &item) {
+inline bool in_chunks(const Operands &item) {
   const Layout &l = item.layout;
   return l.offset % 8 == 0 && (l.inner >= item.numel || (l.inner % 8 == 0 && l.stride % 8 == 0)) &&
          (item.scale_length >= item.numel || item.scale_length % 8 == 0);
 }
 
 // Whether batches would hold so few elements that tiles are faster.
-inline bool better_by_tiles(const Item &item) {
+inline bool better_by_tiles(const Operands &item) {
   return !in_chunks(item) && least(item.layout.inner, item.scale_length) < kBatch / 4;
 }
 
-// The operands of a batch that they do not fill, in buffers of a batch's size.
-struct PartialBatch {
-  static constexpr Span Item::*kSpans[] = {&Item::latent, &Item::grad, &Item::plus, &Item::minus};
-  alignas(64) char bytes[4][kBatch * sizeof(float)];
-  const Item &whole;
-  const Batch &batch;
-  Item item;
+// Room for an operand of a batch that does not fill it. Pointers to it count elements as the tensor does.
+template <Dtype T> struct Buffer {
+  alignas(64) char bytes[kBatch * size_of(T)];
 
-  PartialBatch(const Item &whole, const Batch &batch) : whole(whole), batch(batch), item(whole) {
-    for (int k = 0; k < 4; ++k)
-      if (const Span &span = whole.*kSpans[k]; span.data) {
-        item.*kSpans[k] = span_from(bytes[k], span.dtype, batch.begin - batch.skip);
-        if (k < 2) {                            // an input
-          std::memset(bytes[k], 0, kBatch * 2); // sizes that the compiler knows need no call
-          if (span.dtype == Dtype::float32)
-            std::memset(bytes[k] + kBatch * 2, 0, kBatch * 2);
-          copy(item.*kSpans[k], span);
-        }
-      }
+  void *at(const Batch &batch) { return span_from(bytes, T, batch.begin - batch.skip).data; }
+  void *filled(const void *data, const Batch &batch) {
+    std::memset(bytes, 0, sizeof bytes);
+    std::memcpy(bytes + batch.skip * size_of(T), static_cast<const char *>(data) + batch.begin * size_of(T),
+                (batch.end - batch.begin) * size_of(T));
+    return at(batch);
   }
-  void write() const {
-    for (int k = 2; k < 4; ++k)
-      if ((whole.*kSpans[k]).data)
-        copy(whole.*kSpans[k], item.*kSpans[k]);
-  }
-
-private:
-  void copy(const Span &to, const Span &from) const {
-    std::memcpy(address_of(to, batch.begin), address_of(from, batch.begin),
-                (batch.end - batch.begin) * size_of(to.dtype));
+  void write(void *data, const Batch &batch) const {
+    std::memcpy(static_cast<char *>(data) + batch.begin * size_of(T), bytes + batch.skip * size_of(T),
+                (batch.end - batch.begin) * size_of(T));
   }
 };
 
-// Cuts a range into runs for on_run(run) and batches for on_batch(item, batch), whose operands fill it.
+// Cuts a range into runs for on_run(run) and batches for on_batch(batch).
 template <class OnRun, class OnBatch>
-void for_each_run(const Item &item, float r, int64_t begin, int64_t end, OnRun on_run, OnBatch on_batch) {
+void for_each_run(const Operands &item, float r, int64_t begin, int64_t end, OnRun on_run, OnBatch on_batch) {
   const bool chunked = in_chunks(item);
   for (Walk walk(item, r, begin); walk.at < end;) {
     const int64_t same = walk.same_until(end), skip = walk.e & 7;
-    const int64_t to_next_half = (int64_t(1) << 35) - walk.e % (int64_t(1) << 35); // of the chunk's number
-    const int64_t whole = skip ? 0 : least(same - walk.at, to_next_half) / kBatch * kBatch;
+    const int64_t whole = skip ? 0 : least(same - walk.at, same_half_from(walk.e)) / kBatch * kBatch;
     if (whole) {
       on_run(Run{walk.at, walk.at + whole, uint64_t(walk.e) >> 3, make_scale(item.alpha[walk.group], r)});
       walk.advance(whole);
       continue;
     }
-    const Batch batch =
-        walk.batch_until(chunked ? least(end, walk.at + kBatch) : least(same, walk.at + kBatch - skip));
-    if (batch.full()) {
-      on_batch(item, batch);
-    } else {
-      const PartialBatch partial(item, batch);
-      on_batch(partial.item, batch);
-      partial.write();
-    }
+    on_batch(walk.batch_until(chunked ? least(end, walk.at + kBatch) : least(same, walk.at + kBatch - skip)));
   }
 }
 

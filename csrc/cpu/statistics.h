@@ -77,7 +77,8 @@ template <Statistic S> double short_total(const float *x, int64_t n) {
 }
 
 // done(index, total) for each cell of the range: whole cells, or a piece of one. Short cells lie within a tile.
-template <Statistic S, class Done> void for_each_cell(const Item &item, int64_t begin, int64_t end, Done done) {
+template <Statistic S, class Done>
+void for_each_cell(const Operands &item, int64_t begin, int64_t end, Done done) {
   float buffer[kTile];
   const bool is_short = item.scale_length < kShort;
   const int64_t length = least(item.scale_length, end - begin);
@@ -102,7 +103,7 @@ template <Statistic S, class Done> void for_each_cell(const Item &item, int64_t 
   }
 }
 
-void measure_range(const Item &item, const Measure &measure, int64_t begin, int64_t end) {
+void measure_range(const Operands &item, const Measure &measure, int64_t begin, int64_t end) {
   float *alpha = static_cast<float *>(item.plus.data) + begin / item.scale_length;
   with_value(measure.statistic, [&](auto statistic) {
     constexpr Statistic S = decltype(statistic)::value;
@@ -112,7 +113,7 @@ void measure_range(const Item &item, const Measure &measure, int64_t begin, int6
   });
 }
 
-double total_range(const Item &item, Statistic statistic, int64_t begin, int64_t end) {
+double total_range(const Operands &item, Statistic statistic, int64_t begin, int64_t end) {
   double sum = 0;
   with_value(statistic, [&](auto S) {
     for_each_cell<decltype(S)::value>(item, begin, end, [&](int64_t, double total) { sum = total; });
@@ -121,7 +122,7 @@ double total_range(const Item &item, Statistic statistic, int64_t begin, int64_t
 }
 
 // Element i of a tile goes to sum i % kSums, so that the order of additions is the same everywhere.
-double sumsq_range(const Item &item, float r, int64_t begin, int64_t end) {
+double sumsq_range(const Operands &item, float r, int64_t begin, int64_t end) {
   float buffer[kTile];
   double sums[kSums] = {};
   for_each_tile(begin, end, [&](int64_t start, int64_t count) {

@@ -108,7 +108,8 @@ void store(const float *in, const Span &span, int64_t begin, int64_t count) {
 // ---- ranges
 
 // body(first, last, scale) for each part of a tile that shares one alpha; indices within the tile
-template <class Body> void for_each_scale(const Item &item, float r, int64_t begin, int64_t count, Body body) {
+template <class Body>
+void for_each_scale(const Operands &item, float r, int64_t begin, int64_t count, Body body) {
   for (int64_t done = 0; done < count;) {
     const int64_t group = (begin + done) / item.scale_length;
     const int64_t last = least(count, (group + 1) * item.scale_length - begin);

@@ -7,7 +7,7 @@
 namespace fogzo::cpu {
 namespace {
 
-constexpr int kWidth = FOGZO_ISA == 512 ? 16 : 8;
+constexpr int kWidth = FOGZO_ISA ? FOGZO_ISA / 32 : 4;
 constexpr int kBytes = 4 * kWidth;
 typedef float F __attribute__((vector_size(kBytes)));
 typedef int32_t I __attribute__((vector_size(kBytes)));

@@ -137,9 +137,7 @@ template <> struct type_caster<Grid> : ByMembers<Grid, float, float, float, floa
 template <> struct type_caster<Transform> : ReadBy<read_transform> {};
 template <> struct type_caster<Measure> : ByMembers<Measure, Statistic, float, float, float> {};
 template <> struct type_caster<AlphaSums> : ReadBy<read_sums> {};
-template <>
-struct type_caster<Hyperparameters>
-    : ReadBy<hyperparameters_of<std::invalid_argument, std::map<std::string, double>>> {};
+template <> struct type_caster<Hyperparameters> : ReadBy<hyperparameters_of<std::map<std::string, double>>> {};
 template <>
 struct type_caster<Optimizer>
     : ByMembers<Optimizer, Rule, Hyperparameters, Scalar<double>, Scalar<int64_t>, bool> {};
@@ -200,7 +198,8 @@ void define_ops(py::module_ &m) {
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace fogzo::cuda;
-  m.doc() = "CUDA kernels of fogzo_kernels: ops on the addresses of a plan (fogzo_kernels/backends/gpu/plans.py).";
+  m.doc() =
+      "CUDA kernels of fogzo_kernels: ops on the addresses of a plan (fogzo_kernels/backends/gpu/plans.py).";
   m.def("build_info", &build_info, "The compiler and the architectures that the kernels were built for.");
   m.attr("COLUMNS") = column_names(FOGZO_TEXT(FOGZO_COLUMNS));
   m.attr("CELL_COLUMNS") = column_names(FOGZO_TEXT(FOGZO_CELL_COLUMNS));
