@@ -36,11 +36,10 @@ def torchao(model: nn.Module) -> nn.Module:
     modules = quantized_in(model)
     plan: list[tuple[QuantizedModule, Any]] = []
     for name, m in modules.items():
-        transform, inputs = m.quantizer.transform, m.activation is not None
-        what = transform or "quantized ones"
+        what = m.quantizer.transform or (m.activation and "quantized ones")
         reasons = {
             f"it stands for linear layers, got {type(m).__name__}": not isinstance(m, QuantLinear),
-            f"it has neither transforms nor these inputs, got {what}": transform is not None or inputs,
+            f"it has neither transforms nor these inputs, got {what}": what is not None,
         }
         check_fits(name, "torchao's tensor", reasons)
         grid, (rows, columns), dtype = m.quantizer.grid, m.weight.shape, m.weight.dtype

@@ -1,7 +1,6 @@
 """GGUF's blocks of a few bits, written from numbers and scales: nothing is quantized again.
 
-A block is so many numbers of a row in memory, with one float16 scale d. Which values its bits stand for is
-ggml's (``ggml-quants.c``); what each type can hold, and how, is said beside it.
+A block has some numbers of a row and one float16 scale d. ``ggml-quants.c`` of ggml defines the bits.
 """
 
 from __future__ import annotations
@@ -13,33 +12,29 @@ import torch
 from torch import Tensor
 
 from ..distributed.packing import pack
+from ..spec.grid import Grid
+from .integers import range_of
 
 
 class Block(NamedTuple):
-    """Writes a type of block.
+    """Writes a type of block: ``size`` numbers of ``low..high``."""
 
-    Attributes:
-        number: of the type, as a file says it.
-        size: numbers of a block.
-        low, high: of them; -high..-low will do too where ``mirrored``, with a scale below 0.
-        odd: whether they are odd.
-        write: makes bytes, (blocks, bytes), of numbers, int16, (blocks, size), and the bytes of d, (blocks, 2).
-        file_type: of a file whose weights are of this type (llama.cpp's ``llama_ftype``).
-    """
-
-    number: int
+    number: int  # of the type in a file
     size: int
     low: int
     high: int
-    odd: bool
+    odd: bool  # whether it holds odd numbers only
+    #: Makes bytes, (blocks, bytes), of numbers, int16, (blocks, size), and the bytes of d, (blocks, 2).
     write: Callable[[Tensor, Tensor], list[Tensor]]
-    file_type: int
-    mirrored: bool = False
+    file_type: int  # of a file whose weights all have this type (llama.cpp's ``llama_ftype``)
+    mirrored: bool = False  # whether a scale below 0 may stand for -high..-low
 
-    def holds(self, low: int, high: int, odd: bool) -> bool:
-        """Whether it holds all numbers of a grid, odd or not."""
+    def holds(self, grid: Grid) -> bool:
+        """Whether it holds all numbers of a grid."""
+        low, high = range_of(grid)
         fits = self.low <= low and high <= self.high
-        return (fits or (self.mirrored and self.low <= -high and -low <= self.high)) and (odd or not self.odd)
+        mirrored = self.mirrored and self.low <= -high and -low <= self.high
+        return (fits or mirrored) and (bool(grid.offset) or not self.odd)
 
     def encode(self, numbers: Tensor, scale: Tensor) -> Tensor:
         """Makes bytes, (rows, bytes), of int16 numbers, (rows, columns), and a float32 scale for each group."""

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from ..nn.module import QuantizedModule
+from ..nn.pretrained import quantized_modules
 from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
 from ..spec.grid import Grid
 
 
-class Integers(NamedTuple):
-    """Values are ``scale * numbers``, exactly, in float32. Odd numbers stand for codes of half offset.
+def integers_of(module: QuantizedModule) -> tuple[Tensor, Tensor]:
+    """Reads a module's weight, on the CPU; a rotated weight stays in the basis in which it is quantized.
 
-    Attributes:
-        numbers: int16, (rows, columns).
-        scale: float32, (rows or 1, groups of a row).
+    Returns:
+        ``numbers``, int16, (rows, columns), and ``scale``, float32, (rows or 1, groups of a row). In float32
+        the values are exactly ``scale * numbers``; odd numbers stand for codes of half offset.
     """
-
-    numbers: Tensor
-    scale: Tensor
-
-    @property
-    def group(self) -> int:
-        """Returns how many columns share a scale."""
-        return self.numbers.shape[1] // self.scale.shape[1]
-
-    @classmethod
-    def of(cls, module: QuantizedModule) -> Integers:
-        """Reads a module's weight, on the CPU. A rotated weight stays in the basis in which it is quantized."""
-        grid, codes = module.quantizer.grid, module.codes().cpu().to(torch.int16)
-        alpha = module.alpha.detach().float().cpu() * (grid.r / (2 if grid.offset else 1))
-        scale = alpha.reshape(1 if alpha.numel() == 1 else len(codes), -1)
-        assert codes.shape[1] % scale.shape[1] == 0
-        return cls(2 * codes + 1 if grid.offset else codes, scale)
+    grid, codes = module.quantizer.grid, module.codes().cpu().to(torch.int16)
+    alpha = module.alpha.detach().float().cpu() * (grid.r / (2 if grid.offset else 1))
+    scale = alpha.reshape(1 if alpha.numel() == 1 else len(codes), -1)
+    assert codes.shape[1] % scale.shape[1] == 0
+    return (2 * codes + 1 if grid.offset else codes), scale
 
 
 def range_of(grid: Grid) -> tuple[int, int]:
     """Returns the least and the greatest number of a grid."""
-    low, high = (2 * c + 1 if grid.offset else c for c in (grid.qmin, grid.qmax))
-    return low, high
+    return (2 * grid.qmin + 1, 2 * grid.qmax + 1) if grid.offset else (grid.qmin, grid.qmax)
 
 
 def bits_of(grid: Grid) -> int:
@@ -58,7 +44,7 @@ def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
         TypeError, ValueError: it is not a model, or has none.
     """
     checks.instance("model", model, nn.Module)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    modules = quantized_modules(model)
     if not modules:
         raise ValueError("model must have quantized modules to export, got none: call quantize_model first")
     return modules
@@ -67,9 +53,8 @@ def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state of a model without its quantized weights and what quantized modules add."""
     own = {
-        f"{name}.{key}" if name else key
-        for name, m in model.named_modules()
-        if isinstance(m, QuantizedModule)
+        f"{name}.{key}".lstrip(".")
+        for name, m in quantized_modules(model).items()
         for key in ("weight", EXTRA_STATE, *m.own_tensors())
     }
     return {key: t for key, t in model.state_dict(keep_vars=True).items() if key not in own}
@@ -82,12 +67,12 @@ def copied(t: Tensor) -> Tensor:
 
 def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
     """Raise unless a format's dtype holds a scale as it is."""
-    if torch.equal(scale.to(dtype).float(), scale):
-        return
-    raise ValueError(
-        f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would be"
-        f" rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you get"
-    )
+    if not torch.equal(scale.to(dtype).float(), scale):
+        raise ValueError(
+            f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would"
+            f" be rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you"
+            " get"
+        )
 
 
 def check_fits(name: str, form: str, reasons: dict[str, bool]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn.module import QuantizedModule
 from .blocks import BLOCKS, Block
 from .files import whole_file
-from .integers import Integers, check_exact, quantized_in, range_of
+from .integers import check_exact, integers_of, quantized_in
 
 TOKENIZERS = ("none", "bytes")
 F32 = 0  # the file type of one whose matrices are of several
@@ -56,13 +56,12 @@ def gguf(
                 continue
             target = f"{names.get_name(name)}.{last}"
             order = order_of(name, t.shape[0], config)
-            m = modules.get(name) if last == "weight" else None
-            if m is None:
+            if last == "bias" or name not in modules:
                 writer.add_tensor(target, t.detach().float().cpu()[order].numpy())
                 continue
-            rows = encoded(m, chosen[name], order).view(torch.int8).numpy()
+            rows = encoded(modules[name], chosen[name], order).view(torch.int8).numpy()
             # as int8 the shape is taken as it is given: the library does not know the newest types
-            writer.add_tensor(target, rows, tuple(m.weight.shape), chosen[name].number)
+            writer.add_tensor(target, rows, tuple(t.shape), chosen[name].number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -85,25 +84,20 @@ def check_model(model: nn.Module, config: Any, block: str | None, tokenizer: str
 
 
 def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
-    """Chooses the block that a weight is written in.
-
-    Raises:
-        ValueError: none holds it.
-    """
-    how = module.quantizer
-    if how.transform is not None or module.activation is not None:
-        what = how.transform or "a quantized input"
+    """Chooses the block that a weight is written in, or raises if none holds it."""
+    grid, transform = module.quantizer.grid, module.quantizer.transform
+    if transform is not None or module.activation is not None:
+        what = transform or "a quantized input"
         raise ValueError(f"{name} must have neither transform nor quantized inputs for GGUF, got {what}")
-    integers = Integers.of(module)
-    check_exact(name, integers.scale, torch.float16)
-    low, high = range_of(how.grid)
-    holding = {key: block for key, block in BLOCKS.items() if block.holds(low, high, bool(how.grid.offset))}
-    fitting = [key for key, block in holding.items() if integers.group % block.size == 0]
+    numbers, scale = integers_of(module)
+    check_exact(name, scale, torch.float16)
+    group = numbers.shape[1] // scale.shape[1]
+    fitting = [key for key, block in BLOCKS.items() if block.holds(grid) and group % block.size == 0]
     if not fitting or (asked is not None and asked not in fitting):
         sizes = ", ".join(f"{key} of {block.size}" for key, block in BLOCKS.items())
         raise ValueError(
-            f"{name} must fit a block of GGUF{'' if asked is None else ' ' + asked}, got {how.grid} with groups"
-            f" of {integers.group}: blocks that hold the grid must divide a group ({sizes}), got"
+            f"{name} must fit a block of GGUF{'' if asked is None else ' ' + asked}, got {grid} with groups of"
+            f" {group}: blocks that hold the grid must divide a group ({sizes}), got"
             f" {', '.join(fitting) or 'none'} that would"
         )
     return BLOCKS[asked or fitting[0]]
@@ -111,17 +105,16 @@ def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
 
 def encoded(module: QuantizedModule, block: Block, order: Tensor) -> Tensor:
     """Makes rows of blocks, in the order of the file."""
-    integers = Integers.of(module)
-    return block.encode(integers.numbers[order], integers.scale.expand(len(order), -1)[order])
+    numbers, scale = integers_of(module)
+    return block.encode(numbers[order], scale.expand(len(order), -1)[order])
 
 
 def order_of(name: str, rows: int, config: Any) -> Tensor:
     """Orders rows as llama.cpp wants them: of q and k, transformers' halves of a head become pairs."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-        name.rpartition(".")[2]
-    )
-    rows_now = torch.arange(rows)
-    return rows_now if heads is None else rows_now.view(heads, 2, -1).transpose(1, 2).flatten()
+    order = torch.arange(rows)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = heads.get(name.rpartition(".")[2])
+    return order if count is None else order.view(count, 2, -1).transpose(1, 2).flatten()
 
 
 def describe(writer: Any, config: Any, tokenizer: str, file_type: int, library: Any) -> None:
