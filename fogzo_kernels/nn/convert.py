@@ -17,7 +17,7 @@ from . import fast_path, pretrained
 from .inputs import check_activation
 from .module import QuantizedModule
 from .registry import check_weight, quantized_form, weights_of
-from .replaced import guard_merges, settle
+from .replaced import guard_merge, settle
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
 from .tied import check_shared, share_alphas, watch
@@ -95,7 +95,8 @@ def quantize_model(
     fast_path.update(model)
     watch(model)
     settle(model)
-    guard_merges(model)
+    for module in model.modules():  # adapters came before their base layers were quantized
+        guard_merge(module, module._modules.get("base_layer"))
     pretrained.record(model)
     return _report(choices)
 
