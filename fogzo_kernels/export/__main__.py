@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from ..integrations import transformers  # noqa: F401  lets from_pretrained read quantized models
 from . import compressed_tensors, freeze_scales_, gguf, safetensors
-from .blocks import BLOCKS
 from .integers import quantized_in
+from .llama import BLOCKS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,32 +88,25 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
 class Weight(NamedTuple):
     """A quantized weight of a file."""
 
-    shape: tuple[int, ...]
-    outputs: int  # the dimension that counts them
-    grid: Grid
-    transform: Hadamard | None
-    straight_through: StraightThrough
-    activation: Quantizer | None
-    codes: Tensor  # packed
+    values: Tensor  # float32, in the model's basis also where the weight is rotated
     alpha: Tensor
+    quantizer: Quantizer
+    activation: Quantizer | None
 
     @classmethod
-    def of(cls, data: dict[str, Any], codes: Tensor, alpha: Tensor) -> Weight:
-        """Reads an entry of ``quantized``."""
+    def of(cls, data: dict[str, Any], stream: Tensor, alpha: Tensor) -> Weight:
+        """Reads an entry of ``quantized`` with its packed codes."""
         grid = Grid(*(data[name] for name in ("qmin", "qmax", "offset", "r")))
         transform = None if data["transform"] is None else Hadamard(data["transform"])
-        how = StraightThrough(**data["straight_through"])
+        how = Quantizer(grid, Scale.fixed(alpha), StraightThrough(**data["straight_through"]), transform)
         activation = None if data["activation"] is None else Quantizer.from_dict(data["activation"])
-        return cls(tuple(data["shape"]), data["outputs"], grid, transform, how, activation, codes, alpha)
-
-    def values(self) -> Tensor:
-        """Makes float32 values of the weight's shape; a rotated weight comes back to the model's basis."""
-        others = [n for d, n in enumerate(self.shape) if d != self.outputs]
-        codes = unpack_codes(self.codes, math.prod(others), self.grid, code_bits(self.grid))
-        rows = dequantize(codes, self.alpha, grid=self.grid, dtype=torch.float32)
-        if self.transform is not None:
-            rows = hadamard(rows, block=self.transform.block)
-        return rows.view(self.shape[self.outputs], *others).movedim(0, self.outputs)
+        shape, outputs = data["shape"], data["outputs"]
+        others = [n for d, n in enumerate(shape) if d != outputs]
+        codes = unpack_codes(stream, math.prod(others), grid, code_bits(grid))
+        rows = dequantize(codes, alpha, grid=grid, dtype=torch.float32)
+        if transform is not None:
+            rows = hadamard(rows, block=transform.block)
+        return cls(rows.view(shape[outputs], *others).movedim(0, outputs), alpha, how, activation)
 
 
 @torch.no_grad()
@@ -140,18 +133,17 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     tensors, quantized, tied = read(file)
     check_fits(file, {name: tuple(t.shape) for name, t in tensors.items()}, quantized, tied, model)
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
-    values = {key: w.values() for key, w in quantized.items()}
     for key, w in quantized.items():
         names = [key, *(name for name, other in tied.items() if other == key)]
         paths = [name.rpartition(".")[0] for name in names]
         for path in paths:
             if isinstance(modules[path], QuantizedModule):
                 modules[path].to_plain()
-        state[key].copy_(values[key])
-        if w.transform is None and w.activation is None:
+        state[key].copy_(w.values)
+        if w.quantizer.transform is None and w.activation is None:
             continue
         alpha = w.alpha.to(state[key].device)
-        how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
+        how = replace(w.quantizer, scale=Scale.fixed(alpha))
         for path in paths:
             form, input_alpha = quantized_form(modules[path]), tensors.get(f"{path}.input_alpha".lstrip("."))
             assert form is not None
@@ -160,7 +152,7 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             if input_alpha is not None and module.input_quantizer is not None:
                 module.input_quantizer.set_alpha(module, input_alpha.to(alpha.device))
     for name, t in tensors.items():
-        if name in state and name not in values:
+        if name in state and name not in quantized:
             state[name].copy_(t)
     return model
 
@@ -192,7 +184,7 @@ def read(
             for key, data in json.loads(metadata["quantized"]).items()
         }
         return tensors, quantized, json.loads(metadata["tied"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"file must have its weights and say how they are quantized, got {file}: {error!r}"
         ) from error
@@ -211,7 +203,7 @@ def check_fits(
     there |= {f"{n}.weight".lstrip("."): tuple(m.weight.shape) for n, m in quantized_modules(model).items()}
     for key in (*quantized, *tied):
         shapes.pop(key.removesuffix("weight") + "input_alpha", None)
-    shapes |= {key: w.shape for key, w in quantized.items()}
+    shapes |= {key: tuple(w.values.shape) for key, w in quantized.items()}
     shapes |= {name: shapes[other] for name, other in tied.items()}
     odd = sorted(there.keys() ^ shapes.keys()) or sorted(n for n in there if there[n] != shapes[n])
     if odd:

@@ -97,16 +97,11 @@ def entries(config: dict[str, Any]) -> dict[str, Entry]:
     """
     try:
         quantizers = [Quantizer.from_dict(q) for q in config["quantizers"]]
-        read = {
-            name: Entry(
-                quantizers[int(q)],
-                tuple(map(int, alpha)),
-                int(tensor_id),
-                backend,
-                None if inputs is None else quantizers[int(inputs)],
-            )
-            for name, (q, alpha, tensor_id, backend, inputs) in config["modules"].items()
-        }
+        read = {}
+        for name, (q, alpha, tensor_id, backend, inputs) in config["modules"].items():
+            activation = None if inputs is None else quantizers[int(inputs)]
+            shape = tuple(map(int, alpha))
+            read[name] = Entry(quantizers[int(q)], shape, int(tensor_id), backend, activation)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"quantization_config must be as quantize_model writes it, got {config} ({error})"
