@@ -23,8 +23,8 @@ class Full(NamedTuple):
 
     name: str  # in messages
     which: Which
-    quantizer: Quantizer | None = None
-    activation: Quantizer | None = None
+    quantizer: Quantizer | None
+    activation: Quantizer | None
 
 
 class Unit(NamedTuple):
@@ -51,12 +51,7 @@ def choose(
     rules: Sequence[Rule],
     skip: Which | Sequence[Which],
 ) -> list[Choice]:
-    """Decides on each module of ``model`` that holds weights, by the first rule that matches.
-
-    Raises:
-        TypeError: a rule is malformed.
-        ValueError: a rule matches nothing, or a module that cannot be quantized.
-    """
+    """Decides on each module of ``model`` that holds weights, by the first rule that matches."""
     given = [skip] if isinstance(skip, str | type) or callable(skip) else skip
     if not isinstance(given, Sequence):
         raise TypeError(
@@ -64,25 +59,19 @@ def choose(
         )
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise TypeError(f"rules must be a list of pairs, got {type(rules).__name__}")
-    full = [Full(f"skip[{i}]", which) for i, which in enumerate(given)]
+    full = [_checked(f"skip[{i}]", (which, None), None) for i, which in enumerate(given)]
     full += [_checked(f"rules[{i}]", rule, activation) for i, rule in enumerate(rules)]
-    for rule in full:
-        if not (isinstance(rule.which, str) or callable(rule.which)):
-            raise TypeError(
-                f"{rule.name} must be a name, a type or a function, got {type(rule.which).__name__}"
-            )
     units = units_of(model)
-    matches = [[u for u in units if _matches(rule.which, u)] for rule in full]
     first: dict[nn.Module, Full] = {}
-    for rule, matched in zip(full, matches, strict=True):
+    for rule in full:
+        matched = [unit.module for unit in units if _matches(rule.which, unit)]
         if not matched:
             raise ValueError(
                 f"{rule.name} must match a module of model that holds weights, got {shown(rule.which)}"
             )
-        for unit in matched:
-            first.setdefault(unit.module, rule)
-    for rule, matched in zip(full, matches, strict=True):
-        _check_asked(rule, [unit for unit in matched if first[unit.module] is rule])
+        first = dict.fromkeys(matched, rule) | first
+    for rule in full:
+        _check_asked(rule, [unit for unit in units if first.get(unit.module) is rule])
     return [_choice(unit, first.get(unit.module), quantizer, activation) for unit in units]
 
 
@@ -103,6 +92,8 @@ def _checked(name: str, rule: object, activation: Quantizer | None) -> Full:
     if not isinstance(rule, tuple | list) or len(rule) not in (2, 3):
         raise TypeError(f"{name} must be (which modules, quantizer) or that and an activation, got {rule!r}")
     full = Full(name, *(*rule, activation)[:3])
+    if not (isinstance(full.which, str) or callable(full.which)):
+        raise TypeError(f"{name} must be a name, a type or a function, got {type(full.which).__name__}")
     for k, value in enumerate(full[2:], 1):
         if value is not None and not isinstance(value, Quantizer):
             raise TypeError(f"{name}[{k}] must be a Quantizer or None, got {type(value).__name__}")
@@ -129,7 +120,7 @@ def _check_asked(rule: Full, matched: list[Unit]) -> None:
     """Raise if a rule with a quantizer decides on modules that cannot be quantized."""
     if rule.quantizer is None or not matched:
         return
-    against = {unit.names[0]: reason_against(unit.module) for unit in matched if _is_weight(unit)}
+    against = {unit.names[0]: reason_against(unit.module) for unit in matched if _has_weight(unit.module)}
     refused = [f"{unit or 'model'}: {reason}" for unit, reason in against.items() if reason is not None]
     if refused:
         raise ValueError(
@@ -141,9 +132,8 @@ def _check_asked(rule: Full, matched: list[Unit]) -> None:
         raise ValueError(f"{rule.name} must match a module that can be quantized, got {shown(rule.which)}")
 
 
-def _is_weight(unit: Unit) -> bool:
-    """Whether it holds a weight that multiplies: norms and position tables are no reason to refuse a rule."""
-    m = unit.module
+def _has_weight(m: nn.Module) -> bool:
+    """Whether a weight multiplies; norms and position tables do not, and are no reason to refuse a rule."""
     form = isinstance(m, QuantizedModule) or quantized_form(m)
     return bool(form) or any("weight" in name for name in weights_of(m).matrices)
 
