@@ -74,7 +74,7 @@ class Scale(ABC):
         """A scale that is trained: alpha is a parameter of its module, with LSQ's gradient.
 
         Args:
-            granularity: ``"tensor"``, ``"row"``, or the size of a group of a row; with ``init`` that of it.
+            granularity: ``"tensor"``, ``"row"``, or the size of a group of a row; ``init`` brings its own.
             init: what alpha begins with; None: 2 mean abs(w) / sqrt(qmax), as LSQ does.
         """
         return LearnedScale(granularity if init is None else None, init)
@@ -119,12 +119,7 @@ class FixedScale(Scale):
 
     @torch.no_grad()
     def of(self, rows: Tensor) -> Tensor:
-        """Alpha of a weight: a new float32 tensor on its device, in the shape that was given.
-
-        Raises:
-            TypeError: the function returned neither a number nor a floating tensor.
-            ValueError: it returned a tensor that requires grad.
-        """
+        """Alpha of a weight: a new float32 tensor on its device, in the given shape."""
         value: Any = self.alpha
         if callable(value):
             value = value(rows.detach())
@@ -157,7 +152,7 @@ class FixedScale(Scale):
         return hash(self._identity())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FixedScale:
-        return self  # or the scales of a copied model would not equal those it was made with
+        return self  # or the scales of a copied model would not equal the model's
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A model is saved with its alphas; a function that has no name to import does not hinder that."""
@@ -207,11 +202,7 @@ class MeasuredScale(Scale):
             object.__setattr__(self, name, float(value))
 
     def shape_for(self, rows: int, length: int) -> tuple[int, ...]:
-        """The shape of alpha for a weight of ``rows`` rows of ``length`` elements.
-
-        Raises:
-            ValueError: the group does not divide a row.
-        """
+        """The shape of alpha for a weight of ``rows`` rows of ``length`` elements."""
         if self.granularity == "tensor":
             return ()
         if self.granularity == "row":
