@@ -1,4 +1,4 @@
-"""What a closure has beside the model, which no pass restores, and whether a run of the closure changed it."""
+"""Prints of what a closure has beside the model, to see changes that no pass restores."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ DEPTH, WIDTH = 4, 64  # how far and how wide it looks into what a closure holds
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 CODE = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType)
 
-#: Where Python and packages are, this one too.
+#: Where Python and packages are, fogzo_kernels too.
 PACKAGES = (
     "<frozen",
     *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     os.path.join(os.path.dirname(torch.__file__), ""),
     os.path.join(Path(__file__).parents[2], ""),
 )
-#: What every module has, and what belongs to quantized ones.
+#: Attributes that every module or every quantized module has.
 OF_MODULES = {*vars(nn.Module()), *QuantizedModule.ADDED}
 BUFFERS, ATTRIBUTE = "the buffers of", "the attribute"
 
@@ -141,7 +141,7 @@ def _print_of(value: Any, depth: int, skip: set[int]) -> Print:
 
 
 def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
-    """Return what is inside of an object, or None. Below depth 0 it looks into tensors and generators only."""
+    """Return the prints of an object's parts, or None; below depth 0, of tensors and generators only."""
 
     def each(values: Iterable[Any]) -> list[Print]:
         return [_print_of(v, depth, skip) for v in values]
