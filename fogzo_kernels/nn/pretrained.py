@@ -90,11 +90,7 @@ def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
 
 
 def entries(config: dict[str, Any]) -> dict[str, Entry]:
-    """Reads what :func:`described` wrote.
-
-    Raises:
-        ValueError: the config is malformed, or names an unknown backend.
-    """
+    """Reads what :func:`described` wrote."""
     try:
         quantizers = [Quantizer.from_dict(q) for q in config["quantizers"]]
         read = {}

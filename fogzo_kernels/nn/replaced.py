@@ -1,7 +1,7 @@
 """Guards for other libraries, which replace quantized modules by plain ones or merge adapters into them.
 
 PyTorch calls :func:`see` for every module that becomes a child of another module. :func:`see` notes on the
-parent where a plain module replaces a quantized one, and guards ``merge`` of adapters (PEFT's) that get a
+parent where a plain module replaces a quantized module, and guards ``merge`` of adapters (PEFT's) that get a
 quantized ``base_layer``.
 """
 

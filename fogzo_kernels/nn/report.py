@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from ..spec.quantizer import Quantizer
 
-#: Between the weights of one module.
+#: Between the weights of a module.
 WEIGHTS = "; "
 NO_MODEL = (
     "quantize_model changes the model in place and returns a report of it, not the model: write"
@@ -20,7 +20,7 @@ NO_MODEL = (
 
 @dataclass(frozen=True)
 class Row:
-    """One weight, or one module that was left alone.
+    """A quantized weight, or a module that was left alone.
 
     Attributes:
         name: of the module.
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What is quantized in a model and how, and what is not and why; ``print`` shows it.
+    """The quantized weights of a model with their quantizers, and the other weights with the reasons; print it.
 
     Attributes:
         quantized: a row for each weight that is quantized, also from earlier calls.
@@ -89,7 +89,7 @@ class Report:
 
     @property
     def size(self) -> float:
-        """Bytes of the whole: codes and scales of what is quantized, the rest in its own dtypes."""
+        """Bytes of the model: codes and scales of quantized weights, the rest in its own dtypes."""
         return sum(row.size for row in (*self.quantized, *self.left)) + self.vector_size
 
     @property

@@ -12,7 +12,7 @@ from .module import QuantizedModule
 from .replaced import remove_hook
 from .view import local
 
-#: A module and the name of one of its parameters.
+#: A module and the name of a parameter of it.
 Owner = tuple[nn.Module, str]
 
 
@@ -87,12 +87,12 @@ def follow(model: nn.Module, incompatible: Any) -> None:
         absent = [where for where in tied if any(key.endswith(f".{where}") for key in missing)]
         present = [where for where in tied if where not in absent]
         for where in absent if present else []:
-            if not isinstance(tied[where].alpha, nn.Parameter):  # a learned one is the same in all
+            if not isinstance(tied[where].alpha, nn.Parameter):  # tied modules share a learned alpha
                 tied[where].alpha = tied[present[0]].alpha.clone()
 
 
 def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:
-    """The places of a weight that are quantized."""
+    """Returns the quantized places of a weight."""
     return {
         where: m
         for where, (m, name) in places.items()
