@@ -29,8 +29,8 @@ class FogzoMixin:
 
     Set :attr:`fogzo_options` before ``fit``: options of :class:`Fogzo` but for ``total_steps``, which is the
     Trainer's ``estimated_stepping_batches``; and ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to
-    go on with other ones: ``["total_steps"]`` to train for more steps than the checkpoint's run. The model is
-    one from ``quantize_model``. Any optimizer will do.
+    go on with other options: ``["total_steps"]`` to train for more steps than the checkpoint's run. The model
+    comes from ``quantize_model``. Any optimizer will do.
 
     Raises:
         ValueError: at the first step, for what FOGZO cannot run: a strategy that is neither DDP nor of one

@@ -29,9 +29,9 @@ class FogzoMixin:
 
     Args:
         fogzo: options of :class:`Fogzo` but for ``total_steps``, which is the Trainer's ``max_steps``; and
-            ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to resume with other ones:
+            ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to resume with others:
             ``["total_steps"]`` to train for more steps than the checkpoint's run.
-        args, kwargs: as for the Trainer. The model is one from ``quantize_model``.
+        args, kwargs: as for the Trainer. The model comes from ``quantize_model``.
 
     Raises:
         ValueError: at the first step, an option is wrong, or the model is one of DeepSpeed, FSDP, Megatron or

@@ -32,11 +32,7 @@ from ..spec.scale import Scale
 
 @register_quantization_config(METHOD)
 class FogzoConfig(QuantizationConfigMixin):
-    """The quantized modules of a checkpoint; ``quantize_model`` writes it into the model's config.
-
-    Raises:
-        ValueError: it is not as ``quantize_model`` writes it.
-    """
+    """The quantized modules of a checkpoint; ``quantize_model`` writes it into the model's config."""
 
     quant_method: Any
 
@@ -52,7 +48,7 @@ class FogzoConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class FogzoQuantizer(HfQuantizer):
-    """Makes the modules of a checkpoint quantized ones before its tensors are loaded into them."""
+    """Quantizes the modules of a checkpoint before its tensors are loaded into them."""
 
     quantization_config: FogzoConfig
 
@@ -118,11 +114,7 @@ class FogzoQuantizer(HfQuantizer):
 
 
 def located(model: PreTrainedModel, entries: dict[str, Entry], modules: Container[str]) -> dict[str, Entry]:
-    """Returns entries by the names of a model, which may be the base of the saved model or have another head.
-
-    Raises:
-        ValueError: the model lacks a module that it should have, or has none of them.
-    """
+    """Returns entries by the names of a model, the saved model or its base, maybe with another head."""
     kind, saved_as = type(model).__name__, model.config.architectures or []
     named, absent = {}, []
     for name, entry in entries.items():
@@ -141,7 +133,7 @@ def located(model: PreTrainedModel, entries: dict[str, Entry], modules: Containe
 
 
 def place(model: PreTrainedModel, name: str, modules: Container[str]) -> str | None:
-    """The name in this model of a module of the checkpoint, as transformers finds the place of a tensor."""
+    """Returns the name in this model of a module of the checkpoint, as transformers maps tensors."""
     base = f"{model.base_model_prefix}."
     return next((x for x in (name.removeprefix(base), base + name, name) if x in modules), None)
 
