@@ -37,7 +37,7 @@ FLOORS = {
               "__init__ groups memory scaling fused adamw sgd"),
     "integrations": (("spec", "nn", "train"), "__init__ transformers trainer lightning"),
     "export": (("spec", "ops.checks", "functional", "nn", "distributed.packing", "integrations.transformers"),
-               "files integers ao plain compressed llama freeze __init__ __main__"),
+               "files integers ao plain compressed llama __init__ __main__"),
     "__init__": (("spec", "backends", "functional", "nn", "train", "optim", "export"), ""),
     "info": (("__init__", "backends", "_C", "_cuda"), ""),
 }  # fmt: skip

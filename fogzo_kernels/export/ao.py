@@ -15,10 +15,10 @@ from .integers import check_exact, check_fits, quantized_in
 
 @torch.no_grad()
 def torchao(model: nn.Module) -> nn.Module:
-    """Turn quantized linear layers into plain ones whose weights are torchao's ``IntxUnpackedToInt8Tensor``.
+    """Turn quantized linear layers into plain layers with weights in torchao's ``IntxUnpackedToInt8Tensor``.
 
-    A code takes a byte, and a grid with an offset has a zero point of minus that. Outputs are those of the
-    model, bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to train on.
+    A code takes a byte, and a grid with an offset has minus the offset as its zero point. The model keeps its
+    outputs, bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to train on.
 
     Args:
         model: as :func:`quantize_model` made it, all of whose quantized modules are linear.

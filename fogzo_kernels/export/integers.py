@@ -1,15 +1,20 @@
-"""A quantized weight as integers and scales: what every format writes, each in its own way."""
+"""A quantized weight as integers and scales, which every format writes in its own way."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.module import QuantizedModule
-from ..nn.pretrained import quantized_modules
+from ..nn.pretrained import quantized_modules, record
 from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
 from ..spec.grid import Grid
+from ..spec.scale import LearnedScale, Scale
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def integers_of(module: QuantizedModule) -> tuple[Tensor, Tensor]:
@@ -38,11 +43,7 @@ def bits_of(grid: Grid) -> int:
 
 
 def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
-    """Returns the quantized modules of a model, by name.
-
-    Raises:
-        TypeError, ValueError: it is not a model, or has none.
-    """
+    """Returns the quantized modules of a model by name; raises if it has none."""
     checks.instance("model", model, nn.Module)
     modules = quantized_modules(model)
     if not modules:
@@ -76,7 +77,46 @@ def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_fits(name: str, form: str, reasons: dict[str, bool]) -> None:
-    """Raise if one of the reasons why a format cannot hold a module is true."""
+    """Raise if a reason why a format cannot hold a module is true."""
     for reason, true in reasons.items():
         if true:
             raise ValueError(f"{name} must fit {form}: {reason}")
+
+
+@torch.no_grad()
+def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Fix the scales of a model's weights where they are, rounded to a dtype, so that export changes no bit.
+
+    Formats keep scales in the model's dtype (compressed-tensors) or in float16 (GGUF); between them and float32
+    there are codes that flip. Freeze, evaluate what you get, then export it. Scales that were learned or
+    measured are fixed from now on, and the model is no longer trained as before.
+
+    Args:
+        model: as :func:`quantize_model` made it.
+        dtype: ``torch.float16`` for GGUF; the model's own for compressed-tensors; float32 only fixes them.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or a scale is 0 or infinite in ``dtype``; nothing has
+            changed then.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {checks.named(DTYPES)}, got {dtype}")
+    modules = quantized_in(model)
+    plan = []
+    for name, m in modules.items():
+        m.codes()  # measures a measured alpha
+        alpha = m.alpha.detach().to(dtype).float()
+        if not bool(((alpha > 0) & alpha.isfinite()).all()):
+            raise ValueError(
+                f"{name}.alpha must be > 0 and finite in {dtype}, got {m.alpha.min()}..{m.alpha.max()}"
+            )
+        plan.append((m, alpha))
+    for m, alpha in plan:
+        if isinstance(m.quantizer.scale, LearnedScale):
+            del m._parameters["alpha"], m._buffers["alpha_least"]
+            m.register_buffer("alpha", alpha)
+            m.weight_quantizer.shares = False
+        else:
+            m.alpha.copy_(alpha)
+        m.quantizer = replace(m.quantizer, scale=Scale.fixed(alpha))
+    record(model)

@@ -16,20 +16,20 @@ from .files import whole_file
 from .integers import check_exact, integers_of, quantized_in, range_of
 
 TOKENIZERS = ("none", "bytes")
-F32 = 0  # the file type of one whose matrices are of several
+F32 = 0  # the file type of a file with several types of matrices
 
 
 def gguf(
     model: nn.Module, file: str | os.PathLike[str], *, block: str | None = None, tokenizer: str = "none"
 ) -> None:
-    """Write a quantized LLaMA as GGUF; what is not quantized is float32.
+    """Write a quantized LLaMA as GGUF, with plain tensors in float32.
 
-    Its values are those of the model, bit for bit, where scales are float16 numbers (:func:`freeze_scales_`).
+    The file keeps the model's values, bit for bit, if scales are float16 numbers (:func:`freeze_scales_`).
     llama.cpp rounds a product's inputs to 8 bits, so its logits are near the model's, not the same.
 
     Args:
         model: ``LlamaForCausalLM`` of transformers, as :func:`quantize_model` made it.
-        file: there whole or not at all; one that is there is replaced.
+        file: complete or absent; an old file is replaced.
         block: ``"Q1_0"``, ``"Q2_0"``, ``"TQ2_0"``, ``"Q2_K"``, ``"Q4_0"`` or ``"Q8_0"`` for all quantized
             weights; None takes for each the first of these that holds its grid and divides its groups.
         tokenizer: ``"none"``, or ``"bytes"`` for a vocabulary of 256 bytes.
@@ -37,7 +37,7 @@ def gguf(
     Raises:
         TypeError, ValueError: the format cannot hold the model; the message names the module and the reason.
             Nothing is written then.
-        OSError: the file cannot be written; one that was there stays.
+        OSError: the file cannot be written; an old file stays.
         ModuleNotFoundError: ``gguf`` is not installed.
     """
     import gguf as library

@@ -1,4 +1,4 @@
-"""safetensors and load: any quantized model in one file that a few lines of NumPy read."""
+"""safetensors and load: any quantized model in a file that a few lines of NumPy read."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Args:
         model: as :func:`quantize_model` made it, of any architecture.
-        file: there whole or not at all; one that is there is replaced.
+        file: complete or absent; an old file is replaced.
 
     Raises:
         TypeError, ValueError: ``model`` has no quantized modules.
-        OSError: the file cannot be written; one that was there stays.
+        OSError: the file cannot be written; an old file stays.
         ModuleNotFoundError: ``safetensors`` is not installed.
     """
     from safetensors.torch import save_file
@@ -109,13 +109,17 @@ class Weight(NamedTuple):
         return cls(rows.view(shape[outputs], *others).movedim(0, outputs), alpha, how, activation)
 
 
+#: Plain tensors, quantized weights, and for each tied weight the name that has its values.
+Content = tuple[dict[str, Tensor], dict[str, Weight], dict[str, str]]
+
+
 @torch.no_grad()
 def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Put what :func:`safetensors` wrote into a model of that architecture, for inference.
 
-    Modules whose weights were quantized become plain ones with those values; with a transform or quantized
-    inputs they are quantized ones with fixed scales. Outputs are those of the model that was written, bit for
-    bit, in the same dtype and on the same device.
+    Modules with quantized weights become plain modules with the quantized values; with a transform or quantized
+    inputs they become quantized modules with fixed scales. Outputs equal the written model's, bit for bit, in
+    the same dtype and on the same device.
 
     Args:
         file: as :func:`safetensors` wrote it.
@@ -125,13 +129,13 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         ``model``, in place.
 
     Raises:
-        ValueError: the file is damaged or another one, or does not fit the model: names or shapes differ. The
-            model is then as it was.
+        ValueError: the file is damaged, of another format, or does not fit the model: names or shapes differ.
+            The model is then as it was.
         FileNotFoundError: there is no file.
     """
     checks.instance("model", model, nn.Module)
-    tensors, quantized, tied = read(file)
-    check_fits(file, {name: tuple(t.shape) for name, t in tensors.items()}, quantized, tied, model)
+    tensors, quantized, tied = content = read(file)
+    check_fits(file, content, model)
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     for key, w in quantized.items():
         names = [key, *(name for name, other in tied.items() if other == key)]
@@ -157,14 +161,8 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return model
 
 
-def read(
-    file: str | os.PathLike[str],
-) -> tuple[dict[str, Tensor], dict[str, Weight], dict[str, str]]:
-    """Reads tensors as they are, quantized weights, and what is tied to which.
-
-    Raises:
-        ValueError: the file is damaged, or not of this format and version.
-    """
+def read(file: str | os.PathLike[str]) -> Content:
+    """Reads a file; raises if it is damaged, or not of this format and version."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).exists():
@@ -190,14 +188,10 @@ def read(
         ) from error
 
 
-def check_fits(
-    file: object,
-    shapes: dict[str, tuple[int, ...]],
-    quantized: dict[str, Weight],
-    tied: dict[str, str],
-    model: nn.Module,
-) -> None:
+def check_fits(file: object, content: Content, model: nn.Module) -> None:
     """Raise unless a file has what a model has, in the same shapes."""
+    tensors, quantized, tied = content
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     modules = dict(model.named_modules())
     there = {name: tuple(t.shape) for name, t in plain_tensors(model).items()}
     there |= {f"{n}.weight".lstrip("."): tuple(m.weight.shape) for n, m in quantized_modules(model).items()}
