@@ -94,10 +94,7 @@ class Gradients:
     def check_fresh(self, names: Sequence[str]) -> None:
         """Raise unless the gradients are None or 0, as before a step.
 
-        One look at all gradients waits for their device. While a graph is captured, nothing is looked at.
-
-        Raises:
-            RuntimeError: one holds the last estimate, or that of another backward.
+        The check waits for the device, except while a graph is captured.
         """
         if not capturing():
             grads = {i: local(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}

@@ -24,11 +24,7 @@ ALLOWED = (
 def check_reads(loss: Tensor, weights: list[WeightView]) -> None:
     """Raise if the graph of a loss reads a quantized weight other than by quantizing it.
 
-    It sees what the graph shows: not what runs without autograd, or in a compiled or reentrantly checkpointed
-    part.
-
-    Raises:
-        RuntimeError: it does; the message names the weight and the node that reads it.
+    The graph does not show reads without autograd, or in a compiled or reentrantly checkpointed part.
     """
     names = {w.parameter: w.name for w in weights}
     readers = _readers(loss)
