@@ -90,9 +90,8 @@ class ListOp:
         self.others = [(name, lists[name]) for name in others]
         self.function = schema.partition("(")[0]
         taken = [*inspect.signature(getattr(Backend, self.function)).parameters][1:]
-        self.groups = [(name, GROUPS[name]) for name in taken if name in GROUPS]
-        if "out" not in self.schema.names and "out" in taken:
-            self.groups.append(("out", in_place))
+        added = [name for name in taken if name in GROUPS and (name != "out" or "grads" in self.schema.written)]
+        self.groups = [(name, GROUPS[name]) for name in added]
         self.taken = operator.itemgetter(*taken)
         self.convert = [
             (name, arguments.optional if name in OPTIONAL else arguments.tensors) for name in self.schema.lists
@@ -197,7 +196,7 @@ class ListOp:
         draw, numels = call.get("draw"), memory.numels_of(call[self.first])
         memory.numbers(draw, call.get("mix"), call.get("update"))
         if draw is not None:
-            memory.shards(draw, numels[: len(call["alphas"])])
+            memory.shards(tuple(draw.tensor_ids), tuple(draw.layouts), numels[: len(call["alphas"])])
         memory.overlaps(*self.memory(call), numels)
 
     def memory(self, call: Call) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[Tensor]]]:
@@ -279,13 +278,8 @@ GROUPS: dict[str, Callable[[Call], Any]] = {
     "straight_through": lambda c: StraightThrough.of_variant(c["straight_through"]),
     "measure": lambda c: Measure(*[c[name] for name in Measure._fields]),
     "update": update_of,
+    "out": lambda c: c.get("out", c["grads"]),  # of a backward: the gradients, unless it is on one tensor
 }
-
-
-def in_place(call: Call) -> Sequence[Tensor]:
-    """The outputs of a backward: the gradients, unless it is on one tensor."""
-    outputs: Sequence[Tensor] = call["out"] if "out" in call else call["grads"]
-    return outputs
 
 
 # ---- the way around the dispatcher

@@ -20,10 +20,8 @@ from ..functional import (
 )
 from ..nn.view import WeightView
 from ..nn.weight import hold_alphas, measure_
-from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
-from ..spec.straight_through import StraightThrough
 
 T = TypeVar("T")
 AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
@@ -80,10 +78,9 @@ class WeightGroup:
 
 def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGroup]:
     """Return the weights by quantizer and dtype. Each weight has alphas of its own, whatever its scale."""
-    kinds: dict[tuple[Grid, StraightThrough, Hadamard | None, torch.dtype], list[WeightView]] = {}
+    kinds: dict[tuple[Any, ...], list[WeightView]] = {}
     for w in weights:
-        q = w.quantizer
-        kinds.setdefault((q.grid, q.straight_through, q.transform, w.parameter.dtype), []).append(w)
+        kinds.setdefault((*w.quantizer.options.values(), w.parameter.dtype), []).append(w)
     return [WeightGroup(members, backend) for members in kinds.values()]
 
 
