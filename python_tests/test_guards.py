@@ -71,7 +71,7 @@ GUARDS = {
         "train/guards/fingerprints.py", "    if names:\n        warnings", "    if False:\n        warnings",
         "test_closures.py::test_the_first_step_looks_into_functions_that_the_closure_calls"),
     "Passes get losses of different scales": (
-        "train/losses.py", "if not 1 / FAR", "if False and not 1 / FAR",
+        "train/stats.py", "if not 1 / FAR", "if False and not 1 / FAR",
         "test_step_traps.py::test_a_pass_that_is_scaled_otherwise_draws_a_warning"),
     "The two losses of a probe differ by rounding alone": (
         "train/stats.py", "if difference <", "if False and difference <", "test_stats.py"),

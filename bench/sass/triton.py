@@ -23,7 +23,7 @@ from fogzo_kernels.backends.triton import (
 from fogzo_kernels.backends.triton.elements import Grid
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
 from fogzo_kernels.backends.triton.noise import noise_kernel
-from fogzo_kernels.spec.dtypes import FLOATS, OUTPUTS
+from fogzo_kernels.spec.grid import FLOATS, OUTPUTS
 from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.scale import STATISTICS

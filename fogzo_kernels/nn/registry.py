@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..ops import checks
-from ..spec.dtypes import FLOATS
+from ..spec.grid import FLOATS
 from .linear import QuantLinear
 from .module import QuantizedModule
 from .view import FSDPModule, local

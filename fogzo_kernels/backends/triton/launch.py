@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...spec import grid as spec
 from ...spec.call import Draw, Mix
-from ...spec.dtypes import OUTPUTS
+from ...spec.grid import OUTPUTS
 from ...spec.hadamard import factor
 from ...spec.noise import DISTRIBUTIONS
 from ..gpu.plans import Plan
