@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,13 +84,8 @@ def quantize_model(
         check_weight(c.unit.names[0], c.unit.module)
     check_shared(model, {c.unit.module: c.quantizer for c in chosen if c.quantizer is not None})
     pretrained.check(model)
-    plan = _planned(model, chosen)
-    for c, (alpha, tensor_id) in zip(chosen, plan, strict=True):
-        form = quantized_form(c.unit.module)
-        assert form is not None
-        assert c.quantizer is not None
-        weight = WeightQuantizer(c.quantizer, tensor_id, c.unit.names[0], backend)
-        form.from_plain(c.unit.module, weight, alpha=alpha, activation=c.activation)
+    for swap in _planned(model, chosen, backend):
+        swap()
     share_alphas(model)
     HANDLERS.begin_anew(model)
     fast_path.update(model)
@@ -111,21 +107,22 @@ def _nothing_to_do(choices: list[Choice]) -> str:
     return f"model must have a module to quantize, got none ({reasons or 'it holds no weights'})"
 
 
-def _planned(model: nn.Module, chosen: list[Choice]) -> list[tuple[Tensor, int]]:
-    """Alpha and tensor id of each; a weight of several modules has the same for all of them."""
+def _planned(model: nn.Module, chosen: list[Choice], backend: str | None) -> list[Callable[[], Any]]:
+    """Functions that quantize a module each; modules that share a weight get the same tensor id and alpha."""
     present = [m.tensor_id for m in model.modules() if isinstance(m, QuantizedModule)]
-    ids: dict[Tensor, int] = {}
-    alphas: dict[Tensor, Tensor] = {}
-    plan = []
+    made: dict[Tensor, tuple[int, Tensor]] = {}
+    plan: list[Callable[[], Any]] = []
     for c in chosen:
-        weight, twin = c.unit.module.get_parameter("weight"), quantized_form(c.unit.module)
-        assert twin is not None
+        name, module, form = c.unit.names[0], c.unit.module, quantized_form(c.unit.module)
+        assert form is not None
         assert c.quantizer is not None
-        if weight not in ids:
-            ids[weight] = max(present, default=-1) + 1 + len(ids)
-            name = f"{c.unit.names[0]}.weight" if c.unit.names[0] else "weight"
-            alphas[weight] = alpha_of(name, whole(weight), twin.OUTPUTS, c.quantizer)
-        plan.append((alphas[weight].clone(), ids[weight]))
+        weight = module.get_parameter("weight")
+        if weight not in made:
+            alpha = alpha_of(f"{name}.weight" if name else "weight", whole(weight), form.OUTPUTS, c.quantizer)
+            made[weight] = max(present, default=-1) + 1 + len(made), alpha
+        tensor_id, alpha = made[weight]
+        how = WeightQuantizer(c.quantizer, tensor_id, name, backend)
+        plan.append(partial(form.from_plain, module, how, alpha=alpha.clone(), activation=c.activation))
     return plan
 
 
@@ -139,18 +136,15 @@ def _report(choices: list[Choice]) -> Report:
         own = weights_of(module)
         vectors |= dict.fromkeys(own.vectors.values())
         new = [p for p in own.matrices.values() if p not in seen]
-        numel = sum(p.numel() for p in new)
+        numel, shapes = sum(p.numel() for p in new), _shapes(own.matrices)
         if isinstance(module, QuantizedModule):
-            weight, q, scales = module.latent, module.quantizer, module.alpha.numel()
-            tied = seen.get(weight, "")
+            q, scales, inputs = module.quantizer, module.alpha.numel(), module.activation
+            tied, kind = seen.get(module.latent, ""), module.PLAIN.__name__
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
-            kind = module.PLAIN.__name__
-            shapes, inputs = _shapes(own.matrices), module.activation
             quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
         elif own.matrices:
             size = float(sum(p.numel() * p.element_size() for p in new))
-            kind = type(module).__name__
-            left.append(Row(name, kind, _shapes(own.matrices), numel, size, reason=c.reason or ""))
+            left.append(Row(name, type(module).__name__, shapes, numel, size, reason=c.reason or ""))
         seen |= dict.fromkeys(own.matrices.values(), name)
     return Report(
         quantized, left, len(vectors), sum(p.numel() for p in vectors),
@@ -167,12 +161,12 @@ def _shapes(matrices: dict[str, Tensor]) -> str:
 
 def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
     checks.instance("model", model, nn.Module)
-    found = [m for m in model.modules() if isinstance(m, QuantizedModule)]
-    if not found:
+    modules = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    if not modules:
         raise ValueError(f"model must have quantized modules to {what}, got none")
-    if any(m.pass_weight is not None for m in found):
+    if any(m.pass_weight is not None for m in modules):
         raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
-    return found
+    return modules
 
 
 @torch.no_grad()
@@ -223,33 +217,32 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
     checks.instance("model", model, nn.Module)
     if not callable(run):
         raise TypeError(f"run must be a function that runs the model, got {type(run).__name__}")
-    modules = {
-        name: m
+    inputs = [
+        (name or "model", m, q)
         for name, m in model.named_modules()
-        if isinstance(m, QuantizedModule) and m.activation and m.activation.learned
-    }
-    if not modules:
+        if isinstance(m, QuantizedModule) and (q := m.input_quantizer) is not None and q.quantizer.learned
+    ]
+    if not inputs:
         raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
-    inputs = {name: m.input_quantizer for name, m in modules.items() if m.input_quantizer is not None}
-    before = [(m, m.input_alpha.detach().clone(), inputs[name].calibrated) for name, m in modules.items()]
-    for q in inputs.values():
+    before = [(m.input_alpha.detach().clone(), q.calibrated) for _, m, q in inputs]
+    for _, _, q in inputs:
         q.calibrating = True
     try:
         with torch.no_grad():
             run()
-        left = [name or "model" for name, q in inputs.items() if q.calibrating]
+        left = [name for name, _, q in inputs if q.calibrating]
         if left:
             raise ValueError(
                 f"run must reach every module whose input has a learned scale, got none for {left[0]}"
                 + (f" and {len(left) - 1} more" if left[1:] else "")
             )
     except BaseException:
-        for (m, alpha, calibrated), q in zip(before, inputs.values(), strict=True):
+        for (_, m, q), (alpha, calibrated) in zip(inputs, before, strict=True):
             q.set_alpha(m, alpha)
             q.calibrated = calibrated
         raise
     finally:
-        for q in inputs.values():
+        for _, _, q in inputs:
             q.calibrating = False
 
 

@@ -21,9 +21,8 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is none; a place of the model uses one as it is; modules that share one differ; tensor
-            ids are not distinct; weights lie on several devices, or their eps in units of delta differ.
-        RuntimeError: a plain module took the place of a quantized one, or an alpha was made for another weight.
+        ValueError: there is none, or a step could not train all of them by the same loss difference.
+        RuntimeError: a plain module took the place of a quantized module, or a weight that of another weight.
     """
     checks.instance("model", model, nn.Module)
     check_replaced(model.named_modules())
@@ -55,11 +54,7 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
 
 
 def collected(model: nn.Module) -> list[WeightView]:
-    """Returns the trainable weights of quantized modules as they are now.
-
-    Raises:
-        ValueError: a module's weight is no parameter, or does not lie in memory as rows.
-    """
+    """Returns the trainable weights of quantized modules as they are now; all must be parameters, in rows."""
     views: dict[Tensor, WeightView] = {}
     for path, m in model.named_modules():
         if not isinstance(m, QuantizedModule):
