@@ -53,7 +53,7 @@ GUARDS = {
         "if False:\n            raise",
         "test_traps.py::test_a_loss_that_reads_a_weight_itself_is_an_error"),
     "`functional_call` gives a module another weight in a pass": (
-        "nn/module.py", "if held is not None and held.weight is not self.latent:", "if False:",
+        "nn/module.py", "if of_pass is not None and of_pass.weight is not self.latent:", "if False:",
         "test_traps.py::test_functional_call_with_other_weights_is_refused_inside_a_pass"),
     "`.grad` holds the last estimate, or the gradient of another backward": (
         "train/guards/gradients.py", "if grads and not all_zero", "if False and not all_zero",

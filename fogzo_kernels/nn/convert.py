@@ -213,33 +213,32 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
     checks.instance("model", model, nn.Module)
     if not callable(run):
         raise TypeError(f"run must be a function that runs the model, got {type(run).__name__}")
-    modules = pretrained.quantized_modules(model).items()
-    inputs = {
-        name: m.input_quantizer
-        for name, m in modules
-        if m.input_quantizer is not None and m.input_quantizer.quantizer.learned
-    }
+    inputs = [
+        (name or "model", m, q)
+        for name, m in model.named_modules()
+        if isinstance(m, QuantizedModule) and (q := m.input_quantizer) is not None and q.quantizer.learned
+    ]
     if not inputs:
         raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
-    before = [(m, m.input_alpha.detach().clone(), inputs[x].calibrated) for x, m in modules if x in inputs]
-    for q in inputs.values():
+    before = [(m.input_alpha.detach().clone(), q.calibrated) for _, m, q in inputs]
+    for _, _, q in inputs:
         q.calibrating = True
     try:
         with torch.no_grad():
             run()
-        left = [name or "model" for name, q in inputs.items() if q.calibrating]
+        left = [name for name, _, q in inputs if q.calibrating]
         if left:
             raise ValueError(
                 f"run must reach every module whose input has a learned scale, got none for {left[0]}"
                 + (f" and {len(left) - 1} more" if left[1:] else "")
             )
     except BaseException:
-        for (m, alpha, calibrated), q in zip(before, inputs.values(), strict=True):
+        for (_, m, q), (alpha, calibrated) in zip(inputs, before, strict=True):
             q.set_alpha(m, alpha)
             q.calibrated = calibrated
         raise
     finally:
-        for q in inputs.values():
+        for _, _, q in inputs:
             q.calibrating = False
 
 

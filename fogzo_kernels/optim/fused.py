@@ -152,7 +152,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""
         own = set(map(id, self._parameters()))
         estimated = [w for w in step.run.weights if w.parameter.grad is not None]
-        still = [w.name for w in estimated if any(m.still_row is not None for m in w.modules)]
+        still = [w.name for w in estimated if any(vars(m).get("padding_idx") is not None for m in w.modules)]
         if step.pairs and still:
             raise RuntimeError(
                 f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..distributed.fsdp import measure_sharded_
 from ..distributed.group import sum_of_parts
+from ..distributed.sharding import measure_sharded_
 from ..functional import (
     guide_norm,
     guide_sumsq,
