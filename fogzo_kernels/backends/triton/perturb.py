@@ -17,7 +17,7 @@ from .hadamard import rotated
 from .launch import Tensors, config_of, draw_of, grid_of, launch, mix_of, noise_fields, rounded
 
 #: The most of a thread, by the outputs' dtype: ptxas, left alone, spills some to reach fewer.
-REGISTERS = {torch.int8: 80}
+REGISTERS = {torch.int8: 96}
 
 
 class Pass(NamedTuple):
