@@ -94,10 +94,7 @@ def perturb_quantize_(
     """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
     if not latents:
         return
-    p = plan(
-        latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
-        tensor_ids=draw.tensor_ids, layouts=draw.layouts,
-    )  # fmt: skip
+    p = plan(latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas, draw=draw)
     out = plus or minus
     probes = {"plus": bool(plus), "minus": bool(minus)}
     config = config_of(p, latents, grads, out, block, **probes, **noise_fields(draw))
