@@ -193,6 +193,7 @@ def tile_of(variant: Variant) -> int:
 def options_of(variant: Variant) -> dict[str, int]:
     unit, kind = UNITS.get(variant.scale or ""), variant.kind or ""
     registers = {
+        "sumsq_kernel": norm.REGISTERS,
         "update_kernel": tail.registers_of(variant.block),
         "hadamard_kernel": hadamard.REGISTERS,
         "learned_kernel": learned.registers_of(unit, kind, variant.block),

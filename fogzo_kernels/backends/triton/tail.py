@@ -238,7 +238,7 @@ def estimate_update_(
         return
     p = plan(
         latents, latents=latents, grads=grads, plus=quantized, minus=masters, alphas=alphas,
-        states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
+        states=update.states, draw=draw,
     )  # fmt: skip
     config = config_of(p, latents, grads, quantized, block, tile=TILE, master=bool(masters), **fields)
     args = counters, drawn, coef, n, grid_of(grid), numbers_of(update.rule), config
