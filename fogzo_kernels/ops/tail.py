@@ -5,8 +5,9 @@ The estimate, an optimizer's step with it and the next Q(theta), in one pass ove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from ..spec.update import KINDS, UpdateRule
 from . import arguments, checks
 from .arguments import TensorOrList
 from .listop import GRID, NAMES, STATE, ListOp
+
+Op = TypeVar("Op", bound=Callable[..., None])
 
 
 class NoiseOptions(TypedDict):
@@ -63,6 +66,15 @@ class TailOptions(NoiseOptions, total=False):
     backend: str | None
 
 
+def documented(function: Op) -> Op:
+    """Put the shared keywords into the docstring of a function, in the place of ``common``."""
+    if function.__doc__ and TailOptions.__doc__:
+        shared = TailOptions.__doc__.partition("Args:\n")[2].rstrip()
+        function.__doc__ = re.sub(" +common: .*", lambda match: shared, function.__doc__)
+    return function
+
+
+@documented
 def estimate_adamw_(
     latents: TensorOrList,
     grads: TensorOrList,
@@ -96,7 +108,7 @@ def estimate_adamw_(
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.
         optimizer_step: 1 at the first step, for the bias correction; a number or a 0-dim int64 tensor.
-        common: the keywords of :class:`TailOptions`; the first four must be given.
+        common: the keywords of :class:`TailOptions`.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
@@ -110,6 +122,7 @@ def estimate_adamw_(
     update(rule, states, lists, arguments.losses(losses_plus, losses_minus), norm, numbers, common)
 
 
+@documented
 def estimate_sgd_(
     latents: TensorOrList,
     grads: TensorOrList,
@@ -143,7 +156,7 @@ def estimate_sgd_(
         lr: a number, or a 0-dim float64 tensor.
         momentum, dampening, weight_decay, nesterov: as ``torch.optim.SGD`` has them.
         optimizer_step: 1 at the first step, which is not dampened; a number or a 0-dim int64 tensor.
-        common: the keywords of :class:`TailOptions`; the first four must be given.
+        common: the keywords of :class:`TailOptions`.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
