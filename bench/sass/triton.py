@@ -194,7 +194,7 @@ def options_of(variant: Variant) -> dict[str, int]:
     unit, kind = UNITS.get(variant.scale or ""), variant.kind or ""
     registers = {
         "sumsq_kernel": norm.REGISTERS,
-        "update_kernel": tail.registers_of(variant.block),
+        "update_kernel": tail.registers_of(variant.block, variant.aligned),
         "hadamard_kernel": hadamard.REGISTERS,
         "learned_kernel": learned.registers_of(unit, kind, variant.block),
         "perturb_kernel": perturb.registers_of(DTYPES[variant.out or "fp32"], variant.block),
