@@ -204,7 +204,7 @@ def registers_of(block: int, aligned: bool) -> int:
     """The most of a thread. A tile's larger blocks of the transform need more, and so do unaligned tensors."""
     if block:
         return 128 if block <= 256 else 255
-    return REGISTERS if aligned else REGISTERS + 8
+    return REGISTERS if aligned else REGISTERS + 16
 
 
 def log_bits(x: float) -> int:
