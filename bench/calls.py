@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fogzo_kernels as fk
 from fogzo_kernels import StraightThrough
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.scale import STATISTICS

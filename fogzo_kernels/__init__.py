@@ -14,9 +14,8 @@ from .nn.convert import calibrate_, calibrate_inputs_, dequantize_model, quantiz
 from .nn.linear import QuantLinear, set_compute_
 from .nn.registry import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding
 from .nn.report import Report
-from .optim.adamw import AdamW
 from .optim.groups import learned_alphas, parameter_groups
-from .optim.sgd import SGD
+from .optim.optimizers import SGD, AdamW
 from .spec import presets
 from .spec.grid import Grid
 from .spec.hadamard import Hadamard

@@ -13,7 +13,7 @@ from .backends import VARIABLE, available_backends, entry_points
 
 
 def lines() -> list[str]:
-    """What the command prints, a line each."""
+    """Returns the lines that the command prints."""
     out = [f"fogzo_kernels {__version__}"]
     out += [f"python        {platform.python_version()} on {platform.machine()}"]
     out += [f"torch         {torch.__version__}", f"triton        {_version('triton')}"]
@@ -42,9 +42,9 @@ def _native() -> list[str]:
     except ImportError as error:
         missing = "cannot import name" in str(error)
         return ["not built: the cpu backend is unavailable" if missing else f"cannot be imported: {error}"]
-    found = [f"module: {_C.__file__}"]
-    found += [f"{name}: {value}" for name, value in _C.build_info().items()]
-    return [*found, f"cpu kernels: {_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}"]
+    built = [f"{name}: {value}" for name, value in _C.build_info().items()]
+    isas = f"cpu kernels: {_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}"
+    return [f"module: {_C.__file__}", *built, isas]
 
 
 def _cuda() -> list[str]:
@@ -53,8 +53,8 @@ def _cuda() -> list[str]:
     except ImportError as error:
         missing = "cannot import name" in str(error)
         return [f"cuda kernels: {'not built' if missing else f'cannot be imported: {error}'}"]
-    found = _cuda.build_info()
-    return [f"cuda kernels: built by nvcc {found['nvcc']} for {found['architectures']}"]
+    built = _cuda.build_info()
+    return [f"cuda kernels: built by nvcc {built['nvcc']} for {built['architectures']}"]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from support.tolerances import (
 )
 
 import fogzo_kernels as fk
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32
 
 SIZES = (0, 1, 7, 8, 9, 1023, 65537)

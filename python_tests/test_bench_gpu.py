@@ -240,7 +240,7 @@ def test_a_build_that_fails_is_followed_by_one_without_cuda(tmp_path, monkeypatc
     stages.build(session, 60.0)
     assert session.given["build"] == {"TORCH_CUDA_ARCH_LIST": "9.0"}
     assert session.given["build without CUDA"]["FOGZO_BUILD_CUDA"] == "0"
-    assert session.backends == {"triton": "", "cuda": "not built; so"}
+    assert session.backends == {"triton": "", "cuda": "it is not built; so"}
     assert {o.stage: o.state for o in session.outcomes} == {
         "build": "failed", "build without CUDA": "passed", "ops triton": "failed", "info": "passed",
     }  # fmt: skip

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 
 VARIABLE = "FOGZO_CPU_ISA"

@@ -11,7 +11,7 @@ from torch import nn
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.view import WeightView
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 from fogzo_kernels.train.run import Run
 
 # ---- what probes see and leave

@@ -53,7 +53,7 @@ GUARDS = {
         "if False:\n            raise",
         "test_traps.py::test_a_loss_that_reads_a_weight_itself_is_an_error"),
     "`functional_call` gives a module another weight in a pass": (
-        "nn/module.py", "if held is not None and held.weight is not self.latent:", "if False:",
+        "nn/module.py", "if of_pass is not None and of_pass.weight is not self.latent:", "if False:",
         "test_traps.py::test_functional_call_with_other_weights_is_refused_inside_a_pass"),
     "`.grad` holds the last estimate, or the gradient of another backward": (
         "train/guards/gradients.py", "if grads and not all_zero", "if False and not all_zero",
@@ -71,7 +71,7 @@ GUARDS = {
         "train/guards/fingerprints.py", "    if names:\n        warnings", "    if False:\n        warnings",
         "test_closures.py::test_the_first_step_looks_into_functions_that_the_closure_calls"),
     "Passes get losses of different scales": (
-        "train/losses.py", "if not 1 / FAR", "if False and not 1 / FAR",
+        "train/stats.py", "if not 1 / FAR", "if False and not 1 / FAR",
         "test_step_traps.py::test_a_pass_that_is_scaled_otherwise_draws_a_warning"),
     "The two losses of a probe differ by rounding alone": (
         "train/stats.py", "if difference <", "if False and difference <", "test_stats.py"),

@@ -17,7 +17,7 @@ from support.tolerances import HALF_ULP, SMALLEST
 import fogzo_kernels as fk
 from fogzo_kernels import _C
 from fogzo_kernels.backends.gpu import plans
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 from fogzo_kernels.spec.hadamard import BLOCKS, factor
 
 native = torch.ops.fogzo_cpu

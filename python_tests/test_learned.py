@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fogzo_kernels as fk
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 
 NAN, INF = math.nan, math.inf
 IDENTITY = fk.StraightThrough("identity", clip=False)

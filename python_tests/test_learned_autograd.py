@@ -7,7 +7,7 @@ import torch
 
 import fogzo_kernels as fk
 from fogzo_kernels import backends
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 
 NAN, INF = math.nan, math.inf
 IDENTITY = fk.StraightThrough("identity", clip=False)

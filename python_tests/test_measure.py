@@ -12,7 +12,7 @@ import fogzo_kernels as fk
 from fogzo_kernels import _C
 from fogzo_kernels.backends import reference
 from fogzo_kernels.backends.gpu import cells, plans
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 from fogzo_kernels.spec.scale import STATISTICS
 
 NAN, INF = math.nan, math.inf

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fogzo_kernels.backends.gpu import plans
+from fogzo_kernels.spec.call import Draw
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +37,8 @@ def test_a_row_holds_what_its_columns_say():
     given = lists()
     states = [[torch.zeros(40) for _ in range(2)] for _ in range(2)]
     alphas = [torch.ones(1), torch.ones(5)]
-    found = plans.plan(
-        given["latents"], **given, alphas=alphas, states=states, tensor_ids=[3, 4],
-        layouts=[(0, 40, 40), (16, 8, 24)],
-    )  # fmt: skip
+    draw = Draw("uniform", torch.tensor(0), torch.tensor(0), [3, 4], [(0, 40, 40), (16, 8, 24)])
+    found = plans.plan(given["latents"], **given, alphas=alphas, states=states, draw=draw)
     one, two = entries(found)
     for name, tensors in zip(
         ("LATENT", "GRAD", "ALPHA", "STATE_1", "STATE_2"), (*given.values(), alphas, *states), strict=True
@@ -69,15 +68,16 @@ def test_a_row_of_learned_scales_holds_gradients_and_factors():
     given = {name: [*tensors[:2], torch.zeros(0)] for name, tensors in given.items()}
     alpha_grads, alphas = [memory[1:2], memory[2:7], memory[7:9]], [torch.ones(n) for n in (1, 5, 2)]
     latents, grads = given["latents"], given["grads"]
-    found = plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, -2.0, 3.0])
+    given = {"latents": latents, "grads": grads, "plus": grads, "alphas": alphas, "alpha_grads": alpha_grads}
+    found = plans.plan(latents, **given, factors=[0.5, -2.0, 3.0])
     rows = entries(found)
     assert [row["ALPHA_GRAD"] for row in rows] == [t.data_ptr() for t in alpha_grads]
     assert [struct.unpack("<d", struct.pack("<q", row["FACTOR"]))[0] for row in rows] == [0.5, -2.0, 3.0]
     assert [row["FAST"] for row in rows] == [40, 40, 0]
     assert found.owner.tolist() == [0, 1]
     assert memory.tolist() == [7.0] * 7 + [0.0] * 2
-    assert plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, -2.0, 3.0]) is found
-    assert plans.learned_plan(grads, alpha_grads, grads, latents, alphas, [0.5, 2.0, 3.0]) is not found
+    assert plans.plan(latents, **given, factors=[0.5, -2.0, 3.0]) is found
+    assert plans.plan(latents, **given, factors=[0.5, 2.0, 3.0]) is not found
 
 
 @pytest.mark.parametrize(("numels", "span"), [
@@ -111,7 +111,8 @@ def test_a_plan_that_is_not_of_learned_scales_has_no_crossing_alphas():
     given = lists(2, 5000)
     assert plans.plan(given["latents"], **given).crossing.numel() == 0
     alphas = [torch.ones(1) for _ in range(2)]
-    found = plans.learned_plan(*(given[n] for n in ("grads",)), alphas, *given.values(), alphas, [1.0, 1.0])
+    given |= {"alphas": alphas, "alpha_grads": alphas}
+    found = plans.plan(given["latents"], **given, factors=[1.0, 1.0])
     assert found.crossing.tolist() == [0, 3]
     assert found.crossing.data_ptr() % 16 == 0
 

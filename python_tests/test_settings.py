@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.training import batch, loss_of, make, run_step, same_state, state_of
 
-from fogzo_kernels.spec.schedule import linear
+from fogzo_kernels.train.settings import linear
 
 # ---- settings
 

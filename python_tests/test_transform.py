@@ -11,7 +11,7 @@ from support.hadamard import matrix
 from support.tolerances import EXACT, HALF_ULP, M_TOLERANCE, SMALLEST
 
 import fogzo_kernels as fk
-from fogzo_kernels.spec.dtypes import FLOATS
+from fogzo_kernels.spec.grid import FLOATS
 from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 

@@ -144,7 +144,7 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
 
 def alive(model: nn.Module) -> float:
     """The share of codes that are not 0; on a grid without 0 all of them."""
-    codes = [m.codes() for m in model.modules() if isinstance(m, fk.nn.quantized.QuantizedModule)]
+    codes = [m.codes() for m in model.modules() if isinstance(m, fk.nn.module.QuantizedModule)]
     half = any(m.quantizer.grid.offset for m in model.modules() if hasattr(m, "quantizer"))
     return 1.0 if half else sum(int(c.count_nonzero()) for c in codes) / sum(c.numel() for c in codes)
 

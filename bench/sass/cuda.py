@@ -16,7 +16,7 @@ from pathlib import Path
 from build_cuda import find_nvcc
 from cuda_units import Unit, compiled, once, parallel, run, units
 from fogzo_kernels.spec import noise, scale, straight_through
-from fogzo_kernels.spec.dtypes import OUTPUTS
+from fogzo_kernels.spec.grid import OUTPUTS
 
 from ..cases import short
 from .machine_code import Report, dumps, report_of, usages

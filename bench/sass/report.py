@@ -7,7 +7,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from fogzo_kernels.backends.gpu.plans import SPAN
-from fogzo_kernels.spec.dtypes import OUTPUTS
+from fogzo_kernels.spec.grid import OUTPUTS
 from fogzo_kernels.spec.update import VARIANTS as RULES
 
 from ..cases import short

@@ -23,7 +23,7 @@ from fogzo_kernels.backends.triton import (
 from fogzo_kernels.backends.triton.elements import Grid
 from fogzo_kernels.backends.triton.launch import NUM_WARPS
 from fogzo_kernels.backends.triton.noise import noise_kernel
-from fogzo_kernels.spec.dtypes import FLOATS, OUTPUTS
+from fogzo_kernels.spec.grid import FLOATS, OUTPUTS
 from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
 from fogzo_kernels.spec.scale import STATISTICS
@@ -193,7 +193,8 @@ def tile_of(variant: Variant) -> int:
 def options_of(variant: Variant) -> dict[str, int]:
     unit, kind = UNITS.get(variant.scale or ""), variant.kind or ""
     registers = {
-        "update_kernel": tail.registers_of(variant.block),
+        "sumsq_kernel": norm.REGISTERS,
+        "update_kernel": tail.registers_of(variant.block, variant.aligned),
         "hadamard_kernel": hadamard.REGISTERS,
         "learned_kernel": learned.registers_of(unit, kind, variant.block),
         "perturb_kernel": perturb.registers_of(DTYPES[variant.out or "fp32"], variant.block),

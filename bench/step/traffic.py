@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fogzo_kernels.backends import FUNCTIONS, available_backends, load
+from fogzo_kernels.backends import FUNCTIONS, Backend, available_backends, load
 
 from .methods import Clock, Step
 
@@ -53,10 +53,10 @@ def recorded(clock: Clock) -> Iterator[Traffic]:
     traffic = Traffic()
 
     def wrapped(function: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(call)
+        signature = inspect.signature(getattr(Backend, function))
 
         def recording(*args: Any, **options: Any) -> Any:
-            moved = bytes_of(function, signature.bind(*args, **options).arguments)
+            moved = bytes_of(function, signature.bind(None, *args, **options).arguments)
             start = clock.now()
             found = call(*args, **options)
             traffic.seconds[f"{function}{' in passes' * clock.inside}"] += clock.now() - start

@@ -78,8 +78,8 @@ template <Distribution D, bool Adamw, class Items>
 FOGZO_DEVICE void update(const Tail &p, const Part &part, const Step &step, const Items &at) {
   constexpr int count = Items::count, size = Items::size;
   const bool has_first = Adamw || step.update.rule != Rule::sgd;
-  const Operand latent = part.operand(LATENT, step.dtypes.latent);
-  const Operand weight = p.master ? part.operand(MINUS, Dtype::float32) : latent;
+  const Dtype latent = step.dtypes.latent;
+  const Operand weight = part.operand(p.master ? MINUS : LATENT, p.master ? Dtype::float32 : latent);
   const Operand grad = part.operand(GRAD, step.dtypes.grad);
   const Operand first = part.operand(STATE_1, Dtype::float32), second = part.operand(STATE_2, Dtype::float32);
   const auto load = [&](int k) {
@@ -116,15 +116,15 @@ FOGZO_DEVICE void update(const Tail &p, const Part &part, const Step &step, cons
         });
         at.store(weight, k, theta);
         if (p.master)
-          at.store(latent, k, theta);
+          at.store(part.operand(LATENT, latent), k, theta);
         if (has_first)
           at.store(first, k, m);
         if (Adamw)
           at.store(second, k, v);
       } else if (p.master) { // the latent stays, and may differ from its master
-        widen(at.load(latent, k), latent.dtype, theta);
+        widen(at.load(part.operand(LATENT, latent), k), latent, theta);
       }
-      unrolled<size>([&](int i) { x[k][i] = stored(theta[i], latent.dtype); });
+      unrolled<size>([&](int i) { x[k][i] = stored(theta[i], latent); });
     });
   if (!p.quantized || !step.quantized)
     return;

@@ -21,7 +21,7 @@ from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
 from ..spec.straight_through import StraightThrough
 from .gpu import cells
-from .gpu.plans import Plan, learned_plan, plan
+from .gpu.plans import Plan, Tensors, plan
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]
@@ -29,8 +29,6 @@ except ImportError as error:  # the message becomes the reason shown
     if "cannot import name" not in str(error):
         raise
     raise ImportError("it is not built; FOGZO_BUILD_CUDA=1 builds it, with nvcc") from error
-
-Tensors = Sequence[Tensor]
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -129,7 +127,7 @@ def run(op: Callable[..., None], like: Tensors, p: Plan, dtypes: Sequence[Tensor
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, dtype=torch.float32, device=device)
-    p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    p = plan([out], plus=[out], draw=draw)
     run(_cuda.noise, [out], p, [[out]] * 3, drawn(draw, direction))
     return out
 
@@ -151,10 +149,7 @@ def perturb_quantize_(
     """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
     if not latents:
         return
-    p = plan(
-        latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
-        tensor_ids=draw.tensor_ids, layouts=draw.layouts,
-    )  # fmt: skip
+    p = plan(latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas, draw=draw)
     dtypes, written = [latents, grads, plus or minus], (bool(plus), bool(minus))
     nouns = drawn(draw, direction), mixed(mix)
     run(_cuda.perturb_quantize, latents, p, dtypes, *nouns, grid_of(grid), block, *written)
@@ -164,7 +159,7 @@ def estimate_gradient_(
     grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
 ) -> None:
     """Replace g by G: one launch for the coefficients, one for all tensors and directions."""
-    p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    p = plan(grads, grads=grads, alphas=alphas, draw=draw)
     room, nouns = coefficients(mix, losses), (drawn(draw), mixed(mix), measured(losses))
     run(_cuda.estimate_gradient, [room], p, [grads] * 3, *nouns, r, block, room.data_ptr())
 
@@ -177,7 +172,7 @@ def estimate_update_(
     rule = update.rule
     p = plan(
         latents, latents=latents, grads=grads, plus=quantized, minus=update.masters, alphas=alphas,
-        states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
+        states=update.states, draw=draw,
     )  # fmt: skip
     room, nouns = coefficients(mix, losses), (drawn(draw), mixed(mix), measured(losses))
     scalars = scalar(update.lr), scalar(update.optimizer_step)
@@ -223,7 +218,9 @@ def learned_backward_(
     straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta) and the alphas' gradients: one launch, and one for alphas of several programs."""
-    p = learned_plan(out, alpha_grads, grads, latents, alphas, factors)
+    p = plan(
+        latents, latents=latents, grads=grads, plus=out, alphas=alphas, alpha_grads=alpha_grads, factors=factors
+    )
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=latents[0].device)
     sums = partial.data_ptr(), p.crossing.data_ptr(), p.crossing.numel()
     arguments = grid_of(grid), straight_through.variant, block, sums

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..nn.module import QuantizedModule
 from ..nn.view import FSDPModule, WeightView, local
 from ..spec.noise import signed64
-from .tensor_parallel import CutWeight
+from .sharding import CutWeight
 
 REDUCTIONS = ("mean", "sum", None)
 EVERY = 100  # steps from one comparison to the next, as each waits for the device
@@ -173,7 +173,7 @@ def sum_of_parts(weights: Sequence[WeightView], own: list[Tensor]) -> list[Tenso
         return own
     every = [torch.zeros_like(w.modules[0].alpha) for w in weights]
     for part, grad, own_grad in zip(parts, every, own, strict=True):
-        part.put(grad, own_grad)
+        part.own(grad).copy_(own_grad)
     flat = parts[0].sum(torch.cat([grad.view(-1) for grad in every]))
     flats = flat.split([grad.numel() for grad in every])
     return [summed.view_as(grad) for summed, grad in zip(flats, every, strict=True)]
@@ -223,12 +223,15 @@ def _check_module(prefix: str, module: QuantizedModule) -> None:
 
 
 def _facts(seed: int, settings: object, weights: Sequence[WeightView]) -> Tensor:
-    """Returns what FACTS names of this process, int64, on the weights' device; the number of steps is 0."""
+    """Returns what FACTS names of this process, int64, on the weights' device; the number of steps is 0.
+
+    All processes have the same values of alphas and of weights that are whole.
+    """
     kinds = [(w.name, w.tensor_id, w.parameter.shape, w.parameter.dtype, w.quantizer) for w in weights]
     known = signed64(seed), 0, _digest(repr(settings)), _digest(repr(kinds)), 0
     facts = torch.tensor(known, device=weights[0].parameter.device)
     for w in weights:
-        for t in w.replicated:
+        for t in [w.modules[0].alpha.detach()] + [w.latent] * w.placement.is_whole:
             facts[-1] += t.contiguous().view(getattr(torch, f"int{8 * t.itemsize}")).sum(dtype=torch.int64)
     return facts
 

@@ -2,7 +2,7 @@
 
 from .ao import torchao
 from .compressed import compressed_tensors
-from .freeze import freeze_scales_
+from .integers import freeze_scales_
 from .llama import gguf
 from .plain import load, safetensors
 

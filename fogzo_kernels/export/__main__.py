@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
+from ..integrations import transformers  # noqa: F401  lets from_pretrained read quantized models
 from . import compressed_tensors, freeze_scales_, gguf, safetensors
-from .blocks import BLOCKS
 from .integers import quantized_in
+from .llama import BLOCKS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,12 +24,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file, of compressed-tensors a folder")
     parser.add_argument("--block", choices=list(BLOCKS), help="of GGUF, for all quantized weights")
     args = parser.parse_args(argv)
+    if not (args.run / "config.json").exists():
+        raise SystemExit(f"RUN must have a config.json, as save_pretrained leaves it, got {args.run}")
     with tqdm(total=3, unit="stage", desc="reading", disable=None) as bar:
-        model = read(args.run)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(args.run).eval()
         before = sum(t.numel() * t.element_size() for t in model.parameters())
         bar.update()
         bar.set_description("freezing scales")
-        changed = frozen(model, args.format)
+        changed = freeze(model, args.format)
         bar.update()
         bar.set_description("writing")
         if args.format == "gguf":
@@ -46,23 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read(run: Path) -> nn.Module:
-    """Reads the quantized model of a folder.
-
-    Raises:
-        SystemExit: there is none.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from ..integrations import transformers  # noqa: F401  lets from_pretrained read quantized models
-
-    if not (run / "config.json").exists():
-        raise SystemExit(f"RUN must have a config.json, as save_pretrained leaves it, got {run}")
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(run)
-    return model.eval()
-
-
-def frozen(model: nn.Module, form: str) -> float:
+def freeze(model: nn.Module, form: str) -> float:
     """Freezes scales in the format's dtype; returns the share of codes that changed."""
     if form == "safetensors":
         return 0.0

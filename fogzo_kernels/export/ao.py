@@ -15,10 +15,10 @@ from .integers import check_exact, check_fits, quantized_in
 
 @torch.no_grad()
 def torchao(model: nn.Module) -> nn.Module:
-    """Turn quantized linear layers into plain ones whose weights are torchao's ``IntxUnpackedToInt8Tensor``.
+    """Turn quantized linear layers into plain layers with weights in torchao's ``IntxUnpackedToInt8Tensor``.
 
-    A code takes a byte, and a grid with an offset has a zero point of minus that. Outputs are those of the
-    model, bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to train on.
+    A code takes a byte, and a grid with an offset has minus the offset as its zero point. The model keeps its
+    outputs, bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to train on.
 
     Args:
         model: as :func:`quantize_model` made it, all of whose quantized modules are linear.
@@ -36,11 +36,10 @@ def torchao(model: nn.Module) -> nn.Module:
     modules = quantized_in(model)
     plan: list[tuple[QuantizedModule, Any]] = []
     for name, m in modules.items():
-        transform, inputs = m.quantizer.transform, m.activation is not None
-        what = transform or "quantized ones"
+        what = m.quantizer.transform or (m.activation and "quantized ones")
         reasons = {
             f"it stands for linear layers, got {type(m).__name__}": not isinstance(m, QuantLinear),
-            f"it has neither transforms nor these inputs, got {what}": transform is not None or inputs,
+            f"it has neither transforms nor these inputs, got {what}": what is not None,
         }
         check_fits(name, "torchao's tensor", reasons)
         grid, (rows, columns), dtype = m.quantizer.grid, m.weight.shape, m.weight.dtype

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
 from .files import whole_folder
-from .integers import Integers, bits_of, check_exact, check_fits, copied, plain_tensors, quantized_in
+from .integers import bits_of, check_exact, check_fits, copied, integers_of, plain_tensors, quantized_in
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -43,16 +43,25 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
         raise TypeError(f"model must be one of transformers, with a config, got {type(model).__name__}")
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, m in modules.items():
-        check_module(name, m, tied)
+        transform, grid, rows = m.quantizer.transform, m.quantizer.grid, m.weight.shape[0]
+        reasons = {
+            f"it holds linear layers only, got {type(m).__name__}": not isinstance(m, QuantLinear),
+            f"it has no transforms, got {transform}": transform is not None,
+            "quantized inputs are not written": m.activation is not None,
+            f"{grid} takes 9 bits as odd numbers, and it has 8": bits_of(grid) > 8,
+            "transformers does not load a head that is quantized and tied to the embedding": (
+                tied and name == "lm_head"
+            ),
+            "groups must divide a row": m.weight.shape[1] % max(m.alpha.numel() // rows, 1) != 0,
+        }
+        check_fits(name, "compressed-tensors", reasons)
     dtype = next(iter(modules.values())).weight.dtype
     tensors: dict[str, Tensor] = {}
     for name, m in modules.items():
-        integers = Integers.of(m)
-        check_exact(name, integers.scale, dtype)
-        tensors[f"{name}.weight_packed"] = pack_to_int32(
-            integers.numbers.to(torch.int8), bits_of(m.quantizer.grid)
-        )
-        scale = integers.scale.reshape(1) if integers.scale.numel() == 1 else integers.scale
+        numbers, scale = integers_of(m)
+        check_exact(name, scale, dtype)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(numbers.to(torch.int8), bits_of(m.quantizer.grid))
+        scale = scale.reshape(1) if scale.numel() == 1 else scale
         tensors[f"{name}.weight_scale"] = scale.to(dtype).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(m.weight.shape)
     left = ["lm_head.weight"] * tied  # which is the embedding's
@@ -66,22 +75,6 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
             generation.save_pretrained(place)
 
 
-def check_module(name: str, module: QuantizedModule, tied: bool) -> None:
-    """Raise unless the format can hold a module."""
-    transform, grid = module.quantizer.transform, module.quantizer.grid
-    groups = max(module.alpha.numel() // module.weight.shape[0], 1)
-    head = tied and name == "lm_head"
-    reasons = {
-        f"it holds linear layers only, got {type(module).__name__}": not isinstance(module, QuantLinear),
-        f"it has no transforms, got {transform}": transform is not None,
-        "quantized inputs are not written": module.activation is not None,
-        f"{grid} takes 9 bits as odd numbers, and it has 8": bits_of(grid) > 8,
-        "transformers does not load a head that is quantized and tied to the embedding": head,
-        "groups must divide a row": module.weight.shape[1] % groups != 0,
-    }
-    check_fits(name, "compressed-tensors", reasons)
-
-
 def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> dict[str, Any]:
     """Makes the entry of config.json, which has a group of modules for each scheme."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
@@ -92,9 +85,8 @@ def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> di
         how: dict[str, Any] = {"strategy": "tensor" if count == 1 and rows > 1 else "channel"}
         if count > rows:
             how = {"strategy": "group", "group_size": m.weight.numel() // count}
-        args = QuantizationArgs(
-            num_bits=max(bits_of(m.quantizer.grid), 2), type="int", symmetric=True, dynamic=False, **how
-        )
+        bits = max(bits_of(m.quantizer.grid), 2)
+        args = QuantizationArgs(num_bits=bits, type="int", symmetric=True, dynamic=False, **how)
         schemes.setdefault(args.model_dump_json(), (args, []))[1].append(name)
     left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in modules]
     config: dict[str, Any] = QuantizationConfig(

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files and folders that are complete or absent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields another place to write a file in; at the end the file moves to ``path``.
-
-    Raises:
-        FileNotFoundError: the folder of ``path`` is not there.
-    """
+    """Yields another place to write a file in; at the end the file moves to ``path``."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must be in a folder that is there, got {path}")
@@ -28,12 +24,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
-    """As :func:`whole_file`, for a folder. It replaces an empty one, and one that has a file ``mark``.
-
-    Raises:
-        FileNotFoundError: the folder that it is to be in is not there.
-        FileExistsError: there is something else.
-    """
+    """As :func:`whole_file`, for a folder; it replaces an empty folder or a folder with a file ``mark``."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder must be in one that is there, got {path}")

@@ -1,48 +1,39 @@
-"""A quantized weight as integers and scales: what every format writes, each in its own way."""
+"""A quantized weight as integers and scales, which every format writes in its own way."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.module import QuantizedModule
+from ..nn.pretrained import quantized_modules, record
 from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
 from ..spec.grid import Grid
+from ..spec.scale import LearnedScale, Scale
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Integers(NamedTuple):
-    """Values are ``scale * numbers``, exactly, in float32. Odd numbers stand for codes of half offset.
+def integers_of(module: QuantizedModule) -> tuple[Tensor, Tensor]:
+    """Reads a module's weight, on the CPU; a rotated weight stays in the basis in which it is quantized.
 
-    Attributes:
-        numbers: int16, (rows, columns).
-        scale: float32, (rows or 1, groups of a row).
+    Returns:
+        ``numbers``, int16, (rows, columns), and ``scale``, float32, (rows or 1, groups of a row). In float32
+        the values are exactly ``scale * numbers``; odd numbers stand for codes of half offset.
     """
-
-    numbers: Tensor
-    scale: Tensor
-
-    @property
-    def group(self) -> int:
-        """Returns how many columns share a scale."""
-        return self.numbers.shape[1] // self.scale.shape[1]
-
-    @classmethod
-    def of(cls, module: QuantizedModule) -> Integers:
-        """Reads a module's weight, on the CPU. A rotated weight stays in the basis in which it is quantized."""
-        grid, codes = module.quantizer.grid, module.codes().cpu().to(torch.int16)
-        alpha = module.alpha.detach().float().cpu() * (grid.r / (2 if grid.offset else 1))
-        scale = alpha.reshape(1 if alpha.numel() == 1 else len(codes), -1)
-        assert codes.shape[1] % scale.shape[1] == 0
-        return cls(2 * codes + 1 if grid.offset else codes, scale)
+    grid, codes = module.quantizer.grid, module.codes().cpu().to(torch.int16)
+    alpha = module.alpha.detach().float().cpu() * (grid.r / (2 if grid.offset else 1))
+    scale = alpha.reshape(1 if alpha.numel() == 1 else len(codes), -1)
+    assert codes.shape[1] % scale.shape[1] == 0
+    return (2 * codes + 1 if grid.offset else codes), scale
 
 
 def range_of(grid: Grid) -> tuple[int, int]:
     """Returns the least and the greatest number of a grid."""
-    low, high = (2 * c + 1 if grid.offset else c for c in (grid.qmin, grid.qmax))
-    return low, high
+    return (2 * grid.qmin + 1, 2 * grid.qmax + 1) if grid.offset else (grid.qmin, grid.qmax)
 
 
 def bits_of(grid: Grid) -> int:
@@ -52,13 +43,9 @@ def bits_of(grid: Grid) -> int:
 
 
 def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
-    """Returns the quantized modules of a model, by name.
-
-    Raises:
-        TypeError, ValueError: it is not a model, or has none.
-    """
+    """Returns the quantized modules of a model by name; raises if it has none."""
     checks.instance("model", model, nn.Module)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    modules = quantized_modules(model)
     if not modules:
         raise ValueError("model must have quantized modules to export, got none: call quantize_model first")
     return modules
@@ -67,9 +54,8 @@ def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state of a model without its quantized weights and what quantized modules add."""
     own = {
-        f"{name}.{key}" if name else key
-        for name, m in model.named_modules()
-        if isinstance(m, QuantizedModule)
+        f"{name}.{key}".lstrip(".")
+        for name, m in quantized_modules(model).items()
         for key in ("weight", EXTRA_STATE, *m.own_tensors())
     }
     return {key: t for key, t in model.state_dict(keep_vars=True).items() if key not in own}
@@ -82,16 +68,55 @@ def copied(t: Tensor) -> Tensor:
 
 def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
     """Raise unless a format's dtype holds a scale as it is."""
-    if torch.equal(scale.to(dtype).float(), scale):
-        return
-    raise ValueError(
-        f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would be"
-        f" rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you get"
-    )
+    if not torch.equal(scale.to(dtype).float(), scale):
+        raise ValueError(
+            f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would"
+            f" be rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you"
+            " get"
+        )
 
 
 def check_fits(name: str, form: str, reasons: dict[str, bool]) -> None:
-    """Raise if one of the reasons why a format cannot hold a module is true."""
+    """Raise if a reason why a format cannot hold a module is true."""
     for reason, true in reasons.items():
         if true:
             raise ValueError(f"{name} must fit {form}: {reason}")
+
+
+@torch.no_grad()
+def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Fix the scales of a model's weights where they are, rounded to a dtype, so that export changes no bit.
+
+    Formats keep scales in the model's dtype (compressed-tensors) or in float16 (GGUF); between them and float32
+    there are codes that flip. Freeze, evaluate what you get, then export it. Scales that were learned or
+    measured are fixed from now on, and the model is no longer trained as before.
+
+    Args:
+        model: as :func:`quantize_model` made it.
+        dtype: ``torch.float16`` for GGUF; the model's own for compressed-tensors; float32 only fixes them.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or a scale is 0 or infinite in ``dtype``; nothing has
+            changed then.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {checks.named(DTYPES)}, got {dtype}")
+    modules = quantized_in(model)
+    plan = []
+    for name, m in modules.items():
+        m.codes()  # measures a measured alpha
+        alpha = m.alpha.detach().to(dtype).float()
+        if not bool(((alpha > 0) & alpha.isfinite()).all()):
+            raise ValueError(
+                f"{name}.alpha must be > 0 and finite in {dtype}, got {m.alpha.min()}..{m.alpha.max()}"
+            )
+        plan.append((m, alpha))
+    for m, alpha in plan:
+        if isinstance(m.quantizer.scale, LearnedScale):
+            del m._parameters["alpha"], m._buffers["alpha_least"]
+            m.register_buffer("alpha", alpha)
+            m.weight_quantizer.shares = False
+        else:
+            m.alpha.copy_(alpha)
+        m.quantizer = replace(m.quantizer, scale=Scale.fixed(alpha))
+    record(model)

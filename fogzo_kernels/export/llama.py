@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.packing import pack
 from ..nn.module import QuantizedModule
-from .blocks import BLOCKS, Block
+from ..spec.grid import Grid
 from .files import whole_file
-from .integers import Integers, check_exact, quantized_in, range_of
+from .integers import check_exact, integers_of, quantized_in, range_of
 
 TOKENIZERS = ("none", "bytes")
-F32 = 0  # the file type of one whose matrices are of several
+F32 = 0  # the file type of a file with several types of matrices
 
 
 def gguf(
     model: nn.Module, file: str | os.PathLike[str], *, block: str | None = None, tokenizer: str = "none"
 ) -> None:
-    """Write a quantized LLaMA as GGUF; what is not quantized is float32.
+    """Write a quantized LLaMA as GGUF, with plain tensors in float32.
 
-    Its values are those of the model, bit for bit, where scales are float16 numbers (:func:`freeze_scales_`).
+    The file keeps the model's values, bit for bit, if scales are float16 numbers (:func:`freeze_scales_`).
     llama.cpp rounds a product's inputs to 8 bits, so its logits are near the model's, not the same.
 
     Args:
         model: ``LlamaForCausalLM`` of transformers, as :func:`quantize_model` made it.
-        file: there whole or not at all; one that is there is replaced.
+        file: complete or absent; an old file is replaced.
         block: ``"Q1_0"``, ``"Q2_0"``, ``"TQ2_0"``, ``"Q2_K"``, ``"Q4_0"`` or ``"Q8_0"`` for all quantized
             weights; None takes for each the first of these that holds its grid and divides its groups.
         tokenizer: ``"none"``, or ``"bytes"`` for a vocabulary of 256 bytes.
@@ -35,7 +37,7 @@ def gguf(
     Raises:
         TypeError, ValueError: the format cannot hold the model; the message names the module and the reason.
             Nothing is written then.
-        OSError: the file cannot be written; one that was there stays.
+        OSError: the file cannot be written; an old file stays.
         ModuleNotFoundError: ``gguf`` is not installed.
     """
     import gguf as library
@@ -56,13 +58,12 @@ def gguf(
                 continue
             target = f"{names.get_name(name)}.{last}"
             order = order_of(name, t.shape[0], config)
-            m = modules.get(name) if last == "weight" else None
-            if m is None:
+            if last == "bias" or name not in modules:
                 writer.add_tensor(target, t.detach().float().cpu()[order].numpy())
                 continue
-            rows = encoded(m, chosen[name], order).view(torch.int8).numpy()
+            rows = encoded(modules[name], chosen[name], order).view(torch.int8).numpy()
             # as int8 the shape is taken as it is given: the library does not know the newest types
-            writer.add_tensor(target, rows, tuple(m.weight.shape), chosen[name].number)
+            writer.add_tensor(target, rows, tuple(t.shape), chosen[name].number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -84,26 +85,75 @@ def check_model(model: nn.Module, config: Any, block: str | None, tokenizer: str
         raise ValueError(f"tokenizer must be 'none' unless there are 256 tokens, got {config.vocab_size}")
 
 
-def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
-    """Chooses the block that a weight is written in.
+# ---- blocks: some numbers of a row and one float16 scale d, in the bits of ggml's ggml-quants.c
 
-    Raises:
-        ValueError: none holds it.
-    """
-    how = module.quantizer
-    if how.transform is not None or module.activation is not None:
-        what = how.transform or "a quantized input"
+
+class Block(NamedTuple):
+    """Writes a type of block: ``size`` numbers of ``low..high``."""
+
+    number: int  # of the type in a file
+    size: int
+    low: int
+    high: int
+    odd: bool  # whether it holds odd numbers only
+    #: Makes bytes, (blocks, bytes), of numbers, int16, (blocks, size), and the bytes of d, (blocks, 2).
+    write: Callable[[Tensor, Tensor], list[Tensor]]
+    file_type: int  # of a file whose weights all have this type (llama.cpp's ``llama_ftype``)
+    mirrored: bool = False  # whether a scale below 0 may stand for -high..-low
+
+    def holds(self, grid: Grid) -> bool:
+        """Whether it holds all numbers of a grid."""
+        low, high = range_of(grid)
+        fits = self.low <= low and high <= self.high
+        mirrored = self.mirrored and self.low <= -high and -low <= self.high
+        return (fits or mirrored) and (bool(grid.offset) or not self.odd)
+
+    def encode(self, numbers: Tensor, scale: Tensor) -> Tensor:
+        """Makes bytes, (rows, bytes), of int16 numbers, (rows, columns), and a float32 scale for each group."""
+        rows, columns = numbers.shape
+        if numbers.numel() and (numbers.min() < self.low or numbers.max() > self.high):
+            numbers, scale = -numbers, -scale
+        each = scale.repeat_interleave(columns // scale.shape[1], dim=1)[:, :: self.size]
+        d = each.to(torch.float16).reshape(-1, 1).view(torch.uint8)
+        return torch.cat(self.write(numbers.reshape(-1, self.size), d), dim=1).view(rows, -1)
+
+
+def _bytes(numbers: Tensor) -> Tensor:
+    return numbers.to(torch.uint8)
+
+
+def _q2_k(numbers: Tensor, d: Tensor) -> list[Tensor]:
+    """Values are d (2 q - 3): all sixteen sub-blocks have scale 2 and minimum 3, both in units of d."""
+    scales = torch.full((len(numbers), 16), 3 << 4 | 2, dtype=torch.uint8)
+    return [scales, pack(_bytes((numbers + 3) // 2), 2, apart=32), d, d]
+
+
+#: By name, the smallest first. Values are d times the numbers.
+BLOCKS = {
+    "Q1_0": Block(41, 128, -1, 1, True, lambda n, d: [d, pack(_bytes(n > 0), 1)], 40),
+    "Q2_0": Block(42, 64, -1, 2, False, lambda n, d: [d, pack(_bytes(n + 1), 2)], 41, mirrored=True),
+    "TQ2_0": Block(35, 256, -1, 2, False, lambda n, d: [pack(_bytes(n + 1), 2, 32), d], 37, mirrored=True),
+    "Q2_K": Block(10, 256, -3, 3, True, _q2_k, 10),
+    "Q4_0": Block(2, 32, -8, 7, False, lambda n, d: [d, pack(_bytes(n + 8), 4, 16)], 2, mirrored=True),
+    "Q8_0": Block(8, 32, -128, 127, False, lambda n, d: [d, n.to(torch.int8).view(torch.uint8)], 7),
+}
+
+
+def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
+    """Chooses the block that a weight is written in, or raises if none holds it."""
+    grid, transform = module.quantizer.grid, module.quantizer.transform
+    if transform is not None or module.activation is not None:
+        what = transform or "a quantized input"
         raise ValueError(f"{name} must have neither transform nor quantized inputs for GGUF, got {what}")
-    integers = Integers.of(module)
-    check_exact(name, integers.scale, torch.float16)
-    low, high = range_of(how.grid)
-    holding = {key: block for key, block in BLOCKS.items() if block.holds(low, high, bool(how.grid.offset))}
-    fitting = [key for key, block in holding.items() if integers.group % block.size == 0]
+    numbers, scale = integers_of(module)
+    check_exact(name, scale, torch.float16)
+    group = numbers.shape[1] // scale.shape[1]
+    fitting = [key for key, block in BLOCKS.items() if block.holds(grid) and group % block.size == 0]
     if not fitting or (asked is not None and asked not in fitting):
         sizes = ", ".join(f"{key} of {block.size}" for key, block in BLOCKS.items())
         raise ValueError(
-            f"{name} must fit a block of GGUF{'' if asked is None else ' ' + asked}, got {how.grid} with groups"
-            f" of {integers.group}: blocks that hold the grid must divide a group ({sizes}), got"
+            f"{name} must fit a block of GGUF{'' if asked is None else ' ' + asked}, got {grid} with groups of"
+            f" {group}: blocks that hold the grid must divide a group ({sizes}), got"
             f" {', '.join(fitting) or 'none'} that would"
         )
     return BLOCKS[asked or fitting[0]]
@@ -111,17 +161,16 @@ def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
 
 def encoded(module: QuantizedModule, block: Block, order: Tensor) -> Tensor:
     """Makes rows of blocks, in the order of the file."""
-    integers = Integers.of(module)
-    return block.encode(integers.numbers[order], integers.scale.expand(len(order), -1)[order])
+    numbers, scale = integers_of(module)
+    return block.encode(numbers[order], scale.expand(len(order), -1)[order])
 
 
 def order_of(name: str, rows: int, config: Any) -> Tensor:
     """Orders rows as llama.cpp wants them: of q and k, transformers' halves of a head become pairs."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-        name.rpartition(".")[2]
-    )
-    rows_now = torch.arange(rows)
-    return rows_now if heads is None else rows_now.view(heads, 2, -1).transpose(1, 2).flatten()
+    order = torch.arange(rows)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = heads.get(name.rpartition(".")[2])
+    return order if count is None else order.view(count, 2, -1).transpose(1, 2).flatten()
 
 
 def describe(writer: Any, config: Any, tokenizer: str, file_type: int, library: Any) -> None:

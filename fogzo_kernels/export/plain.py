@@ -1,10 +1,11 @@
-"""safetensors and load: any quantized model in one file that a few lines of NumPy read."""
+"""safetensors and load: any quantized model in a file that a few lines of NumPy read."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..distributed.packing import code_bits, pack_codes, unpack_codes
 from ..functional import dequantize, hadamard
 from ..nn.module import QuantizedModule
+from ..nn.pretrained import quantized_modules
 from ..nn.registry import quantized_form
 from ..nn.weight import WeightQuantizer
 from ..ops import checks
@@ -39,11 +41,11 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Args:
         model: as :func:`quantize_model` made it, of any architecture.
-        file: there whole or not at all; one that is there is replaced.
+        file: complete or absent; an old file is replaced.
 
     Raises:
         TypeError, ValueError: ``model`` has no quantized modules.
-        OSError: the file cannot be written; one that was there stays.
+        OSError: the file cannot be written; an old file stays.
         ModuleNotFoundError: ``safetensors`` is not installed.
     """
     from safetensors.torch import save_file
@@ -59,17 +61,24 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
         else:
             tensors[key] = copied(t)
     for name, m in modules.items():
-        prefix = f"{name}." if name else ""
-        key = f"{prefix}weight"
+        key = f"{name}.weight".lstrip(".")
         if "input_alpha" in m._parameters:
-            tensors[f"{prefix}input_alpha"] = copied(m.input_alpha)
+            tensors[f"{name}.input_alpha".lstrip(".")] = copied(m.input_alpha)
         if first.setdefault(id(m.weight), key) != key:
             tied[key] = first[id(m.weight)]
             continue
-        grid = m.quantizer.grid
+        grid, transform = m.quantizer.grid, m.quantizer.transform
         tensors[f"{key}.codes"] = pack_codes(m.codes().cpu(), grid, code_bits(grid))
         tensors[f"{key}.alpha"] = copied(m.alpha)
-        quantized[key] = Weight.of(m).to_dict()
+        quantized[key] = {
+            "shape": tuple(m.weight.shape),
+            "bits": code_bits(grid),
+            **asdict(grid),
+            "outputs": m.OUTPUTS,
+            "transform": transform and transform.block,
+            "activation": m.activation and m.activation.to_dict(),
+            "straight_through": asdict(m.quantizer.straight_through),
+        }
     said = {"quantized": json.dumps(quantized), "tied": json.dumps(tied)}
     metadata = {"format": FORMAT, "version": VERSION, **said}
     with whole_file(file) as place:
@@ -77,66 +86,40 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
 
 class Weight(NamedTuple):
-    """Says how a weight of a file is quantized."""
+    """A quantized weight of a file."""
 
-    shape: tuple[int, ...]
-    outputs: int  # the dimension that counts them
-    grid: Grid
-    transform: Hadamard | None
-    straight_through: StraightThrough
+    values: Tensor  # float32, in the model's basis also where the weight is rotated
+    alpha: Tensor
+    quantizer: Quantizer
     activation: Quantizer | None
 
     @classmethod
-    def of(cls, module: QuantizedModule) -> Weight:
-        how, shape = module.quantizer, tuple(module.weight.shape)
-        return cls(shape, module.OUTPUTS, how.grid, how.transform, how.straight_through, module.activation)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "bits": code_bits(self.grid),
-            **asdict(self.grid),
-            "outputs": self.outputs,
-            "transform": self.transform and self.transform.block,
-            "activation": self.activation and self.activation.to_dict(),
-            "straight_through": asdict(self.straight_through),
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Weight:
+    def of(cls, data: dict[str, Any], stream: Tensor, alpha: Tensor) -> Weight:
+        """Reads an entry of ``quantized`` with its packed codes."""
         grid = Grid(*(data[name] for name in ("qmin", "qmax", "offset", "r")))
         transform = None if data["transform"] is None else Hadamard(data["transform"])
-        how = StraightThrough(**data["straight_through"])
+        how = Quantizer(grid, Scale.fixed(alpha), StraightThrough(**data["straight_through"]), transform)
         activation = None if data["activation"] is None else Quantizer.from_dict(data["activation"])
-        return cls(tuple(data["shape"]), data["outputs"], grid, transform, how, activation)
-
-    def values(self, stream: Tensor, alpha: Tensor) -> Tensor:
-        """Makes float32 values of the weight's shape; a rotated weight comes back to the model's basis."""
-        others = [n for d, n in enumerate(self.shape) if d != self.outputs]
-        columns = torch.Size(others).numel()
-        codes = unpack_codes(stream, columns, self.grid, code_bits(self.grid))
-        rows = dequantize(codes, alpha, grid=self.grid, dtype=torch.float32)
-        if self.transform is not None:
-            rows = hadamard(rows, block=self.transform.block)
-        return rows.view(self.shape[self.outputs], *others).movedim(0, self.outputs)
+        shape, outputs = data["shape"], data["outputs"]
+        others = [n for d, n in enumerate(shape) if d != outputs]
+        codes = unpack_codes(stream, math.prod(others), grid, code_bits(grid))
+        rows = dequantize(codes, alpha, grid=grid, dtype=torch.float32)
+        if transform is not None:
+            rows = hadamard(rows, block=transform.block)
+        return cls(rows.view(shape[outputs], *others).movedim(0, outputs), alpha, how, activation)
 
 
-class File(NamedTuple):
-    """Has the content of a file."""
-
-    path: str | os.PathLike[str]
-    tensors: dict[str, Tensor]
-    quantized: dict[str, Weight]
-    tied: dict[str, str]
+#: Plain tensors, quantized weights, and for each tied weight the name that has its values.
+Content = tuple[dict[str, Tensor], dict[str, Weight], dict[str, str]]
 
 
 @torch.no_grad()
 def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Put what :func:`safetensors` wrote into a model of that architecture, for inference.
 
-    Modules whose weights were quantized become plain ones with those values; with a transform or quantized
-    inputs they are quantized ones with fixed scales. Outputs are those of the model that was written, bit for
-    bit, in the same dtype and on the same device.
+    Modules with quantized weights become plain modules with the quantized values; with a transform or quantized
+    inputs they become quantized modules with fixed scales. Outputs equal the written model's, bit for bit, in
+    the same dtype and on the same device.
 
     Args:
         file: as :func:`safetensors` wrote it.
@@ -146,26 +129,25 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         ``model``, in place.
 
     Raises:
-        ValueError: the file is damaged or another one, or does not fit the model: names or shapes differ. The
-            model is then as it was.
+        ValueError: the file is damaged, of another format, or does not fit the model: names or shapes differ.
+            The model is then as it was.
         FileNotFoundError: there is no file.
     """
     checks.instance("model", model, nn.Module)
-    opened = read(file)
-    check_fits(opened, model)
-    tensors, modules, state = opened.tensors, dict(model.named_modules()), model.state_dict(keep_vars=True)
-    values = {k: w.values(tensors[f"{k}.codes"], tensors[f"{k}.alpha"]) for k, w in opened.quantized.items()}
-    for key, w in opened.quantized.items():
-        names = [key, *(name for name, other in opened.tied.items() if other == key)]
+    tensors, quantized, tied = content = read(file)
+    check_fits(file, content, model)
+    modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
+    for key, w in quantized.items():
+        names = [key, *(name for name, other in tied.items() if other == key)]
         paths = [name.rpartition(".")[0] for name in names]
         for path in paths:
             if isinstance(modules[path], QuantizedModule):
                 modules[path].to_plain()
-        state[key].copy_(values[key])
-        if w.transform is None and w.activation is None:
+        state[key].copy_(w.values)
+        if w.quantizer.transform is None and w.activation is None:
             continue
-        alpha = tensors[f"{key}.alpha"].to(state[key].device)
-        how = Quantizer(w.grid, Scale.fixed(alpha), w.straight_through, w.transform)
+        alpha = w.alpha.to(state[key].device)
+        how = replace(w.quantizer, scale=Scale.fixed(alpha))
         for path in paths:
             form, input_alpha = quantized_form(modules[path]), tensors.get(f"{path}.input_alpha".lstrip("."))
             assert form is not None
@@ -174,13 +156,13 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             if input_alpha is not None and module.input_quantizer is not None:
                 module.input_quantizer.set_alpha(module, input_alpha.to(alpha.device))
     for name, t in tensors.items():
-        if name in state and name not in values:
+        if name in state and name not in quantized:
             state[name].copy_(t)
     return model
 
 
-def read(file: str | os.PathLike[str]) -> File:
-    """Read a file; raise :class:`ValueError` if it is damaged, or not of this format and version."""
+def read(file: str | os.PathLike[str]) -> Content:
+    """Reads a file; raises if it is damaged, or not of this format and version."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).exists():
@@ -195,35 +177,36 @@ def read(file: str | os.PathLike[str]) -> File:
     if kind != (FORMAT, VERSION):
         raise ValueError(f"file must be of format {FORMAT} and version {VERSION}, got {kind} in {file}")
     try:
-        quantized = {key: Weight.from_dict(data) for key, data in json.loads(metadata["quantized"]).items()}
-        return File(file, tensors, quantized, json.loads(metadata["tied"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"file must say how its weights are quantized, got {file}: {error!r}") from error
+        quantized = {
+            key: Weight.of(data, tensors.pop(f"{key}.codes"), tensors.pop(f"{key}.alpha"))
+            for key, data in json.loads(metadata["quantized"]).items()
+        }
+        return tensors, quantized, json.loads(metadata["tied"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"file must have its weights and say how they are quantized, got {file}: {error!r}"
+        ) from error
 
 
-def check_fits(file: File, model: nn.Module) -> None:
+def check_fits(file: object, content: Content, model: nn.Module) -> None:
     """Raise unless a file has what a model has, in the same shapes."""
+    tensors, quantized, tied = content
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     modules = dict(model.named_modules())
     there = {name: tuple(t.shape) for name, t in plain_tensors(model).items()}
-    quantized = {name: m for name, m in modules.items() if isinstance(m, QuantizedModule)}
-    there |= {f"{name}.weight".lstrip("."): tuple(m.weight.shape) for name, m in quantized.items()}
-    shapes = {name: tuple(t.shape) for name, t in file.tensors.items()}
-    for key, w in file.quantized.items():
-        for part in ("codes", "alpha"):
-            if shapes.pop(f"{key}.{part}", None) is None:
-                raise ValueError(f"file must have {key}.{part}, got none in {file.path}")
-        shapes[key] = w.shape
-    inputs = {key.removesuffix("weight") + "input_alpha" for key in (*file.quantized, *file.tied)}
-    shapes = {name: shape for name, shape in shapes.items() if name not in inputs}
-    shapes |= {name: shapes[other] for name, other in file.tied.items()}
+    there |= {f"{n}.weight".lstrip("."): tuple(m.weight.shape) for n, m in quantized_modules(model).items()}
+    for key in (*quantized, *tied):
+        shapes.pop(key.removesuffix("weight") + "input_alpha", None)
+    shapes |= {key: tuple(w.values.shape) for key, w in quantized.items()}
+    shapes |= {name: shapes[other] for name, other in tied.items()}
     odd = sorted(there.keys() ^ shapes.keys()) or sorted(n for n in there if there[n] != shapes[n])
     if odd:
         name = odd[0]
         raise ValueError(
-            f"file must fit the model, got {name} of shape {shapes.get(name)} in {file.path} and of shape"
+            f"file must fit the model, got {name} of shape {shapes.get(name)} in {file} and of shape"
             f" {there.get(name)} in the model{f', and {len(odd) - 1} more' if odd[1:] else ''}"
         )
-    for key in file.quantized:
+    for key in quantized:
         module = modules.get(key.rpartition(".")[0])
         if not isinstance(module, QuantizedModule) and (module is None or quantized_form(module) is None):
             raise ValueError(f"model must have a module for {key} that can be quantized, got {module}")

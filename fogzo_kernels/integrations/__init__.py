@@ -1,1 +1,1 @@
-"""What other libraries call; each module here imports one of them, and nothing else of the package does."""
+"""Entry points for other libraries; each module here imports one library, which nothing else imports."""

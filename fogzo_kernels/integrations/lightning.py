@@ -29,8 +29,8 @@ class FogzoMixin:
 
     Set :attr:`fogzo_options` before ``fit``: options of :class:`Fogzo` but for ``total_steps``, which is the
     Trainer's ``estimated_stepping_batches``; and ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to
-    go on with other ones: ``["total_steps"]`` to train for more steps than the checkpoint's run. The model is
-    one from ``quantize_model``. Any optimizer will do.
+    go on with other options: ``["total_steps"]`` to train for more steps than the checkpoint's run. The model
+    comes from ``quantize_model``. Any optimizer will do.
 
     Raises:
         ValueError: at the first step, for what FOGZO cannot run: a strategy that is neither DDP nor of one
@@ -52,16 +52,16 @@ class FogzoMixin:
 
     @property
     def fogzo(self: Any) -> Fogzo:
-        """Made where it is asked for first, in ``training_step`` or by the first step."""
+        """The estimator, which its first use makes, in ``training_step`` or by the first step."""
         if self._fogzo is None:
-            object.__setattr__(self, "_fogzo", self._new_fogzo())  # it has the model, and is no part of it
+            object.__setattr__(self, "_fogzo", self._new_fogzo())  # no submodule: it has the model
         fogzo: Fogzo = self._fogzo
         return fogzo
 
     def optimizer_step(
         self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """A step of the optimizer, which begins with the passes."""
+        """Runs the passes, then a step of the optimizer."""
         closure = optimizer_closure
         if self.trainer.fit_loop._skip_backward:
             closure()  # of StochasticWeightAveraging, for statistics of BatchNorm: no step
@@ -89,24 +89,19 @@ class FogzoMixin:
 
         super().optimizer_step(epoch, batch_idx, optimizer, passes)  # type: ignore[misc]
 
-    @property
-    def _scaler(self: Any) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
     def _run(self: Any, probe: Pass, step: Callable[[], Any], last: bool) -> Any:
-        """One micro-batch of a pass; gradients are exchanged with the last."""
-        model = self.trainer.strategy.model
+        """Runs a micro-batch of a pass; the last exchanges gradients."""
+        model, scaler = self.trainer.strategy.model, getattr(self.trainer.precision_plugin, "scaler", None)
         alone = probe.sign == 0 and not last and isinstance(model, DistributedDataParallel)
         with model.no_sync() if alone else nullcontext():
             output = step()
             if output.closure_loss is None:
                 raise ValueError("training_step must return a loss in each pass of FOGZO, got None")
-            scaler = self._scaler
             probe.backward(output.closure_loss if scaler is None else scaler.scale(output.closure_loss))
         return output
 
     def _or_later(self: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-        """``training_step``, but with more micro-batches to come it keeps what it was given, and gives 0."""
+        """Makes a ``training_step`` that keeps its arguments and returns 0 until the last micro-batch."""
 
         def training_step(*arguments: Any) -> Any:
             loop = self.trainer.fit_loop
@@ -120,17 +115,17 @@ class FogzoMixin:
     def _new_fogzo(self: Any) -> Fogzo:
         trainer = self.trainer
         model: nn.Module = trainer.strategy.model
-        if self._scaler is not None and not self.automatic_optimization:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and not self.automatic_optimization:
             raise ValueError(
                 "precision must need no gradient scaler for FOGZO with manual optimization, got"
                 f" {trainer.precision!r}"
             )
         shared = self.automatic_optimization and isinstance(model, DistributedDataParallel)
         if model is not self and not shared:
-            name = type(trainer.strategy).__name__
             raise ValueError(
                 "strategy must be DDP or of a single device for FOGZO, of a single device with manual"
-                f" optimization, got {name}"
+                f" optimization, got {type(trainer.strategy).__name__}"
             )
         if "total_steps" in self.fogzo_options:
             raise ValueError("fogzo_options must not have total_steps, which the Trainer knows")
@@ -147,7 +142,7 @@ class FogzoMixin:
         return fogzo
 
     def on_fit_start(self: Any) -> None:
-        """Another ``fit`` is another run."""
+        """Begins a new run."""
         object.__setattr__(self, "_fogzo", None)
         self._waiting = ()
         if self.automatic_optimization and self.trainer.accumulate_grad_batches != 1:
@@ -155,22 +150,22 @@ class FogzoMixin:
         super().on_fit_start()  # type: ignore[misc]
 
     def on_fit_end(self: Any) -> None:
-        """What was put before ``training_step`` goes."""
+        """Restores ``training_step``."""
         self.__dict__.pop("training_step", None)
         super().on_fit_end()  # type: ignore[misc]
 
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        """Its state goes with the model's."""
+        """Adds the state of FOGZO."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         if self._fogzo is not None:
             checkpoint[KEY] = self._fogzo.state_dict()
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        """Kept until the first step."""
+        """Keeps the state of FOGZO until the first step."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         self._state = checkpoint.get(KEY)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but not in a probe."""
+        """Logs, except in a probe."""
         if not self.probing:
             super().log(*args, **kwargs)  # type: ignore[misc]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..train.fogzo import Fogzo
-from ..train.step import Pass
 
 STATE = "fogzo.pt"  # in a checkpoint's folder
 REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
@@ -31,9 +29,9 @@ class FogzoMixin:
 
     Args:
         fogzo: options of :class:`Fogzo` but for ``total_steps``, which is the Trainer's ``max_steps``; and
-            ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to resume with other ones:
+            ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to resume with others:
             ``["total_steps"]`` to train for more steps than the checkpoint's run.
-        args, kwargs: as for the Trainer. The model is one from ``quantize_model``.
+        args, kwargs: as for the Trainer. The model comes from ``quantize_model``.
 
     Raises:
         ValueError: at the first step, an option is wrong, or the model is one of DeepSpeed, FSDP, Megatron or
@@ -52,10 +50,8 @@ class FogzoMixin:
         self.fogzo: Fogzo | None = None
         self._resumed: str | None = None  # the checkpoint's folder
         self._awaited = 1  # micro-batches of the step
-        self._batches: list[Any] = []  # micro-batches that have come so far
+        self._batches: list[Any] = []  # that have come
         super().__init__(*args, **kwargs)
-
-    # ---- a step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -63,11 +59,7 @@ class FogzoMixin:
         return samples
 
     def training_step(self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """With the last micro-batch of a step, all passes of all of them; 0 with those before.
-
-        Returns:
-            The loss of the gradient pass, 0-dim.
-        """
+        """Runs all passes at the last micro-batch of a step; returns the gradient pass's loss, or 0 before."""
         total = torch.zeros((), dtype=torch.float32, device=self.args.device)
         self._batches.append(inputs)
         if len(self._batches) < self._awaited:
@@ -75,30 +67,25 @@ class FogzoMixin:
         batches, self._batches = self._batches, []
         if self.fogzo is None:
             self.fogzo = self._new_fogzo(model)
+        scaler = getattr(self.accelerator, "scaler", None)
         for probe in self.fogzo.probes():
             with probe:
-                for i, batch in enumerate(batches):
-                    alone = probe.sign == 0 and i < len(batches) - 1
-                    with self.accelerator.no_sync(model) if alone else nullcontext(), self._backward_by(probe):
-                        loss = super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
-                    if probe.sign == 0:
-                        total += loss
+
+                def backward(loss: Tensor, probe: Any = probe, **kwargs: Any) -> None:
+                    probe.backward(loss if scaler is None else scaler.scale(loss))
+
+                self.accelerator.backward = backward  # hides the class's own
+                try:
+                    for i, batch in enumerate(batches):
+                        alone = probe.sign == 0 and i < len(batches) - 1
+                        with self.accelerator.no_sync(model) if alone else nullcontext():
+                            loss = super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
+                        if probe.sign == 0:
+                            total += loss
+                finally:
+                    del self.accelerator.backward
         self.fogzo.estimate_()
         return total
-
-    @contextmanager
-    def _backward_by(self: Any, probe: Pass) -> Iterator[None]:
-        """The Trainer hands its loss to a pass."""
-        scaler = getattr(self.accelerator, "scaler", None)
-
-        def backward(loss: Tensor, **kwargs: Any) -> None:
-            probe.backward(loss if scaler is None else scaler.scale(loss))
-
-        self.accelerator.backward = backward  # hides the class's own
-        try:
-            yield
-        finally:
-            del self.accelerator.backward
 
     def _new_fogzo(self: Any, model: nn.Module) -> Fogzo:
         kind = self.accelerator.distributed_type
@@ -116,8 +103,6 @@ class FogzoMixin:
             state = torch.load(path, map_location=fogzo.device, weights_only=True)
             fogzo.load_state_dict(state, may_differ=self._may_differ)
         return fogzo
-
-    # ---- checkpoints and logs
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.fogzo, self._batches = None, []

@@ -1,4 +1,4 @@
-"""``transformers``: a quantized model that ``save_pretrained`` wrote comes back from ``from_pretrained`` so.
+"""``transformers``: ``from_pretrained`` loads a quantized model that ``save_pretrained`` wrote.
 
 Import it before loading: ``import fogzo_kernels.integrations.transformers``. Without it ``transformers`` warns
 that it does not know the type "fogzo", and loads the latents into a plain model. Saving needs no import.
@@ -32,11 +32,7 @@ from ..spec.scale import Scale
 
 @register_quantization_config(METHOD)
 class FogzoConfig(QuantizationConfigMixin):
-    """What a checkpoint says of its quantized modules; ``quantize_model`` writes it into the model's config.
-
-    Raises:
-        ValueError: it is not as ``quantize_model`` writes it.
-    """
+    """The quantized modules of a checkpoint; ``quantize_model`` writes it into the model's config."""
 
     quant_method: Any
 
@@ -46,13 +42,13 @@ class FogzoConfig(QuantizationConfigMixin):
         self.entries()
 
     def entries(self) -> dict[str, Entry]:
-        """What each module is to become, by its name in the model that was saved."""
+        """How each module is quantized, by its name in the saved model."""
         return pretrained.entries({"quantizers": self.quantizers, "modules": self.modules})
 
 
 @register_quantizer(METHOD)
 class FogzoQuantizer(HfQuantizer):
-    """Makes the modules of a checkpoint quantized ones before its tensors are loaded into them."""
+    """Quantizes the modules of a checkpoint before its tensors are loaded into them."""
 
     quantization_config: FogzoConfig
 
@@ -65,29 +61,30 @@ class FogzoQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        found = located(model, self.quantization_config.entries())
-        check_all_named(model, found, kwargs.get("checkpoint_files") or [])
-        plan = [(n, module, entry, empty_alpha(n, module, entry)) for n, (module, entry) in found.items()]
-        for name, module, entry, alpha in plan:
-            form = quantized_form(module)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        named = located(model, self.quantization_config.entries(), modules)
+        check_all_named(model, named, modules, kwargs.get("checkpoint_files") or [])
+        alphas = {name: empty_alpha(name, modules[name], entry) for name, entry in named.items()}
+        for name, entry in named.items():
+            form = quantized_form(modules[name])
             assert form is not None
             weight = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
-            form.from_plain(module, weight, alpha=alpha, activation=entry.activation)
+            form.from_plain(modules[name], weight, alpha=alphas[name], activation=entry.activation)
         fast_path.update(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype to load a tensor in; an alpha must have its own, as a cast one would move all values."""
+        """The dtype to load a tensor in. A cast alpha would move all values, so it raises."""
         targets = getattr(converter, "target_patterns", [])
         if any(target.rpartition(".")[2] == "alpha" for target in targets):
             got = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
             if got not in ("F32", torch.float32):
                 raise ValueError(f"{targets[0]} must be float32, got {got}: was the checkpoint cast?")
-        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return found
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+        modules = pretrained.quantized_modules(model)
         missing = [f"{name}.{key}" for name, m in modules.items() for key in not_loaded(m)]
         if missing:
             raise ValueError(
@@ -113,83 +110,72 @@ class FogzoQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
+    is_trainable = is_qat_trainable = True
 
 
-def located(model: PreTrainedModel, entries: dict[str, Entry]) -> dict[str, tuple[nn.Module, Entry]]:
-    """The entries' modules in a model, which may be the saved one's base model, or have another head.
-
-    Raises:
-        ValueError: the model lacks one that it should have, or has none of them.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
+def located(model: PreTrainedModel, entries: dict[str, Entry], modules: Container[str]) -> dict[str, Entry]:
+    """Returns entries by the names of a model, the saved model or its base, maybe with another head."""
     kind, saved_as = type(model).__name__, model.config.architectures or []
-    found, absent = {}, []
+    named, absent = {}, []
     for name, entry in entries.items():
         where = place(model, name, modules)
         if where is not None:
-            found[where] = (modules[where], entry)
+            named[where] = entry
         elif kind in saved_as or name.startswith(f"{model.base_model_prefix}."):
             raise ValueError(f"{kind} must have the quantized module {name}, got none")
         else:
             absent.append(name)
-    if not found:
+    if not named:
         raise ValueError(f"{kind} must have one of the quantized modules {', '.join(absent)}, got none")
     if absent:
         warnings.warn(f"{', '.join(absent)} of {saved_as} is no module of {kind}: left out", stacklevel=2)
-    return found
+    return named
 
 
 def place(model: PreTrainedModel, name: str, modules: Container[str]) -> str | None:
-    """The name in this model of a module of the checkpoint, as transformers finds the place of a tensor."""
+    """Returns the name in this model of a module of the checkpoint, as transformers maps tensors."""
     base = f"{model.base_model_prefix}."
     return next((x for x in (name.removeprefix(base), base + name, name) if x in modules), None)
 
 
-def check_all_named(model: PreTrainedModel, named: Collection[str], files: Sequence[str]) -> None:
-    """Raise if a file holds the quantizer of a module that the config does not name: it would be left plain."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+def check_all_named(
+    model: PreTrainedModel, named: Collection[str], modules: Container[str], files: Sequence[str]
+) -> None:
+    """Raise if a file has the quantizer of a module that the config does not name: it would be left plain."""
     for file in files:
         if not file.endswith(".safetensors"):
             continue
         with safe_open(file, framework="pt") as tensors:
             keys = list(tensors.keys())
-        owners = [key.removesuffix(f".{EXTRA_STATE}") for key in keys if key.endswith(EXTRA_STATE)]
-        found = [where for name in owners if (where := place(model, name, modules)) not in (None, *named)]
-        if found:
-            raise ValueError(
-                f"quantization_config must name {found[0]}, whose quantizer the checkpoint holds, got none:"
-                " quantize_model was called for a part of the model that was saved, not for all of it"
-            )
+        for key in keys:
+            where = place(model, key.removesuffix(f".{EXTRA_STATE}"), modules)
+            if key.endswith(EXTRA_STATE) and where not in (None, *named):
+                raise ValueError(
+                    f"quantization_config must name {where}, whose quantizer the checkpoint holds, got none:"
+                    " quantize_model was called for a part of the model that was saved, not for all of it"
+                )
 
 
 def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
-    """The alpha of a module to load into, without values; raise if the module cannot be quantized so."""
+    """Returns a meta alpha for a module; raises if the module cannot be quantized so."""
     reason = reason_against(module)
     if reason is not None:
         raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
     check_weight(name, module)
     form, weight = quantized_form(module), module.get_parameter("weight")
     assert form is not None
-    q, shape = entry.quantizer, entry.alpha
-    if len(shape) == 2:  # of as many rows as the weight has by now: it may have been resized
+    shape = entry.alpha
+    if len(shape) == 2:  # the weight may have been resized
         shape = (weight.shape[form.OUTPUTS], *shape[1:])
     alpha = torch.empty(shape, dtype=torch.float32, device="meta")
-    like = replace(q, scale=Scale.fixed(alpha))
-    meta = torch.empty_like(weight, device="meta")
-    return alpha_of(f"{name}.weight", meta, form.OUTPUTS, like)
+    like = replace(entry.quantizer, scale=Scale.fixed(alpha))
+    return alpha_of(f"{name}.weight", torch.empty_like(weight, device="meta"), form.OUTPUTS, like)
 
 
 def not_loaded(module: QuantizedModule) -> list[str]:
-    """What a module should have got from the checkpoint, but did not; transformers marks what it loads."""
+    """Returns the tensors that the checkpoint did not have; transformers marks each tensor that it loads."""
     own = module.own_tensors()
     missing = [x for x in own if not getattr(getattr(module, x), "_is_hf_initialized", False)]
-    if vars(module).pop(EXTRA_STATE, None) is not None:  # what transformers puts there where it found none
+    if vars(module).pop(EXTRA_STATE, None) is not None:  # transformers puts it there where it had none
         missing.append(EXTRA_STATE)
     return missing

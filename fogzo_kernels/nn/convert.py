@@ -17,7 +17,7 @@ from . import fast_path, pretrained
 from .inputs import check_activation
 from .module import QuantizedModule
 from .registry import check_weight, quantized_form, weights_of
-from .replaced import guard_merges, settle
+from .replaced import guard_merge, settle
 from .report import WEIGHTS, Report, Row
 from .rules import Choice, Rule, Which, choose
 from .tied import check_shared, share_alphas, watch
@@ -83,19 +83,16 @@ def quantize_model(
         check_weight(c.unit.names[0], c.unit.module)
     check_shared(model, {c.unit.module: c.quantizer for c in chosen if c.quantizer is not None})
     pretrained.check(model)
-    plan = _planned(model, chosen)
-    for c, (alpha, tensor_id) in zip(chosen, plan, strict=True):
-        form = quantized_form(c.unit.module)
-        assert form is not None
-        assert c.quantizer is not None
-        weight = WeightQuantizer(c.quantizer, tensor_id, c.unit.names[0], backend)
+    plan = _planned(model, chosen, backend)
+    for c, (form, weight, alpha) in zip(chosen, plan, strict=True):
         form.from_plain(c.unit.module, weight, alpha=alpha, activation=c.activation)
     share_alphas(model)
     HANDLERS.begin_anew(model)
     fast_path.update(model)
     watch(model)
     settle(model)
-    guard_merges(model)
+    for module in model.modules():  # adapters came before their base layers were quantized
+        guard_merge(module, module._modules.get("base_layer"))
     pretrained.record(model)
     return _report(choices)
 
@@ -111,26 +108,28 @@ def _nothing_to_do(choices: list[Choice]) -> str:
     return f"model must have a module to quantize, got none ({reasons or 'it holds no weights'})"
 
 
-def _planned(model: nn.Module, chosen: list[Choice]) -> list[tuple[Tensor, int]]:
-    """Alpha and tensor id of each; a weight of several modules has the same for all of them."""
-    present = [m.tensor_id for m in model.modules() if isinstance(m, QuantizedModule)]
-    ids: dict[Tensor, int] = {}
-    alphas: dict[Tensor, Tensor] = {}
+def _planned(
+    model: nn.Module, chosen: list[Choice], backend: str | None
+) -> list[tuple[type[QuantizedModule], WeightQuantizer, Tensor]]:
+    """Returns class, quantizer and alpha for each; a shared weight has one tensor id and equal alphas."""
+    start = 1 + max((m.tensor_id for m in pretrained.quantized_modules(model).values()), default=-1)
+    made: dict[Tensor, tuple[int, Tensor]] = {}
     plan = []
     for c in chosen:
-        weight, twin = c.unit.module.get_parameter("weight"), quantized_form(c.unit.module)
-        assert twin is not None
+        name, weight = c.unit.names[0], c.unit.module.get_parameter("weight")
+        form = quantized_form(c.unit.module)
+        assert form is not None
         assert c.quantizer is not None
-        if weight not in ids:
-            ids[weight] = max(present, default=-1) + 1 + len(ids)
-            name = f"{c.unit.names[0]}.weight" if c.unit.names[0] else "weight"
-            alphas[weight] = alpha_of(name, whole(weight), twin.OUTPUTS, c.quantizer)
-        plan.append((alphas[weight].clone(), ids[weight]))
+        if weight not in made:
+            alpha = alpha_of(f"{name}.weight".lstrip("."), whole(weight), form.OUTPUTS, c.quantizer)
+            made[weight] = start + len(made), alpha
+        tensor_id, alpha = made[weight]
+        plan.append((form, WeightQuantizer(c.quantizer, tensor_id, name, backend), alpha.clone()))
     return plan
 
 
 def _report(choices: list[Choice]) -> Report:
-    """What stands in the model now."""
+    """Describes the model as it is now."""
     quantized, left = [], []
     vectors: dict[Tensor, None] = {}
     seen: dict[Tensor, str] = {}
@@ -140,39 +139,30 @@ def _report(choices: list[Choice]) -> Report:
         vectors |= dict.fromkeys(own.vectors.values())
         new = [p for p in own.matrices.values() if p not in seen]
         numel = sum(p.numel() for p in new)
+        shapes = WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in own.matrices.items())
+        if list(own.matrices) == ["weight"]:
+            shapes = shapes.removeprefix("weight ")
         if isinstance(module, QuantizedModule):
-            weight, q, scales = module.latent, module.quantizer, module.alpha.numel()
-            tied = seen.get(weight, "")
+            tied, q, scales = seen.get(module.latent, ""), module.quantizer, module.alpha.numel()
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
-            kind = module.PLAIN.__name__
-            shapes, inputs = _shapes(own.matrices), module.activation
+            kind, inputs = module.PLAIN.__name__, module.activation
             quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
         elif own.matrices:
-            size = float(sum(p.numel() * p.element_size() for p in new))
-            kind = type(module).__name__
-            left.append(Row(name, kind, _shapes(own.matrices), numel, size, reason=c.reason or ""))
+            size, kind = float(sum(p.nbytes for p in new)), type(module).__name__
+            left.append(Row(name, kind, shapes, numel, size, reason=c.reason or ""))
         seen |= dict.fromkeys(own.matrices.values(), name)
-    return Report(
-        quantized, left, len(vectors), sum(p.numel() for p in vectors),
-        sum(p.numel() * p.element_size() for p in vectors),
-    )  # fmt: skip
-
-
-def _shapes(matrices: dict[str, Tensor]) -> str:
-    """With names, but for one that is called weight."""
-    if list(matrices) == ["weight"]:
-        return str(tuple(matrices["weight"].shape))
-    return WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in matrices.items())
+    numel, total = sum(p.numel() for p in vectors), sum(p.nbytes for p in vectors)
+    return Report(quantized, left, len(vectors), numel, total)
 
 
 def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
     checks.instance("model", model, nn.Module)
-    found = [m for m in model.modules() if isinstance(m, QuantizedModule)]
-    if not found:
+    modules = list(pretrained.quantized_modules(model).values())
+    if not modules:
         raise ValueError(f"model must have quantized modules to {what}, got none")
-    if any(m.pass_weight is not None for m in found):
+    if any(m.pass_weight is not None for m in modules):
         raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
-    return found
+    return modules
 
 
 @torch.no_grad()
@@ -223,33 +213,32 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
     checks.instance("model", model, nn.Module)
     if not callable(run):
         raise TypeError(f"run must be a function that runs the model, got {type(run).__name__}")
-    modules = {
-        name: m
+    inputs = [
+        (name or "model", m, q)
         for name, m in model.named_modules()
-        if isinstance(m, QuantizedModule) and m.activation and m.activation.learned
-    }
-    if not modules:
+        if isinstance(m, QuantizedModule) and (q := m.input_quantizer) is not None and q.quantizer.learned
+    ]
+    if not inputs:
         raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
-    inputs = {name: m.input_quantizer for name, m in modules.items() if m.input_quantizer is not None}
-    before = [(m, m.input_alpha.detach().clone(), inputs[name].calibrated) for name, m in modules.items()]
-    for q in inputs.values():
+    before = [(m.input_alpha.detach().clone(), q.calibrated) for _, m, q in inputs]
+    for _, _, q in inputs:
         q.calibrating = True
     try:
         with torch.no_grad():
             run()
-        left = [name or "model" for name, q in inputs.items() if q.calibrating]
+        left = [name for name, _, q in inputs if q.calibrating]
         if left:
             raise ValueError(
                 f"run must reach every module whose input has a learned scale, got none for {left[0]}"
                 + (f" and {len(left) - 1} more" if left[1:] else "")
             )
     except BaseException:
-        for (m, alpha, calibrated), q in zip(before, inputs.values(), strict=True):
+        for (_, m, q), (alpha, calibrated) in zip(inputs, before, strict=True):
             q.set_alpha(m, alpha)
             q.calibrated = calibrated
         raise
     finally:
-        for q in inputs.values():
+        for _, _, q in inputs:
             q.calibrating = False
 
 

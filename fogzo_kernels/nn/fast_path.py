@@ -1,33 +1,32 @@
-"""The fast path of ``nn.TransformerEncoderLayer``, which reads the weights of its layers itself.
+"""Close the fast path of ``nn.TransformerEncoderLayer``, which would compute with latents.
 
-In evaluation one fused kernel takes the layers' ``weight`` tensors and never runs the layers: with quantized
-ones it would compute with the latents. An attribute of the layer closes that path alone; with it the layer
-runs its modules, as in training. Another keeps an encoder from giving its layers nested tensors, which only the
-fast path takes.
+In evaluation a fused kernel takes the ``weight`` tensors of the layer's modules and never runs the modules. An
+attribute of the layer closes that path alone. Another attribute keeps an encoder from making nested tensors,
+which only the fast path takes.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from .module import QuantizedModule
+from .replaced import holds_quantized
 
-#: What closes the path, and with which value.
+#: Attributes and values that close the path.
 CLOSED: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
-#: Where a module keeps the value that it had before.
+#: The attribute of a module for its former value.
 KEPT = "_fogzo_fast_path"
 
 
 def update(model: nn.Module) -> None:
-    """Close the path where quantized modules are, and open it again where they were and are no more."""
+    """Close the path of each module that holds quantized modules, and open it where it holds none any more."""
     for module in model.modules():
         for kind, (name, closed) in CLOSED.items():
             if not isinstance(module, kind):
                 continue
-            quantized = any(isinstance(m, QuantizedModule) for m in module.modules())
+            quantized = holds_quantized(module)
             if quantized and not hasattr(module, KEPT):
                 setattr(module, KEPT, getattr(module, name))
                 setattr(module, name, closed)

@@ -58,33 +58,28 @@ class InputQuantizer:
         """Note whether what was loaded is a value, or NaN of a model whose inputs were not calibrated."""
         self.calibrated = not bool(loaded.isnan())
 
-    def check(self, rows: Tensor) -> None:
-        """Raise unless the transform's blocks divide the rows of an input."""
-        how = self.quantizer.transform
-        if how is not None and rows.shape[-1] % how.block:
-            raise ValueError(
-                f"activation must have a transform whose block divides a row of the input, of {rows.shape[-1]}"
-                f" elements, got {how}"
-            )
-
     def values(self, module: QuantizedModule, input: Tensor, block: int) -> Tensor:
         """The quantized input, in the basis of blocks of ``block`` elements (0: as it is)."""
         how, backend = self.quantizer, module.backend
-        rows = module.input_rows(input).contiguous()
-        self.check(rows)
-        alpha, factor, lost = self.alpha(module, rows)
-        found = quantize(rows, alpha, alpha_factor=factor, backend=backend, **how.options)
-        found = with_lost(found, lost).view(input.shape)
+        rows, alpha, factor, lost = self.scaled(module, input)
+        values = quantize(rows, alpha, alpha_factor=factor, backend=backend, **how.options)
+        values = with_lost(values, lost).view(input.shape)
         own = how.block
         if own == block:
-            return found
+            return values
         if own:  # rows are what the transform went over, whatever the input's last dimension is
-            found = rotated(module.input_rows(found), own, backend).view(input.shape)
-        return rotated(found, block, backend)
+            values = rotated(module.input_rows(values), own, backend).view(input.shape)
+        return rotated(values, block, backend)
 
-    def alpha(self, module: QuantizedModule, rows: Tensor) -> tuple[Tensor, float, Tensor | None]:
-        """Alpha of an input, the factor of its gradient, and the cells that :func:`with_lost` makes NaN."""
-        scale, factor = self.quantizer.scale, 1.0
+    def scaled(self, module: QuantizedModule, input: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """Rows of an input, alpha, its gradient's factor, and the cells that :func:`with_lost` makes NaN."""
+        rows, how = module.input_rows(input).contiguous(), self.quantizer
+        if how.block and rows.shape[-1] % how.block:
+            raise ValueError(
+                f"activation must have a transform whose block divides a row of the input, of {rows.shape[-1]}"
+                f" elements, got {how.transform}"
+            )
+        scale, factor = how.scale, 1.0
         if isinstance(scale, MeasuredScale):
             alpha = self._measured(scale, rows.detach(), module.backend)
         elif isinstance(scale, FixedScale):
@@ -92,16 +87,15 @@ class InputQuantizer:
         else:
             assert isinstance(scale, LearnedScale)
             # of LSQ: the features of a layer, which are those of a token or a sample, share it
-            factor = scale.gradient_factor(self.quantizer.grid, rows.shape[-1])
+            factor = scale.gradient_factor(how.grid, rows.shape[-1])
             alpha = self._learned(scale, module, rows)
-        alpha, lost = _usable(self.quantizer, alpha, rows) if rows.numel() else (alpha, None)
-        return alpha, factor, lost
+        alpha, lost = _usable(how, alpha, rows) if rows.numel() else (alpha, None)
+        return rows, alpha, factor, lost
 
     def _measured(self, scale: MeasuredScale, rows: Tensor, backend: str | None) -> Tensor:
-        if transforms.active():
-            found: Tensor = Measured.apply(rows, scale, self.quantizer.transform, backend)
-            return found
-        return measured(rows, scale, self.quantizer.transform, backend)
+        measure = Measured.apply if transforms.active() else Measured.forward
+        alpha: Tensor = measure(rows, scale, self.quantizer.transform, backend)
+        return alpha
 
     def _learned(self, scale: LearnedScale, module: QuantizedModule, rows: Tensor) -> Tensor:
         """The parameter, which takes its first value here while it is calibrated, in its range."""
@@ -138,20 +132,15 @@ class InputQuantizer:
         self.calibrated = True
 
 
-def measured(rows: Tensor, scale: MeasuredScale, transform: Hadamard | None, backend: str | None) -> Tensor:
-    """Alpha that a scale measures of rows."""
-    alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
-    measure_([alpha], [rows], scale, transform, backend)
-    return alpha
-
-
 @transforms.one_by_one
 class Measured(torch.autograd.Function):
-    """The same under a transform of ``torch.func``, which lets nothing be written; no gradient."""
+    """Alpha that a scale measures of rows; for transforms of ``torch.func``, which let nothing be written."""
 
     @staticmethod
     def forward(rows: Tensor, scale: MeasuredScale, transform: Hadamard | None, backend: str | None) -> Tensor:
-        return measured(rows.contiguous(), scale, transform, backend)
+        alpha = torch.empty(scale.shape_for(*rows.shape), dtype=torch.float32, device=rows.device)
+        measure_([alpha], [rows.contiguous()], scale, transform, backend)
+        return alpha
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -47,18 +47,16 @@ class QuantLinear(QuantizedModule, nn.Linear):
         """The forward by a product of codes."""
         inputs = self.input_quantizer
         assert inputs is not None
-        rows = self.input_rows(input).contiguous()
-        inputs.check(rows)
-        alpha, factor, lost = inputs.alpha(self, rows)
+        rows, alpha, factor, lost = inputs.scaled(self, input)
         own = self.pass_weight
         probe = own is not None and own.probe and own.weight is self.latent
         weight = own.rows if own is not None and probe else self.quantized_rows()
-        found: Tensor = Product.apply(
+        out: Tensor = Product.apply(
             rows, alpha, weight, self.alpha.detach(), inputs.quantizer, self.quantizer, factor, self.backend
         )
-        found = with_lost(found, lost)
-        found = found if self.bias is None else found + self.bias.to(found.dtype)
-        return found.view(*input.shape[:-1], self.out_features)
+        out = with_lost(out, lost)
+        out = out if self.bias is None else out + self.bias.to(out.dtype)
+        return out.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", int8 products" if self.product is not None else "")
@@ -132,10 +130,10 @@ class Product(torch.autograd.Function):
             weight_codes = (weight.float() / delta - q.grid.offset).round_().to(torch.int8)
         ctx.save_for_backward(rows, alpha, codes, weight)
         ctx.options = how, factor, backend
-        found = multiplied(codes, weight_codes, how.grid.offset, q.grid.offset)
-        found *= (alpha.reshape(-1, 1) * how.grid.r) * delta.view(1, -1)
+        out = multiplied(codes, weight_codes, how.grid.offset, q.grid.offset)
+        out *= (alpha.reshape(-1, 1) * how.grid.r) * delta.view(1, -1)
         enabled = torch.is_autocast_enabled(rows.device.type)
-        return found.to(torch.get_autocast_dtype(rows.device.type) if enabled else rows.dtype)
+        return out.to(torch.get_autocast_dtype(rows.device.type) if enabled else rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,12 +158,7 @@ class Product(torch.autograd.Function):
 
 
 def multiplied(codes: Tensor, other: Tensor, offset: float, other_offset: float) -> Tensor:
-    """(codes + offset) (other + other_offset)^T, float32; exact but for one rounding.
-
-    Args:
-        codes: int8, (m, k).
-        other: int8, (n, k).
-    """
+    """(codes + offset) (other + other_offset)^T of int8 (m, k) and (n, k), float32; with a rounding."""
     total = int_mm(codes, other.t())
     if codes.shape[1] > LONGEST // 4:  # four times as much would not fit
         total = total.long()

@@ -18,9 +18,8 @@ from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from .inputs import InputQuantizer, rotated
 from .parameter import VALUES, Values, read_as_values
-from .pass_weight import Deferred, PassWeight
 from .state_dict import SavedModule
-from .view import LOCAL, Placement, place, placement_of, whole
+from .view import LOCAL, Deferred, PassWeight, Placement, place, placement_of, whole
 from .weight import (
     FLOOR,
     WeightQuantizer,
@@ -142,11 +141,9 @@ class QuantizedModule(SavedModule):
     @torch.no_grad()
     def to_plain(self) -> nn.Module:
         """Turn it back, in place; its weight stays as it is."""
-        for name in self.own_tensors():
-            self._buffers.pop(name, None)
-            self._parameters.pop(name, None)
         for name in self.ADDED:
-            self.__dict__.pop(name, None)
+            for kept in (self._buffers, self._parameters, self.__dict__):
+                kept.pop(name, None)
         if self.OUTPUTS:
             self.latent.data = self.latent.data.contiguous()
         self.__class__ = self.PLAIN  # type: ignore[assignment]
@@ -165,10 +162,10 @@ class QuantizedModule(SavedModule):
     @property
     def latent(self) -> Tensor:
         """The parameter itself, also inside a forward."""
-        found = self._parameters.get(self.PARAMETER)
-        if found is None:  # PyTorch keeps here what is no Parameter, as of prune or DataParallel
-            found = self.__dict__.get(self.PARAMETER)
-        return getattr(self, self.PARAMETER) if found is None else found
+        weight = self._parameters.get(self.PARAMETER)
+        if weight is None:  # PyTorch keeps here what is no Parameter, as of prune or DataParallel
+            weight = self.__dict__.get(self.PARAMETER)
+        return getattr(self, self.PARAMETER) if weight is None else weight
 
     def order(self) -> tuple[int, ...]:
         """The weight's dimensions as its rows lie in memory, that of the outputs first.
@@ -184,37 +181,33 @@ class QuantizedModule(SavedModule):
             return plain
         return last if w.permute(last).is_contiguous() else plain
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the weight is the matrix that is quantized."""
-        return self.OUTPUTS == 0 and self.latent.ndim == 2
-
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as the matrix that is quantized; a view where memory allows it."""
-        return tensor if self.is_matrix else tensor.permute(self.order()).flatten(1)
+        if tensor.ndim == 2 and not self.OUTPUTS:
+            return tensor
+        return tensor.permute(self.order()).flatten(1)
 
     def shaped(self, rows: Tensor) -> Tensor:
         """The inverse of :meth:`rows`, a view."""
-        if self.is_matrix:
+        shape = self.latent.shape
+        if len(shape) == 2 and not self.OUTPUTS:
             return rows
-        order, shape = self.order(), self.latent.shape
+        order = self.order()
         return rows.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
 
     def in_rows(self, tensor: Tensor) -> bool:
         """Whether a tensor of the weight's shape lies in memory as rows, one behind the other."""
-        return (tensor if self.is_matrix else tensor.permute(self.order())).is_contiguous()
+        if tensor.ndim > 2 or self.OUTPUTS:
+            tensor = tensor.permute(self.order())
+        return tensor.is_contiguous()
 
     @torch.no_grad()
     def lay_out(self) -> None:
         """Put the weight's memory in rows, so that ops take it as it lies; shape and values stay."""
         if not self.in_rows(self.latent):
             self.latent.data = self.shaped(self.rows(self.latent.data).contiguous())
-
-    @property
-    def still_row(self) -> int | None:
-        """A row that the module's forward gives no gradient, or None."""
-        found: int | None = vars(self).get("padding_idx")
-        return found
+        if self.placement is not LOCAL:  # its shard may be another tensor now
+            place(self)
 
     # ---- Q(weight)
 
@@ -244,38 +237,38 @@ class QuantizedModule(SavedModule):
         """Rows of the probe, or of Q(weight) with a gradient, in the basis in which they are quantized.
 
         Raises:
-            RuntimeError: alpha was made for another weight; inside a pass, the module has another weight than
-                the one that is perturbed.
+            RuntimeError: alpha was made for another weight, or a pass perturbs another weight.
             ValueError: alpha requires grad, or is out of range.
         """
         if not fits(self) or transforms.active():
             check(self)
-        return placement_of(self).rows(self)
+        weight = self.latent
+        return placement_of(self, weight).rows(self, weight, self._rows_of)
 
-    def quantized(self, weight: Tensor, alpha: Tensor) -> Tensor:
+    def _rows_of(self, weight: Tensor, alpha: Tensor) -> Tensor:
         """Rows to run with, of the weight, or of the part of it that this process has, with its scales."""
-        held, how = self.pass_weight, self.quantizer
-        if held is not None and held.weight is not self.latent:
+        of_pass, how = self.pass_weight, self.quantizer
+        if of_pass is not None and of_pass.weight is not self.latent:
             raise RuntimeError(
                 "weight must be the parameter that Fogzo perturbs, inside a pass, got another tensor:"
                 " functional_call with other weights, say, would run with values that are not theirs"
             )
-        if held is not None and held.probe:
-            return held.values(alpha, how.grid)
+        if of_pass is not None and of_pass.probe:
+            return of_pass.values(alpha, how.grid)
         learned = how.learned
         if not learned and self.alpha.requires_grad:
             raise ValueError("alpha must not require grad, as no gradient reaches it")
-        if held is not None and held.deferred:
-            found: Tensor = Deferred.apply(self.rows(weight), alpha, held.rows)
-            return found
+        if of_pass is not None and of_pass.deferred:
+            quantized: Tensor = Deferred.apply(self.rows(weight), alpha, of_pass.rows)
+            return quantized
         rows = self.rows(weight).contiguous()
-        if held is None and not learned:
+        if of_pass is None and not learned:
             self._measure(rows)
-        elif held is None and torch.compiler.is_exporting():
+        elif of_pass is None and torch.compiler.is_exporting():
             alpha = in_its_range(alpha, self.alpha_least)
-        elif held is None:
+        elif of_pass is None:
             hold_alphas([self], ("alpha",))
-        factor, known = self.alpha_factor if learned else 1.0, held and held.rows
+        factor, known = self.alpha_factor if learned else 1.0, of_pass and of_pass.rows
         return quantize(rows, alpha, alpha_factor=factor, quantized=known, backend=self.backend, **how.options)
 
     def _measure(self, rows: Tensor) -> None:
@@ -418,9 +411,3 @@ class QuantizedModule(SavedModule):
         if self.placement is not LOCAL:  # its shard may be another tensor now
             place(self)
         return self
-
-    def take_new_tensors(self) -> None:
-        """Lay out what was loaded."""
-        self.lay_out()
-        if self.placement is not LOCAL:  # its shard may be another tensor now
-            place(self)

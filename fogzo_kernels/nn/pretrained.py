@@ -1,4 +1,4 @@
-"""The configuration of ``transformers`` models: what ``save_pretrained`` writes, ``from_pretrained`` reads.
+"""The configuration of ``transformers`` models: ``save_pretrained`` writes it, ``from_pretrained`` reads it.
 
 Nothing of ``transformers`` is imported here; :mod:`fogzo_kernels.integrations.transformers` reads it.
 """
@@ -27,29 +27,33 @@ class Entry(NamedTuple):
     activation: Quantizer | None
 
 
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+    """Returns the quantized modules of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+
+
 def models_of(model: nn.Module) -> list[nn.Module]:
-    """The outermost pretrained models in a model, by what makes them one."""
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for m in model.modules():
-        if id(m) in inside:
-            continue
-        if hasattr(m, "save_pretrained") and hasattr(getattr(m, "config", None), "to_diff_dict"):
-            found.append(m)
-            inside |= {id(x) for x in m.modules()}
-    return found
+    """Returns the outermost pretrained models in a model."""
+    pretrained = [
+        m
+        for m in model.modules()
+        if hasattr(m, "save_pretrained") and hasattr(getattr(m, "config", None), "to_diff_dict")
+    ]
+    inner = {x for m in pretrained for x in m.modules() if x is not m}
+    return [m for m in pretrained if m not in inner]
 
 
 def check(model: nn.Module) -> None:
     """Raise if a pretrained model is quantized by something else; warn if it should be quantized already."""
     for m in models_of(model):
         config: Any = getattr(m.config, "quantization_config", None)
-        method = (
-            config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        )
-        if config is not None and method != METHOD:
+        if config is None:
+            continue
+        get: Any = dict.get if isinstance(config, dict) else getattr
+        method = get(config, "quant_method", None)
+        if method != METHOD:
             raise ValueError(f"model must not be quantized by another library, got quant_method {method!r}")
-        if config is not None and not any(isinstance(x, QuantizedModule) for x in m.modules()):
+        if not quantized_modules(m):
             warnings.warn(
                 "model's config says that it was saved quantized, but it was loaded without its alphas, which"
                 " are made anew: import fogzo_kernels.integrations.transformers before from_pretrained",
@@ -60,46 +64,43 @@ def check(model: nn.Module) -> None:
 def record(model: nn.Module) -> None:
     """Write into each pretrained model's configuration how its modules are quantized, or that they are not."""
     for m in models_of(model):
-        found = {name: x for name, x in m.named_modules() if isinstance(x, QuantizedModule)}
         config: Any = m.config
-        if found:
-            config.quantization_config = described(found)
+        if modules := quantized_modules(m):
+            config.quantization_config = described(modules)
         elif getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
 
 
 def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
-    """Quantizers, and for each module the place of its own, its alpha's shape, tensor id and backend, and the
-    place of its input's quantizer or None.
-    """
+    """Makes the entry of the config; see :func:`entries` for a module's row."""
     quantizers: list[dict[str, Any]] = []
-    rows = {}
-    for name, m in modules.items():
-        places: list[int | None] = []
-        for q in (m.quantizer, m.activation):
-            if q is not None and q.to_dict() not in quantizers:
-                quantizers.append(q.to_dict())
-            places.append(None if q is None else quantizers.index(q.to_dict()))
-        rows[name] = [places[0], list(m.alpha.shape), m.tensor_id, m.backend, places[1]]
+
+    def index(q: Quantizer | None) -> int | None:
+        if q is None:
+            return None
+        if q.to_dict() not in quantizers:
+            quantizers.append(q.to_dict())
+        return quantizers.index(q.to_dict())
+
+    rows = {
+        name: [index(m.quantizer), list(m.alpha.shape), m.tensor_id, m.backend, index(m.activation)]
+        for name, m in modules.items()
+    }
     return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}
 
 
-def entries(found: dict[str, Any]) -> dict[str, Entry]:
-    """What :func:`described` wrote, by the modules' names.
-
-    Raises:
-        ValueError: it is not what that writes, or names a backend that is not there.
-    """
+def entries(config: dict[str, Any]) -> dict[str, Entry]:
+    """Reads what :func:`described` wrote."""
     try:
-        quantizers = [Quantizer.from_dict(q) for q in found["quantizers"]]
+        quantizers = [Quantizer.from_dict(q) for q in config["quantizers"]]
         read = {}
-        for name, (q, alpha, tensor_id, backend, inputs) in found["modules"].items():
+        for name, (q, alpha, tensor_id, backend, inputs) in config["modules"].items():
             activation = None if inputs is None else quantizers[int(inputs)]
             shape = tuple(map(int, alpha))
             read[name] = Entry(quantizers[int(q)], shape, int(tensor_id), backend, activation)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"quantization_config must be as quantize_model writes it, got {found} ({error})"
+            f"quantization_config must be as quantize_model writes it, got {config} ({error})"
         ) from error
     for entry in read.values():
         check_known(entry.backend)

@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..ops import checks
-from ..spec.dtypes import FLOATS
+from ..spec.grid import FLOATS
 from .linear import QuantLinear
 from .module import QuantizedModule
 from .view import FSDPModule, local
@@ -73,8 +73,8 @@ def quantized_class(
 
     def reduce(module: QuantizedModule, protocol: Any) -> Any:
         """Where the module is unpickled, its class is made again."""
-        found: Any = nn.Module.__reduce_ex__(module, protocol)
-        return (_blank, made, *found[2:]) if type(module) is _classes[made] else found
+        reduced: Any = nn.Module.__reduce_ex__(module, protocol)
+        return (_blank, made, *reduced[2:]) if type(module) is _classes[made] else reduced
 
     if made not in _classes:
         names: dict[str, Any] = {"PLAIN": plain, "PARAMETER": parameter, "OUTPUTS": outputs, "ROTATED": rotated}
@@ -115,11 +115,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(module: nn.Module) -> Weights:
-    """A module's own parameters; of attention also those of its output projection, which it reads itself.
-
-    Raises:
-        ValueError: one is not initialized yet.
-    """
+    """A module's own parameters, and parameters of children that it reads itself; all must be initialized."""
     added = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
     own: dict[str, Tensor] = {
         name: p for name, p in module._parameters.items() if p is not None and name not in added
@@ -149,11 +145,10 @@ def reason_against(module: nn.Module) -> str | None:
         raise ValueError(
             f"model must be quantized before fully_shard is given one of its modules by itself, got {module}"
         )
-    if form is None:
-        return made_anew(module) or f"{type(module).__name__} has no quantized form"
-    weight = module._parameters.get(form.PARAMETER)
+    weight = None if form is None else module._parameters.get(form.PARAMETER)
     if weight is None:
-        return made_anew(module) or "its weight is no Parameter"
+        without = "its weight is no Parameter" if form else f"{type(module).__name__} has no quantized form"
+        return made_anew(module) or without
     sharded = local(weight) is not weight and type(local(weight)) is Tensor
     if not sharded and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
         return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"

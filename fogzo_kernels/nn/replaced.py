@@ -1,8 +1,8 @@
-"""What other libraries do around quantized modules: put plain ones in their place, merge adapters into them.
+"""Guards for other libraries, which replace quantized modules by plain ones or merge adapters into them.
 
-PyTorch calls :func:`see` for every module that becomes a child of another one, in the whole process. It notes
-on the parent where a plain module takes a quantized one's place, and guards the ``merge`` of adapters (PEFT's)
-that get a quantized ``base_layer``.
+PyTorch calls :func:`see` for every module that becomes a child of another module. :func:`see` notes on the
+parent where a plain module replaces a quantized module, and guards ``merge`` of adapters (PEFT's) that get a
+quantized ``base_layer``.
 """
 
 from __future__ import annotations
@@ -50,22 +50,15 @@ def is_left_plain(module: nn.Module | None) -> bool:
 
 
 def replaced_in(parent: nn.Module) -> list[str]:
-    """Children that took the place of quantized modules, and are plain still."""
-    names = vars(parent).get(REPLACED)
-    return [] if names is None else [name for name in sorted(names) if is_left_plain(parent._modules.get(name))]
+    """Returns the children that replaced quantized modules and are still plain."""
+    return [x for x in sorted(vars(parent).get(REPLACED, ())) if is_left_plain(parent._modules.get(x))]
 
 
 def check_replaced(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise if one of these modules, with their names, has such a child.
-
-    Raises:
-        RuntimeError: it would be trained, or saved, as it is.
-    """
+    """Raise if a plain module replaced a quantized child of these named modules."""
     for path, parent in modules:
-        if REPLACED not in parent.__dict__:
-            continue
         for name in replaced_in(parent):
-            where, kind = (f"{path}.{name}" if path else name), type(parent._modules[name]).__name__
+            where, kind = f"{path}.{name}".lstrip("."), type(parent._modules[name]).__name__
             raise RuntimeError(
                 f"{where} must be quantized, as the module was whose place it took, got a plain {kind}"
                 " (resize_token_embeddings and new heads replace some): call quantize_model(model, ...) again"
@@ -74,35 +67,32 @@ def check_replaced(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def refuse_to_save(parent: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Raise: the saved state would not load into a model that is quantized as this one was."""
+    """Raise if a child was replaced: the state would not load into a model quantized as this model was."""
     check_replaced([(prefix.removesuffix("."), parent)])
 
 
 def settle(model: nn.Module) -> bool:
     """Forget what was replaced, as ``quantize_model`` has decided on it; return whether there was something."""
-    found = False
+    any_replaced = False
     for parent in model.modules():
-        found |= bool(replaced_in(parent))
+        any_replaced |= bool(replaced_in(parent))
         vars(parent).pop(REPLACED, None)
-        hooks = parent._state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is refuse_to_save]:
-            del hooks[key]
-    return found
+        remove_hook(parent._state_dict_pre_hooks, refuse_to_save)
+    return any_replaced
+
+
+def remove_hook(hooks: dict[int, Any], hook: Any) -> None:
+    for key in [key for key, other in hooks.items() if other is hook]:
+        del hooks[key]
 
 
 # ---- adapters
 
 
 def guard_merge(adapter: nn.Module, base: nn.Module | None) -> None:
-    """Let ``merge`` of a module with a base layer refuse while that is quantized."""
+    """Let ``merge`` of a module raise while its base layer is quantized."""
     if isinstance(innermost(base), QuantizedModule) and callable(getattr(adapter, "merge", None)):
         vars(adapter)["merge"] = partial(refused_or_merged, adapter)
-
-
-def guard_merges(model: nn.Module) -> None:
-    """The same for adapters that were there before their base layers were quantized."""
-    for module in model.modules():
-        guard_merge(module, module._modules.get("base_layer"))
 
 
 def innermost(base: nn.Module | None) -> nn.Module | None:
@@ -113,18 +103,13 @@ def innermost(base: nn.Module | None) -> nn.Module | None:
 
 
 def refused_or_merged(adapter: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``merge`` of an adapter's class.
-
-    Raises:
-        RuntimeError: the base layer is quantized: Q(W + BA) is not Q(W) + BA.
-    """
+    """Run ``merge`` of an adapter's class unless the base layer is quantized: Q(W + BA) is not Q(W) + BA."""
     base = innermost(adapter._modules.get("base_layer"))
     if isinstance(base, QuantizedModule):
-        path = base.weight_quantizer.path or "one"
         raise RuntimeError(
-            f"merge must have a plain base layer, got {path}, a {type(base).__name__}, which"
-            " would quantize the sum to another function: call fogzo_kernels.dequantize_model(model) first, so"
-            " that base layers get their values Q(weight), then merge"
+            f"merge must have a plain base layer, got {base.weight_quantizer.path or 'one'}, a"
+            f" {type(base).__name__}, which would quantize the sum to another function: call"
+            " fogzo_kernels.dequantize_model(model) first, so that base layers get their values Q(weight), then"
+            " merge"
         )
-    kind: Any = type(adapter)
-    return kind.merge(adapter, *args, **kwargs)
+    return type(adapter).merge(adapter, *args, **kwargs)  # type: ignore[attr-defined]

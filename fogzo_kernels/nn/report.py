@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from ..spec.quantizer import Quantizer
 
-#: Between the weights of one module.
+#: Between the weights of a module.
 WEIGHTS = "; "
 NO_MODEL = (
     "quantize_model changes the model in place and returns a report of it, not the model: write"
@@ -20,7 +20,7 @@ NO_MODEL = (
 
 @dataclass(frozen=True)
 class Row:
-    """One weight, or one module that was left alone.
+    """A quantized weight, or a module that was left alone.
 
     Attributes:
         name: of the module.
@@ -57,10 +57,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What is quantized in a model and how, and what is not and why; ``print`` shows it.
+    """The quantized weights of a model with their quantizers, and the other weights with the reasons; print it.
 
     Attributes:
-        quantized: a row for each weight that is quantized, those of earlier calls as well.
+        quantized: a row for each weight that is quantized, also from earlier calls.
         left: a row for each other module that holds weights.
         vectors: tensors of one dimension in the whole model: biases, norms. They are never quantized.
         vector_numel, vector_size: their elements and bytes.
@@ -89,7 +89,7 @@ class Report:
 
     @property
     def size(self) -> float:
-        """Bytes of the whole: codes and scales of what is quantized, the rest in its own dtypes."""
+        """Bytes of the model: codes and scales of quantized weights, the rest in its own dtypes."""
         return sum(row.size for row in (*self.quantized, *self.left)) + self.vector_size
 
     @property
@@ -98,65 +98,49 @@ class Report:
         return 8 * self.size / self.total
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Say what ``model = quantize_model(model, ...)`` does, to whom then calls the model."""
+        """Raise: a caller of ``model = quantize_model(model, ...)`` takes the report for the model."""
         raise TypeError(NO_MODEL)
 
     def __getattr__(self, name: str) -> NoReturn:
-        """The same to whom asks for ``parameters`` or another attribute of a model."""
+        """Raise, for ``parameters`` and other attributes of a model."""
         raise AttributeError(f"Report has no attribute {name!r}: {NO_MODEL}")
 
     def __str__(self) -> str:
         letters: dict[Quantizer, str] = {}
         for row in self.quantized:
-            for q in (row.quantizer, row.activation):
-                if q is not None:
-                    letters.setdefault(q, _letter(len(letters)))
-        head = ["module", "type", "weight", "bits", "scales", "by"]
-        lines = table([head, *grouped(self.quantized, lambda row: _of_quantized(row, letters))])
-        lines += ["", *(f"{letter}: {_described(q)}" for q, letter in letters.items())]
-        if self.left:
-            lines += ["", *table(_left_table(self.left))]
+            for q in filter(None, (row.quantizer, row.activation)):
+                i = len(letters)  # A to Z, then A1 and so on
+                letters.setdefault(q, chr(ord("A") + i % 26) + (str(i // 26) if i >= 26 else ""))
+        cells = [["module", "type", "weight", "bits", "scales", "by"]]
+        for name, row in grouped(self.quantized):
+            assert row.quantizer is not None
+            by = letters[row.quantizer] + (f", tied to {row.tied}" if row.tied else "")
+            by += f", inputs {letters[row.activation]}" if row.activation else ""
+            cells.append([name, row.kind, row.shape, f"{row.bits:.3g}", str(row.scales), by])
+        lines = [*table(cells), "", *(f"{letter}: {described(q)}" for q, letter in letters.items())]
         counts = [(self.quantized_numel, "quantized")]
         if self.left:
+            cells = [["left alone", "type", "weights", "why"]]
+            for name, row in grouped(self.left):
+                first, *others = row.shape.split(WEIGHTS)
+                cells.append([name, row.kind, first, row.reason.removeprefix(f"{row.kind} ")])
+                cells += [["", "", other, ""] for other in others]
+            lines += ["", *table(cells)]
             counts.append((sum(row.numel for row in self.left), "left alone"))
         if self.vectors:
             counts.append((self.vector_numel, f"in {self.vectors} biases and norms"))
-        parts = ", ".join(f"{numel:,} ({percent(numel, self.total)}) {what}" for numel, what in counts)
+        parts = (f"{numel:,} ({100 * numel / self.total:.1f} %) {what}" for numel, what in counts)
+        unit, name = next(((x, n) for x, n in ((1e9, "GB"), (1e6, "MB")) if self.size >= x), (1e3, "kB"))
+        size = f"{self.size / unit:.{2 if name == 'GB' else 1}f} {name}"
         lines += [
             "",
-            f"{self.total:,} parameters: {parts}",
-            f"{of_memory(self.size)} in all, {self.bits:.2f} bits for each parameter, scales included",
+            f"{self.total:,} parameters: {', '.join(parts)}",
+            f"{size} in all, {self.bits:.2f} bits for each parameter, scales included",
         ]
         return "\n".join(lines)
 
 
-def _letter(i: int) -> str:
-    """A to Z, then A1 and so on."""
-    return chr(ord("A") + i % 26) + (str(i // 26) if i >= 26 else "")
-
-
-def _of_quantized(row: Row, letters: Mapping[Quantizer, str]) -> list[str]:
-    assert row.quantizer is not None
-    by = letters[row.quantizer] + (f", tied to {row.tied}" if row.tied else "")
-    if row.activation is not None:
-        by += f", inputs {letters[row.activation]}"
-    return [row.name or "(the model)", row.kind, row.shape, f"{row.bits:.3g}", str(row.scales), by]
-
-
-def _left_table(rows: Sequence[Row]) -> list[list[str]]:
-    """A line for each weight, the first of a module with the module."""
-    lines = [["left alone", "type", "weights", "why"]]
-    for name, kind, weights, reason in grouped(rows, _of_left):
-        first, *others = weights.split(WEIGHTS)
-        lines += [[name, kind, first, reason], *(["", "", other, ""] for other in others)]
-    return lines
-
-
-def _of_left(row: Row) -> list[str]:
-    return [row.name or "(the model)", row.kind, row.shape, row.reason.removeprefix(f"{row.kind} ")]
-
-
-def _described(q: Quantizer) -> str:
+def described(q: Quantizer) -> str:
     g, s = q.grid, q.straight_through
     low, high = (g.r * (code + g.offset) for code in (g.qmin, g.qmax))
     clip = f", clip={s.clip!r}" if s.kind == "identity" and s.clip is not True else ""
@@ -165,38 +149,23 @@ def _described(q: Quantizer) -> str:
     return f"{g.levels} levels {low:g}..{high:g} times alpha, {q.scale}, {s.kind}{clip}{noise}{blocks}"
 
 
-# ---- text
-
-#: Names that differ only in their numbers: the numbers at each place, of which all combinations are there.
+#: Names that differ only in their numbers: the numbers at each place; all combinations are there.
 Block = tuple[tuple[str, ...], ...]
 
 
-def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
-
-
-def of_memory(size: float) -> str:
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-def grouped(rows: Sequence[Row], cells: Callable[[Row], list[str]]) -> list[list[str]]:
-    """Rows that differ only in the numbers of their names as few, each with the numbers that it stands for."""
-    found: dict[tuple[object, ...], list[Row]] = {}
+def grouped(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
+    """Yields a name and a row for all rows that differ only in the numbers of their names."""
+    groups: dict[Row, list[Row]] = {}
     for row in rows:
-        name = re.sub(r"\d+", "#", row.name)
-        key = (name, row.tied, row.kind, row.shape, row.quantizer, row.activation, row.scales, row.reason)
-        found.setdefault(key, []).append(row)
-    return [
-        [name, *cells(alike[0])[1:]]
-        for alike in found.values()
-        for name in merged([cells(row)[0] for row in alike])
-    ]
+        key = replace(row, name=re.sub(r"\d+", "#", row.name), numel=0, size=0)
+        groups.setdefault(key, []).append(row)
+    for alike in groups.values():
+        for name in merged([row.name or "(the model)" for row in alike]):
+            yield name, alike[0]
 
 
 def merged(names: list[str]) -> list[str]:
-    """``layers.{0..3}.q (4)`` for ``layers.0.q`` to ``layers.3.q``, and none that is not there."""
+    """Returns ``layers.{0..3}.q (4)`` for ``layers.0.q`` to ``layers.3.q``."""
     texts = re.split(r"\d+", names[0])
     blocks: list[Block] = [tuple((x,) for x in re.findall(r"\d+", name)) for name in names]
     for i in reversed(range(len(texts) - 1)):  # join the blocks that differ only in their i-th numbers
@@ -205,24 +174,23 @@ def merged(names: list[str]) -> list[str]:
             others = block[:i] + block[i + 1 :]
             joined[others] = joined.get(others, ()) + block[i]
         blocks = [(*others[:i], numbers, *others[i:]) for others, numbers in joined.items()]
-    return [_spelled(texts, block) for block in blocks]
+    spelled = []
+    for block in blocks:
+        out = texts[0] + "".join(_spelled(n) + text for n, text in zip(block, texts[1:], strict=True))
+        count = math.prod(map(len, block))
+        spelled.append(f"{out} ({count})" if count > 1 else out)
+    return spelled
 
 
-def _spelled(texts: list[str], block: Block) -> str:
-    out = texts[0] + "".join(_numbers(n) + text for n, text in zip(block, texts[1:], strict=True))
-    count = math.prod(len(numbers) for numbers in block)
-    return f"{out} ({count})" if count > 1 else out
-
-
-def _numbers(numbers: tuple[str, ...]) -> str:
+def _spelled(numbers: tuple[str, ...]) -> str:
+    first, last = numbers[0], numbers[-1]
     if len(numbers) == 1:
-        return numbers[0]
-    first, last = int(numbers[0]), int(numbers[-1])
-    whole = list(numbers) == [str(x) for x in range(first, last + 1)]
+        return first
+    whole = list(numbers) == [str(x) for x in range(int(first), int(last) + 1)]
     return f"{{{first}..{last}}}" if whole else f"{{{','.join(numbers)}}}"
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Lines with the columns aligned."""
+    """Aligns columns; returns lines."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]

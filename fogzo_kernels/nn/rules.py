@@ -16,25 +16,32 @@ from .registry import quantized_form, read_by, reason_against, weights_of
 #: A name or pattern of names, a type, or a function of name and module.
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Rule = tuple[Which, Quantizer | None] | tuple[Which, Quantizer | None, Quantizer | None]
-#: A rule as it is decided: which modules, their weights' quantizer, their inputs'.
-Full = tuple[Which, Quantizer | None, Quantizer | None]
+
+
+class Full(NamedTuple):
+    """A checked rule."""
+
+    name: str  # in messages
+    which: Which
+    quantizer: Quantizer | None
+    activation: Quantizer | None
 
 
 class Unit(NamedTuple):
     """A module that holds weights, with what it reads of its children."""
 
-    names: list[str]  # the first is what messages and reports call it
+    names: list[str]  # messages and reports say the first
     module: nn.Module
-    inside: list[nn.Module]  # the modules that it lies in, and itself
+    around: list[tuple[str, nn.Module]]  # the modules that it lies in, and itself
 
 
 class Choice(NamedTuple):
-    """What becomes of a module."""
+    """How a module is quantized, or why it is left alone."""
 
     unit: Unit
     quantizer: Quantizer | None
     activation: Quantizer | None
-    reason: str | None  # why it is left alone
+    reason: str | None
 
 
 def choose(
@@ -44,12 +51,7 @@ def choose(
     rules: Sequence[Rule],
     skip: Which | Sequence[Which],
 ) -> list[Choice]:
-    """What becomes of each module of ``model`` that holds weights; the first rule that matches decides.
-
-    Raises:
-        TypeError: a rule is none.
-        ValueError: a rule matches nothing, or asks for what cannot be quantized.
-    """
+    """Decides on each module of ``model`` that holds weights, by the first rule that matches."""
     given = [skip] if isinstance(skip, str | type) or callable(skip) else skip
     if not isinstance(given, Sequence):
         raise TypeError(
@@ -57,63 +59,55 @@ def choose(
         )
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise TypeError(f"rules must be a list of pairs, got {type(rules).__name__}")
-    named: list[tuple[str, Full]] = [(f"skip[{i}]", (which, None, None)) for i, which in enumerate(given)]
-    named += [(f"rules[{i}]", _checked(i, rule, activation)) for i, rule in enumerate(rules)]
-    for name, (which, _, _) in named:
-        if not (isinstance(which, str) or callable(which)):
-            raise TypeError(f"{name} must be a name, a type or a function, got {type(which).__name__}")
+    full = [_checked(f"skip[{i}]", (which, None), None) for i, which in enumerate(given)]
+    full += [_checked(f"rules[{i}]", rule, activation) for i, rule in enumerate(rules)]
     units = units_of(model)
-    first: dict[int, int] = {}  # unit to rule, by their places
-    for r, (name, (which, _, _)) in enumerate(named):
-        matched = [u for u, unit in enumerate(units) if _matches(which, unit)]
+    first: dict[nn.Module, Full] = {}
+    for rule in full:
+        matched = [unit.module for unit in units if _matches(rule.which, unit)]
         if not matched:
-            raise ValueError(f"{name} must match a module of model that holds weights, got {shown(which)}")
-        for u in matched:
-            first.setdefault(u, r)
-    for r, (name, rule) in enumerate(named):
-        _check_asked(name, rule, [units[u] for u, found in first.items() if found == r])
-    default = quantizer, activation
-    return [_choice(unit, default, named[first[u]] if u in first else None) for u, unit in enumerate(units)]
+            raise ValueError(
+                f"{rule.name} must match a module of model that holds weights, got {shown(rule.which)}"
+            )
+        first = dict.fromkeys(matched, rule) | first
+    for rule in full:
+        _check_asked(rule, [unit for unit in units if first.get(unit.module) is rule])
+    return [_choice(unit, first.get(unit.module), quantizer, activation) for unit in units]
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """The modules that hold weights. One that has several names, being used in several places, is one."""
+    """Returns the modules that hold weights, each once with all its names."""
     paths = dict(model.named_modules(remove_duplicate=False))
     parts = {id(c) for m in paths.values() for child in read_by(m) for c in m.get_submodule(child).modules()}
     names: dict[nn.Module, list[str]] = {}
+    around: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, m in paths.items():
+        around[name] = [*(around[name.rpartition(".")[0]] if name else []), (name, m)]
         if id(m) not in parts and any(weights_of(m)):
             names.setdefault(m, []).append(name)
-    around = {m: [paths[part] for name in own for part in _path(name)] for m, own in names.items()}
-    return [Unit(own, m, around[m]) for m, own in names.items()]
+    return [Unit(own, m, [x for name in own for x in around[name]]) for m, own in names.items()]
 
 
-def _path(name: str) -> list[str]:
-    """The names of the modules from the root to that one."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
-
-
-def _checked(i: int, rule: object, activation: Quantizer | None) -> Full:
+def _checked(name: str, rule: object, activation: Quantizer | None) -> Full:
     if not isinstance(rule, tuple | list) or len(rule) not in (2, 3):
-        raise TypeError(
-            f"rules[{i}] must be (which modules, quantizer) or that and an activation, got {rule!r}"
-        )
-    which, quantizer, of_input = (*rule, activation)[:3]
-    for k, value in ((1, quantizer), (2, of_input)):
+        raise TypeError(f"{name} must be (which modules, quantizer) or that and an activation, got {rule!r}")
+    full = Full(name, *(*rule, activation)[:3])
+    if not (isinstance(full.which, str) or callable(full.which)):
+        raise TypeError(f"{name} must be a name, a type or a function, got {type(full.which).__name__}")
+    for k, value in enumerate(full[2:], 1):
         if value is not None and not isinstance(value, Quantizer):
-            raise TypeError(f"rules[{i}][{k}] must be a Quantizer or None, got {type(value).__name__}")
-    if of_input is not None:
-        check_activation(f"rules[{i}][2]", of_input)
-    return which, quantizer, of_input
+            raise TypeError(f"{name}[{k}] must be a Quantizer or None, got {type(value).__name__}")
+    if full.activation is not None:
+        check_activation(f"{name}[2]", full.activation)
+    return full
 
 
 def _matches(which: Which, unit: Unit) -> bool:
     """A name or type that fits a module fits all that lies in it; a function is asked for each module."""
     if isinstance(which, str):
-        return any(fnmatchcase(part, which) for name in unit.names for part in _path(name))
+        return any(fnmatchcase(path, which) for path, _ in unit.around)
     if isinstance(which, type):
-        return any(isinstance(m, which) for m in unit.inside)
+        return any(isinstance(m, which) for _, m in unit.around)
     return any(which(name, unit.module) for name in unit.names)
 
 
@@ -122,44 +116,38 @@ def shown(which: Which) -> str:
     return repr(which) if isinstance(which, str) else getattr(which, "__name__", repr(which))
 
 
-def _check_asked(name: str, rule: Full, matched: list[Unit]) -> None:
-    """Raise if a rule asks for what cannot be quantized; ``matched`` is what it decides on."""
-    which, quantizer, _ = rule
-    if quantizer is None or not matched:
+def _check_asked(rule: Full, matched: list[Unit]) -> None:
+    """Raise if a rule with a quantizer decides on modules that cannot be quantized."""
+    if rule.quantizer is None or not matched:
         return
-    against = {unit.names[0]: reason_against(unit.module) for unit in matched if _is_weight(unit)}
+    against = {unit.names[0]: reason_against(unit.module) for unit in matched if _has_weight(unit.module)}
     refused = [f"{unit or 'model'}: {reason}" for unit, reason in against.items() if reason is not None]
     if refused:
         raise ValueError(
-            f"{name} must match modules that can be quantized, got {shown(which)}, which matches"
+            f"{rule.name} must match modules that can be quantized, got {shown(rule.which)}, which matches"
             f" {'; '.join(refused[:5])}{'; ...' if len(refused) > 5 else ''}. A rule before it, with None,"
             " leaves them alone"
         )
     if not against:
-        raise ValueError(f"{name} must match a module that can be quantized, got {shown(which)}")
+        raise ValueError(f"{rule.name} must match a module that can be quantized, got {shown(rule.which)}")
 
 
-def _is_weight(unit: Unit) -> bool:
-    """Whether it holds a weight that multiplies: norms and position tables are no reason to refuse a rule."""
-    module = unit.module
-    if isinstance(module, QuantizedModule) or quantized_form(module) is not None:
-        return True
-    return any("weight" in name for name in weights_of(module).matrices)
+def _has_weight(m: nn.Module) -> bool:
+    """Whether a weight multiplies; norms and position tables do not, and are no reason to refuse a rule."""
+    form = isinstance(m, QuantizedModule) or quantized_form(m)
+    return bool(form) or any("weight" in name for name in weights_of(m).matrices)
 
 
-def _choice(
-    unit: Unit, default: tuple[Quantizer | None, Quantizer | None], first: tuple[str, Full] | None
-) -> Choice:
-    quantizer, activation = default
+def _choice(unit: Unit, rule: Full | None, quantizer: Quantizer | None, activation: Quantizer | None) -> Choice:
+    reason: str | None
+    if rule is not None:
+        quantizer, activation = rule.quantizer, rule.activation
     if isinstance(unit.module, QuantizedModule):
-        return Choice(unit, None, None, "quantized before")
-    if first is not None:
-        name, (which, quantizer, activation) = first
-        if quantizer is None:
-            return Choice(unit, None, None, f"{name}, {shown(which)}")
+        reason = "quantized before"
     elif quantizer is None:
-        return Choice(unit, None, None, "no rule names it")
-    reason = reason_against(unit.module)
-    if isinstance(unit.module, nn.Embedding):  # whose input is indices
+        reason = "no rule names it" if rule is None else f"{rule.name}, {shown(rule.which)}"
+    else:
+        reason = reason_against(unit.module)
+    if reason or isinstance(unit.module, nn.Embedding):  # whose input is indices
         activation = None
     return Choice(unit, None if reason else quantizer, activation, reason)

@@ -27,13 +27,13 @@ class SavedModule(nn.Module):
     input_quantizer: InputQuantizer | None
     activation: Any
     calibrate_: Callable[[], None]
-    take_new_tensors: Callable[[], None]
+    lay_out: Callable[[], None]
 
     def own_tensors(self) -> list[str]:
         """The names of the tensors that the plain module does not have."""
         inputs = self.activation is not None and self.activation.learned
-        found = ["alpha", "alpha_least"] if self.weight_quantizer.quantizer.learned else ["alpha"]
-        return found + ["input_alpha", "input_alpha_least"] * inputs
+        own = ["alpha", "alpha_least"] if self.weight_quantizer.quantizer.learned else ["alpha"]
+        return own + ["input_alpha", "input_alpha_least"] * inputs
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A shared alpha has memory of its own there: formats that take each memory once hold it twice."""
@@ -43,8 +43,8 @@ class SavedModule(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The quantizers, as a uint8 tensor, so that formats of tensors alone can hold it."""
-        found = self.weight_quantizer.quantizer.to_dict() | {"activation": _dict_of(self.input_quantizer)}
-        text = json.dumps(found, sort_keys=True)
+        how = self.weight_quantizer.quantizer.to_dict() | {"activation": _dict_of(self.input_quantizer)}
+        text = json.dumps(how, sort_keys=True)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -68,8 +68,8 @@ class SavedModule(nn.Module):
             raise ValueError(f"the quantizer's state must be a uint8 tensor, got {what}")
         text = bytes(state.flatten().tolist())
         try:
-            found = json.loads(text)
-            saved, activation = Quantizer.from_dict(found), found.get("activation")
+            how = json.loads(text)
+            saved, activation = Quantizer.from_dict(how), how.get("activation")
             activation = None if activation is None else Quantizer.from_dict(activation)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"the quantizer's state must be JSON, got {text!r}") from error
@@ -106,7 +106,7 @@ class SavedModule(nn.Module):
         )
         self.weight_quantizer.stale = self.weight_quantizer.stale and weight not in state_dict
         missing_keys += [key for key in missing if not (plain and key in added)]
-        self.take_new_tensors()
+        self.lay_out()
         if plain and weight in state_dict and len(error_msgs) == failed:
             try:
                 self._take_plain_weight()
@@ -129,12 +129,12 @@ def _dict_of(inputs: InputQuantizer | None) -> dict[str, Any] | None:
     return None if inputs is None else inputs.quantizer.to_dict()
 
 
-def _check_alpha(name: str, own: Tensor, found: object) -> None:
+def _check_alpha(name: str, own: Tensor, saved: object) -> None:
     """Raise unless an entry of a state dict can be an alpha."""
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
-    if found.dtype != torch.float32:
-        wrong = checks.named([found.dtype])
+    if not isinstance(saved, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(saved).__name__}")
+    if saved.dtype != torch.float32:
+        wrong = checks.named([saved.dtype])
         raise ValueError(f"{name} must be float32, got {wrong}: was the state dict cast?")
-    if found.shape != own.shape:
-        raise ValueError(f"{name} must have shape {tuple(own.shape)}, got {tuple(found.shape)}")
+    if saved.shape != own.shape:
+        raise ValueError(f"{name} must have shape {tuple(own.shape)}, got {tuple(saved.shape)}")

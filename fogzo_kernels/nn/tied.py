@@ -1,4 +1,4 @@
-"""Who holds a weight: one that is used both quantized and as it is would be trained on half of its uses."""
+"""Tied weights: a weight that is used both quantized and plain would be trained on half of its uses."""
 
 from __future__ import annotations
 
@@ -9,30 +9,25 @@ from torch import Tensor, nn
 
 from ..spec.quantizer import Quantizer
 from .module import QuantizedModule
+from .replaced import remove_hook
 from .view import local
 
-#: A module and the name of one of its parameters.
+#: A module and the name of a parameter of it.
 Owner = tuple[nn.Module, str]
 
 
 def owners_of(model: nn.Module) -> dict[Tensor, dict[str, Owner]]:
-    """Every parameter of a model with all places that hold it, by their names."""
-    found: dict[Tensor, dict[str, Owner]] = {}
+    """Returns every parameter of a model with all modules that have it, by the parameter's names."""
+    owners: dict[Tensor, dict[str, Owner]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                where = f"{path}.{name}" if path else name
-                found.setdefault(parameter, {})[where] = (module, name)
-    return found
+                owners.setdefault(parameter, {})[f"{path}.{name}".lstrip(".")] = (module, name)
+    return owners
 
 
 def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> None:
-    """Raise unless all that shares a weight of ``chosen`` will run with the same Q(weight).
-
-    Raises:
-        ValueError: a place uses it as it is, or with another quantizer, or holds its memory under another
-            Parameter.
-    """
+    """Raise unless all modules that share a weight of ``chosen`` will run with the same Q(weight)."""
     memory: dict[tuple[object, int], str] = {}
     for weight, places in owners_of(model).items():
         mine = {where: chosen[m] for where, (m, name) in places.items() if m in chosen and name == "weight"}
@@ -60,7 +55,7 @@ def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> Non
 
 
 def check_raw_uses(places: Mapping[str, Owner]) -> None:
-    """Raise if one of the places that hold a quantized weight uses it as it is."""
+    """Raise if a quantized weight is a parameter of a plain module, too."""
     quantized = list(_quantized(places))
     raw = [where for where in places if where not in quantized]
     if quantized and raw:
@@ -79,29 +74,30 @@ def share_alphas(model: nn.Module) -> None:
 def watch(model: nn.Module) -> None:
     """Keep the alphas of tied weights equal when a state dict is loaded that has such a weight once."""
     for module in model.modules():
-        hooks = module._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is follow]:
-            del hooks[key]
+        remove_hook(module._load_state_dict_post_hooks, follow)
     if any(len(_quantized(places)) > 1 for places in owners_of(model).values()):
         model.register_load_state_dict_post_hook(follow)
 
 
 def follow(model: nn.Module, incompatible: Any) -> None:
-    """A module whose weight came under the name of another one takes the alpha of that one."""
+    """Give each module whose weight came under another module's name the alpha of that module."""
     missing = [f".{key}" for key in incompatible.missing_keys]  # of a whole that the model may be a part of
     for places in owners_of(model).values():
         tied = _quantized(places)
         absent = [where for where in tied if any(key.endswith(f".{where}") for key in missing)]
         present = [where for where in tied if where not in absent]
         for where in absent if present else []:
-            if not isinstance(tied[where].alpha, nn.Parameter):  # a learned one is the same in all
+            if not isinstance(tied[where].alpha, nn.Parameter):  # tied modules share a learned alpha
                 tied[where].alpha = tied[present[0]].alpha.clone()
 
 
 def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:
-    """The places of a weight that are quantized."""
-    found = {where: m for where, (m, name) in places.items() if getattr(m, "PARAMETER", None) == name}
-    return {where: m for where, m in found.items() if isinstance(m, QuantizedModule)}
+    """Returns the quantized places of a weight."""
+    return {
+        where: m
+        for where, (m, name) in places.items()
+        if isinstance(m, QuantizedModule) and name == m.PARAMETER
+    }
 
 
 def _both(quantized: str, raw: str) -> str:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..functional import dequantize
+from ..spec.grid import Grid
 from ..spec.quantizer import Quantizer
-from .pass_weight import PassWeight
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 else:  # a build of PyTorch without it
-    FSDPModule = DTensor = ()  # type: ignore[assignment,misc]
+    FSDPModule = DTensor = Replicate = Shard = ()  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
     from .module import QuantizedModule
+
+
+#: A function that makes a module's rows of a weight, or a part of it, and its scales.
+Quantized = Callable[[Tensor, Tensor], Tensor]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -30,6 +35,40 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Returns all of a tensor. All processes that have parts of a DTensor must call this."""
     return cast("DTensor", tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class PassWeight(NamedTuple):
+    """What a module runs with during a pass, instead of quantizing its weight itself."""
+
+    weight: Tensor  # the parameter that the values belong to
+    rows: Tensor  # of values, as QuantizedModule.rows() has them, or of a probe's int8 codes
+    probe: bool  # whether they are a probe, without a gradient, or Q(weight)
+    deferred: bool = False  # of Q(weight): the weight gets dL/dQ, of which the pass makes g at its end
+
+    def values(self, alpha: Tensor, grid: Grid) -> Tensor:
+        """The rows' values, to the bit those that a probe without codes has."""
+        if self.rows.dtype != torch.int8:
+            return self.rows
+        return dequantize(self.rows, alpha.detach(), grid=grid, dtype=self.weight.dtype)
+
+
+class Deferred(torch.autograd.Function):
+    """Q(latent) that is there already. The latent's gradient is dL/dQ, and that of an alpha that learns 0."""
+
+    generate_vmap_rule = True  # for torch.func, with which a closure may differentiate
+
+    @staticmethod
+    def forward(latent: Tensor, alpha: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (alpha,) = ctx.saved_tensors
+        return grads[0], torch.zeros_like(alpha) if ctx.needs_input_grad[1] else None, None
 
 
 class Part(NamedTuple):
@@ -51,17 +90,15 @@ class Part(NamedTuple):
         return self.first, max(self.length, 1), columns
 
     def own(self, alpha: Tensor) -> Tensor:
-        """Returns the scales of the part from those of the weight: a view, but of groups of columns a copy."""
-        if alpha.numel() == 1:
+        """Returns the scales of the part from the scales of the weight: a view."""
+        if alpha.numel() == 1 or (self.dim == 1 and alpha.numel() == self.shape[0]):
             return alpha
         if self.dim == 0:
             return alpha[self.first : self.first + self.length]
-        return alpha if alpha.numel() == self.shape[0] else alpha[:, self._groups(alpha)].contiguous()
-
-    def put(self, alpha: Tensor, own: Tensor) -> None:
-        """Write the scales of the part into all scales of the weight."""
-        grouped = self.dim == 1 and alpha.numel() > self.shape[0]
-        (alpha[:, self._groups(alpha)] if grouped else self.own(alpha)).copy_(own)
+        size = self.shape[1] // (alpha.numel() // self.shape[0])
+        if self.first % size or self.length % size:
+            raise ValueError(f"groups of {size} must not be cut, got a part of {self.length} columns")
+        return alpha[:, self.first // size : (self.first + self.length) // size]
 
     def own_row(self, row: int) -> int | None:
         """Returns the place in the part of a row of the weight, or None."""
@@ -73,12 +110,6 @@ class Part(NamedTuple):
         """Add, in place, what all processes have summed over their parts."""
         dist.all_reduce(own, group=self.group)
         return own
-
-    def _groups(self, alpha: Tensor) -> slice:
-        size = self.shape[1] // (alpha.numel() // self.shape[0])
-        if self.first % size or self.length % size:
-            raise ValueError(f"groups of {size} must not be cut, got a part of {self.length} columns")
-        return slice(self.first // size, (self.first + self.length) // size)
 
 
 class Placement:
@@ -99,9 +130,9 @@ class Placement:
     def check(self, name: str) -> None:
         """Raise unless a step can train the part. ``name`` is the weight's, for the message."""
 
-    def rows(self, module: QuantizedModule) -> Tensor:
-        """Returns the rows that a module runs with: see :meth:`QuantizedModule.quantized_rows`."""
-        return module.quantized(module.latent, module.alpha)
+    def rows(self, module: QuantizedModule, weight: Tensor, quantized: Quantized) -> Tensor:
+        """Returns the rows that a module runs with, where its weight is ``weight``."""
+        return quantized(weight, module.alpha)
 
     def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
         """Let the modules that share the weight run with ``pass_weight``, or with None quantize it again."""
@@ -113,16 +144,13 @@ LOCAL = Placement()
 
 
 class Handlers:
-    """Functions for weights that are DTensors, which :mod:`fogzo_kernels.distributed` sets.
+    """Functions for weights that are DTensors, which :mod:`fogzo_kernels.distributed` sets."""
 
-    Attributes:
-        shard: gives a module whose weight FSDP has sharded its ``placement``.
-        cut: makes the placement of a module's weight under tensor parallelism. The name is for messages.
-        begin_anew: lets FSDP see weights that were quantized after it had sharded them.
-    """
-
+    #: Gives a module whose weight FSDP has sharded its ``placement``.
     shard: Callable[[QuantizedModule], None]
+    #: Makes the placement of a module's weight under tensor parallelism. The name is for messages.
     cut: Callable[[str, QuantizedModule], Placement]
+    #: Lets FSDP see weights that were quantized after it had sharded them.
     begin_anew: Callable[[nn.Module], None]
 
 
@@ -135,13 +163,8 @@ def place(module: QuantizedModule) -> None:
         HANDLERS.shard(module)
 
 
-def placement_of(module: QuantizedModule, name: str = "weight") -> Placement:
-    """Returns which part of its weight a module has.
-
-    Raises:
-        ValueError: tensor parallelism does not work for such a module, or has cut its weight otherwise.
-    """
-    weight = module.latent
+def placement_of(module: QuantizedModule, weight: Tensor, name: str = "weight") -> Placement:
+    """Returns which part of its weight a module has; raises ValueError if it cannot train such a part."""
     if module.placement is not LOCAL or local(weight) is weight:
         return module.placement
     return HANDLERS.cut(name, module)
@@ -165,7 +188,7 @@ class WeightView:
         self.name = name  # of the first module that has it
         self.parameter, self.tensor_id = module.latent, module.tensor_id
         self.modules = [module]
-        self.placement = placement_of(module, name)
+        self.placement = placement_of(module, self.parameter, name)
         self.placement.check(name)
         self._memory: Tensor | None = None
         self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
@@ -181,12 +204,6 @@ class WeightView:
         return rows if rows is self.parameter else rows.detach()
 
     @property
-    def replicated(self) -> list[Tensor]:
-        """Returns the tensors of which all processes must have the same values."""
-        alpha = self.modules[0].alpha.detach()
-        return [self.latent, alpha] if self.placement.is_whole else [alpha]
-
-    @property
     def layout(self) -> tuple[int, int, int] | None:
         """Says which elements of the parameter the rows hold, if they are not all of it."""
         part = self.placement.part
@@ -195,7 +212,7 @@ class WeightView:
     @property
     def still_row(self) -> int | None:
         """Returns the row of an embedding's padding, which gets no gradient and no estimate."""
-        rows = {m.still_row for m in self.modules}
+        rows = {vars(m).get("padding_idx") for m in self.modules}
         row, part = rows.pop() if len(rows) == 1 else None, self.placement.part
         return row if row is None or part is None else part.own_row(row)
 
@@ -212,7 +229,7 @@ class WeightView:
     def alpha(self) -> Tensor:
         """Returns the scale of the grid, float32, as it is in this step."""
         alpha, part = self.modules[0].alpha.detach(), self.placement.part
-        return alpha if part is None else part.own(alpha)
+        return alpha if part is None else part.own(alpha).contiguous()
 
     @property
     def quantizer(self) -> Quantizer:

@@ -57,18 +57,11 @@ class WeightQuantizer:
 
 @torch.no_grad()
 def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> Tensor:
-    """Alpha that the quantizer's scale gives a weight: a new float32 tensor on its device.
+    """Alpha that the quantizer's scale gives a weight, float32; dimension ``outputs`` counts the outputs.
 
     The scale is given rows in their plain order, whatever the memory format, so that it gives the same bits. A
     learned alpha of weights that are all 0 begins as that of PyTorch's first weights does, see :data:`FIRST`.
-
-    Args:
-        name: of the weight, for messages.
-        weight: of a module; without values (meta) the alpha has none.
-        outputs: the dimension that counts the outputs.
-
-    Raises:
-        TypeError, ValueError: it does not fit; the message names the weight.
+    Raises TypeError or ValueError, with the ``name`` of the weight, if alpha does not fit.
     """
     rows = weight.detach().movedim(outputs, 0).flatten(1).contiguous()
     transform = quantizer.transform
@@ -106,7 +99,7 @@ def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> T
 
 
 def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
-    is_learned, scale = isinstance(quantizer.scale, LearnedScale), quantizer.scale
+    scale = quantizer.scale
     if isinstance(scale, LearnedScale):
         scale = scale.first(quantizer.grid)
     transform = None if rows.is_meta else quantizer.transform
@@ -120,7 +113,7 @@ def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
     alpha = torch.empty(shape, dtype=torch.float32, device=rows.device)
     if not rows.is_meta:
         measure_([alpha], [rows], scale, transform)
-        if is_learned:
+        if quantizer.learned:
             first = scale.factor * FIRST[scale.statistic] / math.sqrt(max(rows.shape[1], 1))
             alpha.masked_fill_(alpha == 0, first)
     return alpha
@@ -132,8 +125,8 @@ def measure_(
 ) -> None:  # fmt: skip
     """Write the alphas that the scale measures from these rows, or from what a transform makes of them.
 
-    One launch for all. The rms of whole blocks is the same before and after. No gradient passes; there is no
-    ``no_grad`` here, as exported programs that have one cannot be loaded.
+    A transform leaves the rms of whole blocks as it is. No gradient passes; there is no ``no_grad`` here, as
+    exported programs that have one cannot be loaded.
     """
     if scale.statistic != "rms":
         rows = rotated_rows(rows, transform, backend)
@@ -163,13 +156,8 @@ def hold_alphas(
 ) -> Tensor | None:
     """Hold learned alphas that an update drove out of range at 2^-20 of their first value, and warn once.
 
-    Args:
-        modules: quantized ones.
-        names: which of their alphas, where they are learned.
-
-    Returns:
-        How many, 0-dim int64 on their device, where nothing waits for it; None if there are none, as is seen on
-        the CPU.
+    Returns how many, 0-dim int64 on their device, where nothing waits for it. Returns None if there are none,
+    which only the CPU sees.
     """
     pairs = {id(alpha): (alpha, least) for m in modules for alpha, least in m.learned_alphas(names)}
     if not pairs:
@@ -227,14 +215,7 @@ def is_replaced(module: QuantizedModule, old: Tensor | None, new: object) -> boo
         return False
     if isinstance(old, DTensor) or isinstance(new, DTensor) or old.is_meta or new.is_meta:
         return False
-    same = old.shape == new.shape and torch.equal(old.detach().to(new), new.detach())
-    return not same
-
-
-def named(module: QuantizedModule) -> str:
-    """Its weight, as messages call it."""
-    path, parameter = module.weight_quantizer.path, module.PARAMETER
-    return f"{path}.{parameter}" if path else parameter
+    return old.shape != new.shape or not torch.equal(old.detach().to(new), new.detach())
 
 
 def fits(module: QuantizedModule) -> bool:
@@ -247,10 +228,9 @@ def fits(module: QuantizedModule) -> bool:
 def check(module: QuantizedModule, name: str | None = None) -> None:
     """Raise unless alpha fits the weight.
 
-    Raises:
-        RuntimeError: another weight was put in its place, or it has another number of rows, or it is batched.
+    ``name`` is the weight's, for messages: by default that in the model that was quantized.
     """
-    name = named(module) if name is None else name
+    name = name or ".".join(filter(None, [module.weight_quantizer.path, module.PARAMETER]))
     if transforms.active() and (transforms.is_batched(module.latent) or transforms.is_batched(module.alpha)):
         raise RuntimeError(
             f"{name} must not be batched by vmap, as functional_call with stacked parameters has it: call the"

@@ -17,14 +17,7 @@ from .weight import check, fits, warn_of_new_weights
 
 
 def quantized_weights(model: nn.Module) -> list[WeightView]:
-    """Returns every trainable quantized weight once, however many modules share it.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: there is none; a place of the model uses one as it is; modules that share one differ; tensor
-            ids are not distinct; weights lie on several devices, or their eps in units of delta differ.
-        RuntimeError: a plain module took the place of a quantized one, or an alpha was made for another weight.
-    """
+    """Returns every trainable quantized weight once; raises unless one estimator can train all of them."""
     checks.instance("model", model, nn.Module)
     check_replaced(model.named_modules())
     weights = collected(model)
@@ -55,16 +48,12 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
 
 
 def collected(model: nn.Module) -> list[WeightView]:
-    """Returns the trainable weights of quantized modules as they are now.
-
-    Raises:
-        ValueError: a module's weight is no parameter, or does not lie in memory as rows.
-    """
+    """Returns the trainable weights of quantized modules as they are now."""
     views: dict[Tensor, WeightView] = {}
     for path, m in model.named_modules():
         if not isinstance(m, QuantizedModule):
             continue
-        name = f"{path}.{m.PARAMETER}" if path else m.PARAMETER
+        name = f"{path}.{m.PARAMETER}".lstrip(".")
         weight = m._parameters.get(m.PARAMETER)
         if weight is None:
             raise ValueError(
@@ -101,11 +90,9 @@ def _check_alike(w: WeightView) -> None:
     first = w.modules[0]
     for m in w.modules[1:]:
         same = m.quantizer == first.quantizer and m.tensor_id == first.tensor_id
-        if isinstance(m.quantizer.scale, LearnedScale):
-            alike = m.alpha is first.alpha  # or they would be trained apart
-        else:
-            measured = isinstance(m.quantizer.scale, MeasuredScale)  # anew in each step
-            alike = measured or torch.equal(m.alpha, first.alpha)
+        scale = m.quantizer.scale  # each step measures a measured alpha anew; a learned alpha is one parameter
+        learned, measured = isinstance(scale, LearnedScale), isinstance(scale, MeasuredScale)
+        alike = measured or (m.alpha is first.alpha if learned else torch.equal(m.alpha, first.alpha))
         if not (same and alike):
             raise ValueError(
                 f"{w.name} must have one quantizer, alpha and tensor_id in all modules that share it, got"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..spec.checks import check_number
-from ..spec.dtypes import FLOATS
+from ..spec.grid import FLOATS
 from ..spec.scale import STATISTICS
 from . import checks
 from .arguments import TensorOrList
@@ -32,8 +32,8 @@ def measure_alphas_(
     b1.58, arXiv 2402.17764, with ``least=1e-5``), ``rms`` the root of the mean of x^2 (QuEST, arXiv 2502.05003,
     with ``add=1e-8``). One element that is NaN makes the alpha NaN, else one that is infinite makes it
     infinite. The statistic of a cell without elements is 0. Absmax is exact and the same on every backend, the
-    others are within 1e-6, relative; all have the same bits in every run, for any number of threads. Nothing
-    waits for a device.
+    others are within 1e-6, relative; all have the same bits in every run, for any number of threads.
+    Nothing waits for a device.
 
     Args:
         alphas: float32, contiguous, one for each of ``tensors``, whatever they hold: one element, one per row,
@@ -45,8 +45,7 @@ def measure_alphas_(
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     checks.instance("statistic", statistic, str)

@@ -21,6 +21,7 @@ from ..spec.hadamard import check_block
 from ..spec.noise import MAX_DIRECTION, Layout
 
 Tensors = Sequence[Tensor]
+Fit = Callable[[Sequence[int], Sequence[int]], bool]  # whether a shape suits another
 KEPT = 64  # lists whose checks are remembered: a training loop asks about the same ones at every step
 #: Scalars that the host or the device may hold.
 SCALARS = {
@@ -53,13 +54,13 @@ def tensor_list(
     tensors: Tensors,
     dtypes: Sequence[torch.dtype],
     like: Tensors | None = None,
-    fit: Callable[[Sequence[int], Sequence[int]], bool] = operator.eq,
+    fit: Fit = operator.eq,
 ) -> None:
     """A list of contiguous tensors of one dtype and device, whose shapes suit ``like``."""
     if like is not None and len(tensors) != len(like):
         raise ValueError(f"{name} must have {len(like)} tensors, got {len(tensors)}")
     first = like[0] if like else tensors[0] if tensors else None
-    if first is not None and uniform(tensors, dtypes, first.device, like, fit):
+    if first is not None and uniform(tensors, dtypes, first, like, fit):
         return
     for i, t in enumerate(tensors):
         what = f"{name}[{i}]"
@@ -81,26 +82,28 @@ def tensor_list(
 def uniform(
     tensors: Tensors,
     dtypes: Sequence[torch.dtype],
-    device: torch.device,
+    first: Tensor,
     like: Tensors | None,
-    fit: Callable[[Sequence[int], Sequence[int]], bool],
+    fit: Fit,
 ) -> bool:
     """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
     if torch.compiler.is_dynamo_compiling():  # it does not follow what makes this cheap
         return False
+    dtype = tensors[0].dtype
     try:
         contiguous = all(map(Tensor.is_contiguous, tensors))
-    except RuntimeError:  # what is not strided has no such thing
+    except RuntimeError:  # a sparse tensor
         return False
     return (
         contiguous
-        and set(map(DTYPE, tensors)) <= {d for d in dtypes if not tensors or d == tensors[0].dtype}
-        and (all(map(IS_CPU, tensors)) if device.type == "cpu" else set(map(DEVICE, tensors)) <= {device})
+        and dtype in dtypes
+        and set(map(DTYPE, tensors)) == {dtype}
+        and (all(map(IS_CPU, tensors)) if first.is_cpu else set(map(DEVICE, tensors)) == {first.device})
         and (like is None or all_fit(tensors, like, fit))
     )
 
 
-def all_fit(tensors: Tensors, like: Tensors, fit: Callable[[Sequence[int], Sequence[int]], bool]) -> bool:
+def all_fit(tensors: Tensors, like: Tensors, fit: Fit) -> bool:
     if fit is operator.eq:
         return all(map(Tensor.is_same_size, tensors, like))
     if all(n == 1 for n in map(Tensor.numel, tensors)):  # any tensor has room for one alpha
@@ -145,8 +148,7 @@ def whole_blocks(name: str, tensors: Tensors, block: int) -> None:
 def fits(alpha: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether an alpha of that shape has one element, one per row or one per group of a tensor of ``sizes``.
 
-    Its number of elements does not tell: (1, 1024), meant for the columns of (32, 1024), has as many as 32
-    groups in each row.
+    Its number of elements does not tell: (1, 1024), for the columns of (32, 1024), has that of 32 groups a row.
     """
     scales, sizes = tuple(alpha), tuple(sizes)
     if scales and len(scales) == len(sizes) and scales[:-1] == sizes[:-1]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..spec.dtypes import FLOATS
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import Layout
 from ..spec.straight_through import StraightThrough
@@ -45,8 +44,7 @@ def estimate_gradient_(
         grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device;
             they receive G, rounded once to their dtype.
         losses_plus, losses_minus: float32, shape (n,), on the device.
-        alphas: float32, one for each gradient: one element, one per row, or one per group of the last
-            dimension.
+        alphas: float32, one for each gradient: one element, one per row, or one per group of a row.
         norm: guide norm N, 0-dim float32 on the device.
         grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
         one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
@@ -64,8 +62,7 @@ def estimate_gradient_(
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     grads = arguments.tensors("grads", grads)

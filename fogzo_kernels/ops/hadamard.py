@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import check_name
-from ..spec.dtypes import FLOATS
+from ..spec.grid import FLOATS
 from ..spec.hadamard import check_block
 from . import checks, transforms
 from .arguments import TensorOrList
@@ -23,20 +22,17 @@ def hadamard_(
     """Write the orthonormal Hadamard transform of each block of the last dimension (contract section 4).
 
     ``y[i] = block ** -0.5 * sum_j (-1) ** popcount(i & j) * x[j]`` over each ``block`` consecutive elements:
-    Sylvester's order (Sylvester 1867), by fast butterflies (Fino & Algazi 1976). It is its own inverse, up to
-    rounding.
+    Sylvester's order (1867), by butterflies (Fino & Algazi 1976). It is its own inverse, up to rounding.
 
     Args:
         out: of the tensors' shapes, of one dtype: float32, bfloat16 or float16. ``out[i]`` may be
             ``tensors[i]``, which is then transformed in place.
-        tensors: contiguous, of one dtype (float32, bfloat16 or float16) and device; the last dimension of each
-            is a multiple of ``block``.
+        tensors: contiguous, of one dtype (float32, bfloat16 or float16) and device; ``block`` divides each row.
         block: 16, 32, 64, 128, 256, 512 or 1024.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     op_of_lists(out=out, tensors=tensors, block=check_block(block), backend=backend)
@@ -68,7 +64,7 @@ def hadamard(x: Tensor, *, block: int = 128, backend: str | None = None) -> Tens
     checks.instance("x", x, Tensor)
     block = check_block(block)
     check_name(backend)
-    y: Tensor = (Transformed.apply if transforms.active() else op)(x, block, backend)
+    y: Tensor = (transformed if transforms.active() else op)(x, block, backend)
     return y
 
 
@@ -84,19 +80,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 op.register_autograd(_backward, setup_context=_setup)
-
-
-@transforms.one_by_one
-class Transformed(torch.autograd.Function):
-    """The op under a transform of ``torch.func``."""
-
-    setup_context = staticmethod(_setup)
-
-    @staticmethod
-    def forward(x: Tensor, block: int, backend: str | None) -> Tensor:
-        y: Tensor = op(x.contiguous(), block, backend)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return Transformed.apply(grads[0], *ctx.options), None, None
+transformed: Any = transforms.transformed(
+    op, _setup, lambda ctx, grad: (transformed(grad, *ctx.options), None, None)
+)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec.dtypes import FLOATS
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import NO_SECOND, StraightThrough
 from . import arguments, checks
@@ -52,8 +51,7 @@ def learned_backward_(
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     lists = {"grads": grads, "alpha_grads": alpha_grads, "latents": latents, "alphas": alphas}

@@ -52,19 +52,17 @@ class Schema:
 
     def register(self, run: Callable[[Call], Any], fake: Callable[[Call], Any]) -> CustomOpDef:
         """The op that runs these functions of a call; ``fake`` serves graphs that are traced."""
+        names, defaults = self.names, self.defaults  # the dispatcher leaves out trailing defaults
         name, brace, rest = self.text.partition("(")
-        op = torch.library.custom_op(
-            f"fogzo::{name}",
-            lambda *args: run(self.named(args)),
-            mutates_args=self.written,
-            schema=brace + rest,
-        )
-        op.register_fake(lambda *args: fake(self.named(args)))
-        return op
 
-    def named(self, args: Sequence[Any]) -> Call:
-        """The dispatcher leaves out the last arguments where they are the defaults."""
-        return {**self.defaults, **dict(zip(self.names, args, strict=False))}
+        def of_call(function: Callable[[Call], Any]) -> Callable[..., Any]:
+            return lambda *args: function(defaults | dict(zip(names, args, strict=False)))
+
+        op = torch.library.custom_op(
+            f"fogzo::{name}", of_call(run), mutates_args=self.written, schema=brace + rest
+        )
+        op.register_fake(of_call(fake))
+        return op
 
 
 class ListOp:
@@ -75,8 +73,7 @@ class ListOp:
 
     Args:
         schema: its name is that of the backend's function.
-        lists: the dtypes of each list of one length; the first list gives the others their shapes. Alphas are
-            known.
+        lists: the dtypes of each list but alphas; the first list gives the others their length and shapes.
         check: checks the rest that needs no data; it takes arguments by their names.
         result: makes what the op returns where nothing is computed.
     """
@@ -93,7 +90,8 @@ class ListOp:
         self.others = [(name, lists[name]) for name in others]
         self.function = schema.partition("(")[0]
         taken = [*inspect.signature(getattr(Backend, self.function)).parameters][1:]
-        self.groups = [(name, GROUPS[name]) for name in taken if name in GROUPS]
+        added = [name for name in taken if name in GROUPS and (name != "out" or "grads" in self.schema.written)]
+        self.groups = [(name, GROUPS[name]) for name in added]
         self.taken = operator.itemgetter(*taken)
         self.convert = [
             (name, arguments.optional if name in OPTIONAL else arguments.tensors) for name in self.schema.lists
@@ -198,7 +196,7 @@ class ListOp:
         draw, numels = call.get("draw"), memory.numels_of(call[self.first])
         memory.numbers(draw, call.get("mix"), call.get("update"))
         if draw is not None:
-            memory.shards(draw, numels[: len(call["alphas"])])
+            memory.shards(tuple(draw.tensor_ids), tuple(draw.layouts), numels[: len(call["alphas"])])
         memory.overlaps(*self.memory(call), numels)
 
     def memory(self, call: Call) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[Tensor]]]:
@@ -224,30 +222,19 @@ def of_one(op: ListOp, schema: str, outputs: Mapping[str, str]) -> CustomOpDef:
     parsed = Schema(schema)
     listed = [(name, LISTED[name]) for name in parsed.names if name in LISTED]
 
-    def made(call: Call) -> Any:
-        """The outputs; the call becomes one of lists."""
+    def on_lists(compute: Callable[[Call], Any], call: Call) -> Any:
         for name, list_name in listed:
-            x = call[name]
-            call[list_name] = [x.contiguous() if name == "grad" else x]
-        tensors = [torch.empty_like(call[like][0]) for like in outputs.values()]
-        for name, t in zip(outputs, tensors, strict=True):
+            call[list_name] = [call[name].contiguous() if name == "grad" else call[name]]
+        results = tuple([torch.empty_like(call[like][0]) for like in outputs.values()])
+        for name, t in zip(outputs, results, strict=True):
             call[name] = [t]
         call["fresh"] = outputs
         if "x" in call:
             call["title"] = "x"
-        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+        compute(call)
+        return results if len(results) > 1 else results[0]
 
-    def run(call: Call) -> Any:
-        result = made(call)
-        op.run(call)
-        return result
-
-    def fake(call: Call) -> Any:
-        result = made(call)
-        op.fake(call)
-        return result
-
-    return parsed.register(run, fake)
+    return parsed.register(functools.partial(on_lists, op.run), functools.partial(on_lists, op.fake))
 
 
 # ---- groups of arguments
@@ -291,7 +278,7 @@ GROUPS: dict[str, Callable[[Call], Any]] = {
     "straight_through": lambda c: StraightThrough.of_variant(c["straight_through"]),
     "measure": lambda c: Measure(*[c[name] for name in Measure._fields]),
     "update": update_of,
-    "out": lambda c: c["out"] if "out" in c else c["grads"],  # what is written in place
+    "out": lambda c: c.get("out", c["grads"]),  # of a backward: the gradients, unless it is on one tensor
 }
 
 

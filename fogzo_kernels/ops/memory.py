@@ -74,13 +74,9 @@ def numels_of(tensors: Tensors) -> tuple[int, ...]:
     return tuple(map(Tensor.numel, tensors))
 
 
-def shards(draw: Draw, numels: tuple[int, ...]) -> None:
-    """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
-    check_shards(tuple(draw.tensor_ids), tuple(draw.layouts), numels)
-
-
 @functools.lru_cache(KEPT)
-def check_shards(tensor_ids: tuple[int, ...], layouts: tuple[Layout, ...], numels: tuple[int, ...]) -> None:
+def shards(tensor_ids: tuple[int, ...], layouts: tuple[Layout, ...], numels: tuple[int, ...]) -> None:
+    """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
     seen: dict[tuple[int, int], int] = {}
     for i, (tensor_id, where, numel) in enumerate(zip(tensor_ids, layouts, numels, strict=True)):
         check_range(f"tensor_ids[{i}]", tensor_id, MAX_TENSOR_ID)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec.dtypes import FLOATS
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, Grid
 from . import checks
 from .arguments import TensorOrList
 from .listop import Call, ListOp
@@ -19,8 +18,7 @@ def guide_sumsq(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backen
 
     Args:
         grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        alphas: float32, one for each of ``grads``: one element, one per row, or one per group of the last
-            dimension.
+        alphas: float32, one for each of ``grads``: one element, one per row, or one per group of a row.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Returns:
@@ -38,8 +36,7 @@ def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend
 
     Args:
         grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        alphas: float32, one for each of ``grads``: one element, one per row, or one per group of the last
-            dimension.
+        alphas: float32, one for each of ``grads``: one element, one per row, or one per group of a row.
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Returns:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..spec.dtypes import FLOATS, OUTPUTS
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, OUTPUTS, Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import MAX_DIRECTION, Layout, check_range
 from ..spec.straight_through import StraightThrough
@@ -64,8 +63,7 @@ def perturb_quantize_(
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     latents = arguments.tensors("latents", latents)

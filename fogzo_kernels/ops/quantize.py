@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import check_name
-from ..spec.dtypes import FLOATS, OUTPUTS
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, OUTPUTS, Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, learned, memory, straight_through, transforms
@@ -39,8 +38,7 @@ def quantize_(
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     checks.instance("grid", grid, Grid)
@@ -71,8 +69,7 @@ def quantize(
     """Q(latent), of the latent's shape and dtype; differentiable in ``latent`` and ``alpha``.
 
     The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1). An alpha that
-    requires one gets LSQ's (Esser et al., ICLR 2020, arXiv 1902.08153) in the same pass, as from
-    :func:`learned_backward_`.
+    requires one gets LSQ's (Esser et al., ICLR 2020, arXiv 1902.08153), as from :func:`learned_backward_`.
 
     Args:
         latent: contiguous, float32, bfloat16 or float16.
@@ -90,7 +87,8 @@ def quantize(
         TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
         RuntimeError: the backend is unavailable on the device.
     """
-    arguments.quantizer(grid, straight_through)
+    checks.instance("straight_through", straight_through, StraightThrough)
+    straight_through.check_grid(grid)
     checks.instance("latent", latent, Tensor)
     checks.instance("alpha", alpha, Tensor)
     check_name(backend)
@@ -99,7 +97,7 @@ def quantize(
     numbers = int(grid.qmin), int(grid.qmax), float(grid.offset), int(grid.r)
     options = *numbers, straight_through.variant, backend, float(alpha_factor), int(block_of(transform))
     if quantized is None:
-        values: Tensor = (Transformed.apply if transforms.active() else op)(latent, alpha, *options)
+        values: Tensor = (transformed if transforms.active() else op)(latent, alpha, *options)
         return values
     checks.tensor_list("latents", [latent], FLOATS)
     checks.alphas([alpha], "latents", [latent], options[-1])
@@ -161,22 +159,13 @@ class Gradients(torch.autograd.Function):
         raise RuntimeError("a straight-through gradient must not be differentiated again: it has no derivative")
 
 
-@transforms.one_by_one
-class Transformed(torch.autograd.Function):
-    """The op under a transform of ``torch.func``."""
+def _backward_in_transform(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:2]
+    some = iter(Gradients.apply(grad, *ctx.saved_tensors, *needed, *ctx.options))
+    return *(next(some) if need else None for need in needed), *[None] * len(ctx.options)
 
-    setup_context = staticmethod(_setup)
 
-    @staticmethod
-    def forward(latent: Tensor, alpha: Tensor, *options: Any) -> Tensor:
-        result: Tensor = op(latent.contiguous(), alpha.contiguous(), *options)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:2]
-        some = iter(Gradients.apply(grads[0], *ctx.saved_tensors, *needed, *ctx.options))
-        return *(next(some) if need else None for need in needed), *[None] * len(ctx.options)
+transformed = transforms.transformed(op, _setup, _backward_in_transform)
 
 
 class Quantized(torch.autograd.Function):

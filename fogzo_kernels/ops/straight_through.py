@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..spec.dtypes import FLOATS
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import FLAT, NO_SECOND, StraightThrough
 from . import arguments
@@ -36,8 +35,7 @@ def straight_through_backward_(
         backend: by default ``FOGZO_BACKEND``, else the best one available.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     lists = {"grads": grads, "latents": latents, "alphas": alphas}

@@ -5,15 +5,15 @@ The estimate, an optimizer's step with it and the next Q(theta), in one pass ove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
 from ..spec.call import Update
-from ..spec.dtypes import FLOATS, OUTPUTS
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, OUTPUTS, Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.noise import Layout
 from ..spec.straight_through import StraightThrough
@@ -21,6 +21,8 @@ from ..spec.update import KINDS, UpdateRule
 from . import arguments, checks
 from .arguments import TensorOrList
 from .listop import GRID, NAMES, STATE, ListOp
+
+Op = TypeVar("Op", bound=Callable[..., None])
 
 
 class NoiseOptions(TypedDict):
@@ -31,7 +33,27 @@ class NoiseOptions(TypedDict):
 
 
 class TailOptions(NoiseOptions, total=False):
-    """The keywords that :func:`estimate_adamw_` and :func:`estimate_sgd_` share."""
+    """The keywords that :func:`estimate_adamw_` and :func:`estimate_sgd_` share.
+
+    If every direction is lost the gradients serve as they are; if the norm is not finite the step is
+    skipped, and only ``quantized`` and ``counters`` are written.
+
+    Args:
+        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
+        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
+        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
+        step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
+        tensor_ids: one per alpha; by default 0, 1, 2, ...
+        layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
+        masters: float32 copies of bfloat16 or float16 latents, updated instead; latents are the rounded copy.
+        quantized: one output per alpha that receives the next Q(latent), or codes if int8.
+        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
+            was not finite, and alphas that were not finite or not > 0.
+        transform: of the quantizer, for the tensors that have an alpha, as for :func:`perturb_quantize_`;
+            latents and grads are those of the weight as it is, ``quantized`` is in the rotated basis.
+        backend: by default ``FOGZO_BACKEND``, else the best available.
+    """
 
     step: int | Tensor
     tensor_ids: Sequence[int] | None
@@ -44,6 +66,15 @@ class TailOptions(NoiseOptions, total=False):
     backend: str | None
 
 
+def documented(function: Op) -> Op:
+    """Put the shared keywords into the docstring of a function, in the place of ``common``."""
+    if function.__doc__ and TailOptions.__doc__:
+        shared = TailOptions.__doc__.partition("Args:\n")[2].rstrip()
+        function.__doc__ = re.sub(" +common: .*", lambda match: shared, function.__doc__)
+    return function
+
+
+@documented
 def estimate_adamw_(
     latents: TensorOrList,
     grads: TensorOrList,
@@ -72,34 +103,15 @@ def estimate_adamw_(
             others take their gradient as it is.
         grads: of the latents' shapes.
         exp_avgs, exp_avg_sqs: float32 state, of the latents' shapes, zero before the first step.
-        losses_plus, losses_minus: float32, shape (n,). With n = 0 the step is a plain
-            straight-through one: G = g.
+        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
         alphas: float32: one element, one per row, or one per group of the last dimension.
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.
         optimizer_step: 1 at the first step, for the bias correction; a number or a 0-dim int64 tensor.
-        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
-        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
-        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
-        step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
-        tensor_ids: one per alpha; by default 0, 1, 2, ...
-        layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
-        epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
-        masters: float32 master copies of bfloat16 or float16 latents, updated in their place; latents receive
-            the rounded copy.
-        quantized: one output per alpha that receives the next Q(latent), or codes if int8.
-        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
-            was not finite, and alphas that were not finite or not > 0.
-        transform: of the quantizer, for the tensors that have an alpha, as for :func:`perturb_quantize_`;
-            latents and grads are those of the weight as it is, ``quantized`` is in the rotated basis.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
-
-    If every direction is lost the gradients serve as they are; if the norm is not finite the step is
-    skipped, and only ``quantized`` and ``counters`` are written.
+        common: the keywords of :class:`TailOptions`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     beta1, beta2 = betas
@@ -110,6 +122,7 @@ def estimate_adamw_(
     update(rule, states, lists, arguments.losses(losses_plus, losses_minus), norm, numbers, common)
 
 
+@documented
 def estimate_sgd_(
     latents: TensorOrList,
     grads: TensorOrList,
@@ -136,37 +149,17 @@ def estimate_sgd_(
         latents: float32, bfloat16 or float16, updated in place. The first ``len(alphas)`` are quantized; the
             others take their gradient as it is.
         grads: of the latents' shapes.
-        momentum_buffers: float32 state, of the latents' shapes, zero before the first step; None without
-            momentum.
-        losses_plus, losses_minus: float32, shape (n,). With n = 0 the step is a plain
-            straight-through one: G = g.
+        momentum_buffers: float32, of the latents' shapes, zero before the first step; None without momentum.
+        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
         alphas: float32: one element, one per row, or one per group of the last dimension.
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.
         momentum, dampening, weight_decay, nesterov: as ``torch.optim.SGD`` has them.
         optimizer_step: 1 at the first step, which is not dampened; a number or a 0-dim int64 tensor.
-        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
-        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
-        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
-        step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
-        tensor_ids: one per alpha; by default 0, 1, 2, ...
-        layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
-        epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
-        masters: float32 master copies of bfloat16 or float16 latents, updated in their place; latents receive
-            the rounded copy.
-        quantized: one output per alpha that receives the next Q(latent), or codes if int8.
-        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
-            was not finite, and alphas that were not finite or not > 0.
-        transform: of the quantizer, for the tensors that have an alpha, as for :func:`perturb_quantize_`;
-            latents and grads are those of the weight as it is, ``quantized`` is in the rotated basis.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
-
-    If every direction is lost the gradients serve as they are; if the norm is not finite the step is
-    skipped, and only ``quantized`` and ``counters`` are written.
+        common: the keywords of :class:`TailOptions`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; nothing is
-            written.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend is unavailable on the device.
     """
     rule = UpdateRule(

@@ -6,7 +6,7 @@ tensors are batched, an op runs once for each sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,21 @@ def is_batched(tensor: Tensor) -> bool:
     while functorch.is_gradtrackingtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return functorch.is_batchedtensor(tensor)
+
+
+def transformed(op: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """The op of one tensor, or more, under a transform."""
+
+    @one_by_one
+    class Transformed(Function):
+        setup_context = staticmethod(setup)
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*[a.contiguous() if isinstance(a, Tensor) else a for a in args])
+
+    Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+    return Transformed.apply
 
 
 def one_by_one(kind: type[Function]) -> type[Function]:

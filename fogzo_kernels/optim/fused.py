@@ -39,13 +39,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """An optimizer on one op of the fused tail. A subclass names its rule and op, and takes the rule's numbers.
 
     Args:
-        params: as in ``torch.optim``.
         hyperparameters: the rule's numbers, by the names that both ``torch.optim`` and ``OP`` give them.
-        lr: learning rate, a number or a 0-dim tensor on the parameters' device.
-        fogzo: the estimator around the model whose parameters these are, or None.
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters, and update that.
-        capturable: count steps on the device, for capture in a CUDA graph.
-        backend: of the op; None takes that of ``fogzo``, else the best available.
+        params, lr, fogzo, master_weights, capturable, backend: as :class:`fogzo_kernels.AdamW` has them.
     """
 
     #: Lets ``torch.amp.GradScaler.step`` hand its scale to the step, which divides losses and gradients by it.
@@ -104,8 +99,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: with ``fogzo``, runs the model and returns the loss, and the step then runs the
-                passes itself: clear the gradients before; the closure does not call ``backward``.
-                Without, as in PyTorch.
+                passes itself: clear the gradients before; it does not call ``backward``. Else as in PyTorch.
 
         Returns:
             The loss where the step knows it, else None.
@@ -158,7 +152,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""
         own = set(map(id, self._parameters()))
         estimated = [w for w in step.run.weights if w.parameter.grad is not None]
-        still = [w.name for w in estimated if any(m.still_row is not None for m in w.modules)]
+        still = [w.name for w in estimated if any(vars(m).get("padding_idx") is not None for m in w.modules)]
         if step.pairs and still:
             raise RuntimeError(
                 f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"

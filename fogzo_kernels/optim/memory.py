@@ -17,21 +17,14 @@ BITS = torch.int16  # of bfloat16 and float16; a CPU compares them a hundred tim
 
 @torch.no_grad()
 def follow(master: Tensor, latent: Tensor) -> None:
-    """Let a master copy become the latent where that is not the master rounded: loaded, say, or written.
-
-    No GPU is waited for.
-    """
+    """Let a master copy become the latent where that is not the master rounded, with no wait for a GPU."""
     rounded, now = master.to(latent.dtype).view(BITS), latent.view(BITS)
     if latent.device.type != "cpu" or not torch.equal(rounded, now):
         master.copy_(torch.where(rounded == now, master, latent.float()))
 
 
 def in_memory(p: Tensor) -> View:
-    """How to see tensors that lie in memory as this one does, in the order of memory: elementwise all the same.
-
-    Raises:
-        ValueError: it does not fill its memory.
-    """
+    """How to see tensors that lie in memory as ``p`` does, in the order of memory."""
     if p.is_contiguous():
         return local
     strides = p.stride()

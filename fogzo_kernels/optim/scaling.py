@@ -25,10 +25,7 @@ class Scaling(NamedTuple):
     def check(self, closure: bool, passes: bool, own: bool) -> None:
         """Raise where losses and gradients would not be scaled alike, before anything moves.
 
-        Args:
-            closure: whether the step is to run one.
-            passes: whether passes were run, whose estimate is still to be made.
-            own: whether ``found_inf`` is that of :class:`fogzo_kernels.Fogzo`, not of a scaler.
+        The step runs a ``closure``, or makes the estimate of ``passes``; ``own``: found_inf is Fogzo's own.
         """
         if closure and self.scale is not None:
             raise RuntimeError(

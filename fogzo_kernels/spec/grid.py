@@ -1,11 +1,16 @@
-"""Grid: the values a quantized weight may take (docs/contract.md, section 3)."""
+"""Grid: the values a quantized weight may take (docs/contract.md, section 3), and the dtypes of tensors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
+
 from .checks import as_int
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of latents, gradients and values
+OUTPUTS = (*FLOATS, torch.int8)  # int8 holds codes
 
 
 @dataclass(frozen=True)

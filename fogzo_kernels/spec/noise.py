@@ -1,8 +1,7 @@
 """Names of noise and what they mean: distributions, Philox constants, limits, direction signs.
 
-Noise is a pure function of ``(seed, step, direction, tensor_id, element)`` (docs/contract.md,
-section 2). This module holds the constants every backend shares and the host-side Philox;
-it imports no backend.
+Noise is a pure function of ``(seed, step, direction, tensor_id, element)`` (docs/contract.md, section 2).
+This module holds the constants that every backend shares, and the host's Philox.
 """
 
 from __future__ import annotations

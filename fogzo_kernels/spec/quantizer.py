@@ -25,8 +25,7 @@ class Quantizer:
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: ``straight_through`` does not belong to ``grid``, or groups of the scale are not whole
-            blocks of ``transform``.
+        ValueError: ``straight_through`` is not for ``grid``, or groups of the scale are not whole blocks.
     """
 
     grid: Grid

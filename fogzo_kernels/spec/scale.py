@@ -17,7 +17,7 @@ from .checks import as_int, check_number
 from .grid import Grid
 
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
-#: How many weights share an alpha: all, those of a row, or that many neighbours in a row.
+#: Which weights share an alpha: "tensor" all, "row" the weights of a row, an int so many neighbours in a row.
 Granularity = str | int
 #: What an alpha can be made of: the largest abs(x) of its elements, their mean, the root of the mean of x^2.
 STATISTICS = ("absmax", "absmean", "rms")
@@ -74,7 +74,7 @@ class Scale(ABC):
         """A scale that is trained: alpha is a parameter of its module, with LSQ's gradient.
 
         Args:
-            granularity: ``"tensor"``, ``"row"``, or the size of a group of a row; with ``init`` that of it.
+            granularity: ``"tensor"``, ``"row"``, or the size of a group of a row; ``init`` brings its own.
             init: what alpha begins with; None: 2 mean abs(w) / sqrt(qmax), as LSQ does.
         """
         return LearnedScale(granularity if init is None else None, init)
@@ -89,15 +89,15 @@ class Scale(ABC):
         """Itself in strings and numbers, for JSON."""
 
     @staticmethod
-    def from_dict(found: dict[str, Any]) -> Scale:
-        """The scale that :meth:`to_dict` gave; one that was not kept raises when it is used."""
-        if "measured" in found:
-            return MeasuredScale(**found["measured"])
-        if "learned" in found:
-            init = Scale.from_dict(found["init"]) if found["init"] else None
-            return LearnedScale(found["learned"], init)  # type: ignore[arg-type]
-        kept = {"number": found["alpha"], "tensor": tensor_not_saved, "function": not_saved}
-        return FixedScale(kept[found["fixed"]])
+    def from_dict(data: dict[str, Any]) -> Scale:
+        """The scale that :meth:`to_dict` gave; a tensor or a function that was not kept raises at its use."""
+        if "measured" in data:
+            return MeasuredScale(**data["measured"])
+        if "learned" in data:
+            init = Scale.from_dict(data["init"]) if data["init"] else None
+            return LearnedScale(data["learned"], init)  # type: ignore[arg-type]
+        kept = {"number": data["alpha"], "tensor": tensor_not_saved, "function": not_saved}
+        return FixedScale(kept[data["fixed"]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +119,7 @@ class FixedScale(Scale):
 
     @torch.no_grad()
     def of(self, rows: Tensor) -> Tensor:
-        """Alpha of a weight: a new float32 tensor on its device, in the shape that was given.
-
-        Raises:
-            TypeError: the function returned neither a number nor a floating tensor.
-            ValueError: it returned a tensor that requires grad.
-        """
+        """Alpha of a weight: a new float32 tensor on its device, in the given shape."""
         value: Any = self.alpha
         if callable(value):
             value = value(rows.detach())
@@ -132,22 +127,23 @@ class FixedScale(Scale):
         return torch.as_tensor(value, dtype=torch.float32, device=rows.device).clone().contiguous()
 
     def __repr__(self) -> str:
-        alpha = self.alpha
-        shown = f"tensor of shape {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else repr(alpha)
+        alpha: Any = self.alpha
         if callable(alpha):  # without its address
             shown = getattr(alpha, "__name__", type(alpha).__name__)
+        else:
+            shown = f"tensor of shape {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else repr(alpha)
         return f"Scale.fixed({shown})"
 
     def to_dict(self) -> dict[str, Any]:
-        """A tensor or a function is not kept, only that it was one."""
-        kept = self.alpha if isinstance(self.alpha, int | float) else None
-        tensor = isinstance(self.alpha, Tensor) or self.alpha is tensor_not_saved
-        return {"fixed": "number" if kept is not None else "tensor" if tensor else "function", "alpha": kept}
-
-    def _identity(self) -> tuple[str, float]:
+        """Keeps a number; of a tensor or a function only the kind."""
         if isinstance(self.alpha, int | float):
-            return "number", self.alpha
-        return "object", id(self.alpha)  # tensors compare element by element; a function may have no hash
+            return {"fixed": "number", "alpha": self.alpha}
+        return {"fixed": "function" if self.from_weight else "tensor", "alpha": None}
+
+    def _identity(self) -> tuple[bool, float]:
+        """Tensors compare element by element and a function may have no hash, so their ids stand for them."""
+        number = isinstance(self.alpha, int | float)
+        return number, self.alpha if number else id(self.alpha)  # type: ignore[return-value]
 
     def __eq__(self, other: object) -> bool:
         return self._identity() == other._identity() if isinstance(other, FixedScale) else NotImplemented
@@ -156,7 +152,7 @@ class FixedScale(Scale):
         return hash(self._identity())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FixedScale:
-        return self  # or the scales of a copied model would not equal those it was made with
+        return self  # or the scales of a copied model would not equal the model's
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A model is saved with its alphas; a function that has no name to import does not hinder that."""
@@ -198,20 +194,15 @@ class MeasuredScale(Scale):
         if self.statistic not in STATISTICS:
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
         object.__setattr__(self, "granularity", checked_granularity(self.granularity))
-        for name in ("factor", "add", "least"):
+        for name, low in (("factor", ">"), ("add", ">="), ("least", ">=")):
             value = getattr(self, name)
             check_number(name, value)
-            low = "> 0" if name == "factor" else ">= 0"
-            if not (math.isfinite(value) and (value > 0 or (value == 0 and name != "factor"))):
-                raise ValueError(f"{name} must be finite and {low}, got {value}")
+            if not 0 <= value < math.inf or (value == 0 and low == ">"):
+                raise ValueError(f"{name} must be finite and {low} 0, got {value}")
             object.__setattr__(self, name, float(value))
 
     def shape_for(self, rows: int, length: int) -> tuple[int, ...]:
-        """The shape of alpha for a weight of ``rows`` rows of ``length`` elements.
-
-        Raises:
-            ValueError: the group does not divide a row.
-        """
+        """The shape of alpha for a weight of ``rows`` rows of ``length`` elements."""
         if self.granularity == "tensor":
             return ()
         if self.granularity == "row":
@@ -260,11 +251,11 @@ class LearnedScale(Scale):
         if self.init is not None:
             return self.init
         assert self.granularity is not None
-        return MeasuredScale("absmean", self.granularity, 2 / math.sqrt(levels_above(grid)), 0.0, 0.0)
+        return MeasuredScale("absmean", self.granularity, 2 / math.sqrt(max(grid.qmax, 1)), 0.0, 0.0)
 
     def gradient_factor(self, grid: Grid, shared: int) -> float:
-        """What LSQ multiplies alpha's gradient by: 1 / sqrt(weights that share it times qmax)."""
-        return 1 / math.sqrt(max(shared, 1) * levels_above(grid))
+        """LSQ's factor of alpha's gradient, 1 / sqrt(n qmax) for n weights; grids of one bit have no qmax."""
+        return 1 / math.sqrt(max(shared, 1) * max(grid.qmax, 1))
 
     def __repr__(self) -> str:
         shown = repr(self.granularity) if self.init is None else f"init={self.init!r}"
@@ -274,13 +265,7 @@ class LearnedScale(Scale):
         return {"learned": self.granularity, "init": self.init and self.init.to_dict()}
 
 
-def levels_above(grid: Grid) -> int:
-    """LSQ's qmax, at least 1: grids of one bit have none above 0."""
-    return max(grid.qmax, 1)
-
-
 def checked_granularity(granularity: Any) -> Granularity:
-    """ "tensor", "row", or the int of a group; raise for anything else, and a group below 2."""
     if isinstance(granularity, str) and granularity in ("tensor", "row"):
         return granularity
     if isinstance(granularity, bool) or not isinstance(granularity, numbers.Integral) or granularity < 2:
@@ -294,9 +279,11 @@ def check_alpha(alpha: object, expected: str) -> None:
     """Raise unless ``alpha`` is a number or a floating tensor that does not require grad."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float | Tensor):
         raise TypeError(f"alpha must be {expected}, got {type(alpha).__name__}")
-    if isinstance(alpha, Tensor) and not alpha.is_floating_point():
+    if not isinstance(alpha, Tensor):
+        return
+    if not alpha.is_floating_point():
         raise TypeError(f"alpha must be {expected}, got a tensor of {str(alpha.dtype).removeprefix('torch.')}")
-    if isinstance(alpha, Tensor) and alpha.requires_grad:
+    if alpha.requires_grad:
         raise ValueError(
             f"alpha must not require grad, as no gradient reaches it, got a {type(alpha).__name__} that does"
         )

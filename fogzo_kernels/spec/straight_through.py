@@ -44,13 +44,11 @@ class StraightThrough:
     """How gradients pass a quantizer, and the noise that smooths it the same way.
 
     Args:
-        kind: ``"identity"`` for rounding grids; ``"hardtanh"``, ``"tanh"`` or ``"approxsign"``
-            for :meth:`Grid.sign`.
+        kind: ``"identity"`` for rounding grids; ``"hardtanh"``, ``"tanh"`` or ``"approxsign"`` for signs.
         clip: for ``"identity"``, where the derivative is 0: outside the grid's range (``True``, the
             smoothed clamp); where no code is within half a delta (``"trust"``, QuEST's mask: Panferov
             et al., 2025, arXiv 2502.05003); or nowhere (``False``), so that a saturated weight can come back.
-        noise: a distribution that replaces the matching one, such as ``"gaussian"`` or
-            ``"rademacher"`` (SPSA, MeZO).
+        noise: a distribution in place of the matching one: ``"gaussian"`` or ``"rademacher"`` (SPSA, MeZO).
     """
 
     kind: str = "identity"

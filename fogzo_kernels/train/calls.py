@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..distributed.fsdp import measure_sharded_
 from ..distributed.group import sum_of_parts
+from ..distributed.sharding import measure_sharded_
 from ..functional import (
     guide_norm,
     guide_sumsq,
@@ -20,26 +20,19 @@ from ..functional import (
 )
 from ..nn.view import WeightView
 from ..nn.weight import hold_alphas, measure_
-from ..spec.grid import Grid
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
-from ..spec.straight_through import StraightThrough
 
 T = TypeVar("T")
-OF_QUANTIZER = ("grid", "straight_through", "transform")  # as ops take them
 AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
 
 
 class WeightGroup:
-    """Weights that go into one call of an op, and the lists that it takes: made once a step, not for each call.
-
-    Alphas are as they are when this is made. Latents are asked for anew, as ``parameter.data`` may be replaced.
-    """
+    """Weights that go into one call of an op, and the lists that it takes, made once a step."""
 
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
-        q = weights[0].quantizer
         self.weights, self.backend = weights, backend
-        self.how: dict[str, Any] = {name: getattr(q, name) for name in OF_QUANTIZER} | {"backend": backend}
+        self.how: dict[str, Any] = weights[0].quantizer.options | {"backend": backend}
         self.alphas = [w.alpha for w in weights]
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
@@ -49,7 +42,7 @@ class WeightGroup:
 
     @property
     def latents(self) -> list[Tensor]:
-        """Rows of the parameters."""
+        """Rows of the parameters, taken anew at each call, as ``parameter.data`` may be replaced."""
         return [w.latent for w in self.weights]
 
     def split(self, by: Callable[[WeightView], T]) -> list[tuple[T, WeightGroup]]:
@@ -78,20 +71,16 @@ class WeightGroup:
         return groups
 
     def quantize(self) -> None:
-        """Write Q(parameter) into the memory.
-
-        It is for one pass: no version tells whether a weight changed, as where ``parameter.data`` is written.
-        """
+        """Write Q(parameter) into the memory, for one pass, as a write to ``.data`` shows in no version."""
         grid, transform = self.how["grid"], self.how["transform"]
         quantize_(self.memory, self.latents, self.alphas, grid=grid, transform=transform, backend=self.backend)
 
 
 def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGroup]:
     """Return the weights by quantizer and dtype. Each weight has alphas of its own, whatever its scale."""
-    kinds: dict[tuple[Grid, StraightThrough, Hadamard | None, torch.dtype], list[WeightView]] = {}
+    kinds: dict[tuple[Any, ...], list[WeightView]] = {}
     for w in weights:
-        q = w.quantizer
-        kinds.setdefault((q.grid, q.straight_through, q.transform, w.parameter.dtype), []).append(w)
+        kinds.setdefault((*w.quantizer.options.values(), w.parameter.dtype), []).append(w)
     return [WeightGroup(members, backend) for members in kinds.values()]
 
 
@@ -104,11 +93,7 @@ def run_quantized(weights: list[WeightView], backend: str | None) -> None:
 
 
 def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
-    """Measure the alphas that are measured in each step, and hold learned ones in their range.
-
-    Returns:
-        How many learned ones were out of range, 0-dim int64, or None as :func:`hold_alphas`.
-    """
+    """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
     calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     measure_sharded_([m for w in weights if not w.placement.is_whole for m in w.modules], backend)
     for w in weights:
@@ -123,10 +108,7 @@ def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
 
 
 def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
-    """Make g of dL/dQ in ``.grad`` of weights that received that, and return the gradients of learned alphas.
-
-    Both are linear in dL/dQ, so once for all micro-batches does.
-    """
+    """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas."""
     alphas: AlphaGradients = []
 
     def kind_of(w: WeightView) -> tuple[bool, bool]:
@@ -145,12 +127,7 @@ def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
 
 
 def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Return N, the norm over all gradients. A gradient of 0 adds nothing.
-
-    Args:
-        groups: weights with their gradients.
-        sum_of: makes a sum over the rows of this process one over all rows; None if they are all here.
-    """
+    """Return N, the norm over all gradients. ``sum_of`` adds the sums of processes that have rows."""
     alone = len(groups) == 1 and sum_of is None
     norm = guide_norm if alone else guide_sumsq
     norms = [norm(g.grads, g.alphas, grid=g.how["grid"], backend=g.backend) for g in groups]
@@ -178,13 +155,7 @@ def add_to_gradients(alphas: Iterable[tuple[WeightView, Tensor]]) -> None:
 def code_changes(
     groups: Sequence[WeightGroup], norm: Tensor, options: Callable[[WeightGroup], dict[str, Any]]
 ) -> Tensor:
-    """Return the share of codes that differ between the first two probes. Takes memory for one weight's codes.
-
-    Args:
-        groups: weights with their gradients.
-        norm: N.
-        options: of a group, as the op takes them.
-    """
+    """Return the share of codes that differ between the first two probes, in memory for one weight."""
     differ, total = torch.zeros((), dtype=torch.int64, device=norm.device), 0
     for group in groups:
         for i in range(len(group.weights)):

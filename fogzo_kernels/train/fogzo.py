@@ -15,12 +15,11 @@ from ..distributed.group import Peers
 from ..nn.view import local, reshard
 from ..nn.weights import check_unchanged, modules_of, quantized_weights
 from ..ops import checks
-from .device import DeviceState
 from .guards.closure import Closures
 from .guards.fingerprints import changed, warn_of
 from .guards.uncompiled import uncompiled
 from .replay import ReplayState
-from .run import COUNTERS, Run
+from .run import COUNTERS, DeviceState, Run
 from .settings import Settings, final_one_minus_beta, loaded
 from .step import Pass, Step
 
@@ -37,8 +36,7 @@ class Fogzo:
         model: a module with trainable quantized weights, all on one device.
         total_steps: steps over which beta decays from 1.
         one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
-        kappa: the same as (1 - beta) * d for d quantized weights; independent of the model's size.
-            Give one of the two.
+        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size. Give one of the two.
         directions: n, the pairs of probes per step; 1 in practice.
         seed: of the noise, unsigned 64 bits.
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
@@ -53,8 +51,7 @@ class Fogzo:
         process_group: with ``torch.distributed``, the processes that train this model together; None takes that
             of a DistributedDataParallel model. All must have the same settings, steps and weights, which is
             checked in the first step and in every hundredth.
-        loss_reduction: over them, ``"mean"`` or ``"sum"``, as gradients are reduced; None if this process
-            trains its model alone.
+        loss_reduction: over them, ``"mean"`` or ``"sum"``, as of gradients; None if this process trains alone.
         capturable: keep step and 1 - beta on the device, so that a whole step can be captured in a
             CUDA graph and each replay draws its own noise. Run a step or more before the capture.
         backend: of the ops; None takes the best available.
@@ -153,8 +150,7 @@ class Fogzo:
     def diagnostics(self) -> dict[str, int]:
         """Steps and directions lost to values that were not finite, and bad alphas; waits for the device.
 
-        A step is lost whose loss, N or gradients are not finite. Learned alphas that were held in range count
-        as bad, once for each step.
+        A step is lost whose loss, N or gradients are not finite. Learned alphas out of range count each step.
         """
         return dict(zip(COUNTERS, self._run.counters.tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""Run: what the steps of an estimator share, and what a step leaves for the next one."""
+"""Run: what the steps of an estimator share; DeviceState: its numbers that a captured CUDA graph advances."""
 
 from __future__ import annotations
 
@@ -13,51 +13,67 @@ from torch import Tensor
 from ..distributed.group import Peers
 from ..nn.view import WeightView
 from ..ops import arguments
-from .device import DeviceState
+from ..spec.noise import signed64
 from .guards.gradients import Gradients
 from .guards.unmoved_alphas import UnmovedAlphas
 from .replay import ReplayState
-from .settings import Settings
+from .settings import Settings, linear
 from .stats import Stats
 
 COUNTERS = ("lost_directions", "lost_steps", "bad_alphas")
 
 
+class DeviceState:
+    """Seed (int64), step (int64) and 1 - beta (float64) as 0-dim tensors on a device; all steps have probes."""
+
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        for name, only in (("start", 0), ("every", 1)):
+            if (value := getattr(settings, name)) != only:
+                raise ValueError(
+                    f"{name} must be {only} if capturable, got {value}: a graph has its probes or not"
+                )
+        self.settings = settings
+        self.seed = torch.tensor(signed64(settings.seed), device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.one_minus_beta = torch.full((), settings.one_minus_beta, dtype=torch.float64, device=device)
+        self.set_step(0)
+
+    def noise(self) -> dict[str, Tensor]:
+        """Return the tensors by the names that ops give them."""
+        return {"one_minus_beta": self.one_minus_beta, "seed": self.seed, "step": self.step}
+
+    def set_step(self, step: int) -> None:
+        """Set the number of the coming step."""
+        self.step.fill_(step)
+        self.advance(0)
+
+    def advance(self, by: int | Tensor) -> None:
+        """Go on by 1, or by 0 where only the device knows that the step is lost, without a wait for it."""
+        self.step.add_(by)
+        s = self.settings
+        if s.schedule == "linear":
+            self.one_minus_beta.copy_(linear(self.step.double(), s.total_steps, s.one_minus_beta))
+
+
 @dataclass(eq=False)
 class Run:
-    """What the steps of an estimator share, and what a step leaves for the next one.
-
-    Attributes:
-        settings, backend, weights: of the estimator.
-        replay: saves and loads what all passes of a step must see alike.
-        peers: the processes that train the model with this one.
-        device_state: the step's number and 1 - beta on the device, or None.
-        counters: int64, one for each of ``COUNTERS``, on the weights' device (contract section 5).
-        found_inf: float32, 0-dim, beside them: 1 after a gradient pass whose step is lost, else 0.
-        gradients: watches the gradients of the weights.
-        stats: of the last step.
-        unmoved_alphas: looks whether learned alphas are in an optimizer.
-        step: the Step that has begun, until it ends.
-        steps: how many were taken, which numbers the noise of the coming one.
-        reads_checked: whether a step has looked for reads of a weight beside its module.
-        passes_compared: whether a step with probes has looked for what passes do not see alike.
-    """
+    """What the steps of an estimator share, and what a step leaves for the next one."""
 
     settings: Settings
     backend: str | None
     weights: list[WeightView]
     replay: ReplayState
     peers: Peers
-    device_state: DeviceState | None
-    counters: Tensor
-    found_inf: Tensor
+    device_state: DeviceState | None  # where a step may be captured in a CUDA graph
+    counters: Tensor  # int64, on the weights' device: as COUNTERS (contract section 5)
+    found_inf: Tensor  # float32, 0-dim, there: 1 after a gradient pass whose step is lost, else 0
     gradients: Gradients = field(init=False)
     stats: Stats = field(init=False)
     unmoved_alphas: UnmovedAlphas = field(default_factory=UnmovedAlphas)
-    step: Any = None
-    steps: int = 0
-    reads_checked: bool = False
-    passes_compared: bool = False
+    step: Any = None  # the Step that has begun, until it ends
+    steps: int = 0  # taken so far, which numbers the noise of the coming step
+    reads_checked: bool = False  # whether a step has looked for reads of a weight beside its module
+    passes_compared: bool = False  # whether a step with probes has looked for what passes do not see alike
 
     def __post_init__(self) -> None:
         self.gradients = Gradients([w.parameter for w in self.weights])

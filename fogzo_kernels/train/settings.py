@@ -6,7 +6,7 @@ import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from ..ops import checks
 from ..spec.checks import check_number, check_range
 from ..spec.noise import MAX_DIRECTION, MAX_SEED, MAX_STEP
-from ..spec.schedule import SCHEDULES, one_minus_beta_at
 
+Number = TypeVar("Number", float, Tensor)
+
+SCHEDULES = ("linear", "constant")
 #: Settings that states written before have, and the one value of each that a step still has.
 RETIRED = {"difference": "central", "probe_share": 1.0}
 
@@ -60,10 +62,22 @@ class Settings:
             object.__setattr__(self, name, float(getattr(self, name)))
 
     def one_minus_beta_at(self, step: int) -> float | None:
-        """1 - beta of a step; None where it is plain STE."""
-        if step % self.every:
+        """1 - beta of a step (paper section 3); None where ``start`` or ``every`` makes it plain STE."""
+        first = self.start * self.total_steps
+        if step % self.every or step < first:
             return None
-        return one_minus_beta_at(step, self.total_steps, self.one_minus_beta, self.start, self.schedule)
+        final = self.one_minus_beta
+        return final if self.schedule == "constant" else linear(step - first, self.total_steps - first, final)
+
+
+def linear(elapsed: Number, length: float, final: Number | float) -> Number:
+    """1 - beta of ``"linear"``, ``elapsed`` steps after its start: from 0 to ``final`` in ``length`` steps.
+
+    Args:
+        elapsed: a number, or a 0-dim float64 tensor, as is the result then. Nothing waits for its device.
+    """
+    part = elapsed / max(length, 1.0)
+    return final * (part.clamp(max=1.0) if isinstance(part, Tensor) else min(1.0, part))
 
 
 def loaded(
@@ -72,8 +86,7 @@ def loaded(
     """Return the steps and counters of a state. Its settings must be these, but for names that may differ.
 
     Raises:
-        ValueError: a setting differs, ``may_differ`` has a name that is none of a setting, or a key or a value
-            is wrong.
+        ValueError: a setting differs, ``may_differ`` names no setting, or a key or a value is wrong.
     """
     for name, value in RETIRED.items():
         if state.get(name, value) != value:

@@ -1,11 +1,11 @@
-"""Stats: what the last step measured, for a log, and warnings where that says nothing of the weights."""
+"""Estimate and Stats: losses and norm of a step, what it measured for a log, and warnings of bad losses."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +13,25 @@ from torch import Tensor
 from ..nn.view import WeightView
 from ..nn.weight import share_at_floor
 from ..spec.noise import direction_sign
-from .losses import Estimate
 from .settings import Settings
 
+FAR = 3  # ratio of two losses of a step: eps changes a loss by less, another scale by more
 FEW_ROUNDINGS = 4  # losses that differ by less say nothing of the weights
 NOTED = ("step", "one_minus_beta")  # of the noise
 OF_STEP = ("loss", "difference", "rounding", "guide_norm", "one_minus_beta", "noise_to_guide", "cosine")
 
 
-class Stats:
-    """What the last step of an estimator measured.
+class Estimate(NamedTuple):
+    """What an estimate is made of."""
 
-    Args:
-        settings, weights: of the estimator.
-    """
+    loss: Tensor  # of the gradient pass, 0-dim float32
+    losses_plus: Tensor  # float32, (n,)
+    losses_minus: Tensor  # float32, (n,)
+    norm: Tensor | None  # N, 0-dim float32; None where there were no probes
+
+
+class Stats:
+    """What the last step of an estimator measured."""
 
     def __init__(self, settings: Settings, weights: Sequence[WeightView]) -> None:
         self._settings, self._weights = settings, weights
@@ -73,10 +78,7 @@ class Stats:
         return stats | {"alphas_at_floor": share_at_floor([m for w in self._weights for m in w.modules])}
 
     def _cosine(self, differences: list[float], noise: float, d: int) -> float:
-        """Return the cosine between sum_i c_i v_i and g, in units of delta, with the noise at its expectation.
-
-        v_i is sqrt(beta) s_i g / N + sqrt(1 - beta) u_i, where the u_i have d elements of variance 1.
-        """
+        """Return the cosine between sum_i c_i v_i and g: v_i is sqrt(beta) s_i g / N + sqrt(1 - beta) u_i."""
         number = int(self._noise["step"])
         finite = [(i, c) for i, c in enumerate(differences) if math.isfinite(c)]
         along = math.sqrt(1 - noise) * sum(
@@ -104,3 +106,17 @@ class Stats:
                 " float32, over fewer terms or without a large constant, or raise kappa",
                 stacklevel=4,
             )
+
+
+def warn_of_scales(losses: Tensor) -> None:
+    """Warn if a probe's loss is far from the loss of the gradient pass, which stands first. Waits for them."""
+    base, *probes = losses.tolist()
+    for loss in probes:
+        ratio = loss / base if base else math.nan
+        if not 1 / FAR <= ratio <= FAR and math.isfinite(ratio):
+            warnings.warn(
+                f"a probe's loss, {loss:.4g}, is {ratio:.3g} times that of the gradient pass, {base:.4g}:"
+                " give every pass losses that are scaled alike (by 1/K, or by a gradient scaler)",
+                stacklevel=4,
+            )
+            return

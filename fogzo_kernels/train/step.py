@@ -15,15 +15,14 @@ from ..functional import estimate_gradient_, perturb_quantize_
 from ..nn.view import WeightView
 from . import calls
 from .calls import AlphaGradients, WeightGroup
-from .guards.derivatives import DERIVATIVE, asks_for_autograd
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
 from .guards.gradients import Leftovers, Source
-from .guards.graph_reads import check_reads, leaves_of
+from .guards.graph_reads import DERIVATIVE, asks_for_autograd, check_reads, leaves_of
 from .guards.lost import look
 from .guards.uncompiled import uncompiled
-from .losses import Estimate, warn_of_scales
 from .replay import Snapshot, capturing
 from .run import Run
+from .stats import Estimate, warn_of_scales
 
 
 class Pass:
@@ -85,32 +84,21 @@ class Pass:
 
 
 class Step:
-    """A step from its first pass to its end. Its run drops it then, so that nothing of it is left.
-
-    Args:
-        run: what steps share.
-        modules: all of the model, as it is in this step.
-
-    Attributes:
-        passes: the gradient pass and the probes that are to follow.
-        pairs: of probes, n; 0 for a plain straight-through step.
-        groups: the weights that take part, by the calls that they go into; once the gradient pass is over.
-        lost: whether the loss or a gradient is not finite, so that nothing is to change.
-        unknown: the same as 0-dim bool, where only the device knows.
-        active: whether a pass is entered.
-    """
+    """A step from its first pass to its end, when its run drops it. ``modules``: all of the model now."""
 
     def __init__(self, run: Run, modules: Sequence[nn.Module]) -> None:
         self.run, self._modules = run, modules
         self.noise = run.next_noise()
+        # of probes, n; 0 for a plain straight-through step
         self.pairs = n = 0 if self.noise["one_minus_beta"] is None else run.settings.directions
         # of the gradient pass, of + and of - probes: one tensor, which devices reduce in one call
         self._losses = losses = torch.zeros(1 + 2 * n, dtype=torch.float32, device=run.counters.device)
         probes = [(i, sign, losses[1 + i + n * (sign < 0)]) for i in range(n) for sign in (1, -1)]
         self.passes = [Pass(self, 0, 0, losses[0]), *(Pass(self, *probe) for probe in probes)]
-        self.active = self.lost = False
-        self.unknown: Tensor | None = None
-        self.groups: list[WeightGroup] = []
+        self.active = False  # whether a pass is entered
+        self.lost = False  # whether the loss or a gradient is not finite, so that nothing is to change
+        self.unknown: Tensor | None = None  # the same as 0-dim bool, where only the device knows
+        self.groups: list[WeightGroup] = []  # after the gradient pass: the weights that take part, by calls
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
         self._minus: list[tuple[WeightView, Tensor]] = []  # what the next pass runs with
@@ -171,9 +159,8 @@ class Step:
 
     @torch.no_grad()
     def exit(self, probe: Pass, failed: bool) -> None:
-        """Let modules quantize for themselves again; buffers and generators as the gradient pass left them.
-
-        If the gradient pass failed, buffers and generators become what they were before it.
+        """Let modules quantize for themselves. Buffers and generators become as the gradient pass left them, or
+        as they were before it if it failed.
         """
         self.active = False
         over = True
@@ -226,12 +213,10 @@ class Step:
         replay.compare(*self.snapshots)
 
     def _finish_gradients(self, failed: bool = False) -> tuple[list[Tensor], Tensor, AlphaGradients]:
-        """Make g of dL/dQ, and keep the weights that have one.
+        """Make g of dL/dQ, keep the weights that have it, and add the gradients of alphas if the pass failed.
 
-        Returns:
-            For each weight of the model whether its gradient is there and not all 0, and whether all elements
-            are finite, as bools on the device; gradients of learned alphas, which are not in ``.grad`` yet. If
-            the pass failed, they are.
+        Returns, on the device: for each weight whether its gradient is there and not all 0; whether all
+        elements are finite. And the gradients of learned alphas.
         """
         self.groups = [part for group in self.groups for part in group.with_gradients()]
         nonzero, finite = look(self._guides, self._losses.device)
@@ -316,10 +301,7 @@ class Step:
             self.snapshots[1:] = [self.run.replay.save(self._modules)]
 
     def lose_if_not_finite(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> None:
-        """Lose the step if gradients of parameters beside the model are not finite, or a scaler says so.
-
-        A wait for the device, on which all processes of a group must agree, only if there is something to ask.
-        """
+        """Lose the step on all processes if gradients beside the model are not finite."""
         if self.lost or (not grads and found_inf is None):
             return
         lost = ~look(grads, self._losses.device, zeros=False)[1]
@@ -341,8 +323,7 @@ class Step:
     def _write_probes(self, probe: Pass) -> list[tuple[WeightView, Tensor]]:
         """Return the weights that take part, and the rows that they run this probe with.
 
-        Codes and values are calls of their own. Both probes of a direction are written at once, the second one
-        into memory that is taken for it: there is room, as activations are kept in the gradient pass alone.
+        Both probes of a direction are written at once. The second gets new memory: no activations are kept now.
         """
         assert self._norm is not None
         if probe.sign < 0:
@@ -362,11 +343,7 @@ class Step:
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then end
 
     def collect(self, scale: Tensor | None = None) -> Estimate:
-        """Return losses and norm; with ``torch.distributed``, losses reduced over the group.
-
-        Args:
-            scale: of the losses that passes were given; who owns the gradients divides them by it.
-        """
+        """Return losses of the group and norm, over ``scale``; the caller divides gradients by it."""
         run, losses, norm = self.run, self._losses, self._norm
         if scale is not None:
             scale = scale.to(losses.device, non_blocking=True)
@@ -427,11 +404,7 @@ class Step:
                     grad[w.still_row] = 0
 
     def end(self, estimated: bool = False) -> None:
-        """End the step. A pass that the caller still holds does not keep it.
-
-        Args:
-            estimated: whether its estimate was made. The next step then has the next number, unless it is lost.
-        """
+        """End the step. The next step has the next number if the estimate was made, unless it is lost."""
         if self.passes[0]._step is None:
             return
         for p in self.passes:

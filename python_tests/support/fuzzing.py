@@ -22,7 +22,7 @@ import torch
 
 import fogzo_kernels as fk
 from fogzo_kernels import _C
-from fogzo_kernels.spec import dtypes, straight_through
+from fogzo_kernels.spec import grid, straight_through
 from fogzo_kernels.spec.call import Measure
 from fogzo_kernels.spec.hadamard import BLOCKS
 from fogzo_kernels.spec.noise import DISTRIBUTIONS
@@ -32,8 +32,8 @@ from .fuzz_expected import RULES, expected, rule_of
 from .fuzz_spoil import applicable, spoil
 
 native = torch.ops.fogzo_cpu
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes.OUTPUTS}
-FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype in dtypes.FLOATS}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in grid.OUTPUTS}
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype in grid.FLOATS}
 GUARD = 0xA5
 NORMS = (0.5, 3.0, 100.0, 0.0, math.inf, math.nan)
 GRIDS = (

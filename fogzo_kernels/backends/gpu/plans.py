@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ...spec.call import Draw
 from ...spec.noise import Layout
 
 COLUMNS = (
@@ -85,23 +86,26 @@ def plan(
     alphas: Tensors = (),
     states: Sequence[Tensors] = (),
     alpha_grads: Tensors = (),
-    tensor_ids: Sequence[int] = (),
-    layouts: Sequence[Layout] = (),
+    draw: Draw | None = None,
     factors: Sequence[float] = (),
 ) -> Plan:
     """The plan for these lists, each of one tensor for each of ``like``, or empty.
 
-    ``like`` gives the numbers of elements and the device. ``alphas``, and with them ``plus``, ``tensor_ids``
-    and ``layouts``, may end sooner; ``states`` are at most two lists.
+    ``like`` gives the numbers of elements and the device, ``draw`` the tensor ids and layouts. ``alphas``, and
+    with them ``plus``, ids and layouts, may end sooner; ``states`` are at most two lists. No program writes the
+    gradients of the alphas of a tensor without elements: they become 0 here.
     """
+    for t, alpha_grad in zip(like, alpha_grads, strict=False):
+        if not t.numel():
+            alpha_grad.zero_()
     lists = latents, grads, plus, minus, *states, *((),) * (2 - len(states)), alphas, alpha_grads
     key = Key(
         like[0].device if like else None,
         tuple(tuple(t.data_ptr() for t in ts) for ts in lists),
         tuple(t.numel() for t in like),
         tuple(t.numel() for t in alphas),
-        tuple(tensor_ids),
-        tuple(layouts),
+        tuple(draw.tensor_ids) if draw else (),
+        tuple(draw.layouts) if draw else (),
         tuple(factors),
     )
     return kept(key, like, lambda captured: build_plan(key, captured))
@@ -126,19 +130,6 @@ def kept(key: Any, like: Tensors, build: Callable[[bool], P]) -> P:
         if len(_plans) > PLANS_KEPT:
             _plans.popitem(last=False)
     return plan
-
-
-def learned_plan(
-    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors,
-    factors: Sequence[float],
-) -> Plan:  # fmt: skip
-    """The plan for learned scales. Alphas of tensors without elements have no program: their gradient is 0."""
-    for latent, alpha_grad in zip(latents, alpha_grads, strict=True):
-        if not latent.numel():
-            alpha_grad.zero_()
-    return plan(
-        latents, latents=latents, grads=grads, plus=out, alphas=alphas, alpha_grads=alpha_grads, factors=factors
-    )
 
 
 def capturing(tensors: Tensors) -> bool:

@@ -199,10 +199,8 @@ def noise_pair(word, config: tl.constexpr):
     elif DIST == "gaussian":  # Box-Muller: -2 ln x = -2 ln 2 log2 x; the angle is pi 2^-31 high_uniform
         low, _ = halves_as_float(word)
         log2 = approximate((low - 8388607.5) * (1.0 / 65536), "lg2")
-        radius, angle = (
-            approximate(log2 * -1.3862943611198906, "sqrt"),
-            high_uniform(word) * 1.4629180792671596e-09,
-        )
+        radius = approximate(log2 * -1.3862943611198906, "sqrt")
+        angle = high_uniform(word) * 1.4629180792671596e-09
         return radius * approximate(angle, "cos"), radius * approximate(angle, "sin")
     else:
         tl.static_assert(False, f"no code for distribution {DIST}")

@@ -66,7 +66,7 @@ def estimate_gradient_(
     launch(coefficients_kernel, 1, device, coef, counters, *scalars, Config(**noise))
     if not grads:
         return
-    p = plan(grads, grads=grads, alphas=alphas, tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    p = plan(grads, grads=grads, alphas=alphas, draw=draw)
     config = config_of(p, grads=grads, block=block, one_direction=n == 1, **noise)
     args = counters, drawn, coef, n, float(r), config
     launch(estimate_kernel, p.programs, device, p.table, p.owner, *args)

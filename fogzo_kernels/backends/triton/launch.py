@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,16 +14,15 @@ from torch import Tensor
 
 from ...spec import grid as spec
 from ...spec.call import Draw, Mix
-from ...spec.dtypes import OUTPUTS
+from ...spec.grid import OUTPUTS
 from ...spec.hadamard import factor
 from ...spec.noise import DISTRIBUTIONS
-from ..gpu.plans import Plan
+from ..gpu.plans import Plan, Tensors
 from .elements import M_FACTOR, Grid
 
 TILE = 2048  # elements per loop iteration
 NUM_WARPS = 4
 
-Tensors = Sequence[Tensor]
 Scalar = Tensor | int
 DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in OUTPUTS}
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...spec import grid as spec
 from ...spec.straight_through import StraightThrough
-from ..gpu.plans import Plan, learned_plan
+from ..gpu.plans import Plan, plan
 from . import program
 from .elements import alpha_slope_of, derivative_of, product
 from .hadamard import rotated
@@ -184,11 +184,13 @@ def unit_of(p: Plan) -> int | None:
 
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid,
-    straight_through: StraightThrough, factors: Sequence[float],
-    block: int,
+    straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta), and the gradients of the alphas: a launch, and one for those of several programs."""
-    p, device = learned_plan(out, alpha_grads, grads, latents, alphas, factors), latents[0].device
+    p = plan(
+        latents, latents=latents, grads=grads, plus=out, alphas=alphas, alpha_grads=alpha_grads, factors=factors
+    )
+    device = latents[0].device
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
     unit, variant = unit_of(p), straight_through.variant
     config = config_of(p, latents, grads, out, block, variant=variant, unit=unit)

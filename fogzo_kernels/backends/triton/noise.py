@@ -35,7 +35,7 @@ def noise_kernel(table, owner, draw, direction, scale, config: tl.constexpr):
 def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor:
     """u = C m, float32, shape (numel,)."""
     out = torch.empty(numel, dtype=torch.float32, device=device)
-    p = plan([out], plus=[out], tensor_ids=draw.tensor_ids, layouts=draw.layouts)
+    p = plan([out], plus=[out], draw=draw)
     config = config_of(p, distribution=draw.distribution)
     scale = rounded(noise_scale(draw.distribution))
     launch(noise_kernel, p.programs, device, p.table, p.owner, draw_of(draw), direction, scale, config)

@@ -12,6 +12,7 @@ from . import program
 from .launch import Tensors, config_of, launch
 
 SUM_BLOCK, SUM_WARPS = 8192, 16  # of the program that adds what the others leave
+REGISTERS = 64  # the most of a thread: ptxas, left alone, computes addresses anew to take fewer
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
     p = plan(grads, grads=grads, alphas=alphas)
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
     out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
-    config = config_of(p, grads=grads)
-    launch(sumsq_kernel, p.programs, device, p.table, p.owner, partial, float(r), config)
+    args = p.table, p.owner, partial, float(r), config_of(p, grads=grads)
+    launch(sumsq_kernel, p.programs, device, *args, maxnreg=REGISTERS)
     launch(sum_kernel, 1, device, partial, p.programs, out, BLOCK=SUM_BLOCK, ROOT=root, num_warps=SUM_WARPS)
     return out

@@ -17,7 +17,7 @@ from .hadamard import rotated
 from .launch import Tensors, config_of, draw_of, grid_of, launch, mix_of, noise_fields, rounded
 
 #: The most of a thread, by the outputs' dtype: ptxas, left alone, spills some to reach fewer.
-REGISTERS = {torch.int8: 80}
+REGISTERS = {torch.int8: 96}
 
 
 class Pass(NamedTuple):
@@ -94,10 +94,7 @@ def perturb_quantize_(
     """Write Q(w + eps v) and Q(w - eps v): one launch, one pass."""
     if not latents:
         return
-    p = plan(
-        latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas,
-        tensor_ids=draw.tensor_ids, layouts=draw.layouts,
-    )  # fmt: skip
+    p = plan(latents, latents=latents, grads=grads, plus=plus, minus=minus, alphas=alphas, draw=draw)
     out = plus or minus
     probes = {"plus": bool(plus), "minus": bool(minus)}
     config = config_of(p, latents, grads, out, block, **probes, **noise_fields(draw))

@@ -200,9 +200,11 @@ def update_kernel(table, owner, counters, draw, coef, n, grid, numbers, config: 
 # ---- host
 
 
-def registers_of(block: int) -> int:
-    """The most of a thread. A tile's larger blocks of the transform need more."""
-    return REGISTERS if not block else 128 if block <= 256 else 255
+def registers_of(block: int, aligned: bool) -> int:
+    """The most of a thread. A tile's larger blocks of the transform need more, and so do unaligned tensors."""
+    if block:
+        return 128 if block <= 256 else 255
+    return REGISTERS if aligned else REGISTERS + 16
 
 
 def log_bits(x: float) -> int:
@@ -238,8 +240,8 @@ def estimate_update_(
         return
     p = plan(
         latents, latents=latents, grads=grads, plus=quantized, minus=masters, alphas=alphas,
-        states=update.states, tensor_ids=draw.tensor_ids, layouts=draw.layouts,
+        states=update.states, draw=draw,
     )  # fmt: skip
     config = config_of(p, latents, grads, quantized, block, tile=TILE, master=bool(masters), **fields)
     args = counters, drawn, coef, n, grid_of(grid), numbers_of(update.rule), config
-    launch(update_kernel, p.programs, device, p.table, p.owner, *args, maxnreg=registers_of(block))
+    launch(update_kernel, p.programs, device, p.table, p.owner, *args, maxnreg=registers_of(block, p.aligned))

@@ -12,30 +12,22 @@ from ..calls import run_quantized, set_alphas
 from ..replay import Snapshot
 from ..run import Run
 from ..step import Step
-from .derivatives import asks_for_autograd
 from .fingerprints import ATTRIBUTE, BUFFERS, Prints, changed, global_generators, seen_by
+from .graph_reads import asks_for_autograd
 
 Closure = Callable[[], Tensor]
 ALIKE = 1e-5  # of a loss: more than the order of additions makes of it, less than another batch or mask
 
 
 class Closures:
-    """Runs the closures of an estimator's steps.
-
-    Args:
-        run: of the estimator.
-    """
+    """Runs the closures of an estimator's steps."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._differentiates = False  # whether a closure did
 
     def loss(self, closure: Closure, start: Snapshot) -> Tensor:
-        """Run the closure and return its loss, with autograd where a first run without it fails.
-
-        Args:
-            start: what passes begin with, for that second run.
-        """
+        """Return the closure's loss; where it fails without autograd, that of a run with it from ``start``."""
         if torch.is_grad_enabled():
             return closure()
         if not self._differentiates:
@@ -56,10 +48,7 @@ class Closures:
         return seen_by(closure, [fogzo, replay.model, *replay.others], replay.model)
 
     def names_that_matter(self, closure: Closure, names: list[str], step: Step) -> list[str]:
-        """Return the names on which the loss may depend, of names that the gradient pass changed.
-
-        The loss does not depend on a sum of losses for a log, say. All processes of a group call this.
-        """
+        """Return which names that the gradient pass changed matter to the loss. All processes call this."""
         flag = torch.tensor(bool(names), dtype=torch.int32, device=step.run.counters.device)
         self._run.peers.agree(flag)
         if not flag or step.lost:
@@ -89,11 +78,7 @@ class Closures:
         return said
 
     def _losses_differ(self, closure: Closure, start: Snapshot, end: Snapshot) -> bool:
-        """Return whether two more runs with the same weights fail, or give different losses.
-
-        Args:
-            start, end: of the gradient pass.
-        """
+        """Return whether two more runs from ``start`` fail, or give different losses."""
         try:
             a, b = self._losses(closure, start, (False, False))
         except Exception:  # an iterator that has come to its end, say; a probe will say so
@@ -103,10 +88,7 @@ class Closures:
         return not (math.isclose(a, b, rel_tol=ALIKE) or (math.isnan(a) and math.isnan(b)))
 
     def _losses(self, closure: Closure, start: Snapshot, with_autograd: Sequence[bool]) -> Iterator[float]:
-        """Yield a loss for each run of the closure with Q(theta). Each run begins with ``start``.
-
-        The caller restores generators and buffers afterwards.
-        """
+        """Yield a loss for each run with Q(theta) from ``start``. The caller restores the state."""
         run = self._run
         try:
             for autograd in with_autograd:

@@ -1,4 +1,4 @@
-"""What a closure has beside the model, which no pass restores, and whether a run of the closure changed it."""
+"""Prints of what a closure has beside the model, to see changes that no pass restores."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ DEPTH, WIDTH = 4, 64  # how far and how wide it looks into what a closure holds
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 CODE = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType)
 
-#: Where Python and packages are, this one too.
+#: Where Python and packages are, fogzo_kernels too.
 PACKAGES = (
     "<frozen",
     *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     os.path.join(os.path.dirname(torch.__file__), ""),
     os.path.join(Path(__file__).parents[2], ""),
 )
-#: What every module has, and what belongs to quantized ones.
+#: Attributes that every module or every quantized module has.
 OF_MODULES = {*vars(nn.Module()), *QuantizedModule.ADDED}
 BUFFERS, ATTRIBUTE = "the buffers of", "the attribute"
 
@@ -50,12 +50,12 @@ Prints = dict[str, Print]
 
 
 def global_generators(known: Iterable[object] = ()) -> Prints:
-    """States of the generators that everybody shares and PyTorch does not know, but for those in ``known``."""
+    """Returns the states of Python's and NumPy's global generators, without the modules in ``known``."""
     prints: Prints = {"random": hash(random.getstate())}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        prints["numpy.random"] = _print_of_state(numpy.random.get_state())
-    skip = {id(o) for o in known}
+    if numpy := sys.modules.get("numpy"):
+        state = numpy.random.get_state()
+        prints["numpy.random"] = hash(repr([bytes(x) if hasattr(x, "tobytes") else x for x in state]))
+    skip = set(map(id, known))
     return {name: state for name, state in prints.items() if id(sys.modules[name]) not in skip}
 
 
@@ -66,8 +66,7 @@ def seen_by(closure: Callable[..., Any], known: Iterable[object], model: nn.Modu
         known: objects that passes restore or do not change: the model, what is replayed.
         model: whose modules of the user are looked at, too: their attributes, and what their forward has.
     """
-    known = list(known)
-    skip = {id(o) for o in known} | {id(m) for k in known if isinstance(k, nn.Module) for m in k.modules()}
+    skip = {id(x) for o in known for x in (o, *(o.modules() if isinstance(o, nn.Module) else ()))}
     todo: list[tuple[Callable[..., Any], str]] = [(closure, "")]
     prints: Prints = {}
     done: set[int] = set()
@@ -95,12 +94,12 @@ def seen_by(closure: Callable[..., Any], known: Iterable[object], model: nn.Modu
 
 
 def changed(before: Prints, after: Prints) -> list[str]:
-    """Names of what is not as it was."""
+    """Returns the names whose prints differ."""
     return [name for name in before if name in after and before[name] != after[name]]
 
 
 def warn_of(names: list[str]) -> None:
-    """Warn of what passes do not see alike, if there is any."""
+    """Warn if there are names of what passes change."""
     if names:
         warnings.warn(NOT_REPLAYED.format(" and ".join(names)), stacklevel=3)
 
@@ -128,11 +127,6 @@ def _variables(closure: Callable[..., Any]) -> dict[str, Any]:
     return variables
 
 
-def _print_of_state(state: Any) -> Print:
-    """Of a generator's state, which may have arrays."""
-    return hash(repr([bytes(x) if hasattr(x, "tobytes") else x for x in state]))
-
-
 def _print_of(value: Any, depth: int, skip: set[int]) -> Print:
     """Return what a value is worth; never raises. What cannot be looked into is worth its identity."""
     if id(value) in skip or isinstance(value, CODE):
@@ -147,10 +141,13 @@ def _print_of(value: Any, depth: int, skip: set[int]) -> Print:
 
 
 def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
-    """Return what is inside of an object, or None. Below depth 0 it looks into tensors and generators only."""
+    """Return the prints of an object's parts, or None; below depth 0, of tensors and generators only."""
 
     def each(values: Iterable[Any]) -> list[Print]:
         return [_print_of(v, depth, skip) for v in values]
+
+    def items(values: dict[Any, Any]) -> list[Print]:
+        return each(v for item in islice(values.items(), WIDTH) for v in item)
 
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
@@ -175,7 +172,7 @@ def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
     if isinstance(value, (set, frozenset)):
         return len(value)
     if isinstance(value, dict):
-        return len(value), each(v for item in islice(value.items(), WIDTH) for v in item)
+        return len(value), items(value)
     if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, functools.partial):
         plain = inspect.isfunction(value) and not value.__closure__  # it has its module's variables alone
         return None if plain else each(_variables(value).values())
@@ -183,18 +180,14 @@ def _print_inside(value: Any, depth: int, skip: set[int]) -> Print:
         frame = value.gi_frame
         return frame is None or each([frame.f_lasti, *frame.f_locals.values()])
     if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
-        return operator.length_hint(value, -1), repr(value), each(_parts_of(value))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of iterators that are copied
+            parts = value.__reduce__()[1:]  # what a zip, an enumerate or a cycle goes through, and where it is
+        return operator.length_hint(value, -1), repr(value), each(x for x in parts if x is not None)
     if type(value).__module__ == "numpy":
         return id(value), bytes(value.tobytes()) if value.nbytes < 1 << 20 else None
     inside = getattr(value, "__dict__", None)
-    return None if inside is None else each(v for item in islice(inside.items(), WIDTH) for v in item)
-
-
-def _parts_of(iterator: Any) -> Iterable[Any]:
-    """What a zip, an enumerate or a cycle goes through, and where it is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of iterators that are copied
-        return [part for part in iterator.__reduce__()[1:] if part is not None]
+    return None if inside is None else items(inside)
 
 
 def _wraps(value: nn.Module, skip: set[int]) -> bool:
@@ -212,7 +205,6 @@ def _unwrapped(value: Any) -> Any:
 def _is_users(value: Any) -> bool:
     """Whether a function or a module is of the program, not of a package."""
     if inspect.isfunction(value):
-        file: str | None = value.__code__.co_filename
-    else:
-        file = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
+        return not value.__code__.co_filename.startswith(PACKAGES)
+    file = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
     return file is not None and not file.startswith(PACKAGES)

@@ -42,11 +42,7 @@ class Source(Enum):
 
 
 class Gradients:
-    """Watches the gradients of parameters.
-
-    Args:
-        parameters: leaves that require a gradient. They and this refer to each other weakly.
-    """
+    """Watches the gradients of parameters, whose hooks refer to it weakly."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
@@ -92,13 +88,7 @@ class Gradients:
         return estimate is not None and estimate() is self.parameters[i].grad and i not in self._elsewhere
 
     def check_fresh(self, names: Sequence[str]) -> None:
-        """Raise unless the gradients are None or 0, as before a step.
-
-        One look at all gradients waits for their device. While a graph is captured, nothing is looked at.
-
-        Raises:
-            RuntimeError: one holds the last estimate, or that of another backward.
-        """
+        """Raise unless the gradients are None or 0, with one wait for the device; a capture does not look."""
         if not capturing():
             grads = {i: local(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
             if grads and not all_zero([*grads.values()]):
@@ -162,19 +152,13 @@ def seen_at_once(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def all_zero(tensors: list[Tensor]) -> bool:
-    """Whether every element of some tensors on one device is 0, in one wait for it.
-
-    The sum of absolute values, which no small element leaves at 0, takes few launches for all of them.
-    """
+    """Whether every element of tensors on one device is 0, in one wait for it."""
+    # few launches give all first norms, and no small element underflows in these
     return not bool(torch.stack(torch._foreach_norm(tensors, 1)).any())
 
 
 class Leftovers:
-    """Gradients as the gradient pass left them, which no probe may change.
-
-    Args:
-        tensors: whose gradients.
-    """
+    """Gradients of tensors as the gradient pass left them, which no probe may change."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._left = [(p, p.grad, local(p.grad)._version) for p in tensors if p.grad is not None]

@@ -1,9 +1,11 @@
-"""What a loss reads in its graph: a quantized weight only by its module, as no probe perturbs another use."""
+"""The graph of a loss: it reads a quantized weight by its module alone, and a probe has no graph to derive."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...nn.view import WeightView
@@ -15,20 +17,19 @@ VIEWS = {
 }  # fmt: skip
 #: Parts of the names of nodes that may read a weight: the quantizer's own, and a compiled graph, which is
 #: opaque and not looked into.
-ALLOWED = (
-    "fogzo_quantize", "QuantizedBackward", "DeferredBackward", "QuantizedInTransform", "DeferredInTransform",
-    "CompiledFunction", "ApplyTemplate",
-)  # fmt: skip
+ALLOWED = ("fogzo_quantize", "QuantizedBackward", "DeferredBackward", "CompiledFunction", "ApplyTemplate")
+#: In what PyTorch says of a derivative that is asked for without autograd.
+WITHOUT_AUTOGRAD = re.compile(r"requires?[_ ]grad|require gradient")
+DERIVATIVE = (
+    "a probe runs without autograd, and its forward asked for a derivative: put `with torch.enable_grad():`"
+    " around the part that differentiates; fogzo.step and fogzo.run with a closure do so by themselves"
+)
 
 
 def check_reads(loss: Tensor, weights: list[WeightView]) -> None:
     """Raise if the graph of a loss reads a quantized weight other than by quantizing it.
 
-    It sees what the graph shows: not what runs without autograd, or in a compiled or reentrantly checkpointed
-    part.
-
-    Raises:
-        RuntimeError: it does; the message names the weight and the node that reads it.
+    The graph does not show reads without autograd, or in a compiled or reentrantly checkpointed part.
     """
     names = {w.parameter: w.name for w in weights}
     readers = _readers(loss)
@@ -77,3 +78,9 @@ def _reader_beyond_views(node: Any, readers: dict[Any, list[Any]]) -> str | None
         if beyond is not None:
             return beyond
     return None
+
+
+def asks_for_autograd(error: BaseException | None) -> bool:
+    """Return whether an error came of a derivative, where autograd is off."""
+    without = isinstance(error, RuntimeError) and not torch.is_grad_enabled()
+    return without and WITHOUT_AUTOGRAD.search(str(error)) is not None

@@ -14,10 +14,9 @@ Versions = list[tuple[Tensor, int]]
 
 
 class UnmovedAlphas:
-    """Looks, in the first steps, whether alphas that got a gradient are moved where weights are.
+    """Looks, in the first steps, by versions whether alphas that got a gradient are written where weights are.
 
-    Versions tell, which every write by PyTorch raises, one with a learning rate of 0 too. An optimizer that
-    writes through ``.data`` raises no version, of weights neither: then this says nothing.
+    An optimizer that writes through ``.data`` raises no version, of weights neither: then this says nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,8 @@
-"""Weights under FSDP2's ``fully_shard``: each process keeps some rows, and packed codes are gathered."""
+"""Weights of which each process has a part.
+
+Under FSDP2's ``fully_shard`` a process keeps some rows, and packed codes are gathered. Under tensor parallelism
+a process quantizes its part and multiplies by it.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,21 @@ from torch import Tensor, nn
 
 from ..functional import dequantize, quantize_
 from ..nn.module import QuantizedModule
-from ..nn.pass_weight import PassWeight
-from ..nn.view import DTensor, FSDPModule, Part, Placement, local, place
+from ..nn.view import (
+    DTensor,
+    FSDPModule,
+    Part,
+    PassWeight,
+    Placement,
+    Quantized,
+    Replicate,
+    Shard,
+    local,
+    place,
+)
 from ..nn.weight import hold_alphas, measure_
 from ..spec.scale import LearnedScale, MeasuredScale
 from .packing import code_bits, pack_codes, unpack_codes
-
-if dist.is_available():
-    from torch.distributed.tensor import Replicate, Shard
-else:  # a build of PyTorch without it
-    Replicate = Shard = ()  # type: ignore[assignment,misc]
 
 #: FSDP looks for these on the local part of a parameter, and calls them around the gathering of it.
 HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
@@ -124,13 +133,12 @@ class ShardedRows(Placement):
             local(out).copy_(values)
         return None
 
-    def rows(self, module: QuantizedModule) -> Tensor:
+    def rows(self, module: QuantizedModule, weight: Tensor, quantized: Quantized) -> Tensor:
         """Returns the gathered values; in the gradient pass they have a gradient, dL/dQ.
 
         Raises:
             RuntimeError: nothing was gathered, or FSDP's shard is another tensor than the one with the hooks.
         """
-        weight = module.latent
         if isinstance(weight, DTensor):
             raise RuntimeError(
                 "weight must be gathered before it is used: run the forward of the module that fully_shard was"
@@ -222,6 +230,60 @@ class RefuseBackward(torch.autograd.Function):
             " straight-through gradients of what is reduced; for plain straight-through training let start of"
             " Fogzo be 1"
         )
+
+
+class CutWeight(Placement):
+    """Lets a module under tensor parallelism quantize its part of the weight, and multiply by it.
+
+    Raises:
+        ValueError: tensor parallelism of such a module, or of such a cut, is not offered.
+    """
+
+    is_whole = False
+
+    def __init__(self, name: str, module: QuantizedModule) -> None:
+        weight, how = cast("DTensor", module.latent), module.quantizer
+        placements = weight.placements
+        dim = placements[0].dim if len(placements) == 1 and type(placements[0]) is Shard else None
+        reason = None
+        if dim not in (0, 1) or weight.ndim != 2 or module.OUTPUTS != 0:
+            reason = f"cut by rows or columns over a mesh of one dimension, got {placements}"
+        elif how.transform is not None or module.activation is not None or getattr(module, "product", None):
+            reason = "without transform and quantized inputs, got one with"
+        elif isinstance(how.scale, MeasuredScale):
+            reason = f"with a fixed or learned scale, got {how.scale}"
+        elif local(module.alpha) is not module.alpha:
+            reason = "quantized after parallelize_module, which would cut the scales, got it quantized before"
+        if reason is not None:
+            raise ValueError(f"{name} must be, for tensor parallelism, {reason}")
+        assert dim is not None
+        self._part = part_of(weight, dim, 0)
+
+    @property
+    def part(self) -> Part:
+        return self._part
+
+    def rows(self, module: QuantizedModule, weight: Tensor, quantized: Quantized) -> Tensor:
+        """Returns Q of the part as a DTensor like the weight."""
+        alpha, weight = module.alpha, cast("DTensor", weight)
+        if module.pass_weight is None and alpha.requires_grad:
+            alpha = cast("Tensor", SumOfParts.apply(alpha, self.part))
+        rows = quantized(weight.to_local(), self.part.own(alpha).contiguous())
+        mesh, placements, shape, stride = weight.device_mesh, weight.placements, weight.shape, weight.stride()
+        return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+class SumOfParts(torch.autograd.Function):
+    """Returns its argument. The gradient is the sum over the processes that have parts."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, part: Part) -> Tensor:
+        ctx.part = part
+        return alpha.view_as(alpha)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.part.sum(grads[0].contiguous().clone()), None
 
 
 def shard(module: QuantizedModule) -> None:
