@@ -25,7 +25,7 @@ PROGRAMS: dict[str, list[str]] = {
         "--sizes", "2^22", "--tensors", "16", "--ops", "perturb", "estimate", "quantize", "adamw",
         "--dtypes", "fp32", "bf16", "--distributions", "uniform", "--no-baselines",
     ],
-    "bench.step": ["--no-traffic", "--methods", "fogzo", "forward", "--turns", "12"],
+    "bench.step": ["--no-traffic", "--methods", "fogzo", "--turns", "12"],
 }  # fmt: skip
 Times = dict[str, float]
 
