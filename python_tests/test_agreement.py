@@ -48,9 +48,16 @@ def test_noise_is_the_formula(backend, distribution, numel, generator):
     seed, step = (torch.randint(2**31, (2,), generator=generator)).tolist()
     for offset in OFFSETS:
         u = fk.noise(
-            numel, distribution, seed=seed, step=step, direction=3, tensor_id=17,
-            layout=(offset, max(numel, 1), max(numel, 1)), device=device_of(backend), backend=backend,
-        )  # fmt: skip
+            numel,
+            distribution,
+            seed=seed,
+            step=step,
+            direction=3,
+            tensor_id=17,
+            layout=(offset, max(numel, 1), max(numel, 1)),
+            device=device_of(backend),
+            backend=backend,
+        )
         assert u.shape == (numel,)
         assert u.dtype == torch.float32
         picked = sorted({j for j in (0, 1, 2, 6, 7, 8, 63, 1022, 16384, numel - 1) if 0 <= j < numel})
@@ -83,11 +90,18 @@ def test_exact_noise_is_equal_bit_for_bit(backend, distribution, numel):
     for layout in ((5, max(numel, 1), max(numel, 1)), (2**34 + 8, 16, 48), (1, 5, 9)):
         u, expected = (
             fk.noise(
-                numel, distribution, seed=2**63 + 9, step=2**32 - 1, direction=2**16 - 1,
-                tensor_id=2**32 - 2, layout=layout, device=device_of(b), backend=b,
+                numel,
+                distribution,
+                seed=2**63 + 9,
+                step=2**32 - 1,
+                direction=2**16 - 1,
+                tensor_id=2**32 - 2,
+                layout=layout,
+                device=device_of(b),
+                backend=b,
             ).cpu()
             for b in (backend, "reference")
-        )  # fmt: skip
+        )
         assert torch.equal(u, expected), layout
 
 
@@ -116,10 +130,17 @@ def test_guide_norm_is_the_float64_norm(backend, device, dtype, kind, generator)
     _, grads, alphas = model(generator, dtype, kind)
     for grid in (fk.Grid.uniform(2), fk.Grid.sign()):
         exact = sum(
-            (g.double() * (a.double() * grid.r).reshape(-1, 1)
-             .expand(-1, g.numel() // max(a.numel(), 1)).reshape(g.shape)).square().sum()
+            (
+                g.double()
+                * (a.double() * grid.r)
+                .reshape(-1, 1)
+                .expand(-1, g.numel() // max(a.numel(), 1))
+                .reshape(g.shape)
+            )
+            .square()
+            .sum()
             for g, a in zip(grads, alphas, strict=True)
-        ).sqrt()  # fmt: skip
+        ).sqrt()
         found = [fk.guide_norm(*to(device, grads, alphas), grid=grid, backend=backend) for _ in "ab"]
         assert found[0].dtype == torch.float32
         assert found[0].shape == ()
@@ -202,9 +223,10 @@ def test_perturb_agrees_at_any_size_offset_and_alignment(backend, numel, offset,
         }  # fmt: skip
         inputs = ([theta], [g], [alpha], torch.tensor(2.5), torch.float32)
         for x, y in zip(
-            perturbed(backend, *inputs, **options), perturbed("reference", *inputs, **options),
+            perturbed(backend, *inputs, **options),
+            perturbed("reference", *inputs, **options),
             strict=True,
-        ):  # fmt: skip
+        ):
             assert torch.equal(x[0], y[0])
 
 
@@ -215,9 +237,12 @@ def test_perturb_and_estimate_of_shards_equal_the_whole(backend, device, parts, 
     alpha = (0.1 + torch.rand(12, 6, generator=generator)).to(device)
     norm = torch.tensor(3.0, device=device)
     options = {
-        "grid": fk.Grid.half_offset(2), "straight_through": IDENTITY, "one_minus_beta": 0.2,
-        "seed": 1, "backend": backend,
-    }  # fmt: skip
+        "grid": fk.Grid.half_offset(2),
+        "straight_through": IDENTITY,
+        "one_minus_beta": 0.2,
+        "seed": 1,
+        "backend": backend,
+    }
     losses = torch.tensor([1.0, 2.0], device=device), torch.tensor([0.5, 2.5], device=device)
 
     def run(theta, g, alpha, **shards):
@@ -254,10 +279,19 @@ def test_estimate_is_the_float64_formula(backend, device, grid, straight_through
     found = [g.to(device, copy=True) for g in grads]
     counters = torch.zeros(3, dtype=torch.int64, device=device)
     fk.estimate_gradient_(
-        found, plus.to(device), minus.to(device), [a.to(device) for a in alphas], norm.to(device),
-        grid=grid, straight_through=straight_through, one_minus_beta=omb, seed=seed, step=step,
-        counters=counters, backend=backend,
-    )  # fmt: skip
+        found,
+        plus.to(device),
+        minus.to(device),
+        [a.to(device) for a in alphas],
+        norm.to(device),
+        grid=grid,
+        straight_through=straight_through,
+        one_minus_beta=omb,
+        seed=seed,
+        step=step,
+        counters=counters,
+        backend=backend,
+    )
     assert counters.tolist() == [0, 0, 0]
     C = coefficient(straight_through)
     c = (plus.double() - minus.double()) / (2 * straight_through.epsilon(grid)) / n
@@ -268,12 +302,17 @@ def test_estimate_is_the_float64_formula(backend, device, grid, straight_through
         terms = [
             c[j] * (1 - omb) ** 0.5 * fk.direction_sign(seed, step, j) / norm.double() * g.double().flatten()
             for j in range(n)
-        ]  # fmt: skip
+        ]
         for j in range(n):
             u = fk.noise(
-                g.numel(), straight_through.distribution, seed=seed, step=step, direction=j,
-                tensor_id=i, backend="reference",
-            )  # fmt: skip
+                g.numel(),
+                straight_through.distribution,
+                seed=seed,
+                step=step,
+                direction=j,
+                tensor_id=i,
+                backend="reference",
+            )
             terms.append(c[j] * omb**0.5 * C / delta * (u.double() / C))
         total = sum(terms)
         noise = sum(abs(c[j]) for j in range(n)) * omb**0.5 * C / delta

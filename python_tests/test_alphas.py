@@ -133,9 +133,17 @@ def results(backend, latents, grads, alphas):
     found["learned"] = learned[0]
     fk.estimate_gradient_(found["estimates"], *losses, alphas, norm, **options)
     fk.estimate_sgd_(
-        found["stepped"], like(0.0), None, *losses, alphas, norm, lr=0.5, optimizer_step=1,
-        quantized=found["next"], **options,
-    )  # fmt: skip
+        found["stepped"],
+        like(0.0),
+        None,
+        *losses,
+        alphas,
+        norm,
+        lr=0.5,
+        optimizer_step=1,
+        quantized=found["next"],
+        **options,
+    )
     return found
 
 
@@ -182,8 +190,10 @@ REFUSED = {
 
 def refusing_calls(sizes, alpha, backend, device):
     """Every op on a tensor of these sizes behind a good one, and all that it could write."""
-    latents, grads, out, more = ([torch.full(s, value, device=device) for s in ((4, 8), sizes)]
-                                 for value in (0.5, 0.25, math.nan, math.nan))  # fmt: skip
+    latents, grads, out, more = (
+        [torch.full(s, value, device=device) for s in ((4, 8), sizes)]
+        for value in (0.5, 0.25, math.nan, math.nan)
+    )
     states = [[torch.ones_like(t) for t in latents] for _ in "ab"]
     alphas, losses = [torch.ones(4, 2, device=device), alpha], torch.ones(2, 1, device=device)
     norm, options = torch.ones((), device=device), {**OPTIONS, "backend": backend}

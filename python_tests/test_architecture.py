@@ -291,9 +291,11 @@ def test_headers_have_no_circle():
 def test_csrc_includes_itself_and_named_libraries():
     """CUDA's part includes no torch, so that one build serves every release; nothing includes the tests."""
     libraries = {
-        "module.cpp": "pybind11/", "cuda/module.cpp": "pybind11/", "cuda": "cuda_runtime.h",
+        "module.cpp": "pybind11/",
+        "cuda/module.cpp": "pybind11/",
+        "cuda": "cuda_runtime.h",
         "cpu": "torch/ immintrin.h cpuid.h",
-    }  # fmt: skip
+    }
     for path, text in CSRC.items():
         allowed = tuple(libraries.get(path, libraries.get(posixpath.dirname(path), "")).split())
         names = [name for name in includes(text) if "." in name and not name.startswith(allowed)]

@@ -60,9 +60,10 @@ def test_info_tells_where_the_native_module_lies():
 def test_info_runs_without_a_native_module(tmp_path):
     """A package that was copied, not built."""
     shutil.copytree(
-        Path(info.__file__).parent, tmp_path / "fogzo_kernels",
+        Path(info.__file__).parent,
+        tmp_path / "fogzo_kernels",
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-    )  # fmt: skip
+    )
     code = (  # an editable installation finds what a package lacks in the checkout
         "import runpy, sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"

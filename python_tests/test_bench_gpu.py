@@ -242,8 +242,11 @@ def test_a_build_that_fails_is_followed_by_one_without_cuda(tmp_path, monkeypatc
     assert session.given["build without CUDA"]["FOGZO_BUILD_CUDA"] == "0"
     assert session.backends == {"triton": "", "cuda": "it is not built; so"}
     assert {o.stage: o.state for o in session.outcomes} == {
-        "build": "failed", "build without CUDA": "passed", "ops triton": "failed", "info": "passed",
-    }  # fmt: skip
+        "build": "failed",
+        "build without CUDA": "passed",
+        "ops triton": "failed",
+        "info": "passed",
+    }
     assert "- triton differs: norm bf16 none" in (tmp_path / "summary.md").read_text()
 
 
@@ -314,12 +317,17 @@ Context 1, Stream 7, Device 0, CC 9.0
 
 def test_profiles_are_read(tmp_path):
     assert tools.profiles(NCU) == [
-        ("perturb_kernel", {
-            "DRAM Throughput": "90.93 %", "Duration": "1,103.20 us", "Compute (SM) Throughput": "61.00 %",
-            "Registers Per Thread": "40 register/thread",
-        }),
+        (
+            "perturb_kernel",
+            {
+                "DRAM Throughput": "90.93 %",
+                "Duration": "1,103.20 us",
+                "Compute (SM) Throughput": "61.00 %",
+                "Registers Per Thread": "40 register/thread",
+            },
+        ),
         ("sum_kernel", {"Duration": "4.10 us"}),
-    ]  # fmt: skip
+    ]
     session = sessions.Session(tmp_path, 60.0, summary.summary, texts={"ncu": NCU})
     wanted = "| perturb_kernel | 1,103.20 us | 90.93 % | 61.00 % | 40 register/thread |  |"
     assert wanted in summary.summary(session)

@@ -20,8 +20,11 @@ CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--rows", "8", "--hidden", "16", "--layers", "1", "--turns", "4"]
 #: Micro-batches that a method's step runs, of 4; every-4 over four steps.
 FORWARDS = {
-    "ste": 4, "fogzo": 12, "eager": 12, "mezo": 8,
-}  # fmt: skip
+    "ste": 4,
+    "fogzo": 12,
+    "eager": 12,
+    "mezo": 8,
+}
 
 
 def method(name, *options, model="mlp"):
@@ -184,13 +187,27 @@ def test_each_call_counts_the_bytes_of_its_lists():
         state = [torch.zeros(6, 5) for _ in range(2)]
         before = found.bytes
         fk.estimate_adamw_(
-            x, g, *state, *losses, alpha, norm, lr=0.1, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8,
-            optimizer_step=1, **how, **noise,
-        )  # fmt: skip
+            x,
+            g,
+            *state,
+            *losses,
+            alpha,
+            norm,
+            lr=0.1,
+            weight_decay=0.0,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            optimizer_step=1,
+            **how,
+            **noise,
+        )
         assert found.bytes - before == 4 * (7 * 30 + 6)
     assert set(found.seconds) == {
-        "perturb_quantize_", "estimate_gradient_", "quantize_ in passes", "estimate_update_"
-    }  # fmt: skip
+        "perturb_quantize_",
+        "estimate_gradient_",
+        "quantize_ in passes",
+        "estimate_update_",
+    }
     fk.quantize_(out, x, alpha, grid=how["grid"])
     assert found.calls == 3
 

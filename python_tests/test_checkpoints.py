@@ -24,7 +24,7 @@ from support.savable import (
     row_max,
     row_mean,
     state_of,
-)  # fmt: skip
+)
 from support.training import batch, loss_of, make
 from torch import nn
 
@@ -91,8 +91,12 @@ def test_a_pickled_model_takes_the_same_step():
     for one in (model, loaded):
         torch.manual_seed(1)
         fogzo = fk.Fogzo(one, total_steps=10, one_minus_beta=0.01)
-        steps.append({"loss": fogzo.step(lambda one=one: loss_of(one, *batch())),
-                      **{name: p.grad for name, p in one.named_parameters()}})  # fmt: skip
+        steps.append(
+            {
+                "loss": fogzo.step(lambda one=one: loss_of(one, *batch())),
+                **{name: p.grad for name, p in one.named_parameters()},
+            }
+        )
     assert_equal(*steps)
 
 

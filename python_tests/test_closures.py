@@ -86,10 +86,12 @@ class Module(nn.Module):
         super().__init__()
         self.calls, self.seen = 0, []
         self.rng = {
-            "torch": lambda: torch.Generator().manual_seed(0), "random": lambda: random.Random(0),
-            "numpy": lambda: np.random.default_rng(0), "old numpy": lambda: np.random.RandomState(0),
+            "torch": lambda: torch.Generator().manual_seed(0),
+            "random": lambda: random.Random(0),
+            "numpy": lambda: np.random.default_rng(0),
+            "old numpy": lambda: np.random.RandomState(0),
             "count": lambda: None,
-        }[kind]()  # fmt: skip
+        }[kind]()
         self.kind = kind
 
     def forward(self, x):
@@ -172,9 +174,7 @@ def with_wrapped_model(closure, model):
     return lambda: closure() + 0 * len(optimizer.param_groups)
 
 
-@pytest.mark.parametrize(
-    "change", [with_sum, with_attributes, with_scaler, with_cache, with_wrapped_model]
-)  # fmt: skip
+@pytest.mark.parametrize("change", [with_sum, with_attributes, with_scaler, with_cache, with_wrapped_model])
 def test_what_the_loss_does_not_depend_on_draws_no_warning(change):
     """And to find that out leaves the step as it would have been."""
     found = []

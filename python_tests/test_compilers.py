@@ -70,9 +70,16 @@ def test_every_compiler_gives_the_same_bits(compiler, tmp_path):
         found = [line.split() for line in lines[d * COUNT : (d + 1) * COUNT]]
         u = torch.tensor([float.fromhex(x) for x, _ in found])
         expected = fk.noise(
-            COUNT, distribution, seed=3 << 40 | 11, step=7, direction=5, tensor_id=9, layout=(13, 100, 140),
-            device=torch.device("cpu"), backend="cpu",
-        )  # fmt: skip
+            COUNT,
+            distribution,
+            seed=3 << 40 | 11,
+            step=7,
+            direction=5,
+            tensor_id=9,
+            layout=(13, 100, 140),
+            device=torch.device("cpu"),
+            backend="cpu",
+        )
         assert torch.equal(u * DISTRIBUTIONS[distribution], expected), distribution
         q = torch.full((COUNT,), float("nan"), dtype=torch.float16)
         fk.quantize_(q, u, torch.tensor(0.25), grid=fk.Grid.half_offset(8), backend="cpu")

@@ -42,9 +42,18 @@ def results(isa, monkeypatch, seed, shape, dtypes, scales, distribution, layout,
     for options in ({"momentum": 0.9, "nesterov": True}, {}):
         latents, q, state = theta.clone(), torch.full_like(theta, 99, dtype=out), torch.ones(shape)
         fk.estimate_sgd_(
-            latents, g, state if options else None, *losses, alpha, norm, lr=0.1, optimizer_step=2,
-            quantized=q, **options, **common,
-        )  # fmt: skip
+            latents,
+            g,
+            state if options else None,
+            *losses,
+            alpha,
+            norm,
+            lr=0.1,
+            optimizer_step=2,
+            quantized=q,
+            **options,
+            **common,
+        )
         found += [latents, q, state]
     states = [torch.full(shape, 1e-3), torch.full(shape, 1e-4)]
     fk.estimate_adamw_(theta, g, *states, *losses, alpha, norm, lr=0.1, optimizer_step=2, **common)
@@ -54,9 +63,15 @@ def results(isa, monkeypatch, seed, shape, dtypes, scales, distribution, layout,
     )
     alpha_grad = torch.full_like(alpha, 99)
     fk.learned_backward_(
-        back.clone(), alpha_grad, theta, alpha, grid=grid, straight_through=common["straight_through"],
-        factors=0.5, backend="cpu",
-    )  # fmt: skip
+        back.clone(),
+        alpha_grad,
+        theta,
+        alpha,
+        grid=grid,
+        straight_through=common["straight_through"],
+        factors=0.5,
+        backend="cpu",
+    )
     noise = fk.noise(
         theta.numel(), distribution, seed=3, layout=layout, device=torch.device("cpu"), backend="cpu"
     )
@@ -107,10 +122,16 @@ def test_chunk_numbers_beyond_32_bits_give_the_portable_bits(isa, distribution, 
 
 @pytest.mark.parametrize("isa", KNOWN[:2])
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 40), groups=st.integers(1, 5), by_group=st.booleans(),
-    offset=st.integers(0, 70), skip=st.integers(0, 70), distribution=st.sampled_from(list(DISTRIBUTIONS)),
-    seed=st.integers(0, 2**31), n=st.integers(1, 3),
-)  # fmt: skip
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    by_group=st.booleans(),
+    offset=st.integers(0, 70),
+    skip=st.integers(0, 70),
+    distribution=st.sampled_from(list(DISTRIBUTIONS)),
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 3),
+)
 def test_rows_groups_and_shards_give_the_portable_bits(
     isa, rows, columns, groups, by_group, offset, skip, distribution, seed, n
 ):

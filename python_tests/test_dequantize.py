@@ -16,7 +16,7 @@ from support.savable import (
     quantizer,
     row_mean,
     state_of,
-)  # fmt: skip
+)
 from support.training import batch, loss_of, make
 from torch import nn
 

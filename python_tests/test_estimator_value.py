@@ -44,17 +44,26 @@ def estimate(backend, loss, theta, guide, alpha, one_minus_beta, n, seed, step=0
     eps = ste.epsilon(GRID)
     a = alpha.double()
     v = directions(guide, a, norm.double(), one_minus_beta, seed, step, n, ste.distribution)
-    losses = torch.stack([
-        torch.stack([loss(theta + sign * eps * a * x) - loss(theta) for x in v]) for sign in (1, -1)
-    ])  # fmt: skip
+    losses = torch.stack(
+        [torch.stack([loss(theta + sign * eps * a * x) - loss(theta) for x in v]) for sign in (1, -1)]
+    )
     G = guide.clone().to(device_of(backend))
     plus, minus, alpha, norm = (
         x.float().contiguous().to(device_of(backend)) for x in (losses[0], losses[1], alpha, norm)
     )
     fk.estimate_gradient_(
-        G, plus, minus, alpha, norm, grid=GRID, straight_through=ste, one_minus_beta=one_minus_beta,
-        seed=seed, step=step, backend=backend,
-    )  # fmt: skip
+        G,
+        plus,
+        minus,
+        alpha,
+        norm,
+        grid=GRID,
+        straight_through=ste,
+        one_minus_beta=one_minus_beta,
+        seed=seed,
+        step=step,
+        backend=backend,
+    )
     return G.cpu().double(), norm.double(), v
 
 
@@ -84,10 +93,12 @@ def test_the_mean_over_directions_is_the_stated_expectation(distribution, one_mi
     loss, theta, grad, guide = quadratic(generator)
     ste = fk.StraightThrough("identity", clip=False, noise=distribution)
     n, draws = 64, 40
-    found = torch.stack([
-        estimate("cpu", loss, theta, guide, torch.tensor(0.1), one_minus_beta, n, 7, step, ste)[0]
-        for step in range(draws)
-    ])  # fmt: skip
+    found = torch.stack(
+        [
+            estimate("cpu", loss, theta, guide, torch.tensor(0.1), one_minus_beta, n, 7, step, ste)[0]
+            for step in range(draws)
+        ]
+    )
     unit = guide.double() / guide.double().norm()
     expected = (1 - one_minus_beta) * unit * (unit @ grad) + one_minus_beta * grad
     error = (found.mean(0) - expected) / (found.std(0) / draws**0.5)
@@ -124,10 +135,19 @@ def test_noise_survives_beta_close_to_one(backend):
     theta = torch.zeros(4096, device=device_of(backend))
     out = torch.full_like(theta, float("nan"))
     fk.perturb_quantize_(
-        out, None, theta, torch.zeros_like(theta), torch.tensor(1e-5, device=theta.device),
-        torch.tensor(0.0, device=theta.device), grid=fk.Grid.half_offset(8), straight_through=STE,
-        one_minus_beta=1e-9, seed=1, epsilon_scale=1e5, backend=backend,
-    )  # fmt: skip
+        out,
+        None,
+        theta,
+        torch.zeros_like(theta),
+        torch.tensor(1e-5, device=theta.device),
+        torch.tensor(0.0, device=theta.device),
+        grid=fk.Grid.half_offset(8),
+        straight_through=STE,
+        one_minus_beta=1e-9,
+        seed=1,
+        epsilon_scale=1e5,
+        backend=backend,
+    )
     assert len(out.unique()) > 2
     draws = [fk.noise(8, "uniform", seed=1, step=s, backend=backend, device=theta.device).cpu() for s in (0, 1)]
     assert not np.array_equal(*draws)

@@ -168,10 +168,15 @@ def test_any_shape_at_any_place_is_the_float64_formula(backend, device, data):
     g = [moved(t) for t in grads]
     alpha_grads = [moved(torch.full_like(a, NAN)) for a in alphas]
     fk.learned_backward_(
-        [t for _, t in g], [t for _, t in alpha_grads], [moved(t)[1] for t in latents],
-        [moved(a)[1] for a in alphas], grid=grid, straight_through=straight_through, factors=factors,
+        [t for _, t in g],
+        [t for _, t in alpha_grads],
+        [moved(t)[1] for t in latents],
+        [moved(a)[1] for a in alphas],
+        grid=grid,
+        straight_through=straight_through,
+        factors=factors,
         backend=backend,
-    )  # fmt: skip
+    )
     agree([t for _, t in alpha_grads], latents, grads, alphas, grid, factors)
     for memory, t in (*g, *alpha_grads):
         beside = torch.cat([memory[:shift], memory[shift + t.numel() :]])
@@ -417,8 +422,11 @@ def test_one_tensor_and_its_factor_may_be_bare(backend, device):
     for wrap in (lambda x: x, lambda x: [x]):
         g, found = torch.ones_like(latent), torch.full_like(alpha, NAN)
         fk.learned_backward_(
-            *map(wrap, (g, found, latent, alpha)), factors=wrap(2), grid=fk.Grid.uniform(2),
-            straight_through=CLIPPED, backend=backend,
-        )  # fmt: skip
+            *map(wrap, (g, found, latent, alpha)),
+            factors=wrap(2),
+            grid=fk.Grid.uniform(2),
+            straight_through=CLIPPED,
+            backend=backend,
+        )
         results.append((g, found))
     assert all(map(torch.equal, *results))

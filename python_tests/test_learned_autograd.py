@@ -133,9 +133,13 @@ class Learned(torch.nn.Module):
 
     def forward(self, x):
         q = fk.quantize(
-            self.weight, self.alpha, grid=fk.Grid.uniform(2), straight_through=CLIPPED, alpha_factor=0.25,
+            self.weight,
+            self.alpha,
+            grid=fk.Grid.uniform(2),
+            straight_through=CLIPPED,
+            alpha_factor=0.25,
             backend=self.backend,
-        )  # fmt: skip
+        )
         return x @ q.t()
 
 

@@ -121,8 +121,9 @@ def test_gradients_of_input_alphas_are_lsqs(activation, backend):
     z = u / alpha - grid.offset
     code = z.round().clamp(grid.qmin, grid.qmax)
     dq = upstream.double() @ wq.detach() @ h
-    torch.testing.assert_close(y.double(), (alpha * (code + grid.offset)) @ h @ wq.t() + linear.bias.double(),
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        y.double(), (alpha * (code + grid.offset)) @ h @ wq.t() + linear.bias.double(), rtol=1e-4, atol=1e-4
+    )
     inside = (z > grid.qmin) & (z < grid.qmax)
     passes = (z >= grid.qmin - 0.5) & (z <= grid.qmax + 0.5) if turn else inside
     torch.testing.assert_close(x.grad.double(), (dq * passes) @ h, rtol=1e-4, atol=1e-4)

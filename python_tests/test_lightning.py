@@ -141,9 +141,7 @@ def test_under_a_gradient_scaler_an_overflow_skips_the_step(tmp_path, fused, cli
     def run(scale, folder):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         model = Ours(fused)
-        fit(
-            model, folder, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], gradient_clip_val=clip
-        )  # fmt: skip
+        fit(model, folder, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], gradient_clip_val=clip)
         return model, scaler
 
     if fused and clip:

@@ -59,8 +59,10 @@ def test_llama_cpp_decodes_the_blocks_and_gives_the_logits(name, block, tmp_path
     with torch.no_grad():
         wanted = model(torch.tensor([TOKENS])).logits[0]
     divergence = (wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
-    print(f"{name} {block}: logits within {(found - wanted).abs().max() / wanted.std():.1e} of their spread,"
-          f" KL {divergence:.1e}")  # fmt: skip
+    print(
+        f"{name} {block}: logits within {(found - wanted).abs().max() / wanted.std():.1e} of their spread,"
+        f" KL {divergence:.1e}"
+    )
     assert (found - wanted).abs().max() < 0.1 * wanted.std()
     assert divergence < 1e-4
 

@@ -23,8 +23,10 @@ def without_noise(monkeypatch):
 
 
 def without_a_look(monkeypatch):
-    monkeypatch.setattr("fogzo_kernels.train.step.look", lambda ts, device, zeros=True: (
-        torch.ones(len(ts), dtype=torch.bool), torch.tensor(True)))  # fmt: skip
+    monkeypatch.setattr(
+        "fogzo_kernels.train.step.look",
+        lambda ts, device, zeros=True: (torch.ones(len(ts), dtype=torch.bool), torch.tensor(True)),
+    )
 
 
 def without_the_scale(monkeypatch):

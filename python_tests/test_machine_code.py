@@ -13,10 +13,12 @@ from build_cuda import find_nvcc
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_lists_that_are_not_aligned_stay_in_registers(triton, dtype):
     """Those of their tensors that are aligned have the same accesses."""
-    names = [f"perturb_kernel {dtype} {dtype} {dtype} uniform both row",
-             f"estimate_kernel {dtype} uniform row n=1",
-             f"update_kernel fp32 {dtype} {dtype} uniform row adamw",
-             f"quantize_kernel {dtype} {dtype} {dtype} row identity_trust"]  # fmt: skip
+    names = [
+        f"perturb_kernel {dtype} {dtype} {dtype} uniform both row",
+        f"estimate_kernel {dtype} uniform row n=1",
+        f"update_kernel fp32 {dtype} {dtype} uniform row adamw",
+        f"quantize_kernel {dtype} {dtype} {dtype} row identity_trust",
+    ]
     names = [f"{name} unaligned" for name in names]
     for name in names:
         row = triton_rows(90)(name)

@@ -75,8 +75,10 @@ def test_statistics_are_near_float64(backend, device, dtype, statistic, generato
     tensors = random_tensors(generator, CASES, dtype, device)
     found = check(backend, [shape for _, shape in CASES], tensors, statistic)
     if statistic == "absmax":
-        assert all(torch.equal(a.cpu().flatten(), t.cpu().float().abs().reshape(a.numel(), -1).amax(1))
-                   for a, t in zip(found, tensors, strict=True))  # fmt: skip
+        assert all(
+            torch.equal(a.cpu().flatten(), t.cpu().float().abs().reshape(a.numel(), -1).amax(1))
+            for a, t in zip(found, tensors, strict=True)
+        )
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -103,9 +105,11 @@ def tensor_with_alpha(draw):
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])  # its name, its device
 @given(
-    cases=st.lists(tensor_with_alpha(), min_size=1, max_size=6), seed=st.integers(0, 2**31),
-    dtype=st.sampled_from(FLOATS), statistic=st.sampled_from(STATISTICS),
-)  # fmt: skip
+    cases=st.lists(tensor_with_alpha(), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(FLOATS),
+    statistic=st.sampled_from(STATISTICS),
+)
 def test_statistics_of_any_list_are_near_float64(backend, device, cases, seed, dtype, statistic):
     tensors = random_tensors(torch.Generator().manual_seed(seed), cases, dtype, device)
     check(backend, [shape for _, shape in cases], tensors, statistic)

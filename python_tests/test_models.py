@@ -63,10 +63,12 @@ LLAMA = attention(
 )
 VIT = [*(f"attention.{x}_proj" for x in "qkvo"), "mlp.fc1", "mlp.fc2"]
 CONVOLUTIONS = [
-    *(f"resnet.encoder.stages.{s}.layers.{a}.layer.{b}.convolution" for s, a, b in itertools.product(
-        range(4), range(2), range(2))),
+    *(
+        f"resnet.encoder.stages.{s}.layers.{a}.layer.{b}.convolution"
+        for s, a, b in itertools.product(range(4), range(2), range(2))
+    ),
     *(f"resnet.encoder.stages.{s}.layers.0.shortcut.convolution" for s in range(1, 4)),
-]  # fmt: skip
+]
 #: Names with 3 bits; with 8 bits; tied to others; left alone with the reason.
 EXPECTED = {
     "llama": (
@@ -229,9 +231,11 @@ def test_step_is_the_contract_by_hand(name, train):
     check_losses_and_guides(reference)
     assert len({float(loss) for loss in seen.losses}) == 5
     assert reference.ambiguous <= 8
-    assert set(reference.total) == set(quantized_modules(model)) == {
-        f"{x}.weight" for x in {*EXPECTED[name][0], *EXPECTED[name][1]} - set(EXPECTED[name][2])
-    }  # fmt: skip
+    assert (
+        set(reference.total)
+        == set(quantized_modules(model))
+        == {f"{x}.weight" for x in {*EXPECTED[name][0], *EXPECTED[name][1]} - set(EXPECTED[name][2])}
+    )
     for path in reference.total:
         assert reference.excess(path) <= 1, path
         assert not torch.equal(seen.estimates[path], seen.guides[path])

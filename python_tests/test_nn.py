@@ -239,9 +239,13 @@ def test_wrong_types_are_named(options, message):
     assert type(model[0]) is nn.Linear
 
 
-@pytest.mark.parametrize("set_alpha", [
-    lambda m: setattr(m, "alpha", nn.Parameter(m.alpha)), lambda m: m.alpha.requires_grad_(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "set_alpha",
+    [
+        lambda m: setattr(m, "alpha", nn.Parameter(m.alpha)),
+        lambda m: m.alpha.requires_grad_(),
+    ],
+)
 def test_an_alpha_that_would_not_train_is_refused(set_alpha):
     model = mlp()
     fk.quantize_model(model, quantizer(0.3))

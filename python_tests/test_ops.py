@@ -354,10 +354,20 @@ def test_shards_of_one_tensor_share_its_id(backend, device):
     ):
         plus = [torch.full_like(t, float("nan")) for t in latents]
         fk.perturb_quantize_(
-            plus, None, latents, grads, [alpha] * len(latents), norm, **ON_GRID, one_minus_beta=0.9,
-            seed=1, tensor_ids=[4] * len(latents), layouts=layouts, epsilon_scale=8.0,
+            plus,
+            None,
+            latents,
+            grads,
+            [alpha] * len(latents),
+            norm,
+            **ON_GRID,
+            one_minus_beta=0.9,
+            seed=1,
+            tensor_ids=[4] * len(latents),
+            layouts=layouts,
+            epsilon_scale=8.0,
             backend=backend,
-        )  # fmt: skip
+        )
         results.append(torch.cat(plus))
     assert torch.equal(*results)
     assert not torch.equal(results[0][:2], results[0][2:])  # the halves drew different noise

@@ -25,7 +25,7 @@ CLOSE = {"rtol": 5e-6, "atol": 5e-6}
 def network(generator, backend=None, dtype=torch.float32, dropout=0.0):
     model = nn.Sequential(
         nn.Linear(16, 24), nn.LayerNorm(24), nn.ReLU(), nn.Dropout(dropout), nn.Linear(24, 5)
-    ).to(dtype)  # fmt: skip
+    ).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
@@ -119,8 +119,9 @@ def test_resuming_keeps_every_bit_of_float32_state(generator):
     (p, state), (q, resumed) = run(None), run(3)
     assert torch.equal(p, q)
     assert {k: v.dtype for k, v in resumed.items()} == {
-        "step": torch.int64, **dict.fromkeys(("exp_avg", "exp_avg_sq", "master"), torch.float32)
-    }  # fmt: skip
+        "step": torch.int64,
+        **dict.fromkeys(("exp_avg", "exp_avg_sq", "master"), torch.float32),
+    }
     assert all(torch.equal(state[k], resumed[k]) for k in state)
 
 
@@ -326,9 +327,14 @@ def test_a_capturable_optimizer_takes_the_same_steps(backend, schedule, generato
         draw = torch.Generator().manual_seed(seed)
         model, data = network(draw, backend), batch(draw)
         fogzo = fk.Fogzo(
-            model, total_steps=4, one_minus_beta=0.3, seed=2**63 + 7, schedule=schedule,
-            capturable=capturable, backend=backend,
-        )  # fmt: skip
+            model,
+            total_steps=4,
+            one_minus_beta=0.3,
+            seed=2**63 + 7,
+            schedule=schedule,
+            capturable=capturable,
+            backend=backend,
+        )
         lr = torch.tensor(1e-2, dtype=torch.float64) if capturable else 1e-2
         optimizer = fk.AdamW(model.parameters(), lr=lr, fogzo=fogzo, capturable=capturable)
         losses = []

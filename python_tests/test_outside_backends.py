@@ -78,7 +78,10 @@ def test_info_shows_outside_backends_and_why_one_cannot_run(installed):
 
 
 def test_an_outside_backend_runs_only_where_it_is_named(installed):
-    printed = run(installed, "-c", """
+    printed = run(
+        installed,
+        "-c",
+        """
 import sys, torch, fogzo_kernels as fk
 own = fk.noise(40, "uniform", seed=1)
 assert "outside" not in sys.modules
@@ -93,7 +96,8 @@ for name in ("broken", "incomplete", "nobody"):
         fk.noise(40, "uniform", seed=1, backend=name)
     except (RuntimeError, ValueError) as error:
         print(type(error).__name__, error)
-""")  # fmt: skip
+""",
+    )
     broken, incomplete, nobody = printed.splitlines()
     unavailable = "is unavailable on cpu"
     assert broken.startswith(f"RuntimeError backend 'broken' {unavailable}: cannot be loaded from not_there")

@@ -70,10 +70,14 @@ def test_a_probe_runs_what_the_op_writes_for_its_sign_alone(backend, directions)
                 grads = grads or [w.parameter.grad.clone() for w in fogzo.weights]
                 alone = [torch.full_like(g, torch.nan) for g in grads]
                 fk.perturb_quantize_(
-                    *((alone, None) if probe.sign > 0 else (None, alone)), [w.latent for w in fogzo.weights],
-                    grads, [w.alpha for w in fogzo.weights], norm_of(fogzo, grads),
-                    direction=probe.direction, **options_of(fogzo),
-                )  # fmt: skip
+                    *((alone, None) if probe.sign > 0 else (None, alone)),
+                    [w.latent for w in fogzo.weights],
+                    grads,
+                    [w.alpha for w in fogzo.weights],
+                    norm_of(fogzo, grads),
+                    direction=probe.direction,
+                    **options_of(fogzo),
+                )
                 for w, expected in zip(fogzo.weights, alone, strict=True):
                     assert all(torch.equal(m.effective_weight(), expected) for m in w.modules)
             probe.backward(loss_of(model, *batch()))

@@ -136,12 +136,17 @@ def test_a_shuffle_reads_the_lane_that_the_manual_says(way, distance, segment):
     bounds = (32 - segment) << 8 | (0 if way == "up" else 31)
     found = lanes(
         f"shfl.sync.{way}.b32 %r5|%p1, %rd2, {distance}, {bounds}, 0xffffffff;\n"
-        "selp.b32 %r6, 1, 0, %p1;\nmov.b64 %rd3, {%r5, %r6};", LANES + 100,
-    )  # fmt: skip
+        "selp.b32 %r6, 1, 0, %p1;\nmov.b64 %rd3, {%r5, %r6};",
+        LANES + 100,
+    )
     for lane, x in enumerate(found.tolist()):
         first, last = lane // segment * segment, lane // segment * segment + segment - 1
-        source = {"up": lane - distance, "down": lane + distance, "bfly": lane ^ distance,
-                  "idx": first | (distance & (segment - 1))}[way]  # fmt: skip
+        source = {
+            "up": lane - distance,
+            "down": lane + distance,
+            "bfly": lane ^ distance,
+            "idx": first | (distance & (segment - 1)),
+        }[way]
         inside = source >= first if way == "up" else source <= last
         assert (x & 0xFFFFFFFF, x >> 32) == (100 + (source if inside else lane), int(inside)), lane
 

@@ -80,7 +80,7 @@ RACES = {
     "two blocks write": "st.global.b32 [%rd1], %r8;",
     "one block reads what another writes": "ld.global.b32 %r3, [%rd1];\nst.global.b32 [%rd1], %r8;",
     "an addition and a load": "red.global.add.u32 [%rd1], 1;\nld.global.b32 %r3, [%rd1];",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RACES)

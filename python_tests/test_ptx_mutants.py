@@ -63,9 +63,19 @@ def perturbed(backend):
     for name in (backend, "reference"):
         out = torch.full_like(latent, float("nan"))
         fk.perturb_quantize_(
-            out, None, latent, grad, torch.tensor(0.3), torch.tensor(2.0), grid=GRID, seed=5, step=7,
-            straight_through=fk.StraightThrough("identity"), one_minus_beta=0.3, backend=name,
-        )  # fmt: skip
+            out,
+            None,
+            latent,
+            grad,
+            torch.tensor(0.3),
+            torch.tensor(2.0),
+            grid=GRID,
+            seed=5,
+            step=7,
+            straight_through=fk.StraightThrough("identity"),
+            one_minus_beta=0.3,
+            backend=name,
+        )
         found.append(out)
     return torch.equal(*found)
 

@@ -68,8 +68,9 @@ def test_methods_try_as_much_and_are_judged_on_fresh_seeds():
     }  # fmt: skip
     assert {job.seed for job in fresh} == {0, 1, 2}
     assert [{(j.method, j.steps, j.rate) for j in jobs} for jobs in longer] == [
-        {("ste", 15, 3e-3)}, {("ste", 12, 3e-3)},
-    ]  # fmt: skip
+        {("ste", 15, 3e-3)},
+        {("ste", 12, 3e-3)},
+    ]
     assert len(found) == 36 + 9 + 6
 
 

@@ -75,16 +75,20 @@ def test_quest_is_the_papers_formula(bits, backend):
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
     up = upstream.double()
     for found, exact in (
-        (linear.weight.grad, rotated((up.t() @ xq) * w_mask)), (x.grad, rotated((up @ wq) * x_mask))
-    ):  # fmt: skip
+        (linear.weight.grad, rotated((up.t() @ xq) * w_mask)),
+        (x.grad, rotated((up @ wq) * x_mask)),
+    ):
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
     levels = linear.codes().unique()
     assert levels.numel() == 2**bits if bits < 4 else levels.numel() > 12
     assert (levels.min(), levels.max()) >= (-(2 ** (bits - 1)), 0)
 
 
-@pytest.mark.parametrize("q", [QUEST, fk.Quantizer(QUEST.grid, fk.Scale.absmax("row", factor=0.19), STE,
-                                                   fk.Hadamard(32))], ids=["rms", "absmax"])  # fmt: skip
+@pytest.mark.parametrize(
+    "q",
+    [QUEST, fk.Quantizer(QUEST.grid, fk.Scale.absmax("row", factor=0.19), STE, fk.Hadamard(32))],
+    ids=["rms", "absmax"],
+)
 @pytest.mark.parametrize("name", MAKE)
 def test_layers_run_with_the_weight_rotated_back(name, q, backend):
     """Whatever a layer rotates, what it computes is that of the plain layer with H(Q(H w))."""
@@ -152,9 +156,9 @@ def net(backend=None, optimizer=None):
     model = nn.Sequential(
         nn.Conv2d(4, 8, 2), nn.Flatten(), nn.ReLU(), nn.Linear(128, 32), nn.Tanh(), nn.Linear(32, 3)
     )
-    fk.quantize_model(model, COARSE, activation=fk.presets.quest(4, block=16), backend=backend, rules=[
-        ("0", COARSE, None)
-    ])  # fmt: skip
+    fk.quantize_model(
+        model, COARSE, activation=fk.presets.quest(4, block=16), backend=backend, rules=[("0", COARSE, None)]
+    )
     return model
 
 
@@ -282,14 +286,19 @@ def test_checkpoints_keep_the_transform():
 @pytest.mark.parametrize(
     ("quantizer", "message"),
     [
-        (fk.presets.quest(2),
-         "transform must have a block that divides the rows of the weight, of 64 elements, got"
-         " Hadamard(block=128) for 1.weight"),
-        (fk.Quantizer(QUEST.grid, fk.Scale.fixed(torch.ones(4, 8)), STE, fk.Hadamard(16)),
-         "alpha must be one for whole blocks of Hadamard(block=16), got one for each 8 elements for 1.weight"),
+        (
+            fk.presets.quest(2),
+            "transform must have a block that divides the rows of the weight, of 64 elements, got"
+            " Hadamard(block=128) for 1.weight",
+        ),
+        (
+            fk.Quantizer(QUEST.grid, fk.Scale.fixed(torch.ones(4, 8)), STE, fk.Hadamard(16)),
+            "alpha must be one for whole blocks of Hadamard(block=16), got one for each 8 elements for"
+            " 1.weight",
+        ),
     ],
     ids=["rows", "groups"],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_before_anything_changes(quantizer, message):
     model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 4))
     with pytest.raises(ValueError, match=re.escape(message)):

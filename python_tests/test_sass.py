@@ -106,9 +106,12 @@ CHOSEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("arch", "names"), [
-    *((arch, names[i : i + 8]) for arch, names in CHOSEN.items() for i in range(0, len(names), 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "names"),
+    [
+        *((arch, names[i : i + 8]) for arch, names in CHOSEN.items() for i in range(0, len(names), 8)),
+    ],
+)
 def test_streaming_kernels_stay_in_registers_and_in_budget(triton, arch, names):
     for name in names:
         row = triton_rows(arch)(name)

@@ -362,9 +362,13 @@ def test_transformers_keep_scales_and_alphas(q, tied, tmp_path):
     import fogzo_kernels.integrations.transformers  # noqa: F401
 
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     fk.quantize_model(model, q)
     tokens = torch.randint(32, (2, 6))

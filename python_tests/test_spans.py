@@ -100,9 +100,19 @@ class Lists:
             q = self.copies(given[0], "outputs")
             given_states = states if rule == "adamw" else [states[0]]
             getattr(fk, f"estimate_{rule}_")(
-                w, self.grads, *given_states, *self.losses, self.alphas, fixed, lr=0.1, optimizer_step=2,
-                quantized=q, masters=master, **options, **self.options,
-            )  # fmt: skip
+                w,
+                self.grads,
+                *given_states,
+                *self.losses,
+                self.alphas,
+                fixed,
+                lr=0.1,
+                optimizer_step=2,
+                quantized=q,
+                masters=master,
+                **options,
+                **self.options,
+            )
             found[rule] = [*w, *q, *(master or []), *(t for ts in given_states for t in ts)]
         g = self.copies(given[1], "grads")
         fk.straight_through_backward_(g, given[0], self.alphas, **self.backward)

@@ -18,10 +18,17 @@ def special(backend, latents, norm, grads=None):
     g = torch.zeros_like(theta) if grads is None else torch.tensor(grads, device=device)
     out = [torch.full(theta.shape, 99, dtype=torch.int8, device=device) for _ in "+-"]
     fk.perturb_quantize_(
-        *out, theta, g, torch.tensor(1.0, device=device), torch.tensor(norm, device=device),
-        grid=fk.Grid.uniform(2), straight_through=IDENTITY, one_minus_beta=0.0, seed=1,
+        *out,
+        theta,
+        g,
+        torch.tensor(1.0, device=device),
+        torch.tensor(norm, device=device),
+        grid=fk.Grid.uniform(2),
+        straight_through=IDENTITY,
+        one_minus_beta=0.0,
+        seed=1,
         backend=backend,
-    )  # fmt: skip
+    )
     return [q.tolist() for q in out]
 
 
@@ -46,9 +53,13 @@ def test_the_identity_is_clipped_at_its_bounds(backend, device, grid, dtype):
     for clip, slope in expected.items():
         g = torch.full(theta.shape, -3.0, dtype=dtype, device=device)
         fk.straight_through_backward_(
-            g, theta.to(device), torch.tensor(0.5, device=device), grid=grid,
-            straight_through=fk.StraightThrough("identity", clip=clip), backend=backend,
-        )  # fmt: skip
+            g,
+            theta.to(device),
+            torch.tensor(0.5, device=device),
+            grid=grid,
+            straight_through=fk.StraightThrough("identity", clip=clip),
+            backend=backend,
+        )
         assert torch.equal(g.cpu(), -3.0 * slope.to(dtype)), clip
 
 
@@ -73,11 +84,18 @@ def test_lost_losses_and_norms(backend, device, plus, norm, lost, kept):
     g = torch.tensor([0.5, -0.25, 1.0], device=device)
     before, counters = g.clone(), torch.zeros(3, dtype=torch.int64, device=device)
     fk.estimate_gradient_(
-        g, torch.tensor(plus, device=device), torch.tensor([1.5, 1.0], device=device),
-        torch.tensor(0.5, device=device), torch.tensor(norm, device=device),
-        grid=fk.Grid.uniform(2), straight_through=IDENTITY, one_minus_beta=0.5, seed=3,
-        counters=counters, backend=backend,
-    )  # fmt: skip
+        g,
+        torch.tensor(plus, device=device),
+        torch.tensor([1.5, 1.0], device=device),
+        torch.tensor(0.5, device=device),
+        torch.tensor(norm, device=device),
+        grid=fk.Grid.uniform(2),
+        straight_through=IDENTITY,
+        one_minus_beta=0.5,
+        seed=3,
+        counters=counters,
+        backend=backend,
+    )
     assert counters.tolist() == lost
     assert torch.equal(g, before) == kept
     assert g.isfinite().all()
@@ -88,10 +106,18 @@ def test_zero_epsilon_scale_keeps_the_gradient(backend, device):
     g = torch.tensor([0.5, -0.25], device=device)
     losses = torch.ones(1, device=device)
     fk.estimate_gradient_(
-        g, losses, losses.clone(), torch.tensor(1.0, device=device), torch.tensor(1.0, device=device),
-        grid=fk.Grid.uniform(2), straight_through=IDENTITY, one_minus_beta=0.5, seed=3,
-        epsilon_scale=0.0, backend=backend,
-    )  # fmt: skip
+        g,
+        losses,
+        losses.clone(),
+        torch.tensor(1.0, device=device),
+        torch.tensor(1.0, device=device),
+        grid=fk.Grid.uniform(2),
+        straight_through=IDENTITY,
+        one_minus_beta=0.5,
+        seed=3,
+        epsilon_scale=0.0,
+        backend=backend,
+    )
     assert g.tolist() == [0.5, -0.25]
 
 

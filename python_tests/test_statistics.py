@@ -70,8 +70,12 @@ def test_noise_is_not_correlated(distribution):
     u = draw(distribution)
     others = {f"neighbour {k}": (u[:-k], u[k:]) for k in (1, 2, 3, 4, 7, 8, 16, 1024)}
     for name, value in (
-        ("direction", 1), ("step", 1), ("tensor_id", 1), ("seed", 2025), ("seed", 2024 + 2**32),
-    ):  # fmt: skip
+        ("direction", 1),
+        ("step", 1),
+        ("tensor_id", 1),
+        ("seed", 2025),
+        ("seed", 2024 + 2**32),
+    ):
         others[f"{name} {value}"] = (u, draw(distribution, **{name: value}))
     for name, (a, b) in others.items():
         pairs = [(a, b)] if distribution == "rademacher" else [(a, b), (np.abs(a), np.abs(b))]

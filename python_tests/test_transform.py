@@ -52,8 +52,10 @@ class Case:
         }
 
     def out(self, dtype):
-        return [torch.full(t.shape, -77 if dtype == torch.int8 else NAN, dtype=dtype, device=self.device)
-                for t in self.latents]  # fmt: skip
+        return [
+            torch.full(t.shape, -77 if dtype == torch.int8 else NAN, dtype=dtype, device=self.device)
+            for t in self.latents
+        ]
 
     def norm(self):
         return fk.guide_norm(self.grads, self.alphas, grid=GRID, backend="reference")
@@ -199,9 +201,15 @@ def test_quantize_and_its_backward_are_their_parts(backend, device, block, dtype
     assert all(map(torch.equal, by(backend, "backward", case), back))
 
 
-@pytest.mark.parametrize(("latent", "grad", "out"), [*product(FLOATS, FLOATS, [torch.int8]),
-                         (torch.float32, torch.float32, torch.float32),
-                         (torch.bfloat16, torch.bfloat16, torch.bfloat16)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("latent", "grad", "out"),
+    [
+        *product(FLOATS, FLOATS, [torch.int8]),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_probes_are_the_references(backend, device, latent, grad, out, generator):
     for block, shift, distribution in ((128, 0, "uniform"), (16, 1, "triangular"), (512, 0, "rademacher")):
         case = Case(generator, block, (latent, grad), device, shift)
@@ -306,8 +314,9 @@ def test_the_fused_tail_is_estimate_step_and_q(backend, device, rule, master, bl
         if rule == "adamw":
             fk.estimate_adamw_(latents, grads, *states, *losses, case.alphas, case.norm(), lr=0.1, **common)
         else:
-            fk.estimate_sgd_(latents, grads, states[0], *losses, case.alphas, case.norm(), lr=0.1, momentum=0.9,
-                             **common)  # fmt: skip
+            fk.estimate_sgd_(
+                latents, grads, states[0], *losses, case.alphas, case.norm(), lr=0.1, momentum=0.9, **common
+            )
         return [*latents, *(masters or []), *states[0], *states[1], *q], latents, q
 
     losses = [torch.tensor(x, device=device) for x in LOSSES]

@@ -33,9 +33,13 @@ FIXED = fk.Quantizer(fk.Grid.ternary(), fk.Scale.fixed(0.02), fk.StraightThrough
 
 def llama_config(tied):
     return transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 def gpt2_config():
@@ -46,9 +50,14 @@ def gpt2_config():
 
 def vit_config():
     return transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
-        patch_size=8, num_labels=3,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+    )
 
 
 def resnet_config():

@@ -74,13 +74,23 @@ def test_a_straight_through_kind_without_code_is_an_error(monkeypatch, operands)
     latent, grad, alpha, _ = operands
     with no_code_for("straight-through kind cubic"):
         fk.straight_through_backward_(
-            grad, latent, alpha, grid=fk.Grid.sign(), straight_through=fk.StraightThrough("cubic"),
+            grad,
+            latent,
+            alpha,
+            grid=fk.Grid.sign(),
+            straight_through=fk.StraightThrough("cubic"),
             backend="triton",
-        )  # fmt: skip
+        )
         fk.learned_backward_(
-            grad, torch.ones_like(alpha), latent, alpha, grid=fk.Grid.sign(),
-            straight_through=fk.StraightThrough("cubic"), factors=1.0, backend="triton",
-        )  # fmt: skip
+            grad,
+            torch.ones_like(alpha),
+            latent,
+            alpha,
+            grid=fk.Grid.sign(),
+            straight_through=fk.StraightThrough("cubic"),
+            factors=1.0,
+            backend="triton",
+        )
     assert grad.unique().tolist() == [1]
 
 

@@ -87,9 +87,20 @@ class Setup:
 
     def run(self, rule, lr=0.03, t=1, **more):
         fused(
-            rule, self.latents, self.grads, self.states, *self.losses, self.alphas, self.norm, lr=lr,
-            optimizer_step=t, masters=self.masters, quantized=self.quantized, **self.options, **more,
-        )  # fmt: skip
+            rule,
+            self.latents,
+            self.grads,
+            self.states,
+            *self.losses,
+            self.alphas,
+            self.norm,
+            lr=lr,
+            optimizer_step=t,
+            masters=self.masters,
+            quantized=self.quantized,
+            **self.options,
+            **more,
+        )
 
     def thetas(self):
         return [t.float().clone() for t in self.masters or self.latents]
@@ -147,9 +158,7 @@ def test_the_tail_takes_any_size_and_unaligned_memory(backend, device, numel, sh
     G = g.clone()
     fk.estimate_gradient_(G, *losses, alpha, norm, **options)
     new, state = stepped("adamw", theta.clone(), G, [m.clone(), v.clone()], 0.03, 2)
-    fused(
-        "adamw", theta, g, (m, v), *losses, alpha, norm, lr=0.03, optimizer_step=2, quantized=q, **options
-    )  # fmt: skip
+    fused("adamw", theta, g, (m, v), *losses, alpha, norm, lr=0.03, optimizer_step=2, quantized=q, **options)
     for found, expected in zip((theta, m, v), (new, *state), strict=True):
         assert torch.equal(found, expected)
     for row, before in zip(storage, border, strict=True):  # nothing outside is written
@@ -395,9 +404,17 @@ def test_the_tail_compiles_once_with_the_eager_bits(generator):
             one.options["one_minus_beta"] = torch.tensor(0.1 / t, dtype=torch.float64)
             one.options["seed"] = torch.tensor(5)
             call(
-                "adamw", one.latents, one.grads, one.states, *one.losses, one.alphas, one.norm,
-                lr=torch.tensor(0.1, dtype=torch.float64), optimizer_step=torch.tensor(t),
-                quantized=one.quantized, **one.options,
-            )  # fmt: skip
+                "adamw",
+                one.latents,
+                one.grads,
+                one.states,
+                *one.losses,
+                one.alphas,
+                one.norm,
+                lr=torch.tensor(0.1, dtype=torch.float64),
+                optimizer_step=torch.tensor(t),
+                quantized=one.quantized,
+                **one.options,
+            )
     for ours, expected in ((s.latents, eager.latents), (s.quantized, eager.quantized)):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))

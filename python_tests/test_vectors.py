@@ -25,10 +25,15 @@ def tensor(values, device, dtype=torch.float32):
 
 
 def grid_of(case):
-    return fk.Grid.uniform(case["bits"]) if case["grid"] == "uniform" else (
-        fk.Grid.half_offset(case["bits"]) if case["grid"] == "half_offset"
-        else getattr(fk.Grid, case["grid"])()
-    )  # fmt: skip
+    return (
+        fk.Grid.uniform(case["bits"])
+        if case["grid"] == "uniform"
+        else (
+            fk.Grid.half_offset(case["bits"])
+            if case["grid"] == "half_offset"
+            else getattr(fk.Grid, case["grid"])()
+        )
+    )
 
 
 def common(case):
@@ -56,8 +61,11 @@ def test_file_is_what_its_program_made():
 def test_file_covers_the_contract():
     assert VECTORS["contract"] == 1
     assert {c["ste"] for c in VECTORS["perturb_quantize"]} == {
-        "identity", "hardtanh", "tanh", "approxsign",
-    }  # fmt: skip
+        "identity",
+        "hardtanh",
+        "tanh",
+        "approxsign",
+    }
     assert len(VECTORS["perturb_quantize"]) == len(VECTORS["estimate"]) == 14
 
 
@@ -79,11 +87,22 @@ def test_direction_sign_gives_the_known_signs(case):
 @pytest.mark.parametrize("case", VECTORS["noise"], ids=lambda c: f"{c['seed']}-{c['offset']}")
 def test_noise_gives_the_known_values(backend, case, distribution):
     m = np.array(case[f"m_{distribution}"], dtype=np.float64)
-    u = fk.noise(
-        len(m), distribution, seed=int(case["seed"]), step=case["step"],
-        direction=case["direction"], tensor_id=case["tensor_id"],
-        layout=(case["offset"], len(m), len(m)), device=device_of(backend), backend=backend,
-    ).cpu().double().numpy()  # fmt: skip
+    u = (
+        fk.noise(
+            len(m),
+            distribution,
+            seed=int(case["seed"]),
+            step=case["step"],
+            direction=case["direction"],
+            tensor_id=case["tensor_id"],
+            layout=(case["offset"], len(m), len(m)),
+            device=device_of(backend),
+            backend=backend,
+        )
+        .cpu()
+        .double()
+        .numpy()
+    )
     C = DISTRIBUTIONS[distribution]
     if distribution in EXACT:
         np.testing.assert_array_equal(u, np.float32(C) * m.astype(np.float32))
@@ -104,9 +123,14 @@ def test_perturb_quantize_gives_the_known_codes(backend, index):
             for sign in ("plus", "minus")
         }
         fk.perturb_quantize_(
-            out["plus"], out["minus"], *inputs, norm, direction=case["direction"],
-            backend=backend, **common(case),
-        )  # fmt: skip
+            out["plus"],
+            out["minus"],
+            *inputs,
+            norm,
+            direction=case["direction"],
+            backend=backend,
+            **common(case),
+        )
         for sign, result in out.items():
             expected = case[sign]
             key = "code" if dtype == torch.int8 else "value"
@@ -123,27 +147,43 @@ def test_estimate_gives_the_known_gradients(backend, index):
     grads = tensor(case["g"], device)
     arguments = common(case)
     fk.estimate_gradient_(
-        grads, tensor(case["losses_plus"], device), tensor(case["losses_minus"], device),
-        tensor(case["alpha"], device), tensor(case["guide_norm"], device), backend=backend,
+        grads,
+        tensor(case["losses_plus"], device),
+        tensor(case["losses_minus"], device),
+        tensor(case["alpha"], device),
+        tensor(case["guide_norm"], device),
+        backend=backend,
         **arguments,
-    )  # fmt: skip
+    )
     expected = torch.tensor(case["G"], dtype=torch.float64)
     st, grid = arguments["straight_through"], arguments["grid"]
     delta, eps = case["alpha"] * grid.r, st.epsilon(grid)
     c = [(p - m) / (2 * eps) for p, m in zip(case["losses_plus"], case["losses_minus"], strict=True)]
     g = torch.tensor(case["g"], dtype=torch.float64)
-    guide = sum(
-        c_i * fk.direction_sign(int(case["seed"]), case["step"], i) for i, c_i in enumerate(c)
-    ) * (1 - case["one_minus_beta"]) ** 0.5 / case["guide_norm"] / len(c) * g  # fmt: skip
+    guide = (
+        sum(c_i * fk.direction_sign(int(case["seed"]), case["step"], i) for i, c_i in enumerate(c))
+        * (1 - case["one_minus_beta"]) ** 0.5
+        / case["guide_norm"]
+        / len(c)
+        * g
+    )
     C = coefficient(st)
     B = [c_i * case["one_minus_beta"] ** 0.5 * C / len(c) for c_i in c]
     noise = [
-        b / delta * fk.noise(
-            48, st.distribution, seed=int(case["seed"]), step=case["step"], direction=i,
-            tensor_id=case["tensor_id"], backend="reference",
-        ).double() / C
+        b
+        / delta
+        * fk.noise(
+            48,
+            st.distribution,
+            seed=int(case["seed"]),
+            step=case["step"],
+            direction=i,
+            tensor_id=case["tensor_id"],
+            backend="reference",
+        ).double()
+        / C
         for i, b in enumerate(B)
-    ]  # fmt: skip
+    ]
     noise_sum = torch.full_like(g, sum(abs(b) for b in B) / delta)
     allowed = estimate_error(
         [guide, *noise], expected, noise_sum, M_TOLERANCE[backend][st.distribution], torch.float32

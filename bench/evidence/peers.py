@@ -26,9 +26,10 @@ Row = dict[str, Any]
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evidence.peers", description=__doc__,
+        prog="python -m bench.evidence.peers",
+        description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--elements", type=int, default=1_000_000, help="of the weight")
     add("--steps", type=int, default=1000, help="of the loop whose weights are to stay")
@@ -79,10 +80,20 @@ def ours_moved(args: argparse.Namespace, dtype: torch.dtype) -> float:
     latent, out = before.clone(), torch.empty_like(before)
     for plus in (True, False):
         fk.perturb_quantize_(
-            out if plus else None, None if plus else out, latent, torch.ones_like(latent), torch.tensor(0.02),
-            torch.tensor(1.0), direction=0, grid=fk.Grid.uniform(2), straight_through=STE, tensor_ids=[0],
-            one_minus_beta=1e-6, seed=0, step=0,
-        )  # fmt: skip
+            out if plus else None,
+            None if plus else out,
+            latent,
+            torch.ones_like(latent),
+            torch.tensor(0.02),
+            torch.tensor(1.0),
+            direction=0,
+            grid=fk.Grid.uniform(2),
+            straight_through=STE,
+            tensor_ids=[0],
+            one_minus_beta=1e-6,
+            seed=0,
+            step=0,
+        )
     return share(latent != before)
 
 
@@ -98,9 +109,18 @@ def noise_of_estimates(args: argparse.Namespace, one_minus_beta: float) -> Tenso
     """G of this package where there is no guide: c sqrt(1 - beta) u."""
     g, alpha, norm = torch.zeros(args.elements), torch.tensor(1.0), torch.tensor(1.0)
     fk.estimate_gradient_(
-        g, torch.ones(1), torch.zeros(1), alpha, norm, grid=fk.Grid.uniform(2), straight_through=STE,
-        tensor_ids=[0], one_minus_beta=one_minus_beta, seed=0, step=0,
-    )  # fmt: skip
+        g,
+        torch.ones(1),
+        torch.zeros(1),
+        alpha,
+        norm,
+        grid=fk.Grid.uniform(2),
+        straight_through=STE,
+        tensor_ids=[0],
+        one_minus_beta=one_minus_beta,
+        seed=0,
+        step=0,
+    )
     return g
 
 
@@ -135,33 +155,44 @@ def ours_shared_by_layers(args: argparse.Namespace) -> float:
 def rows(args: argparse.Namespace, bar: tqdm[Any]) -> Iterator[Row]:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         yield {
-            "what": f"weights that a probe leaves changed, {name}", "peer": "MeZO's loop",
-            "theirs": not_restored(args, dtype), "ours": ours_moved(args, dtype),
-        }  # fmt: skip
+            "what": f"weights that a probe leaves changed, {name}",
+            "peer": "MeZO's loop",
+            "theirs": not_restored(args, dtype),
+            "ours": ours_moved(args, dtype),
+        }
         yield {
-            "what": f"drift in {args.steps} steps at learning rate 0, {name}", "peer": "MeZO's loop",
-            "theirs": drift(args, dtype, bar), "ours": ours_moved(args, dtype),
-        }  # fmt: skip
+            "what": f"drift in {args.steps} steps at learning rate 0, {name}",
+            "peer": "MeZO's loop",
+            "theirs": drift(args, dtype, bar),
+            "ours": ours_moved(args, dtype),
+        }
     for left in (1e-4, 1e-9):
         yield {
-            "what": f"elements that noise of 1 - beta = {left:g} does not reach", "peer": "added in bfloat16",
-            "theirs": lost_noise(args, left), "ours": share(noise_of_estimates(args, left) == 0),
-        }  # fmt: skip
+            "what": f"elements that noise of 1 - beta = {left:g} does not reach",
+            "peer": "added in bfloat16",
+            "theirs": lost_noise(args, left),
+            "ours": share(noise_of_estimates(args, left) == 0),
+        }
     small, large = 1e-9, 0.1
     ratio = noise_of_estimates(args, small) / noise_of_estimates(args, large) / (small / large) ** 0.5
     yield {
-        "what": f"relative error of sqrt(1 - beta) for 1 - beta = {small:g}", "peer": "beta kept in float32",
+        "what": f"relative error of sqrt(1 - beta) for 1 - beta = {small:g}",
+        "peer": "beta kept in float32",
         "theirs": abs(float((1 - torch.tensor(1 - small)).sqrt()) / small**0.5 - 1),
         "ours": float((ratio - 1).abs().max()),
-    }  # fmt: skip
+    }
     yield {
-        "what": "elements with other noise on two devices than on one", "peer": "a generator each, one seed",
-        "theirs": of_two_shards(args), "ours": ours_of_two_shards(args),
-    }  # fmt: skip
+        "what": "elements with other noise on two devices than on one",
+        "peer": "a generator each, one seed",
+        "theirs": of_two_shards(args),
+        "ours": ours_of_two_shards(args),
+    }
     yield {
-        "what": "elements of a layer with another layer's noise", "peer": "seeded again for each layer",
-        "theirs": shared_by_layers(args), "ours": ours_shared_by_layers(args),
-    }  # fmt: skip
+        "what": "elements of a layer with another layer's noise",
+        "peer": "seeded again for each layer",
+        "theirs": shared_by_layers(args),
+        "ours": ours_shared_by_layers(args),
+    }
 
 
 def table(found: list[Row]) -> str:

@@ -85,9 +85,10 @@ class Result:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evidence.quality", description=__doc__,
+        prog="python -m bench.evidence.quality",
+        description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--tasks", nargs="+", default=["llama", "deit", "resnet"], choices=list(TASKS))
     add("--presets", nargs="+", default=["fixed", "lsq", "quest"], choices=list(PRESETS))

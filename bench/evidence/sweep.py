@@ -35,9 +35,12 @@ ALPHA, BATCH, MICRO_BATCHES, HIDDEN = 0.25, 128, 2, 10
 SEARCH_SEEDS = (1000, 1001)
 RATES = {"adam": (0.0025, 0.005, 0.01, 0.02, 0.04), "sgd": (0.02, 0.05, 0.1, 0.2, 0.5)}
 GRIDS: dict[str, Callable[[], fk.Grid]] = {
-    "uniform, 2 bits": lambda: fk.Grid.uniform(2), "uniform, 3 bits": lambda: fk.Grid.uniform(3),
-    "half_offset, 2 bits": lambda: fk.Grid.half_offset(2), "ternary": fk.Grid.ternary, "sign": fk.Grid.sign,
-}  # fmt: skip
+    "uniform, 2 bits": lambda: fk.Grid.uniform(2),
+    "uniform, 3 bits": lambda: fk.Grid.uniform(3),
+    "half_offset, 2 bits": lambda: fk.Grid.half_offset(2),
+    "ternary": fk.Grid.ternary,
+    "sign": fk.Grid.sign,
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,10 @@ LINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evidence.sweep", description=__doc__,
+        prog="python -m bench.evidence.sweep",
+        description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--lines", nargs="+", default=list(LINES), choices=list(LINES))
     add("--steps", type=int, default=1500)
@@ -203,8 +207,13 @@ def table(lines: Sequence[Line]) -> str:
         losses = {r.job.seed: r.loss for r in other}
         apart = [r.loss - losses[r.job.seed] for r in line.fogzo if r.job.seed in losses]
         both = [pool.plus_minus([100 * r.accuracy for r in runs], 1) for runs in (other, line.fogzo) if runs]
-        cells = [line.name, cell(line.ste) if line.ste else "base", cell(line.fogzo),
-                 pool.plus_minus(apart, 4) if apart else "", "; ".join(both)]  # fmt: skip
+        cells = [
+            line.name,
+            cell(line.ste) if line.ste else "base",
+            cell(line.fogzo),
+            pool.plus_minus(apart, 4) if apart else "",
+            "; ".join(both),
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -229,15 +238,22 @@ def main(argv: list[str] | None = None) -> None:
     def run(jobs: list[Job]) -> list[Result]:
         return pool.run(train, jobs, args.steps, args.workers, ["sklearn.datasets"])
 
-    searched = run([
-        Job(setting, rate, seed, args.steps)
-        for _, setting in settings for rate in RATES[setting.optimizer] for seed in SEARCH_SEEDS
-    ])  # fmt: skip
+    searched = run(
+        [
+            Job(setting, rate, seed, args.steps)
+            for _, setting in settings
+            for rate in RATES[setting.optimizer]
+            for seed in SEARCH_SEEDS
+        ]
+    )
     rates = [best_of([r for r in searched if r.job.setting == setting]) for _, setting in settings]
-    judged = run([
-        Job(setting, rate, seed, args.steps)
-        for (_, setting), rate in zip(settings, rates, strict=True) for seed in range(args.seeds)
-    ])  # fmt: skip
+    judged = run(
+        [
+            Job(setting, rate, seed, args.steps)
+            for (_, setting), rate in zip(settings, rates, strict=True)
+            for seed in range(args.seeds)
+        ]
+    )
     lines = [Line(name) for name in args.lines]
     by_name = {line.name: line for line in lines}
     for k, (name, setting) in enumerate(settings):

@@ -53,9 +53,10 @@ LIMIT = 2**32  # of seeds
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evidence.train_lm", description=__doc__,
+        prog="python -m bench.evidence.train_lm",
+        description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     add("--resume", action="store_true", help="go on from DIR's checkpoint, or begin if there is none")
@@ -201,10 +202,15 @@ def build(args: argparse.Namespace, processes: Processes) -> Run:
     plain = args.estimator == "ste"
     if not plain or (args.parallel == "fsdp" and preset is not None):  # whose passes gather codes
         fogzo = fk.Fogzo(
-            model, total_steps=args.steps, kappa=args.kappa, schedule=args.noise_schedule,
+            model,
+            total_steps=args.steps,
+            kappa=args.kappa,
+            schedule=args.noise_schedule,
             start=1.0 if plain else args.start,
-            every=args.every, directions=args.directions, seed=args.seed,
-        )  # fmt: skip
+            every=args.every,
+            directions=args.directions,
+            seed=args.seed,
+        )
     groups = fk.parameter_groups(model, weight_decay=args.weight_decay, alpha_lr=args.alpha_rate * args.rate)
     masters = args.dtype != "fp32"
     optimizer = fk.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fogzo=fogzo, master_weights=masters)
@@ -302,10 +308,12 @@ def stops() -> Any:
 def row_of(run: Run, loss: float, bar: tqdm[Any]) -> dict[str, float]:
     args = run.args
     row = dict.fromkeys(COLUMNS, math.nan) | {
-        "step": run.step, "loss": loss, "seconds": run.seconds,
+        "step": run.step,
+        "loss": loss,
+        "seconds": run.seconds,
         "learning_rate": rate_at(run.step - 1, args) * args.rate,
         "tokens_per_second": run.step * args.rows * args.context / max(run.seconds, 1e-9),
-    }  # fmt: skip
+    }
     if run.fogzo is not None:
         stats = run.fogzo.stats()
         row |= {name: stats[name] for name in STATS}
@@ -329,8 +337,9 @@ def advance(run: Run, log: record.Log | None, bar: tqdm[Any], asked: list[int]) 
     while run.step < last:
         start = time.perf_counter()
         loss = take_step(run)
-        due = [run.step % every == 0 or run.step == args.steps
-               for every in (args.log_every, args.evaluate_every)]  # fmt: skip
+        due = [
+            run.step % every == 0 or run.step == args.steps for every in (args.log_every, args.evaluate_every)
+        ]
         value = float(loss) if any(due) else math.nan  # waits for the device
         run.seconds += time.perf_counter() - start
         if any(due):

@@ -155,9 +155,11 @@ def streaming_variants() -> Iterator[Variant]:
     for dist in DISTRIBUTIONS:
         yield Variant("update_kernel", "fp32", "bf16", "bf16", dist, scale="tensor", kind="adamw", directions=4)
     for *dtypes, master in (
-        ("fp32", "bf16", "bf16", False), ("fp32", "fp32", "fp32", False),
-        ("bf16", "bf16", "bf16", True), ("bf16", "bf16", "int8", False),
-    ):  # fmt: skip
+        ("fp32", "bf16", "bf16", False),
+        ("fp32", "fp32", "fp32", False),
+        ("bf16", "bf16", "bf16", True),
+        ("bf16", "bf16", "int8", False),
+    ):
         for dist in DISTRIBUTIONS:
             for rule in RULES:
                 yield Variant("update_kernel", *dtypes, dist, scale="tensor", kind=rule, master=master)
@@ -177,11 +179,22 @@ def constants_of(variant: Variant) -> dict[str, object]:
         latent = grad
     flags = {"aligned": variant.aligned, "per_tensor": variant.scale == "tensor", "shard": variant.shard}
     config = launch.Config(
-        tile_of(variant), **flags, latent=latent, grad=grad, out=out, distribution=variant.distribution,
-        noise_scale=0.5, block=variant.block, block_factor=launch.block_factor(variant.block),
-        minus=variant.signs == "both", variant=variant.kind, states=RULES.get(variant.kind or "", 0),
-        master=variant.master, one_direction=variant.directions == 1, unit=UNITS.get(variant.scale or ""),
-    )  # fmt: skip
+        tile_of(variant),
+        **flags,
+        latent=latent,
+        grad=grad,
+        out=out,
+        distribution=variant.distribution,
+        noise_scale=0.5,
+        block=variant.block,
+        block_factor=launch.block_factor(variant.block),
+        minus=variant.signs == "both",
+        variant=variant.kind,
+        states=RULES.get(variant.kind or "", 0),
+        master=variant.master,
+        one_direction=variant.directions == 1,
+        unit=UNITS.get(variant.scale or ""),
+    )
     given = {"config": config, "ROOT": True, "STATISTIC": variant.kind, "BLOCK": SUMS.get(variant.kernel)}
     return {name: value for name, value in given.items() if name in KERNELS[variant.kernel].arg_names}
 

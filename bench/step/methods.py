@@ -75,9 +75,14 @@ def method_of(name: str, task: Task, setting: Setting) -> Step:
 
         return stes_step
     fogzo = fk.Fogzo(
-        model, total_steps=STEPS, kappa=0.1, schedule="constant", directions=setting.directions,
-        backend=setting.backend, **FOGZO[name],
-    )  # fmt: skip
+        model,
+        total_steps=STEPS,
+        kappa=0.1,
+        schedule="constant",
+        directions=setting.directions,
+        backend=setting.backend,
+        **FOGZO[name],
+    )
     optimizer = fk.AdamW(groups, lr=LR, fogzo=fogzo)
 
     def fogzos_step(clock: Clock) -> None:

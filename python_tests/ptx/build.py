@@ -61,10 +61,12 @@ def built_executor() -> Path:
 
     def make(path: Path) -> None:
         objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
-        parallel([
-            functools.partial(run, compiler(), *FLAGS, *includes(), "-c", str(source), "-o", out)
-            for source, out in zip(sources, objects, strict=True)
-        ])  # fmt: skip
+        parallel(
+            [
+                functools.partial(run, compiler(), *FLAGS, *includes(), "-c", str(source), "-o", out)
+                for source, out in zip(sources, objects, strict=True)
+            ]
+        )
         run(compiler(), "-shared", *objects, "-o", str(path))
 
     return once(ROOT / "build/executor" / key / f"_executor{EXTENSION}", make)

@@ -175,15 +175,36 @@ class Kernel:
                 emit(one, parts)
 
     def _add(
-        self, one: Instruction, kind: str, results: list[str] | tuple[str, ...] = (),
-        operands: list[str] | tuple[str, ...] = (), *, opcode: str = "", immediate: int = 0, target: int = 0,
-        width: int = 0, count: int = 1, signed: bool = False, space: str = "generic",
-    ) -> None:  # fmt: skip
+        self,
+        one: Instruction,
+        kind: str,
+        results: list[str] | tuple[str, ...] = (),
+        operands: list[str] | tuple[str, ...] = (),
+        *,
+        opcode: str = "",
+        immediate: int = 0,
+        target: int = 0,
+        width: int = 0,
+        count: int = 1,
+        signed: bool = False,
+        space: str = "generic",
+    ) -> None:
         predicate = -1 if one.predicate is None else self._register(one.predicate)
         self.program.add(
-            kind, opcode or one.opcode, one.line, predicate, one.negated, [self._register(r) for r in results],
-            [self._register(o) for o in operands], immediate, target, width, count, signed, space,
-        )  # fmt: skip
+            kind,
+            opcode or one.opcode,
+            one.line,
+            predicate,
+            one.negated,
+            [self._register(r) for r in results],
+            [self._register(o) for o in operands],
+            immediate,
+            target,
+            width,
+            count,
+            signed,
+            space,
+        )
 
     def _register(self, name: str) -> int:
         """The register of a name, a number, or an address."""
@@ -248,9 +269,16 @@ class Kernel:
             return self._add(one, "arithmetic", *moved, opcode=f"mov.{type_}")
         results, operands = (values, [base]) if kind == "load" else ([], [base, *values])
         self._add(
-            one, kind, results, operands, immediate=offset, width=SIZES[type_], count=count,
-            signed=type_.startswith("s"), space=space,
-        )  # fmt: skip
+            one,
+            kind,
+            results,
+            operands,
+            immediate=offset,
+            width=SIZES[type_],
+            count=count,
+            signed=type_.startswith("s"),
+            space=space,
+        )
 
     def _emit_atom(self, one: Instruction, parts: list[str]) -> None:
         wanted = [part for part in parts[1:] if part not in NEUTRAL]
@@ -297,9 +325,15 @@ class Kernel:
             raise unknown(one)
         base, offset = address_of(address)
         self._add(
-            one, parts[0], results, [base, *values, ALL_LANES], immediate=offset, count=count,
-            signed="trans" in parts, space="shared",
-        )  # fmt: skip
+            one,
+            parts[0],
+            results,
+            [base, *values, ALL_LANES],
+            immediate=offset,
+            count=count,
+            signed="trans" in parts,
+            space="shared",
+        )
 
     def _emit_cvta(self, one: Instruction, parts: list[str]) -> None:
         if "shared" in parts or parts[-1] != "u64":

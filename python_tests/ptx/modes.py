@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 
 ARCH, ORDER, APPROXIMATE, FUSE, SCALARS = (
-    "FOGZO_PTX_ARCH", "FOGZO_PTX_ORDER", "FOGZO_PTX_APPROXIMATE", "FOGZO_PTX_FUSE", "FOGZO_PTX_SCALARS",
-)  # fmt: skip
+    "FOGZO_PTX_ARCH",
+    "FOGZO_PTX_ORDER",
+    "FOGZO_PTX_APPROXIMATE",
+    "FOGZO_PTX_FUSE",
+    "FOGZO_PTX_SCALARS",
+)
 #: Values of each variable, the default first.
 MODES = {
     ARCH: ("90", "80", "100"),  # compute capability

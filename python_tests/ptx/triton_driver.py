@@ -75,9 +75,18 @@ class Launcher:
             raise NotImplementedError("the executor has no clusters and no scratch memory")
 
     def __call__(
-        self, x: int, y: int, z: int, stream: int, kernel: Kernel, packed: Any, metadata: Any, enter: Any,
-        leave: Any, *args: Any,
-    ) -> None:  # fmt: skip
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        kernel: Kernel,
+        packed: Any,
+        metadata: Any,
+        enter: Any,
+        leave: Any,
+        *args: Any,
+    ) -> None:
         given = [*runtime(args, self.types)]
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
         scratch = [0] * (len(kernel.parameters) - len(values))  # addresses of scratch memory, which it has not

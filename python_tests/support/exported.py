@@ -12,8 +12,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 GRIDS = {
     **{f"uniform({bits})": fk.Grid.uniform(bits) for bits in range(2, 9)},
     **{f"half_offset({bits})": fk.Grid.half_offset(bits) for bits in range(1, 9)},
-    "sign": fk.Grid.sign(), "ternary": fk.Grid.ternary(),
-}  # fmt: skip
+    "sign": fk.Grid.sign(),
+    "ternary": fk.Grid.ternary(),
+}
 SCALES = {
     "tensor": lambda grid: fk.Scale.absmax(factor=-0.6 / grid.qmin),
     "row": lambda grid: fk.Scale.absmax("row", factor=-0.6 / grid.qmin),
@@ -31,9 +32,16 @@ def quantizer(grid, scale="row", transform=None):
 def llama(how, tie=False, dtype=torch.float32, skip=("lm_head", "model.embed_tokens"), rules=(), hidden=128):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1, bos_token_id=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tie,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        bos_token_id=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tie,
+    )
     model = transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
     fk.quantize_model(model, how, skip=skip, rules=rules)
     return model

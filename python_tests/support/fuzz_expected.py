@@ -55,9 +55,17 @@ def expected(case, args):
         return {"out": [total]}, {"out": [2e-6 * total]}
     if op == "perturb_quantize":
         reference.perturb_quantize_(
-            a["plus"], a["minus"], a["latents"], a["grads"], a["alphas"], draw, mix_of(a), a["direction"], grid,
+            a["plus"],
+            a["minus"],
+            a["latents"],
+            a["grads"],
+            a["alphas"],
+            draw,
+            mix_of(a),
+            a["direction"],
+            grid,
             block,
-        )  # fmt: skip
+        )
         outs = zip(a["alphas"], a["plus"] or a["minus"], strict=True)
         off = [one_code(*pair, grid, draw.distribution) for pair in outs]
         return {k: a[k] for k in ("plus", "minus") if a[k]}, {"plus": off, "minus": off}

@@ -56,9 +56,16 @@ class Case:
 def llama(tied):
     def make(**options):
         config = transformers.LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied, **options,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=tied,
+            **options,
+        )
         return transformers.LlamaForCausalLM(config)
 
     return make
@@ -66,19 +73,35 @@ def llama(tied):
 
 def gpt2(**options):
     config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **options,
-    )  # fmt: skip
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **options,
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def patches(kind, config_kind):
     def make(**options):
         config = config_kind(
-            image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            image_size=16,
+            patch_size=4,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            num_labels=10,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
             **options,
-        )  # fmt: skip
+        )
         return kind(config)
 
     return make
@@ -86,9 +109,13 @@ def patches(kind, config_kind):
 
 def resnet(**options):
     config = transformers.ResNetConfig(
-        layer_type="basic", depths=[2, 2, 2, 2], embedding_size=16, hidden_sizes=[16, 32, 48, 64],
-        num_labels=10, **options,
-    )  # fmt: skip
+        layer_type="basic",
+        depths=[2, 2, 2, 2],
+        embedding_size=16,
+        hidden_sizes=[16, 32, 48, 64],
+        num_labels=10,
+        **options,
+    )
     return transformers.ResNetForImageClassification(config)
 
 

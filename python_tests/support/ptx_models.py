@@ -304,8 +304,13 @@ def model(opcode: str) -> Model | None:
     if kind in FORMATS:
         return floats(parts, kind)
     if kind == "pred":
-        logic = {"and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b,
-                 "not": lambda a: int(not a), "mov": lambda a: a}[name]  # fmt: skip
+        logic = {
+            "and": lambda a, b: a & b,
+            "or": lambda a, b: a | b,
+            "xor": lambda a, b: a ^ b,
+            "not": lambda a: int(not a),
+            "mov": lambda a: a,
+        }[name]
         return Model([kind] * logic.__code__.co_argcount, kind, logic)
     return integers(opcode.rpartition(".")[0], kind)
 
@@ -354,9 +359,10 @@ def pairs(opcode: str) -> Model:
     assert half is not None
     bits = width(half.result)
     return Model(
-        [f"b{2 * bits}"] * len(half.operands), f"b{2 * bits}",
+        [f"b{2 * bits}"] * len(half.operands),
+        f"b{2 * bits}",
         lambda *a: half(*a) | half(*(x >> bits for x in a)) << bits,
-    )  # fmt: skip
+    )
 
 
 def conversion(parts: list[str]) -> Model:

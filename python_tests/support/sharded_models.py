@@ -120,7 +120,7 @@ def batch_of(step, rows=slice(None), count=8):
 
 def train(
     model, case, steps=None, rows=slice(None), count=8, fused=True, first=0, own=0, fogzo=None, optimizer=None
-):  # fmt: skip
+):
     """Losses of a run. Those of the processes with the same rows must be those of one."""
     fogzo = fogzo or fk.Fogzo(model, **{"total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2])
     optimizer = optimizer or optimizer_of(model, fogzo if fused else None)
