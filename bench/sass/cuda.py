@@ -83,7 +83,7 @@ def spills(folder: Path) -> dict[str, int]:
 
 
 def variant_of(name: str) -> Variant | None:
-    """The variant of a demangled name, or None for what is no kernel."""
+    """Returns the variant of a demangled name; None if the name belongs to no kernel."""
     found = re.match(r"(?:void )?fogzo::cuda::(\w+)(?:<(.*)>)?\(", name)
     if found is None:
         return None

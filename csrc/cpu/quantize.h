@@ -25,7 +25,7 @@ void quantize_loops(const Operands &item, GridRange grid, float r, int64_t begin
 }
 
 #if FOGZO_ISA
-// What is constant over the elements of a vector.
+// The constants that the elements of a vector share.
 struct VectorScale : ScaleOf<F> {
   F shift; // delta * offset
   F table; // of TABLE: Q of every code, as it is stored

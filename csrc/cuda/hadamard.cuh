@@ -100,7 +100,7 @@ template <bool Far, bool Aligned> struct TwoChunks : Chunks<2, Aligned, false> {
   FOGZO_DEVICE void transform(float (&x)[2][kChunk]) const { rotate<Far>(x, rotation); }
 };
 
-// Where a thread's first chunk lies among those of `threads`, whose blocks lie one behind the other.
+// The place of a thread's first chunk. The blocks of `threads` follow each other in memory.
 FOGZO_DEVICE int first_of_two(const Rotation &rotation, int thread) {
   return 2 * thread - (thread & (rotation.half - 1));
 }

@@ -31,7 +31,7 @@ struct Perturb {
   Rotation rotation;
 };
 
-// What is constant over a block: the noise's names, the coefficients of guide and noise, the operands.
+// The constants of a thread block: the noise's names, the coefficients of guide and noise, the operands.
 struct Probes {
   Names names;
   float a, b;

@@ -21,7 +21,7 @@ struct Tail {
   Rotation rotation;
 };
 
-// What is constant over a block.
+// The constants of a thread block.
 struct Step {
   Names names;
   bool quantized, noisy, skip;

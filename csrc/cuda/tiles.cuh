@@ -289,7 +289,7 @@ FOGZO_DEVICE void quantize_element(Operand out, int64_t j, float y, float delta,
 
 // ---- what a thread takes at once: chunks, or one element
 
-// What is constant over a block for its elements.
+// The constants of a thread block that its elements need.
 template <bool Plain> struct Frame {
   Part part;
   Layout layout;
