@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -44,6 +44,8 @@ class PassWeight(NamedTuple):
     rows: Tensor  # of values, as QuantizedModule.rows() has them, or of a probe's int8 codes
     probe: bool  # whether they are a probe, without a gradient, or Q(weight)
     deferred: bool = False  # of Q(weight): the weight gets dL/dQ, of which the pass makes g at its end
+    ready: bool = False  # whether modules take the rows as they are: values that have their place in the graph
+    plain: bool = False  # whether they are ready, and not rotated
 
     def values(self, alpha: Tensor, grid: Grid) -> Tensor:
         """The rows' values, to the bit those that a probe without codes has."""
@@ -69,6 +71,22 @@ class Deferred(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (alpha,) = ctx.saved_tensors
         return grads[0], torch.zeros_like(alpha) if ctx.needs_input_grad[1] else None, None
+
+
+class DeferredLists(torch.autograd.Function):
+    """Q of many latents in one node. The gradient of each latent is dL/dQ, and none where Q was not used.
+
+    It saves nothing, so that the backward of each micro-batch can go through it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, quantized: list[Tensor], *latents: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple([rows.detach() for rows in quantized])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads
 
 
 class Part(NamedTuple):
@@ -266,14 +284,45 @@ class WeightView:
         alone = not p._backward_hooks and len(p._post_accumulate_grad_hooks or ()) <= 1
         return alone or not self.placement.is_whole
 
-    def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
+    def use(self, rows: Tensor, probe: bool, deferred: bool = False, ready: bool = False) -> None:
         """Let the modules run with rows until :meth:`release`: a probe, without a gradient, or Q(parameter).
 
-        ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end.
+        ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end. ``ready``: modules take
+        the rows as they are.
         """
         self.deferred = deferred
-        self.placement.hold(self.modules, PassWeight(self.parameter, rows, probe, deferred))
+        plain = ready and self.quantizer.transform is None
+        self.placement.hold(self.modules, PassWeight(self.parameter, rows, probe, deferred, ready, plain))
 
     def release(self) -> None:
         """Let the modules quantize for themselves again."""
         self.placement.hold(self.modules, None)
+
+
+def check_alpha(module: QuantizedModule) -> None:
+    """Raise if an alpha that does not learn requires a gradient."""
+    if module.alpha.requires_grad and not module.quantizer.learned:
+        raise ValueError("alpha must not require grad, as no gradient reaches it")
+
+
+def use_quantized(views: Sequence[WeightView], memory: Sequence[Tensor]) -> None:
+    """Let the modules of whole weights run with Q, which is in the memory, in a gradient pass.
+
+    One node of the graph serves all weights whose gradients may come at once: nobody watches them, and no other
+    process waits for them.
+    """
+    alone = not (dist.is_available() and dist.is_initialized())
+    joint = []
+    for w, rows in zip(views, memory, strict=True):
+        if alone and w.placement.is_whole and w.unwatched:
+            for module in w.modules:
+                check_alpha(module)
+            joint.append((w, rows))
+        else:
+            w.use(rows, probe=False, deferred=w.unwatched)
+    if joint:
+        with torch.enable_grad():
+            latents = [w.modules[0].rows(w.parameter) for w, _ in joint]
+            values = DeferredLists.apply([rows for _, rows in joint], *latents)
+        for (w, _), rows in zip(joint, values, strict=True):
+            w.use(rows, probe=False, deferred=True, ready=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView
+from ..nn.view import WeightView, use_quantized
 from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
@@ -137,13 +137,12 @@ class Step:
                 self.groups = calls.grouped(run.weights, run.backend)
                 for group in self.groups:
                     group.quantize()
-                    for w, rows in zip(group.weights, group.memory, strict=True):
-                        w.use(rows, probe=False, deferred=w.unwatched)
+                    use_quantized(group.weights, group.memory)
             else:
                 probes = self._write_probes(probe)
                 run.replay.load(self.snapshots[0])
                 for w, rows in probes:
-                    w.use(rows, probe=True)
+                    w.use(rows, probe=True, ready=rows.dtype != torch.int8)
         except BaseException:
             self._release()
             if probe.sign:
@@ -321,7 +320,7 @@ class Step:
         return {**group.how, "tensor_ids": group.tensor_ids, "layouts": group.layouts, **self.noise}
 
     def _write_probes(self, probe: Pass) -> list[tuple[WeightView, Tensor]]:
-        """Return the weights that take part, and the rows that they run this probe with.
+        """Return the weights and the rows that they run this probe with: Q(w) where they take no part.
 
         Both probes of a direction are written at once. The second gets new memory: no activations are kept now.
         """
@@ -329,7 +328,9 @@ class Step:
         if probe.sign < 0:
             minus, self._minus = self._minus, []
             return minus
-        plus: list[tuple[WeightView, Tensor]] = []
+        taking = {w for group in self.groups for w in group.weights}
+        idle = [(w, w.memory()) for w in self.run.weights if w not in taking and w.placement.is_whole]
+        plus, self._minus = idle, [*idle]
         for group in self.groups:
             for codes, part in group.split(lambda w: w.takes_codes):
                 out = [w.code_memory() for w in part.weights] if codes else part.memory
