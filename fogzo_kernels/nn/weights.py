@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from ..spec.scale import LearnedScale, MeasuredScale
 from .module import QuantizedModule
 from .replaced import REPLACED, check_replaced
 from .tied import check_raw_uses, owners_of
-from .view import WeightView
+from .view import LOCAL, WeightView
 from .weight import check, fits, warn_of_new_weights
 
 
@@ -111,27 +113,65 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
+def facts_of(weights: Sequence[WeightView]) -> Any:
+    """Returns what the modules hold of their weights now: two results are equal while nothing has moved.
+
+    Parts of weights move in each pass, and give None.
+    """
+    modules = [m for w in weights for m in w.modules]
+    latents = [m._parameters.get(m.PARAMETER) for m in modules]
+    same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
+    if not (same and all([w.placement is LOCAL for w in weights])):
+        return None
+    alphas = [m._parameters.get("alpha", m._buffers.get("alpha")) for m in modules]
+    of_latents = [*zip(*[map(fact, latents) for fact in FACTS], strict=True)]
+    of_alphas = [*zip(map(Tensor.data_ptr, alphas), map(REQUIRES_GRAD, alphas), strict=True)]
+    how = [(m.weight_quantizer.quantizer, m.weight_quantizer.stale, getattr(m, "product", None)) for m in modules]
+    return of_latents, of_alphas, how
+
+
+REQUIRES_GRAD = operator.attrgetter("requires_grad")
+#: Facts of a parameter.
+FACTS: tuple[Any, ...] = (
+    Tensor.data_ptr,
+    Tensor.is_contiguous,
+    REQUIRES_GRAD,
+    *map(operator.attrgetter, ("shape", "dtype")),
+)
+
+
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
     weight = w.parameter
     is_there = isinstance(module, QuantizedModule) and module._parameters.get(module.PARAMETER) is weight
     return is_there and weight.requires_grad and fits(module) and module.in_rows(weight)  # type: ignore
 
 
-def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView]) -> None:
+def check_unchanged(
+    model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView], known: Any = None
+) -> Any:
     """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
 
-    What is new among them would be trained straight-through, unnoticed. ``modules``: all of the model.
+    What is new among them would be trained straight-through, unnoticed.
+
+    Args:
+        modules: all of the model.
+        known: what the last call returned. Weights to which nothing has happened since are looked at no further.
+
+    Returns:
+        :func:`facts_of` the weights.
     """
-    trainable = 0
-    if any(REPLACED in m.__dict__ for m in modules):
+    if any([REPLACED in m.__dict__ for m in modules]):
         check_replaced(model.named_modules())
-    for m in modules:
-        if isinstance(m, QuantizedModule):
-            weight = m._parameters.get(m.PARAMETER)
-            trainable += weight is None or weight.requires_grad
-    same = (_is_as_it_was(m, w) for w in weights for m in w.modules)
-    if all(same) and trainable == sum(len(w.modules) for w in weights):
-        return
+    quantized = [m for m in modules if isinstance(m, QuantizedModule)]
+    here = [m._parameters.get(m.PARAMETER) for m in quantized]
+    trainable = sum([weight is None or weight.requires_grad for weight in here])
+    if trainable == sum([len(w.modules) for w in weights]):
+        facts = facts_of(weights)
+        present = set(map(id, quantized))
+        if facts is not None and facts == known and all([id(m) in present for w in weights for m in w.modules]):
+            return facts
+        if all([_is_as_it_was(m, w) for w in weights for m in w.modules]):
+            return facts
     now = {w.parameter: w for w in collected(model)}
     known = {w.parameter: w for w in weights}
     changed = [w.name for p, w in known.items() if p not in now] + [
@@ -147,3 +187,4 @@ def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: lis
             " of other weights, and set optimizer.fogzo = new for a fused optimizer; an optimizer that lacks a"
             " weight takes it by add_param_group"
         )
+    return facts_of(weights)

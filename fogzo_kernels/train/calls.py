@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -28,7 +29,18 @@ AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, 
 
 
 class WeightGroup:
-    """Weights that go into one call of an op, and the lists that it takes, made once a step."""
+    """Weights that go into one call of an op, and the lists that it takes.
+
+    Attributes:
+        how: quantizer and backend, as ops take them.
+        alphas, tensor_ids, layouts: as ops take them; ``layouts`` is None where the weights are whole.
+        memory: rows for Q of each weight.
+        learned: for each weight, whether its alpha learns.
+        codes: for each weight, whether its probes are written as codes.
+        grads: rows of ``.grad``, once a gradient pass has left them.
+    """
+
+    LISTS = ("weights", "alphas", "tensor_ids", "layouts", "memory", "learned", "codes", "grads")
 
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
@@ -37,17 +49,20 @@ class WeightGroup:
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
         self.layouts = layouts or None  # of parts of weights: all weights are parts, or none is
-        self.grads: list[Tensor] = []  # rows of ``.grad``, see :meth:`with_gradients`
-        self.memory = [w.memory() for w in weights]  # for the rows that a pass runs with
+        self.memory = [w.memory() for w in weights]
+        self.learned = [w.modules[0].alpha.requires_grad for w in weights]
+        self.codes = [w.takes_codes for w in weights]
+        self.grads: list[Tensor] = []
+        # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
+        self.as_it_is = all(w.latent is w.parameter for w in weights)
 
     @property
     def latents(self) -> list[Tensor]:
-        """Rows of the parameters, taken anew at each call, as ``parameter.data`` may be replaced."""
-        return [w.latent for w in self.weights]
+        """Rows of the parameters."""
+        return [w.parameter if self.as_it_is else w.latent for w in self.weights]
 
-    def split(self, by: Callable[[WeightView], T]) -> list[tuple[T, WeightGroup]]:
-        """Return a group for each value of ``by``."""
-        values = list(map(by, self.weights))
+    def split(self, values: Sequence[T]) -> list[tuple[T, WeightGroup]]:
+        """Return a group for each value; there is a value for each weight."""
         kinds = dict.fromkeys(values)
         if len(kinds) == 1:
             return [(values[0], self)]
@@ -55,18 +70,22 @@ class WeightGroup:
 
     def part(self, places: Sequence[int]) -> WeightGroup:
         """Return a group of the weights at these places: this one for all of them in their order."""
-        if list(places) == list(range(len(self.weights))):
+        if len(places) == len(self.weights) and list(places) == list(range(len(places))):
             return self
-        group = WeightGroup([self.weights[i] for i in places], self.backend)
-        group.grads = [self.grads[i] for i in places] if self.grads else []
+        group = copy.copy(self)
+        for name in self.LISTS:
+            if values := getattr(self, name):
+                setattr(group, name, [values[i] for i in places])
         return group
 
     def with_gradients(self) -> list[WeightGroup]:
         """Return groups of the weights that have a gradient, by its dtype."""
+        grads = [w.parameter.grad for w in self.weights]
         groups = []
-        for dtype, group in self.split(lambda w: None if w.parameter.grad is None else w.parameter.grad.dtype):
+        for dtype, group in self.split([None if grad is None else grad.dtype for grad in grads]):
             if dtype is not None:
-                group.grads = [grad for w in group.weights if (grad := w.guide()) is not None]
+                group = copy.copy(group)
+                group.grads = [w.guide() for w in group.weights]  # type: ignore[misc]
                 groups.append(group)
         return groups
 
@@ -82,6 +101,26 @@ def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGr
     for w in weights:
         kinds.setdefault((*w.quantizer.options.values(), w.parameter.dtype), []).append(w)
     return [WeightGroup(members, backend) for members in kinds.values()]
+
+
+class Prepared:
+    """The groups of a model's weights, made once and kept while nothing that they hold has moved.
+
+    Attributes:
+        facts: of the weights now (:func:`fogzo_kernels.nn.weights.facts_of`); a step looks before its first pass.
+    """
+
+    def __init__(self, weights: Sequence[WeightView], backend: str | None) -> None:
+        self.weights, self.backend = weights, backend
+        self.facts: Any = None
+        self._facts_of_groups: Any = None
+        self._groups: list[WeightGroup] = []
+
+    def groups(self) -> list[WeightGroup]:
+        """Return the groups as they are now."""
+        if self.facts is None or self.facts != self._facts_of_groups:
+            self._groups, self._facts_of_groups = grouped(self.weights, self.backend), self.facts
+        return self._groups
 
 
 def run_quantized(weights: list[WeightView], backend: str | None) -> None:
@@ -110,19 +149,17 @@ def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
 def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
     """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas."""
     alphas: AlphaGradients = []
-
-    def kind_of(w: WeightView) -> tuple[bool, bool]:
-        return w.deferred, w.modules[0].alpha.requires_grad
-
-    for (deferred, learned), part in (pair for group in groups for pair in group.split(kind_of)):
-        rows = part.latents, part.alphas
-        if deferred and not learned:
-            straight_through_backward_(part.grads, *rows, **part.how)
-        elif deferred:
-            factors = [w.modules[0].alpha_factor for w in part.weights]
-            grads = [torch.empty_like(alpha) for alpha in part.alphas]
-            learned_backward_(part.grads, grads, *rows, factors=factors, **part.how)
-            alphas += zip(part.weights, sum_of_parts(part.weights, grads), strict=True)
+    for group in groups:
+        kinds = [*zip([w.deferred for w in group.weights], group.learned, strict=True)]
+        for (deferred, learned), part in group.split(kinds):
+            rows = part.latents, part.alphas
+            if deferred and not learned:
+                straight_through_backward_(part.grads, *rows, **part.how)
+            elif deferred:
+                factors = [w.modules[0].alpha_factor for w in part.weights]
+                grads = [torch.empty_like(alpha) for alpha in part.alphas]
+                learned_backward_(part.grads, grads, *rows, factors=factors, **part.how)
+                alphas += zip(part.weights, sum_of_parts(part.weights, grads), strict=True)
     return alphas
 
 

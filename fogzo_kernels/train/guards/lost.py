@@ -34,28 +34,31 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(plain):
         kinds.setdefault((t.device, t.dtype), []).append(i)
-    nonzero: list[bool | Tensor] = [True] * len(plain)
-    finite: list[bool | Tensor] = []
+    nonzero = torch.ones(len(plain), dtype=torch.bool, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for (where, dtype), places in kinds.items():
-        own = [plain[i] for i in places]
-        if where.type != "cpu":
+        alone = len(kinds) == 1
+        own = plain if alone else [plain[i] for i in places]
+        if where.type == "cpu":
+            some, all_finite = _look_on_cpu(own, zeros)
+        else:
             norms = torch.stack(torch._foreach_norm(own, 1, dtype=torch.float32 if dtype in HALVES else None))
-            finite.append(norms.isfinite().all())
-            for i, flag in zip(places, (norms != 0).unbind(), strict=True):
-                nonzero[i] = flag
-            continue
-        # the second norm is the fast one, and may overflow or underflow
-        for i, t, norm in zip(places, own, torch.stack(torch._foreach_norm(own, 2)).tolist(), strict=True):
-            finite.append(math.isfinite(norm) or bool(t.isfinite().all()))
-            nonzero[i] = not zeros or norm != 0 or bool(t.any())
-    return _flags(nonzero, device), _flags(finite, device).all()
+            some, all_finite = norms != 0, norms.isfinite().all()
+        finite &= all_finite.to(device, non_blocking=True)
+        some = some.to(device, non_blocking=True)
+        if alone:
+            nonzero = some
+        elif zeros:
+            nonzero[torch.tensor(places).to(device, non_blocking=True)] = some
+    return nonzero, finite
 
 
-def _flags(flags: Sequence[bool | Tensor], device: torch.device) -> Tensor:
-    """Make one bool tensor of bools and 0-dim tensors, by one copy if all are bools."""
-    if all(isinstance(flag, bool) for flag in flags):
-        return torch.tensor(flags, dtype=torch.bool, device=device)
-    return torch.stack([torch.as_tensor(flag).to(device, non_blocking=True) for flag in flags])
+def _look_on_cpu(tensors: list[Tensor], zeros: bool) -> tuple[Tensor, Tensor]:
+    # the second norm is the fast one, and may overflow or underflow
+    norms = torch.stack(torch._foreach_norm(tensors, 2)).tolist()
+    finite = all(map(math.isfinite, norms)) or all(bool(t.isfinite().all()) for t in tensors)
+    some = [norm != 0 or bool(t.any()) for norm, t in zip(norms, tensors, strict=True)] if zeros else norms
+    return torch.tensor(some, dtype=torch.bool), torch.tensor(finite)
 
 
 def _numbers(grad: Tensor) -> Tensor:
