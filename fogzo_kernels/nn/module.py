@@ -372,6 +372,8 @@ class QuantizedModule(SavedModule):
 
     def learned_alphas(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Those of these names that are learned and have a value, each with where it is held."""
+        if not ("alpha_least" in self._buffers or "input_alpha_least" in self._buffers):
+            return []
         if self.weight_quantizer.shares and self.alpha_least.shape != self.alpha.shape:
             self.alpha_least = self.alpha.detach() * FLOOR  # the first was calibrated after a resize
         inputs = self.input_quantizer is not None and self.input_quantizer.calibrated

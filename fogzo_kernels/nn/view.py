@@ -210,6 +210,7 @@ class WeightView:
         self.placement.check(name)
         self._memory: Tensor | None = None
         self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
+        self.rotated = False  # whether Q is in the basis of the quantizer's transform
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
@@ -284,25 +285,28 @@ class WeightView:
         alone = not p._backward_hooks and len(p._post_accumulate_grad_hooks or ()) <= 1
         return alone or not self.placement.is_whole
 
-    def use(self, rows: Tensor, probe: bool, deferred: bool = False, ready: bool = False) -> None:
-        """Let the modules run with rows until :meth:`release`: a probe, without a gradient, or Q(parameter).
-
-        ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end. ``ready``: modules take
-        the rows as they are.
-        """
-        self.deferred = deferred
-        plain = ready and self.quantizer.transform is None
-        self.placement.hold(self.modules, PassWeight(self.parameter, rows, probe, deferred, ready, plain))
-
-    def release(self) -> None:
-        """Let the modules quantize for themselves again."""
-        self.placement.hold(self.modules, None)
+    def use(self, pass_weight: PassWeight | None) -> None:
+        """Let the modules run with this, or with None quantize for themselves again."""
+        if pass_weight is not None:  # else the pass is over, and its gradients are there
+            self.deferred = pass_weight.deferred
+        if self.placement is LOCAL:
+            for module in self.modules:
+                vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
+        else:
+            self.placement.hold(self.modules, pass_weight)
 
 
 def check_alpha(module: QuantizedModule) -> None:
     """Raise if an alpha that does not learn requires a gradient."""
     if module.alpha.requires_grad and not module.quantizer.learned:
         raise ValueError("alpha must not require grad, as no gradient reaches it")
+
+
+def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
+    """Let the modules run with values or codes of a probe, without a gradient."""
+    for w, own in zip(views, rows, strict=True):
+        ready = own.dtype != torch.int8
+        w.use(PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated))
 
 
 def use_quantized(views: Sequence[WeightView], memory: Sequence[Tensor]) -> None:
@@ -312,17 +316,18 @@ def use_quantized(views: Sequence[WeightView], memory: Sequence[Tensor]) -> None
     process waits for them.
     """
     alone = not (dist.is_available() and dist.is_initialized())
-    joint = []
+    joint, quantized = [], []
     for w, rows in zip(views, memory, strict=True):
-        if alone and w.placement.is_whole and w.unwatched:
+        if alone and w.placement is LOCAL and w.unwatched:
             for module in w.modules:
                 check_alpha(module)
-            joint.append((w, rows))
+            joint.append(w)
+            quantized.append(rows)
         else:
-            w.use(rows, probe=False, deferred=w.unwatched)
+            w.use(PassWeight(w.parameter, rows, False, w.unwatched))
     if joint:
         with torch.enable_grad():
-            latents = [w.modules[0].rows(w.parameter) for w, _ in joint]
-            values = DeferredLists.apply([rows for _, rows in joint], *latents)
-        for (w, _), rows in zip(joint, values, strict=True):
-            w.use(rows, probe=False, deferred=True, ready=True)
+            latents = [w.modules[0].rows(w.parameter) for w in joint]
+            values = DeferredLists.apply(quantized, *latents)
+        for w, rows in zip(joint, values, strict=True):
+            w.use(PassWeight(w.parameter, rows, False, True, True, not w.rotated))

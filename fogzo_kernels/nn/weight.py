@@ -159,7 +159,7 @@ def hold_alphas(
     Returns how many, 0-dim int64 on their device, where nothing waits for it. Returns None if there are none,
     which only the CPU sees.
     """
-    pairs = {id(alpha): (alpha, least) for m in modules for alpha, least in m.learned_alphas(names)}
+    pairs = {id(pair[0]): pair for m in modules for pair in m.learned_alphas(names)}
     if not pairs:
         return None
     alphas, lows = zip(*pairs.values(), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -59,6 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._names = tuple(hyperparameters)
         self._calls_so_far = 0  # of step()
         self._joined: dict[int, int] = {}  # by id of a parameter: at which of them its own steps began
+        self._kept: _Kept | None = None
         common = {"master_weights": master_weights, "capturable": capturable}
         super().__init__(params, {"lr": lr, **hyperparameters, **common})
 
@@ -135,11 +137,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not capturing():
                     lost, unknown = bool(unknown), None
         if not lost:
-            calls = list(self._calls(step))  # all are prepared before the first one writes
+            calls = self._calls(step)  # all are prepared before the first one writes
             scaling.unscale_(p.grad for p in self._parameters() if p.grad is not None)
             self._calls_so_far += 1
             for i, call in enumerate(calls):
                 self._run(call, step, i == 0, unknown)
+            assert self._kept is not None
+            self._kept.ran()
         if step is not None:
             step.end(estimated=True)
         return loss
@@ -179,18 +183,25 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- which tensors go into one call
 
-    def _calls(self, step: Step | None) -> Iterator[_Call]:
+    def _calls(self, step: Step | None) -> list[_Call]:
         """Tensors of alike options, dtypes, device, step number and kind of quantizer, estimated ones first.
 
-        Learned alphas come last of all: the estimates of their weights are made with them as they were.
+        Learned alphas come last of all: the estimates of their weights are made with them as they were. The calls
+        of the last step serve again while their tensors stay as they are.
         """
         estimated = step.groups if step is not None and step.pairs else []
+        options = [self._options(group) for group in self.param_groups]
+        if self._kept is None or not self._kept.again(self, estimated, options):
+            self._kept = _Kept(self, list(self._made(estimated, options)), estimated, options)
+        return self._kept.calls
+
+    def _made(self, estimated: list[WeightGroup], options: list[_Options]) -> Iterator[_Call]:
         weights = [(k, i, w) for k, group in enumerate(estimated) for i, w in enumerate(group.weights)]
         places = {id(w.parameter): (k, i) for k, i, w in weights}
         alphas = {id(m.alpha) for *_, w in weights for m in w.modules}
         last: dict[tuple[Any, ...], _Call] = {}
-        for group in self.param_groups:
-            options = self._options(group)
+        for number, group in enumerate(self.param_groups):
+            own = options[number]
             calls: dict[tuple[Any, ...], _Call] = {}
             first: dict[tuple[Any, ...], _Call] = {}  # estimated weights, which others that are alike join
             others: list[tuple[Tensor, _Operands]] = []
@@ -201,25 +212,25 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
                 k, i = places.get(id(p), (None, 0))
                 view = in_memory(p) if k is None else estimated[k].weights[i].rows
-                operands = self._prepare(p, group, options.states, view)
+                operands = self._prepare(p, group, own.states, view)
                 if k is None:
                     others.append((p, operands))
                     continue
                 key = *operands.alike, k
                 if key not in calls:
-                    calls[key] = _Call(options, operands.number)
+                    calls[key] = _Call(number, own, operands.number)
                 call = calls[key]
                 first.setdefault(operands.alike, call)
                 call.operands.append(operands)
                 call.places.append(i)
             for (*_, k), call in calls.items():
-                call.weights = estimated[k].part(call.places)
+                call.of, call.weights = k, estimated[k].part(call.places)
             for p, operands in others:
                 # with estimated ones of their group, if any, in one call; else with all that is updated alike
                 joint = None if id(p) in alphas else first.get(operands.alike)
                 if joint is None:
-                    key = *operands.alike, *options.key
-                    joint = last.setdefault(key, _Call(options, operands.number))
+                    key = *operands.alike, *own.key
+                    joint = last.setdefault(key, _Call(number, own, operands.number))
                 joint.operands.append(operands)
             yield from calls.values()
         yield from last.values()
@@ -274,7 +285,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             number = int(state["step"]) + 1
         alike = p.device, p.dtype, grad.dtype, number, joined, master is None
         states = [seen(state[name]) for name in names]
-        return _Operands(latent, seen(grad), master, states, state["step"], number, alike)
+        return _Operands(p, latent, seen, seen(grad), master, states, state["step"], number, alike)
 
     # ---- one call
 
@@ -316,7 +327,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """PyTorch's own leaves out what a subclass adds, and a copy could not step."""
         own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_calls_so_far")}
-        own["_joined"] = {}  # of other parameters
+        own["_joined"], own["_kept"] = {}, None  # of other parameters
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -339,6 +350,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"state_dict['param_groups'][{i}] must not have {name}, got {group[name]}")
         super().load_state_dict(state_dict)
         self._joined.clear()
+        self._kept = None
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, (p, group) in zip(ids, params, strict=True):
@@ -368,7 +380,9 @@ class _Options(NamedTuple):
 class _Operands(NamedTuple):
     """What a parameter adds to the lists of a call: views that lie in memory alike."""
 
+    parameter: Tensor
     latent: Tensor
+    seen: View  # how the others lie
     grad: Tensor
     master: Tensor | None
     states: list[Tensor]
@@ -380,8 +394,67 @@ class _Operands(NamedTuple):
 class _Call:
     """What one call of an op updates; parameters that are estimated stand first."""
 
-    def __init__(self, options: _Options, number: int) -> None:
-        self.options, self.number = options, number
+    def __init__(self, group: int, options: _Options, number: int) -> None:
+        self.group, self.options, self.number = group, options, number  # group: the place of its options
         self.operands: list[_Operands] = []
         self.places: list[int] = []  # of the estimated weights in their group
+        self.of: int | None = None  # which group of estimated weights
         self.weights: WeightGroup | None = None
+
+
+class _Kept:
+    """The calls of a step, and what they were made of, so that the next step can tell whether they serve again."""
+
+    def __init__(
+        self, optimizer: FusedOptimizer, calls: list[_Call], estimated: list[WeightGroup], options: list[_Options]
+    ) -> None:
+        self.calls, self.estimated, self.alike = calls, [g.weights for g in estimated], _pattern(options)
+        every = [o for call in calls for o in call.operands]
+        self.parameters = [o.parameter for o in every]
+        self.addresses = [*map(Tensor.data_ptr, self.parameters)]
+        self.grad_dtypes = [o.grad.dtype for o in every]
+        self.plain = all(o.latent is o.parameter and o.master is None for o in every)
+        self.of_state = [optimizer.state[p] for p in self.parameters]
+        self.state = [[*state.values()] for state in self.of_state]
+        self.steps = [o.step for o in every]
+        self.versions: list[int] = []
+
+    def ran(self) -> None:
+        """The calls were made: each parameter has taken a step."""
+        self.versions = [step._version for step in self.steps]
+
+    def again(self, optimizer: FusedOptimizer, estimated: list[WeightGroup], options: list[_Options]) -> bool:
+        """Give the calls the gradients, options and numbers of another step; False if they do not fit it."""
+        grads = [p.grad for p in self.parameters]
+        present = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        state = optimizer.state
+        fits = (
+            self.plain
+            and len(present) == len(grads) == sum([grad is not None for grad in grads])
+            and len(estimated) == len(self.estimated)
+            and all([group.weights is weights for group, weights in zip(estimated, self.estimated, strict=True)])
+            and _pattern(options) == self.alike
+            and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
+            and [grad.dtype for grad in grads if grad is not None] == self.grad_dtypes
+            and all([grad.is_contiguous() and not grad.is_sparse for grad in grads if grad is not None])
+            and all([own is state.get(p) for own, p in zip(self.of_state, self.parameters, strict=True)])
+            and all([all(map(operator.is_, s.values(), k)) for s, k in zip(self.of_state, self.state, strict=True)])
+            and [step._version for step in self.steps] == self.versions
+            and not optimizer._joined.keys() - set(map(id, self.parameters))
+        )
+        if not fits:
+            return False
+        rest = iter(grads)
+        for call in self.calls:
+            call.options = options[call.group]
+            call.number += bool(call.number)
+            call.operands = [o._replace(grad=next(rest)) for o in call.operands]
+            if call.of is not None:
+                call.weights = estimated[call.of].part(call.places)
+        return True
+
+
+def _pattern(options: list[_Options]) -> list[tuple[Any, ...]]:
+    """What decides which parameters share a call: groups with the same numbers, and the state that rules have."""
+    keys = [own.key for own in options]
+    return [(keys.index(own.key), tuple(own.states)) for own in options]

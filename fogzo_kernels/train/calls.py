@@ -19,7 +19,7 @@ from ..functional import (
     quantize_,
     straight_through_backward_,
 )
-from ..nn.view import WeightView
+from ..nn.view import WeightView, use_probe
 from ..nn.weight import hold_alphas, measure_
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
@@ -55,6 +55,8 @@ class WeightGroup:
         self.grads: list[Tensor] = []
         # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
         self.as_it_is = all(w.latent is w.parameter for w in weights)
+        for w in weights:
+            w.rotated = self.how["transform"] is not None
 
     @property
     def latents(self) -> list[Tensor]:
@@ -127,23 +129,25 @@ def run_quantized(weights: list[WeightView], backend: str | None) -> None:
     """Let modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
     for group in grouped(weights, backend):
         group.quantize()
-    for w in weights:
-        w.use(w.memory(), probe=True)
+    use_probe(weights, [w.memory() for w in weights])
 
 
-def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
+def set_alphas(weights: Sequence[WeightView], backend: str | None) -> Tensor | None:
     """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
     calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    measure_sharded_([m for w in weights if not w.placement.is_whole for m in w.modules], backend)
-    for w in weights:
-        scale = w.quantizer.scale
-        if isinstance(scale, MeasuredScale) and w.placement.is_whole:
-            alphas, rows = calls.setdefault((scale, w.quantizer.transform, w.parameter.dtype), ([], []))
-            alphas += [m.alpha for m in w.modules]
-            rows += [w.latent] * len(w.modules)
+    modules = [m for w in weights for m in w.modules]
+    measured = [isinstance(m.weight_quantizer.quantizer.scale, MeasuredScale) for m in modules]
+    if any(measured):
+        measure_sharded_([m for w in weights if not w.placement.is_whole for m in w.modules], backend)
+        for w in weights:
+            scale = w.quantizer.scale
+            if isinstance(scale, MeasuredScale) and w.placement.is_whole:
+                alphas, rows = calls.setdefault((scale, w.quantizer.transform, w.parameter.dtype), ([], []))
+                alphas += [m.alpha for m in w.modules]
+                rows += [w.latent] * len(w.modules)
     for (scale, transform, _), (alphas, rows) in calls.items():
         measure_(alphas, rows, scale, transform, backend)
-    return hold_alphas([m for w in weights for m in w.modules])
+    return hold_alphas(modules)
 
 
 def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView, use_quantized
+from ..nn.view import WeightView, use_probe, use_quantized
 from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
@@ -101,7 +101,7 @@ class Step:
         self.groups: list[WeightGroup] = []  # after the gradient pass: the weights that take part, by calls
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
-        self._minus: list[tuple[WeightView, Tensor]] = []  # what the next pass runs with
+        self._minus: tuple[list[WeightView], list[Tensor]] = [], []  # what the next pass runs with
         self.snapshots: list[Snapshot] = []  # before the gradient pass, and after it if probes follow
         self._compared = n > 0 and not run.passes_compared  # whether to look for what passes do not see alike
         self._generators: Prints = {}  # if so, others' generators as the gradient pass began
@@ -142,8 +142,7 @@ class Step:
             else:
                 probes = self._write_probes(probe)
                 run.replay.load(self.snapshots[0])
-                for w, rows in probes:
-                    w.use(rows, probe=True, ready=rows.dtype != torch.int8)
+                use_probe(*probes)
         except BaseException:
             self._release()
             if probe.sign:
@@ -154,7 +153,7 @@ class Step:
 
     def _release(self, failed: bool = False) -> None:
         for w in self.run.weights:
-            w.release()
+            w.use(None)
         self.run.peers.between_passes(failed)
 
     @torch.no_grad()
@@ -336,27 +335,30 @@ class Step:
         """Return what perturbation and estimate must agree on, as the ops take it."""
         return {**group.how, "tensor_ids": group.tensor_ids, "layouts": group.layouts, **self.noise}
 
-    def _write_probes(self, probe: Pass) -> list[tuple[WeightView, Tensor]]:
+    def _write_probes(self, probe: Pass) -> tuple[list[WeightView], list[Tensor]]:
         """Return the weights and the rows that they run this probe with: Q(w) where they take no part.
 
         Both probes of a direction are written at once. The second gets new memory: no activations are kept now.
         """
         assert self._norm is not None
         if probe.sign < 0:
-            minus, self._minus = self._minus, []
+            minus, self._minus = self._minus, ([], [])
             return minus
         taking = {w for group in self.groups for w in group.weights}
-        idle = [(w, w.memory()) for w in self.run.weights if w not in taking and w.placement.is_whole]
-        plus, self._minus = idle, [*idle]
+        views = [w for w in self.run.weights if w not in taking and w.placement.is_whole]
+        plus = [w.memory() for w in views]
+        minus = [*plus]
         for group in self.groups:
             for codes, part in group.split(group.codes):
                 out = [w.code_memory() for w in part.weights] if codes else part.memory
                 other = [torch.empty_like(rows) for rows in out]
                 rows, options = (part.latents, part.grads, part.alphas), self.options(part)
                 perturb_quantize_(out, other, *rows, self._norm, direction=probe.direction, **options)
-                plus += zip(part.weights, out, strict=True)
-                self._minus += zip(part.weights, other, strict=True)
-        return plus
+                views += part.weights
+                plus += out
+                minus += other
+        self._minus = views, minus
+        return views, plus
 
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then end
 

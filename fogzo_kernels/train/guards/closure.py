@@ -101,5 +101,5 @@ class Closures:
                 yield loss
         finally:
             for w in run.weights:
-                w.release()
+                w.use(None)
             run.peers.between_passes()
