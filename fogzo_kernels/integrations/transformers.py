@@ -23,9 +23,9 @@ from ..nn import fast_path, pretrained
 from ..nn.convert import dequantize_model
 from ..nn.module import QuantizedModule
 from ..nn.pretrained import METHOD, Entry
-from ..nn.registry import check_weight, quantized_form, reason_against
+from ..nn.registry import quantized_form, reason_against
 from ..nn.state_dict import EXTRA_STATE
-from ..nn.tied import check_raw_uses, owners_of, share_alphas, watch
+from ..nn.tied import check_raw_uses, link, owners_of
 from ..nn.weight import WeightQuantizer, alpha_of
 from ..spec.scale import Scale
 
@@ -98,8 +98,7 @@ class FogzoQuantizer(HfQuantizer):
             m.lay_out()
             if m.input_quantizer is not None and m.input_quantizer.quantizer.learned:
                 m.input_quantizer.note(m.input_alpha)
-        share_alphas(model)
-        watch(model)
+        link(model)
         pretrained.record(model)  # by the names of this model
         vars(model).pop("is_quantized", None)  # or it has no half(), no float(): latents are ordinary tensors
         return model
@@ -158,13 +157,13 @@ def check_all_named(
 
 def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
     """Returns a meta alpha for a module; raises if the module cannot be quantized so."""
-    reason = reason_against(module)
-    if reason is not None:
+    form = quantized_form(module)
+    reason = reason_against(name, module, form)
+    if isinstance(reason, Exception):
+        raise reason
+    if form is None or reason is not None:
         raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
-    check_weight(name, module)
-    form, weight = quantized_form(module), module.get_parameter("weight")
-    assert form is not None
-    shape = entry.alpha
+    shape, weight = entry.alpha, module.get_parameter("weight")
     if len(shape) == 2:  # the weight may have been resized
         shape = (weight.shape[form.OUTPUTS], *shape[1:])
     alpha = torch.empty(shape, dtype=torch.float32, device="meta")

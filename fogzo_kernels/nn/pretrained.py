@@ -43,7 +43,7 @@ def models_of(model: nn.Module) -> list[nn.Module]:
     return [m for m in pretrained if m not in inner]
 
 
-def check(model: nn.Module) -> None:
+def check_config(model: nn.Module) -> None:
     """Raise if a pretrained model is quantized by something else; warn if it should be quantized already."""
     for m in models_of(model):
         config: Any = getattr(m.config, "quantization_config", None)
