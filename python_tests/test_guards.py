@@ -19,7 +19,7 @@ PAGE = TESTS.parent / "docs/guards.md"
 #: By row of the page: a file of the package, a guard in it, what comes in its place, and a test.
 GUARDS = {
     "A quantized and a plain module share a weight": (
-        "nn/weights.py", "        check_raw_uses(places)", "        pass",
+        "nn/weights.py", "    check_raw_uses(model)", "    pass",
         "test_traps.py::test_a_weight_tied_to_a_plain_module_later_is_refused"),
     "Modules that share a weight have different quantizers or alphas": (
         "nn/weights.py", "if not (same and alike):", "if False:",

@@ -138,9 +138,17 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 
 def perturb_quantize_(
-    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    direction: int, grid: Grid, block: int,
-) -> None:  # fmt: skip
+    plus: Tensors,
+    minus: Tensors,
+    latents: Tensors,
+    grads: Tensors,
+    alphas: Tensors,
+    draw: Draw,
+    mix: Mix,
+    direction: int,
+    grid: Grid,
+    block: int,
+) -> None:
     """Write Q(w + eps v) and Q(w - eps v)."""
     device, omb = mix.norm.device, mix.one_minus_beta.to(mix.norm.device)
     guide = torch.sqrt(1 - omb).float() * sign(draw, direction, device)
@@ -208,9 +216,17 @@ def estimate(g: Tensor, alpha: Tensor, A: Tensor, B: Tensor, draw: Draw, i: int,
 
 
 def estimate_update_(
-    latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    losses: Losses, grid: Grid, update: Update, block: int,
-) -> None:  # fmt: skip
+    latents: Tensors,
+    quantized: Tensors,
+    grads: Tensors,
+    alphas: Tensors,
+    draw: Draw,
+    mix: Mix,
+    losses: Losses,
+    grid: Grid,
+    update: Update,
+    block: int,
+) -> None:
     """G, the optimizer's step with it, then Q(theta)."""
     n, device, rule = losses.plus.numel(), mix.norm.device, update.rule
     keep, skip = torch.tensor(True, device=device), torch.tensor(False, device=device)
@@ -295,9 +311,14 @@ def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: Strai
 
 
 def straight_through_backward_(
-    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, block: int,
-) -> None:  # fmt: skip
+    out: Tensors,
+    grads: Tensors,
+    latents: Tensors,
+    alphas: Tensors,
+    grid: Grid,
+    straight_through: StraightThrough,
+    block: int,
+) -> None:
     """Write g * h'(theta)."""
     for q, g, theta, alpha in zip(out, grads, latents, alphas, strict=True):
         x = rotated(theta.flatten().float(), block)
@@ -344,9 +365,16 @@ def sum_of(rows: Tensor, piece: int = 4096) -> Tensor:
 
 
 def learned_backward_(
-    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, factors: Sequence[float], block: int,
-) -> None:  # fmt: skip
+    out: Tensors,
+    alpha_grads: Tensors,
+    grads: Tensors,
+    latents: Tensors,
+    alphas: Tensors,
+    grid: Grid,
+    straight_through: StraightThrough,
+    factors: Sequence[float],
+    block: int,
+) -> None:
     """Write g * h'(theta), and the gradients of the alphas."""
     for i, (total, g, theta, alpha) in enumerate(zip(alpha_grads, grads, latents, alphas, strict=True)):
         x = rotated(theta.flatten().float(), block)

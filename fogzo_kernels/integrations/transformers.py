@@ -25,7 +25,7 @@ from ..nn.module import QuantizedModule
 from ..nn.pretrained import METHOD, Entry
 from ..nn.registry import quantized_form, reason_against
 from ..nn.state_dict import EXTRA_STATE
-from ..nn.tied import check_raw_uses, link, owners_of
+from ..nn.tied import check_raw_uses, link
 from ..nn.weight import WeightQuantizer, alpha_of
 from ..spec.scale import Scale
 
@@ -91,8 +91,7 @@ class FogzoQuantizer(HfQuantizer):
                 f"the checkpoint must hold {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} of the"
                 " modules that its config calls quantized, got none"
             )
-        for places in owners_of(model).values():
-            check_raw_uses(places)
+        check_raw_uses(model)
         for m in modules.values():
             m.weight_quantizer.stale = False  # tied and loaded weights come with their alphas
             m.lay_out()

@@ -74,18 +74,14 @@ def record(model: nn.Module) -> None:
 def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
     """Makes the entry of the config; see :func:`entries` for a module's row."""
     quantizers: list[dict[str, Any]] = []
-
-    def index(q: Quantizer | None) -> int | None:
-        if q is None:
-            return None
-        if q.to_dict() not in quantizers:
-            quantizers.append(q.to_dict())
-        return quantizers.index(q.to_dict())
-
-    rows = {
-        name: [index(m.quantizer), list(m.alpha.shape), m.tensor_id, m.backend, index(m.activation)]
-        for name, m in modules.items()
-    }
+    rows = {}
+    for name, m in modules.items():
+        own = [q and q.to_dict() for q in (m.quantizer, m.activation)]
+        for q in own:
+            if q and q not in quantizers:
+                quantizers.append(q)
+        weight, inputs = (q and quantizers.index(q) for q in own)
+        rows[name] = [weight, list(m.alpha.shape), m.tensor_id, m.backend, inputs]
     return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}
 
 

@@ -53,12 +53,13 @@ def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> Non
             memory[key] = first
 
 
-def check_raw_uses(places: Mapping[str, Owner]) -> None:
+def check_raw_uses(model: nn.Module) -> None:
     """Raise if a quantized weight is a parameter of a plain module, too."""
-    quantized = list(_quantized(places))
-    raw = [where for where in places if where not in quantized]
-    if quantized and raw:
-        raise ValueError(_both(quantized[0], raw[0]))
+    for places in owners_of(model).values():
+        quantized = list(_quantized(places))
+        raw = [where for where in places if where not in quantized]
+        if quantized and raw:
+            raise ValueError(_both(quantized[0], raw[0]))
 
 
 def link(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from ..ops import checks
 from ..spec.scale import LearnedScale, MeasuredScale
 from .module import QuantizedModule
 from .replaced import REPLACED, check_replaced
-from .tied import check_raw_uses, owners_of
+from .tied import check_raw_uses
 from .view import WeightView
 from .weight import check, fits, warn_of_new_weights
 
@@ -23,8 +23,7 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
     weights = collected(model)
     if not weights:
         raise ValueError(_none_of(model))
-    for places in owners_of(model).values():
-        check_raw_uses(places)
+    check_raw_uses(model)
     ids: dict[int, WeightView] = {}
     for w in weights:
         _check_alike(w)

@@ -190,6 +190,11 @@ class MeasuredScale(Scale):
 
     from_weight = True
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of ``measure_alphas_``."""
+        return {name: getattr(self, name) for name in ("statistic", "factor", "add", "least")}
+
     def __post_init__(self) -> None:
         if self.statistic not in STATISTICS:
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
