@@ -35,13 +35,9 @@ def unavailable(device: torch.device) -> str | None:
 def noise_words(chunk: Tensor, draw: Draw, direction: int, tensor_id: int) -> tuple[Tensor, ...]:
     """The four words of each chunk of 8 elements."""
     seed, step = draw.seed.to(chunk.device), draw.step.to(chunk.device)
-    counter = (
-        chunk & MASK32,
-        (chunk >> 32) | direction << 16,
-        step.expand_as(chunk),
-        torch.full_like(chunk, tensor_id),
-    )
-    return philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
+    low, high, name = chunk & MASK32, (chunk >> 32) | direction << 16, torch.full_like(chunk, tensor_id)
+    key = seed & MASK32, (seed >> 32) & MASK32
+    return philox4x32((low, high, step.expand_as(chunk), name), key)
 
 
 def elements(numel: int, layout: Layout, device: torch.device) -> Tensor:
@@ -197,9 +193,8 @@ def coefficients(
     if losses.counters is not None:
         used = [x for x, g in zip(alphas, grads, strict=False) if g.numel()]
         bad = sum((~(torch.isfinite(x) & (x > 0))).sum() for x in used)
-        losses.counters.add_(
-            torch.stack([(~finite).sum(), norm_lost.long(), torch.as_tensor(bad, device=device)])
-        )
+        lost = [(~finite).sum(), norm_lost.long(), torch.as_tensor(bad, device=device)]
+        losses.counters.add_(torch.stack(lost))
     return A, B, ~finite.any() | norm_lost
 
 

@@ -11,10 +11,8 @@ from ..nn.module import QuantizedModule
 from ..nn.pretrained import quantized_modules, record
 from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, Grid
 from ..spec.scale import LearnedScale, Scale
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def integers_of(module: QuantizedModule) -> tuple[Tensor, Tensor]:
@@ -38,8 +36,7 @@ def range_of(grid: Grid) -> tuple[int, int]:
 
 def bits_of(grid: Grid) -> int:
     """Returns how many bits of two's complement hold any number of a grid."""
-    low, high = range_of(grid)
-    return next(b for b in range(1, 10) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1))
+    return 1 + max((x if x >= 0 else ~x).bit_length() for x in range_of(grid))
 
 
 def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
@@ -99,8 +96,8 @@ def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
         TypeError, ValueError: an argument is wrong, or a scale is 0 or infinite in ``dtype``; nothing has
             changed then.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {checks.named(DTYPES)}, got {dtype}")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {checks.named(FLOATS)}, got {dtype}")
     modules = quantized_in(model)
     plan = []
     for name, m in modules.items():

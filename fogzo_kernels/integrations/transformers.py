@@ -7,13 +7,14 @@ that it does not know the type "fogzo", and loads the latents into a plain model
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -64,12 +65,8 @@ class FogzoQuantizer(HfQuantizer):
         modules = dict(model.named_modules(remove_duplicate=False))
         named = located(model, self.quantization_config.entries(), modules)
         check_all_named(model, named, modules, kwargs.get("checkpoint_files") or [])
-        alphas = {name: empty_alpha(name, modules[name], entry) for name, entry in named.items()}
-        for name, entry in named.items():
-            form = quantized_form(modules[name])
-            assert form is not None
-            weight = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
-            form.from_plain(modules[name], weight, alpha=alphas[name], activation=entry.activation)
+        for quantize in [planned(name, modules[name], entry) for name, entry in named.items()]:
+            quantize()
         fast_path.update(model)
         return model
 
@@ -154,8 +151,8 @@ def check_all_named(
                 )
 
 
-def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
-    """Returns a meta alpha for a module; raises if the module cannot be quantized so."""
+def planned(name: str, module: nn.Module, entry: Entry) -> Callable[[], QuantizedModule]:
+    """Returns what quantizes a module, with an alpha on the meta device; raises if it cannot be so."""
     form = quantized_form(module)
     reason = reason_against(name, module, form)
     if isinstance(reason, Exception):
@@ -167,7 +164,9 @@ def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
         shape = (weight.shape[form.OUTPUTS], *shape[1:])
     alpha = torch.empty(shape, dtype=torch.float32, device="meta")
     like = replace(entry.quantizer, scale=Scale.fixed(alpha))
-    return alpha_of(f"{name}.weight", torch.empty_like(weight, device="meta"), form.OUTPUTS, like)
+    alpha = alpha_of(f"{name}.weight", torch.empty_like(weight, device="meta"), form.OUTPUTS, like)
+    how = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
+    return partial(form.from_plain, module, how, alpha=alpha, activation=entry.activation)
 
 
 def not_loaded(module: QuantizedModule) -> list[str]:
