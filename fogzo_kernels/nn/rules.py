@@ -21,7 +21,7 @@ Rule = tuple[Which, Quantizer | None] | tuple[Which, Quantizer | None, Quantizer
 class Full(NamedTuple):
     """A checked rule."""
 
-    name: str  # in messages
+    name: str  # in messages; "" of the default
     which: Which
     quantizer: Quantizer | None
     activation: Quantizer | None
@@ -37,14 +37,9 @@ class Choice(NamedTuple):
 
 
 def choose(
-    units: list[Unit],
-    quantizer: Quantizer | None,
-    activation: Quantizer | None,
-    rules: Sequence[Rule],
-    skip: Which | Sequence[Which],
-    may_be_none: bool,
+    units: list[Unit], default: Full, rules: Sequence[Rule], skip: Which | Sequence[Which], may_be_none: bool
 ) -> list[Choice]:
-    """Decides on each module that holds weights, by the first rule that matches.
+    """Decides on each module that holds weights, by the first rule that matches, or by the default.
 
     ``may_be_none`` says whether it is no error that no module is to be quantized.
     """
@@ -56,7 +51,7 @@ def choose(
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise TypeError(f"rules must be a list of pairs, got {type(rules).__name__}")
     full = [_checked(f"skip[{i}]", (which, None), None) for i, which in enumerate(given)]
-    full += [_checked(f"rules[{i}]", rule, activation) for i, rule in enumerate(rules)]
+    full += [_checked(f"rules[{i}]", rule, default.activation) for i, rule in enumerate(rules)]
     first: dict[nn.Module, Full] = {}
     for rule in full:
         matched = [unit.module for unit in units if _matches(rule.which, unit)]
@@ -65,7 +60,7 @@ def choose(
                 f"{rule.name} must match a module of model that holds weights, got {shown(rule.which)}"
             )
         first = dict.fromkeys(matched, rule) | first
-    choices = [_choice(unit, first.get(unit.module), quantizer, activation) for unit in units]
+    choices = [_choice(unit, first.get(unit.module, default)) for unit in units]
     for rule in full:
         _check_asked(rule, [unit for unit in units if first.get(unit.module) is rule])
     if not may_be_none and all(c.quantizer is None for c in choices):
@@ -123,19 +118,16 @@ def _has_weight(unit: Unit) -> bool:
     return bool(form) or any("weight" in name for name in unit.weights.matrices)
 
 
-def _choice(unit: Unit, rule: Full | None, quantizer: Quantizer | None, activation: Quantizer | None) -> Choice:
-    if rule is not None:
-        quantizer, activation = rule.quantizer, rule.activation
+def _choice(unit: Unit, rule: Full) -> Choice:
     reason = unit.against
     if isinstance(unit.module, QuantizedModule):
         reason = "quantized before"
-    elif quantizer is None:
-        reason = "no rule names it" if rule is None else f"{rule.name}, {shown(rule.which)}"
+    elif rule.quantizer is None:
+        reason = f"{rule.name}, {shown(rule.which)}" if rule.name else "no rule names it"
     elif isinstance(reason, Exception):
         raise reason
-    if reason or isinstance(unit.module, nn.Embedding):  # whose input is indices
-        activation = None
-    return Choice(unit, None if reason else quantizer, activation, reason)
+    plain = reason or isinstance(unit.module, nn.Embedding)  # whose input is indices
+    return Choice(unit, None if reason else rule.quantizer, None if plain else rule.activation, reason)
 
 
 def _nothing_to_do(choices: list[Choice]) -> str:
