@@ -225,14 +225,10 @@ def _facts(seed: int, settings: object, weights: Weights) -> Tensor:
     All processes have the same values of alphas and of weights that are whole.
     """
     kinds = [(w.name, w.tensor_id, w.parameter.shape, w.parameter.dtype, w.quantizer) for w in weights]
-    known = signed64(seed), 0, _digest(repr(settings)), _digest(repr(kinds)), 0
-    facts = torch.tensor(known, device=weights[0].parameter.device)
+    hashes = [hashlib.sha256(repr(x).encode()).digest()[:8] for x in (settings, kinds)]
+    digests = [int.from_bytes(data, "little", signed=True) for data in hashes]
+    facts = torch.tensor([signed64(seed), 0, *digests, 0], device=weights[0].parameter.device)
     for w in weights:
         for t in [w.modules[0].alpha.detach()] + [w.latent] * w.placement.is_whole:
             facts[-1] += t.contiguous().view(getattr(torch, f"int{8 * t.itemsize}")).sum(dtype=torch.int64)
     return facts
-
-
-def _digest(text: str) -> int:
-    """Returns signed 64 bits of a hash."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

@@ -86,7 +86,7 @@ def quantize_model(
     made: dict[Tensor, tuple[int, Tensor]] = {}  # a shared weight has one tensor id and equal alphas
     plan: list[Callable[[], QuantizedModule]] = []
     for unit, q, own in chosen:
-        name, form, weight = unit.names[0], unit.form, unit.weights.matrices["weight"]
+        name, form, weight = unit.names[0], unit.form, unit.weights["weight"]
         assert form is not None
         if weight not in made:
             alpha = alpha_of(f"{name}.weight".lstrip("."), whole(weight), form.OUTPUTS, q)

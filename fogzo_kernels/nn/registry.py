@@ -107,14 +107,7 @@ def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
     return QUANTIZED.get(kind) if options is None else quantized_class(kind, **options)
 
 
-class Weights(NamedTuple):
-    """The tensors that a module holds itself, by their names."""
-
-    matrices: dict[str, Tensor]  # of two dimensions or more
-    vectors: dict[str, Tensor]  # biases, norms
-
-
-def weights_of(module: nn.Module) -> Weights:
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters, and parameters of children that it reads itself; all must be initialized."""
     added = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
     own: dict[str, Tensor] = {
@@ -125,8 +118,7 @@ def weights_of(module: nn.Module) -> Weights:
     for name, p in own.items():
         if isinstance(p, UninitializedParameter):
             raise ValueError(f"{type(module).__name__}.{name} must be initialized: run the model once before")
-    matrices = {k: p for k, p in own.items() if p.ndim > 1}
-    return Weights(matrices, {k: p for k, p in own.items() if k not in matrices})
+    return own
 
 
 def read_by(module: nn.Module) -> list[str]:
@@ -142,9 +134,14 @@ class Unit(NamedTuple):
     names: list[str]  # messages and reports say the first
     module: nn.Module
     around: list[tuple[str, nn.Module]]  # the modules that it lies in, and itself
-    weights: Weights
+    weights: dict[str, Tensor]  # the tensors that it holds itself, by their names
     form: type[QuantizedModule] | None
     against: str | Exception | None  # see :func:`reason_against`
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """The weights of two dimensions or more; the others are biases and norms."""
+        return {name: p for name, p in self.weights.items() if p.ndim > 1}
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -158,7 +155,7 @@ def units_of(model: nn.Module) -> list[Unit]:
         if m in units:
             units[m].names.append(name)
             units[m].around.extend(around[name])
-        elif id(m) not in parts and any(weights := weights_of(m)):
+        elif id(m) not in parts and (weights := weights_of(m)):
             form = quantized_form(m)
             against = reason_against(name, m, form)
             units[m] = Unit([name], m, list(around[name]), weights, form, against)

@@ -151,22 +151,22 @@ def report_of(choices: Sequence[Choice]) -> Report:
     seen: dict[Tensor, str] = {}
     for c in choices:
         name, module = c.unit.names[0], c.unit.module
-        own = c.unit.weights
-        vectors |= dict.fromkeys(own.vectors.values())
-        new = [p for p in own.matrices.values() if p not in seen]
+        own = c.unit.matrices
+        vectors |= {p: None for p in c.unit.weights.values() if p.ndim <= 1}
+        new = [p for p in own.values() if p not in seen]
         numel = sum(p.numel() for p in new)
-        shapes = WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in own.matrices.items())
-        if list(own.matrices) == ["weight"]:
+        shapes = WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in own.items())
+        if list(own) == ["weight"]:
             shapes = shapes.removeprefix("weight ")
         if isinstance(module, QuantizedModule):
             tied, q, scales = seen.get(module.latent, ""), module.quantizer, module.alpha.numel()
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
             kind, inputs = module.PLAIN.__name__, module.activation
             quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
-        elif own.matrices:
+        elif own:
             size, kind = float(sum(p.nbytes for p in new)), type(module).__name__
             left.append(Row(name, kind, shapes, numel, size, reason=c.reason or ""))
-        seen |= dict.fromkeys(own.matrices.values(), name)
+        seen |= dict.fromkeys(own.values(), name)
     numel, total = sum(p.numel() for p in vectors), sum(p.nbytes for p in vectors)
     return Report(quantized, left, len(vectors), numel, total)
 

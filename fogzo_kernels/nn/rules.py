@@ -115,7 +115,7 @@ def _check_asked(rule: Full, units: list[Unit]) -> None:
 def _has_weight(unit: Unit) -> bool:
     """Whether a weight multiplies; norms and position tables do not, and are no reason to refuse a rule."""
     form = isinstance(unit.module, QuantizedModule) or unit.form
-    return bool(form) or any("weight" in name for name in unit.weights.matrices)
+    return bool(form) or any("weight" in name for name in unit.matrices)
 
 
 def _choice(unit: Unit, rule: Full) -> Choice:
