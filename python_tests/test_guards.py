@@ -46,7 +46,7 @@ GUARDS = {
     "`quantize_model`'s report is used as the model": (
         "nn/report.py", "raise TypeError(NO_MODEL)", "raise TypeError", "test_module_changes.py"),
     "The encoder layers' fast path of evaluation would read the latents": (
-        "nn/fast_path.py", "if quantized and not", "if False and not",
+        "nn/replaced.py", "if quantized and not", "if False and not",
         "test_traps.py::test_encoder_layers_evaluate_what_they_train"),
     "The loss reads a quantized weight beside its module": (
         "train/guards/graph_reads.py", "if reader is not None:\n            raise",

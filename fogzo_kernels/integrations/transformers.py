@@ -20,11 +20,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import fast_path, pretrained
+from ..nn import pretrained
 from ..nn.convert import dequantize_model
 from ..nn.module import QuantizedModule
 from ..nn.pretrained import METHOD, Entry
 from ..nn.registry import quantized_form, reason_against
+from ..nn.replaced import settle
 from ..nn.state_dict import EXTRA_STATE
 from ..nn.tied import check_raw_uses, link
 from ..nn.weight import WeightQuantizer, alpha_of
@@ -67,7 +68,7 @@ class FogzoQuantizer(HfQuantizer):
         check_all_named(model, named, modules, kwargs.get("checkpoint_files") or [])
         for quantize in [planned(name, modules[name], entry) for name, entry in named.items()]:
             quantize()
-        fast_path.update(model)
+        settle(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from ..backends import check_known
 from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
-from . import fast_path, pretrained
+from . import pretrained
 from .inputs import check_activation
 from .module import QuantizedModule
 from .registry import units_of
@@ -97,7 +97,6 @@ def quantize_model(
     for quantize in plan:
         quantize()
     HANDLERS.begin_anew(model)
-    fast_path.update(model)
     settle(model)
     link(model)
     pretrained.record(model)
@@ -224,7 +223,6 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             weight.copy_(m.effective_weight())
     for m in modules:
         m.to_plain()
-    fast_path.update(model)
     settle(model)
     pretrained.record(model)
     return model

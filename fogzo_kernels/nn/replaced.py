@@ -1,8 +1,8 @@
-"""Guards for other libraries, which replace quantized modules by plain ones or merge adapters into them.
+"""Guards against code that replaces quantized modules, merges adapters into them or computes in their place.
 
 PyTorch calls :func:`see` for every module that becomes a child of another module. :func:`see` notes on the
 parent where a plain module replaces a quantized module, and guards ``merge`` of adapters (PEFT's) that get a
-quantized ``base_layer``.
+quantized ``base_layer``. :func:`close_fast_path` is for PyTorch's own encoders.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from .tied import follow
 
 #: Where a parent keeps the names of children that were quantized modules before.
 REPLACED = "_fogzo_replaced"
+#: Attributes of encoders, and values that close the fast path; an encoder makes nested tensors for it alone.
+CLOSED: dict[type[nn.Module], tuple[str, object]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+#: Where an encoder keeps the former value.
+KEPT = "_fogzo_fast_path"
 
 
 def see(parent: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -78,18 +85,38 @@ def refuse_to_save(parent: nn.Module, prefix: str, keep_vars: bool) -> None:
 def settle(model: nn.Module) -> None:
     """Forget what was replaced, as ``quantize_model`` has decided on it, with all hooks of earlier calls.
 
-    Adapters may have come before their base layers were quantized: they are guarded here.
+    Adapters and encoders that came before their layers were quantized are guarded here.
     """
     for parent in model.modules():
         remove_hook(parent._load_state_dict_post_hooks, follow)
         vars(parent).pop(REPLACED, None)
         remove_hook(parent._state_dict_pre_hooks, refuse_to_save)
         guard_merge(parent, parent._modules.get("base_layer"))
+        close_fast_path(parent)
 
 
 def remove_hook(hooks: dict[int, Any], hook: Any) -> None:
     for key in [key for key, other in hooks.items() if other is hook]:
         del hooks[key]
+
+
+# ---- the fast path of encoders
+
+
+def close_fast_path(module: nn.Module) -> None:
+    """Close the path of an encoder that holds quantized modules, and open it where it holds none any more.
+
+    In evaluation a fused kernel takes the ``weight`` tensors of the modules, which are latents, and never runs
+    the modules.
+    """
+    for name, closed in (closing for kind, closing in CLOSED.items() if isinstance(module, kind)):
+        quantized = holds_quantized(module)
+        if quantized and not hasattr(module, KEPT):
+            setattr(module, KEPT, getattr(module, name))
+            setattr(module, name, closed)
+        elif not quantized and hasattr(module, KEPT):
+            setattr(module, name, getattr(module, KEPT))
+            delattr(module, KEPT)
 
 
 # ---- adapters
