@@ -36,7 +36,7 @@ GUARDS = {
     "A weight gets another number of rows than its alphas have": (
         "nn/weight.py", "return rows and not module", "return not module", "test_module_changes.py"),
     "An adapter is merged into a quantized layer (`peft`)": (
-        "nn/replaced.py", "if isinstance(base, QuantizedModule):\n        path", "if False:\n        path",
+        "nn/replaced.py", "if isinstance(base, QuantizedModule):\n        raise", "if False:\n        raise",
         "test_adapters.py::test_every_kind_of_adapter_refuses_to_merge_until_dequantized"),
     "Weights are initialized in place after `quantize_model`": (
         "nn/weight.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
