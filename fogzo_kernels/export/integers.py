@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.module import QuantizedModule
-from ..nn.pretrained import quantized_modules, record
+from ..nn.pretrained import quantized_in, quantized_modules, record
 from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
 from ..spec.grid import FLOATS, Grid
@@ -37,15 +37,6 @@ def range_of(grid: Grid) -> tuple[int, int]:
 def bits_of(grid: Grid) -> int:
     """Returns how many bits of two's complement hold any number of a grid."""
     return 1 + max((x if x >= 0 else ~x).bit_length() for x in range_of(grid))
-
-
-def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
-    """Returns the quantized modules of a model by name; raises if it has none."""
-    checks.instance("model", model, nn.Module)
-    modules = quantized_modules(model)
-    if not modules:
-        raise ValueError("model must have quantized modules to export, got none: call quantize_model first")
-    return modules
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -98,7 +89,7 @@ def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {checks.named(FLOATS)}, got {dtype}")
-    modules = quantized_in(model)
+    modules = quantized_in(model, "export")
     plan = []
     for name, m in modules.items():
         m.codes()  # measures a measured alpha

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..distributed.packing import pack
 from ..nn.module import QuantizedModule
+from ..nn.pretrained import quantized_in
 from ..spec.grid import Grid
 from .files import whole_file
-from .integers import check_exact, integers_of, quantized_in, range_of
+from .integers import check_exact, integers_of, range_of
 
 TOKENIZERS = ("none", "bytes")
 F32 = 0  # the file type of a file with several types of matrices
@@ -42,7 +43,7 @@ def gguf(
     """
     import gguf as library
 
-    modules = quantized_in(model)
+    modules = quantized_in(model, "export")
     config: Any = getattr(model, "config", None)
     check_model(model, config, block, tokenizer)
     names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)

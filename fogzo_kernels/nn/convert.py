@@ -104,10 +104,7 @@ def quantize_model(
 
 
 def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
-    checks.instance("model", model, nn.Module)
-    modules = list(pretrained.quantized_modules(model).values())
-    if not modules:
-        raise ValueError(f"model must have quantized modules to {what}, got none")
+    modules = list(pretrained.quantized_in(model, what).values())
     if any(m.pass_weight is not None for m in modules):
         raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
     return modules

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..backends import check_known
+from ..ops import checks
 from ..spec.quantizer import Quantizer
 from .module import QuantizedModule
 
@@ -30,6 +31,14 @@ class Entry(NamedTuple):
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     """Returns the quantized modules of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+
+
+def quantized_in(model: nn.Module, what: str) -> dict[str, QuantizedModule]:
+    """Returns the quantized modules of a model by name; raises if it has none to ``what``."""
+    checks.instance("model", model, nn.Module)
+    if modules := quantized_modules(model):
+        return modules
+    raise ValueError(f"model must have quantized modules to {what}, got none: call quantize_model first")
 
 
 def models_of(model: nn.Module) -> list[nn.Module]:

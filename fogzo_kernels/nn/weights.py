@@ -22,7 +22,14 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
     check_replaced(model.named_modules())
     weights = collected(model)
     if not weights:
-        raise ValueError(_none_of(model))
+        frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+        got = "none: call quantize_model first"
+        if frozen:
+            got = (
+                f"{len(frozen)} quantized modules ({frozen[0]!r} first) whose weights are all frozen: call"
+                " requires_grad_() on those to train"
+            )
+        raise ValueError(f"model must have trainable quantized weights, got {got}")
     check_raw_uses(model)
     ids: dict[int, WeightView] = {}
     for w in weights:
@@ -72,16 +79,6 @@ def collected(model: nn.Module) -> list[WeightView]:
         else:
             views[weight] = WeightView(name, m)
     return list(views.values())
-
-
-def _none_of(model: nn.Module) -> str:
-    frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
-    if not frozen:
-        return "model must have trainable quantized weights, got none: call quantize_model first"
-    return (
-        f"model must have trainable quantized weights, got {len(frozen)} quantized modules ({frozen[0]!r}"
-        " first) whose weights are all frozen: call requires_grad_() on those to train"
-    )
 
 
 def _check_alike(w: WeightView) -> None:
