@@ -20,7 +20,7 @@ from .module import QuantizedModule
 from .registry import units_of
 from .replaced import replaced_in, settle
 from .report import Report, report_of
-from .rules import Full, Rule, Which, choose
+from .rules import Checked, Rule, Which, choose
 from .tied import check_shared, link
 from .view import HANDLERS, LOCAL, reshard, whole
 from .weight import WeightQuantizer, alpha_of, check
@@ -77,7 +77,8 @@ def quantize_model(
     check_known(backend)
     reshard(model)
     replaced = bool(replaced_in(model.named_modules()))
-    choices = choose(units_of(model), Full("", "*", quantizer, activation), rules, skip, may_be_none=replaced)
+    default = Checked("", "*", quantizer, activation)
+    choices = choose(units_of(model), default, rules, skip, may_be_none=replaced)
     chosen = [(c.unit, c.quantizer, c.activation) for c in choices if c.quantizer is not None]
     check_shared(model, {unit.module: q for unit, q, _ in chosen})
     pretrained.check_config(model)

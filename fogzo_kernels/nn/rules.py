@@ -18,7 +18,7 @@ Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Rule = tuple[Which, Quantizer | None] | tuple[Which, Quantizer | None, Quantizer | None]
 
 
-class Full(NamedTuple):
+class Checked(NamedTuple):
     """A checked rule."""
 
     name: str  # in messages; "" of the default
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    units: list[Unit], default: Full, rules: Sequence[Rule], skip: Which | Sequence[Which], may_be_none: bool
+    units: list[Unit], default: Checked, rules: Sequence[Rule], skip: Which | Sequence[Which], may_be_none: bool
 ) -> list[Choice]:
     """Decides on each module that holds weights, by the first rule that matches, or by the default.
 
@@ -52,7 +52,7 @@ def choose(
         raise TypeError(f"rules must be a list of pairs, got {type(rules).__name__}")
     full = [_checked(f"skip[{i}]", (which, None), None) for i, which in enumerate(given)]
     full += [_checked(f"rules[{i}]", rule, default.activation) for i, rule in enumerate(rules)]
-    first: dict[nn.Module, Full] = {}
+    first: dict[nn.Module, Checked] = {}
     for rule in full:
         matched = [unit.module for unit in units if _matches(rule.which, unit)]
         if not matched:
@@ -68,10 +68,10 @@ def choose(
     return choices
 
 
-def _checked(name: str, rule: object, activation: Quantizer | None) -> Full:
+def _checked(name: str, rule: object, activation: Quantizer | None) -> Checked:
     if not isinstance(rule, tuple | list) or len(rule) not in (2, 3):
         raise TypeError(f"{name} must be (which modules, quantizer) or that and an activation, got {rule!r}")
-    full = Full(name, *(*rule, activation)[:3])
+    full = Checked(name, *(*rule, activation)[:3])
     if not (isinstance(full.which, str) or callable(full.which)):
         raise TypeError(f"{name} must be a name, a type or a function, got {type(full.which).__name__}")
     for k, value in enumerate(full[2:], 1):
@@ -96,7 +96,7 @@ def shown(which: Which) -> str:
     return repr(which) if isinstance(which, str) else getattr(which, "__name__", repr(which))
 
 
-def _check_asked(rule: Full, units: list[Unit]) -> None:
+def _check_asked(rule: Checked, units: list[Unit]) -> None:
     """Raise if a rule with a quantizer decides on modules that cannot be quantized."""
     if rule.quantizer is None or not units:
         return
@@ -118,7 +118,7 @@ def _has_weight(unit: Unit) -> bool:
     return bool(form) or any("weight" in name for name in unit.matrices)
 
 
-def _choice(unit: Unit, rule: Full) -> Choice:
+def _choice(unit: Unit, rule: Checked) -> Choice:
     reason = unit.against
     if isinstance(unit.module, QuantizedModule):
         reason = "quantized before"
