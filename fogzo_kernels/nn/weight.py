@@ -158,11 +158,11 @@ def hold_alphas(modules: Sequence[QuantizedModule], names: Sequence[str] = LEARN
     if not pairs:
         return None
     alphas, lows = zip(*pairs.values(), strict=True)
-    now = memory.in_a_row(alphas)
-    kept = in_its_range(now, memory.in_a_row(lows))
+    now, least, most = memory.in_a_row(alphas), memory.in_a_row(lows), memory.alpha_range(2)[1]
     seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
-    if seen and torch.equal(now, kept):
+    if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=most)):
         return None
+    kept = in_its_range(now, least)
     count = (now != kept).sum()  # NaN too
     parts = kept.split([alpha.numel() for alpha in alphas])
     torch._foreach_copy_([*alphas], [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
