@@ -13,7 +13,7 @@ from ..distributed.packing import pack
 from ..nn.module import QuantizedModule
 from ..nn.pretrained import quantized_in
 from ..spec.grid import Grid
-from .files import whole_file
+from .files import whole
 from .integers import check_exact, integers_of, range_of
 
 TOKENIZERS = ("none", "bytes")
@@ -50,7 +50,7 @@ def gguf(
     tied = bool(config.tie_word_embeddings)
     chosen = {name: block_for(name, m, block) for name, m in modules.items()}
     types = {b.file_type for b in chosen.values()}
-    with whole_file(file) as place:
+    with whole(file) as place:
         writer: Any = library.GGUFWriter(str(place), "llama")
         describe(writer, config, tokenizer, types.pop() if len(types) == 1 else F32, library)
         for key, t in model.state_dict().items():

@@ -24,7 +24,7 @@ from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import Scale
 from ..spec.straight_through import StraightThrough
-from .files import whole_file
+from .files import whole
 from .integers import copied, plain_tensors
 
 FORMAT, VERSION = "fogzo", "1"
@@ -81,7 +81,7 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
         }
     said = {"quantized": json.dumps(quantized), "tied": json.dumps(tied)}
     metadata = {"format": FORMAT, "version": VERSION, **said}
-    with whole_file(file) as place:
+    with whole(file) as place:
         save_file(tensors, place, metadata=metadata)
 
 
