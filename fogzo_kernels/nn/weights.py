@@ -13,7 +13,7 @@ from ..ops import checks
 from ..spec.scale import LearnedScale, MeasuredScale
 from .module import QuantizedModule
 from .replaced import REPLACED, check_replaced
-from .tied import check_raw_uses, owners_of
+from .tied import check_raw_uses
 from .view import LOCAL, WeightView
 from .weight import check, fits, warn_of_new_weights
 
@@ -24,9 +24,15 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
     check_replaced(model.named_modules())
     weights = collected(model)
     if not weights:
-        raise ValueError(_none_of(model))
-    for places in owners_of(model).values():
-        check_raw_uses(places)
+        frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+        got = "none: call quantize_model first"
+        if frozen:
+            got = (
+                f"{len(frozen)} quantized modules ({frozen[0]!r} first) whose weights are all frozen: call"
+                " requires_grad_() on those to train"
+            )
+        raise ValueError(f"model must have trainable quantized weights, got {got}")
+    check_raw_uses(model)
     ids: dict[int, WeightView] = {}
     for w in weights:
         _check_alike(w)
@@ -75,16 +81,6 @@ def collected(model: nn.Module) -> list[WeightView]:
         else:
             views[weight] = WeightView(name, m)
     return list(views.values())
-
-
-def _none_of(model: nn.Module) -> str:
-    frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
-    if not frozen:
-        return "model must have trainable quantized weights, got none: call quantize_model first"
-    return (
-        f"model must have trainable quantized weights, got {len(frozen)} quantized modules ({frozen[0]!r}"
-        " first) whose weights are all frozen: call requires_grad_() on those to train"
-    )
 
 
 def _check_alike(w: WeightView) -> None:
