@@ -40,9 +40,9 @@ class QuantLinear(QuantizedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         own = self.pass_weight
-        if own is not None and own.plain and self.input_quantizer is None and self.product is None:
-            if own.weight is self._parameters["weight"]:
-                return F.linear(input, own.rows, self.bias)
+        is_own = own is not None and own.plain and own.weight is self._parameters["weight"]
+        if is_own and self.input_quantizer is None and self.product is None:
+            return F.linear(input, own.rows, self.bias)  # type: ignore[union-attr]
         if self.product is not None and not transforms.active():  # a transform of torch.func takes values
             return self._product(input)
         return F.linear(self.effective_input(input, self.quantizer.block), self.quantized_rows(), self.bias)

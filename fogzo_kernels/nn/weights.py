@@ -117,19 +117,20 @@ def facts_of(weights: Sequence[WeightView]) -> Any:
     modules = [m for w in weights for m in w.modules]
     latents = [m._parameters.get(m.PARAMETER) for m in modules]
     same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
-    if not (same and all([w.placement is LOCAL for w in weights])):
+    if not (same and all(w.placement is LOCAL for w in weights)):
         return None
-    alphas = [m._parameters.get("alpha", m._buffers.get("alpha")) for m in modules]
+    alphas = [m._parameters["alpha"] if "alpha" in m._parameters else m._buffers["alpha"] for m in modules]
     of_latents = [*zip(*[map(fact, latents) for fact in FACTS], strict=True)]
-    of_alphas = [*zip(map(Tensor.data_ptr, alphas), map(REQUIRES_GRAD, alphas), strict=True)]
-    how = [(m.weight_quantizer.quantizer, m.weight_quantizer.stale, getattr(m, "product", None)) for m in modules]
-    return of_latents, of_alphas, how
+    of_alphas = [*zip(map(DATA_PTR, alphas), map(REQUIRES_GRAD, alphas), strict=True)]
+    quantizers = [(m.weight_quantizer.quantizer, m.weight_quantizer.stale) for m in modules]
+    return of_latents, of_alphas, quantizers, [getattr(m, "product", None) for m in modules]
 
 
+DATA_PTR: Any = Tensor.data_ptr
 REQUIRES_GRAD = operator.attrgetter("requires_grad")
 #: Facts of a parameter.
 FACTS: tuple[Any, ...] = (
-    Tensor.data_ptr,
+    DATA_PTR,
     Tensor.is_contiguous,
     REQUIRES_GRAD,
     *map(operator.attrgetter, ("shape", "dtype")),
@@ -151,22 +152,22 @@ def check_unchanged(
 
     Args:
         modules: all of the model.
-        known: what the last call returned. Weights to which nothing has happened since are looked at no further.
+        known: what the last call returned. Weights that are as they were then are looked at no further.
 
     Returns:
         :func:`facts_of` the weights.
     """
-    if any([REPLACED in m.__dict__ for m in modules]):
+    if any(REPLACED in m.__dict__ for m in modules):
         check_replaced(model.named_modules())
     quantized = [m for m in modules if isinstance(m, QuantizedModule)]
     here = [m._parameters.get(m.PARAMETER) for m in quantized]
     trainable = sum([weight is None or weight.requires_grad for weight in here])
     if trainable == sum([len(w.modules) for w in weights]):
         facts = facts_of(weights)
-        present = set(map(id, quantized))
-        if facts is not None and facts == known and all([id(m) in present for w in weights for m in w.modules]):
+        known_modules = {id(m) for w in weights for m in w.modules}
+        if facts is not None and facts == known and known_modules <= set(map(id, quantized)):
             return facts
-        if all([_is_as_it_was(m, w) for w in weights for m in w.modules]):
+        if all(_is_as_it_was(m, w) for w in weights for m in w.modules):
             return facts
     now = {w.parameter: w for w in collected(model)}
     known = {w.parameter: w for w in weights}

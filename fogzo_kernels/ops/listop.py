@@ -316,7 +316,7 @@ def detached(argument: Any) -> Any:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether an op on these tensors may go around the dispatcher."""
-    plain = all([type(t) in PLAIN and not t.is_meta for t in tensors])
+    plain = all(type(t) in PLAIN and not t.is_meta for t in tensors)
     return plain and not (torch.compiler.is_compiling() or watched())
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from ..train.fogzo import Fogzo
 from ..train.guards.uncompiled import uncompiled
 from ..train.replay import capturing
 from ..train.step import Step
+from .calls import Call, Kept, Operands, Options
 from .memory import View, follow, in_memory
 from .scaling import Scaling
 
@@ -60,7 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._names = tuple(hyperparameters)
         self._calls_so_far = 0  # of step()
         self._joined: dict[int, int] = {}  # by id of a parameter: at which of them its own steps began
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
         common = {"master_weights": master_weights, "capturable": capturable}
         super().__init__(params, {"lr": lr, **hyperparameters, **common})
 
@@ -183,28 +183,28 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- which tensors go into one call
 
-    def _calls(self, step: Step | None) -> list[_Call]:
+    def _calls(self, step: Step | None) -> list[Call]:
         """Tensors of alike options, dtypes, device, step number and kind of quantizer, estimated ones first.
 
-        Learned alphas come last of all: the estimates of their weights are made with them as they were. The calls
-        of the last step serve again while their tensors stay as they are.
+        Learned alphas come last of all: the estimates of their weights are made with them as they were. The
+        calls of the last step serve again while their tensors stay as they are.
         """
         estimated = step.groups if step is not None and step.pairs else []
         options = [self._options(group) for group in self.param_groups]
         if self._kept is None or not self._kept.again(self, estimated, options):
-            self._kept = _Kept(self, list(self._made(estimated, options)), estimated, options)
+            self._kept = Kept(self, list(self._made(estimated, options)), estimated, options)
         return self._kept.calls
 
-    def _made(self, estimated: list[WeightGroup], options: list[_Options]) -> Iterator[_Call]:
+    def _made(self, estimated: list[WeightGroup], options: list[Options]) -> Iterator[Call]:
         weights = [(k, i, w) for k, group in enumerate(estimated) for i, w in enumerate(group.weights)]
         places = {id(w.parameter): (k, i) for k, i, w in weights}
         alphas = {id(m.alpha) for *_, w in weights for m in w.modules}
-        last: dict[tuple[Any, ...], _Call] = {}
+        last: dict[tuple[Any, ...], Call] = {}
         for number, group in enumerate(self.param_groups):
             own = options[number]
-            calls: dict[tuple[Any, ...], _Call] = {}
-            first: dict[tuple[Any, ...], _Call] = {}  # estimated weights, which others that are alike join
-            others: list[tuple[Tensor, _Operands]] = []
+            calls: dict[tuple[Any, ...], Call] = {}
+            first: dict[tuple[Any, ...], Call] = {}  # estimated weights, which others that are alike join
+            others: list[tuple[Tensor, Operands]] = []
             for p in group["params"]:
                 if p.grad is None:
                     if id(p) in self._joined:  # its number of steps falls behind
@@ -218,7 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
                 key = *operands.alike, k
                 if key not in calls:
-                    calls[key] = _Call(number, own, operands.number)
+                    calls[key] = Call(number, own, operands.number)
                 call = calls[key]
                 first.setdefault(operands.alike, call)
                 call.operands.append(operands)
@@ -230,22 +230,22 @@ class FusedOptimizer(torch.optim.Optimizer):
                 joint = None if id(p) in alphas else first.get(operands.alike)
                 if joint is None:
                     key = *operands.alike, *own.key
-                    joint = last.setdefault(key, _Call(number, own, operands.number))
+                    joint = last.setdefault(key, Call(number, own, operands.number))
                 joint.operands.append(operands)
             yield from calls.values()
         yield from last.values()
 
-    def _options(self, group: dict[str, Any]) -> _Options:
+    def _options(self, group: dict[str, Any]) -> Options:
         lr = group["lr"]
         hyperparameters = self._hyperparameters(group)
-        return _Options(
+        return Options(
             lr.double() if isinstance(lr, Tensor) else arguments.scalar("lr", lr),
             hyperparameters,
             self._state_names()[: self._rule(group).states],
             (id(lr) if isinstance(lr, Tensor) else lr, *map(repr, hyperparameters.values())),
         )
 
-    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Operands:
+    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> Operands:
         """Make the state. Gradient and state come to lie in memory as the parameter does, for ``view``."""
         grad, latent = p.grad, view(p)
         assert grad is not None
@@ -285,11 +285,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             number = int(state["step"]) + 1
         alike = p.device, p.dtype, grad.dtype, number, joined, master is None
         states = [seen(state[name]) for name in names]
-        return _Operands(p, latent, seen, seen(grad), master, states, state["step"], number, alike)
+        return Operands(p, latent, seen, seen(grad), master, states, state["step"], number, alike)
 
     # ---- one call
 
-    def _run(self, call: _Call, step: Step | None, first: bool, unknown: Tensor | None) -> None:
+    def _run(self, call: Call, step: Step | None, first: bool, unknown: Tensor | None) -> None:
         """Run the op. ``first``: whether it counts what the calls of a step have in common."""
         operands, options, group = call.operands, call.options, call.weights
         device, steps = operands[0].latent.device, [o.step for o in operands]
@@ -366,95 +366,3 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 def _device_of_count(p: Tensor, group: dict[str, Any]) -> torch.device:
     return p.device if group["capturable"] else torch.device("cpu")
-
-
-class _Options(NamedTuple):
-    """Of a param group: numbers as the op takes them, and which state its rule has."""
-
-    lr: Tensor
-    hyperparameters: dict[str, Any]
-    states: list[str]
-    key: tuple[Any, ...]  # the same for groups with the same numbers
-
-
-class _Operands(NamedTuple):
-    """What a parameter adds to the lists of a call: views that lie in memory alike."""
-
-    parameter: Tensor
-    latent: Tensor
-    seen: View  # how the others lie
-    grad: Tensor
-    master: Tensor | None
-    states: list[Tensor]
-    step: Tensor  # how many steps were taken; not a view
-    number: int  # of the coming step, or 0 if only the device knows it
-    alike: tuple[Any, ...]  # the same for parameters that one call can have
-
-
-class _Call:
-    """What one call of an op updates; parameters that are estimated stand first."""
-
-    def __init__(self, group: int, options: _Options, number: int) -> None:
-        self.group, self.options, self.number = group, options, number  # group: the place of its options
-        self.operands: list[_Operands] = []
-        self.places: list[int] = []  # of the estimated weights in their group
-        self.of: int | None = None  # which group of estimated weights
-        self.weights: WeightGroup | None = None
-
-
-class _Kept:
-    """The calls of a step, and what they were made of, so that the next step can tell whether they serve again."""
-
-    def __init__(
-        self, optimizer: FusedOptimizer, calls: list[_Call], estimated: list[WeightGroup], options: list[_Options]
-    ) -> None:
-        self.calls, self.estimated, self.alike = calls, [g.weights for g in estimated], _pattern(options)
-        every = [o for call in calls for o in call.operands]
-        self.parameters = [o.parameter for o in every]
-        self.addresses = [*map(Tensor.data_ptr, self.parameters)]
-        self.grad_dtypes = [o.grad.dtype for o in every]
-        self.plain = all(o.latent is o.parameter and o.master is None for o in every)
-        self.of_state = [optimizer.state[p] for p in self.parameters]
-        self.state = [[*state.values()] for state in self.of_state]
-        self.steps = [o.step for o in every]
-        self.versions: list[int] = []
-
-    def ran(self) -> None:
-        """The calls were made: each parameter has taken a step."""
-        self.versions = [step._version for step in self.steps]
-
-    def again(self, optimizer: FusedOptimizer, estimated: list[WeightGroup], options: list[_Options]) -> bool:
-        """Give the calls the gradients, options and numbers of another step; False if they do not fit it."""
-        grads = [p.grad for p in self.parameters]
-        present = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        state = optimizer.state
-        fits = (
-            self.plain
-            and len(present) == len(grads) == sum([grad is not None for grad in grads])
-            and len(estimated) == len(self.estimated)
-            and all([group.weights is weights for group, weights in zip(estimated, self.estimated, strict=True)])
-            and _pattern(options) == self.alike
-            and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
-            and [grad.dtype for grad in grads if grad is not None] == self.grad_dtypes
-            and all([grad.is_contiguous() and not grad.is_sparse for grad in grads if grad is not None])
-            and all([own is state.get(p) for own, p in zip(self.of_state, self.parameters, strict=True)])
-            and all([all(map(operator.is_, s.values(), k)) for s, k in zip(self.of_state, self.state, strict=True)])
-            and [step._version for step in self.steps] == self.versions
-            and not optimizer._joined.keys() - set(map(id, self.parameters))
-        )
-        if not fits:
-            return False
-        rest = iter(grads)
-        for call in self.calls:
-            call.options = options[call.group]
-            call.number += bool(call.number)
-            call.operands = [o._replace(grad=next(rest)) for o in call.operands]
-            if call.of is not None:
-                call.weights = estimated[call.of].part(call.places)
-        return True
-
-
-def _pattern(options: list[_Options]) -> list[tuple[Any, ...]]:
-    """What decides which parameters share a call: groups with the same numbers, and the state that rules have."""
-    keys = [own.key for own in options]
-    return [(keys.index(own.key), tuple(own.states)) for own in options]

@@ -109,7 +109,7 @@ class Prepared:
     """The groups of a model's weights, made once and kept while nothing that they hold has moved.
 
     Attributes:
-        facts: of the weights now (:func:`fogzo_kernels.nn.weights.facts_of`); a step looks before its first pass.
+        facts: of the weights now (:func:`fogzo_kernels.nn.weights.facts_of`), as a step has them at its start.
     """
 
     def __init__(self, weights: Sequence[WeightView], backend: str | None) -> None:

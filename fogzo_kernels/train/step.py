@@ -291,7 +291,7 @@ class Step:
 
     @property
     def _guides(self) -> list[Tensor]:
-        return self.groups[0].grads if len(self.groups) == 1 else [g for group in self.groups for g in group.grads]
+        return [grad for group in self.groups for grad in group.grads]
 
     def lose(self) -> None:
         """Nothing is to change: buffers are as before, gradients are left out, and no probe follows.
@@ -342,8 +342,8 @@ class Step:
         """
         assert self._norm is not None
         if probe.sign < 0:
-            minus, self._minus = self._minus, ([], [])
-            return minus
+            second, self._minus = self._minus, ([], [])
+            return second
         taking = {w for group in self.groups for w in group.weights}
         views = [w for w in self.run.weights if w not in taking and w.placement.is_whole]
         plus = [w.memory() for w in views]
