@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -285,10 +285,9 @@ class WeightView:
         alone = not p._backward_hooks and len(p._post_accumulate_grad_hooks or ()) <= 1
         return alone or not self.placement.is_whole
 
-    def use(self, pass_weight: PassWeight | None) -> None:
-        """Let the modules run with this, or with None quantize for themselves again."""
-        if pass_weight is not None:  # else the pass is over, and its gradients are there
-            self.deferred = pass_weight.deferred
+    def use(self, pass_weight: PassWeight) -> None:
+        """Let the modules run with this."""
+        self.deferred = pass_weight.deferred
         if self.placement is LOCAL:
             for module in self.modules:
                 vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
@@ -300,6 +299,16 @@ def check_alpha(module: QuantizedModule) -> None:
     """Raise if an alpha that does not learn requires a gradient."""
     if module.alpha.requires_grad and not module.quantizer.learned:
         raise ValueError("alpha must not require grad, as no gradient reaches it")
+
+
+def release(views: Iterable[WeightView]) -> None:
+    """Let the modules quantize for themselves again."""
+    for w in views:
+        if w.placement is LOCAL:
+            for module in w.modules:
+                vars(module)["pass_weight"] = None
+        else:
+            w.placement.hold(w.modules, None)
 
 
 def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
@@ -319,8 +328,6 @@ def use_quantized(views: Sequence[WeightView], memory: Sequence[Tensor]) -> None
     joint, quantized = [], []
     for w, rows in zip(views, memory, strict=True):
         if alone and w.placement is LOCAL and w.unwatched:
-            for module in w.modules:
-                check_alpha(module)
             joint.append(w)
             quantized.append(rows)
         else:

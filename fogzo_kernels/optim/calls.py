@@ -46,9 +46,14 @@ class Call:
     def __init__(self, group: int, options: Options, number: int) -> None:
         self.group, self.options, self.number = group, options, number  # group: the place of its options
         self.operands: list[Operands] = []
+        self.grads: list[Tensor] = []  # as the operands have them, or those of a later step
         self.places: list[int] = []  # of the estimated weights in their group
         self.of: int | None = None  # which group of estimated weights
         self.weights: WeightGroup | None = None
+
+    def add(self, operands: Operands) -> None:
+        self.operands.append(operands)
+        self.grads.append(operands.grad)
 
 
 class Kept:
@@ -94,11 +99,10 @@ class Kept:
         )
         if not fits:
             return False
-        rest = iter(grads)
         for call in self.calls:
             call.options = options[call.group]
             call.number += bool(call.number)
-            call.operands = [o._replace(grad=next(rest)) for o in call.operands]
+            call.grads, grads = grads[: len(call.operands)], grads[len(call.operands) :]
             if call.of is not None:
                 call.weights = estimated[call.of].part(call.places)
         return True

@@ -221,7 +221,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     calls[key] = Call(number, own, operands.number)
                 call = calls[key]
                 first.setdefault(operands.alike, call)
-                call.operands.append(operands)
+                call.add(operands)
                 call.places.append(i)
             for (*_, k), call in calls.items():
                 call.of, call.weights = k, estimated[k].part(call.places)
@@ -231,7 +231,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if joint is None:
                     key = *operands.alike, *own.key
                     joint = last.setdefault(key, Call(number, own, operands.number))
-                joint.operands.append(operands)
+                joint.add(operands)
             yield from calls.values()
         yield from last.values()
 
@@ -297,7 +297,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(steps, 1 if unknown is None else (~unknown).long().to(device))
         states: list[Any] = [[o.states[i] for o in operands] for i in range(len(options.states))]
         states += [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
-        tensors = [o.latent for o in operands], [o.grad for o in operands], *states
+        tensors = [o.latent for o in operands], call.grads, *states
         how: dict[str, Any] = {
             "lr": options.lr,
             "optimizer_step": call.number or steps[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -19,12 +20,13 @@ from ..functional import (
     quantize_,
     straight_through_backward_,
 )
-from ..nn.view import WeightView, use_probe
+from ..nn.view import WeightView, check_alpha, use_probe
 from ..nn.weight import hold_alphas, measure_
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 
 T = TypeVar("T")
+DTYPE = operator.attrgetter("dtype")
 AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
 
 
@@ -36,11 +38,12 @@ class WeightGroup:
         alphas, tensor_ids, layouts: as ops take them; ``layouts`` is None where the weights are whole.
         memory: rows for Q of each weight.
         learned: for each weight, whether its alpha learns.
+        factors: for each weight, what LSQ multiplies the gradient of its alpha by, if that learns.
         codes: for each weight, whether its probes are written as codes.
         grads: rows of ``.grad``, once a gradient pass has left them.
     """
 
-    LISTS = ("weights", "alphas", "tensor_ids", "layouts", "memory", "learned", "codes", "grads")
+    LISTS = ("weights", "alphas", "tensor_ids", "layouts", "memory", "learned", "factors", "codes", "grads")
 
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
@@ -51,11 +54,14 @@ class WeightGroup:
         self.layouts = layouts or None  # of parts of weights: all weights are parts, or none is
         self.memory = [w.memory() for w in weights]
         self.learned = [w.modules[0].alpha.requires_grad for w in weights]
+        learn = [w.modules[0] if learned else None for w, learned in zip(weights, self.learned, strict=True)]
+        self.factors = [1.0 if module is None else module.alpha_factor for module in learn]
         self.codes = [w.takes_codes for w in weights]
         self.grads: list[Tensor] = []
         # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
         self.as_it_is = all(w.latent is w.parameter for w in weights)
         for w in weights:
+            check_alpha(w.modules[0])
             w.rotated = self.how["transform"] is not None
 
     @property
@@ -83,6 +89,12 @@ class WeightGroup:
     def with_gradients(self) -> list[WeightGroup]:
         """Return groups of the weights that have a gradient, by its dtype."""
         grads = [w.parameter.grad for w in self.weights]
+        present = [grad for grad in grads if grad is not None]
+        alike = len(present) == len(grads) and len(set(map(DTYPE, present))) == 1
+        if alike and self.as_it_is and all(map(Tensor.is_contiguous, present)):
+            group = copy.copy(self)
+            group.grads = present
+            return [group]
         groups = []
         for dtype, group in self.split([None if grad is None else grad.dtype for grad in grads]):
             if dtype is not None:
@@ -160,10 +172,11 @@ def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
             if deferred and not learned:
                 straight_through_backward_(part.grads, *rows, **part.how)
             elif deferred:
-                factors = [w.modules[0].alpha_factor for w in part.weights]
                 grads = [torch.empty_like(alpha) for alpha in part.alphas]
-                learned_backward_(part.grads, grads, *rows, factors=factors, **part.how)
-                alphas += zip(part.weights, sum_of_parts(part.weights, grads), strict=True)
+                learned_backward_(part.grads, grads, *rows, factors=part.factors, **part.how)
+                if part.layouts is not None:
+                    grads = sum_of_parts(part.weights, grads)
+                alphas += zip(part.weights, grads, strict=True)
     return alphas
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView, use_probe, use_quantized
+from ..nn.view import WeightView, release, use_probe, use_quantized
 from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
@@ -152,8 +152,7 @@ class Step:
         self.active = True
 
     def _release(self, failed: bool = False) -> None:
-        for w in self.run.weights:
-            w.use(None)
+        release(self.run.weights)
         self.run.peers.between_passes(failed)
 
     @torch.no_grad()
@@ -274,12 +273,13 @@ class Step:
             flags = torch.cat([self._flags(nonzero), rest]).int()
             run.peers.agree(flags)
             *part, lost, was_edited = flags.tolist()
-            everyone = all(part)
-            taking = {w for w, takes in zip(run.weights, part, strict=True) if takes}
+            taking = set(run.weights)
+            if not all(part):
+                taking = {w for w, takes in zip(run.weights, part, strict=True) if takes}
             if not lost:
                 calls.add_to_gradients((w, grad) for w, grad in alphas if w in taking)
             run.gradients.raise_if_edited(bool(was_edited))
-            if not everyone:
+            if len(taking) < len(run.weights):
                 places = [[i for i, w in enumerate(group.weights) if w in taking] for group in self.groups]
                 self.groups = [g.part(kept) for g, kept in zip(self.groups, places, strict=True) if kept]
             run.found_inf.fill_(0)

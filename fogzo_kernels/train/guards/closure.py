@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...nn.view import release
 from ..calls import run_quantized, set_alphas
 from ..replay import Snapshot
 from ..run import Run
@@ -100,6 +101,5 @@ class Closures:
                     loss = float(self.loss(closure, start).detach())
                 yield loss
         finally:
-            for w in run.weights:
-                w.use(None)
+            release(run.weights)
             run.peers.between_passes()
