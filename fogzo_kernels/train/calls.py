@@ -48,6 +48,9 @@ class WeightGroup:
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
         self.how: dict[str, Any] = weights[0].quantizer.options | {"backend": backend}
+        for w in weights:
+            check_alpha(w.modules[0])
+            w.rotated = self.how["transform"] is not None
         self.alphas = [w.alpha for w in weights]
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
@@ -60,9 +63,6 @@ class WeightGroup:
         self.grads: list[Tensor] = []
         # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
         self.as_it_is = all(w.latent is w.parameter for w in weights)
-        for w in weights:
-            check_alpha(w.modules[0])
-            w.rotated = self.how["transform"] is not None
 
     @property
     def latents(self) -> list[Tensor]:
