@@ -78,9 +78,20 @@ def arguments(op, device):
     return {name: known[name] for name in OPS[op].split()}
 
 
+def prepared(args):
+    """The call with a TensorList for each list of tensors; the one that noise is drawn for has the names."""
+    names = {name: args[name] for name in ("tensor_ids", "layouts") if name in args}
+    like = "latents" if "latents" in args else "grads"
+    lists = {
+        name: value for name, value in args.items() if isinstance(value, list) and isinstance(value[0], Tensor)
+    }
+    made = {name: fk.TensorList(value, **(names if name == like else {})) for name, value in lists.items()}
+    return {name: value for name, value in args.items() if name not in names} | made
+
+
 def tensors(args):
     """Every tensor of a call that holds data."""
-    values = [x for v in args.values() for x in (v if isinstance(v, list) else [v])]
+    values = [x for v in args.values() for x in (v if isinstance(v, list | tuple) else [v])]
     return [x for x in values if isinstance(x, Tensor) and not x.is_meta]
 
 
