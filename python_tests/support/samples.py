@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -83,10 +84,15 @@ def prepared(args):
     names = {name: args[name] for name in ("tensor_ids", "layouts") if name in args}
     like = "latents" if "latents" in args else "grads"
     lists = {
-        name: value for name, value in args.items() if isinstance(value, list) and isinstance(value[0], Tensor)
+        name: value
+        for name, value in args.items()
+        if isinstance(value, list) and value and all(isinstance(t, Tensor) for t in value)
     }
-    made = {name: fk.TensorList(value, **(names if name == like else {})) for name, value in lists.items()}
-    return {name: value for name, value in args.items() if name not in names} | made
+    made = {name: fk.TensorList(value) for name, value in lists.items()}
+    with suppress(TypeError, ValueError, KeyError):  # of names that are bad: they are given to the op
+        made[like] = fk.TensorList(lists[like], **names)
+        args = {name: value for name, value in args.items() if name not in names}
+    return args | made
 
 
 def tensors(args):
