@@ -1,4 +1,5 @@
 // Host-side facts about the native module; touches no tensor.
+#include "cpu/held.h"
 #include "cpu/kernels.h"
 
 #include <pybind11/pybind11.h>
@@ -73,6 +74,26 @@ py::dict names() {
   return lists;
 }
 
+// A held list, released with this object.
+class Hold {
+public:
+  explicit Hold(int64_t number) : number(number) {}
+  ~Hold() { fogzo::cpu::HeldLists::all().remove(number); }
+  const int64_t number;
+};
+
+// Of each held list: it changes when any of its tensors does.
+std::vector<int64_t> generations(const std::vector<int64_t> &numbers) {
+  std::vector<int64_t> result;
+  for (int64_t number : numbers) {
+    const auto list = fogzo::cpu::HeldLists::all().find(number);
+    if (!list)
+      throw std::invalid_argument("numbers must name lists that are held, got " + std::to_string(number));
+    result.push_back(list->now()->generation);
+  }
+  return result;
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -80,6 +101,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this module was built.");
   m.def("cpu_isas", &cpu_isas, "Instruction sets that have kernels and that this processor can run.");
   m.def("cpu_isa", [] { return fogzo::cpu::kernels().isa; }, "The one in use.");
+  py::class_<Hold>(m, "Hold").def(py::init<int64_t>()).def_readonly("number", &Hold::number);
+  m.def("generations", &generations, "The state of each held list, by its number.");
+  m.def("held_lists", [] { return fogzo::cpu::HeldLists::all().size(); }, "How many there are.");
   m.def("names", &names, "Enumerations, the states of each rule, and the noise's constants, as C++ has them.");
   m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"),
         "The four 32-bit words of one Philox4x32 call with 10 rounds.");

@@ -23,9 +23,11 @@ from .ops.perturb import perturb_quantize_
 from .ops.quantize import dequantize, quantize, quantize_
 from .ops.straight_through import straight_through_backward_
 from .ops.tail import estimate_adamw_, estimate_sgd_
+from .ops.tensor_list import TensorList
 from .spec.noise import direction_sign
 
 __all__ = [
+    "TensorList",
     "dequantize",
     "direction_sign",
     "estimate_adamw_",

@@ -14,7 +14,7 @@ from fogzo_kernels.spec.call import Draw
 def process(monkeypatch):
     """As in a process that has no plans yet; capture(True) begins a capture of a CUDA graph."""
     monkeypatch.setattr(plans, "_plans", OrderedDict())
-    for name, empty in (("_captured", {}), ("_uploads", {}), ("_arena", [])):
+    for name, empty in (("_captured", {}), ("_of_states", OrderedDict()), ("_uploads", {}), ("_arena", [])):
         monkeypatch.setattr(plans, name, empty)
 
 

@@ -1,113 +1,78 @@
 // The arguments of an op as the dispatcher hands them over (LibTorch's stable ABI): a reader that takes them
-// off the stack in the schema's order, and tensors of which everything is asked once.
+// off the stack in the schema's order.
 #pragma once
 
-#include "../names.h"
+#include "held.h"
 
-#include <torch/csrc/stable/library.h>
-
-#include <cstdint>
-#include <memory>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace fogzo::cpu {
 
-// Refuses a call that cannot be served. The checks of fogzo_kernels/ops word what was wrong.
-inline void require(bool holds, const char *reason) {
-  if (__builtin_expect(!holds, 0))
-    throw std::runtime_error(std::string("refused: ") + reason);
-}
-
-// Types of elements that some argument may have; the first four are Dtype's.
-enum class Type { FOGZO_DTYPES(FOGZO_ENUMERATOR) float64, int64, other };
-
-constexpr unsigned bit(Type type) { return 1u << int(type); }
-constexpr unsigned kFloat32 = bit(Type::float32);
-constexpr unsigned kFloats = kFloat32 | bit(Type::bfloat16) | bit(Type::float16);
-constexpr unsigned kOutputs = kFloats | bit(Type::int8);
-
-struct DeleteTensor {
-  void operator()(AtenTensorOpaque *handle) const { aoti_torch_delete_tensor_object(handle); }
-};
-
-// A tensor and what it says of itself.
-struct Tensor {
-  std::unique_ptr<AtenTensorOpaque, DeleteTensor> handle;
-  void *data = nullptr;
-  const int64_t *sizes = nullptr; // of the handle
-  int64_t dim = 0, numel = 0, bytes = 0;
-  Type type = Type::other;
-  bool usable; // its elements may be read and written as an array
-
-  explicit Tensor(AtenTensorHandle owned) : handle(owned) { usable = read(); }
-
-  Dtype dtype() const { return Dtype(int(type)); } // of one that has been checked
-  template <class T> T *at() const { return static_cast<T *>(data); }
-
-private:
-  bool read();
-};
-
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
-
-inline Type type_of(int32_t code) {
-  static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                                  aoti_torch_dtype_float16(), aoti_torch_dtype_int8(),
-                                  aoti_torch_dtype_float64(), aoti_torch_dtype_int64()};
-  static_assert(sizeof codes / sizeof *codes == size_t(Type::other), "one code for each type");
-  int i = 0;
-  while (i < int(Type::other) && code != codes[i])
-    ++i;
-  return Type(i);
-}
-
-// A storage may hold fewer elements than the tensor says (FSDP frees storages between steps), at any address
-// (torch.frombuffer), or something else (oneDNN, sparse).
-inline bool Tensor::read() {
-  static const int32_t cpu = aoti_torch_device_type_cpu(), strided = aoti_torch_layout_strided();
-  static constexpr int64_t sizes_of_types[] = {4, 2, 2, 1, 8, 8, 1};
-  AtenTensorOpaque *const t = handle.get();
-  int32_t device = 0, layout = 0, code = 0;
-  bool contiguous = false;
-  int64_t *lengths = nullptr, dimensions = 0, offset = 0, stored = 0;
-  if (aoti_torch_get_dtype(t, &code) || aoti_torch_get_device_type(t, &device) || device != cpu ||
-      aoti_torch_get_layout(t, &layout) || layout != strided || aoti_torch_get_dim(t, &dimensions) ||
-      aoti_torch_get_sizes(t, &lengths) || aoti_torch_is_contiguous(t, &contiguous) || !contiguous)
-    return false;
-  type = type_of(code);
-  dim = dimensions; // with its sizes, or a comparison of shapes would read what is not there
-  sizes = lengths;
-  numel = 1;
-  for (int64_t i = 0; i < dim; ++i)
-    numel *= sizes[i];
-  const int64_t size = sizes_of_types[int(type)];
-  bytes = numel * size;
-  return numel == 0 || (!aoti_torch_get_storage_size(t, &stored) &&
-                        !aoti_torch_get_storage_offset(t, &offset) && stored / size - offset >= numel &&
-                        !aoti_torch_get_data_ptr(t, &data) && uintptr_t(data) % uintptr_t(size) == 0);
-}
-
-// Takes the arguments off the stack; a list's elements are the reader's own. Nothing is checked here, so that
+// Takes the arguments off the stack; the reader owns what it has taken. Nothing is checked here, so that
 // whatever is refused later, all has been taken and is freed.
 class Arguments {
 public:
-  explicit Arguments(StableIValue *stack) : next_(stack) {}
+  // `held`: the last argument of an op over lists, the numbers of the lists that Python prepared, each in the
+  // place of a list that is empty; 0 where there is none.
+  explicit Arguments(StableIValue *stack, const StableIValue *held = nullptr) : next_(stack) {
+    if (held)
+      held_ = list<int64_t>(*held, torch::stable::detail::to<int64_t>);
+  }
 
   int64_t integer() { return torch::stable::detail::to<int64_t>(*next_++); }
   double number() { return torch::stable::detail::to<double>(*next_++); }
   std::string text() { return text_of(*next_++); }
-  Tensor tensor() { return tensor_of(*next_++); }
-  Tensors tensors() { return list<Tensor>(tensor_of); }
-  Ints integers() { return list<int64_t>(torch::stable::detail::to<int64_t>); }
-  std::vector<double> numbers() { return list<double>(torch::stable::detail::to<double>); }
-  std::vector<std::string> texts() { return list<std::string>(text_of); }
+  Tensor tensor() { return Tensor(handle_of(*next_++)); }
+  Ints integers() { return list<int64_t>(*next_++, torch::stable::detail::to<int64_t>); }
+  std::vector<double> numbers() { return list<double>(*next_++, torch::stable::detail::to<double>); }
+  std::vector<std::string> texts() { return list<std::string>(*next_++, text_of); }
+  std::vector<Handle> handles() {
+    return list<Handle>(*next_++, [](StableIValue value) {
+      return Handle(torch::stable::detail::to<AtenTensorHandle>(value));
+    });
+  }
+
+  // A list that is never prepared.
+  const Tensors &given_tensors() {
+    Tensors tensors;
+    for (Handle &handle : handles()) {
+      tensors.emplace_back(handle.get());
+      handles_.push_back(std::move(handle));
+    }
+    return *lists_.emplace_back(std::make_shared<const Tensors>(std::move(tensors)));
+  }
+
+  // A list in the next place of `held`.
+  const Tensors &tensors() {
+    const Tensors &given = given_tensors();
+    const int64_t number = generations_.size() < held_.size() ? held_[generations_.size()] : 0;
+    if (number)
+      lists_.back() = given.empty() ? held_tensors(number) : unusable();
+    const Tensors &tensors = *lists_.back();
+    generations_.push_back(tensors.generation);
+    all_held_ = all_held_ && (tensors.generation || tensors.empty());
+    return tensors;
+  }
+
+  // Of the lists that may be prepared, 0 for an empty one; null where some list is not prepared.
+  const Ints *generations() const { return all_held_ ? &generations_ : nullptr; }
 
 private:
-  static Tensor tensor_of(StableIValue value) {
-    return Tensor(torch::stable::detail::to<AtenTensorHandle>(value));
+  static std::shared_ptr<const Tensors> unusable() {
+    Tensors tensors;
+    tensors.emplace_back();
+    return std::make_shared<const Tensors>(std::move(tensors));
+  }
+
+  // As it is now; for a number that names no list, a tensor that every op refuses.
+  static std::shared_ptr<const Tensors> held_tensors(int64_t number) {
+    const auto list = HeldLists::all().find(number);
+    return list ? list->now() : unusable();
+  }
+
+  AtenTensorHandle handle_of(StableIValue value) {
+    handles_.emplace_back(torch::stable::detail::to<AtenTensorHandle>(value));
+    return handles_.back().get();
   }
 
   // to<std::string>() leaks the string
@@ -122,8 +87,8 @@ private:
     return text;
   }
 
-  template <class T, class Convert> std::vector<T> list(Convert convert) {
-    const auto handle = torch::stable::detail::to<StableListHandle>(*next_++);
+  template <class T, class Convert> static std::vector<T> list(StableIValue given, Convert convert) {
+    const auto handle = torch::stable::detail::to<StableListHandle>(given);
     size_t size = 0;
     TORCH_ERROR_CODE_CHECK(torch_list_size(handle, &size));
     std::vector<T> values;
@@ -138,9 +103,16 @@ private:
   }
 
   StableIValue *next_;
+  Ints held_, generations_;
+  bool all_held_ = true;
+  std::vector<Handle> handles_;
+  std::vector<std::shared_ptr<const Tensors>> lists_;
 };
 
-// The dispatcher's form of an op without results.
+// The dispatcher's form of an op without results, and of one over lists.
 template <void (*op)(Arguments)> void boxed(StableIValue *stack, uint64_t, uint64_t) { op(Arguments(stack)); }
+template <void (*op)(Arguments)> void boxed_lists(StableIValue *stack, uint64_t inputs, uint64_t) {
+  op(Arguments(stack, stack + inputs - 1));
+}
 
 } // namespace fogzo::cpu

@@ -14,7 +14,7 @@ struct Draw {
   std::string name;
   double C; // u = C m
   Tensor seed_tensor, step_tensor;
-  Ints tensor_ids, layouts; // layouts: offset, inner and stride of each tensor, one after the other
+  Ints tensor_ids, layouts; // both empty: those of a list that Python prepared
   Distribution distribution{};
   int64_t seed = 0, step = 0;
 
@@ -22,25 +22,39 @@ struct Draw {
       : name(a.text()), C(a.number()), seed_tensor(a.tensor()), step_tensor(a.tensor()),
         tensor_ids(a.integers()), layouts(a.integers()) {}
 
-  // Names the noise of the first `count` items. A number cut to its lower bits would name other noise.
-  void set_names(std::vector<Operands> &items, size_t count) {
+  void check() {
     distribution = value_of<Distribution>(name, "distribution");
     seed = scalar<int64_t>(seed_tensor, Type::int64);
     step = scalar<int64_t>(step_tensor, Type::int64);
     require(0 <= step && step < kMaxStep, "step");
-    require(tensor_ids.size() == count && layouts.size() == 3 * count, "length");
+  }
+
+  // What set_names() depends on beside the tensors, with another number.
+  Ints key(int64_t number) const {
+    Ints key{number, int64_t(tensor_ids.size())};
+    key.insert(key.end(), tensor_ids.begin(), tensor_ids.end());
+    key.insert(key.end(), layouts.begin(), layouts.end());
+    return key;
+  }
+
+  // Names the noise of the first `count` items, those of `like`. A number cut to its lower bits would name
+  // other noise.
+  void set_names(std::vector<Operands> &items, const Tensors &like, size_t count) const {
+    const bool own = like.generation && tensor_ids.empty() && layouts.empty();
+    const Ints &ids = own ? like.tensor_ids : tensor_ids, &places = own ? like.layouts : layouts;
+    require(own ? count <= ids.size() : ids.size() == count && places.size() == 3 * count, "length");
     for (size_t i = 0; i < count; ++i) {
       Operands &item = items[i];
-      require(0 <= tensor_ids[i] && tensor_ids[i] < kMaxTensorId, "tensor_ids");
-      item.tensor_id = uint32_t(tensor_ids[i]);
-      item.layout = {layouts[3 * i], layouts[3 * i + 1], layouts[3 * i + 2]};
+      require(0 <= ids[i] && ids[i] < kMaxTensorId, "tensor_ids");
+      item.tensor_id = uint32_t(ids[i]);
+      item.layout = {places[3 * i], places[3 * i + 1], places[3 * i + 2]};
       const auto [offset, inner, stride] = item.layout;
       require(valid(item.layout, item.numel), "layouts");
       require(!item.block || !item.numel ||
                   (offset % item.block == 0 && inner % item.block == 0 && stride % item.block == 0),
               "layouts");
     }
-    require(names_differ(items), "tensor_ids");
+    require(names_differ(items, count), "tensor_ids");
   }
 
   Noise noise(int64_t direction) const {
@@ -60,14 +74,16 @@ private:
            (rows == 0 || (stride >= inner && stride <= (kMaxElement - columns - offset) / rows));
   }
 
-  // No two tensors that hold something draw the same noise: one id at one offset.
-  bool names_differ(const std::vector<Operands> &items) const {
-    if (std::adjacent_find(tensor_ids.begin(), tensor_ids.end(), std::greater_equal<>()) == tensor_ids.end())
+  // No two of the first `count` that hold something draw the same noise: one id at one offset.
+  static bool names_differ(const std::vector<Operands> &items, size_t count) {
+    const auto last = items.begin() + int64_t(count);
+    const auto rises = [](const Operands &x, const Operands &y) { return x.tensor_id < y.tensor_id; };
+    if (std::adjacent_find(items.begin(), last, std::not_fn(rises)) == last)
       return true;
-    std::vector<std::pair<int64_t, int64_t>> names;
-    for (size_t i = 0; i < tensor_ids.size(); ++i)
-      if (items[i].numel)
-        names.emplace_back(tensor_ids[i], layouts[3 * i]);
+    std::vector<std::pair<uint32_t, int64_t>> names;
+    for (auto item = items.begin(); item != last; ++item)
+      if (item->numel)
+        names.emplace_back(item->tensor_id, item->layout.offset);
     std::sort(names.begin(), names.end());
     return std::adjacent_find(names.begin(), names.end()) == names.end();
   }
@@ -85,11 +101,11 @@ struct Mix {
   explicit Mix(Arguments &a)
       : norm_tensor(a.tensor()), one_minus_beta_tensor(a.tensor()), epsilon(a.number()) {}
 
-  void check(Memory &memory) {
+  void check(const Memory &memory) {
     norm = scalar<float>(norm_tensor, Type::float32);
     one_minus_beta = scalar<double>(one_minus_beta_tensor, Type::float64);
     require(0.0 <= one_minus_beta && one_minus_beta <= 1.0, "one_minus_beta");
-    memory.add(norm_tensor, false);
+    memory.check(norm_tensor, false);
   }
 
   // a / N of the contract: 0 unless N is finite and > 0
@@ -101,22 +117,27 @@ struct Mix {
 
 struct Losses {
   Tensor plus, minus;
-  Tensors counters;
+  const Tensors &counters;
 
-  explicit Losses(Arguments &a) : plus(a.tensor()), minus(a.tensor()), counters(a.tensors()) {}
+  explicit Losses(Arguments &a) : plus(a.tensor()), minus(a.tensor()), counters(a.given_tensors()) {}
 
-  void check(int64_t least, Memory &memory) const {
+  void check(int64_t least, const Memory &memory, const Mix &mix) const {
     for (const Tensor *t : {&plus, &minus}) {
       check_tensor(*t, bit(Type::float32));
       require(t->dim == 1 && t->numel == plus.numel, "losses");
-      memory.add(*t, false);
+      memory.check(*t, false);
     }
     require(least <= n() && n() <= kMaxDirection, "losses");
     require(counters.size() <= 1, "length");
     for (const Tensor &t : counters) {
       check_tensor(t, bit(Type::int64));
       require(t.dim == 1 && t.numel == 3, "shape");
-      memory.add(t, true);
+      memory.check(t, true);
+      Memory scalars;
+      for (const auto &[scalar, written] :
+           {std::pair{&t, true}, {&plus, false}, {&minus, false}, {&mix.norm_tensor, false}})
+        scalars.add(*scalar, written);
+      scalars.check();
     }
   }
 
@@ -142,12 +163,9 @@ struct Grid {
 
   explicit Grid(Arguments &a) : qmin(a.integer()), qmax(a.integer()), offset(a.number()), r(a.integer()) {}
 
-  // Gives the first `count` items their alphas and the transform's block. Codes fit in int8, so that their
-  // conversion from float32 is defined.
-  GridRange set(Lists &lists, const Tensors &alphas, size_t count, int64_t block) const {
+  // Codes fit in int8, so that their conversion from float32 is defined.
+  GridRange range() const {
     require(-128 <= qmin && qmin <= qmax && qmax <= 127 && (offset == 0.0 || offset == 0.5), "grid");
-    lists.set_alphas(alphas, count, r);
-    lists.set_transform(block, count);
     return {float(qmin), float(qmax), float(offset)};
   }
 };
@@ -162,14 +180,23 @@ struct Optimizer {
   std::vector<std::string> names; // of hyperparameters
   std::vector<double> values;
   Tensor lr_tensor, count_tensor;
-  Tensors masters, first, second;
+  const Tensors &masters, &first, &second;
+  Rule rule{};
 
   explicit Optimizer(Arguments &a)
       : name(a.text()), names(a.texts()), values(a.numbers()), lr_tensor(a.tensor()), count_tensor(a.tensor()),
         masters(a.tensors()), first(a.tensors()), second(a.tensors()) {}
 
-  Update set(Lists &lists) const {
-    const Rule rule = value_of<Rule>(name, "rule");
+  void set(Lists &lists) const {
+    const size_t all = lists.items.size();
+    lists.write(&Operands::master, masters, kFloat32, masters.empty() ? 0 : all);
+    require(masters.empty() || lists.items[0].latent.dtype != Dtype::float32, "dtype");
+    lists.write(&Operands::first, first, kFloat32, states_of(rule) > 0 ? all : 0);
+    lists.write(&Operands::second, second, kFloat32, states_of(rule) > 1 ? all : 0);
+  }
+
+  Update check() {
+    rule = value_of<Rule>(name, "rule");
     require(names.size() == values.size(), "length");
     std::vector<std::pair<std::string, double>> pairs;
     for (size_t i = 0; i < names.size(); ++i)
@@ -179,11 +206,6 @@ struct Optimizer {
     const int64_t count = scalar<int64_t>(count_tensor, Type::int64);
     require(lr >= 0 && std::isfinite(lr), "lr");
     require(count >= 1, "optimizer_step");
-    const size_t all = lists.items.size();
-    lists.write(&Operands::master, masters, kFloat32, masters.empty() ? 0 : all);
-    require(masters.empty() || lists.items[0].latent.dtype != Dtype::float32, "dtype");
-    lists.write(&Operands::first, first, kFloat32, states_of(rule) > 0 ? all : 0);
-    lists.write(&Operands::second, second, kFloat32, states_of(rule) > 1 ? all : 0);
     Update update = update_of(rule, h);
     update.size = step_size(rule, h, lr, double(count));
     update.decay = step_decay(rule, h, lr, double(count));

@@ -56,21 +56,34 @@ inline bool fits(const Tensor &alpha, const Tensor &t) {
 class Memory {
 public:
   void add(const Tensor &t, bool written) {
-    const auto begin = reinterpret_cast<uintptr_t>(t.data);
     if (t.numel)
-      spans_.push_back({begin, begin + uintptr_t(t.bytes), written});
+      spans_.push_back(span_of(t, written));
   }
 
   // In the order of their first bytes, each must begin behind what was written, and behind all if it is
-  // written itself.
+  // written itself. What is read and overlaps becomes one, so that all that is left lies apart.
   void check() {
     sort();
     uintptr_t read = 0, written = 0; // the furthest ends
+    size_t count = 0;
     for (const Span &span : spans_) {
       require(span.begin >= written && (!span.written || span.begin >= read), "overlap");
-      uintptr_t &end = span.written ? written : read;
-      end = std::max(end, span.end);
+      (span.written ? written : read) = std::max(span.written ? written : read, span.end);
+      if (count && span.begin < spans_[count - 1].end)
+        spans_[count - 1].end = std::max(spans_[count - 1].end, span.end);
+      else
+        spans_[count++] = span;
     }
+    spans_.resize(count);
+  }
+
+  // One more, which is in no list, after check().
+  void check(const Tensor &t, bool written) const {
+    const Span given = span_of(t, written);
+    auto span = std::upper_bound(spans_.begin(), spans_.end(), given.begin,
+                                 [](uintptr_t begin, const Span &other) { return begin < other.end; });
+    for (; t.numel && span != spans_.end() && span->begin < given.end; ++span)
+      require(!written && !span->written, "overlap");
   }
 
 private:
@@ -78,6 +91,11 @@ private:
     uintptr_t begin, end;
     bool written;
   };
+
+  static Span span_of(const Tensor &t, bool written) {
+    const auto begin = reinterpret_cast<uintptr_t>(t.data);
+    return {begin, begin + uintptr_t(t.bytes), written};
+  }
 
   // By begin. Thousands of spans by their digits, which takes a third of what comparisons take.
   void sort() {
@@ -119,6 +137,7 @@ inline void check_list(const Tensors &list, unsigned types, const Tensors &like,
 static_assert(kRange % kBlocks[std::size(kBlocks) - 1] == 0, "a range has whole blocks of the transform");
 
 // Checks an op's lists, and makes of them the items that kernels get, one for each tensor of the first list.
+// Nothing here depends on what the tensors hold.
 class Lists {
 public:
   std::vector<Operands> items;
@@ -164,20 +183,6 @@ public:
     add_memory(alphas, written);
   }
 
-  // Alphas of quantizers: delta = r alpha is in 2^-100..2^100.
-  void set_alphas(const Tensors &alphas, size_t count, int64_t r) {
-    require(r == 1 || r == 2, "grid");
-    set_cells(alphas, count, false);
-    const float low = 0x1p-100f / float(r), high = 0x1p100f / float(r);
-    for (const Tensor &alpha : alphas) {
-      const float *values = alpha.at<float>();
-      unsigned outside = 0;
-      for (int64_t j = 0; j < alpha.numel; ++j)
-        outside |= unsigned(!(values[j] >= low)) | unsigned(!(values[j] <= high)); // NaN too
-      require(!outside, "alphas");
-    }
-  }
-
   // The transform of the first items, or 0: whole blocks, each with one alpha.
   void set_transform(int64_t given, size_t count) {
     if (given == 0)
@@ -205,6 +210,68 @@ private:
 
   const Tensors &first_;
 };
+
+// Alphas of quantizers: delta = r alpha is in 2^-100..2^100.
+inline void check_alphas(const Tensors &alphas, int64_t r) {
+  require(r == 1 || r == 2, "grid");
+  const float low = 0x1p-100f / float(r), high = 0x1p100f / float(r);
+  for (const Tensor &alpha : alphas) {
+    const float *values = alpha.at<float>();
+    unsigned outside = 0;
+    for (int64_t j = 0; j < alpha.numel; ++j)
+      outside |= unsigned(!(values[j] >= low)) | unsigned(!(values[j] <= high)); // NaN too
+    require(!outside, "alphas");
+  }
+}
+
+// The lists of calls whose lists Python prepared, by everything that they depend on, the last one first.
+class KeptLists {
+public:
+  static KeptLists &all() {
+    static auto &lists = *new KeptLists;
+    return lists;
+  }
+
+  std::shared_ptr<const Lists> find(const Ints &key) {
+    const std::lock_guard lock(mutex_);
+    const auto entry = std::find_if(entries_.begin(), entries_.end(), [&](auto &e) { return e.first == key; });
+    if (entry == entries_.end())
+      return nullptr;
+    std::rotate(entries_.begin(), entry, entry + 1);
+    return entries_.front().second;
+  }
+
+  void add(Ints key, std::shared_ptr<const Lists> lists) {
+    const std::lock_guard lock(mutex_);
+    entries_.emplace(entries_.begin(), std::move(key), std::move(lists));
+    if (entries_.size() > kKept)
+      entries_.pop_back();
+  }
+
+private:
+  static constexpr size_t kKept = 64;
+  std::mutex mutex_;
+  std::vector<std::pair<Ints, std::shared_ptr<const Lists>>> entries_;
+};
+
+// The lists of a call, which `build` fills and checks. `given`: what `build` depends on beside the tensors.
+template <class Build>
+std::shared_ptr<const Lists> lists_of(const Arguments &a, const Tensors &first, Ints given, Build build) {
+  static const char op = 0; // there is one for each op
+  const Ints *generations = a.generations();
+  if (generations) {
+    given.insert(given.begin(), reinterpret_cast<int64_t>(&op));
+    given.insert(given.end(), generations->begin(), generations->end());
+    if (auto lists = KeptLists::all().find(given))
+      return lists;
+  }
+  auto lists = std::make_shared<Lists>(first);
+  build(*lists);
+  lists->memory.check();
+  if (generations)
+    KeptLists::all().add(std::move(given), lists);
+  return lists;
+}
 
 // ---- ranges
 

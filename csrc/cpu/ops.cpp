@@ -9,6 +9,19 @@
 namespace fogzo::cpu {
 namespace {
 
+// ---- lists that Python prepares
+
+// Keeps a list for calls to come, until release(); without names for noise, those of whole parameters 0, 1, ...
+void hold(StableIValue *stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  std::vector<Handle> handles = a.handles();
+  Ints tensor_ids = a.integers(), layouts = a.integers();
+  require(tensor_ids.empty() || tensor_ids.size() == handles.size(), "length");
+  require(layouts.empty() || layouts.size() == 3 * handles.size(), "length");
+  auto list = std::make_shared<HeldList>(std::move(handles), std::move(tensor_ids), std::move(layouts));
+  *stack = torch::stable::detail::from(HeldLists::all().add(std::move(list)));
+}
+
 // ---- noise and guide norm
 
 void noise(Arguments a) {
@@ -16,24 +29,27 @@ void noise(Arguments a) {
   out.push_back(a.tensor());
   Draw draw(a);
   const int64_t direction = a.integer();
+  draw.check();
   Lists lists(out);
   lists.write(&Operands::plus, out, kFloat32);
-  draw.set_names(lists.items, 1);
+  draw.set_names(lists.items, out, 1);
 
   run(kernels().noise, lists.items, draw.noise(direction), float(draw.C));
 }
 
 void guide_sumsq(Arguments a) {
   const Tensor out = a.tensor();
-  const Tensors grads = a.tensors(), alphas = a.tensors();
+  const Tensors &grads = a.tensors(), &alphas = a.tensors();
   const int64_t r = a.integer();
   double &result = scalar<double>(out, Type::float64);
-  Lists lists(grads);
-  lists.read(&Operands::grad, grads, kFloats);
-  lists.set_alphas(alphas, grads.size(), r);
+  const auto lists = lists_of(a, grads, {}, [&](Lists &lists) {
+    lists.read(&Operands::grad, grads, kFloats);
+    lists.set_cells(alphas, grads.size(), false);
+  });
+  check_alphas(alphas, r);
 
   const Kernels &best = kernels();
-  const std::vector<Range> ranges = make_ranges(lists.items);
+  const std::vector<Range> ranges = make_ranges(lists->items);
   std::vector<double> partial(ranges.size());
   for_each(ranges, [&](int64_t i, const Range &range) {
     partial[i] = best.sumsq(*range.item, float(r), range.begin, range.end);
@@ -47,34 +63,38 @@ void guide_sumsq(Arguments a) {
 // ---- perturb and quantize
 
 void perturb_quantize(Arguments a) {
-  const Tensors plus = a.tensors(), minus = a.tensors(), latents = a.tensors(), grads = a.tensors(),
-                alphas = a.tensors();
+  const Tensors &plus = a.tensors(), &minus = a.tensors(), &latents = a.tensors(), &grads = a.tensors(),
+                &alphas = a.tensors();
   Draw draw(a);
   Mix mix(a);
   const int64_t direction = a.integer();
   const Grid grid(a);
   const int64_t block = a.integer();
-  const size_t count = latents.size();
-  Lists lists(latents);
-  lists.read(&Operands::latent, latents, kFloats);
-  lists.read(&Operands::grad, grads, kFloats);
-  require(!count || !plus.empty() || !minus.empty(), "length");
-  lists.write(&Operands::plus, plus, kOutputs, plus.empty() ? 0 : count);
-  lists.write(&Operands::minus, minus, plus.empty() ? kOutputs : bit(plus[0].type), minus.empty() ? 0 : count);
-  const GridRange values = grid.set(lists, alphas, count, block);
-  mix.check(lists.memory);
-  draw.set_names(lists.items, count);
-  lists.memory.check();
+  const auto lists = lists_of(a, latents, draw.key(block), [&](Lists &lists) {
+    const size_t count = latents.size();
+    lists.read(&Operands::latent, latents, kFloats);
+    lists.read(&Operands::grad, grads, kFloats);
+    require(!count || !plus.empty() || !minus.empty(), "length");
+    lists.write(&Operands::plus, plus, kOutputs, plus.empty() ? 0 : count);
+    lists.write(&Operands::minus, minus, plus.empty() ? kOutputs : bit(plus[0].type),
+                minus.empty() ? 0 : count);
+    lists.set_cells(alphas, count, false);
+    lists.set_transform(block, count);
+    draw.set_names(lists.items, latents, count);
+  });
+  check_alphas(alphas, grid.r);
+  draw.check();
+  mix.check(lists->memory);
 
   const Noise what = draw.noise(direction);
   const float sign = direction_sign(what.names.seed, what.names.step, what.names.direction);
   const Perturbation p{what,
-                       values,
+                       grid.range(),
                        float(grid.r),
                        float(mix.over_norm(float(std::sqrt(1.0 - mix.one_minus_beta)) * sign)),
                        float(std::sqrt(mix.one_minus_beta) * draw.C),
                        float(mix.epsilon)};
-  run(kernels().perturb, lists.items, p);
+  run(kernels().perturb, lists->items, p);
 }
 
 // ---- estimate
@@ -110,55 +130,62 @@ Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &los
 }
 
 void estimate_gradient(Arguments a) {
-  const Tensors grads = a.tensors(), alphas = a.tensors();
+  const Tensors &grads = a.tensors(), &alphas = a.tensors();
   Draw draw(a);
   Mix mix(a);
   const Losses losses(a);
   const int64_t r = a.integer(), block = a.integer();
-  const size_t count = grads.size();
-  Lists lists(grads);
-  lists.write(&Operands::grad, grads, kFloats);
-  lists.set_alphas(alphas, count, r);
-  lists.set_transform(block, count);
-  mix.check(lists.memory);
-  draw.set_names(lists.items, count);
-  losses.check(1, lists.memory);
-  lists.memory.check();
+  const auto lists = lists_of(a, grads, draw.key(block), [&](Lists &lists) {
+    lists.write(&Operands::grad, grads, kFloats);
+    lists.set_cells(alphas, grads.size(), false);
+    lists.set_transform(block, grads.size());
+    draw.set_names(lists.items, grads, grads.size());
+  });
+  check_alphas(alphas, r);
+  draw.check();
+  mix.check(lists->memory);
+  losses.check(1, lists->memory, mix);
 
   const auto estimate = kernels().estimate;
   const Coefficients c = coefficients_of(draw, mix, losses);
   if (!c.usable)
     return;
   const Estimate e{draw.noise(0), float(r), c.A, c.B.data(), int64_t(c.B.size())};
-  run(estimate, lists.items, e);
+  run(estimate, lists->items, e);
 }
 
 // ---- the fused tail
 
 // The first alphas.size() of the latents are quantized, the others have no alpha.
 void estimate_update(Arguments a) {
-  const Tensors latents = a.tensors(), quantized = a.tensors(), grads = a.tensors(), alphas = a.tensors();
+  const Tensors &latents = a.tensors(), &quantized = a.tensors(), &grads = a.tensors(), &alphas = a.tensors();
   Draw draw(a);
   Mix mix(a);
   const Losses losses(a);
   const Grid grid(a);
-  const Optimizer optimizer(a);
+  Optimizer optimizer(a);
   const int64_t block = a.integer();
-  const size_t quantizing = alphas.size();
-  Lists lists(latents);
-  lists.write(&Operands::latent, latents, kFloats);
-  lists.read(&Operands::grad, grads, kFloats);
-  const Update update = optimizer.set(lists);
-  require(quantizing <= latents.size(), "length");
-  lists.write(&Operands::plus, quantized, kOutputs, quantized.empty() ? 0 : quantizing);
-  const GridRange values = grid.set(lists, alphas, quantizing, block);
-  mix.check(lists.memory);
-  draw.set_names(lists.items, quantizing);
-  losses.check(0, lists.memory);
-  lists.memory.check();
+  const Update update = optimizer.check();
+  Ints key = draw.key(block);
+  key.push_back(states_of(optimizer.rule));
+  const auto lists = lists_of(a, latents, std::move(key), [&](Lists &lists) {
+    const size_t quantizing = alphas.size();
+    lists.write(&Operands::latent, latents, kFloats);
+    lists.read(&Operands::grad, grads, kFloats);
+    optimizer.set(lists);
+    require(quantizing <= latents.size(), "length");
+    lists.write(&Operands::plus, quantized, kOutputs, quantized.empty() ? 0 : quantizing);
+    lists.set_cells(alphas, quantizing, false);
+    lists.set_transform(block, quantizing);
+    draw.set_names(lists.items, latents, quantizing);
+  });
+  check_alphas(alphas, grid.r);
+  draw.check();
+  mix.check(lists->memory);
+  losses.check(0, lists->memory, mix);
 
   const auto update_latents = kernels().update;
-  Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, update, values, false};
+  Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, update, grid.range(), false};
   Coefficients c;
   if (losses.n()) {
     tail.skip = !std::isfinite(mix.norm);
@@ -169,38 +196,42 @@ void estimate_update(Arguments a) {
     tail.estimate.B = c.B.data();
     tail.estimate.directions = int64_t(c.B.size());
   }
-  run(update_latents, lists.items, tail);
+  run(update_latents, lists->items, tail);
 }
 
 // ---- quantize and its straight-through derivative
 
 void quantize(Arguments a) {
-  const Tensors out = a.tensors(), latents = a.tensors(), alphas = a.tensors();
+  const Tensors &out = a.tensors(), &latents = a.tensors(), &alphas = a.tensors();
   const Grid grid(a);
   const int64_t block = a.integer();
-  Lists lists(latents);
-  lists.read(&Operands::latent, latents, kFloats);
-  lists.write(&Operands::plus, out, kOutputs);
-  const GridRange values = grid.set(lists, alphas, latents.size(), block);
-  lists.memory.check();
+  const auto lists = lists_of(a, latents, {block}, [&](Lists &lists) {
+    lists.read(&Operands::latent, latents, kFloats);
+    lists.write(&Operands::plus, out, kOutputs);
+    lists.set_cells(alphas, latents.size(), false);
+    lists.set_transform(block, latents.size());
+  });
+  check_alphas(alphas, grid.r);
 
-  run(kernels().quantize, lists.items, values, float(grid.r));
+  run(kernels().quantize, lists->items, grid.range(), float(grid.r));
 }
 
 void straight_through_backward(Arguments a) {
-  const Tensors out = a.tensors(), grads = a.tensors(), latents = a.tensors(), alphas = a.tensors();
+  const Tensors &out = a.tensors(), &grads = a.tensors(), &latents = a.tensors(), &alphas = a.tensors();
   const Grid grid(a);
   const std::string name = a.text();
   const int64_t block = a.integer();
   const auto what = value_of<StraightThrough>(name, "straight_through");
-  Lists lists(latents);
-  lists.read(&Operands::latent, latents, kFloats);
-  lists.write(&Operands::plus, out, kFloats);
-  lists.read_in_place(&Operands::grad, grads, kFloats, out);
-  const GridRange values = grid.set(lists, alphas, latents.size(), block);
-  lists.memory.check();
+  const auto lists = lists_of(a, latents, {block}, [&](Lists &lists) {
+    lists.read(&Operands::latent, latents, kFloats);
+    lists.write(&Operands::plus, out, kFloats);
+    lists.read_in_place(&Operands::grad, grads, kFloats, out);
+    lists.set_cells(alphas, latents.size(), false);
+    lists.set_transform(block, latents.size());
+  });
+  check_alphas(alphas, grid.r);
 
-  run(kernels().straight_through, lists.items, what, values, float(grid.r));
+  run(kernels().straight_through, lists->items, what, grid.range(), float(grid.r));
 }
 
 // The gradients of alphas that several ranges share, added in the order of the ranges.
@@ -220,34 +251,40 @@ void add_cuts(const std::vector<Range> &ranges, const std::vector<Cut> &cuts) {
 }
 
 void learned_backward(Arguments a) {
-  const Tensors out = a.tensors(), alpha_grads = a.tensors(), grads = a.tensors(), latents = a.tensors(),
-                alphas = a.tensors();
+  const Tensors &out = a.tensors(), &alpha_grads = a.tensors(), &grads = a.tensors(), &latents = a.tensors(),
+                &alphas = a.tensors();
   const Grid grid(a);
   const std::string name = a.text();
   const std::vector<double> factors = a.numbers();
   const int64_t block = a.integer();
   const auto what = value_of<StraightThrough>(name, "straight_through");
   const size_t count = latents.size();
-  Lists lists(latents);
-  lists.read(&Operands::latent, latents, kFloats);
-  lists.write(&Operands::plus, out, kFloats);
-  lists.read_in_place(&Operands::grad, grads, kFloats, out);
-  const GridRange values = grid.set(lists, alphas, count, block);
-  check_list(alpha_grads, kFloat32, alphas, count);
-  require(factors.size() == count, "length");
-  for (size_t i = 0; i < count; ++i) {
-    require(std::isfinite(factors[i]), "factors");
-    lists.memory.add(alpha_grads[i], true);
-    lists.items[i].alpha_grad = alpha_grads[i].at<float>();
-    lists.items[i].factor = factors[i];
-  }
-  lists.memory.check();
+  Ints key(1 + factors.size(), block);
+  std::copy_n(reinterpret_cast<const char *>(factors.data()), factors.size() * sizeof(double),
+              reinterpret_cast<char *>(key.data() + 1));
+  const auto lists = lists_of(a, latents, std::move(key), [&](Lists &lists) {
+    lists.read(&Operands::latent, latents, kFloats);
+    lists.write(&Operands::plus, out, kFloats);
+    lists.read_in_place(&Operands::grad, grads, kFloats, out);
+    lists.set_cells(alphas, count, false);
+    lists.set_transform(block, count);
+    check_list(alpha_grads, kFloat32, alphas, count);
+    require(factors.size() == count, "length");
+    for (size_t i = 0; i < count; ++i) {
+      require(std::isfinite(factors[i]), "factors");
+      lists.memory.add(alpha_grads[i], true);
+      lists.items[i].alpha_grad = alpha_grads[i].at<float>();
+      lists.items[i].factor = factors[i];
+    }
+  });
+  check_alphas(alphas, grid.r);
+  const GridRange values = grid.range();
 
   const Kernels &best = kernels();
   for (size_t i = 0; i < count; ++i)
     if (!latents[i].numel)
       std::fill_n(alpha_grads[i].at<float>(), alpha_grads[i].numel, 0.0f);
-  const std::vector<Range> ranges = make_ranges(lists.items);
+  const std::vector<Range> ranges = make_ranges(lists->items);
   std::vector<Cut> cuts(ranges.size());
   for_each(ranges, [&](int64_t i, const Range &range) {
     cuts[i] = best.learned(*range.item, what, values, float(grid.r), range.begin, range.end);
@@ -294,24 +331,24 @@ float float_in(double value, float low) {
 }
 
 void measure_alphas(Arguments a) {
-  const Tensors alphas = a.tensors(), tensors = a.tensors();
+  const Tensors &alphas = a.tensors(), &tensors = a.tensors();
   const std::string name = a.text();
   const double factor = a.number(), add = a.number(), least = a.number();
   const Measure measure{value_of<Statistic>(name, "statistic"),
                         float_in(factor, std::numeric_limits<float>::min()), float_in(add, 0.0f),
                         float_in(least, 0.0f)};
-  Lists lists(tensors);
-  lists.read(&Operands::latent, tensors, kFloats);
-  lists.set_cells(alphas, tensors.size(), true);
-  lists.memory.check();
+  const auto lists = lists_of(a, tensors, {}, [&](Lists &lists) {
+    lists.read(&Operands::latent, tensors, kFloats);
+    lists.set_cells(alphas, tensors.size(), true);
+    for (size_t i = 0; i < alphas.size(); ++i)
+      lists.items[i].plus = {alphas[i].data, Dtype::float32};
+  });
 
   const Kernels &best = kernels();
-  for (size_t i = 0; i < alphas.size(); ++i) {
-    lists.items[i].plus = {alphas[i].data, Dtype::float32};
+  for (size_t i = 0; i < alphas.size(); ++i)
     if (!tensors[i].numel) // its cells hold nothing
       std::fill_n(alphas[i].at<float>(), alphas[i].numel, alpha_of(0.0f, measure));
-  }
-  const std::vector<Range> ranges = ranges_of_cells(lists.items);
+  const std::vector<Range> ranges = ranges_of_cells(lists->items);
   std::vector<double> totals(ranges.size());
   for_each(ranges, [&](int64_t i, const Range &range) {
     if (range.item->scale_length > kRange)
@@ -325,15 +362,15 @@ void measure_alphas(Arguments a) {
 // ---- the Hadamard transform
 
 void hadamard(Arguments a) {
-  const Tensors out = a.tensors(), tensors = a.tensors();
+  const Tensors &out = a.tensors(), &tensors = a.tensors();
   const int64_t block = a.integer();
-  Lists lists(tensors);
-  lists.write(&Operands::plus, out, kFloats);
-  lists.read_in_place(&Operands::latent, tensors, kFloats, out);
-  lists.set_transform(block_of(block), tensors.size());
-  lists.memory.check();
+  const auto lists = lists_of(a, tensors, {block}, [&](Lists &lists) {
+    lists.write(&Operands::plus, out, kFloats);
+    lists.read_in_place(&Operands::latent, tensors, kFloats, out);
+    lists.set_transform(block_of(block), tensors.size());
+  });
 
-  run(kernels().hadamard, lists.items);
+  run(kernels().hadamard, lists->items);
 }
 
 // ---- what the elements of gradients are
@@ -371,7 +408,7 @@ Seen seen(const Tensor &t, int64_t begin, int64_t end) {
 // Writes for each tensor, int64: the sum of its bits, whether it is not all 0, whether it is finite.
 void inspect(Arguments a) {
   const Tensor out = a.tensor();
-  const Tensors tensors = a.tensors();
+  const Tensors &tensors = a.tensors();
   const int64_t n = int64_t(tensors.size());
   check_tensor(out, bit(Type::int64));
   require(out.dim == 2 && out.sizes[0] == 3 && out.sizes[1] == n, "shape");
@@ -399,40 +436,48 @@ void inspect(Arguments a) {
 
 // ---- schemas
 
+// At the end of an op over lists: for each list the number that hold() gave, or 0 for the list that is given.
+#define FOGZO_HELD ", int[] held=[]"
+
 // In the order of the functions of Backend (fogzo_kernels/backends), with each group's arguments in a row.
 STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
+  m.def("hold(Tensor[] tensors, int[] tensor_ids, int[] layouts) -> int");
   m.def("noise(Tensor(a!) out, " FOGZO_DRAW ", int direction) -> ()");
-  m.def("guide_sumsq(Tensor(a!) out, Tensor[] grads, Tensor[] alphas, int r) -> ()");
+  m.def("guide_sumsq(Tensor(a!) out, Tensor[] grads, Tensor[] alphas, int r" FOGZO_HELD ") -> ()");
   m.def("perturb_quantize(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads, "
-        "Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", int direction, " FOGZO_GRID ", int block) -> ()");
+        "Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", int direction, " FOGZO_GRID ", int block" FOGZO_HELD
+        ") -> ()");
   m.def("estimate_gradient(Tensor(a!)[] grads, Tensor[] alphas, " FOGZO_DRAW ", " FOGZO_MIX ", " FOGZO_LOSSES
-        ", int r, int block) -> ()");
+        ", int r, int block" FOGZO_HELD ") -> ()");
   m.def("estimate_update(Tensor(a!)[] latents, Tensor(b!)[] quantized, Tensor[] grads, Tensor[] "
         "alphas, " FOGZO_DRAW ", " FOGZO_MIX ", " FOGZO_LOSSES ", " FOGZO_GRID ", " FOGZO_UPDATE
-        ", int block) -> ()");
-  m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ", int block) -> ()");
+        ", int block" FOGZO_HELD ") -> ()");
+  m.def("quantize(Tensor(a!)[] out, Tensor[] latents, Tensor[] alphas, " FOGZO_GRID ", int block" FOGZO_HELD
+        ") -> ()");
   m.def("straight_through_backward(Tensor(a!)[] out, Tensor[] grads, Tensor[] latents, Tensor[] "
-        "alphas, " FOGZO_GRID ", str straight_through, int block) -> ()");
+        "alphas, " FOGZO_GRID ", str straight_through, int block" FOGZO_HELD ") -> ()");
   m.def("learned_backward(Tensor(a!)[] out, Tensor(b!)[] alpha_grads, Tensor[] grads, Tensor[] latents, "
-        "Tensor[] alphas, " FOGZO_GRID ", str straight_through, float[] factors, int block) -> ()");
+        "Tensor[] alphas, " FOGZO_GRID ", str straight_through, float[] factors, int block" FOGZO_HELD
+        ") -> ()");
   m.def("measure_alphas(Tensor(a!)[] alphas, Tensor[] tensors, str statistic, float factor, float add, float "
-        "least) -> ()");
-  m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block) -> ()");
-  m.def("inspect(Tensor(a!) out, Tensor[] tensors) -> ()"); // no function of Backend
+        "least" FOGZO_HELD ") -> ()");
+  m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block" FOGZO_HELD ") -> ()");
+  m.def("inspect(Tensor(a!) out, Tensor[] tensors" FOGZO_HELD ") -> ()"); // no function of Backend
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
+  m.impl("hold", hold);
   m.impl("noise", boxed<noise>);
-  m.impl("guide_sumsq", boxed<guide_sumsq>);
-  m.impl("perturb_quantize", boxed<perturb_quantize>);
-  m.impl("estimate_gradient", boxed<estimate_gradient>);
-  m.impl("estimate_update", boxed<estimate_update>);
-  m.impl("quantize", boxed<quantize>);
-  m.impl("straight_through_backward", boxed<straight_through_backward>);
-  m.impl("learned_backward", boxed<learned_backward>);
-  m.impl("measure_alphas", boxed<measure_alphas>);
-  m.impl("hadamard", boxed<hadamard>);
-  m.impl("inspect", boxed<inspect>);
+  m.impl("guide_sumsq", boxed_lists<guide_sumsq>);
+  m.impl("perturb_quantize", boxed_lists<perturb_quantize>);
+  m.impl("estimate_gradient", boxed_lists<estimate_gradient>);
+  m.impl("estimate_update", boxed_lists<estimate_update>);
+  m.impl("quantize", boxed_lists<quantize>);
+  m.impl("straight_through_backward", boxed_lists<straight_through_backward>);
+  m.impl("learned_backward", boxed_lists<learned_backward>);
+  m.impl("measure_alphas", boxed_lists<measure_alphas>);
+  m.impl("hadamard", boxed_lists<hadamard>);
+  m.impl("inspect", boxed_lists<inspect>);
 }
 
 } // namespace fogzo::cpu

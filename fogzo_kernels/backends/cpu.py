@@ -14,6 +14,7 @@ from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
 from ..spec.straight_through import StraightThrough
+from .held import Held
 
 Tensors = Sequence[Tensor]
 native = torch.ops.fogzo_cpu
@@ -37,7 +38,7 @@ def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tenso
 def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
     """Sum of the squares of delta * g, float64, or its root, float32; whatever the number of threads."""
     out = torch.empty((), dtype=torch.float64)
-    native.guide_sumsq(out, grads, alphas, r)
+    sum_squares(out, grads, alphas, r)
     return out.sqrt_().float() if root else out
 
 
@@ -45,8 +46,13 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 
 def flattened(op: str) -> Callable[..., None]:
-    """The function of :class:`Backend` with the arguments of this native op, in groups."""
-    native_op = getattr(native, op)
+    """The function of :class:`Backend` with the arguments of this native op, in groups.
+
+    A list that native code holds goes by its number, in the place of one without tensors.
+    """
+    native_op = getattr(native, op).default
+    lists = [i for i, a in enumerate(native_op._schema.arguments) if str(a.type) == "List[Tensor]"]
+    prepared = [i for i in lists if native_op._schema.arguments[i].name != "counters"]
 
     def run(*args: Any) -> None:
         flat: list[Any] = []
@@ -55,7 +61,11 @@ def flattened(op: str) -> Callable[..., None]:
                 flat += FLAT[type(arg)](arg)
             else:
                 flat.append(arg)
-        native_op(*flat)
+        numbers = [0] * len(prepared)
+        for k, i in enumerate(prepared):
+            if isinstance(flat[i], Held):
+                numbers[k], flat[i] = flat[i].hold.number, ()
+        native_op(*flat, numbers)
 
     return run
 
@@ -84,6 +94,7 @@ FLAT: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     Update: updating,
 }
 
+sum_squares = flattened("guide_sumsq")
 perturb_quantize_ = flattened("perturb_quantize")
 estimate_gradient_ = flattened("estimate_gradient")
 estimate_update_ = flattened("estimate_update")

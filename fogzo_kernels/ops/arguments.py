@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.held import Held
 from ..spec.grid import Grid
 from ..spec.noise import MAX_SEED, MAX_STEP, Layout, check_range, signed64
 from ..spec.straight_through import StraightThrough
@@ -20,9 +21,11 @@ TensorOrList = Tensor | Sequence[Tensor]
 LIMITS = {"seed": MAX_SEED, "step": MAX_STEP, "optimizer_step": 2**63}
 
 
-def tensors(name: str, given: TensorOrList) -> list[Tensor]:
-    """A list of tensors; a bare tensor is a list of one."""
+def tensors(name: str, given: TensorOrList) -> Sequence[Tensor]:
+    """A list of tensors, or one that is held; a bare tensor is a list of one."""
     if type(given) is not list:
+        if isinstance(given, Held):
+            return given
         if isinstance(given, Tensor):
             return [given]
         if not isinstance(given, Sequence):
@@ -35,7 +38,7 @@ def tensors(name: str, given: TensorOrList) -> list[Tensor]:
     return given
 
 
-def optional(name: str, given: TensorOrList | None) -> list[Tensor]:
+def optional(name: str, given: TensorOrList | None) -> Sequence[Tensor]:
     """A list of tensors, empty for None."""
     return [] if given is None else tensors(name, given)
 
@@ -85,7 +88,7 @@ def quantizer(grid: Grid, straight_through: StraightThrough) -> dict[str, Any]:
 
 
 def noisy(
-    like: list[Tensor],
+    like: Sequence[Tensor],
     norm: Tensor,
     grid: Grid,
     straight_through: StraightThrough,
@@ -95,11 +98,20 @@ def noisy(
     tensor_ids: Sequence[int] | None = None,
     layouts: Sequence[Layout] | None = None,
     epsilon_scale: float = 1.0,
+    count: int | None = None,
 ) -> dict[str, Any]:
-    """Grid, noise and how it is mixed, as schemas write them; the noise is drawn for ``like``."""
+    """Grid, noise and how it is mixed, as schemas write them; the noise is drawn for the first of ``like``.
+
+    Tensor ids and layouts are None where ``like`` is held and has its own.
+    """
     flat = quantizer(grid, straight_through)
     checks.finite("epsilon_scale", epsilon_scale)
-    ids, places = names(tensor_ids, layouts, like)
+    ids: list[int] | None
+    places: list[int] | None
+    if isinstance(like, Held) and tensor_ids is None and layouts is None:
+        ids = places = None  # the list's own
+    else:
+        ids, places = names(tensor_ids, layouts, like, count)
     return {
         **flat,
         "norm": tensor("norm", norm),
@@ -114,18 +126,30 @@ def noisy(
 
 
 def names(
-    tensor_ids: Sequence[int] | None, layouts: Sequence[Layout] | None, like: list[Tensor]
+    tensor_ids: Sequence[int] | None,
+    layouts: Sequence[Layout] | None,
+    like: Sequence[Tensor],
+    count: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Tensor ids (by default 0, 1, 2, ...) and layouts (by default of whole parameters)."""
-    if tensor_ids is not None and not isinstance(tensor_ids, Sequence):
-        raise TypeError(f"tensor_ids must be a list of int, got {type(tensor_ids).__name__}")
-    ids = list(range(len(like))) if tensor_ids is None else list(tensor_ids)
-    integers("tensor_ids", ids)
+    """Tensor ids (by default 0, 1, 2, ...) and layouts (by default of whole parameters) of the first ones."""
+    if isinstance(like, Held):
+        tensor_ids = like.tensor_ids and like.tensor_ids[:count] if tensor_ids is None else tensor_ids
+        layouts = like.layouts and like.layouts[:count] if layouts is None else layouts
+    like = like[:count]
+    listed = list(range(len(like))) if tensor_ids is None else ids(tensor_ids)
     if layouts is not None:
-        return ids, [x for i, place in enumerate(layouts) for x in layout(f"layouts[{i}]", place)]
+        return listed, [x for i, place in enumerate(layouts) for x in layout(f"layouts[{i}]", place)]
     numels = tuple(map(Tensor.numel, like))
     known = set(map(type, numels)) <= {int}  # not symbolic
-    return ids, list((_whole if known else _whole.__wrapped__)(numels))
+    return listed, list((_whole if known else _whole.__wrapped__)(numels))
+
+
+def ids(given: Sequence[int]) -> list[int]:
+    """A list of tensor ids."""
+    if not isinstance(given, Sequence):
+        raise TypeError(f"tensor_ids must be a list of int, got {type(given).__name__}")
+    integers("tensor_ids", given)
+    return list(given)
 
 
 def layout(name: str, given: Layout) -> Layout:

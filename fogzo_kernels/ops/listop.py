@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
 from ..backends import Backend, select
+from ..backends.held import generations, native
 from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import Layout
@@ -24,6 +26,7 @@ from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
 from . import arguments, checks, memory
 from .checks import KEPT
+from .tensor_list import PLAIN, TensorList
 
 #: Parts of schemas. Scalars that change each step are tensors, so that a new value neither recompiles a graph
 #: nor waits for the device; ``layouts`` holds offset, inner and stride of each tensor in a row.
@@ -65,6 +68,13 @@ class Schema:
         return op
 
 
+class Known(NamedTuple):
+    """What was found out about prepared lists, which pass the checks."""
+
+    draw: Draw | None  # with their tensor ids and layouts
+    spans: memory.Spans
+
+
 class ListOp:
     """An op over lists of tensors, as ``torch._foreach_*`` are.
 
@@ -97,6 +107,8 @@ class ListOp:
             (name, arguments.optional if name in OPTIONAL else arguments.tensors) for name in self.schema.lists
         ]
         self.read = [name for name in self.schema.lists if name not in self.schema.written]
+        self.prepared = [name for name in self.schema.lists if name != "counters"]
+        self.known: OrderedDict[Any, Known] = OrderedDict()
         self.scalars = [name for name in ("norm", "losses_plus", "losses_minus") if name in self.schema.names]
         self.rest = check, [*inspect.signature(check).parameters] if check else []
         self.op = self.schema.register(self.run, self.fake)
@@ -105,6 +117,7 @@ class ListOp:
         for name, convert in self.convert:
             call[name] = convert(name, call[name])
         if torch.compiler.is_compiling() or watched() or not self.plain(call):
+            call = self.listed(call)
             return self.op(*[detached(call[name]) for name in self.schema.names])
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # no_grad() takes longer
@@ -120,8 +133,12 @@ class ListOp:
         """No tensor is of a subclass, which may have its own idea of an op, or on the meta device."""
         kinds = set(map(type, call.values()))
         for name in self.schema.lists:
-            kinds.update(map(type, call[name]))
-        if not kinds <= PLAIN and any(issubclass(kind, Tensor) for kind in kinds - PLAIN):
+            tensors = call[name]
+            if type(tensors) is not TensorList:
+                kinds.update(map(type, tensors))
+            elif not (tensors.plain and native()):
+                return False
+        if not kinds <= OWN and any(issubclass(kind, Tensor) for kind in kinds - OWN):
             return False
         tensors = call[self.first]
         return not tensors or not tensors[0].is_meta
@@ -132,72 +149,123 @@ class ListOp:
         A backend with ``CHECKS_LISTS`` refuses a bad call itself, before it writes, and far cheaper than Python
         can over thousands of tensors; the checks then only word what it refused.
         """
-        self.group(call)
         tensors = call[self.first]
         if not tensors and "norm" not in call:  # nothing to do, on no device
-            self.check(call)
+            self.check(self.listed(call))
             return self.result(call)
         try:
             backend = select(call["backend"], call["norm"].device if "norm" in call else tensors[0].device)
             compute = getattr(backend, self.function)
             if getattr(backend, "CHECKS_LISTS", False):
-                return compute(*self.taken(call))
+                return compute(*self.taken(self.grouped(call)))
+            checked = self.checked(call)
         except Exception:
-            self.check(call)
+            self.check(self.listed(call))
             raise
-        self.check(call)
-        return compute(*self.taken(call))
+        return compute(*self.taken(checked or self.check(self.listed(call))))
 
     def fake(self, call: Call) -> Any:
         """Check what needs no data."""
-        self.group(call)
-        self.check_kinds(call)
+        self.check_kinds(self.grouped(call))
         return self.result(call)
 
-    def group(self, call: Call) -> None:
-        """Add the groups that the backend takes."""
-        for name, make in self.groups:
-            call[name] = make(call)
+    def grouped(self, call: Call) -> Call:
+        """The call with the groups that the backend takes."""
+        return call | {name: make(call) for name, make in self.groups}
+
+    def listed(self, call: Call) -> Call:
+        """The call with plain lists, and with the names of noise that belong to one that was prepared."""
+        plain = {name: list(value) if isinstance(value, TensorList) else value for name, value in call.items()}
+        if "tensor_ids" in call and call["tensor_ids"] is None:
+            count = len(call["alphas"]) if "kind" in call else None
+            plain["tensor_ids"], plain["layouts"] = arguments.names(None, None, call[self.first], count)
+        return plain
+
+    def checked(self, call: Call) -> Call | None:
+        """The call with the groups, or None unless its lists are prepared.
+
+        What depends on the lists alone is checked once and remembered.
+        """
+        if call.get("tensor_ids") is not None:
+            return None
+        states = generations([call[name] for name in self.prepared])
+        if states is None:
+            return None
+        key = states, call.get("block"), call.get("kind"), tuple(call.get("factors", ()))
+        known = self.known.pop(key, None)
+        if known is None:
+            plain = self.check(self.listed(call))
+            memories = [(t, name in self.schema.written) for name in self.prepared for t in call[name]]
+            known = Known(plain.get("draw"), memory.Spans(memories))
+        self.known[key] = known
+        if len(self.known) > KEPT:
+            self.known.popitem(last=False)
+        if known.draw:
+            call = call | {"names": (known.draw.tensor_ids, known.draw.layouts)}
+        call = self.grouped(call)
+        self.check_scalars(call)
+        self.check_values(call)
+        scalars: dict[str, list[Tensor]] = {name: [call[name]] for name in self.scalars}
+        known.spans.check(call.get("counters", ()), [t for ts in scalars.values() for t in ts])
+        if call.get("counters"):
+            memory.overlaps({"counters": call["counters"]}, scalars, ())
+        return call
 
     def check_kinds(self, call: Call) -> None:
         """Types, shapes, dtypes, devices and lengths."""
+        self.check_lists(call)
+        self.check_scalars(call)
+
+    def check_lists(self, call: Call) -> None:
         like, first, fresh = call[self.first], call.get("title", self.first), call.get("fresh", ())
         checks.tensor_list(first, like, self.lists[self.first])
         for name, dtypes in self.others:
             if name not in fresh and (call[name] or name not in OPTIONAL):
                 checks.tensor_list(name, call[name], dtypes, like)
-        if "mix" in call:
-            checks.mix(call["mix"], like)
-        if "update" in call:
-            checks.host_or(call["norm"].device, lr=call["lr"], optimizer_step=call["optimizer_step"])
-            if len(call["alphas"]) > len(like):
-                raise ValueError(f"alphas must have at most {len(like)} tensors, got {len(call['alphas'])}")
-            like = like[: len(call["alphas"])]  # the others have neither alpha nor noise
-        if "draw" in call:
-            checks.draw(call["draw"], like)
-        if "losses" in call:
-            checks.losses(call["losses"], call["norm"].device, least=0 if "update" in call else 1)
+        if "update" in call and len(call["alphas"]) > len(like):
+            raise ValueError(f"alphas must have at most {len(like)} tensors, got {len(call['alphas'])}")
         if "alphas" in call:
             layouts = call["draw"].layouts if "draw" in call else ()
-            checks.alphas(call["alphas"], first, like, call.get("block", 0), layouts)
+            checks.alphas(call["alphas"], first, self.noisy(call), call.get("block", 0), layouts)
         else:
             checks.whole_blocks(first, like, call["block"])
         check, names = self.rest
         if check:
             check(*[call[name] for name in names])
 
-    def check(self, call: Call) -> None:
-        """All that the op refuses."""
-        self.check_kinds(call)
+    def check_scalars(self, call: Call) -> None:
+        if "mix" in call:
+            checks.mix(call["mix"], call[self.first])
+        if "update" in call:
+            checks.host_or(call["norm"].device, lr=call["lr"], optimizer_step=call["optimizer_step"])
+        if "draw" in call:
+            checks.draw(call["draw"], self.noisy(call))
+        if "losses" in call:
+            checks.losses(call["losses"], call["norm"].device, least=0 if "update" in call else 1)
+
+    def noisy(self, call: Call) -> Sequence[Tensor]:
+        """The tensors with alpha and noise: in the fused tail, the first ones."""
+        tensors: Sequence[Tensor] = call[self.first]
+        return tensors[: len(call["alphas"])] if "update" in call else tensors
+
+    def check_values(self, call: Call) -> None:
+        """Numbers that the host can read without waiting for a device."""
         if "r" in call:
             memory.alphas(call["alphas"], call["r"])
+        memory.numbers(call.get("draw"), call.get("mix"), call.get("update"))
+
+    def check(self, call: Call) -> Call:
+        """The call with the groups, after all checks."""
+        call = self.grouped(call)
+        self.check_kinds(call)
+        self.check_values(call)
         if "fresh" in call:
-            return
+            return call
         draw, numels = call.get("draw"), memory.numels_of(call[self.first])
-        memory.numbers(draw, call.get("mix"), call.get("update"))
         if draw is not None:
             memory.shards(tuple(draw.tensor_ids), tuple(draw.layouts), numels[: len(call["alphas"])])
         memory.overlaps(*self.memory(call), numels)
+        return call
 
     def memory(self, call: Call) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[Tensor]]]:
         """What the op writes and what it reads, by the public names."""
@@ -275,6 +343,14 @@ def update_of(call: Call) -> Update:
     return Update(rule, call["lr"], call["optimizer_step"], call["masters"], states[: rule.states])
 
 
+def names_of(call: Call) -> tuple[Sequence[int], Sequence[Layout]]:
+    """Tensor ids and layouts; none where they are those of a prepared list, which a native backend knows."""
+    if "names" in call:
+        names: tuple[Sequence[int], Sequence[Layout]] = call["names"]
+        return names
+    return (call["tensor_ids"], triples(call["layouts"])) if call["tensor_ids"] is not None else ((), ())
+
+
 def triples(layouts: Sequence[int]) -> Sequence[Layout]:
     """Layouts, which a schema writes as three numbers in a row for each tensor."""
     known = set(map(type, layouts)) <= {int}  # not symbolic
@@ -290,7 +366,7 @@ grid_of = functools.lru_cache(KEPT)(Grid)
 
 #: Each group that a backend takes, from the flat arguments.
 GROUPS: dict[str, Callable[[Call], Any]] = {
-    "draw": lambda c: Draw(c["distribution"], c["seed"], c["step"], c["tensor_ids"], triples(c["layouts"])),
+    "draw": lambda c: Draw(c["distribution"], c["seed"], c["step"], *names_of(c)),
     "mix": lambda c: Mix(c["norm"], c["one_minus_beta"], c["epsilon"]),
     "losses": lambda c: Losses(c["losses_plus"], c["losses_minus"], next(iter(c["counters"]), None)),
     "grid": lambda c: grid_of(c["qmin"], c["qmax"], c["offset"], c["r"]),
@@ -303,8 +379,9 @@ GROUPS: dict[str, Callable[[Call], Any]] = {
 
 # ---- the way around the dispatcher
 
+
 #: Types of arguments, none of them a subclass of Tensor with an idea of its own.
-PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, list, str, int, float, bool, type(None)}
+OWN = PLAIN | {list, TensorList, str, int, float, bool, type(None)}
 
 
 def detached(argument: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +110,34 @@ def elsewhere(tensors: Tensors, out: Tensors) -> list[Tensor]:
         t.new_empty(0) if t.data_ptr() == o.data_ptr() and t.nbytes == o.nbytes else t
         for t, o in zip(tensors, out, strict=True)
     ]
+
+
+class Spans:
+    """Memory of lists that lie as they must, to look up what else a call takes."""
+
+    def __init__(self, tensors: Iterable[tuple[Tensor, bool]]) -> None:
+        """Of each tensor, and whether it is written."""
+        self.begins: list[int] = []
+        self.ends: list[int] = []
+        self.written: list[bool] = []
+        for begin, size, written in sorted([(t.data_ptr(), t.nbytes, written) for t, written in tensors]):
+            if self.ends and begin < self.ends[-1]:  # both are only read
+                self.ends[-1] = max(self.ends[-1], begin + size)
+            elif size:
+                self.begins.append(begin)
+                self.ends.append(begin + size)
+                self.written.append(written)
+
+    def check(self, outputs: Tensors, inputs: Tensors) -> None:
+        """No output may share memory with these lists, nor an input with what is written of them."""
+        for tensors, output in ((outputs, True), (inputs, False)):
+            for t in tensors:
+                begin, end = t.data_ptr(), t.data_ptr() + t.nbytes
+                i = bisect.bisect_right(self.ends, begin)
+                while begin < end and i < len(self.ends) and self.begins[i] < end:
+                    if output or self.written[i]:
+                        raise ValueError("tensors must not share memory with lists that are written")
+                    i += 1
 
 
 #: Lists whose sizes are not those of the first tensors.

@@ -190,7 +190,7 @@ def update(
     own = {name: given.pop(name) for name in ("masters", "quantized", "counters")}
     latents, alphas = (arguments.tensors(name, lists[name]) for name in ("latents", "alphas"))
     own["first"], own["second"] = [*(arguments.optional(*state) for state in states.items()), []][:2]
-    noise = arguments.noisy(latents[: len(alphas)], norm, **given)
+    noise = arguments.noisy(latents, norm, **given, count=len(alphas))
     scalars = {name: arguments.scalar(name, value) for name, value in numbers.items()}
     names, values = list(rule.hyperparameters), list(rule.hyperparameters.values())
     kind = {"kind": rule.kind, "hyperparameters": names, "values": values, "nesterov": rule.nesterov}

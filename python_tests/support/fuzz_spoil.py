@@ -13,6 +13,7 @@ NUMBERS = {
     "block": (-1, 8, 100, 2048, BIG),
     "optimizer_step": (0, -1, -BIG), "one_minus_beta": (NAN, math.inf, -1.0, 1.5, 1e308),
     "lr": (NAN, math.inf, -math.inf, -1.0), "factor": (NAN, math.inf, -1.0, 0.0, 1e-39, 1e39),
+    "held": ([-1], [BIG], [0, 2**40]),
     "add": (NAN, math.inf, -1e-9, 1e39), "least": (NAN, math.inf, -1e-9, 1e39),
 }  # fmt: skip
 #: What floats may be without a crash; nothing is said about the result.
@@ -92,6 +93,8 @@ def applicable(op, name, arguments):
         return ["odd"]
     if name in STRINGS:
         return ["unknown"]
+    if name == "held":
+        return ["number"]
     if name == "layouts":
         return ["double", "drop", "layout"] if value else []
     if name in ("tensor_ids", "names", "values", "factors"):

@@ -109,7 +109,7 @@ def draw_case(random, op, bad):
         "plain": random.choice((0, 0, random.randint(0, count))), "count": random.choice((1, 2, 1000)),
         "one_minus_beta": random.choice((0.0, 1e-3, 0.3, 1.0)),
         "measure": (random.choice(STATISTICS), *random.choice(((1.0, 0.0, 0.0), (0.3, 1e-8, 0.2)))),
-        "threads": random.choice((1, 3)), "spoil": (),
+        "threads": random.choice((1, 3)), "spoil": (), "held": random.choice((0, 0, random.randrange(1024))),
     }  # fmt: skip
     block = random.choice(BLOCKS) if op == "hadamard" or (op not in PLAIN and random.random() < 0.4) else 0
     case["block"] = block
@@ -128,7 +128,7 @@ def draw_case(random, op, bad):
 SIMPLE = {
     "latent": "float32", "grad": "float32", "out": "float32", "shift": 0, "special": False, "norm": 0, "n": 1,
     "grid": GRIDS[0], "step": 0, "direction": 0, "lost": 0, "distribution": "uniform", "rule": "sgd",
-    "sides": "plus", "counters": False, "masters": False, "plain": 0, "count": 1, "threads": 1,
+    "sides": "plus", "counters": False, "masters": False, "plain": 0, "count": 1, "threads": 1, "held": 0,
     "measure": (STATISTICS[0], 1.0, 0.0, 0.0),
 }  # fmt: skip
 
@@ -257,7 +257,7 @@ def build(case, buffers):
         "distribution": lambda: case["distribution"], "epsilon": lambda: 0.75,
         "noise_scale": lambda: DISTRIBUTIONS[case["distribution"]],
         "straight_through": lambda: fk.StraightThrough(*case["kind"]).variant, "rule": lambda: case["rule"],
-        "names": lambda: list(rule_of(case).hyperparameters), "lr": lambda: scalar(0.03),
+        "held": list, "names": lambda: list(rule_of(case).hyperparameters), "lr": lambda: scalar(0.03),
         "values": lambda: list(rule_of(case).hyperparameters.values()),
         "optimizer_step": lambda: scalar(case["count"]),
         "out": lambda: {
@@ -270,6 +270,33 @@ def build(case, buffers):
         }[op](),
     }  # fmt: skip
     return {a.name: known[a.name]() for a in getattr(native, op).default._schema.arguments}
+
+
+def held(case, args):
+    """The arguments with numbers for some lists, whose tensors were others before; and what holds them."""
+    arguments = getattr(native, case["op"]).default._schema.arguments
+    lists = [a.name for a in arguments if str(a.type) == "List[Tensor]" and a.name != "counters"]
+    if not lists:
+        return args, []
+    first = next(name for name in ("latents", "grads", "tensors") if name in args)
+    numbers, holds, bits = dict.fromkeys(lists, 0), [], case["held"]
+    for i, name in enumerate(lists):
+        if not bits >> i & 1:
+            continue
+        tensors, names = args[name], ((), ())
+        if not case["spoil"]:
+            tensors = [torch.empty(0) for _ in tensors]
+            if bits >> 7 & 1 and name == first and "tensor_ids" in args and not case["plain"]:
+                names = args["tensor_ids"], args["layouts"]
+                args = args | {"tensor_ids": [], "layouts": []}
+        holds.append(_C.Hold(torch.ops.fogzo_cpu.hold(tensors, *names)))
+        numbers[name] = holds[-1].number
+        _C.generations([numbers[name]])
+        for t, now in zip(tensors, args[name], strict=True):
+            if t is not now:
+                t.data = now
+        args = args | {name: []}
+    return args | {"held": list(numbers.values())}, holds
 
 
 def lose(losses, count):
@@ -298,7 +325,8 @@ def run(case):
     wanted, off = ({}, {}) if spoilt else expected(case, args)
     before, raised = buffers.snapshot(), None
     try:
-        getattr(native, case["op"])(*args.values())
+        call, _holds = held(case, args) if case["held"] and not args.get("held") else (args, None)
+        getattr(native, case["op"])(*call.values())
     except (RuntimeError, ValueError, TypeError) as error:
         raised = error
     buffers.check(before, raised)

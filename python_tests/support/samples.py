@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -78,9 +79,25 @@ def arguments(op, device):
     return {name: known[name] for name in OPS[op].split()}
 
 
+def prepared(args):
+    """The call with a TensorList for each list of tensors; the one that noise is drawn for has the names."""
+    names = {name: args[name] for name in ("tensor_ids", "layouts") if name in args}
+    like = "latents" if "latents" in args else "grads"
+    lists = {
+        name: value
+        for name, value in args.items()
+        if isinstance(value, list) and value and all(isinstance(t, Tensor) for t in value)
+    }
+    made = {name: fk.TensorList(value) for name, value in lists.items()}
+    with suppress(TypeError, ValueError, KeyError):  # of names that are bad: they are given to the op
+        made[like] = fk.TensorList(lists[like], **names)
+        args = {name: value for name, value in args.items() if name not in names}
+    return args | made
+
+
 def tensors(args):
     """Every tensor of a call that holds data."""
-    values = [x for v in args.values() for x in (v if isinstance(v, list) else [v])]
+    values = [x for v in args.values() for x in (v if isinstance(v, list | tuple) else [v])]
     return [x for x in values if isinstance(x, Tensor) and not x.is_meta]
 
 
@@ -125,7 +142,7 @@ def samples(device, dtype, backend):
 
 
 def names_of(op):
-    return [a.name for a in getattr(native, op).default._schema.arguments]
+    return [a.name for a in getattr(native, op).default._schema.arguments if a.name != "held"]
 
 
 def native_arguments(op):

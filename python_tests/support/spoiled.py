@@ -5,13 +5,16 @@ import torch
 
 import fogzo_kernels as fk
 
-from .samples import tensors
+from .samples import prepared, tensors
 
 
 def raises_and_writes_nothing(op, args, exception, message):
+    """With plain lists, and with prepared ones where they can be made of what is wrong."""
     before = [t.clone() for t in tensors(args)]
     with pytest.raises(exception, match=message):
         getattr(fk, op)(**args)
+    with pytest.raises(exception, match=message):
+        getattr(fk, op)(**prepared(args))
     for t, old in zip(tensors(args), before, strict=True):
         torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True)
 

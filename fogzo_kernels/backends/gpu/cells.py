@@ -43,12 +43,18 @@ class CellPlan(NamedTuple):
 
 def plan(tensors: Tensors, alphas: Tensors) -> CellPlan:
     """The plan for these lists; the first one is not empty."""
-    sizes = tuple((t.data_ptr(), t.numel()) for ts in (tensors, alphas) for t in ts)
-    key = (tensors[0].device, len(tensors), sizes)
-    return kept(key, tensors, lambda captured: build(key, tensors, alphas, captured))
+
+    def key() -> Key:
+        sizes = tuple((t.data_ptr(), t.numel()) for ts in (tensors, alphas) for t in ts)
+        return tensors[0].device, len(tensors), sizes
+
+    def build(key: Key, captured: bool) -> CellPlan:
+        return build_plan(key, tensors, alphas, captured)
+
+    return kept((tensors, alphas), "cells", tensors, key, build)
 
 
-def build(key: Key, tensors: Tensors, alphas: Tensors, captured: bool) -> CellPlan:
+def build_plan(key: Key, tensors: Tensors, alphas: Tensors, captured: bool) -> CellPlan:
     rows: list[dict[str, int]] = []
     programs, seconds = [0], [0]
     for t, alpha in zip(tensors, alphas, strict=True):

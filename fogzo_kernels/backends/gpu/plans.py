@@ -3,7 +3,8 @@
 The kernels of a GPU backend work on a list of tensors in one launch. A program takes a span of consecutive
 elements of one tensor: ``owner`` names the program's row in ``table``, and a row holds COLUMNS.
 
-A plan is a pure function of its key, so it never goes stale. It lives as long as something may read it:
+A plan is a pure function of its key, so it never goes stale. States of lists that native code holds stand for
+a key, which takes longer to make. A plan lives as long as something may read it:
 
 - This module keeps the PLANS_KEPT plans that were used last. A plan that a CUDA graph captured stays for good,
   once for each key: nothing tells when the last graph that reads it is gone.
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ...spec.call import Draw
 from ...spec.noise import Layout
+from ..held import Held
 
 COLUMNS = (
     "LATENT", "GRAD", "PLUS", "MINUS", "ALPHA",  # addresses
@@ -67,12 +69,14 @@ class Plan(NamedTuple):
     programs: int
     aligned: bool  # every tensor begins at a multiple of 16 bytes
     per_tensor: bool  # every alpha has one element
+    empty: tuple[int, ...]  # tensors without elements
     scale_lengths: frozenset[int]  # numbers of elements that share an alpha
     shard: bool  # some layout skips elements
 
 
 P = TypeVar("P")
 _plans: OrderedDict[Any, Any] = OrderedDict()  # by key; plans of cells.py are among them
+_of_states: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()  # key and plan, by the states of lists
 _captured: dict[Any, Any] = {}  # read by CUDA graphs, which may be replayed at any later time
 
 
@@ -95,23 +99,54 @@ def plan(
     with them ``plus``, ids and layouts, may end sooner; ``states`` are at most two lists. No program writes the
     gradients of the alphas of a tensor without elements: they become 0 here.
     """
-    for t, alpha_grad in zip(like, alpha_grads, strict=False):
-        if not t.numel():
-            alpha_grad.zero_()
     lists = latents, grads, plus, minus, *states, *((),) * (2 - len(states)), alphas, alpha_grads
-    key = Key(
-        like[0].device if like else None,
-        tuple(tuple(t.data_ptr() for t in ts) for ts in lists),
-        tuple(t.numel() for t in like),
-        tuple(t.numel() for t in alphas),
-        tuple(draw.tensor_ids) if draw else (),
-        tuple(draw.layouts) if draw else (),
-        tuple(factors),
-    )
-    return kept(key, like, lambda captured: build_plan(key, captured))
+
+    def key() -> Key:
+        return Key(
+            like[0].device if like else None,
+            tuple(tuple(t.data_ptr() for t in ts) for ts in lists),
+            tuple(t.numel() for t in like),
+            tuple(t.numel() for t in alphas),
+            tuple(draw.tensor_ids) if draw else (),
+            tuple(draw.layouts) if draw else (),
+            tuple(factors),
+        )
+
+    p = kept(lists, (draw is None, *factors), like, key, build_plan)
+    for i in p.empty if alpha_grads else ():
+        alpha_grads[i].zero_()
+    return p
 
 
-def kept(key: Any, like: Tensors, build: Callable[[bool], P]) -> P:
+def kept(
+    lists: Sequence[Tensors],
+    others: Any,
+    like: Tensors,
+    key_of: Callable[[], Any],
+    build: Callable[[Any, bool], P],
+) -> P:
+    """The plan of these lists and ``others``, which belongs to a key; ``build`` makes it of the key."""
+    states = others, *[ts.generation if isinstance(ts, Held) else 0 for ts in lists]
+    held = all(isinstance(ts, Held) or not ts for ts in lists)
+    known = _of_states.pop(states, None) if held else None
+    captured = capturing(like)
+    if known is None:
+        key = key_of()
+        known = key, of_key(key, like, build)
+        held = held and not captured  # or the plan may lie in memory of the graph
+    elif captured:
+        _captured[known[0]] = known[1]
+    elif like and like[0].is_cuda:
+        replenish(pinned=True)
+    if held:
+        _of_states[states] = known
+        if len(_of_states) > PLANS_KEPT:
+            _of_states.popitem(last=False)
+    plan: P = known[1]
+    return plan
+
+
+def of_key(key: Any, like: Tensors, build: Callable[[Any, bool], P]) -> P:
     """The plan of a key; ``build`` makes it, for a graph that is being captured or not."""
     plan: P | None = _plans.get(key)
     if plan is not None:
@@ -120,13 +155,13 @@ def kept(key: Any, like: Tensors, build: Callable[[bool], P]) -> P:
         plan = _captured.get(key)
     if capturing(like):
         if plan is None:
-            return build(True)
+            return build(key, True)
         _captured[key] = plan
         return plan
     if like and like[0].is_cuda:
         replenish(pinned=True)
     if plan is None:
-        plan = _plans[key] = build(False)
+        plan = _plans[key] = build(key, False)
         if len(_plans) > PLANS_KEPT:
             _plans.popitem(last=False)
     return plan
@@ -171,6 +206,7 @@ def build_plan(key: Key, captured: bool = False) -> Plan:
         programs=firsts[-1],
         aligned=all(row["ALIGNED"] for row in rows),
         per_tensor=all(s == 1 for s in key.scales),
+        empty=tuple(i for i, numel in enumerate(key.numels) if not numel),
         scale_lengths=frozenset(row["SCALE_LENGTH"] for row in rows if row["NUMEL"]),
         shard=any(row["SKIP"] for row in rows),
     )
