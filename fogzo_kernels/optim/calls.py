@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ..functional import TensorList
 from ..train.calls import WeightGroup
 from .memory import View
 
@@ -50,6 +52,19 @@ class Call:
         self.places: list[int] = []  # of the estimated weights in their group
         self.of: int | None = None  # which group of estimated weights
         self.weights: WeightGroup | None = None
+        self.latents: Sequence[Tensor] = []
+        self.states: list[Sequence[Tensor]] = []
+
+    def prepare(self, plain: bool) -> None:
+        """Make the lists that stay. ``plain``: no parameter has a view or a master copy."""
+        latents = [o.latent for o in self.operands]
+        states = [list(state) for state in zip(*[o.states for o in self.operands], strict=True)]
+        if not plain:
+            self.latents, self.states = latents, [*states]
+            return
+        ids = self.weights.tensor_ids if self.weights is not None else []
+        self.latents = TensorList(latents, tensor_ids=[*ids, *[0] * (len(latents) - len(ids))])
+        self.states = [TensorList(state) for state in states]
 
     def add(self, operands: Operands) -> None:
         self.operands.append(operands)
@@ -68,6 +83,8 @@ class Kept:
         self.addresses = [*map(Tensor.data_ptr, self.parameters)]
         self.grad_dtypes = [o.grad.dtype for o in every]
         self.plain = all(o.latent is o.parameter and o.master is None for o in every)
+        for call in calls:
+            call.prepare(self.plain)
         self.of_state = [optimizer.state[p] for p in self.parameters]
         self.state = [t for own in self.of_state for t in own.values()]
         self.steps = [o.step for o in every]

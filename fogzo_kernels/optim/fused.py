@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..functional import TensorList
 from ..nn.view import local
 from ..ops import arguments
 from ..spec.grid import Grid
@@ -295,9 +296,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         device, steps = operands[0].latent.device, [o.step for o in operands]
         if not call.number:  # the op reads the coming number on the device
             torch._foreach_add_(steps, 1 if unknown is None else (~unknown).long().to(device))
-        states: list[Any] = [[o.states[i] for o in operands] for i in range(len(options.states))]
+        states: list[Any] = [*call.states]
         states += [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
-        tensors = [o.latent for o in operands], call.grads, *states
+        grads = TensorList(call.grads) if isinstance(call.latents, TensorList) else call.grads
+        tensors = call.latents, grads, *states
         how: dict[str, Any] = {
             "lr": options.lr,
             "optimizer_step": call.number or steps[0],
@@ -318,7 +320,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             _, plus, minus, n = step.estimate
             assert n is not None
             with step.run.counting(first) as counters:
-                op(*tensors, plus, minus, group.alphas, n, counters=counters, **step.options(group) | how)
+                options_of_step = step.options(group) | how
+                if not isinstance(call.latents, TensorList):
+                    options_of_step |= {"tensor_ids": group.tensor_ids, "layouts": group.layouts}
+                op(*tensors, plus, minus, group.alphas, n, counters=counters, **options_of_step)
         if call.number:
             torch._foreach_add_(steps, 1)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..distributed.group import sum_of_parts
 from ..distributed.sharding import measure_sharded_
 from ..functional import (
+    TensorList,
     guide_norm,
     guide_sumsq,
     learned_backward_,
@@ -51,23 +52,35 @@ class WeightGroup:
         for w in weights:
             check_alpha(w.modules[0])
             w.rotated = self.how["transform"] is not None
-        self.alphas = [w.alpha for w in weights]
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
         self.layouts = layouts or None  # of parts of weights: all weights are parts, or none is
-        self.memory = [w.memory() for w in weights]
         self.learned = [w.modules[0].alpha.requires_grad for w in weights]
         learn = [w.modules[0] if learned else None for w, learned in zip(weights, self.learned, strict=True)]
         self.factors = [1.0 if module is None else module.alpha_factor for module in learn]
         self.codes = [w.takes_codes for w in weights]
-        self.grads: list[Tensor] = []
         # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
-        self.as_it_is = all(w.latent is w.parameter for w in weights)
+        self.prepared = layouts == [] and all(w.latent is w.parameter for w in weights)
+        self.alphas, self.memory = (
+            self._list([w.alpha for w in weights]),
+            self._list([w.memory() for w in weights]),
+        )
+        self.grads: Sequence[Tensor] = []
+        self._latents = self._list([w.parameter for w in weights]) if self.prepared else None
+
+    def _list(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        """Return the tensors of these weights as ops take them in the least time."""
+        return TensorList(tensors, tensor_ids=self.tensor_ids) if self.prepared else tensors
 
     @property
-    def latents(self) -> list[Tensor]:
+    def latents(self) -> Sequence[Tensor]:
         """Rows of the parameters."""
-        return [w.parameter if self.as_it_is else w.latent for w in self.weights]
+        return [w.latent for w in self.weights] if self._latents is None else self._latents
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The names of the noise, as ops take them; prepared lists bring their own."""
+        return {} if self.prepared else {"tensor_ids": self.tensor_ids, "layouts": self.layouts}
 
     def split(self, values: Sequence[T]) -> list[tuple[T, WeightGroup]]:
         """Return a group for each value; there is a value for each weight."""
@@ -84,6 +97,10 @@ class WeightGroup:
         for name in self.LISTS:
             if values := getattr(self, name):
                 setattr(group, name, [values[i] for i in places])
+        for name in ("alphas", "memory", "grads"):
+            setattr(group, name, group._list(getattr(group, name)))
+        if self.prepared:
+            group._latents = group._list([w.parameter for w in group.weights])
         return group
 
     def with_gradients(self) -> list[WeightGroup]:
@@ -91,15 +108,15 @@ class WeightGroup:
         grads = [w.parameter.grad for w in self.weights]
         present = [grad for grad in grads if grad is not None]
         alike = len(present) == len(grads) and len(set(map(DTYPE, present))) == 1
-        if alike and self.as_it_is and all(map(Tensor.is_contiguous, present)):
+        if alike and self.prepared and all(map(Tensor.is_contiguous, present)):
             group = copy.copy(self)
-            group.grads = present
+            group.grads = self._list(present)
             return [group]
         groups = []
         for dtype, group in self.split([None if grad is None else grad.dtype for grad in grads]):
             if dtype is not None:
                 group = copy.copy(group)
-                group.grads = [w.guide() for w in group.weights]  # type: ignore[misc]
+                group.grads = group._list([w.guide() for w in group.weights])  # type: ignore[misc]
                 groups.append(group)
         return groups
 

@@ -290,8 +290,9 @@ class Step:
             run.gradients.note(self._guides)
 
     @property
-    def _guides(self) -> list[Tensor]:
-        return [grad for group in self.groups for grad in group.grads]
+    def _guides(self) -> Sequence[Tensor]:
+        groups = self.groups
+        return groups[0].grads if len(groups) == 1 else [grad for group in groups for grad in group.grads]
 
     def lose(self) -> None:
         """Nothing is to change: buffers are as before, gradients are left out, and no probe follows.
@@ -333,7 +334,7 @@ class Step:
 
     def options(self, group: WeightGroup) -> dict[str, Any]:
         """Return what perturbation and estimate must agree on, as the ops take it."""
-        return {**group.how, "tensor_ids": group.tensor_ids, "layouts": group.layouts, **self.noise}
+        return {**group.how, **group.names, **self.noise}
 
     def _write_probes(self, probe: Pass) -> tuple[list[WeightView], list[Tensor]]:
         """Return the weights and the rows that they run this probe with: Q(w) where they take no part.

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ...backends import load
+from ...functional import TensorList
 from ...nn.view import local
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -31,9 +32,10 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
         device: of the two results: bool, (len(tensors),) and 0-dim. A GPU is not waited for.
         zeros: whether the first result is asked for; else it says nothing.
     """
-    plain = [_numbers(local(t)) for t in tensors]
+    prepared = isinstance(tensors, TensorList) and tensors.plain
+    plain: Sequence[Tensor] = tensors if prepared else [_numbers(local(t)) for t in tensors]
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, t in enumerate(plain):
+    for i, t in enumerate(plain[:1] if prepared else plain):  # gradients in one call of an op are alike
         kinds.setdefault((t.device, t.dtype), []).append(i)
     nonzero = torch.ones(len(plain), dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
@@ -43,7 +45,9 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
         if where.type == "cpu":
             some, all_finite = _look_on_cpu(own, zeros)
         else:
-            norms = torch.stack(torch._foreach_norm(own, 1, dtype=torch.float32 if dtype in HALVES else None))
+            norms = torch.stack(
+                torch._foreach_norm(list(own), 1, dtype=torch.float32 if dtype in HALVES else None)
+            )
             some, all_finite = norms != 0, norms.isfinite().all()
         finite &= all_finite.to(device, non_blocking=True)
         some = some.to(device, non_blocking=True)
@@ -54,12 +58,12 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
     return nonzero, finite
 
 
-def _look_on_cpu(tensors: list[Tensor], zeros: bool) -> tuple[Tensor, Tensor]:
+def _look_on_cpu(tensors: Sequence[Tensor], zeros: bool) -> tuple[Tensor, Tensor]:
     seen = _inspected(tensors)
     if seen is not None:
         return seen[1] != 0, (seen[2] != 0).all()
     # the second norm is the fast one, and may overflow or underflow
-    norms = torch.stack(torch._foreach_norm(tensors, 2)).tolist()
+    norms = torch.stack(torch._foreach_norm(list(tensors), 2)).tolist()
     finite = all(map(math.isfinite, norms)) or all(bool(t.isfinite().all()) for t in tensors)
     some = [norm != 0 or bool(t.any()) for norm, t in zip(norms, tensors, strict=True)] if zeros else norms
     return torch.tensor(some, dtype=torch.bool), torch.tensor(finite)
@@ -74,7 +78,10 @@ def _inspected(tensors: Sequence[Tensor]) -> Tensor | None:
         return None
     out = torch.empty(3, len(tensors), dtype=torch.int64)
     try:
-        torch.ops.fogzo_cpu.inspect(out, tensors)
+        if isinstance(tensors, TensorList):
+            torch.ops.fogzo_cpu.inspect(out, [], [tensors.hold.number])
+        else:
+            torch.ops.fogzo_cpu.inspect(out, tensors)
     except RuntimeError:
         return None
     return out
