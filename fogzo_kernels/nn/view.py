@@ -73,22 +73,6 @@ class Deferred(torch.autograd.Function):
         return grads[0], torch.zeros_like(alpha) if ctx.needs_input_grad[1] else None, None
 
 
-class DeferredLists(torch.autograd.Function):
-    """Q of many latents in one node. The gradient of each latent is dL/dQ, and none where Q was not used.
-
-    It saves nothing, so that the backward of each micro-batch can go through it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, quantized: list[Tensor], *latents: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple([rows.detach() for rows in quantized])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *grads
-
-
 class Part(NamedTuple):
     """Says which rows, or which columns, a process has of a weight, which it sees as a matrix."""
 
@@ -202,6 +186,10 @@ class WeightView:
     DTensor these are the rows of the part that this process has; scales and layout are then of that part.
     """
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes memory of its own."""
+        return vars(self) | {"_memory": None, "values": None}
+
     def __init__(self, name: str, module: QuantizedModule) -> None:
         self.name = name  # of the first module that has it
         self.parameter, self.tensor_id = module.latent, module.tensor_id
@@ -209,7 +197,10 @@ class WeightView:
         self.placement = placement_of(module, self.parameter, name)
         self.placement.check(name)
         self._memory: Tensor | None = None
-        self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
+        # The memory as what came of copying the parameter. A copy hands its gradient on, and so the graph of each
+        # gradient pass brings dL/dQ to the parameter.
+        self.values: Tensor | None = None
+        self.deferred = False  # whether .grad gets dL/dQ in gradient passes
         self.rotated = False  # whether Q is in the basis of the quantizer's transform
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -260,7 +251,15 @@ class WeightView:
         p, memory = self.latent, self._memory
         dtype = torch.int8 if self.placement.sends_codes else p.dtype
         if memory is None or (memory.shape, memory.dtype, memory.device) != (p.shape, dtype, p.device):
-            self._memory = memory = torch.empty_like(p, dtype=dtype)
+            if self.placement is LOCAL:
+                with torch.enable_grad():
+                    self.values = (
+                        self.modules[0].rows(self.parameter).clone(memory_format=torch.contiguous_format)
+                    )
+                memory = self.values.detach()
+            else:
+                memory = torch.empty_like(p, dtype=dtype)
+            self._memory = memory
         return memory
 
     @property
@@ -287,7 +286,8 @@ class WeightView:
 
     def use(self, pass_weight: PassWeight) -> None:
         """Let the modules run with this."""
-        self.deferred = pass_weight.deferred
+        if not pass_weight.probe:
+            self.deferred = pass_weight.deferred
         if self.placement is LOCAL:
             for module in self.modules:
                 vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
@@ -301,6 +301,13 @@ def check_alpha(module: QuantizedModule) -> None:
         raise ValueError("alpha must not require grad, as no gradient reaches it")
 
 
+def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
+    """Let the modules run with values or codes of a probe, without a gradient."""
+    for w, own in zip(views, rows, strict=True):
+        ready = own.dtype != torch.int8
+        w.use(PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated))
+
+
 def release(views: Iterable[WeightView]) -> None:
     """Let the modules quantize for themselves again."""
     for w in views:
@@ -309,32 +316,3 @@ def release(views: Iterable[WeightView]) -> None:
                 vars(module)["pass_weight"] = None
         else:
             w.placement.hold(w.modules, None)
-
-
-def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
-    """Let the modules run with values or codes of a probe, without a gradient."""
-    for w, own in zip(views, rows, strict=True):
-        ready = own.dtype != torch.int8
-        w.use(PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated))
-
-
-def use_quantized(views: Sequence[WeightView], memory: Sequence[Tensor]) -> None:
-    """Let the modules of whole weights run with Q, which is in the memory, in a gradient pass.
-
-    One node of the graph serves all weights whose gradients may come at once: nobody watches them, and no other
-    process waits for them.
-    """
-    alone = not (dist.is_available() and dist.is_initialized())
-    joint, quantized = [], []
-    for w, rows in zip(views, memory, strict=True):
-        if alone and w.placement is LOCAL and w.unwatched:
-            joint.append(w)
-            quantized.append(rows)
-        else:
-            w.use(PassWeight(w.parameter, rows, False, w.unwatched))
-    if joint:
-        with torch.enable_grad():
-            latents = [w.modules[0].rows(w.parameter) for w in joint]
-            values = DeferredLists.apply(quantized, *latents)
-        for w, rows in zip(joint, values, strict=True):
-            w.use(PassWeight(w.parameter, rows, False, True, True, not w.rotated))

@@ -120,10 +120,11 @@ def facts_of(weights: Sequence[WeightView]) -> Any:
     if not (same and all(w.placement is LOCAL for w in weights)):
         return None
     alphas = [m._parameters["alpha"] if "alpha" in m._parameters else m._buffers["alpha"] for m in modules]
+    unwatched = [w.unwatched for w in weights]
     of_latents = [*zip(*[map(fact, latents) for fact in FACTS], strict=True)]
     of_alphas = [*zip(map(DATA_PTR, alphas), map(REQUIRES_GRAD, alphas), strict=True)]
     quantizers = [(m.weight_quantizer.quantizer, m.weight_quantizer.stale) for m in modules]
-    return of_latents, of_alphas, quantizers, [getattr(m, "product", None) for m in modules]
+    return unwatched, of_latents, of_alphas, quantizers, [getattr(m, "product", None) for m in modules]
 
 
 DATA_PTR: Any = Tensor.data_ptr

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.group import sum_of_parts
@@ -21,7 +22,8 @@ from ..functional import (
     quantize_,
     straight_through_backward_,
 )
-from ..nn.view import WeightView, check_alpha, use_probe
+from ..nn.module import QuantizedModule
+from ..nn.view import PassWeight, WeightView, check_alpha, use_probe
 from ..nn.weight import hold_alphas, measure_
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
@@ -68,7 +70,7 @@ class WeightGroup:
         self.grads: Sequence[Tensor] = []
         self._latents = self._list([w.parameter for w in weights]) if self.prepared else None
 
-    def _list(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+    def _list(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the tensors of these weights as ops take them in the least time."""
         return TensorList(tensors, tensor_ids=self.tensor_ids) if self.prepared else tensors
 
@@ -97,8 +99,8 @@ class WeightGroup:
         for name in self.LISTS:
             if values := getattr(self, name):
                 setattr(group, name, [values[i] for i in places])
-        for name in ("alphas", "memory", "grads"):
-            setattr(group, name, group._list(getattr(group, name)))
+        group.alphas, group.memory = group._list(group.alphas), group._list(group.memory)
+        group.grads = group._list(group.grads) if group.grads else []
         if self.prepared:
             group._latents = group._list([w.parameter for w in group.weights])
         return group
@@ -135,48 +137,81 @@ def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGr
 
 
 class Prepared:
-    """The groups of a model's weights, made once and kept while nothing that they hold has moved.
+    """What steps need of a model's weights, made once and kept while nothing that it holds has moved.
 
     Attributes:
         facts: of the weights now (:func:`fogzo_kernels.nn.weights.facts_of`), as a step has them at its start.
+        groups: the weights by calls of ops.
+        measured, learned: modules whose alphas each step measures, and holds in their range.
     """
 
     def __init__(self, weights: Sequence[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
         self.facts: Any = None
         self._facts_of_groups: Any = None
-        self._groups: list[WeightGroup] = []
+        self.groups: list[WeightGroup] = []
+        self.measured: list[WeightView] = []
+        self.learned: list[QuantizedModule] = []
+        self._ready: list[tuple[dict[str, Any], PassWeight]] = []
+        self._others: list[tuple[WeightView, Tensor]] = []
 
-    def groups(self) -> list[WeightGroup]:
-        """Return the groups as they are now."""
-        if self.facts is None or self.facts != self._facts_of_groups:
-            self._groups, self._facts_of_groups = grouped(self.weights, self.backend), self.facts
-        return self._groups
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prepared, (self.weights, self.backend)
 
+    def update(self) -> None:
+        """Make all of it anew if something has moved."""
+        if self.facts is not None and self.facts == self._facts_of_groups:
+            return
+        self._facts_of_groups = None
+        self.groups = grouped(self.weights, self.backend)
+        modules = [m for w in self.weights for m in w.modules]
+        self.measured = [w for w in self.weights if isinstance(w.quantizer.scale, MeasuredScale)]
+        self.learned = [m for m in modules if m.quantizer.learned or m.input_quantizer is not None]
+        alone = not (dist.is_available() and dist.is_initialized())
+        self._ready, self._others = [], []
+        for group in self.groups:
+            for w, rows in zip(group.weights, group.memory, strict=True):
+                if w.values is None or not (alone and w.unwatched):
+                    self._others.append((w, rows))
+                    continue
+                w.deferred = True
+                run_with = PassWeight(w.parameter, w.values, False, True, True, not w.rotated)
+                self._ready += [(vars(m), run_with) for m in w.modules]
+        self._facts_of_groups = self.facts
 
-def run_quantized(weights: list[WeightView], backend: str | None) -> None:
-    """Let modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
-    for group in grouped(weights, backend):
-        group.quantize()
-    use_probe(weights, [w.memory() for w in weights])
+    def use_quantized(self) -> None:
+        """Let modules run with Q, which the memory has, in a gradient pass.
 
+        Where somebody watches a gradient as it arrives, or other processes wait for it, h' is applied at once.
+        """
+        for w, rows in self._others:
+            w.use(PassWeight(w.parameter, rows, False, w.unwatched))
+        for state, run_with in self._ready:
+            state["pass_weight"] = run_with  # without the time that setattr of nn.Module takes
 
-def set_alphas(weights: Sequence[WeightView], backend: str | None) -> Tensor | None:
-    """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
-    calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    modules = [m for w in weights for m in w.modules]
-    measured = [isinstance(m.weight_quantizer.quantizer.scale, MeasuredScale) for m in modules]
-    if any(measured):
-        measure_sharded_([m for w in weights if not w.placement.is_whole for m in w.modules], backend)
-        for w in weights:
+    def set_alphas(self) -> Tensor | None:
+        """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
+        calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        if self.measured:
+            measure_sharded_(
+                [m for w in self.measured if not w.placement.is_whole for m in w.modules], self.backend
+            )
+        for w in self.measured:
             scale = w.quantizer.scale
             if isinstance(scale, MeasuredScale) and w.placement.is_whole:
                 alphas, rows = calls.setdefault((scale, w.quantizer.transform, w.parameter.dtype), ([], []))
                 alphas += [m.alpha for m in w.modules]
                 rows += [w.latent] * len(w.modules)
-    for (scale, transform, _), (alphas, rows) in calls.items():
-        measure_(alphas, rows, scale, transform, backend)
-    return hold_alphas(modules)
+        for (scale, transform, _), (alphas, rows) in calls.items():
+            measure_(alphas, rows, scale, transform, self.backend)
+        return hold_alphas(self.learned)
+
+
+def run_quantized(prepared: Prepared) -> None:
+    """Let modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
+    for group in prepared.groups:
+        group.quantize()
+        use_probe(group.weights, group.memory)
 
 
 def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView, release, use_probe, use_quantized
+from ..nn.view import WeightView, release, use_probe
 from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
@@ -132,13 +132,15 @@ class Step:
                 self.snapshots.append(run.replay.save(self._modules))
                 if self._compared:
                     self._generators = global_generators(run.replay.others)
-                clamped = calls.set_alphas(run.weights, run.backend)
+                prepared = run.prepared
+                prepared.update()
+                clamped = prepared.set_alphas()
                 if clamped is not None:
                     run.counters[2] += clamped
-                self.groups = run.prepared.groups()
+                self.groups = prepared.groups
                 for group in self.groups:
                     group.quantize()
-                    use_quantized(group.weights, group.memory)
+                prepared.use_quantized()
             else:
                 probes = self._write_probes(probe)
                 run.replay.load(self.snapshots[0])
