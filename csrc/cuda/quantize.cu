@@ -62,7 +62,7 @@ template <class T> FOGZO_KERNEL(kThreads, 8) rotated_quantize_kernel(FOGZO_PARAM
 template <StraightThrough Kind, class T> FOGZO_KERNEL(kThreads, 8) backward_kernel(FOGZO_PARAMETER Quantize p) {
   const Part part = part_of(p.plan);
   const Operands o = operands_of(part, T::of(p.dtypes));
-  walk<1>(frame_of<false>(part, p.grid.r), [&](const auto &at) { backward<Kind>(p, o, at); });
+  walk<1, !T::any>(frame_of<false>(part, p.grid.r), [&](const auto &at) { backward<Kind>(p, o, at); });
 }
 
 template <StraightThrough Kind, class T>
