@@ -31,7 +31,7 @@ FOGZO_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dt
 struct Operand {
   char *begin;
   Dtype dtype;
-  int bytes; // of an element, which a kernel for any dtypes else computes anew in each turn
+  int bytes = bytes_of(dtype); // of an element, which a kernel for any dtypes else computes anew in each turn
 
   FOGZO_DEVICE char *element(int64_t j) const { return begin + j * bytes; }
   FOGZO_DEVICE char *chunk(int64_t c) const { return begin + c * (kChunk * bytes); }
