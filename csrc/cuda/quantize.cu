@@ -28,6 +28,8 @@ template <class Items> FOGZO_DEVICE void quantize(const Quantize &p, const Opera
 
 template <StraightThrough Kind, class Items>
 FOGZO_DEVICE void backward(const Quantize &p, const Operands &o, const Items &at) {
+  if constexpr (Items::size > 1) // then addresses that turns move on need no sign
+    __builtin_assume(at.first >= 0);
   Loads<Items> latent, grad;
   float x[Items::count][Items::size], g[Items::count][Items::size];
   load(at, o.latent, latent);
