@@ -372,13 +372,16 @@ class QuantizedModule(SavedModule):
 
     def learned_alphas(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Those of these names that are learned and have a value, each with where it is held."""
-        if not ("alpha_least" in self._buffers or "input_alpha_least" in self._buffers):
-            return []
-        if self.weight_quantizer.shares and self.alpha_least.shape != self.alpha.shape:
-            self.alpha_least = self.alpha.detach() * FLOOR  # the first was calibrated after a resize
-        inputs = self.input_quantizer is not None and self.input_quantizer.calibrated
-        ready = [n for n in names if f"{n}_least" in self._buffers and (n == "alpha" or inputs)]
-        return [(getattr(self, name), getattr(self, f"{name}_least")) for name in ready]
+        buffers, pairs = self._buffers, []
+        if "alpha" in names and buffers.get("alpha_least") is not None:
+            if self.weight_quantizer.shares and self.alpha_least.shape != self.alpha.shape:
+                self.alpha_least = self.alpha.detach() * FLOOR  # the first was calibrated after a resize
+            pairs.append((self._parameters["alpha"], buffers["alpha_least"]))
+        if "input_alpha" in names and buffers.get("input_alpha_least") is not None:
+            assert self.input_quantizer is not None
+            if self.input_quantizer.calibrated:
+                pairs.append((self._parameters["input_alpha"], buffers["input_alpha_least"]))
+        return pairs  # type: ignore[return-value]
 
     # ---- what PyTorch does to a module
 

@@ -73,6 +73,22 @@ class Deferred(torch.autograd.Function):
         return grads[0], torch.zeros_like(alpha) if ctx.needs_input_grad[1] else None, None
 
 
+class DeferredLists(torch.autograd.Function):
+    """Memory of Q of many latents as one node. The gradient of each latent is dL/dQ, none where Q was not used.
+
+    It saves nothing. So one node serves all gradient passes of a run, whatever is written into the memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, memory: Sequence[Tensor], *latents: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple([rows.detach() for rows in memory])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads
+
+
 class Part(NamedTuple):
     """Says which rows, or which columns, a process has of a weight, which it sees as a matrix."""
 
@@ -186,10 +202,6 @@ class WeightView:
     DTensor these are the rows of the part that this process has; scales and layout are then of that part.
     """
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy makes memory of its own."""
-        return vars(self) | {"_memory": None, "values": None}
-
     def __init__(self, name: str, module: QuantizedModule) -> None:
         self.name = name  # of the first module that has it
         self.parameter, self.tensor_id = module.latent, module.tensor_id
@@ -197,9 +209,6 @@ class WeightView:
         self.placement = placement_of(module, self.parameter, name)
         self.placement.check(name)
         self._memory: Tensor | None = None
-        # The memory as what came of copying the parameter. A copy hands its gradient on, and so the graph of each
-        # gradient pass brings dL/dQ to the parameter.
-        self.values: Tensor | None = None
         self.deferred = False  # whether .grad gets dL/dQ in gradient passes
         self.rotated = False  # whether Q is in the basis of the quantizer's transform
 
@@ -251,15 +260,7 @@ class WeightView:
         p, memory = self.latent, self._memory
         dtype = torch.int8 if self.placement.sends_codes else p.dtype
         if memory is None or (memory.shape, memory.dtype, memory.device) != (p.shape, dtype, p.device):
-            if self.placement is LOCAL:
-                with torch.enable_grad():
-                    self.values = (
-                        self.modules[0].rows(self.parameter).clone(memory_format=torch.contiguous_format)
-                    )
-                memory = self.values.detach()
-            else:
-                memory = torch.empty_like(p, dtype=dtype)
-            self._memory = memory
+            self._memory = memory = torch.empty_like(p, dtype=dtype)
         return memory
 
     @property

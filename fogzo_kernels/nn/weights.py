@@ -115,27 +115,26 @@ def facts_of(weights: Sequence[WeightView]) -> Any:
     Parts of weights move in each pass, and give None.
     """
     modules = [m for w in weights for m in w.modules]
-    latents = [m._parameters.get(m.PARAMETER) for m in modules]
+    latents: Any = [m._parameters.get(m.PARAMETER) for m in modules]
     same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
     if not (same and all(w.placement is LOCAL for w in weights)):
         return None
-    alphas = [m._parameters["alpha"] if "alpha" in m._parameters else m._buffers["alpha"] for m in modules]
-    unwatched = [w.unwatched for w in weights]
-    of_latents = [*zip(*[map(fact, latents) for fact in FACTS], strict=True)]
-    of_alphas = [*zip(map(DATA_PTR, alphas), map(REQUIRES_GRAD, alphas), strict=True)]
-    quantizers = [(m.weight_quantizer.quantizer, m.weight_quantizer.stale) for m in modules]
-    return unwatched, of_latents, of_alphas, quantizers, [getattr(m, "product", None) for m in modules]
+    alphas: Any = [m._parameters["alpha"] if "alpha" in m._parameters else m._buffers["alpha"] for m in modules]
+    facts = [[*map(fact, latents)] for fact in FACTS]
+    facts += [*map(DATA_PTR, alphas)], [*map(REQUIRES_GRAD, alphas)], [w.unwatched for w in weights]
+    quantizers = [m.weight_quantizer for m in modules]
+    return (
+        facts,
+        [*map(QUANTIZER, quantizers)],
+        [*map(STALE, quantizers)],
+        [vars(m).get("product") for m in modules],
+    )
 
 
 DATA_PTR: Any = Tensor.data_ptr
-REQUIRES_GRAD = operator.attrgetter("requires_grad")
+REQUIRES_GRAD, QUANTIZER, STALE = map(operator.attrgetter, ("requires_grad", "quantizer", "stale"))
 #: Facts of a parameter.
-FACTS: tuple[Any, ...] = (
-    DATA_PTR,
-    Tensor.is_contiguous,
-    REQUIRES_GRAD,
-    *map(operator.attrgetter, ("shape", "dtype")),
-)
+FACTS = DATA_PTR, Tensor.is_contiguous, REQUIRES_GRAD, *map(operator.attrgetter, ("shape", "dtype"))
 
 
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:

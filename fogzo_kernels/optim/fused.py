@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
@@ -298,7 +299,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(steps, 1 if unknown is None else (~unknown).long().to(device))
         states: list[Any] = [*call.states]
         states += [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
-        grads = TensorList(call.grads) if isinstance(call.latents, TensorList) else call.grads
+        grads: Any = call.grads
+        if isinstance(call.latents, TensorList):  # a step may have prepared the list
+            lists = [g.grads for g in step.groups if len(g.grads) == len(grads)] if step is not None else []
+            grads = next((own for own in lists if all(map(operator.is_, own, grads))), None) or TensorList(
+                grads
+            )
         tensors = call.latents, grads, *states
         how: dict[str, Any] = {
             "lr": options.lr,

@@ -23,7 +23,7 @@ from ..functional import (
     straight_through_backward_,
 )
 from ..nn.module import QuantizedModule
-from ..nn.view import PassWeight, WeightView, check_alpha, use_probe
+from ..nn.view import LOCAL, DeferredLists, PassWeight, WeightView, check_alpha, use_probe
 from ..nn.weight import hold_alphas, measure_
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
@@ -170,13 +170,18 @@ class Prepared:
         alone = not (dist.is_available() and dist.is_initialized())
         self._ready, self._others = [], []
         for group in self.groups:
-            for w, rows in zip(group.weights, group.memory, strict=True):
-                if w.values is None or not (alone and w.unwatched):
-                    self._others.append((w, rows))
+            joint = [alone and w.placement is LOCAL and w.unwatched for w in group.weights]
+            for is_joint, part in group.split(joint):
+                if not is_joint:
+                    self._others += zip(part.weights, part.memory, strict=True)
                     continue
-                w.deferred = True
-                run_with = PassWeight(w.parameter, w.values, False, True, True, not w.rotated)
-                self._ready += [(vars(m), run_with) for m in w.modules]
+                with torch.enable_grad():
+                    latents = [w.modules[0].rows(w.parameter) for w in part.weights]
+                    values = DeferredLists.apply(part.memory, *latents)
+                for w, rows in zip(part.weights, values, strict=True):
+                    w.deferred = True
+                    run_with = PassWeight(w.parameter, rows, False, True, True, not w.rotated)
+                    self._ready += [(vars(m), run_with) for m in w.modules]
         self._facts_of_groups = self.facts
 
     def use_quantized(self) -> None:
@@ -224,7 +229,7 @@ def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
             if deferred and not learned:
                 straight_through_backward_(part.grads, *rows, **part.how)
             elif deferred:
-                grads = [torch.empty_like(alpha) for alpha in part.alphas]
+                grads = [*map(torch.empty_like, part.alphas)]
                 learned_backward_(part.grads, grads, *rows, factors=part.factors, **part.how)
                 if part.layouts is not None:
                     grads = sum_of_parts(part.weights, grads)
