@@ -64,7 +64,7 @@ def flattened(op: str) -> Callable[..., None]:
         numbers = [0] * len(prepared)
         for k, i in enumerate(prepared):
             if isinstance(flat[i], Held):
-                numbers[k], flat[i] = flat[i].hold.number, ()
+                numbers[k], flat[i] = flat[i].number, ()
         native_op(*flat, numbers)
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,8 +47,9 @@ def numbers(name: str, given: float | Sequence[float]) -> list[float]:
     if isinstance(given, str) or not isinstance(given, int | float | Sequence):
         raise TypeError(f"{name} must be a number or a list of numbers, got {type(given).__name__}")
     values = list(given) if isinstance(given, Sequence) else [given]
-    for i, value in enumerate(values):
-        checks.real(f"{name}[{i}]", value)
+    if set(map(type, values)) != {float} or not all(map(math.isfinite, values)):
+        for i, value in enumerate(values):
+            checks.real(f"{name}[{i}]", value)
     return list(map(float, values))
 
 
@@ -70,7 +72,7 @@ def scalar(name: str, given: float | Tensor) -> Tensor:
         checks.finite(name, given)
     else:
         checks.unit_interval(name, given)
-    return torch.tensor(given, dtype=checks.SCALARS[name])
+    return torch.scalar_tensor(given, dtype=checks.SCALARS[name])
 
 
 def flat_grid(grid: Grid) -> dict[str, Any]:

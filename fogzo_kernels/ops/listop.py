@@ -190,7 +190,7 @@ class ListOp:
         states = generations([call[name] for name in self.prepared])
         if states is None:
             return None
-        key = states, call.get("block"), call.get("kind"), tuple(call.get("factors", ()))
+        key = *states, call.get("block"), call.get("kind"), tuple(call.get("factors", ()))
         known = self.known.pop(key, None)
         if known is None:
             plain = self.check(self.listed(call))
