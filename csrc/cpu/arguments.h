@@ -65,9 +65,9 @@ private:
   }
 
   // As it is now; for a number that names no list, a tensor that every op refuses.
-  static std::shared_ptr<const Tensors> held_tensors(int64_t number) {
-    const auto list = HeldLists::all().find(number);
-    return list ? list->now() : unusable();
+  std::shared_ptr<const Tensors> held_tensors(int64_t number) {
+    held_lists_.push_back(HeldLists::all().find(number));
+    return held_lists_.back() ? held_lists_.back()->now() : unusable();
   }
 
   AtenTensorHandle handle_of(StableIValue value) {
@@ -106,6 +106,7 @@ private:
   Ints held_, generations_;
   bool all_held_ = true;
   std::vector<Handle> handles_;
+  std::vector<std::shared_ptr<HeldList>> held_lists_; // which another thread may release
   std::vector<std::shared_ptr<const Tensors>> lists_;
 };
 
