@@ -161,12 +161,13 @@ def test_an_error_before_a_probe_leaves_everything(monkeypatch):
     x, y = batch()
     used = []
 
-    def failing(weight, rows, probe, **options):
+    def failing(weight, pass_weight):
+        probe = pass_weight is not None and pass_weight.probe
         if probe and used:
             raise ZeroDivisionError
         if probe:
             used.append(weight)
-        original(weight, rows, probe, **options)
+        original(weight, pass_weight)
 
     original = WeightView.use
     monkeypatch.setattr(WeightView, "use", failing)

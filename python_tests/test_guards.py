@@ -19,7 +19,7 @@ PAGE = TESTS.parent / "docs/guards.md"
 #: By row of the page: a file of the package, a guard in it, what comes in its place, and a test.
 GUARDS = {
     "A quantized and a plain module share a weight": (
-        "nn/weights.py", "        check_raw_uses(places)", "        pass",
+        "nn/weights.py", "    check_raw_uses(model)", "    pass",
         "test_traps.py::test_a_weight_tied_to_a_plain_module_later_is_refused"),
     "Modules that share a weight have different quantizers or alphas": (
         "nn/weights.py", "if not (same and alike):", "if False:",
@@ -36,7 +36,7 @@ GUARDS = {
     "A weight gets another number of rows than its alphas have": (
         "nn/weight.py", "return rows and not module", "return not module", "test_module_changes.py"),
     "An adapter is merged into a quantized layer (`peft`)": (
-        "nn/replaced.py", "if isinstance(base, QuantizedModule):\n        path", "if False:\n        path",
+        "nn/replaced.py", "if isinstance(base, QuantizedModule):\n        raise", "if False:\n        raise",
         "test_adapters.py::test_every_kind_of_adapter_refuses_to_merge_until_dequantized"),
     "Weights are initialized in place after `quantize_model`": (
         "nn/weight.py", "    if far:\n", "    if False:\n", "test_module_changes.py"),
@@ -46,7 +46,7 @@ GUARDS = {
     "`quantize_model`'s report is used as the model": (
         "nn/report.py", "raise TypeError(NO_MODEL)", "raise TypeError", "test_module_changes.py"),
     "The encoder layers' fast path of evaluation would read the latents": (
-        "nn/fast_path.py", "if quantized and not", "if False and not",
+        "nn/replaced.py", "if quantized and not", "if False and not",
         "test_traps.py::test_encoder_layers_evaluate_what_they_train"),
     "The loss reads a quantized weight beside its module": (
         "train/guards/graph_reads.py", "if reader is not None:\n            raise",

@@ -36,12 +36,12 @@ FOGZO_DEVICE void transform_all(const Part &part, const Dtypes &t, float factor)
     const int c = turn + thread();
     unrolled<Count>([&](int k) {
       if (c + k * kThreads < chunks)
-        widen(load_chunk<Aligned>(in, c + k * kThreads), t.latent, x[k]);
+        widen(load_chunk<Aligned>(in, int64_t(c + k * kThreads)), t.latent, x[k]);
     });
     unrolled<Count>([&](int k) {
       transform<Block>(x[k], factor);
       if (c + k * kThreads < chunks)
-        store_chunk<Aligned>(out, c + k * kThreads, x[k]);
+        store_chunk<Aligned>(out, int64_t(c + k * kThreads), x[k]);
     });
   }
 }

@@ -48,7 +48,7 @@ template <Statistic S> FOGZO_DEVICE double element_total(float x) {
 template <Statistic S, int Count>
 FOGZO_DEVICE double chunks_total(const Operand &data, int c, int step, double total) {
   Raw raw[Count];
-  unrolled<Count>([&](int k) { raw[k] = load_chunk<true>(data, c + k * step); });
+  unrolled<Count>([&](int k) { raw[k] = load_chunk<true>(data, int64_t(c + k * step)); });
   unrolled<Count>([&](int k) {
     float x[kChunk];
     widen(raw[k], data.dtype, x);

@@ -28,6 +28,8 @@ template <class Items> FOGZO_DEVICE void quantize(const Quantize &p, const Opera
 
 template <StraightThrough Kind, class Items>
 FOGZO_DEVICE void backward(const Quantize &p, const Operands &o, const Items &at) {
+  if constexpr (Items::size > 1) // then addresses that turns move on need no sign
+    __builtin_assume(at.first >= 0);
   Loads<Items> latent, grad;
   float x[Items::count][Items::size], g[Items::count][Items::size];
   load(at, o.latent, latent);
@@ -62,7 +64,7 @@ template <class T> FOGZO_KERNEL(kThreads, 8) rotated_quantize_kernel(FOGZO_PARAM
 template <StraightThrough Kind, class T> FOGZO_KERNEL(kThreads, 8) backward_kernel(FOGZO_PARAMETER Quantize p) {
   const Part part = part_of(p.plan);
   const Operands o = operands_of(part, T::of(p.dtypes));
-  walk<1>(frame_of<false>(part, p.grid.r), [&](const auto &at) { backward<Kind>(p, o, at); });
+  walk<1, !T::any>(frame_of<false>(part, p.grid.r), [&](const auto &at) { backward<Kind>(p, o, at); });
 }
 
 template <StraightThrough Kind, class T>

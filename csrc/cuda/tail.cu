@@ -145,8 +145,8 @@ update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.plan);
   const Step step = step_of<Plain, T>(p, part);
   const Scales scales = step.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
-  walk<1>(Frame<Plain>{part, layout_of<Plain>(part), scales},
-          [&](const auto &at) { update<D, Adamw>(p, part, step, at); });
+  walk<1, !Adamw>(Frame<Plain>{part, layout_of<Plain>(part), scales},
+                  [&](const auto &at) { update<D, Adamw>(p, part, step, at); });
   count_bad_alphas<Plain>(p.counters, part);
 }
 
@@ -158,7 +158,7 @@ template <Distribution D, bool Adamw> FOGZO_KERNEL(kThreads, 3) rotated_update_k
   if (step.quantized)
     walk_rotated<true>(frame, p.rotation, f);
   else
-    walk<1>(frame, f);
+    walk<1, false>(frame, f);
   count_bad_alphas<false>(p.counters, part);
 }
 

@@ -31,9 +31,12 @@ FOGZO_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dt
 struct Operand {
   char *begin;
   Dtype dtype;
+  int bytes = bytes_of(dtype); // of an element, which a kernel for any dtypes else computes anew in each turn
 
-  FOGZO_DEVICE char *element(int64_t j) const { return begin + j * bytes_of(dtype); }
-  FOGZO_DEVICE char *chunk(int c) const { return begin + int64_t(c) * (kChunk * bytes_of(dtype)); }
+  FOGZO_DEVICE char *element(int64_t j) const { return begin + j * bytes; }
+  FOGZO_DEVICE char *chunk(int64_t c) const { return begin + c * (kChunk * bytes); }
+  // A product of unsigned numbers is one instruction, also where the dtype is known when the kernel runs.
+  FOGZO_DEVICE char *chunk(int c) const { return begin + uint64_t(uint32_t(c)) * uint32_t(kChunk * bytes); }
 };
 
 // Gives the same operand. The compiler cannot see where its address comes from, so that it keeps it in a
@@ -41,6 +44,13 @@ struct Operand {
 FOGZO_DEVICE Operand opaque(Operand x) {
   asm("" : "+l"(x.begin));
   return x;
+}
+
+// Gives the same number of a chunk. The compiler multiplies it in each turn of a loop, instead of keeping an
+// address for each access.
+FOGZO_DEVICE int opaque(int c) {
+  asm("" : "+r"(c));
+  return c;
 }
 
 struct Part {
@@ -63,7 +73,8 @@ struct Part {
   template <class T> FOGZO_DEVICE T *pointer(Column column) const { return reinterpret_cast<T *>(row[column]); }
   // The address of an operand that is absent must not be used.
   FOGZO_DEVICE Operand operand(Column column, Dtype dtype) const {
-    return {pointer<char>(column) + begin * bytes_of(dtype), dtype};
+    const int bytes = bytes_of(dtype);
+    return {pointer<char>(column) + begin * bytes, dtype, bytes};
   }
 };
 
@@ -181,9 +192,9 @@ FOGZO_DEVICE Raw load_elements(Operand x, int c) {
   return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
 }
 
-template <bool Aligned> FOGZO_DEVICE Raw load_chunk(Operand x, int c) {
+template <bool Aligned, class Number> FOGZO_DEVICE Raw load_chunk(Operand x, Number c) {
   if (!Aligned && !is_aligned(x))
-    return load_elements(x, c);
+    return load_elements(x, int(c));
   const char *at = x.chunk(c);
   return {load16(at), x.dtype == Dtype::float32 ? load16(at + 16) : Words4{}};
 }
@@ -226,7 +237,8 @@ FOGZO_DEVICE void store_element(Operand out, int64_t j, float x) {
     *global(reinterpret_cast<uint16_t *>(out.element(j))) = uint16_t(pack(x, 0.0f, out.dtype));
 }
 
-template <bool Aligned> FOGZO_DEVICE void store_chunk(Operand out, int c, const float (&x)[kChunk]) {
+template <bool Aligned, class Number>
+FOGZO_DEVICE void store_chunk(Operand out, Number c, const float (&x)[kChunk]) {
   if (!Aligned && !is_aligned(out))
     return unrolled<kChunk>([&](int i) { store_element(out, int64_t(c) * kChunk + i, x[i]); });
   char *at = out.chunk(c);
@@ -308,7 +320,11 @@ template <int Count, bool Aligned, bool Plain> struct Chunks {
   Frame<Plain> frame;
   int first, step;
 
-  FOGZO_DEVICE int chunk(int k) const { return first + k * step; }
+  FOGZO_DEVICE int chunk(int k) const {
+    if (Count > 1) // a constant distance from the first then becomes part of an access
+      __builtin_assume(first >= 0);
+    return first + k * step;
+  }
   FOGZO_DEVICE int64_t number(int k) const { return chunk_number<Plain>(frame.layout, chunk(k)); }
   FOGZO_DEVICE Scale scale(int k) const { return chunk_scale<Plain>(frame.scales, chunk(k)); }
   FOGZO_DEVICE Raw load(Operand x, int k) const { return load_chunk<Aligned>(x, chunk(k)); }
@@ -360,16 +376,18 @@ FOGZO_DEVICE void widen(const T (&loads)[Count], Dtype dtype, float (&x)[Count][
   unrolled<Count>([&](int k) { widen(loads[k], dtype, x[k]); });
 }
 
-template <bool Aligned, bool Plain, class F>
+template <bool Aligned, bool Hidden, bool Plain, class F>
 FOGZO_DEVICE void walk_chunks(const Frame<Plain> &frame, int c, int chunks, F f) {
 #pragma unroll 1
   for (; c < chunks; c += kThreads)
-    f(Chunks<1, Aligned, Plain>{frame, c, kThreads});
+    f(Chunks<1, Aligned, Plain>{frame, Hidden ? opaque(c) : c, kThreads});
 }
 
 // Gives the block's elements to f: Count chunks a thread and turn where memory is aligned, else single chunks,
-// and then single elements.
-template <int Count, bool Plain, class F> FOGZO_DEVICE void walk(const Frame<Plain> &frame, F f) {
+// and then single elements. Hidden: the compiler does not see a chunk's number, and multiplies it in each turn;
+// else it keeps an address for each access, for which some kernels lack registers.
+template <int Count, bool Hidden = true, bool Plain, class F>
+FOGZO_DEVICE void walk(const Frame<Plain> &frame, F f) {
   const Part &part = frame.part;
   const int chunks = part.full_chunks();
   if constexpr (Count > 1) {
@@ -377,12 +395,12 @@ template <int Count, bool Plain, class F> FOGZO_DEVICE void walk(const Frame<Pla
     int c = thread();
 #pragma unroll 1
     for (; c + (Count - 1) * kThreads < wide; c += Count * kThreads)
-      f(Chunks<Count, true, Plain>{frame, c, kThreads});
-    walk_chunks<false>(frame, c, chunks, f);
+      f(Chunks<Count, true, Plain>{frame, Hidden ? opaque(c) : c, kThreads});
+    walk_chunks<false, Hidden>(frame, c, chunks, f);
   } else if (part.aligned()) {
-    walk_chunks<true>(frame, thread(), chunks, f);
+    walk_chunks<true, Hidden>(frame, thread(), chunks, f);
   } else {
-    walk_chunks<false>(frame, thread(), chunks, f);
+    walk_chunks<false, Hidden>(frame, thread(), chunks, f);
   }
   const int64_t end = part.end();
 #pragma unroll 1

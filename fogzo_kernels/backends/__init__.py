@@ -47,32 +47,64 @@ class Backend(Protocol):
     def guide_sumsq(self, grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor: ...
 
     def perturb_quantize_(
-        self, plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw,
-        mix: Mix, direction: int, grid: Grid, block: int,
-    ) -> None: ...  # fmt: skip
+        self,
+        plus: Tensors,
+        minus: Tensors,
+        latents: Tensors,
+        grads: Tensors,
+        alphas: Tensors,
+        draw: Draw,
+        mix: Mix,
+        direction: int,
+        grid: Grid,
+        block: int,
+    ) -> None: ...
 
     def estimate_gradient_(
         self, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix, losses: Losses, r: int, block: int
     ) -> None: ...
 
     def estimate_update_(
-        self, latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-        losses: Losses, grid: Grid, update: Update, block: int,
-    ) -> None: ...  # fmt: skip
+        self,
+        latents: Tensors,
+        quantized: Tensors,
+        grads: Tensors,
+        alphas: Tensors,
+        draw: Draw,
+        mix: Mix,
+        losses: Losses,
+        grid: Grid,
+        update: Update,
+        block: int,
+    ) -> None: ...
 
     def quantize_(self, out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None: ...
 
     def straight_through_backward_(
-        self, out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-        straight_through: StraightThrough, block: int,
-    ) -> None: ...  # fmt: skip
+        self,
+        out: Tensors,
+        grads: Tensors,
+        latents: Tensors,
+        alphas: Tensors,
+        grid: Grid,
+        straight_through: StraightThrough,
+        block: int,
+    ) -> None: ...
 
     def measure_alphas_(self, alphas: Tensors, tensors: Tensors, measure: Measure) -> None: ...
 
     def learned_backward_(
-        self, out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors,
-        grid: Grid, straight_through: StraightThrough, factors: Sequence[float], block: int,
-    ) -> None: ...  # fmt: skip
+        self,
+        out: Tensors,
+        alpha_grads: Tensors,
+        grads: Tensors,
+        latents: Tensors,
+        alphas: Tensors,
+        grid: Grid,
+        straight_through: StraightThrough,
+        factors: Sequence[float],
+        block: int,
+    ) -> None: ...
 
     def hadamard_(self, out: Tensors, tensors: Tensors, block: int) -> None: ...
 

@@ -35,13 +35,9 @@ def unavailable(device: torch.device) -> str | None:
 def noise_words(chunk: Tensor, draw: Draw, direction: int, tensor_id: int) -> tuple[Tensor, ...]:
     """The four words of each chunk of 8 elements."""
     seed, step = draw.seed.to(chunk.device), draw.step.to(chunk.device)
-    counter = (
-        chunk & MASK32,
-        (chunk >> 32) | direction << 16,
-        step.expand_as(chunk),
-        torch.full_like(chunk, tensor_id),
-    )
-    return philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
+    low, high, name = chunk & MASK32, (chunk >> 32) | direction << 16, torch.full_like(chunk, tensor_id)
+    key = seed & MASK32, (seed >> 32) & MASK32
+    return philox4x32((low, high, step.expand_as(chunk), name), key)
 
 
 def elements(numel: int, layout: Layout, device: torch.device) -> Tensor:
@@ -138,9 +134,17 @@ def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
 
 
 def perturb_quantize_(
-    plus: Tensors, minus: Tensors, latents: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    direction: int, grid: Grid, block: int,
-) -> None:  # fmt: skip
+    plus: Tensors,
+    minus: Tensors,
+    latents: Tensors,
+    grads: Tensors,
+    alphas: Tensors,
+    draw: Draw,
+    mix: Mix,
+    direction: int,
+    grid: Grid,
+    block: int,
+) -> None:
     """Write Q(w + eps v) and Q(w - eps v)."""
     device, omb = mix.norm.device, mix.one_minus_beta.to(mix.norm.device)
     guide = torch.sqrt(1 - omb).float() * sign(draw, direction, device)
@@ -189,9 +193,8 @@ def coefficients(
     if losses.counters is not None:
         used = [x for x, g in zip(alphas, grads, strict=False) if g.numel()]
         bad = sum((~(torch.isfinite(x) & (x > 0))).sum() for x in used)
-        losses.counters.add_(
-            torch.stack([(~finite).sum(), norm_lost.long(), torch.as_tensor(bad, device=device)])
-        )
+        lost = [(~finite).sum(), norm_lost.long(), torch.as_tensor(bad, device=device)]
+        losses.counters.add_(torch.stack(lost))
     return A, B, ~finite.any() | norm_lost
 
 
@@ -208,9 +211,17 @@ def estimate(g: Tensor, alpha: Tensor, A: Tensor, B: Tensor, draw: Draw, i: int,
 
 
 def estimate_update_(
-    latents: Tensors, quantized: Tensors, grads: Tensors, alphas: Tensors, draw: Draw, mix: Mix,
-    losses: Losses, grid: Grid, update: Update, block: int,
-) -> None:  # fmt: skip
+    latents: Tensors,
+    quantized: Tensors,
+    grads: Tensors,
+    alphas: Tensors,
+    draw: Draw,
+    mix: Mix,
+    losses: Losses,
+    grid: Grid,
+    update: Update,
+    block: int,
+) -> None:
     """G, the optimizer's step with it, then Q(theta)."""
     n, device, rule = losses.plus.numel(), mix.norm.device, update.rule
     keep, skip = torch.tensor(True, device=device), torch.tensor(False, device=device)
@@ -295,9 +306,14 @@ def derivative(theta: Tensor, delta: Tensor, grid: Grid, straight_through: Strai
 
 
 def straight_through_backward_(
-    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, block: int,
-) -> None:  # fmt: skip
+    out: Tensors,
+    grads: Tensors,
+    latents: Tensors,
+    alphas: Tensors,
+    grid: Grid,
+    straight_through: StraightThrough,
+    block: int,
+) -> None:
     """Write g * h'(theta)."""
     for q, g, theta, alpha in zip(out, grads, latents, alphas, strict=True):
         x = rotated(theta.flatten().float(), block)
@@ -344,9 +360,16 @@ def sum_of(rows: Tensor, piece: int = 4096) -> Tensor:
 
 
 def learned_backward_(
-    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
-    straight_through: StraightThrough, factors: Sequence[float], block: int,
-) -> None:  # fmt: skip
+    out: Tensors,
+    alpha_grads: Tensors,
+    grads: Tensors,
+    latents: Tensors,
+    alphas: Tensors,
+    grid: Grid,
+    straight_through: StraightThrough,
+    factors: Sequence[float],
+    block: int,
+) -> None:
     """Write g * h'(theta), and the gradients of the alphas."""
     for i, (total, g, theta, alpha) in enumerate(zip(alpha_grads, grads, latents, alphas, strict=True)):
         x = rotated(theta.flatten().float(), block)

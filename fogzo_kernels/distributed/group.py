@@ -16,6 +16,7 @@ from ..nn.view import FSDPModule, WeightView, local
 from ..spec.noise import signed64
 from .sharding import CutWeight
 
+Weights = Sequence[WeightView]
 REDUCTIONS = ("mean", "sum", None)
 EVERY = 100  # steps from one comparison to the next, as each waits for the device
 #: What all processes must have in common, in the order in which it is compared.
@@ -38,11 +39,7 @@ class Peers:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        weights: Sequence[WeightView],
-        process_group: dist.ProcessGroup | None,
-        reduction: str | None,
+        self, model: nn.Module, weights: Weights, process_group: dist.ProcessGroup | None, reduction: str | None
     ) -> None:
         self.process_group, self.reduction = process_group, reduction
         parts = [w for w in weights if not w.placement.is_whole]
@@ -132,7 +129,7 @@ class Peers:
     # ---- whether all train the same
 
     @torch.no_grad()
-    def check(self, seed: int, settings: object, steps: int, weights: Sequence[WeightView]) -> None:
+    def check(self, seed: int, settings: object, steps: int, weights: Weights) -> None:
         """Compare what processes must have in common; all of a group call it at each step.
 
         It waits for the device in the first step of an estimator, in the first after it has loaded a state, and
@@ -166,7 +163,7 @@ class Peers:
 
 
 @torch.no_grad()
-def sum_of_parts(weights: Sequence[WeightView], own: list[Tensor]) -> list[Tensor]:
+def sum_of_parts(weights: Weights, own: list[Tensor]) -> list[Tensor]:
     """Returns the gradients of whole alphas: sums of the gradients that processes have from their parts."""
     parts = [part for w in weights if (part := w.placement.part) is not None]
     if not parts:
@@ -186,7 +183,7 @@ def _all_reduce(tensor: Tensor, groups: Sequence[dist.ProcessGroup], mean: bool)
             tensor /= dist.get_world_size(group)
 
 
-def _mesh_groups(parts: Sequence[WeightView], weights: Sequence[WeightView]) -> list[dist.ProcessGroup]:
+def _mesh_groups(parts: Weights, weights: Weights) -> list[dist.ProcessGroup]:
     """Returns a group for each dimension of the mesh of ``parts``; raises unless all weights lie on it."""
     first = parts[0]
     other = next((w.name for w in weights if type(w.placement) is not type(first.placement)), None)
@@ -222,20 +219,16 @@ def _check_module(prefix: str, module: QuantizedModule) -> None:
         raise ValueError(f"{prefix[:-1]} must not multiply codes under fully_shard: set_compute_(model, None)")
 
 
-def _facts(seed: int, settings: object, weights: Sequence[WeightView]) -> Tensor:
+def _facts(seed: int, settings: object, weights: Weights) -> Tensor:
     """Returns what FACTS names of this process, int64, on the weights' device; the number of steps is 0.
 
     All processes have the same values of alphas and of weights that are whole.
     """
     kinds = [(w.name, w.tensor_id, w.parameter.shape, w.parameter.dtype, w.quantizer) for w in weights]
-    known = signed64(seed), 0, _digest(repr(settings)), _digest(repr(kinds)), 0
-    facts = torch.tensor(known, device=weights[0].parameter.device)
+    hashes = [hashlib.sha256(repr(x).encode()).digest()[:8] for x in (settings, kinds)]
+    digests = [int.from_bytes(data, "little", signed=True) for data in hashes]
+    facts = torch.tensor([signed64(seed), 0, *digests, 0], device=weights[0].parameter.device)
     for w in weights:
         for t in [w.modules[0].alpha.detach()] + [w.latent] * w.placement.is_whole:
             facts[-1] += t.contiguous().view(getattr(torch, f"int{8 * t.itemsize}")).sum(dtype=torch.int64)
     return facts
-
-
-def _digest(text: str) -> int:
-    """Returns signed 64 bits of a hash."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

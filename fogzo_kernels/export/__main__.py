@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from ..integrations import transformers  # noqa: F401  lets from_pretrained read quantized models
+from ..nn.pretrained import quantized_in
 from . import compressed_tensors, freeze_scales_, gguf, safetensors
-from .integers import quantized_in
 from .llama import BLOCKS
 
 
@@ -54,7 +54,7 @@ def freeze(model: nn.Module, form: str) -> float:
     """Freezes scales in the format's dtype; returns the share of codes that changed."""
     if form == "safetensors":
         return 0.0
-    modules = quantized_in(model).values()
+    modules = quantized_in(model, "export").values()
     before = [m.codes() for m in modules]
     freeze_scales_(model, torch.float16 if form == "gguf" else next(iter(modules)).weight.dtype)
     changed = sum(int((m.codes() != codes).sum()) for m, codes in zip(modules, before, strict=True))

@@ -10,7 +10,8 @@ from torch import nn
 from ..distributed.packing import code_bits
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
-from .integers import check_exact, check_fits, quantized_in
+from ..nn.pretrained import quantized_in
+from .integers import check_exact, check_fits
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def torchao(model: nn.Module) -> nn.Module:
     """
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    modules = quantized_in(model)
+    modules = quantized_in(model, "export")
     plan: list[tuple[QuantizedModule, Any]] = []
     for name, m in modules.items():
         what = m.quantizer.transform or (m.activation and "quantized ones")

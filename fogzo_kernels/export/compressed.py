@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..nn.linear import QuantLinear
 from ..nn.module import QuantizedModule
-from .files import whole_folder
-from .integers import bits_of, check_exact, check_fits, copied, integers_of, plain_tensors, quantized_in
+from ..nn.pretrained import quantized_in
+from .files import whole
+from .integers import bits_of, check_exact, check_fits, copied, integers_of, plain_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -37,7 +38,7 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from safetensors.torch import save_file
 
-    modules = quantized_in(model)
+    modules = quantized_in(model, "export")
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise TypeError(f"model must be one of transformers, with a config, got {type(model).__name__}")
@@ -67,7 +68,7 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
     left = ["lm_head.weight"] * tied  # which is the embedding's
     tensors |= {key: copied(t) for key, t in plain_tensors(model).items() if key not in left}
     written = {**config.to_dict(), "quantization_config": quantization_of(model, modules)}
-    with whole_folder(folder, CONFIG) as place:
+    with whole(folder, CONFIG) as place:
         (place / CONFIG).write_text(json.dumps(written, indent=1, default=str))
         save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
         generation: Any = getattr(model, "generation_config", None)

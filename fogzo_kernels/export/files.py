@@ -10,33 +10,26 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields another place to write a file in; at the end the file moves to ``path``."""
+def whole(path: str | os.PathLike[str], mark: str | None = None) -> Iterator[Path]:
+    """Yields another place to write a file in; at the end the file moves to ``path``.
+
+    With ``mark`` it is a folder, which replaces an empty folder or a folder with a file of that name.
+    """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must be in a folder that is there, got {path}")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        made = Path(temporary, path.name)
-        yield made
-        _to_disk(made)
-        os.replace(made, path)
-
-
-@contextmanager
-def whole_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
-    """As :func:`whole_file`, for a folder; it replaces an empty folder or a folder with a file ``mark``."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder must be in one that is there, got {path}")
-    if path.exists() and not (path.is_dir() and ((path / mark).exists() or not any(path.iterdir()))):
+        what = "path must be in a folder" if mark is None else "folder must be in one"
+        raise FileNotFoundError(f"{what} that is there, got {path}")
+    may_go = path.is_dir() and (not any(path.iterdir()) or (path / (mark or "")).exists())
+    if mark is not None and path.exists() and not may_go:
         raise FileExistsError(f"folder must be new, empty or an export of before, got {path}")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        made, before = Path(temporary, "made"), Path(temporary, "before")
-        made.mkdir()
+        made, before = Path(temporary, path.name), Path(temporary, f"{path.name}.before")
+        if mark is not None:
+            made.mkdir()
         yield made
-        for file in made.iterdir():
+        for file in [made] if mark is None else made.iterdir():
             _to_disk(file)
-        if path.exists():
+        if mark is not None and path.exists():
             os.replace(path, before)
         try:
             os.replace(made, path)

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.module import QuantizedModule
-from ..nn.pretrained import quantized_modules, record
+from ..nn.pretrained import quantized_in, quantized_modules, record
 from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
-from ..spec.grid import Grid
+from ..spec.grid import FLOATS, Grid
 from ..spec.scale import LearnedScale, Scale
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def integers_of(module: QuantizedModule) -> tuple[Tensor, Tensor]:
@@ -38,17 +36,7 @@ def range_of(grid: Grid) -> tuple[int, int]:
 
 def bits_of(grid: Grid) -> int:
     """Returns how many bits of two's complement hold any number of a grid."""
-    low, high = range_of(grid)
-    return next(b for b in range(1, 10) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1))
-
-
-def quantized_in(model: nn.Module) -> dict[str, QuantizedModule]:
-    """Returns the quantized modules of a model by name; raises if it has none."""
-    checks.instance("model", model, nn.Module)
-    modules = quantized_modules(model)
-    if not modules:
-        raise ValueError("model must have quantized modules to export, got none: call quantize_model first")
-    return modules
+    return 1 + max((x if x >= 0 else ~x).bit_length() for x in range_of(grid))
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -99,9 +87,9 @@ def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
         TypeError, ValueError: an argument is wrong, or a scale is 0 or infinite in ``dtype``; nothing has
             changed then.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {checks.named(DTYPES)}, got {dtype}")
-    modules = quantized_in(model)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {checks.named(FLOATS)}, got {dtype}")
+    modules = quantized_in(model, "export")
     plan = []
     for name, m in modules.items():
         m.codes()  # measures a measured alpha

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..distributed.packing import pack
 from ..nn.module import QuantizedModule
+from ..nn.pretrained import quantized_in
 from ..spec.grid import Grid
-from .files import whole_file
-from .integers import check_exact, integers_of, quantized_in, range_of
+from .files import whole
+from .integers import check_exact, integers_of, range_of
 
 TOKENIZERS = ("none", "bytes")
 F32 = 0  # the file type of a file with several types of matrices
@@ -42,14 +43,14 @@ def gguf(
     """
     import gguf as library
 
-    modules = quantized_in(model)
+    modules = quantized_in(model, "export")
     config: Any = getattr(model, "config", None)
     check_model(model, config, block, tokenizer)
     names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tied = bool(config.tie_word_embeddings)
     chosen = {name: block_for(name, m, block) for name, m in modules.items()}
     types = {b.file_type for b in chosen.values()}
-    with whole_file(file) as place:
+    with whole(file) as place:
         writer: Any = library.GGUFWriter(str(place), "llama")
         describe(writer, config, tokenizer, types.pop() if len(types) == 1 else F32, library)
         for key, t in model.state_dict().items():

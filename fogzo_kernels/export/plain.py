@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..distributed.packing import code_bits, pack_codes, unpack_codes
 from ..functional import dequantize, hadamard
 from ..nn.module import QuantizedModule
-from ..nn.pretrained import quantized_modules
+from ..nn.pretrained import quantized_in, quantized_modules
 from ..nn.registry import quantized_form
 from ..nn.weight import WeightQuantizer
 from ..ops import checks
@@ -24,8 +24,8 @@ from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import Scale
 from ..spec.straight_through import StraightThrough
-from .files import whole_file
-from .integers import copied, plain_tensors, quantized_in
+from .files import whole
+from .integers import copied, plain_tensors
 
 FORMAT, VERSION = "fogzo", "1"
 
@@ -50,7 +50,7 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    modules = quantized_in(model)
+    modules = quantized_in(model, "export")
     tensors: dict[str, Tensor] = {}
     quantized: dict[str, Any] = {}
     tied: dict[str, str] = {}
@@ -81,7 +81,7 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
         }
     said = {"quantized": json.dumps(quantized), "tied": json.dumps(tied)}
     metadata = {"format": FORMAT, "version": VERSION, **said}
-    with whole_file(file) as place:
+    with whole(file) as place:
         save_file(tensors, place, metadata=metadata)
 
 

@@ -48,7 +48,6 @@ class FogzoMixin:
     _state: dict[str, Any] | None = None  # from a checkpoint
     _fogzo: Fogzo | None = None
     _waiting: tuple[Any, ...] = ()  # arguments of training_step, of micro-batches that have come
-    _in_passes = False
 
     @property
     def fogzo(self: Any) -> Fogzo:
@@ -76,12 +75,12 @@ class FogzoMixin:
                 closure._zero_grad_fn()
             for probe in self.fogzo.probes():
                 with probe:
-                    self._in_passes, self.probing = True, probe.sign != 0
+                    self.probing = probe.sign != 0
                     try:
                         for step in steps:
                             output = self._run(probe, step, last=step is steps[-1])
                     finally:
-                        self._in_passes = self.probing = False
+                        self.probing = False
                 if probe.sign == 0:
                     closure._result = output  # what Lightning asks of the closure
             estimated: Tensor = self.fogzo.estimate_()
@@ -105,7 +104,7 @@ class FogzoMixin:
 
         def training_step(*arguments: Any) -> Any:
             loop = self.trainer.fit_loop
-            if self._in_passes or loop._skip_backward or not loop._should_accumulate():
+            if loop._skip_backward or not loop._should_accumulate():  # no pass of a step accumulates
                 return step(*arguments)
             self._waiting = (*self._waiting, arguments)
             return torch.zeros((), dtype=torch.float32, device=self.device, requires_grad=True)

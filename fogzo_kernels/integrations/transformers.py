@@ -7,25 +7,27 @@ that it does not know the type "fogzo", and loads the latents into a plain model
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import fast_path, pretrained
+from ..nn import pretrained
 from ..nn.convert import dequantize_model
 from ..nn.module import QuantizedModule
 from ..nn.pretrained import METHOD, Entry
-from ..nn.registry import check_weight, quantized_form, reason_against
+from ..nn.registry import quantized_form, reason_against
+from ..nn.replaced import settle
 from ..nn.state_dict import EXTRA_STATE
-from ..nn.tied import check_raw_uses, owners_of, share_alphas, watch
+from ..nn.tied import check_raw_uses, link
 from ..nn.weight import WeightQuantizer, alpha_of
 from ..spec.scale import Scale
 
@@ -64,13 +66,9 @@ class FogzoQuantizer(HfQuantizer):
         modules = dict(model.named_modules(remove_duplicate=False))
         named = located(model, self.quantization_config.entries(), modules)
         check_all_named(model, named, modules, kwargs.get("checkpoint_files") or [])
-        alphas = {name: empty_alpha(name, modules[name], entry) for name, entry in named.items()}
-        for name, entry in named.items():
-            form = quantized_form(modules[name])
-            assert form is not None
-            weight = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
-            form.from_plain(modules[name], weight, alpha=alphas[name], activation=entry.activation)
-        fast_path.update(model)
+        for quantize in [planned(name, modules[name], entry) for name, entry in named.items()]:
+            quantize()
+        settle(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -91,15 +89,13 @@ class FogzoQuantizer(HfQuantizer):
                 f"the checkpoint must hold {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} of the"
                 " modules that its config calls quantized, got none"
             )
-        for places in owners_of(model).values():
-            check_raw_uses(places)
+        check_raw_uses(model)
         for m in modules.values():
             m.weight_quantizer.stale = False  # tied and loaded weights come with their alphas
             m.lay_out()
             if m.input_quantizer is not None and m.input_quantizer.quantizer.learned:
                 m.input_quantizer.note(m.input_alpha)
-        share_alphas(model)
-        watch(model)
+        link(model)
         pretrained.record(model)  # by the names of this model
         vars(model).pop("is_quantized", None)  # or it has no half(), no float(): latents are ordinary tensors
         return model
@@ -156,20 +152,22 @@ def check_all_named(
                 )
 
 
-def empty_alpha(name: str, module: nn.Module, entry: Entry) -> Tensor:
-    """Returns a meta alpha for a module; raises if the module cannot be quantized so."""
-    reason = reason_against(module)
-    if reason is not None:
+def planned(name: str, module: nn.Module, entry: Entry) -> Callable[[], QuantizedModule]:
+    """Returns what quantizes a module, with an alpha on the meta device; raises if it cannot be so."""
+    form = quantized_form(module)
+    reason = reason_against(name, module, form)
+    if isinstance(reason, Exception):
+        raise reason
+    if form is None or reason is not None:
         raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
-    check_weight(name, module)
-    form, weight = quantized_form(module), module.get_parameter("weight")
-    assert form is not None
-    shape = entry.alpha
+    shape, weight = entry.alpha, module.get_parameter("weight")
     if len(shape) == 2:  # the weight may have been resized
         shape = (weight.shape[form.OUTPUTS], *shape[1:])
     alpha = torch.empty(shape, dtype=torch.float32, device="meta")
     like = replace(entry.quantizer, scale=Scale.fixed(alpha))
-    return alpha_of(f"{name}.weight", torch.empty_like(weight, device="meta"), form.OUTPUTS, like)
+    alpha = alpha_of(f"{name}.weight", torch.empty_like(weight, device="meta"), form.OUTPUTS, like)
+    how = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
+    return partial(form.from_plain, module, how, alpha=alpha, activation=entry.activation)
 
 
 def not_loaded(module: QuantizedModule) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from ..backends import check_known
 from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
-from . import fast_path, pretrained
+from . import pretrained
 from .inputs import check_activation
 from .module import QuantizedModule
-from .registry import check_weight, quantized_form, weights_of
-from .replaced import guard_merge, settle
-from .report import WEIGHTS, Report, Row
-from .rules import Choice, Rule, Which, choose
-from .tied import check_shared, share_alphas, watch
+from .registry import units_of
+from .replaced import replaced_in, settle
+from .report import Report, report_of
+from .rules import Checked, Rule, Which, choose
+from .tied import check_shared, link
 from .view import HANDLERS, LOCAL, reshard, whole
 from .weight import WeightQuantizer, alpha_of, check
 
@@ -75,91 +76,36 @@ def quantize_model(
         check_activation("activation", activation)
     check_known(backend)
     reshard(model)
-    choices = choose(model, quantizer, activation, rules, skip)
-    chosen = [c for c in choices if c.quantizer is not None]
-    if not chosen and not settle(model):
-        raise ValueError(_nothing_to_do(choices))
-    for c in chosen:
-        check_weight(c.unit.names[0], c.unit.module)
-    check_shared(model, {c.unit.module: c.quantizer for c in chosen if c.quantizer is not None})
-    pretrained.check(model)
-    plan = _planned(model, chosen, backend)
-    for c, (form, weight, alpha) in zip(chosen, plan, strict=True):
-        form.from_plain(c.unit.module, weight, alpha=alpha, activation=c.activation)
-    share_alphas(model)
-    HANDLERS.begin_anew(model)
-    fast_path.update(model)
-    watch(model)
-    settle(model)
-    for module in model.modules():  # adapters came before their base layers were quantized
-        guard_merge(module, module._modules.get("base_layer"))
-    pretrained.record(model)
-    return _report(choices)
-
-
-def _nothing_to_do(choices: list[Choice]) -> str:
-    before = [c for c in choices if isinstance(c.unit.module, QuantizedModule)]
-    if before:
-        return (
-            f"model must have modules that are not quantized yet, got {len(before)} that are and no other to"
-            " quantize; dequantize_model(model) turns them back"
-        )
-    reasons = "; ".join(f"{c.unit.names[0] or 'model'}: {c.reason}" for c in choices[:5])
-    return f"model must have a module to quantize, got none ({reasons or 'it holds no weights'})"
-
-
-def _planned(
-    model: nn.Module, chosen: list[Choice], backend: str | None
-) -> list[tuple[type[QuantizedModule], WeightQuantizer, Tensor]]:
-    """Returns class, quantizer and alpha for each; a shared weight has one tensor id and equal alphas."""
-    start = 1 + max((m.tensor_id for m in pretrained.quantized_modules(model).values()), default=-1)
-    made: dict[Tensor, tuple[int, Tensor]] = {}
-    plan = []
-    for c in chosen:
-        name, weight = c.unit.names[0], c.unit.module.get_parameter("weight")
-        form = quantized_form(c.unit.module)
+    replaced = bool(replaced_in(model.named_modules()))
+    default = Checked("", "*", quantizer, activation)
+    choices = choose(units_of(model), default, rules, skip, may_be_none=replaced)
+    chosen = [(c.unit, c.quantizer, c.activation) for c in choices if c.quantizer is not None]
+    check_shared(model, {unit.module: q for unit, q, _ in chosen})
+    pretrained.check_config(model)
+    ids = (m.tensor_id for m in model.modules() if isinstance(m, QuantizedModule))
+    first_id = 1 + max(ids, default=-1)
+    made: dict[Tensor, tuple[int, Tensor]] = {}  # a shared weight has one tensor id and equal alphas
+    plan: list[Callable[[], QuantizedModule]] = []
+    for unit, q, own in chosen:
+        name, form, weight = unit.names[0], unit.form, unit.weights["weight"]
         assert form is not None
-        assert c.quantizer is not None
         if weight not in made:
-            alpha = alpha_of(f"{name}.weight".lstrip("."), whole(weight), form.OUTPUTS, c.quantizer)
-            made[weight] = start + len(made), alpha
+            alpha = alpha_of(f"{name}.weight".lstrip("."), whole(weight), form.OUTPUTS, q)
+            made[weight] = first_id + len(made), alpha
         tensor_id, alpha = made[weight]
-        plan.append((form, WeightQuantizer(c.quantizer, tensor_id, name, backend), alpha.clone()))
-    return plan
-
-
-def _report(choices: list[Choice]) -> Report:
-    """Describes the model as it is now."""
-    quantized, left = [], []
-    vectors: dict[Tensor, None] = {}
-    seen: dict[Tensor, str] = {}
-    for c in choices:
-        name, module = c.unit.names[0], c.unit.module
-        own = weights_of(module)
-        vectors |= dict.fromkeys(own.vectors.values())
-        new = [p for p in own.matrices.values() if p not in seen]
-        numel = sum(p.numel() for p in new)
-        shapes = WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in own.matrices.items())
-        if list(own.matrices) == ["weight"]:
-            shapes = shapes.removeprefix("weight ")
-        if isinstance(module, QuantizedModule):
-            tied, q, scales = seen.get(module.latent, ""), module.quantizer, module.alpha.numel()
-            size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
-            kind, inputs = module.PLAIN.__name__, module.activation
-            quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
-        elif own.matrices:
-            size, kind = float(sum(p.nbytes for p in new)), type(module).__name__
-            left.append(Row(name, kind, shapes, numel, size, reason=c.reason or ""))
-        seen |= dict.fromkeys(own.matrices.values(), name)
-    numel, total = sum(p.numel() for p in vectors), sum(p.nbytes for p in vectors)
-    return Report(quantized, left, len(vectors), numel, total)
+        how = WeightQuantizer(q, tensor_id, name, backend)
+        plan.append(partial(form.from_plain, unit.module, how, alpha=alpha.clone(), activation=own))
+    for quantize in plan:
+        quantize()
+    HANDLERS.begin_anew(model)
+    settle(model)
+    link(model)
+    pretrained.record(model)
+    return report_of(choices)
 
 
 def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
-    checks.instance("model", model, nn.Module)
-    modules = list(pretrained.quantized_modules(model).values())
-    if not modules:
-        raise ValueError(f"model must have quantized modules to {what}, got none")
+    modules = list(pretrained.quantized_in(model, what).values())
     if any(m.pass_weight is not None for m in modules):
         raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
     return modules
@@ -275,8 +221,6 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             weight.copy_(m.effective_weight())
     for m in modules:
         m.to_plain()
-    fast_path.update(model)
-    watch(model)
     settle(model)
     pretrained.record(model)
     return model

@@ -80,10 +80,8 @@ class InputQuantizer:
                 f" elements, got {how.transform}"
             )
         scale, factor = how.scale, 1.0
-        if isinstance(scale, MeasuredScale):
-            alpha = self._measured(scale, rows.detach(), module.backend)
-        elif isinstance(scale, FixedScale):
-            alpha = scale.of(rows)
+        if isinstance(scale, FixedScale | MeasuredScale):
+            alpha = self._made(scale, rows.detach(), module.backend)
         else:
             assert isinstance(scale, LearnedScale)
             # of LSQ: the features of a layer, which are those of a token or a sample, share it
@@ -92,7 +90,9 @@ class InputQuantizer:
         alpha, lost = _usable(how, alpha, rows) if rows.numel() else (alpha, None)
         return rows, alpha, factor, lost
 
-    def _measured(self, scale: MeasuredScale, rows: Tensor, backend: str | None) -> Tensor:
+    def _made(self, scale: FixedScale | MeasuredScale, rows: Tensor, backend: str | None) -> Tensor:
+        if isinstance(scale, FixedScale):
+            return scale.of(rows)
         measure = Measured.apply if transforms.active() else Measured.forward
         alpha: Tensor = measure(rows, scale, self.quantizer.transform, backend)
         return alpha
@@ -102,9 +102,7 @@ class InputQuantizer:
         name = module.weight_quantizer.path or "the model"
         if self.calibrating:
             first = scale.first(self.quantizer.grid)
-            alpha = (
-                first.of(rows) if isinstance(first, FixedScale) else self._measured(first, rows, module.backend)
-            )
+            alpha = self._made(first, rows, module.backend)
             if not (float(alpha) > 0 and bool(alpha.isfinite()) and bool(rows.isfinite().all())):
                 kind = "finite values" if rows.isfinite().all() else "values that are not finite"
                 raise ValueError(

@@ -39,6 +39,10 @@ class QuantLinear(QuantizedModule, nn.Linear):
     product: str | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        own = self.pass_weight
+        is_own = own is not None and own.plain and own.weight is self._parameters["weight"]
+        if is_own and self.input_quantizer is None and self.product is None:
+            return F.linear(input, own.rows, self.bias)  # type: ignore[union-attr]
         if self.product is not None and not transforms.active():  # a transform of torch.func takes values
             return self._product(input)
         return F.linear(self.effective_input(input, self.quantizer.block), self.quantized_rows(), self.bias)

@@ -19,7 +19,7 @@ from ..spec.scale import LearnedScale, MeasuredScale
 from .inputs import InputQuantizer, rotated
 from .parameter import VALUES, Values, read_as_values
 from .state_dict import SavedModule
-from .view import LOCAL, Deferred, PassWeight, Placement, place, placement_of, whole
+from .view import LOCAL, Deferred, PassWeight, Placement, check_alpha, place, placement_of, whole
 from .weight import (
     FLOOR,
     WeightQuantizer,
@@ -240,9 +240,11 @@ class QuantizedModule(SavedModule):
             RuntimeError: alpha was made for another weight, or a pass perturbs another weight.
             ValueError: alpha requires grad, or is out of range.
         """
+        own, weight = self.pass_weight, self.latent
+        if own is not None and own.ready and own.weight is weight:
+            return own.rows
         if not fits(self) or transforms.active():
             check(self)
-        weight = self.latent
         return placement_of(self, weight).rows(self, weight, self._rows_of)
 
     def _rows_of(self, weight: Tensor, alpha: Tensor) -> Tensor:
@@ -256,8 +258,7 @@ class QuantizedModule(SavedModule):
         if of_pass is not None and of_pass.probe:
             return of_pass.values(alpha, how.grid)
         learned = how.learned
-        if not learned and self.alpha.requires_grad:
-            raise ValueError("alpha must not require grad, as no gradient reaches it")
+        check_alpha(self)
         if of_pass is not None and of_pass.deferred:
             quantized: Tensor = Deferred.apply(self.rows(weight), alpha, of_pass.rows)
             return quantized
@@ -371,11 +372,16 @@ class QuantizedModule(SavedModule):
 
     def learned_alphas(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Those of these names that are learned and have a value, each with where it is held."""
-        if self.weight_quantizer.shares and self.alpha_least.shape != self.alpha.shape:
-            self.alpha_least = self.alpha.detach() * FLOOR  # the first was calibrated after a resize
-        inputs = self.input_quantizer is not None and self.input_quantizer.calibrated
-        ready = [n for n in names if f"{n}_least" in self._buffers and (n == "alpha" or inputs)]
-        return [(getattr(self, name), getattr(self, f"{name}_least")) for name in ready]
+        buffers, pairs = self._buffers, []
+        if "alpha" in names and buffers.get("alpha_least") is not None:
+            if self.weight_quantizer.shares and self.alpha_least.shape != self.alpha.shape:
+                self.alpha_least = self.alpha.detach() * FLOOR  # the first was calibrated after a resize
+            pairs.append((self._parameters["alpha"], buffers["alpha_least"]))
+        if "input_alpha" in names and buffers.get("input_alpha_least") is not None:
+            assert self.input_quantizer is not None
+            if self.input_quantizer.calibrated:
+                pairs.append((self._parameters["input_alpha"], buffers["input_alpha_least"]))
+        return pairs  # type: ignore[return-value]
 
     # ---- what PyTorch does to a module
 

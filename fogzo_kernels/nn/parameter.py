@@ -37,7 +37,11 @@ class Values:
     def during(self, values: dict[str, Tensor], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a forward that reads parameters as these values."""
         if is_compiling():
-            return self._trace(values, forward, args, kwargs)
+            last, self.traced = self.traced, values
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.traced = last
         threads, thread = self.of_threads, threading.get_ident()
         before = threads.get(thread)
         threads[thread] = values
@@ -48,13 +52,6 @@ class Values:
                 del threads[thread]
             else:  # a forward that runs its own module again
                 threads[thread] = before
-
-    def _trace(self, values: dict[str, Tensor], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before, self.traced = self.traced, values
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self.traced = before
 
     def __reduce__(self) -> tuple[type[Values], tuple[()]]:
         return Values, ()  # a copy runs no forward

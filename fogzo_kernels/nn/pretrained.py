@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..backends import check_known
+from ..ops import checks
 from ..spec.quantizer import Quantizer
 from .module import QuantizedModule
 
@@ -32,6 +33,14 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
 
 
+def quantized_in(model: nn.Module, what: str) -> dict[str, QuantizedModule]:
+    """Returns the quantized modules of a model by name; raises if it has none to ``what``."""
+    checks.instance("model", model, nn.Module)
+    if modules := quantized_modules(model):
+        return modules
+    raise ValueError(f"model must have quantized modules to {what}, got none: call quantize_model first")
+
+
 def models_of(model: nn.Module) -> list[nn.Module]:
     """Returns the outermost pretrained models in a model."""
     pretrained = [
@@ -43,7 +52,7 @@ def models_of(model: nn.Module) -> list[nn.Module]:
     return [m for m in pretrained if m not in inner]
 
 
-def check(model: nn.Module) -> None:
+def check_config(model: nn.Module) -> None:
     """Raise if a pretrained model is quantized by something else; warn if it should be quantized already."""
     for m in models_of(model):
         config: Any = getattr(m.config, "quantization_config", None)
@@ -74,18 +83,14 @@ def record(model: nn.Module) -> None:
 def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
     """Makes the entry of the config; see :func:`entries` for a module's row."""
     quantizers: list[dict[str, Any]] = []
-
-    def index(q: Quantizer | None) -> int | None:
-        if q is None:
-            return None
-        if q.to_dict() not in quantizers:
-            quantizers.append(q.to_dict())
-        return quantizers.index(q.to_dict())
-
-    rows = {
-        name: [index(m.quantizer), list(m.alpha.shape), m.tensor_id, m.backend, index(m.activation)]
-        for name, m in modules.items()
-    }
+    rows = {}
+    for name, m in modules.items():
+        own = [q and q.to_dict() for q in (m.quantizer, m.activation)]
+        for q in own:
+            if q and q not in quantizers:
+                quantizers.append(q)
+        weight, inputs = (q and quantizers.index(q) for q in own)
+        rows[name] = [weight, list(m.alpha.shape), m.tensor_id, m.backend, inputs]
     return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}
 
 

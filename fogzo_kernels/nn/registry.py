@@ -107,14 +107,7 @@ def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
     return QUANTIZED.get(kind) if options is None else quantized_class(kind, **options)
 
 
-class Weights(NamedTuple):
-    """The tensors that a module holds itself, by their names."""
-
-    matrices: dict[str, Tensor]  # of two dimensions or more
-    vectors: dict[str, Tensor]  # biases, norms
-
-
-def weights_of(module: nn.Module) -> Weights:
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters, and parameters of children that it reads itself; all must be initialized."""
     added = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
     own: dict[str, Tensor] = {
@@ -125,8 +118,7 @@ def weights_of(module: nn.Module) -> Weights:
     for name, p in own.items():
         if isinstance(p, UninitializedParameter):
             raise ValueError(f"{type(module).__name__}.{name} must be initialized: run the model once before")
-    matrices = {k: p for k, p in own.items() if p.ndim > 1}
-    return Weights(matrices, {k: p for k, p in own.items() if k not in matrices})
+    return own
 
 
 def read_by(module: nn.Module) -> list[str]:
@@ -136,13 +128,49 @@ def read_by(module: nn.Module) -> list[str]:
     return ["parametrizations"] if parametrize.is_parametrized(module) else []
 
 
-def reason_against(module: nn.Module) -> str | None:
-    """Why a module that holds weights cannot be quantized; None if it can."""
+class Unit(NamedTuple):
+    """A module that holds weights, with what it reads of its children, and what it can become."""
+
+    names: list[str]  # messages and reports say the first
+    module: nn.Module
+    around: list[tuple[str, nn.Module]]  # the modules that it lies in, and itself
+    weights: dict[str, Tensor]  # the tensors that it holds itself, by their names
+    form: type[QuantizedModule] | None
+    against: str | Exception | None  # see :func:`reason_against`
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """The weights of two dimensions or more; the others are biases and norms."""
+        return {name: p for name, p in self.weights.items() if p.ndim > 1}
+
+
+def units_of(model: nn.Module) -> list[Unit]:
+    """Returns the modules that hold weights, each once with all its names."""
+    paths = dict(model.named_modules(remove_duplicate=False))
+    parts = {id(c) for m in paths.values() for child in read_by(m) for c in m.get_submodule(child).modules()}
+    units: dict[nn.Module, Unit] = {}
+    around: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, m in paths.items():
+        around[name] = [*(around[name.rpartition(".")[0]] if name else []), (name, m)]
+        if m in units:
+            units[m].names.append(name)
+            units[m].around.extend(around[name])
+        elif id(m) not in parts and (weights := weights_of(m)):
+            form = quantized_form(m)
+            against = reason_against(name, m, form)
+            units[m] = Unit([name], m, list(around[name]), weights, form, against)
+    return list(units.values())
+
+
+def reason_against(name: str, module: nn.Module, form: type[QuantizedModule] | None) -> str | Exception | None:
+    """Why a module that holds weights cannot be quantized; None if it can.
+
+    An error is to be raised if the module is to be quantized. With any other reason it is left alone.
+    """
     if isinstance(module, QuantizedModule):
         return "it is quantized already"
-    form = quantized_form(module)
     if form is None and isinstance(module, FSDPModule) and QUANTIZED.get(type(module).__mro__[2]):
-        raise ValueError(
+        return ValueError(
             f"model must be quantized before fully_shard is given one of its modules by itself, got {module}"
         )
     weight = None if form is None else module._parameters.get(form.PARAMETER)
@@ -154,9 +182,15 @@ def reason_against(module: nn.Module) -> str | None:
         return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
     if getattr(module, "sparse", False):
         return "its gradients are sparse"
-    return (
-        "max_norm changes its weight in the forward" if getattr(module, "max_norm", None) is not None else None
-    )
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm changes its weight in the forward"
+    taken = [x for x in QuantizedModule.ADDED if hasattr(module, x)]
+    if taken:
+        return ValueError(f"{name or 'model'} must not have an attribute {taken[0]!r} of its own")
+    if weight.dtype not in FLOATS:
+        where, got = f"{name}.weight".lstrip("."), checks.named([weight.dtype])
+        return TypeError(f"{where} must be {checks.named(FLOATS)}, got {got}")
+    return None
 
 
 def made_anew(module: nn.Module) -> str | None:
@@ -167,14 +201,3 @@ def made_anew(module: nn.Module) -> str | None:
     if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor) and hooks:
         return f"its weight is made anew in each forward, by {hooks[0]}"
     return None
-
-
-def check_weight(name: str, module: nn.Module) -> None:
-    """Raise unless the weight of a module that has a quantized form can be a latent."""
-    what = f"{name}.weight" if name else "weight"
-    taken = [x for x in QuantizedModule.ADDED if hasattr(module, x)]
-    if taken:
-        raise ValueError(f"{name or 'model'} must not have an attribute {taken[0]!r} of its own")
-    dtype = module.get_parameter("weight").dtype
-    if dtype not in FLOATS:
-        raise TypeError(f"{what} must be {checks.named(FLOATS)}, got {checks.named([dtype])}")

@@ -1,8 +1,8 @@
-"""Guards for other libraries, which replace quantized modules by plain ones or merge adapters into them.
+"""Guards against code that replaces quantized modules, merges adapters into them or computes in their place.
 
 PyTorch calls :func:`see` for every module that becomes a child of another module. :func:`see` notes on the
 parent where a plain module replaces a quantized module, and guards ``merge`` of adapters (PEFT's) that get a
-quantized ``base_layer``.
+quantized ``base_layer``. :func:`close_fast_path` is for PyTorch's own encoders.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from .module import QuantizedModule
 from .registry import quantized_form
+from .tied import follow
 
 #: Where a parent keeps the names of children that were quantized modules before.
 REPLACED = "_fogzo_replaced"
+#: Attributes of encoders, and values that close the fast path; an encoder makes nested tensors for it alone.
+CLOSED: dict[type[nn.Module], tuple[str, object]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+#: Where an encoder keeps the former value.
+KEPT = "_fogzo_fast_path"
 
 
 def see(parent: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -41,29 +49,32 @@ def holds_quantized(module: nn.Module) -> bool:
     return any(isinstance(m, QuantizedModule) for m in module.modules())
 
 
-def is_left_plain(module: nn.Module | None) -> bool:
+def is_left_plain(module: nn.Module) -> bool:
     """Whether it holds what could be quantized, and nothing that is."""
-    return module is not None and not holds_quantized(module) and any(map(quantized_form, module.modules()))
+    return not holds_quantized(module) and any(map(quantized_form, module.modules()))
 
 
 # ---- modules that were replaced
 
 
-def replaced_in(parent: nn.Module) -> list[str]:
-    """Returns the children that replaced quantized modules and are still plain."""
-    return [x for x in sorted(vars(parent).get(REPLACED, ())) if is_left_plain(parent._modules.get(x))]
+def replaced_in(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Returns the children of these named modules that replaced quantized modules and are still plain."""
+    children = {
+        f"{path}.{name}".lstrip("."): parent._modules.get(name)
+        for path, parent in modules
+        for name in sorted(vars(parent).get(REPLACED, ()))
+    }
+    return {path: child for path, child in children.items() if child is not None and is_left_plain(child)}
 
 
 def check_replaced(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Raise if a plain module replaced a quantized child of these named modules."""
-    for path, parent in modules:
-        for name in replaced_in(parent):
-            where, kind = f"{path}.{name}".lstrip("."), type(parent._modules[name]).__name__
-            raise RuntimeError(
-                f"{where} must be quantized, as the module was whose place it took, got a plain {kind}"
-                " (resize_token_embeddings and new heads replace some): call quantize_model(model, ...) again"
-                f" to quantize it too, or with skip={where!r} to leave it plain"
-            )
+    for where, child in replaced_in(modules).items():
+        raise RuntimeError(
+            f"{where} must be quantized, as the module was whose place it took, got a plain"
+            f" {type(child).__name__} (resize_token_embeddings and new heads replace some): call"
+            f" quantize_model(model, ...) again to quantize it too, or with skip={where!r} to leave it plain"
+        )
 
 
 def refuse_to_save(parent: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -71,19 +82,41 @@ def refuse_to_save(parent: nn.Module, prefix: str, keep_vars: bool) -> None:
     check_replaced([(prefix.removesuffix("."), parent)])
 
 
-def settle(model: nn.Module) -> bool:
-    """Forget what was replaced, as ``quantize_model`` has decided on it; return whether there was something."""
-    any_replaced = False
+def settle(model: nn.Module) -> None:
+    """Forget what was replaced, as ``quantize_model`` has decided on it, with all hooks of earlier calls.
+
+    Adapters and encoders that came before their layers were quantized are guarded here.
+    """
     for parent in model.modules():
-        any_replaced |= bool(replaced_in(parent))
+        remove_hook(parent._load_state_dict_post_hooks, follow)
         vars(parent).pop(REPLACED, None)
         remove_hook(parent._state_dict_pre_hooks, refuse_to_save)
-    return any_replaced
+        guard_merge(parent, parent._modules.get("base_layer"))
+        close_fast_path(parent)
 
 
 def remove_hook(hooks: dict[int, Any], hook: Any) -> None:
     for key in [key for key, other in hooks.items() if other is hook]:
         del hooks[key]
+
+
+# ---- the fast path of encoders
+
+
+def close_fast_path(module: nn.Module) -> None:
+    """Close the path of an encoder that holds quantized modules, and open it where it holds none any more.
+
+    In evaluation a fused kernel takes the ``weight`` tensors of the modules, which are latents, and never runs
+    the modules.
+    """
+    for name, closed in (closing for kind, closing in CLOSED.items() if isinstance(module, kind)):
+        quantized = holds_quantized(module)
+        if quantized and not hasattr(module, KEPT):
+            setattr(module, KEPT, getattr(module, name))
+            setattr(module, name, closed)
+        elif not quantized and hasattr(module, KEPT):
+            setattr(module, name, getattr(module, KEPT))
+            delattr(module, KEPT)
 
 
 # ---- adapters

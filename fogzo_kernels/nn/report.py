@@ -8,7 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from ..spec.quantizer import Quantizer
+from .module import QuantizedModule
+from .rules import Choice
 
 #: Between the weights of a module.
 WEIGHTS = "; "
@@ -138,6 +142,33 @@ class Report:
             f"{size} in all, {self.bits:.2f} bits for each parameter, scales included",
         ]
         return "\n".join(lines)
+
+
+def report_of(choices: Sequence[Choice]) -> Report:
+    """Describes a model that was quantized as chosen."""
+    quantized, left = [], []
+    vectors: dict[Tensor, None] = {}
+    seen: dict[Tensor, str] = {}
+    for c in choices:
+        name, module = c.unit.names[0], c.unit.module
+        own = c.unit.matrices
+        vectors |= {p: None for p in c.unit.weights.values() if p.ndim <= 1}
+        new = [p for p in own.values() if p not in seen]
+        numel = sum(p.numel() for p in new)
+        shapes = WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in own.items())
+        if list(own) == ["weight"]:
+            shapes = shapes.removeprefix("weight ")
+        if isinstance(module, QuantizedModule):
+            tied, q, scales = seen.get(module.latent, ""), module.quantizer, module.alpha.numel()
+            size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
+            kind, inputs = module.PLAIN.__name__, module.activation
+            quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
+        elif own:
+            size, kind = float(sum(p.nbytes for p in new)), type(module).__name__
+            left.append(Row(name, kind, shapes, numel, size, reason=c.reason or ""))
+        seen |= dict.fromkeys(own.values(), name)
+    numel, total = sum(p.numel() for p in vectors), sum(p.nbytes for p in vectors)
+    return Report(quantized, left, len(vectors), numel, total)
 
 
 def described(q: Quantizer) -> str:

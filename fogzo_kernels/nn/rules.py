@@ -11,28 +11,20 @@ from torch import nn
 from ..spec.quantizer import Quantizer
 from .inputs import check_activation
 from .module import QuantizedModule
-from .registry import quantized_form, read_by, reason_against, weights_of
+from .registry import Unit
 
 #: A name or pattern of names, a type, or a function of name and module.
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Rule = tuple[Which, Quantizer | None] | tuple[Which, Quantizer | None, Quantizer | None]
 
 
-class Full(NamedTuple):
+class Checked(NamedTuple):
     """A checked rule."""
 
-    name: str  # in messages
+    name: str  # in messages; "" of the default
     which: Which
     quantizer: Quantizer | None
     activation: Quantizer | None
-
-
-class Unit(NamedTuple):
-    """A module that holds weights, with what it reads of its children."""
-
-    names: list[str]  # messages and reports say the first
-    module: nn.Module
-    around: list[tuple[str, nn.Module]]  # the modules that it lies in, and itself
 
 
 class Choice(NamedTuple):
@@ -45,13 +37,12 @@ class Choice(NamedTuple):
 
 
 def choose(
-    model: nn.Module,
-    quantizer: Quantizer | None,
-    activation: Quantizer | None,
-    rules: Sequence[Rule],
-    skip: Which | Sequence[Which],
+    units: list[Unit], default: Checked, rules: Sequence[Rule], skip: Which | Sequence[Which], may_be_none: bool
 ) -> list[Choice]:
-    """Decides on each module of ``model`` that holds weights, by the first rule that matches."""
+    """Decides on each module that holds weights, by the first rule that matches, or by the default.
+
+    ``may_be_none`` says whether it is no error that no module is to be quantized.
+    """
     given = [skip] if isinstance(skip, str | type) or callable(skip) else skip
     if not isinstance(given, Sequence):
         raise TypeError(
@@ -60,9 +51,8 @@ def choose(
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise TypeError(f"rules must be a list of pairs, got {type(rules).__name__}")
     full = [_checked(f"skip[{i}]", (which, None), None) for i, which in enumerate(given)]
-    full += [_checked(f"rules[{i}]", rule, activation) for i, rule in enumerate(rules)]
-    units = units_of(model)
-    first: dict[nn.Module, Full] = {}
+    full += [_checked(f"rules[{i}]", rule, default.activation) for i, rule in enumerate(rules)]
+    first: dict[nn.Module, Checked] = {}
     for rule in full:
         matched = [unit.module for unit in units if _matches(rule.which, unit)]
         if not matched:
@@ -70,28 +60,18 @@ def choose(
                 f"{rule.name} must match a module of model that holds weights, got {shown(rule.which)}"
             )
         first = dict.fromkeys(matched, rule) | first
+    choices = [_choice(unit, first.get(unit.module, default)) for unit in units]
     for rule in full:
         _check_asked(rule, [unit for unit in units if first.get(unit.module) is rule])
-    return [_choice(unit, first.get(unit.module), quantizer, activation) for unit in units]
+    if not may_be_none and all(c.quantizer is None for c in choices):
+        raise ValueError(_nothing_to_do(choices))
+    return choices
 
 
-def units_of(model: nn.Module) -> list[Unit]:
-    """Returns the modules that hold weights, each once with all its names."""
-    paths = dict(model.named_modules(remove_duplicate=False))
-    parts = {id(c) for m in paths.values() for child in read_by(m) for c in m.get_submodule(child).modules()}
-    names: dict[nn.Module, list[str]] = {}
-    around: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, m in paths.items():
-        around[name] = [*(around[name.rpartition(".")[0]] if name else []), (name, m)]
-        if id(m) not in parts and any(weights_of(m)):
-            names.setdefault(m, []).append(name)
-    return [Unit(own, m, [x for name in own for x in around[name]]) for m, own in names.items()]
-
-
-def _checked(name: str, rule: object, activation: Quantizer | None) -> Full:
+def _checked(name: str, rule: object, activation: Quantizer | None) -> Checked:
     if not isinstance(rule, tuple | list) or len(rule) not in (2, 3):
         raise TypeError(f"{name} must be (which modules, quantizer) or that and an activation, got {rule!r}")
-    full = Full(name, *(*rule, activation)[:3])
+    full = Checked(name, *(*rule, activation)[:3])
     if not (isinstance(full.which, str) or callable(full.which)):
         raise TypeError(f"{name} must be a name, a type or a function, got {type(full.which).__name__}")
     for k, value in enumerate(full[2:], 1):
@@ -116,11 +96,11 @@ def shown(which: Which) -> str:
     return repr(which) if isinstance(which, str) else getattr(which, "__name__", repr(which))
 
 
-def _check_asked(rule: Full, matched: list[Unit]) -> None:
+def _check_asked(rule: Checked, units: list[Unit]) -> None:
     """Raise if a rule with a quantizer decides on modules that cannot be quantized."""
-    if rule.quantizer is None or not matched:
+    if rule.quantizer is None or not units:
         return
-    against = {unit.names[0]: reason_against(unit.module) for unit in matched if _has_weight(unit.module)}
+    against = {unit.names[0]: unit.against for unit in units if _has_weight(unit)}
     refused = [f"{unit or 'model'}: {reason}" for unit, reason in against.items() if reason is not None]
     if refused:
         raise ValueError(
@@ -132,22 +112,30 @@ def _check_asked(rule: Full, matched: list[Unit]) -> None:
         raise ValueError(f"{rule.name} must match a module that can be quantized, got {shown(rule.which)}")
 
 
-def _has_weight(m: nn.Module) -> bool:
+def _has_weight(unit: Unit) -> bool:
     """Whether a weight multiplies; norms and position tables do not, and are no reason to refuse a rule."""
-    form = isinstance(m, QuantizedModule) or quantized_form(m)
-    return bool(form) or any("weight" in name for name in weights_of(m).matrices)
+    form = isinstance(unit.module, QuantizedModule) or unit.form
+    return bool(form) or any("weight" in name for name in unit.matrices)
 
 
-def _choice(unit: Unit, rule: Full | None, quantizer: Quantizer | None, activation: Quantizer | None) -> Choice:
-    reason: str | None
-    if rule is not None:
-        quantizer, activation = rule.quantizer, rule.activation
+def _choice(unit: Unit, rule: Checked) -> Choice:
+    reason = unit.against
     if isinstance(unit.module, QuantizedModule):
         reason = "quantized before"
-    elif quantizer is None:
-        reason = "no rule names it" if rule is None else f"{rule.name}, {shown(rule.which)}"
-    else:
-        reason = reason_against(unit.module)
-    if reason or isinstance(unit.module, nn.Embedding):  # whose input is indices
-        activation = None
-    return Choice(unit, None if reason else quantizer, activation, reason)
+    elif rule.quantizer is None:
+        reason = f"{rule.name}, {shown(rule.which)}" if rule.name else "no rule names it"
+    elif isinstance(reason, Exception):
+        raise reason
+    plain = reason or isinstance(unit.module, nn.Embedding)  # whose input is indices
+    return Choice(unit, None if reason else rule.quantizer, None if plain else rule.activation, reason)
+
+
+def _nothing_to_do(choices: list[Choice]) -> str:
+    before = [c for c in choices if isinstance(c.unit.module, QuantizedModule)]
+    if before:
+        return (
+            f"model must have modules that are not quantized yet, got {len(before)} that are and no other to"
+            " quantize; dequantize_model(model) turns them back"
+        )
+    reasons = "; ".join(f"{c.unit.names[0] or 'model'}: {c.reason}" for c in choices[:5])
+    return f"model must have a module to quantize, got none ({reasons or 'it holds no weights'})"

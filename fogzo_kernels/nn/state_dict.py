@@ -43,7 +43,8 @@ class SavedModule(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The quantizers, as a uint8 tensor, so that formats of tensors alone can hold it."""
-        how = self.weight_quantizer.quantizer.to_dict() | {"activation": _dict_of(self.input_quantizer)}
+        how = self.weight_quantizer.quantizer.to_dict()
+        how["activation"] = self.activation and self.activation.to_dict()
         text = json.dumps(how, sort_keys=True)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
@@ -79,7 +80,7 @@ class SavedModule(nn.Module):
                 raise ValueError(f"the quantizer must have {mine or 'no transform'}, got a state with {other}")
         if type(saved.scale) is not type(own.scale):  # a measured alpha may be older than the weight beside it
             raise ValueError(f"the quantizer must have {own.scale}, got a state with {saved.scale}")
-        if (activation and activation.to_dict()) != _dict_of(self.input_quantizer):
+        if (activation and activation.to_dict()) != (self.activation and self.activation.to_dict()):
             raise ValueError(f"activation must be {self.activation}, got a state with {activation}")
         return saved
 
@@ -123,10 +124,6 @@ class SavedModule(nn.Module):
                 " was not quantized: does it fit them? (A scale that is a function would be called again.)",
                 stacklevel=2,
             )
-
-
-def _dict_of(inputs: InputQuantizer | None) -> dict[str, Any] | None:
-    return None if inputs is None else inputs.quantizer.to_dict()
 
 
 def _check_alpha(name: str, own: Tensor, saved: object) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..spec.quantizer import Quantizer
 from .module import QuantizedModule
-from .replaced import remove_hook
 from .view import local
 
 #: A module and the name of a parameter of it.
@@ -54,28 +53,27 @@ def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> Non
             memory[key] = first
 
 
-def check_raw_uses(places: Mapping[str, Owner]) -> None:
+def check_raw_uses(model: nn.Module) -> None:
     """Raise if a quantized weight is a parameter of a plain module, too."""
-    quantized = list(_quantized(places))
-    raw = [where for where in places if where not in quantized]
-    if quantized and raw:
-        raise ValueError(_both(quantized[0], raw[0]))
-
-
-def share_alphas(model: nn.Module) -> None:
-    """Let modules that share a weight share a learned alpha too."""
     for places in owners_of(model).values():
-        tied = [m for m in _quantized(places).values() if m.quantizer.learned]
-        for module in tied[1:]:
-            module.alpha, module.alpha_least = tied[0].alpha, tied[0].alpha_least.clone()
+        quantized = list(_quantized(places))
+        raw = [where for where in places if where not in quantized]
+        if quantized and raw:
+            raise ValueError(_both(quantized[0], raw[0]))
+
+
+def link(model: nn.Module) -> None:
+    """Let modules that share a weight share a learned alpha too, and keep their other alphas equal.
+
+    A state dict may have a shared weight once; :func:`follow` then gives all its modules the alpha that came.
+    """
+    shared = [tied for places in owners_of(model).values() if len(tied := _quantized(places)) > 1]
+    for tied in shared:
+        learned = [m for m in tied.values() if m.quantizer.learned]
+        for module in learned[1:]:
+            module.alpha, module.alpha_least = learned[0].alpha, learned[0].alpha_least.clone()
             module.weight_quantizer.shares = True
-
-
-def watch(model: nn.Module) -> None:
-    """Keep the alphas of tied weights equal when a state dict is loaded that has such a weight once."""
-    for module in model.modules():
-        remove_hook(module._load_state_dict_post_hooks, follow)
-    if any(len(_quantized(places)) > 1 for places in owners_of(model).values()):
+    if shared:
         model.register_load_state_dict_post_hook(follow)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -44,6 +44,8 @@ class PassWeight(NamedTuple):
     rows: Tensor  # of values, as QuantizedModule.rows() has them, or of a probe's int8 codes
     probe: bool  # whether they are a probe, without a gradient, or Q(weight)
     deferred: bool = False  # of Q(weight): the weight gets dL/dQ, of which the pass makes g at its end
+    ready: bool = False  # whether modules take the rows as they are: values that have their place in the graph
+    plain: bool = False  # whether they are ready, and not rotated
 
     def values(self, alpha: Tensor, grid: Grid) -> Tensor:
         """The rows' values, to the bit those that a probe without codes has."""
@@ -69,6 +71,22 @@ class Deferred(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (alpha,) = ctx.saved_tensors
         return grads[0], torch.zeros_like(alpha) if ctx.needs_input_grad[1] else None, None
+
+
+class DeferredLists(torch.autograd.Function):
+    """Memory of Q of many latents as one node. The gradient of each latent is dL/dQ, none where Q was not used.
+
+    It saves nothing. So one node serves all gradient passes of a run, whatever is written into the memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, memory: Sequence[Tensor], *latents: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple([rows.detach() for rows in memory])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads
 
 
 class Part(NamedTuple):
@@ -191,7 +209,8 @@ class WeightView:
         self.placement = placement_of(module, self.parameter, name)
         self.placement.check(name)
         self._memory: Tensor | None = None
-        self.deferred = False  # whether .grad gets dL/dQ in the gradient pass
+        self.deferred = False  # whether .grad gets dL/dQ in gradient passes
+        self.rotated = False  # whether Q is in the basis of the quantizer's transform
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
@@ -266,14 +285,35 @@ class WeightView:
         alone = not p._backward_hooks and len(p._post_accumulate_grad_hooks or ()) <= 1
         return alone or not self.placement.is_whole
 
-    def use(self, rows: Tensor, probe: bool, deferred: bool = False) -> None:
-        """Let the modules run with rows until :meth:`release`: a probe, without a gradient, or Q(parameter).
+    def use(self, pass_weight: PassWeight) -> None:
+        """Let the modules run with this."""
+        if not pass_weight.probe:
+            self.deferred = pass_weight.deferred
+        if self.placement is LOCAL:
+            for module in self.modules:
+                vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
+        else:
+            self.placement.hold(self.modules, pass_weight)
 
-        ``deferred``: the parameter receives dL/dQ, of which the pass makes g at its end.
-        """
-        self.deferred = deferred
-        self.placement.hold(self.modules, PassWeight(self.parameter, rows, probe, deferred))
 
-    def release(self) -> None:
-        """Let the modules quantize for themselves again."""
-        self.placement.hold(self.modules, None)
+def check_alpha(module: QuantizedModule) -> None:
+    """Raise if an alpha that does not learn requires a gradient."""
+    if module.alpha.requires_grad and not module.quantizer.learned:
+        raise ValueError("alpha must not require grad, as no gradient reaches it")
+
+
+def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
+    """Let the modules run with values or codes of a probe, without a gradient."""
+    for w, own in zip(views, rows, strict=True):
+        ready = own.dtype != torch.int8
+        w.use(PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated))
+
+
+def release(views: Iterable[WeightView]) -> None:
+    """Let the modules quantize for themselves again."""
+    for w in views:
+        if w.placement is LOCAL:
+            for module in w.modules:
+                vars(module)["pass_weight"] = None
+        else:
+            w.placement.hold(w.modules, None)

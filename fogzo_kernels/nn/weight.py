@@ -21,8 +21,11 @@ from .view import LOCAL, DTensor, local
 if TYPE_CHECKING:
     from .module import QuantizedModule
 
+Tensors = Sequence[Tensor]
 #: A learned alpha that an update drove out of range is held at this part of its first value.
 FLOOR = 2.0**-20
+#: The alphas of a module that can be learned.
+LEARNED = ("alpha", "input_alpha")
 #: Statistics of the weights that PyTorch's layers begin with, uniform within 1 / sqrt(inputs), times that root.
 FIRST = {"absmax": 1.0, "absmean": 1 / 2, "rms": 1 / math.sqrt(3)}
 #: An alpha differs by more than this factor, on average, from what its scale makes of its first weights.
@@ -120,9 +123,8 @@ def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def measure_(
-    alphas: Sequence[Tensor], rows: Sequence[Tensor], scale: MeasuredScale, transform: Hadamard | None,
-    backend: str | None = None,
-) -> None:  # fmt: skip
+    alphas: Tensors, rows: Tensors, scale: MeasuredScale, transform: Hadamard | None, backend: str | None = None
+) -> None:
     """Write the alphas that the scale measures from these rows, or from what a transform makes of them.
 
     A transform leaves the rms of whole blocks as it is. No gradient passes; there is no ``no_grad`` here, as
@@ -130,15 +132,10 @@ def measure_(
     """
     if scale.statistic != "rms":
         rows = rotated_rows(rows, transform, backend)
-    measure_alphas_(
-        alphas, rows, statistic=scale.statistic, factor=scale.factor, add=scale.add, least=scale.least,
-        backend=backend,
-    )  # fmt: skip
+    measure_alphas_(alphas, rows, backend=backend, **scale.options)
 
 
-def rotated_rows(
-    rows: Sequence[Tensor], transform: Hadamard | None, backend: str | None = None
-) -> Sequence[Tensor]:
+def rotated_rows(rows: Tensors, transform: Hadamard | None, backend: str | None = None) -> Tensors:
     """Rows in the basis in which they are quantized: float32 where there is a transform."""
     if transform is None:
         return rows
@@ -151,15 +148,13 @@ def rotated_rows(
 
 
 @torch.no_grad()
-def hold_alphas(
-    modules: Sequence[QuantizedModule], names: Sequence[str] = ("alpha", "input_alpha")
-) -> Tensor | None:
+def hold_alphas(modules: Sequence[QuantizedModule], names: Sequence[str] = LEARNED) -> Tensor | None:
     """Hold learned alphas that an update drove out of range at 2^-20 of their first value, and warn once.
 
     Returns how many, 0-dim int64 on their device, where nothing waits for it. Returns None if there are none,
     which only the CPU sees.
     """
-    pairs = {id(alpha): (alpha, least) for m in modules for alpha, least in m.learned_alphas(names)}
+    pairs = {id(pair[0]): pair for m in modules for pair in m.learned_alphas(names)}
     if not pairs:
         return None
     alphas, lows = zip(*pairs.values(), strict=True)
@@ -167,9 +162,9 @@ def hold_alphas(
     seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
     if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=most)):
         return None
-    out = ~((now >= least) & (now <= most))  # NaN too
-    count = out.sum()
-    parts = torch.where(out, least, now).split([alpha.numel() for alpha in alphas])
+    kept = in_its_range(now, least)
+    count = (now != kept).sum()  # NaN too
+    parts = kept.split([alpha.numel() for alpha in alphas])
     torch._foreach_copy_([*alphas], [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
     if seen:
         if not any(m.weight_quantizer.warned for m in modules):
@@ -198,7 +193,7 @@ def share_at_floor(modules: Sequence[QuantizedModule]) -> float:
     for m in modules:
         if isinstance(m.quantizer.scale, MeasuredScale):
             pairs[id(m.alpha)] = m.alpha, m.quantizer.scale.least
-        pairs |= {id(alpha): (alpha, least) for alpha, least in m.learned_alphas(("alpha", "input_alpha"))}
+        pairs |= {id(alpha): (alpha, least) for alpha, least in m.learned_alphas(LEARNED)}
     low = sum(int((~(alpha > least)).sum()) for alpha, least in pairs.values())
     return low / total if (total := sum(alpha.numel() for alpha, _ in pairs.values())) else math.nan
 

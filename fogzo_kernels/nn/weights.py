@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,8 @@ from ..ops import checks
 from ..spec.scale import LearnedScale, MeasuredScale
 from .module import QuantizedModule
 from .replaced import REPLACED, check_replaced
-from .tied import check_raw_uses, owners_of
-from .view import WeightView
+from .tied import check_raw_uses
+from .view import LOCAL, WeightView
 from .weight import check, fits, warn_of_new_weights
 
 
@@ -22,9 +24,15 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
     check_replaced(model.named_modules())
     weights = collected(model)
     if not weights:
-        raise ValueError(_none_of(model))
-    for places in owners_of(model).values():
-        check_raw_uses(places)
+        frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+        got = "none: call quantize_model first"
+        if frozen:
+            got = (
+                f"{len(frozen)} quantized modules ({frozen[0]!r} first) whose weights are all frozen: call"
+                " requires_grad_() on those to train"
+            )
+        raise ValueError(f"model must have trainable quantized weights, got {got}")
+    check_raw_uses(model)
     ids: dict[int, WeightView] = {}
     for w in weights:
         _check_alike(w)
@@ -75,16 +83,6 @@ def collected(model: nn.Module) -> list[WeightView]:
     return list(views.values())
 
 
-def _none_of(model: nn.Module) -> str:
-    frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
-    if not frozen:
-        return "model must have trainable quantized weights, got none: call quantize_model first"
-    return (
-        f"model must have trainable quantized weights, got {len(frozen)} quantized modules ({frozen[0]!r}"
-        " first) whose weights are all frozen: call requires_grad_() on those to train"
-    )
-
-
 def _check_alike(w: WeightView) -> None:
     """Raise unless modules that share a weight, and so run with one probe, have one Q(weight) too."""
     first = w.modules[0]
@@ -111,27 +109,66 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
+def facts_of(weights: Sequence[WeightView]) -> Any:
+    """Returns what the modules hold of their weights now: two results are equal while nothing has moved.
+
+    Parts of weights move in each pass, and give None.
+    """
+    modules = [m for w in weights for m in w.modules]
+    latents: Any = [m._parameters.get(m.PARAMETER) for m in modules]
+    same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
+    if not (same and all(w.placement is LOCAL for w in weights)):
+        return None
+    alphas: Any = [m._parameters["alpha"] if "alpha" in m._parameters else m._buffers["alpha"] for m in modules]
+    facts = [[*map(fact, latents)] for fact in FACTS]
+    facts += [*map(DATA_PTR, alphas)], [*map(REQUIRES_GRAD, alphas)], [w.unwatched for w in weights]
+    quantizers = [m.weight_quantizer for m in modules]
+    return (
+        facts,
+        [*map(QUANTIZER, quantizers)],
+        [*map(STALE, quantizers)],
+        [vars(m).get("product") for m in modules],
+    )
+
+
+DATA_PTR: Any = Tensor.data_ptr
+REQUIRES_GRAD, QUANTIZER, STALE = map(operator.attrgetter, ("requires_grad", "quantizer", "stale"))
+#: Facts of a parameter.
+FACTS = DATA_PTR, Tensor.is_contiguous, REQUIRES_GRAD, *map(operator.attrgetter, ("shape", "dtype"))
+
+
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
     weight = w.parameter
     is_there = isinstance(module, QuantizedModule) and module._parameters.get(module.PARAMETER) is weight
     return is_there and weight.requires_grad and fits(module) and module.in_rows(weight)  # type: ignore
 
 
-def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView]) -> None:
+def check_unchanged(
+    model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView], known: Any = None
+) -> Any:
     """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
 
-    What is new among them would be trained straight-through, unnoticed. ``modules``: all of the model.
+    What is new among them would be trained straight-through, unnoticed.
+
+    Args:
+        modules: all of the model.
+        known: what the last call returned. Weights that are as they were then are looked at no further.
+
+    Returns:
+        :func:`facts_of` the weights.
     """
-    trainable = 0
     if any(REPLACED in m.__dict__ for m in modules):
         check_replaced(model.named_modules())
-    for m in modules:
-        if isinstance(m, QuantizedModule):
-            weight = m._parameters.get(m.PARAMETER)
-            trainable += weight is None or weight.requires_grad
-    same = (_is_as_it_was(m, w) for w in weights for m in w.modules)
-    if all(same) and trainable == sum(len(w.modules) for w in weights):
-        return
+    quantized = [m for m in modules if isinstance(m, QuantizedModule)]
+    here = [m._parameters.get(m.PARAMETER) for m in quantized]
+    trainable = sum([weight is None or weight.requires_grad for weight in here])
+    if trainable == sum([len(w.modules) for w in weights]):
+        facts = facts_of(weights)
+        known_modules = {id(m) for w in weights for m in w.modules}
+        if facts is not None and facts == known and known_modules <= set(map(id, quantized)):
+            return facts
+        if all(_is_as_it_was(m, w) for w in weights for m in w.modules):
+            return facts
     now = {w.parameter: w for w in collected(model)}
     known = {w.parameter: w for w in weights}
     changed = [w.name for p, w in known.items() if p not in now] + [
@@ -147,3 +184,4 @@ def check_unchanged(model: nn.Module, modules: Sequence[nn.Module], weights: lis
             " of other weights, and set optimizer.fogzo = new for a fused optimizer; an optimizer that lacks a"
             " weight takes it by add_param_group"
         )
+    return facts_of(weights)

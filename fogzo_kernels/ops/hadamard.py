@@ -11,7 +11,7 @@ from ..spec.grid import FLOATS
 from ..spec.hadamard import check_block
 from . import checks, transforms
 from .arguments import TensorOrList
-from .listop import ListOp, of_one
+from .listop import ListOp, OfOne
 
 # ---- a list, into given memory
 
@@ -68,7 +68,7 @@ def hadamard(x: Tensor, *, block: int = 128, backend: str | None = None) -> Tens
     return y
 
 
-op = of_one(op_of_lists, "hadamard(Tensor x, int block, str? backend) -> Tensor", {"out": "tensors"})
+op = OfOne(op_of_lists, "hadamard(Tensor x, int block, str? backend) -> Tensor", {"out": "tensors"}).op
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,7 +13,7 @@ from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import NO_SECOND, StraightThrough
 from . import arguments, checks
 from .arguments import TensorOrList
-from .listop import GRID, ListOp, of_one
+from .listop import GRID, ListOp, OfOne
 
 
 def learned_backward_(
@@ -75,7 +75,7 @@ op = ListOp(
     check,
 )
 #: The backward of quantize where alpha learns, on one tensor and not in place.
-backward = of_one(
+backward = OfOne(
     op,
     f"learned_backward(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through, float factor,"
     " str? backend, int block=0) -> (Tensor, Tensor)",
@@ -87,4 +87,4 @@ def _second(ctx: Any, *grads: Tensor) -> Any:
     raise RuntimeError(NO_SECOND.format("a learned scale"))
 
 
-backward.register_autograd(_second)
+backward.op.register_autograd(_second)

@@ -277,28 +277,47 @@ class ListOp:
         return memory.Spans(written, lists)
 
 
-#: Of single tensors -> the list that stands for it.
+#: Of single tensors: the name -> the list's name.
 LISTED = {"latent": "latents", "grad": "grads", "alpha": "alphas", "x": "tensors", "factor": "factors"}
 
 
-def of_one(op: ListOp, schema: str, outputs: Mapping[str, str]) -> CustomOpDef:
-    """The op on one tensor, which returns what ``op`` writes; each of ``outputs`` has the shape of a list."""
-    parsed = Schema(schema)
-    listed = [(name, LISTED[name]) for name in parsed.names if name in LISTED]
+class OfOne:
+    """The op on one tensor, which returns what a list op writes.
 
-    def on_lists(compute: Callable[[Call], Any], call: Call) -> Any:
-        for name, list_name in listed:
+    Args:
+        lists: the list op.
+        schema: of the op on one tensor.
+        outputs: each has the shape of a list.
+
+    Attributes:
+        op: for graphs, modes and transforms that look at ops.
+        direct: the same function of the same arguments without the dispatcher, which takes longer than a small
+            tensor's kernel; see :func:`is_plain`.
+    """
+
+    def __init__(self, lists: ListOp, schema: str, outputs: Mapping[str, str]) -> None:
+        parsed = Schema(schema)
+        self.listed = [(name, LISTED[name]) for name in parsed.names if name in LISTED]
+        self.names, self.lists, self.outputs = parsed.names, lists, outputs
+        on_lists = self.on_lists
+        self.op = parsed.register(
+            functools.partial(on_lists, lists.run), functools.partial(on_lists, lists.fake)
+        )
+
+    def on_lists(self, compute: Callable[[Call], Any], call: Call) -> Any:
+        for name, list_name in self.listed:
             call[list_name] = [call[name].contiguous() if name == "grad" else call[name]]
-        results = tuple([torch.empty_like(call[like][0]) for like in outputs.values()])
-        for name, t in zip(outputs, results, strict=True):
+        results = tuple([torch.empty_like(call[like][0]) for like in self.outputs.values()])
+        for name, t in zip(self.outputs, results, strict=True):
             call[name] = [t]
-        call["fresh"] = outputs
+        call["fresh"] = self.outputs
         if "x" in call:
             call["title"] = "x"
         compute(call)
         return results if len(results) > 1 else results[0]
 
-    return parsed.register(functools.partial(on_lists, op.run), functools.partial(on_lists, op.fake))
+    def direct(self, *args: Any) -> Any:
+        return self.on_lists(self.lists.run, dict(zip(self.names, args, strict=True)))
 
 
 # ---- groups of arguments
@@ -360,6 +379,12 @@ def detached(argument: Any) -> Any:
     if isinstance(argument, list):
         return [t.detach() if isinstance(t, Tensor) and t.requires_grad else t for t in argument]
     return argument
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether an op on these tensors may go around the dispatcher."""
+    plain = all(type(t) in PLAIN and not t.is_meta for t in tensors)
+    return plain and not (torch.compiler.is_compiling() or watched())
 
 
 def watched() -> bool:

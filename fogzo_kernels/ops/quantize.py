@@ -13,7 +13,7 @@ from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
 from . import arguments, checks, learned, memory, straight_through, transforms
 from .arguments import TensorOrList
-from .listop import GRID, ListOp, of_one
+from .listop import GRID, ListOp, OfOne, is_plain
 
 # ---- a list, into given memory
 
@@ -97,7 +97,9 @@ def quantize(
     numbers = int(grid.qmin), int(grid.qmax), float(grid.offset), int(grid.r)
     options = *numbers, straight_through.variant, backend, float(alpha_factor), int(block_of(transform))
     if quantized is None:
-        values: Tensor = (transformed if transforms.active() else op)(latent, alpha, *options)
+        if is_plain(latent, alpha):
+            return _plain(latent, alpha, options)
+        values: Tensor = (transformed if transforms.active() else one.op)(latent, alpha, *options)
         return values
     checks.tensor_list("latents", [latent], FLOATS)
     checks.alphas([alpha], "latents", [latent], options[-1])
@@ -106,7 +108,7 @@ def quantize(
     return values
 
 
-op = of_one(
+one = OfOne(
     op_of_lists,
     f"quantize(Tensor latent, Tensor alpha, {GRID}, str straight_through, str? backend,"
     " float alpha_factor=1.0, int block=0) -> Tensor",
@@ -119,12 +121,14 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Those of latent and alpha, in one pass."""
     *quantizer, backend, alpha_factor, block = options
+    # a derivative of the derivative needs the op; without one it takes the dispatcher's time for nothing
+    direct = not torch.is_grad_enabled() and is_plain(grad, latent, alpha)
     if learns:
-        both: tuple[Tensor, Tensor] = learned.backward(
-            grad, latent, alpha, *quantizer, alpha_factor, backend, block
-        )
+        learn = learned.backward.direct if direct else learned.backward.op
+        both: tuple[Tensor, Tensor] = learn(grad, latent, alpha, *quantizer, alpha_factor, backend, block)
         return both
-    return straight_through.backward(grad, latent, alpha, *quantizer, backend, block), None
+    pass_straight = straight_through.backward.direct if direct else straight_through.backward.op
+    return pass_straight(grad, latent, alpha, *quantizer, backend, block), None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -137,7 +141,35 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients(grad, *ctx.saved_tensors, learns, *ctx.options), *[None] * len(ctx.options)
 
 
-op.register_autograd(_backward, setup_context=_setup)
+one.op.register_autograd(_backward, setup_context=_setup)
+
+
+def _plain(latent: Tensor, alpha: Tensor, options: tuple[Any, ...]) -> Tensor:
+    """Q(latent) where nothing looks at ops."""
+    if torch.is_grad_enabled() and (latent.requires_grad or alpha.requires_grad):
+        values: Tensor = PlainQuantized.apply(latent, alpha, options)
+    else:
+        values = one.direct(latent, alpha, *options)
+    return values
+
+
+class PlainQuantized(torch.autograd.Function):
+    """The op and its derivative as one node, without the dispatcher.
+
+    A Function with a ``setup_context`` binds its arguments by their names, which takes longer than the kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, alpha: Tensor, options: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(latent, alpha)
+        ctx.options = options
+        values: Tensor = one.direct(latent, alpha, *options)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        learns = ctx.needs_input_grad[1]
+        return *gradients(grads[0], *ctx.saved_tensors, learns, *ctx.options), None
 
 
 @transforms.one_by_one
@@ -165,7 +197,7 @@ def _backward_in_transform(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(next(some) if need else None for need in needed), *[None] * len(ctx.options)
 
 
-transformed = transforms.transformed(op, _setup, _backward_in_transform)
+transformed = transforms.transformed(one.op, _setup, _backward_in_transform)
 
 
 class Quantized(torch.autograd.Function):

@@ -11,7 +11,7 @@ from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import FLAT, NO_SECOND, StraightThrough
 from . import arguments
 from .arguments import TensorOrList
-from .listop import GRID, ListOp, of_one
+from .listop import GRID, ListOp, OfOne
 
 
 def straight_through_backward_(
@@ -49,7 +49,7 @@ op = ListOp(
     {"latents": FLOATS, "grads": FLOATS},
 )
 #: The backward of quantize, on one tensor and not in place.
-backward = of_one(
+backward = OfOne(
     op,
     f"straight_through_backward(Tensor grad, Tensor latent, Tensor alpha, {GRID}, str straight_through,"
     " str? backend, int block=0) -> Tensor",
@@ -68,7 +68,7 @@ def _second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if block or variant not in FLAT:
         raise RuntimeError(NO_SECOND.format(f"a transformed {variant}" if block else variant))
     latent, alpha = ctx.saved_tensors
-    return backward(grad, latent, alpha, *ctx.options), *[None] * (2 + len(ctx.options))
+    return backward.op(grad, latent, alpha, *ctx.options), *[None] * (2 + len(ctx.options))
 
 
-backward.register_autograd(_second, setup_context=_setup)
+backward.op.register_autograd(_second, setup_context=_setup)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..functional import TensorList
 from ..nn.view import local
 from ..ops import arguments
 from ..spec.grid import Grid
@@ -20,6 +22,7 @@ from ..train.fogzo import Fogzo
 from ..train.guards.uncompiled import uncompiled
 from ..train.replay import capturing
 from ..train.step import Step
+from .calls import Call, Kept, Operands, Options
 from .memory import View, follow, in_memory
 from .scaling import Scaling
 
@@ -59,6 +62,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._names = tuple(hyperparameters)
         self._calls_so_far = 0  # of step()
         self._joined: dict[int, int] = {}  # by id of a parameter: at which of them its own steps began
+        self._kept: Kept | None = None
         common = {"master_weights": master_weights, "capturable": capturable}
         super().__init__(params, {"lr": lr, **hyperparameters, **common})
 
@@ -135,11 +139,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not capturing():
                     lost, unknown = bool(unknown), None
         if not lost:
-            calls = list(self._calls(step))  # all are prepared before the first one writes
+            calls = self._calls(step)  # all are prepared before the first one writes
             scaling.unscale_(p.grad for p in self._parameters() if p.grad is not None)
             self._calls_so_far += 1
             for i, call in enumerate(calls):
                 self._run(call, step, i == 0, unknown)
+            assert self._kept is not None
+            self._kept.ran()
         if step is not None:
             step.end(estimated=True)
         return loss
@@ -179,21 +185,28 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- which tensors go into one call
 
-    def _calls(self, step: Step | None) -> Iterator[_Call]:
+    def _calls(self, step: Step | None) -> list[Call]:
         """Tensors of alike options, dtypes, device, step number and kind of quantizer, estimated ones first.
 
-        Learned alphas come last of all: the estimates of their weights are made with them as they were.
+        Learned alphas come last of all: the estimates of their weights are made with them as they were. The
+        calls of the last step serve again while their tensors stay as they are.
         """
         estimated = step.groups if step is not None and step.pairs else []
+        options = [self._options(group) for group in self.param_groups]
+        if self._kept is None or not self._kept.again(self, estimated, options):
+            self._kept = Kept(self, list(self._made(estimated, options)), estimated, options)
+        return self._kept.calls
+
+    def _made(self, estimated: list[WeightGroup], options: list[Options]) -> Iterator[Call]:
         weights = [(k, i, w) for k, group in enumerate(estimated) for i, w in enumerate(group.weights)]
         places = {id(w.parameter): (k, i) for k, i, w in weights}
         alphas = {id(m.alpha) for *_, w in weights for m in w.modules}
-        last: dict[tuple[Any, ...], _Call] = {}
-        for group in self.param_groups:
-            options = self._options(group)
-            calls: dict[tuple[Any, ...], _Call] = {}
-            first: dict[tuple[Any, ...], _Call] = {}  # estimated weights, which others that are alike join
-            others: list[tuple[Tensor, _Operands]] = []
+        last: dict[tuple[Any, ...], Call] = {}
+        for number, group in enumerate(self.param_groups):
+            own = options[number]
+            calls: dict[tuple[Any, ...], Call] = {}
+            first: dict[tuple[Any, ...], Call] = {}  # estimated weights, which others that are alike join
+            others: list[tuple[Tensor, Operands]] = []
             for p in group["params"]:
                 if p.grad is None:
                     if id(p) in self._joined:  # its number of steps falls behind
@@ -201,40 +214,40 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
                 k, i = places.get(id(p), (None, 0))
                 view = in_memory(p) if k is None else estimated[k].weights[i].rows
-                operands = self._prepare(p, group, options.states, view)
+                operands = self._prepare(p, group, own.states, view)
                 if k is None:
                     others.append((p, operands))
                     continue
                 key = *operands.alike, k
                 if key not in calls:
-                    calls[key] = _Call(options, operands.number)
+                    calls[key] = Call(number, own, operands.number)
                 call = calls[key]
                 first.setdefault(operands.alike, call)
-                call.operands.append(operands)
+                call.add(operands)
                 call.places.append(i)
             for (*_, k), call in calls.items():
-                call.weights = estimated[k].part(call.places)
+                call.of, call.weights = k, estimated[k].part(call.places)
             for p, operands in others:
                 # with estimated ones of their group, if any, in one call; else with all that is updated alike
                 joint = None if id(p) in alphas else first.get(operands.alike)
                 if joint is None:
-                    key = *operands.alike, *options.key
-                    joint = last.setdefault(key, _Call(options, operands.number))
-                joint.operands.append(operands)
+                    key = *operands.alike, *own.key
+                    joint = last.setdefault(key, Call(number, own, operands.number))
+                joint.add(operands)
             yield from calls.values()
         yield from last.values()
 
-    def _options(self, group: dict[str, Any]) -> _Options:
+    def _options(self, group: dict[str, Any]) -> Options:
         lr = group["lr"]
         hyperparameters = self._hyperparameters(group)
-        return _Options(
+        return Options(
             lr.double() if isinstance(lr, Tensor) else arguments.scalar("lr", lr),
             hyperparameters,
             self._state_names()[: self._rule(group).states],
             (id(lr) if isinstance(lr, Tensor) else lr, *map(repr, hyperparameters.values())),
         )
 
-    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> _Operands:
+    def _prepare(self, p: Tensor, group: dict[str, Any], names: list[str], view: View) -> Operands:
         """Make the state. Gradient and state come to lie in memory as the parameter does, for ``view``."""
         grad, latent = p.grad, view(p)
         assert grad is not None
@@ -274,19 +287,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             number = int(state["step"]) + 1
         alike = p.device, p.dtype, grad.dtype, number, joined, master is None
         states = [seen(state[name]) for name in names]
-        return _Operands(latent, seen(grad), master, states, state["step"], number, alike)
+        return Operands(p, latent, seen, seen(grad), master, states, state["step"], number, alike)
 
     # ---- one call
 
-    def _run(self, call: _Call, step: Step | None, first: bool, unknown: Tensor | None) -> None:
+    def _run(self, call: Call, step: Step | None, first: bool, unknown: Tensor | None) -> None:
         """Run the op. ``first``: whether it counts what the calls of a step have in common."""
         operands, options, group = call.operands, call.options, call.weights
         device, steps = operands[0].latent.device, [o.step for o in operands]
         if not call.number:  # the op reads the coming number on the device
             torch._foreach_add_(steps, 1 if unknown is None else (~unknown).long().to(device))
-        states: list[Any] = [[o.states[i] for o in operands] for i in range(len(options.states))]
+        states: list[Any] = [*call.states]
         states += [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
-        tensors = [o.latent for o in operands], [o.grad for o in operands], *states
+        grads: Any = call.grads
+        if isinstance(call.latents, TensorList):  # a step may have prepared the list
+            lists = [g.grads for g in step.groups if len(g.grads) == len(grads)] if step is not None else []
+            grads = next((own for own in lists if all(map(operator.is_, own, grads))), None) or TensorList(
+                grads
+            )
+        tensors = call.latents, grads, *states
         how: dict[str, Any] = {
             "lr": options.lr,
             "optimizer_step": call.number or steps[0],
@@ -307,7 +326,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             _, plus, minus, n = step.estimate
             assert n is not None
             with step.run.counting(first) as counters:
-                op(*tensors, plus, minus, group.alphas, n, counters=counters, **step.options(group) | how)
+                options_of_step = step.options(group) | how
+                if not isinstance(call.latents, TensorList):
+                    options_of_step |= {"tensor_ids": group.tensor_ids, "layouts": group.layouts}
+                op(*tensors, plus, minus, group.alphas, n, counters=counters, **options_of_step)
         if call.number:
             torch._foreach_add_(steps, 1)
 
@@ -316,7 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """PyTorch's own leaves out what a subclass adds, and a copy could not step."""
         own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_calls_so_far")}
-        own["_joined"] = {}  # of other parameters
+        own["_joined"], own["_kept"] = {}, None  # of other parameters
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -339,6 +361,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"state_dict['param_groups'][{i}] must not have {name}, got {group[name]}")
         super().load_state_dict(state_dict)
         self._joined.clear()
+        self._kept = None
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, (p, group) in zip(ids, params, strict=True):
@@ -354,34 +377,3 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 def _device_of_count(p: Tensor, group: dict[str, Any]) -> torch.device:
     return p.device if group["capturable"] else torch.device("cpu")
-
-
-class _Options(NamedTuple):
-    """Of a param group: numbers as the op takes them, and which state its rule has."""
-
-    lr: Tensor
-    hyperparameters: dict[str, Any]
-    states: list[str]
-    key: tuple[Any, ...]  # the same for groups with the same numbers
-
-
-class _Operands(NamedTuple):
-    """What a parameter adds to the lists of a call: views that lie in memory alike."""
-
-    latent: Tensor
-    grad: Tensor
-    master: Tensor | None
-    states: list[Tensor]
-    step: Tensor  # how many steps were taken; not a view
-    number: int  # of the coming step, or 0 if only the device knows it
-    alike: tuple[Any, ...]  # the same for parameters that one call can have
-
-
-class _Call:
-    """What one call of an op updates; parameters that are estimated stand first."""
-
-    def __init__(self, options: _Options, number: int) -> None:
-        self.options, self.number = options, number
-        self.operands: list[_Operands] = []
-        self.places: list[int] = []  # of the estimated weights in their group
-        self.weights: WeightGroup | None = None

@@ -190,6 +190,11 @@ class MeasuredScale(Scale):
 
     from_weight = True
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of ``measure_alphas_``."""
+        return {name: getattr(self, name) for name in ("statistic", "factor", "add", "least")}
+
     def __post_init__(self) -> None:
         if self.statistic not in STATISTICS:
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
@@ -277,13 +282,12 @@ def checked_granularity(granularity: Any) -> Granularity:
 
 def check_alpha(alpha: object, expected: str) -> None:
     """Raise unless ``alpha`` is a number or a floating tensor that does not require grad."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float | Tensor):
-        raise TypeError(f"alpha must be {expected}, got {type(alpha).__name__}")
-    if not isinstance(alpha, Tensor):
-        return
-    if not alpha.is_floating_point():
-        raise TypeError(f"alpha must be {expected}, got a tensor of {str(alpha.dtype).removeprefix('torch.')}")
-    if alpha.requires_grad:
+    got, fits = type(alpha).__name__, isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if isinstance(alpha, Tensor):
+        got, fits = f"a tensor of {str(alpha.dtype).removeprefix('torch.')}", alpha.is_floating_point()
+    if not fits:
+        raise TypeError(f"alpha must be {expected}, got {got}")
+    if isinstance(alpha, Tensor) and alpha.requires_grad:
         raise ValueError(
             f"alpha must not require grad, as no gradient reaches it, got a {type(alpha).__name__} that does"
         )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.group import sum_of_parts
 from ..distributed.sharding import measure_sharded_
 from ..functional import (
+    TensorList,
     guide_norm,
     guide_sumsq,
     learned_backward_,
@@ -18,36 +22,70 @@ from ..functional import (
     quantize_,
     straight_through_backward_,
 )
-from ..nn.view import WeightView
+from ..nn.module import QuantizedModule
+from ..nn.view import LOCAL, DeferredLists, PassWeight, WeightView, check_alpha, use_probe
 from ..nn.weight import hold_alphas, measure_
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 
 T = TypeVar("T")
+DTYPE = operator.attrgetter("dtype")
 AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
 
 
 class WeightGroup:
-    """Weights that go into one call of an op, and the lists that it takes, made once a step."""
+    """Weights that go into one call of an op, and the lists that it takes.
+
+    Attributes:
+        how: quantizer and backend, as ops take them.
+        alphas, tensor_ids, layouts: as ops take them; ``layouts`` is None where the weights are whole.
+        memory: rows for Q of each weight.
+        learned: for each weight, whether its alpha learns.
+        factors: for each weight, what LSQ multiplies the gradient of its alpha by, if that learns.
+        codes: for each weight, whether its probes are written as codes.
+        grads: rows of ``.grad``, once a gradient pass has left them.
+    """
+
+    LISTS = ("weights", "alphas", "tensor_ids", "layouts", "memory", "learned", "factors", "codes", "grads")
 
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
         self.how: dict[str, Any] = weights[0].quantizer.options | {"backend": backend}
-        self.alphas = [w.alpha for w in weights]
+        for w in weights:
+            check_alpha(w.modules[0])
+            w.rotated = self.how["transform"] is not None
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
         self.layouts = layouts or None  # of parts of weights: all weights are parts, or none is
-        self.grads: list[Tensor] = []  # rows of ``.grad``, see :meth:`with_gradients`
-        self.memory = [w.memory() for w in weights]  # for the rows that a pass runs with
+        self.learned = [w.modules[0].alpha.requires_grad for w in weights]
+        learn = [w.modules[0] if learned else None for w, learned in zip(weights, self.learned, strict=True)]
+        self.factors = [1.0 if module is None else module.alpha_factor for module in learn]
+        self.codes = [w.takes_codes for w in weights]
+        # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
+        self.prepared = layouts == [] and all(w.latent is w.parameter for w in weights)
+        self.alphas, self.memory = (
+            self._list([w.alpha for w in weights]),
+            self._list([w.memory() for w in weights]),
+        )
+        self.grads: Sequence[Tensor] = []
+        self._latents = self._list([w.parameter for w in weights]) if self.prepared else None
+
+    def _list(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the tensors of these weights as ops take them in the least time."""
+        return TensorList(tensors, tensor_ids=self.tensor_ids) if self.prepared else tensors
 
     @property
-    def latents(self) -> list[Tensor]:
-        """Rows of the parameters, taken anew at each call, as ``parameter.data`` may be replaced."""
-        return [w.latent for w in self.weights]
+    def latents(self) -> Sequence[Tensor]:
+        """Rows of the parameters."""
+        return [w.latent for w in self.weights] if self._latents is None else self._latents
 
-    def split(self, by: Callable[[WeightView], T]) -> list[tuple[T, WeightGroup]]:
-        """Return a group for each value of ``by``."""
-        values = list(map(by, self.weights))
+    @property
+    def names(self) -> dict[str, Any]:
+        """The names of the noise, as ops take them; prepared lists bring their own."""
+        return {} if self.prepared else {"tensor_ids": self.tensor_ids, "layouts": self.layouts}
+
+    def split(self, values: Sequence[T]) -> list[tuple[T, WeightGroup]]:
+        """Return a group for each value; there is a value for each weight."""
         kinds = dict.fromkeys(values)
         if len(kinds) == 1:
             return [(values[0], self)]
@@ -55,18 +93,32 @@ class WeightGroup:
 
     def part(self, places: Sequence[int]) -> WeightGroup:
         """Return a group of the weights at these places: this one for all of them in their order."""
-        if list(places) == list(range(len(self.weights))):
+        if len(places) == len(self.weights) and list(places) == list(range(len(places))):
             return self
-        group = WeightGroup([self.weights[i] for i in places], self.backend)
-        group.grads = [self.grads[i] for i in places] if self.grads else []
+        group = copy.copy(self)
+        for name in self.LISTS:
+            if values := getattr(self, name):
+                setattr(group, name, [values[i] for i in places])
+        group.alphas, group.memory = group._list(group.alphas), group._list(group.memory)
+        group.grads = group._list(group.grads) if group.grads else []
+        if self.prepared:
+            group._latents = group._list([w.parameter for w in group.weights])
         return group
 
     def with_gradients(self) -> list[WeightGroup]:
         """Return groups of the weights that have a gradient, by its dtype."""
+        grads = [w.parameter.grad for w in self.weights]
+        present = [grad for grad in grads if grad is not None]
+        alike = len(present) == len(grads) and len(set(map(DTYPE, present))) == 1
+        if alike and self.prepared and all(map(Tensor.is_contiguous, present)):
+            group = copy.copy(self)
+            group.grads = self._list(present)
+            return [group]
         groups = []
-        for dtype, group in self.split(lambda w: None if w.parameter.grad is None else w.parameter.grad.dtype):
+        for dtype, group in self.split([None if grad is None else grad.dtype for grad in grads]):
             if dtype is not None:
-                group.grads = [grad for w in group.weights if (grad := w.guide()) is not None]
+                group = copy.copy(group)
+                group.grads = group._list([w.guide() for w in group.weights])  # type: ignore[misc]
                 groups.append(group)
         return groups
 
@@ -84,45 +136,104 @@ def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGr
     return [WeightGroup(members, backend) for members in kinds.values()]
 
 
-def run_quantized(weights: list[WeightView], backend: str | None) -> None:
+class Prepared:
+    """What steps need of a model's weights, made once and kept while nothing that it holds has moved.
+
+    Attributes:
+        facts: of the weights now (:func:`fogzo_kernels.nn.weights.facts_of`), as a step has them at its start.
+        groups: the weights by calls of ops.
+        measured, learned: modules whose alphas each step measures, and holds in their range.
+    """
+
+    def __init__(self, weights: Sequence[WeightView], backend: str | None) -> None:
+        self.weights, self.backend = weights, backend
+        self.facts: Any = None
+        self._facts_of_groups: Any = None
+        self.groups: list[WeightGroup] = []
+        self.measured: list[WeightView] = []
+        self.learned: list[QuantizedModule] = []
+        self._ready: list[tuple[dict[str, Any], PassWeight]] = []
+        self._others: list[tuple[WeightView, Tensor]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prepared, (self.weights, self.backend)
+
+    def update(self) -> None:
+        """Make all of it anew if something has moved."""
+        if self.facts is not None and self.facts == self._facts_of_groups:
+            return
+        self._facts_of_groups = None
+        self.groups = grouped(self.weights, self.backend)
+        modules = [m for w in self.weights for m in w.modules]
+        self.measured = [w for w in self.weights if isinstance(w.quantizer.scale, MeasuredScale)]
+        self.learned = [m for m in modules if m.quantizer.learned or m.input_quantizer is not None]
+        alone = not (dist.is_available() and dist.is_initialized())
+        self._ready, self._others = [], []
+        for group in self.groups:
+            joint = [alone and w.placement is LOCAL and w.unwatched for w in group.weights]
+            for is_joint, part in group.split(joint):
+                if not is_joint:
+                    self._others += zip(part.weights, part.memory, strict=True)
+                    continue
+                with torch.enable_grad():
+                    latents = [w.modules[0].rows(w.parameter) for w in part.weights]
+                    values = DeferredLists.apply(part.memory, *latents)
+                for w, rows in zip(part.weights, values, strict=True):
+                    w.deferred = True
+                    run_with = PassWeight(w.parameter, rows, False, True, True, not w.rotated)
+                    self._ready += [(vars(m), run_with) for m in w.modules]
+        self._facts_of_groups = self.facts
+
+    def use_quantized(self) -> None:
+        """Let modules run with Q, which the memory has, in a gradient pass.
+
+        Where somebody watches a gradient as it arrives, or other processes wait for it, h' is applied at once.
+        """
+        for w, rows in self._others:
+            w.use(PassWeight(w.parameter, rows, False, w.unwatched))
+        for state, run_with in self._ready:
+            state["pass_weight"] = run_with  # without the time that setattr of nn.Module takes
+
+    def set_alphas(self) -> Tensor | None:
+        """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
+        calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        if self.measured:
+            measure_sharded_(
+                [m for w in self.measured if not w.placement.is_whole for m in w.modules], self.backend
+            )
+        for w in self.measured:
+            scale = w.quantizer.scale
+            if isinstance(scale, MeasuredScale) and w.placement.is_whole:
+                alphas, rows = calls.setdefault((scale, w.quantizer.transform, w.parameter.dtype), ([], []))
+                alphas += [m.alpha for m in w.modules]
+                rows += [w.latent] * len(w.modules)
+        for (scale, transform, _), (alphas, rows) in calls.items():
+            measure_(alphas, rows, scale, transform, self.backend)
+        return hold_alphas(self.learned)
+
+
+def run_quantized(prepared: Prepared) -> None:
     """Let modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
-    for group in grouped(weights, backend):
+    for group in prepared.groups:
         group.quantize()
-    for w in weights:
-        w.use(w.memory(), probe=True)
-
-
-def set_alphas(weights: list[WeightView], backend: str | None) -> Tensor | None:
-    """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
-    calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    measure_sharded_([m for w in weights if not w.placement.is_whole for m in w.modules], backend)
-    for w in weights:
-        scale = w.quantizer.scale
-        if isinstance(scale, MeasuredScale) and w.placement.is_whole:
-            alphas, rows = calls.setdefault((scale, w.quantizer.transform, w.parameter.dtype), ([], []))
-            alphas += [m.alpha for m in w.modules]
-            rows += [w.latent] * len(w.modules)
-    for (scale, transform, _), (alphas, rows) in calls.items():
-        measure_(alphas, rows, scale, transform, backend)
-    return hold_alphas([m for w in weights for m in w.modules])
+        use_probe(group.weights, group.memory)
 
 
 def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
     """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas."""
     alphas: AlphaGradients = []
-
-    def kind_of(w: WeightView) -> tuple[bool, bool]:
-        return w.deferred, w.modules[0].alpha.requires_grad
-
-    for (deferred, learned), part in (pair for group in groups for pair in group.split(kind_of)):
-        rows = part.latents, part.alphas
-        if deferred and not learned:
-            straight_through_backward_(part.grads, *rows, **part.how)
-        elif deferred:
-            factors = [w.modules[0].alpha_factor for w in part.weights]
-            grads = [torch.empty_like(alpha) for alpha in part.alphas]
-            learned_backward_(part.grads, grads, *rows, factors=factors, **part.how)
-            alphas += zip(part.weights, sum_of_parts(part.weights, grads), strict=True)
+    for group in groups:
+        kinds = [*zip([w.deferred for w in group.weights], group.learned, strict=True)]
+        for (deferred, learned), part in group.split(kinds):
+            rows = part.latents, part.alphas
+            if deferred and not learned:
+                straight_through_backward_(part.grads, *rows, **part.how)
+            elif deferred:
+                grads = [*map(torch.empty_like, part.alphas)]
+                learned_backward_(part.grads, grads, *rows, factors=part.factors, **part.how)
+                if part.layouts is not None:
+                    grads = sum_of_parts(part.weights, grads)
+                alphas += zip(part.weights, grads, strict=True)
     return alphas
 
 

@@ -346,7 +346,8 @@ class Fogzo:
         self._run.peers.between_passes()
         model = self._run.replay.model
         modules = modules_of(model)
-        check_unchanged(model, modules, self.weights)
+        prepared = self._run.prepared
+        prepared.facts = check_unchanged(model, modules, self.weights, prepared.facts)
         return modules
 
     @uncompiled

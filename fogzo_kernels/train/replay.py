@@ -109,12 +109,12 @@ class ReplayState:
                     " a replay would draw other numbers"
                 )
             devices = set()
-        buffers, read_only = [], set()
-        for module in (m for m in modules if m._buffers):
-            buffers += [(module, name, b) for name, b in module._buffers.items() if b is not None]
-            if isinstance(module, QuantizedModule):
-                read_only |= {id(module._buffers.get(name)) for name in module.own_tensors()}
-        saved = [(m, name, b, b.clone()) for m, name, b in buffers if id(b) not in read_only]
+        saved = []
+        for module in [m for m in modules if m._buffers]:
+            read_only = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
+            for name, b in module._buffers.items():
+                if name not in read_only and b is not None:
+                    saved.append((module, name, b, b.clone()))
         cuda = {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
         others = [copy.deepcopy(state_methods("replay", o)[0]()) for o in self.others]
         return Snapshot(torch.get_rng_state(), cuda, saved, others)

@@ -14,6 +14,7 @@ from ..distributed.group import Peers
 from ..nn.view import WeightView
 from ..ops import arguments
 from ..spec.noise import signed64
+from .calls import Prepared
 from .guards.gradients import Gradients
 from .guards.unmoved_alphas import UnmovedAlphas
 from .replay import ReplayState
@@ -69,6 +70,8 @@ class Run:
     found_inf: Tensor  # float32, 0-dim, there: 1 after a gradient pass whose step is lost, else 0
     gradients: Gradients = field(init=False)
     stats: Stats = field(init=False)
+    prepared: Prepared = field(init=False)
+    places: dict[WeightView, int] = field(init=False)
     unmoved_alphas: UnmovedAlphas = field(default_factory=UnmovedAlphas)
     step: Any = None  # the Step that has begun, until it ends
     steps: int = 0  # taken so far, which numbers the noise of the coming step
@@ -78,6 +81,8 @@ class Run:
     def __post_init__(self) -> None:
         self.gradients = Gradients([w.parameter for w in self.weights])
         self.stats = Stats(self.settings, self.weights)
+        self.prepared = Prepared(self.weights, self.backend)
+        self.places = {w: i for i, w in enumerate(self.weights)}
 
     def next_noise(self) -> dict[str, Any]:
         """Return which noise the coming step draws, and how much of it, as the ops take it."""

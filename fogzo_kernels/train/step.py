@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView
+from ..nn.view import WeightView, release, use_probe
 from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
@@ -101,9 +101,9 @@ class Step:
         self.groups: list[WeightGroup] = []  # after the gradient pass: the weights that take part, by calls
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
-        self._minus: list[tuple[WeightView, Tensor]] = []  # what the next pass runs with
+        self._minus: tuple[list[WeightView], list[Tensor]] = [], []  # what the next pass runs with
         self.snapshots: list[Snapshot] = []  # before the gradient pass, and after it if probes follow
-        self._compared = not run.passes_compared  # whether to look for what passes do not see alike
+        self._compared = n > 0 and not run.passes_compared  # whether to look for what passes do not see alike
         self._generators: Prints = {}  # if so, others' generators as the gradient pass began
         self._leaves: dict[int, Tensor] = {}  # if so, whatever gets a gradient in the gradient pass
         self.leftovers = Leftovers(())  # these gradients as it left them
@@ -116,7 +116,8 @@ class Step:
     @functools.cached_property
     def parameters(self) -> list[Tensor]:
         """All of the model, each once."""
-        return list(dict.fromkeys(p for m in self._modules for p in m._parameters.values() if p is not None))
+        every = [p for m in self._modules if m._parameters for p in m._parameters.values() if p is not None]
+        return list({id(p): p for p in every}.values())
 
     # ---- a pass
 
@@ -131,19 +132,19 @@ class Step:
                 self.snapshots.append(run.replay.save(self._modules))
                 if self._compared:
                     self._generators = global_generators(run.replay.others)
-                clamped = calls.set_alphas(run.weights, run.backend)
+                prepared = run.prepared
+                prepared.update()
+                clamped = prepared.set_alphas()
                 if clamped is not None:
                     run.counters[2] += clamped
-                self.groups = calls.grouped(run.weights, run.backend)
+                self.groups = prepared.groups
                 for group in self.groups:
                     group.quantize()
-                    for w, rows in zip(group.weights, group.memory, strict=True):
-                        w.use(rows, probe=False, deferred=w.unwatched)
+                prepared.use_quantized()
             else:
                 probes = self._write_probes(probe)
                 run.replay.load(self.snapshots[0])
-                for w, rows in probes:
-                    w.use(rows, probe=True)
+                use_probe(*probes)
         except BaseException:
             self._release()
             if probe.sign:
@@ -153,8 +154,7 @@ class Step:
         self.active = True
 
     def _release(self, failed: bool = False) -> None:
-        for w in self.run.weights:
-            w.release()
+        release(self.run.weights)
         self.run.peers.between_passes(failed)
 
     @torch.no_grad()
@@ -212,22 +212,35 @@ class Step:
         self.snapshots.append(replay.save(self._modules))
         replay.compare(*self.snapshots)
 
-    def _finish_gradients(self, failed: bool = False) -> tuple[list[Tensor], Tensor, AlphaGradients]:
+    def _finish_gradients(self, failed: bool = False) -> tuple[Tensor, Tensor, AlphaGradients]:
         """Make g of dL/dQ, keep the weights that have it, and add the gradients of alphas if the pass failed.
 
-        Returns, on the device: for each weight whether its gradient is there and not all 0; whether all
+        Returns, on the device: for each weight of the groups whether its gradient is not all 0; whether all
         elements are finite. And the gradients of learned alphas.
         """
         self.groups = [part for group in self.groups for part in group.with_gradients()]
         nonzero, finite = look(self._guides, self._losses.device)
         alphas = calls.finish_gradients(self.groups)
-        members = [w for group in self.groups for w in group.weights]
-        by_weight = dict(zip(members, nonzero.unbind(), strict=True))
         if failed:
-            calls.add_to_gradients((w, grad) for w, grad in alphas if by_weight[w])
+            taking = self._named(nonzero.tolist())
+            calls.add_to_gradients((w, grad) for w, grad in alphas if w in taking)
         self.run.peers.reduce_inputs()
-        absent = torch.zeros_like(finite)
-        return [by_weight.get(w, absent) for w in self.run.weights], finite, alphas
+        return nonzero, finite, alphas
+
+    def _named(self, flags: Sequence[bool]) -> set[WeightView]:
+        """Return the weights of the groups whose flag is set."""
+        members = [w for group in self.groups for w in group.weights]
+        return {w for w, flag in zip(members, flags, strict=True) if flag}
+
+    def _flags(self, nonzero: Tensor) -> Tensor:
+        """Return a flag for each weight of the run; it is not set where a gradient is absent."""
+        places = self.run.places
+        slots = [places[w] for group in self.groups for w in group.weights]
+        if slots == list(range(len(places))):
+            return nonzero
+        flags = nonzero.new_zeros(len(places))
+        flags[torch.tensor(slots, dtype=torch.int64).to(flags.device, non_blocking=True)] = nonzero
+        return flags
 
     def _take_gradients(self) -> None:
         """Find which weights take part, N, and whether the step is lost, on all processes of a group alike.
@@ -246,8 +259,8 @@ class Step:
         if self.pairs:
             self._norm = calls.norm_of(self.groups, run.peers.sum if run.peers.sharded else None)
             finite &= self._norm.isfinite()
-        own = {w.parameter for w in run.weights}
-        others = [p.grad for p in self.parameters if p not in own and p.grad is not None]
+        own = set(map(id, run.gradients.parameters))
+        others = [p.grad for p in self.parameters if id(p) not in own and p.grad is not None]
         finite &= look([*others, *(grad for _, grad in alphas)], loss.device, zeros=False)[1] & loss.isfinite()
         if capturing():
             flag = (~finite).int()
@@ -258,15 +271,19 @@ class Step:
         else:
             edited = run.gradients.edited
             unedited = torch.zeros_like(finite)
-            flags = torch.stack([*nonzero, ~finite, unedited if edited is None else edited]).int()
+            rest = torch.stack([~finite, unedited if edited is None else edited])
+            flags = torch.cat([self._flags(nonzero), rest]).int()
             run.peers.agree(flags)
-            *part, lost, was_edited = map(bool, flags.tolist())
-            taking = {w for w, takes in zip(run.weights, part, strict=True) if takes}
+            *part, lost, was_edited = flags.tolist()
+            taking = set(run.weights)
+            if not all(part):
+                taking = {w for w, takes in zip(run.weights, part, strict=True) if takes}
             if not lost:
                 calls.add_to_gradients((w, grad) for w, grad in alphas if w in taking)
-            run.gradients.raise_if_edited(was_edited)
-            places = [[i for i, w in enumerate(group.weights) if w in taking] for group in self.groups]
-            self.groups = [g.part(kept) for g, kept in zip(self.groups, places, strict=True) if kept]
+            run.gradients.raise_if_edited(bool(was_edited))
+            if len(taking) < len(run.weights):
+                places = [[i for i, w in enumerate(group.weights) if w in taking] for group in self.groups]
+                self.groups = [g.part(kept) for g, kept in zip(self.groups, places, strict=True) if kept]
             run.found_inf.fill_(0)
             if lost:
                 self.lose()
@@ -275,8 +292,9 @@ class Step:
             run.gradients.note(self._guides)
 
     @property
-    def _guides(self) -> list[Tensor]:
-        return [grad for group in self.groups for grad in group.grads]
+    def _guides(self) -> Sequence[Tensor]:
+        groups = self.groups
+        return groups[0].grads if len(groups) == 1 else [grad for group in groups for grad in group.grads]
 
     def lose(self) -> None:
         """Nothing is to change: buffers are as before, gradients are left out, and no probe follows.
@@ -318,27 +336,32 @@ class Step:
 
     def options(self, group: WeightGroup) -> dict[str, Any]:
         """Return what perturbation and estimate must agree on, as the ops take it."""
-        return {**group.how, "tensor_ids": group.tensor_ids, "layouts": group.layouts, **self.noise}
+        return {**group.how, **group.names, **self.noise}
 
-    def _write_probes(self, probe: Pass) -> list[tuple[WeightView, Tensor]]:
-        """Return the weights that take part, and the rows that they run this probe with.
+    def _write_probes(self, probe: Pass) -> tuple[list[WeightView], list[Tensor]]:
+        """Return the weights and the rows that they run this probe with: Q(w) where they take no part.
 
         Both probes of a direction are written at once. The second gets new memory: no activations are kept now.
         """
         assert self._norm is not None
         if probe.sign < 0:
-            minus, self._minus = self._minus, []
-            return minus
-        plus: list[tuple[WeightView, Tensor]] = []
+            second, self._minus = self._minus, ([], [])
+            return second
+        taking = {w for group in self.groups for w in group.weights}
+        views = [w for w in self.run.weights if w not in taking and w.placement.is_whole]
+        plus = [w.memory() for w in views]
+        minus = [*plus]
         for group in self.groups:
-            for codes, part in group.split(lambda w: w.takes_codes):
+            for codes, part in group.split(group.codes):
                 out = [w.code_memory() for w in part.weights] if codes else part.memory
                 other = [torch.empty_like(rows) for rows in out]
                 rows, options = (part.latents, part.grads, part.alphas), self.options(part)
                 perturb_quantize_(out, other, *rows, self._norm, direction=probe.direction, **options)
-                plus += zip(part.weights, out, strict=True)
-                self._minus += zip(part.weights, other, strict=True)
-        return plus
+                views += part.weights
+                plus += out
+                minus += other
+        self._minus = views, minus
+        return views, plus
 
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then end
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..calls import run_quantized, set_alphas
+from ...nn.view import release
+from ..calls import run_quantized
 from ..replay import Snapshot
 from ..run import Run
 from ..step import Step
@@ -62,7 +63,8 @@ class Closures:
         replay, losses, names = self._run.replay, list[float](), list[str]()
         start = replay.save()
         try:
-            set_alphas(self._run.weights, self._run.backend)
+            self._run.prepared.update()
+            self._run.prepared.set_alphas()
             before: Prints = {}
             for loss in self._losses(closure, start, (True, False, False)):
                 losses.append(loss)
@@ -94,12 +96,11 @@ class Closures:
             for autograd in with_autograd:
                 run.replay.load(start)
                 run.peers.between_passes()
-                run_quantized(run.weights, run.backend)
+                run_quantized(run.prepared)
                 torch.clear_autocast_cache()
                 with torch.set_grad_enabled(autograd):
                     loss = float(self.loss(closure, start).detach())
                 yield loss
         finally:
-            for w in run.weights:
-                w.release()
+            release(run.weights)
             run.peers.between_passes()

@@ -7,6 +7,7 @@ DistributedDataParallel writes the gradients of other processes without it.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
@@ -48,7 +49,8 @@ class Gradients:
         self.parameters = list(parameters)
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
         self._elsewhere: set[int] = set()  # a backward elsewhere has added to these since then
-        self._read: list[tuple[weakref.ref[Tensor], int]] = []  # as a step read them, and versions
+        self._read: list[Tensor] = []  # the gradients as a step read them, until it looks again
+        self._versions: list[int] = []  # and theirs
         self._bits: Tensor | None = None  # and a sum over the bits of each
         self.edited: Tensor | None = None  # whether they were edited, 0-dim bool that only the device knows yet
         self._lost: Any = None  # keeps the gradients of a lost step from optimizers
@@ -99,6 +101,7 @@ class Gradients:
                 )
         self._estimates.clear()
         self._elsewhere.clear()
+        self._read = []
         if self._lost is not None:
             self._lost.remove()
             self._lost = None
@@ -114,7 +117,8 @@ class Gradients:
 
     def note(self, rows: Sequence[Tensor]) -> None:
         """From here to :meth:`check_unedited` nobody is to change these gradients of the weights."""
-        self._read = self._versions()
+        self._read = [p.grad for p in self.parameters if p.grad is not None]
+        self._versions = [local(grad)._version for grad in self._read]
         self._bits = bits(rows) if rows and not capturing() else None
 
     def check_unedited(self, rows: Sequence[Tensor]) -> None:
@@ -122,10 +126,10 @@ class Gradients:
 
         Bits on a GPU are compared there, for :attr:`edited`: to look would wait for the probes.
         """
-        now = self._versions()
-        same = len(now) == len(self._read) and all(
-            g() is h() and v == w for (g, v), (h, w) in zip(now, self._read, strict=True)
-        )
+        read, self._read = self._read, []
+        now = [p.grad for p in self.parameters if p.grad is not None]
+        same = len(now) == len(read) and all(map(operator.is_, now, read))
+        same = same and [local(grad)._version for grad in now] == self._versions
         if same and self._bits is not None and not capturing():
             if seen_at_once(self._bits):
                 same = torch.equal(self._bits, bits(rows))
@@ -133,10 +137,6 @@ class Gradients:
                 self.edited = (self._bits != bits(rows)).any()
         if not same:
             raise RuntimeError(EDITED)
-
-    def _versions(self) -> list[tuple[weakref.ref[Tensor], int]]:
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        return [(weakref.ref(g), local(g)._version) for g in grads]
 
     def raise_if_edited(self, edited: bool) -> None:
         """Raise if the device has told by now that somebody edited the gradients of the last step."""

@@ -17,7 +17,7 @@ VIEWS = {
 }  # fmt: skip
 #: Parts of the names of nodes that may read a weight: the quantizer's own, and a compiled graph, which is
 #: opaque and not looked into.
-ALLOWED = ("fogzo_quantize", "QuantizedBackward", "DeferredBackward", "CompiledFunction", "ApplyTemplate")
+ALLOWED = ("fogzo_quantize", "QuantizedBackward", "Deferred", "CompiledFunction", "ApplyTemplate")
 #: In what PyTorch says of a derivative that is asked for without autograd.
 WITHOUT_AUTOGRAD = re.compile(r"requires?[_ ]grad|require gradient")
 DERIVATIVE = (

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from ...backends import load
+from ...functional import TensorList
 from ...nn.view import local
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -30,32 +32,59 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
         device: of the two results: bool, (len(tensors),) and 0-dim. A GPU is not waited for.
         zeros: whether the first result is asked for; else it says nothing.
     """
-    plain = [_numbers(local(t)) for t in tensors]
+    prepared = isinstance(tensors, TensorList) and tensors.plain
+    plain: Sequence[Tensor] = tensors if prepared else [_numbers(local(t)) for t in tensors]
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, t in enumerate(plain):
+    for i, t in enumerate(plain[:1] if prepared else plain):  # gradients in one call of an op are alike
         kinds.setdefault((t.device, t.dtype), []).append(i)
-    nonzero: list[bool | Tensor] = [True] * len(plain)
-    finite: list[bool | Tensor] = []
+    nonzero = torch.ones(len(plain), dtype=torch.bool, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for (where, dtype), places in kinds.items():
-        own = [plain[i] for i in places]
-        if where.type != "cpu":
-            norms = torch.stack(torch._foreach_norm(own, 1, dtype=torch.float32 if dtype in HALVES else None))
-            finite.append(norms.isfinite().all())
-            for i, flag in zip(places, (norms != 0).unbind(), strict=True):
-                nonzero[i] = flag
-            continue
-        # the second norm is the fast one, and may overflow or underflow
-        for i, t, norm in zip(places, own, torch.stack(torch._foreach_norm(own, 2)).tolist(), strict=True):
-            finite.append(math.isfinite(norm) or bool(t.isfinite().all()))
-            nonzero[i] = not zeros or norm != 0 or bool(t.any())
-    return _flags(nonzero, device), _flags(finite, device).all()
+        alone = len(kinds) == 1
+        own = plain if alone else [plain[i] for i in places]
+        if where.type == "cpu":
+            some, all_finite = _look_on_cpu(own, zeros)
+        else:
+            norms = torch.stack(
+                torch._foreach_norm(list(own), 1, dtype=torch.float32 if dtype in HALVES else None)
+            )
+            some, all_finite = norms != 0, norms.isfinite().all()
+        finite &= all_finite.to(device, non_blocking=True)
+        some = some.to(device, non_blocking=True)
+        if alone:
+            nonzero = some
+        elif zeros:
+            nonzero[torch.tensor(places).to(device, non_blocking=True)] = some
+    return nonzero, finite
 
 
-def _flags(flags: Sequence[bool | Tensor], device: torch.device) -> Tensor:
-    """Make one bool tensor of bools and 0-dim tensors, by one copy if all are bools."""
-    if all(isinstance(flag, bool) for flag in flags):
-        return torch.tensor(flags, dtype=torch.bool, device=device)
-    return torch.stack([torch.as_tensor(flag).to(device, non_blocking=True) for flag in flags])
+def _look_on_cpu(tensors: Sequence[Tensor], zeros: bool) -> tuple[Tensor, Tensor]:
+    seen = _inspected(tensors)
+    if seen is not None:
+        return seen[1] != 0, (seen[2] != 0).all()
+    # the second norm is the fast one, and may overflow or underflow
+    norms = torch.stack(torch._foreach_norm(list(tensors), 2)).tolist()
+    finite = all(map(math.isfinite, norms)) or all(bool(t.isfinite().all()) for t in tensors)
+    some = [norm != 0 or bool(t.any()) for norm, t in zip(norms, tensors, strict=True)] if zeros else norms
+    return torch.tensor(some, dtype=torch.bool), torch.tensor(finite)
+
+
+def _inspected(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Of CPU tensors, int64: sums of bits, whether one is not all 0, whether it is finite.
+
+    None without the native module, or where memory lies in a way that it does not take.
+    """
+    if isinstance(load("cpu"), str):
+        return None
+    out = torch.empty(3, len(tensors), dtype=torch.int64)
+    try:
+        if isinstance(tensors, TensorList):
+            torch.ops.fogzo_cpu.inspect(out, [], [tensors.hold.number])
+        else:
+            torch.ops.fogzo_cpu.inspect(out, tensors)
+    except RuntimeError:
+        return None
+    return out
 
 
 def _numbers(grad: Tensor) -> Tensor:
@@ -65,15 +94,21 @@ def _numbers(grad: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits(tensors: Sequence[Tensor]) -> Tensor:
-    """A sum over the bits of each contiguous tensor, int64, which an edit of any one element changes."""
-    return torch.stack([_sum_of_bits(t) for t in tensors])
+    """What an edit of a contiguous tensor of these changes, a column for each.
+
+    On the CPU, a sum over the bits: an edit of any one element changes it. On a GPU, the first norm and the
+    greatest element, which take few launches for all tensors.
+    """
+    if tensors[0].device.type != "cpu":
+        some = [t for t in tensors if t.numel()]
+        norms = torch._foreach_norm(some, 1, dtype=torch.float32)
+        return torch.stack([*norms, *(x.float() for x in torch._foreach_max(some))])
+    seen = _inspected(tensors)
+    return torch.stack([_sum_of_bits(t) for t in tensors]) if seen is None else seen[0]
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:
-    flat, size = t.view(-1), t.itemsize
-    if flat.numel() * size % 8 == 0 and t.storage_offset() * size % 8 == 0:
-        return flat.view(torch.int64).sum()  # without a copy in another dtype
-    return flat.view(BITS[size]).sum(dtype=torch.int64)
+    return t.view(-1).view(BITS[t.itemsize]).sum(dtype=torch.int64)
 
 
 @torch.no_grad()

@@ -1,0 +1,131 @@
+"""Call: what one call of an op updates. Kept: the calls of a step, which the next step makes again."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from ..functional import TensorList
+from ..train.calls import WeightGroup
+from .memory import View
+
+if TYPE_CHECKING:
+    from .fused import FusedOptimizer
+
+
+IS_SPARSE = operator.attrgetter("is_sparse")
+
+
+class Options(NamedTuple):
+    """Of a param group: numbers as the op takes them, and which state its rule has."""
+
+    lr: Tensor
+    hyperparameters: dict[str, Any]
+    states: list[str]
+    key: tuple[Any, ...]  # the same for groups with the same numbers
+
+
+class Operands(NamedTuple):
+    """What a parameter adds to the lists of a call: views that lie in memory alike."""
+
+    parameter: Tensor
+    latent: Tensor
+    seen: View  # how the others lie
+    grad: Tensor
+    master: Tensor | None
+    states: list[Tensor]
+    step: Tensor  # how many steps were taken; not a view
+    number: int  # of the coming step, or 0 if only the device knows it
+    alike: tuple[Any, ...]  # the same for parameters that one call can have
+
+
+class Call:
+    """What one call of an op updates; parameters that are estimated stand first."""
+
+    def __init__(self, group: int, options: Options, number: int) -> None:
+        self.group, self.options, self.number = group, options, number  # group: the place of its options
+        self.operands: list[Operands] = []
+        self.grads: list[Tensor] = []  # as the operands have them, or those of a later step
+        self.places: list[int] = []  # of the estimated weights in their group
+        self.of: int | None = None  # which group of estimated weights
+        self.weights: WeightGroup | None = None
+        self.latents: Sequence[Tensor] = []
+        self.states: list[Sequence[Tensor]] = []
+
+    def prepare(self, plain: bool) -> None:
+        """Make the lists that stay. ``plain``: no parameter has a view or a master copy."""
+        latents = [o.latent for o in self.operands]
+        states = [list(state) for state in zip(*[o.states for o in self.operands], strict=True)]
+        if not plain:
+            self.latents, self.states = latents, [*states]
+            return
+        ids = self.weights.tensor_ids if self.weights is not None else []
+        self.latents = TensorList(latents, tensor_ids=[*ids, *[0] * (len(latents) - len(ids))])
+        self.states = [TensorList(state) for state in states]
+
+    def add(self, operands: Operands) -> None:
+        self.operands.append(operands)
+        self.grads.append(operands.grad)
+
+
+class Kept:
+    """The calls of a step, and what they were made of: by it the next step tells whether they serve again."""
+
+    def __init__(
+        self, optimizer: FusedOptimizer, calls: list[Call], estimated: list[WeightGroup], options: list[Options]
+    ) -> None:
+        self.calls, self.estimated, self.alike = calls, [g.weights for g in estimated], pattern(options)
+        every = [o for call in calls for o in call.operands]
+        self.parameters = [o.parameter for o in every]
+        self.addresses = [*map(Tensor.data_ptr, self.parameters)]
+        self.grad_dtypes = [o.grad.dtype for o in every]
+        self.plain = all(o.latent is o.parameter and o.master is None for o in every)
+        for call in calls:
+            call.prepare(self.plain)
+        self.of_state = [optimizer.state[p] for p in self.parameters]
+        self.state = [t for own in self.of_state for t in own.values()]
+        self.steps = [o.step for o in every]
+        self.versions: list[int] = []
+
+    def ran(self) -> None:
+        """The calls were made: each parameter has taken a step."""
+        self.versions = [step._version for step in self.steps]
+
+    def again(self, optimizer: FusedOptimizer, estimated: list[WeightGroup], options: list[Options]) -> bool:
+        """Give the calls the gradients, options and numbers of another step; False if they do not fit it."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        present = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        state = optimizer.state
+        fits = (
+            self.plain
+            and len(present) == len(grads) == len(self.parameters)
+            and len(estimated) == len(self.estimated)
+            and all(map(operator.is_, [group.weights for group in estimated], self.estimated))
+            and pattern(options) == self.alike
+            and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
+            and [grad.dtype for grad in grads] == self.grad_dtypes
+            and not any(map(IS_SPARSE, grads))
+            and all(map(Tensor.is_contiguous, grads))
+            and all(map(operator.is_, map(state.get, self.parameters), self.of_state))
+            and all(map(operator.is_, [t for own in self.of_state for t in own.values()], self.state))
+            and [step._version for step in self.steps] == self.versions
+            and not optimizer._joined.keys() - set(map(id, self.parameters))
+        )
+        if not fits:
+            return False
+        for call in self.calls:
+            call.options = options[call.group]
+            call.number += bool(call.number)
+            call.grads, grads = grads[: len(call.operands)], grads[len(call.operands) :]
+            if call.of is not None:
+                call.weights = estimated[call.of].part(call.places)
+        return True
+
+
+def pattern(options: list[Options]) -> list[tuple[Any, ...]]:
+    """What decides which parameters share a call: which groups have the same numbers, and which state."""
+    keys = [own.key for own in options]
+    return [(keys.index(own.key), tuple(own.states)) for own in options]
