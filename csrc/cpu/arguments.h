@@ -34,8 +34,12 @@ public:
 
   // A list that is never prepared.
   const Tensors &given_tensors() {
+    std::vector<Handle> given = handles();
+    if (given.empty())
+      return none();
     Tensors tensors;
-    for (Handle &handle : handles()) {
+    tensors.reserve(given.size());
+    for (Handle &handle : given) {
       tensors.emplace_back(handle.get());
       handles_.push_back(std::move(handle));
     }
@@ -47,8 +51,8 @@ public:
     const Tensors &given = given_tensors();
     const int64_t number = generations_.size() < held_.size() ? held_[generations_.size()] : 0;
     if (number)
-      lists_.back() = given.empty() ? held_tensors(number) : unusable();
-    const Tensors &tensors = *lists_.back();
+      lists_.push_back(given.empty() ? held_tensors(number) : unusable());
+    const Tensors &tensors = number ? *lists_.back() : given;
     generations_.push_back(tensors.generation);
     all_held_ = all_held_ && (tensors.generation || tensors.empty());
     return tensors;
@@ -58,6 +62,11 @@ public:
   const Ints *generations() const { return all_held_ ? &generations_ : nullptr; }
 
 private:
+  static const Tensors &none() {
+    static const Tensors tensors;
+    return tensors;
+  }
+
   static std::shared_ptr<const Tensors> unusable() {
     Tensors tensors;
     tensors.emplace_back();
