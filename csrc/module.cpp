@@ -82,14 +82,14 @@ public:
   const int64_t number;
 };
 
-// Of each held list: it changes when any of its tensors does.
+// Of each held list, 0 for 0: it changes when any of its tensors does.
 std::vector<int64_t> generations(const std::vector<int64_t> &numbers) {
   std::vector<int64_t> result;
   for (int64_t number : numbers) {
     const auto list = fogzo::cpu::HeldLists::all().find(number);
-    if (!list)
+    if (!list && number)
       throw std::invalid_argument("numbers must name lists that are held, got " + std::to_string(number));
-    result.push_back(list->now()->generation);
+    result.push_back(list ? list->now()->generation : 0);
   }
   return result;
 }

@@ -34,8 +34,12 @@ public:
 
   // A list that is never prepared.
   const Tensors &given_tensors() {
+    std::vector<Handle> given = handles();
+    if (given.empty())
+      return none();
     Tensors tensors;
-    for (Handle &handle : handles()) {
+    tensors.reserve(given.size());
+    for (Handle &handle : given) {
       tensors.emplace_back(handle.get());
       handles_.push_back(std::move(handle));
     }
@@ -47,8 +51,8 @@ public:
     const Tensors &given = given_tensors();
     const int64_t number = generations_.size() < held_.size() ? held_[generations_.size()] : 0;
     if (number)
-      lists_.back() = given.empty() ? held_tensors(number) : unusable();
-    const Tensors &tensors = *lists_.back();
+      lists_.push_back(given.empty() ? held_tensors(number) : unusable());
+    const Tensors &tensors = number ? *lists_.back() : given;
     generations_.push_back(tensors.generation);
     all_held_ = all_held_ && (tensors.generation || tensors.empty());
     return tensors;
@@ -58,6 +62,11 @@ public:
   const Ints *generations() const { return all_held_ ? &generations_ : nullptr; }
 
 private:
+  static const Tensors &none() {
+    static const Tensors tensors;
+    return tensors;
+  }
+
   static std::shared_ptr<const Tensors> unusable() {
     Tensors tensors;
     tensors.emplace_back();
@@ -65,9 +74,9 @@ private:
   }
 
   // As it is now; for a number that names no list, a tensor that every op refuses.
-  static std::shared_ptr<const Tensors> held_tensors(int64_t number) {
-    const auto list = HeldLists::all().find(number);
-    return list ? list->now() : unusable();
+  std::shared_ptr<const Tensors> held_tensors(int64_t number) {
+    held_lists_.push_back(HeldLists::all().find(number));
+    return held_lists_.back() ? held_lists_.back()->now() : unusable();
   }
 
   AtenTensorHandle handle_of(StableIValue value) {
@@ -106,6 +115,7 @@ private:
   Ints held_, generations_;
   bool all_held_ = true;
   std::vector<Handle> handles_;
+  std::vector<std::shared_ptr<HeldList>> held_lists_; // which another thread may release
   std::vector<std::shared_ptr<const Tensors>> lists_;
 };
 

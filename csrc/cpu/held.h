@@ -100,14 +100,16 @@ inline bool Tensor::describes(AtenTensorHandle t) const {
   void *data_now = nullptr;
   int64_t *sizes_now = nullptr, dim_now = 0, stored_now = 0;
   int32_t code_now = 0, device_now = 0;
-  bool contiguous_now = false;
-  return known && !aoti_torch_get_data_ptr(t, &data_now) && data_now == data &&
-         !aoti_torch_get_storage_size(t, &stored_now) && stored_now == stored &&
-         !aoti_torch_get_dtype(t, &code_now) && code_now == code &&
-         !aoti_torch_get_device_type(t, &device_now) && device_now == device &&
-         !aoti_torch_is_contiguous(t, &contiguous_now) && contiguous_now == contiguous &&
-         !aoti_torch_get_dim(t, &dim_now) && dim_now == dim && !aoti_torch_get_sizes(t, &sizes_now) &&
-         std::equal(sizes, sizes + dim, sizes_now);
+  bool contiguous_now = false, same = known && !aoti_torch_get_data_ptr(t, &data_now) && data_now == data &&
+                                      !aoti_torch_get_storage_size(t, &stored_now) && stored_now == stored &&
+                                      !aoti_torch_get_dtype(t, &code_now) && code_now == code &&
+                                      !aoti_torch_get_device_type(t, &device_now) && device_now == device &&
+                                      !aoti_torch_is_contiguous(t, &contiguous_now) &&
+                                      contiguous_now == contiguous && !aoti_torch_get_dim(t, &dim_now) &&
+                                      dim_now == dim && !aoti_torch_get_sizes(t, &sizes_now);
+  for (int64_t i = 0; same && i < dim; ++i)
+    same = sizes[i] == sizes_now[i];
+  return same;
 }
 
 struct DeleteTensor {

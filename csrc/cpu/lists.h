@@ -224,52 +224,32 @@ inline void check_alphas(const Tensors &alphas, int64_t r) {
   }
 }
 
-// The lists of calls whose lists Python prepared, by everything that they depend on, the last one first.
-class KeptLists {
-public:
-  static KeptLists &all() {
-    static auto &lists = *new KeptLists;
-    return lists;
-  }
-
-  std::shared_ptr<const Lists> find(const Ints &key) {
-    const std::lock_guard lock(mutex_);
-    const auto entry = std::find_if(entries_.begin(), entries_.end(), [&](auto &e) { return e.first == key; });
-    if (entry == entries_.end())
-      return nullptr;
-    std::rotate(entries_.begin(), entry, entry + 1);
-    return entries_.front().second;
-  }
-
-  void add(Ints key, std::shared_ptr<const Lists> lists) {
-    const std::lock_guard lock(mutex_);
-    entries_.emplace(entries_.begin(), std::move(key), std::move(lists));
-    if (entries_.size() > kKept)
-      entries_.pop_back();
-  }
-
-private:
-  static constexpr size_t kKept = 64;
-  std::mutex mutex_;
-  std::vector<std::pair<Ints, std::shared_ptr<const Lists>>> entries_;
-};
-
-// The lists of a call, which `build` fills and checks. `given`: what `build` depends on beside the tensors.
+// The lists of a call, which `build` fills and checks. Where Python prepared them all, they are kept by their
+// generations and `key`: what `build` depends on beside the tensors.
 template <class Build>
-std::shared_ptr<const Lists> lists_of(const Arguments &a, const Tensors &first, Ints given, Build build) {
-  static const char op = 0; // there is one for each op
+std::shared_ptr<const Lists> lists_of(const Arguments &a, const Tensors &first, Ints key, Build build) {
+  constexpr size_t kKept = 32;
+  static std::mutex mutex; // for each op, as the type of its `build` is its own
+  static auto &kept = *new std::vector<std::pair<Ints, std::shared_ptr<const Lists>>>; // the last one first
   const Ints *generations = a.generations();
   if (generations) {
-    given.insert(given.begin(), reinterpret_cast<int64_t>(&op));
-    given.insert(given.end(), generations->begin(), generations->end());
-    if (auto lists = KeptLists::all().find(given))
-      return lists;
+    key.insert(key.end(), generations->begin(), generations->end());
+    const std::lock_guard lock(mutex);
+    const auto known =
+        std::find_if(kept.begin(), kept.end(), [&](const auto &entry) { return entry.first == key; });
+    if (known != kept.end()) {
+      std::rotate(kept.begin(), known, known + 1);
+      return kept.front().second;
+    }
   }
-  auto lists = std::make_shared<Lists>(first);
+  const auto lists = std::make_shared<Lists>(first);
   build(*lists);
   lists->memory.check();
-  if (generations)
-    KeptLists::all().add(std::move(given), lists);
+  if (generations) {
+    const std::lock_guard lock(mutex);
+    kept.emplace(kept.begin(), std::move(key), lists);
+    kept.resize(std::min(kept.size(), kKept));
+  }
   return lists;
 }
 

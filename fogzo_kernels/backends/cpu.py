@@ -61,11 +61,13 @@ def flattened(op: str) -> Callable[..., None]:
                 flat += FLAT[type(arg)](arg)
             else:
                 flat.append(arg)
-        numbers = [0] * len(prepared)
-        for k, i in enumerate(prepared):
-            if isinstance(flat[i], Held):
-                numbers[k], flat[i] = flat[i].hold.number, ()
-        native_op(*flat, numbers)
+        numbers = [flat[i].number if isinstance(flat[i], Held) else 0 for i in prepared]
+        if any(numbers):
+            for i, number in zip(prepared, numbers, strict=True):
+                if number:
+                    flat[i] = ()
+            flat.append(numbers)
+        native_op(*flat)
 
     return run
 

@@ -32,20 +32,26 @@ class Held(tuple[Tensor, ...]):
     tensor_ids: tuple[int, ...] | None
     layouts: tuple[Layout, ...] | None
     generation: int  # as the call found it; another one where any tensor was another
+    hold: Any  # releases the list when it is freed
 
     @functools.cached_property
-    def hold(self) -> Any:
-        """Releases the list when it is freed; made by the first call, as a traced one has no use for it."""
+    def number(self) -> int:
+        """Native code holds the list from the first call on, as a traced one has no use for it."""
         layouts = [x for layout in self.layouts or () for x in layout]
-        return native().Hold(torch.ops.fogzo_cpu.hold(self, self.tensor_ids or (), layouts))
+        self.hold = native().Hold(torch.ops.fogzo_cpu.hold(self, self.tensor_ids or (), layouts))
+        number: int = self.hold.number
+        return number
 
 
-def generations(lists: Sequence[Sequence[Tensor]]) -> tuple[int, ...] | None:
+def generations(lists: Sequence[Sequence[Tensor]]) -> list[int] | None:
     """The states of lists, 0 for an empty one; None unless each of the others is held."""
-    held: list[Any] = [tensors for tensors in lists if tensors]
-    if not set(map(type, held)) <= {Held, *Held.__subclasses__()}:
-        return None
-    states = iter(native().generations([tensors.hold.number for tensors in held]))
-    for tensors in held:
-        tensors.generation = next(states)
-    return tuple([tensors.generation if tensors else 0 for tensors in lists])  # type: ignore[attr-defined]
+    numbers = []
+    for tensors in lists:
+        if tensors and not isinstance(tensors, Held):
+            return None
+        numbers.append(tensors.number if isinstance(tensors, Held) else 0)
+    states: list[int] = native().generations(numbers)
+    for tensors, generation in zip(lists, states, strict=True):
+        if isinstance(tensors, Held):
+            tensors.generation = generation
+    return states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +14,6 @@ from ..spec.grid import Grid
 from ..spec.noise import MAX_SEED, MAX_STEP, Layout, check_range, signed64
 from ..spec.straight_through import StraightThrough
 from . import checks
-from .checks import KEPT
 
 TensorOrList = Tensor | Sequence[Tensor]
 #: Of whole numbers, exclusive.
@@ -48,8 +47,9 @@ def numbers(name: str, given: float | Sequence[float]) -> list[float]:
     if isinstance(given, str) or not isinstance(given, int | float | Sequence):
         raise TypeError(f"{name} must be a number or a list of numbers, got {type(given).__name__}")
     values = list(given) if isinstance(given, Sequence) else [given]
-    for i, value in enumerate(values):
-        checks.real(f"{name}[{i}]", value)
+    if set(map(type, values)) != {float} or not all(map(math.isfinite, values)):
+        for i, value in enumerate(values):
+            checks.real(f"{name}[{i}]", value)
     return list(map(float, values))
 
 
@@ -72,7 +72,7 @@ def scalar(name: str, given: float | Tensor) -> Tensor:
         checks.finite(name, given)
     else:
         checks.unit_interval(name, given)
-    return torch.tensor(given, dtype=checks.SCALARS[name])
+    return torch.scalar_tensor(given, dtype=checks.SCALARS[name])
 
 
 def flat_grid(grid: Grid) -> dict[str, Any]:
@@ -139,9 +139,7 @@ def names(
     listed = list(range(len(like))) if tensor_ids is None else ids(tensor_ids)
     if layouts is not None:
         return listed, [x for i, place in enumerate(layouts) for x in layout(f"layouts[{i}]", place)]
-    numels = tuple(map(Tensor.numel, like))
-    known = set(map(type, numels)) <= {int}  # not symbolic
-    return listed, list((_whole if known else _whole.__wrapped__)(numels))
+    return listed, [x for n in map(Tensor.numel, like) for x in (0, max(n, 1), max(n, 1))]
 
 
 def ids(given: Sequence[int]) -> list[int]:
@@ -168,8 +166,3 @@ def integers(name: str, given: Sequence[int]) -> None:
         if kind is bool or not issubclass(kind, int | torch.SymInt):
             i = list(map(type, given)).index(kind)
             raise TypeError(f"{name}[{i}] must be an int, got {kind.__name__}")
-
-
-@functools.lru_cache(KEPT)
-def _whole(numels: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(x for n in numels for x in (0, max(n, 1), max(n, 1)))

@@ -106,7 +106,6 @@ class ListOp:
         self.convert = [
             (name, arguments.optional if name in OPTIONAL else arguments.tensors) for name in self.schema.lists
         ]
-        self.read = [name for name in self.schema.lists if name not in self.schema.written]
         self.prepared = [name for name in self.schema.lists if name != "counters"]
         self.known: OrderedDict[Any, Known] = OrderedDict()
         self.scalars = [name for name in ("norm", "losses_plus", "losses_minus") if name in self.schema.names]
@@ -191,12 +190,11 @@ class ListOp:
         states = generations([call[name] for name in self.prepared])
         if states is None:
             return None
-        key = states, call.get("block"), call.get("kind"), tuple(call.get("factors", ()))
+        key = *states, call.get("block"), call.get("kind"), tuple(call.get("factors", ()))
         known = self.known.pop(key, None)
         if known is None:
             plain = self.check(self.listed(call))
-            memories = [(t, name in self.schema.written) for name in self.prepared for t in call[name]]
-            known = Known(plain.get("draw"), memory.Spans(memories))
+            known = Known(plain.get("draw"), self.spans(plain, self.prepared))
         self.known[key] = known
         if len(self.known) > KEPT:
             self.known.popitem(last=False)
@@ -205,10 +203,11 @@ class ListOp:
         call = self.grouped(call)
         self.check_scalars(call)
         self.check_values(call)
-        scalars: dict[str, list[Tensor]] = {name: [call[name]] for name in self.scalars}
-        known.spans.check(call.get("counters", ()), [t for ts in scalars.values() for t in ts])
-        if call.get("counters"):
-            memory.overlaps({"counters": call["counters"]}, scalars, ())
+        for name in self.scalars:
+            known.spans.check(call[name], False)
+        for counters in call.get("counters", ()):
+            known.spans.check(counters, True)
+            memory.Spans({"counters": [counters]}, {name: [call[name]] for name in self.scalars})
         return call
 
     def check_kinds(self, call: Call) -> None:
@@ -261,24 +260,21 @@ class ListOp:
         self.check_values(call)
         if "fresh" in call:
             return call
-        draw, numels = call.get("draw"), memory.numels_of(call[self.first])
-        if draw is not None:
-            memory.shards(tuple(draw.tensor_ids), tuple(draw.layouts), numels[: len(call["alphas"])])
-        memory.overlaps(*self.memory(call), numels)
+        if "draw" in call:
+            memory.shards(call["draw"].tensor_ids, call["draw"].layouts, map(Tensor.numel, self.noisy(call)))
+        self.spans(call, [*self.schema.lists, *self.scalars])
         return call
 
-    def memory(self, call: Call) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[Tensor]]]:
-        """What the op writes and what it reads, by the public names."""
-        written = {name: call[name] for name in self.schema.written}
+    def spans(self, call: Call, names: Sequence[str]) -> memory.Spans:
+        """Where arguments lie, which must be apart from what is written; by the public names."""
+        lists = {name: call[name] if name in self.schema.lists else [call[name]] for name in names}
+        written = {name: lists.pop(name) for name in self.schema.written if name in lists}
         if "kind" in call:
             states = written.pop("first"), written.pop("second")
             written |= dict(zip(KINDS[call["kind"]], states, strict=False))
-        read = {name: call[name] for name in self.read}
-        for name in self.scalars:
-            read[name] = [call[name]]
-        if "tensors" in read and "out" in written:  # the Hadamard transform may be in place
-            read["tensors"] = memory.elsewhere(read["tensors"], written["out"])
-        return written, read
+        if "tensors" in lists and "out" in written:  # the Hadamard transform may be in place
+            lists["tensors"] = memory.elsewhere(lists["tensors"], written["out"])
+        return memory.Spans(written, lists)
 
 
 #: Of single tensors: the name -> the list's name.
@@ -353,13 +349,7 @@ def names_of(call: Call) -> tuple[Sequence[int], Sequence[Layout]]:
 
 def triples(layouts: Sequence[int]) -> Sequence[Layout]:
     """Layouts, which a schema writes as three numbers in a row for each tensor."""
-    known = set(map(type, layouts)) <= {int}  # not symbolic
-    return (_triples if known else _triples.__wrapped__)(tuple(layouts))
-
-
-@functools.lru_cache(KEPT)
-def _triples(layouts: tuple[int, ...]) -> tuple[Layout, ...]:
-    return tuple(zip(layouts[::3], layouts[1::3], layouts[2::3], strict=True))
+    return list(zip(layouts[::3], layouts[1::3], layouts[2::3], strict=True))
 
 
 grid_of = functools.lru_cache(KEPT)(Grid)

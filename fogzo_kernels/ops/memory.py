@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from ..spec.call import Draw, Mix, Update
 from ..spec.noise import MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_range
-from .checks import KEPT, finite, unit_interval
+from .checks import finite, unit_interval
 
 DELTA_RANGE = (2.0**-100, 2.0**100)
 
 Tensors = Sequence[Tensor]
-NBYTES = operator.attrgetter("nbytes")
 
 
 # ---- values that can be read without waiting for a device: those on the CPU
@@ -71,12 +69,7 @@ def in_range(t: Tensor, low: float, high: float) -> bool:
 # ---- which noise
 
 
-def numels_of(tensors: Tensors) -> tuple[int, ...]:
-    return tuple(map(Tensor.numel, tensors))
-
-
-@functools.lru_cache(KEPT)
-def shards(tensor_ids: tuple[int, ...], layouts: tuple[Layout, ...], numels: tuple[int, ...]) -> None:
+def shards(tensor_ids: Sequence[int], layouts: Sequence[Layout], numels: Iterable[int]) -> None:
     """Tensor ids and layouts are in range, and no two tensors draw the same noise."""
     seen: dict[tuple[int, int], int] = {}
     for i, (tensor_id, where, numel) in enumerate(zip(tensor_ids, layouts, numels, strict=True)):
@@ -113,76 +106,40 @@ def elsewhere(tensors: Tensors, out: Tensors) -> list[Tensor]:
 
 
 class Spans:
-    """Memory of lists that lie as they must, to look up what else a call takes."""
+    """Where lists lie, to look up in each call what is in no list."""
 
-    def __init__(self, tensors: Iterable[tuple[Tensor, bool]]) -> None:
-        """Of each tensor, and whether it is written."""
+    def __init__(self, outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors]) -> None:
+        """No output may share memory with another output or with an input; all lie on one device."""
         self.begins: list[int] = []
         self.ends: list[int] = []
         self.written: list[bool] = []
-        for begin, size, written in sorted([(t.data_ptr(), t.nbytes, written) for t, written in tensors]):
+        spans = [
+            (t.data_ptr(), t.data_ptr() + t.nbytes, lists is outputs, f"{name}[{i}]")
+            for lists in (outputs, inputs)
+            for name, tensors in lists.items()
+            for i, t in enumerate(tensors)
+            if t.nbytes
+        ]
+        furthest: dict[bool, tuple[int, str]] = {}  # output or input -> its end and name
+        for begin, end, output, name in sorted(spans, key=operator.itemgetter(0, 1)):
+            for other_output, (other_end, other) in furthest.items():
+                if (output or other_output) and begin < other_end:
+                    first, second = (name, other) if output else (other, name)
+                    raise ValueError(f"{first} must not share memory with {second}")
+            if output not in furthest or end > furthest[output][0]:
+                furthest[output] = end, name
             if self.ends and begin < self.ends[-1]:  # both are only read
-                self.ends[-1] = max(self.ends[-1], begin + size)
-            elif size:
+                self.ends[-1] = max(self.ends[-1], end)
+            else:
                 self.begins.append(begin)
-                self.ends.append(begin + size)
-                self.written.append(written)
+                self.ends.append(end)
+                self.written.append(output)
 
-    def check(self, outputs: Tensors, inputs: Tensors) -> None:
-        """No output may share memory with these lists, nor an input with what is written of them."""
-        for tensors, output in ((outputs, True), (inputs, False)):
-            for t in tensors:
-                begin, end = t.data_ptr(), t.data_ptr() + t.nbytes
-                i = bisect.bisect_right(self.ends, begin)
-                while begin < end and i < len(self.ends) and self.begins[i] < end:
-                    if output or self.written[i]:
-                        raise ValueError("tensors must not share memory with lists that are written")
-                    i += 1
-
-
-#: Lists whose sizes are not those of the first tensors.
-OTHERS = {"alphas", "alpha_grads", "counters", "norm", "losses_plus", "losses_minus"}
-
-
-def overlaps(outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors], numels: tuple[int, ...]) -> None:
-    """No output may share memory with another output or with an input; all lie on one device.
-
-    ``numels``: of the tensors of every list that goes with the latents, or the first of them.
-    """
-    lists = [*outputs.items(), *inputs.items()]
-    check_overlaps(
-        len(outputs),
-        tuple(name for name, _ in lists),
-        tuple(tuple(map(Tensor.data_ptr, tensors)) for _, tensors in lists),
-        tuple(
-            (1, tuple(map(NBYTES, tensors)))
-            if name in OTHERS or not tensors
-            else (tensors[0].itemsize, numels[: len(tensors)])
-            for name, tensors in lists
-        ),
-    )
-
-
-@functools.lru_cache(KEPT)
-def check_overlaps(
-    written: int,
-    names: tuple[str, ...],
-    addresses: tuple[tuple[int, ...], ...],
-    sizes: tuple[tuple[int, tuple[int, ...]], ...],
-) -> None:
-    """The first ``written`` lists are outputs. Sizes are a unit in bytes and numbers of it."""
-    spans = sorted(
-        (begin, begin + sizes[k][0] * size, k < written, k, i)
-        for k in range(len(names))
-        for i, (begin, size) in enumerate(zip(addresses[k], sizes[k][1], strict=True))
-        if size
-    )
-    furthest: dict[bool, tuple[int, int, int]] = {}  # output or input -> its end, list and place
-    for begin, end, output, k, i in spans:
-        for other_output, (other_end, other_k, other_i) in furthest.items():
-            if (output or other_output) and begin < other_end:
-                pair = f"{names[k]}[{i}]", f"{names[other_k]}[{other_i}]"
-                first, second = pair if output else reversed(pair)
-                raise ValueError(f"{first} must not share memory with {second}")
-        if output not in furthest or end > furthest[output][0]:
-            furthest[output] = end, k, i
+    def check(self, t: Tensor, output: bool) -> None:
+        """An output may share memory with none of the lists, an input with none that is written."""
+        begin, end = t.data_ptr(), t.data_ptr() + t.nbytes
+        i = bisect.bisect_right(self.ends, begin)
+        while begin < end and i < len(self.ends) and self.begins[i] < end:
+            if output or self.written[i]:
+                raise ValueError("tensors must not share memory with what is written")
+            i += 1

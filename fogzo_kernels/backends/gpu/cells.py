@@ -48,13 +48,10 @@ def plan(tensors: Tensors, alphas: Tensors) -> CellPlan:
         sizes = tuple((t.data_ptr(), t.numel()) for ts in (tensors, alphas) for t in ts)
         return tensors[0].device, len(tensors), sizes
 
-    def build(key: Key, captured: bool) -> CellPlan:
-        return build_plan(key, tensors, alphas, captured)
-
-    return kept((tensors, alphas), "cells", tensors, key, build)
+    return kept((tensors, alphas), "cells", tensors, key, lambda *at: build(tensors, alphas, *at))
 
 
-def build_plan(key: Key, tensors: Tensors, alphas: Tensors, captured: bool) -> CellPlan:
+def build(tensors: Tensors, alphas: Tensors, key: Key, captured: bool) -> CellPlan:
     rows: list[dict[str, int]] = []
     programs, seconds = [0], [0]
     for t, alpha in zip(tensors, alphas, strict=True):

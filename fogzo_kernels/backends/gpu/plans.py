@@ -126,8 +126,8 @@ def kept(
     build: Callable[[Any, bool], P],
 ) -> P:
     """The plan of these lists and ``others``, which belongs to a key; ``build`` makes it of the key."""
+    held = not any(ts and not isinstance(ts, Held) for ts in lists)
     states = others, *[ts.generation if isinstance(ts, Held) else 0 for ts in lists]
-    held = all(isinstance(ts, Held) or not ts for ts in lists)
     known = _of_states.pop(states, None) if held else None
     captured = capturing(like)
     if known is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -59,9 +61,12 @@ def config_of(
     p: Plan, latents: Tensors = (), grads: Tensors = (), out: Tensors = (), block: int = 0, **fields: Any
 ) -> Config:
     """The configuration of a kernel that works on these tensors by a plan."""
-    types = {name: dtype_of(ts) for name, ts in (("latent", latents), ("grad", grads), ("out", out))}
     fields |= {"aligned": p.aligned, "per_tensor": p.per_tensor, "shard": p.shard}
-    return Config(block=block, block_factor=block_factor(block), **types, **fields)
+    types = {"latent": dtype_of(latents), "grad": dtype_of(grads), "out": dtype_of(out)}
+    return kept_config(block=block, block_factor=block_factor(block), **types, **fields)
+
+
+kept_config = functools.lru_cache(256)(Config)  # a training loop has a few
 
 
 def noise_fields(draw: Draw) -> dict[str, Any]:
@@ -99,12 +104,12 @@ def launch(kernel, programs: int, device: torch.device, *args, **options) -> Non
 
 def rounded(x: float) -> float:
     """The nearest float32."""
-    return torch.tensor(x, dtype=torch.float32).item()
+    return ctypes.c_float(x).value
 
 
 def on_host(t: Tensor) -> bool:
     """Whether the host can read a scalar without waiting for the device."""
-    return t.device.type == "cpu"
+    return t.is_cpu
 
 
 def host_or_device(t: Tensor) -> Scalar:
