@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..backends.held import native
 from ..functional import TensorList
 from ..train.calls import WeightGroup
 from .memory import View
@@ -57,27 +55,19 @@ class Call:
         self.weights: WeightGroup | None = None
         self.latents: Sequence[Tensor] = []
         self.states: list[Sequence[Tensor]] = []
-        self.steps: TensorList | None = None
+        self.steps: Sequence[Tensor] = []  # their counts
 
     def prepare(self, plain: bool) -> None:
         """Make the lists that stay. ``plain``: no parameter has a view or a master copy."""
         latents = [o.latent for o in self.operands]
         states = [list(state) for state in zip(*[o.states for o in self.operands], strict=True)]
+        self.steps = TensorList([o.step for o in self.operands])
         if not plain:
             self.latents, self.states = latents, [*states]
             return
         ids = self.weights.tensor_ids if self.weights is not None else []
         self.latents = TensorList(latents, tensor_ids=[*ids, *[0] * (len(latents) - len(ids))])
         self.states = [TensorList(state) for state in states]
-        self.steps = TensorList([o.step for o in self.operands])
-
-    def add_one(self) -> None:
-        """Count a step of each parameter, where the host has the numbers."""
-        if self.steps is not None and native() is not None:
-            torch.ops.fogzo_cpu.add_one([], [self.steps.hold.number])
-            torch.autograd.graph.increment_version(self.steps)
-        else:
-            torch._foreach_add_([o.step for o in self.operands], 1)
 
     def add(self, operands: Operands) -> None:
         self.operands.append(operands)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..functional import TensorList
 from ..nn.view import local
 from ..ops import arguments
+from ..ops.native import add_one
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
@@ -331,7 +332,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     options_of_step |= {"tensor_ids": group.tensor_ids, "layouts": group.layouts}
                 op(*tensors, plus, minus, group.alphas, n, counters=counters, **options_of_step)
         if call.number:
-            call.add_one()
+            add_one(call.steps)
 
     # ---- state
 
