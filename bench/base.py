@@ -1,8 +1,8 @@
 """Time two commits in turns on one machine, and list what lost speed.
 
 ``python -m bench.base BASE`` measures this checkout against the commit BASE, and ``python -m bench.base BASE
-OTHER`` two commits. Each may be a folder with a built tree. Words after ``--`` are options of ``bench.kernels``,
-such as ``-- --ops perturb --sizes 2^24``. The exit status is 1 if a row is marked as lost.
+OTHER`` two commits. Each may be a folder with a built tree. Words after ``--`` are options of
+``bench.kernels``, such as ``-- --ops perturb --sizes 2^24``. The exit status is 1 if a row is marked as lost.
 
 Each round runs each side's own programs in fresh processes, first of BASE, then of the other side. A row's time
 is the least median of all rounds, since other programs only add to it. A row has lost if this time and the
@@ -91,15 +91,13 @@ def checkout(ref: str) -> Iterator[Path]:
 
 
 def build(tree: Path, commit: str) -> None:
-    """Put the native modules into a tree: those that were built of the same sources before, if there are any."""
+    """Put the native modules into a tree. They are built once for all commits with the same sources."""
     cuda = "1" if torch.cuda.is_available() else "0"
-    names = git("ls-tree", "--object-only", commit, *NATIVE).split()
-    kept = BUILT / "-".join(
-        [*(name[:8] for name in names), sys.implementation.cache_tag, torch.__version__, cuda]
-    )
+    sources = [line.split()[2][:8] for line in git("ls-tree", commit, *NATIVE).splitlines()]
+    kept = BUILT / "-".join([*sources, f"python3.{sys.version_info.minor}", torch.__version__, cuda])
     if not kept.exists():
         run(tree, ["setup.py", "build_ext", "--inplace"], FOGZO_BUILD_CUDA=cuda)
-        part = kept.with_suffix(".part")
+        part = kept.with_name(f"{kept.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for module in modules_of(tree):
