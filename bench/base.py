@@ -5,8 +5,9 @@ OTHER`` two commits. Each may be a folder with a built tree. Words after ``--`` 
 ``bench.kernels``, such as ``-- --ops perturb --sizes 2^24``. The exit status is 1 if a row is marked as lost.
 
 Each round runs each side's own programs in fresh processes, first of BASE, then of the other side. A row's time
-is the least median of all rounds, since other programs only add to it. A row has lost if this time and the
-median of the rounds both say so.
+in a round is the lower quartile of its samples, or else their median, since other programs only add to it. A
+row has lost if its least time says so, and the median of the rounds' ratios, too. While one has, the rounds go
+on, up to three times as many.
 """
 
 from __future__ import annotations
@@ -135,13 +136,14 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def measure(tree: Path, programs: dict[str, list[str]]) -> Times:
-    """Median seconds of what the programs measure, each in a process."""
+    """Seconds of what the programs measure, each in a process."""
     found: Times = {}
     for name, options in programs.items():
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "found.json"
             run(tree, ["-m", name, *options, "--json", str(file)])
-            found |= {name_of(row): row["median_s"] for row in json.loads(file.read_text())["rows"]}
+            rows = json.loads(file.read_text())["rows"]
+        found |= {name_of(row): row.get("q25", row["median_s"]) for row in rows}
     return found
 
 
@@ -181,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     programs = {name: PROGRAMS[name] for name in args.programs}
     if words[split + 1 :]:
         programs = {"bench.kernels": [*PROGRAMS["bench.kernels"], *words[split + 1 :]]}
-    refs = [args.base, args.other]
+    refs, limit = [args.base, args.other], 1 + args.limit / 100
     found: list[list[Times]] = [[] for _ in refs]
     with ExitStack() as stack, tqdm(total=len(refs) * (1 + args.rounds), unit="run") as bar:
         trees = []
@@ -189,12 +191,16 @@ def main(argv: list[str] | None = None) -> int:
             bar.set_description(f"building {ref}, minutes for a commit that was not built before")
             trees.append(stack.enter_context(checkout(ref)))
             bar.update()
-        for _ in range(args.rounds):
+        for turn in range(3 * args.rounds):
+            if turn >= args.rounds:
+                if not compare(*found, limit)[1]:
+                    break
+                bar.total += len(refs)
             for ref, tree, times in zip(refs, trees, found, strict=True):
                 bar.set_description(f"timing {ref}")
                 times.append(measure(tree, programs))
                 bar.update()
-    table, lost = compare(*found, 1 + args.limit / 100)
+    table, lost = compare(*found, limit)
     print(table)
     print(
         f"{len(lost)} of {len(found[1][0])} rows lost more than {args.limit:g} %: {'; '.join(lost) or 'none'}"

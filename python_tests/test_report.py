@@ -116,7 +116,7 @@ def test_a_commit_is_built_once(monkeypatch, built):
 
 
 def test_a_row_that_lost_is_marked_and_changes_the_exit_status(monkeypatch, capsys, built):
-    times = iter([{"a": 1.0, "b": 1.0}, {"a": 1.06, "b": 1.04}] * 2)
+    times = iter([{"a": 1.0, "b": 1.0}, {"a": 1.06, "b": 1.04}] * 6)
     monkeypatch.setattr(base, "measure", lambda tree, _: next(times))
     assert base.main([HERE, HERE, "--rounds", "2"]) == 1
     said = capsys.readouterr().out.splitlines()
@@ -125,6 +125,15 @@ def test_a_row_that_lost_is_marked_and_changes_the_exit_status(monkeypatch, caps
         "| b | 1000.000 | 1040.000 | 1.04 | 1.04 to 1.04 |  |",
         "1 of 2 rows lost more than 5 %: a",
     ]
+    assert next(times, None) is None  # three times as many rounds as were asked for
+
+
+def test_rounds_go_on_until_nothing_seems_lost(monkeypatch, capsys, built):
+    times = iter([{"a": 1.0}, {"a": 1.5}] * 2 + [{"a": 1.0}, {"a": 1.0}] * 9)
+    monkeypatch.setattr(base, "measure", lambda tree, _: next(times))
+    assert base.main([HERE, HERE, "--rounds", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "| a | 1000.000 | 1000.000 | 1.00 | 1.00 to 1.50 |  |"
+    assert len(list(times)) == 2 * 8
 
 
 def test_options_after_two_dashes_are_those_of_the_ops(monkeypatch, built):
