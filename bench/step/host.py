@@ -3,8 +3,7 @@
 The model is a chain of linear layers of 8 x 8 without bias. Each method trains a chain of its own with AdamW:
 ``plain`` by PyTorch's fused one, ``modules`` by the same, with quantized modules and no Fogzo, ``ste`` and
 ``fogzo`` by Fogzo and this package's AdamW, ``torchao`` by its QAT. ``forward`` and ``evaluation`` are forwards
-without autograd, of the plain and of the quantized chain. ``ops`` are single calls of the list ops with as many
-tensors, prepared and plain lists.
+without autograd, of the plain and of the quantized chain. ``python -m bench.host`` times the list ops alone.
 
 A round takes every method once. Times are those of the process on one thread, and on a GPU of the enqueueing
 alone, with the device idle before each step. The table has the least time of the rounds, its ratio to that of
@@ -121,44 +120,6 @@ def methods(layers: int, device: str) -> dict[str, Call]:
     return made
 
 
-# ---- ops
-
-
-def ops(tensors: int, device: str) -> dict[str, Call]:
-    """A call of each list op, with prepared and with plain lists."""
-
-    def some() -> list[Tensor]:
-        return [torch.randn(WIDTH, WIDTH, device=device) for _ in range(tensors)]
-
-    grid, losses = fk.Grid.uniform(8), torch.ones(1, device=device)
-    lists = {name: some() for name in ("plus", "minus", "latents", "grads", "first", "second")}
-    lists["alphas"] = [torch.full((1,), 1 / 64, device=device) for _ in range(tensors)]
-    norm = fk.guide_norm(lists["grads"], lists["alphas"], grid=grid)
-    quantizer = {"grid": grid, "straight_through": fk.StraightThrough("identity")}
-    noise: dict[str, Any] = {**quantizer, "seed": 7, "step": 3, "one_minus_beta": 1e-3}
-    calls: dict[str, Call] = {}
-    for kind, o in (("prepared", {n: fk.TensorList(ts) for n, ts in lists.items()}), ("plain", lists)):
-        first = o["plus"], o["minus"], o["latents"], o["grads"], o["alphas"]
-        tail = o["latents"], o["grads"], o["first"], o["second"], losses, losses, o["alphas"], norm
-        calls |= {
-            f"norm, {kind}": functools.partial(fk.guide_norm, o["grads"], o["alphas"], grid=grid),
-            f"perturb, {kind}": functools.partial(fk.perturb_quantize_, *first, norm, **noise),
-            f"estimate, {kind}": functools.partial(
-                fk.estimate_gradient_, o["grads"], losses, losses, o["alphas"], norm, **noise
-            ),
-            f"quantize, {kind}": functools.partial(
-                fk.quantize_, o["plus"], o["latents"], o["alphas"], grid=grid
-            ),
-            f"straight-through, {kind}": functools.partial(
-                fk.straight_through_backward_, o["grads"], o["latents"], o["alphas"], **quantizer
-            ),
-            f"adamw, {kind}": functools.partial(
-                fk.functional.estimate_adamw_, *tail, lr=0.0, optimizer_step=1, **noise
-            ),
-        }
-    return calls
-
-
 # ---- measurement
 
 
@@ -170,7 +131,7 @@ def once(call: Call, device: torch.device) -> float:
     return (time.process_time() if device.type == "cpu" else time.perf_counter()) - start
 
 
-def least(calls: dict[str, Call], rounds: int, device: torch.device, bar: tqdm) -> dict[str, float]:
+def least(calls: dict[str, Call], rounds: int, device: torch.device, bar: Any) -> dict[str, float]:
     """The least seconds of each in rounds that take all of them once."""
     times: dict[str, float] = {}
     for round in range(WARM + rounds):
@@ -187,42 +148,44 @@ def slope(points: dict[int, float]) -> float:
     xs, ys = list(points), list(points.values())
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     spread = sum((x - mean_x) ** 2 for x in xs)
-    return 1e6 * sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread if spread else 0.0
+    both = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return 1e6 * both / spread if spread else 0.0
 
 
-Times = dict[str, dict[int, float]]  # by method, then by number of layers or tensors
+Times = dict[str, dict[int, float]]  # by method, then by number of layers
 
 
-def table(times: Times, unit: float, unit_name: str, ratios: bool) -> str:
-    counts = list(next(iter(times.values())))
-    head = ["", *[f"{count}, {unit_name}" for count in counts], f"us for each, over {counts[0]}..{counts[-1]}"]
-    largest = counts[-1]
-    lines = []
+def table(times: Times) -> str:
+    counts = list(times["plain"])
+    most, plain = counts[-1], times["plain"]
+    passes = {count: plain[count] + 2 * times["forward"][count] for count in counts}
+    head = [
+        "method",
+        *[f"ms, {count} layers" for count in counts],
+        "us a layer",
+        "of plain",
+        "of plain + 2 forwards",
+    ]
+    rows = [head, ["---"] * len(head)]
     for name, points in times.items():
-        line = [name, *[f"{unit * points[count]:.3g}" for count in counts], f"{slope(points):.2f}"]
-        if ratios:
-            line.append(f"{points[largest] / times['plain'][largest]:.2f}")
-        lines.append(line)
-    if ratios:
-        head.append(f"of plain, at {largest}")
-    rows = [head, ["---"] * len(head), *lines]
+        ratios = [f"{points[most] / whole[most]:.2f}" for whole in (plain, passes)]
+        rows.append(
+            [name, *[f"{1e3 * points[count]:.3g}" for count in counts], f"{slope(points):.1f}", *ratios]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def plot(steps: Times, calls: Times, path: Path) -> None:
+def plot(times: Times, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for ax, times, unit, what in ((axes[0], steps, 1e3, "layers"), (axes[1], calls, 1e6, "tensors")):
-        for i, (name, points) in enumerate(times.items()):
-            style = "--" if name.endswith("plain") and what == "tensors" else "-"
-            color = f"C{i % (len(times) // (2 if what == 'tensors' else 1))}"
-            ax.plot(list(points), [unit * s for s in points.values()], f"o{style}", label=name, color=color)
-        ax.set(xscale="log", yscale="log", xlabel=f"{what} of 8 x 8", ylabel="host time, " + ("ms a step" if unit == 1e3 else "us a call"))
-        ax.legend(fontsize="x-small", frameon=False)
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, points in times.items():
+        axes.plot(list(points), [1e3 * seconds for seconds in points.values()], "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="linear layers of 8 x 8", ylabel="host time of a step, ms")
+    axes.legend(fontsize="small", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
@@ -230,31 +193,29 @@ def plot(steps: Times, calls: Times, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.step.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.step.host",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--layers", nargs="+", type=int, default=[10, 30, 100, 300, 1000], help="also the numbers of tensors")
+    add("--layers", nargs="+", type=int, default=[10, 30, 100, 300, 1000])
     add("--rounds", type=int, default=20)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    device = torch.device(args.device)
-    steps: Times = {}
-    calls: Times = {}
-    with tqdm(total=2 * len(args.layers) * (WARM + args.rounds), unit="round", disable=None) as bar:
+    device, times = torch.device(args.device), Times()
+    with tqdm(total=len(args.layers) * (WARM + args.rounds), unit="round", disable=None) as bar:
         for count in args.layers:
-            for kept, made in ((steps, methods), (calls, ops)):
-                for name, seconds in least(made(count, args.device), args.rounds, device, bar).items():
-                    kept.setdefault(name, {})[count] = seconds
-    print(table(steps, 1e3, "ms", ratios=True), table(calls, 1e6, "us", ratios=False), sep="\n\n")
+            for name, seconds in least(methods(count, args.device), args.rounds, device, bar).items():
+                times.setdefault(name, {})[count] = seconds
+    print(table(times))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"machine": machine(device), "layers": args.layers, "steps_s": steps, "calls_s": calls}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine(device), "seconds": times}, indent=1) + "\n")
     if args.plot:
-        plot(steps, calls, args.plot)
+        plot(times, args.plot)
     return 0
 
 

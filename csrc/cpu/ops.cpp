@@ -432,6 +432,15 @@ void inspect(Arguments a) {
   }
 }
 
+// Adds 1 to each count, int64 and 0-dim.
+void add_one(Arguments a) {
+  const Tensors &counts = a.tensors();
+  for (const Tensor &t : counts)
+    scalar<int64_t>(t, Type::int64);
+  for (const Tensor &t : counts)
+    ++*t.at<int64_t>();
+}
+
 } // namespace
 
 // ---- schemas
@@ -462,7 +471,8 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("measure_alphas(Tensor(a!)[] alphas, Tensor[] tensors, str statistic, float factor, float add, float "
         "least" FOGZO_HELD ") -> ()");
   m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block" FOGZO_HELD ") -> ()");
-  m.def("inspect(Tensor(a!) out, Tensor[] tensors" FOGZO_HELD ") -> ()"); // no function of Backend
+  m.def("inspect(Tensor(a!) out, Tensor[] tensors" FOGZO_HELD ") -> ()"); // this and the next are no functions of Backend
+  m.def("add_one(Tensor(a!)[] counts" FOGZO_HELD ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
@@ -478,6 +488,7 @@ STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
   m.impl("measure_alphas", boxed_lists<measure_alphas>);
   m.impl("hadamard", boxed_lists<hadamard>);
   m.impl("inspect", boxed_lists<inspect>);
+  m.impl("add_one", boxed_lists<add_one>);
 }
 
 } // namespace fogzo::cpu

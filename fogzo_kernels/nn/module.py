@@ -24,6 +24,7 @@ from .weight import (
     FLOOR,
     WeightQuantizer,
     alpha_of,
+    changes,
     check,
     fits,
     hold_alphas,
@@ -398,6 +399,7 @@ class QuantizedModule(SavedModule):
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute and notes a new weight. ``fully_shard`` sets its shards through this method."""
         old, is_weight = self._parameters.get(name), name == self.PARAMETER
+        changes.count += is_weight or name in self.ADDED
         super().__setattr__(name, value)
         if is_weight:
             place(self)

@@ -32,6 +32,15 @@ FIRST = {"absmax": 1.0, "absmean": 1 / 2, "rms": 1 / math.sqrt(3)}
 FAR = 4.0
 
 
+class Changes:
+    """Counts changes of how modules quantize, over all modules: a step sees at once that there is none."""
+
+    count = 0
+
+
+changes = Changes()
+
+
 @dataclass(eq=False)
 class WeightQuantizer:
     """How a module quantizes its weight, and what it knows of alpha.
@@ -53,6 +62,10 @@ class WeightQuantizer:
     stale: bool = False
     shares: bool = False
     warned: bool = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        changes.count += name != "warned"
 
 
 # ---- alpha, as a scale makes it

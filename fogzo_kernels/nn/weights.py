@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.held import generations, native
+from ..functional import TensorList
 from ..ops import checks
 from ..spec.scale import LearnedScale, MeasuredScale
 from .module import QuantizedModule
 from .replaced import REPLACED, check_replaced
 from .tied import check_raw_uses
 from .view import LOCAL, WeightView
-from .weight import check, fits, warn_of_new_weights
+from .weight import changes, check, fits, warn_of_new_weights
 
 
 def quantized_weights(model: nn.Module) -> list[WeightView]:
@@ -109,32 +111,36 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
-def facts_of(weights: Sequence[WeightView]) -> Any:
-    """Returns what the modules hold of their weights now: two results are equal while nothing has moved.
+class Facts:
+    """What the modules hold of their weights now: equal to an older one while nothing has moved.
 
-    Parts of weights move in each pass, and give None.
+    Attributes:
+        tensors: weights and alphas of the modules.
     """
-    modules = [m for w in weights for m in w.modules]
-    latents: Any = [m._parameters.get(m.PARAMETER) for m in modules]
-    same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
-    if not (same and all(w.placement is LOCAL for w in weights)):
-        return None
-    alphas: Any = [m._parameters["alpha"] if "alpha" in m._parameters else m._buffers["alpha"] for m in modules]
-    facts = [[*map(fact, latents)] for fact in FACTS]
-    facts += [*map(DATA_PTR, alphas)], [*map(REQUIRES_GRAD, alphas)], [w.unwatched for w in weights]
-    quantizers = [m.weight_quantizer for m in modules]
-    return (
-        facts,
-        [*map(QUANTIZER, quantizers)],
-        [*map(STALE, quantizers)],
-        [vars(m).get("product") for m in modules],
-    )
+
+    def __init__(self, weights: Sequence[WeightView], known: Facts | None) -> None:
+        modules = [m for w in weights for m in w.modules]
+        latents: Any = [m._parameters.get(m.PARAMETER) for m in modules]
+        kinds = [m._parameters if "alpha" in m._parameters else m._buffers for m in modules]
+        alphas: Any = [kind["alpha"] for kind in kinds]
+        tensors = latents + alphas
+        same = known is not None and all(map(operator.is_, known.tensors, tensors))
+        self.tensors: TensorList = known.tensors if known is not None and same else TensorList(tensors)
+        states: Any = generations([self.tensors]) if self.tensors.plain and native() else None
+        if states is None:
+            states = [[*map(fact, tensors)] for fact in FACTS]
+        watched = [bool(p._backward_hooks) or len(p._post_accumulate_grad_hooks or ()) for p in latents]
+        self.seen = states, [*map(REQUIRES_GRAD, tensors)], watched, changes.count
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Facts) and self.tensors is other.tensors and self.seen == other.seen
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-DATA_PTR: Any = Tensor.data_ptr
-REQUIRES_GRAD, QUANTIZER, STALE = map(operator.attrgetter, ("requires_grad", "quantizer", "stale"))
-#: Facts of a parameter.
-FACTS = DATA_PTR, Tensor.is_contiguous, REQUIRES_GRAD, *map(operator.attrgetter, ("shape", "dtype"))
+REQUIRES_GRAD = operator.attrgetter("requires_grad")
+#: Facts of a tensor, where no native code tells of changes.
+FACTS: Any = Tensor.data_ptr, Tensor.is_contiguous, *map(operator.attrgetter, ("shape", "dtype"))
 
 
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
@@ -144,28 +150,31 @@ def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
 
 
 def check_unchanged(
-    model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView], known: Any = None
-) -> Any:
+    model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView], before: Facts | None = None
+) -> Facts | None:
     """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
 
     What is new among them would be trained straight-through, unnoticed.
 
     Args:
         modules: all of the model.
-        known: what the last call returned. Weights that are as they were then are looked at no further.
+        before: what the last call returned. Weights that are as they were then are looked at no further.
 
     Returns:
-        :func:`facts_of` the weights.
+        The facts of the weights; None where there are parts of weights, which move in each pass.
     """
-    if any(REPLACED in m.__dict__ for m in modules):
+    if any([REPLACED in m.__dict__ for m in modules]):  # noqa: C419  a generator takes twice as long
         check_replaced(model.named_modules())
     quantized = [m for m in modules if isinstance(m, QuantizedModule)]
     here = [m._parameters.get(m.PARAMETER) for m in quantized]
     trainable = sum([weight is None or weight.requires_grad for weight in here])
-    if trainable == sum([len(w.modules) for w in weights]):
-        facts = facts_of(weights)
-        known_modules = {id(m) for w in weights for m in w.modules}
-        if facts is not None and facts == known and known_modules <= set(map(id, quantized)):
+    own = [m for w in weights for m in w.modules]
+    if trainable == len(own) and set(own) <= set(quantized):
+        whole = all([w.placement is LOCAL for w in weights])  # noqa: C419
+        latents = [m._parameters.get(m.PARAMETER) for m in own]
+        same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
+        facts = Facts(weights, before) if whole and same else None
+        if facts is not None and facts == before:
             return facts
         if all(_is_as_it_was(m, w) for w in weights for m in w.modules):
             return facts
@@ -184,4 +193,4 @@ def check_unchanged(
             " of other weights, and set optimizer.fogzo = new for a fused optimizer; an optimizer that lacks a"
             " weight takes it by add_param_group"
         )
-    return facts_of(weights)
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .fused import FusedOptimizer
 
 
-IS_SPARSE = operator.attrgetter("is_sparse")
+DTYPE, VERSION = map(operator.attrgetter, ("dtype", "_version"))
 
 
 class Options(NamedTuple):
@@ -54,11 +55,13 @@ class Call:
         self.weights: WeightGroup | None = None
         self.latents: Sequence[Tensor] = []
         self.states: list[Sequence[Tensor]] = []
+        self.steps: Sequence[Tensor] = []  # their counts
 
     def prepare(self, plain: bool) -> None:
         """Make the lists that stay. ``plain``: no parameter has a view or a master copy."""
         latents = [o.latent for o in self.operands]
         states = [list(state) for state in zip(*[o.states for o in self.operands], strict=True)]
+        self.steps = TensorList([o.step for o in self.operands])
         if not plain:
             self.latents, self.states = latents, [*states]
             return
@@ -78,41 +81,47 @@ class Kept:
         self, optimizer: FusedOptimizer, calls: list[Call], estimated: list[WeightGroup], options: list[Options]
     ) -> None:
         self.calls, self.estimated, self.alike = calls, [g.weights for g in estimated], pattern(options)
-        every = [o for call in calls for o in call.operands]
-        self.parameters = [o.parameter for o in every]
-        self.addresses = [*map(Tensor.data_ptr, self.parameters)]
-        self.grad_dtypes = [o.grad.dtype for o in every]
-        self.plain = all(o.latent is o.parameter and o.master is None for o in every)
+        operands = [o for call in calls for o in call.operands]
+        self.every = every_parameter(optimizer)
+        places = {id(p): i for i, p in enumerate(self.every)}
+        self.order = [places[id(o.parameter)] for o in operands]
+        self.grad_dtypes = [o.grad.dtype for o in operands]
+        self.plain = all(o.latent is o.parameter and o.master is None for o in operands)
         for call in calls:
             call.prepare(self.plain)
-        self.of_state = [optimizer.state[p] for p in self.parameters]
-        self.state = [t for own in self.of_state for t in own.values()]
-        self.steps = [o.step for o in every]
+        self.addresses = [*map(Tensor.data_ptr, self.every)]
+        self.of_state = [*optimizer.state.values()]
+        self.state = [*chain.from_iterable(map(dict.values, self.of_state))]
+        self.steps = TensorList([o.step for o in operands])
         self.versions: list[int] = []
 
     def ran(self) -> None:
         """The calls were made: each parameter has taken a step."""
-        self.versions = [step._version for step in self.steps]
+        self.versions = [*map(VERSION, self.steps)]
 
     def again(self, optimizer: FusedOptimizer, estimated: list[WeightGroup], options: list[Options]) -> bool:
         """Give the calls the gradients, options and numbers of another step; False if they do not fit it."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        present = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        every = every_parameter(optimizer)
+        all_grads = [p.grad for p in every]
+        count = sum([grad is not None for grad in all_grads])
+        if not (self.plain and len(every) == len(self.every) and count == len(self.order)):
+            return False
+        grads: Any = [all_grads[i] for i in self.order]
         state = optimizer.state
         fits = (
-            self.plain
-            and len(present) == len(grads) == len(self.parameters)
+            all(map(operator.is_, every, self.every))
+            and not any([grad is None or grad.is_sparse for grad in grads])  # noqa: C419  a generator is slow
+            and [*map(DTYPE, grads)] == self.grad_dtypes
+            and all(map(Tensor.is_contiguous, grads))
             and len(estimated) == len(self.estimated)
             and all(map(operator.is_, [group.weights for group in estimated], self.estimated))
             and pattern(options) == self.alike
-            and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
-            and [grad.dtype for grad in grads] == self.grad_dtypes
-            and not any(map(IS_SPARSE, grads))
-            and all(map(Tensor.is_contiguous, grads))
-            and all(map(operator.is_, map(state.get, self.parameters), self.of_state))
-            and all(map(operator.is_, [t for own in self.of_state for t in own.values()], self.state))
-            and [step._version for step in self.steps] == self.versions
-            and not optimizer._joined.keys() - set(map(id, self.parameters))
+            and [*map(Tensor.data_ptr, every)] == self.addresses
+            and len(state) == len(self.of_state)
+            and all(map(operator.is_, state.values(), self.of_state))
+            and all(map(operator.is_, chain.from_iterable(map(dict.values, self.of_state)), self.state))
+            and [*map(VERSION, self.steps)] == self.versions
+            and (not optimizer._joined or count == len(every))
         )
         if not fits:
             return False
@@ -123,6 +132,10 @@ class Kept:
             if call.of is not None:
                 call.weights = estimated[call.of].part(call.places)
         return True
+
+
+def every_parameter(optimizer: FusedOptimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def pattern(options: list[Options]) -> list[tuple[Any, ...]]:

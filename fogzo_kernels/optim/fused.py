@@ -14,6 +14,7 @@ from torch import Tensor
 from ..functional import TensorList
 from ..nn.view import local
 from ..ops import arguments
+from ..ops.native import add_one
 from ..spec.grid import Grid
 from ..spec.straight_through import StraightThrough
 from ..spec.update import KINDS, UpdateRule
@@ -158,13 +159,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""
         own = set(map(id, self._parameters()))
         estimated = [w for w in step.run.weights if w.parameter.grad is not None]
-        still = [w.name for w in estimated if any(vars(m).get("padding_idx") is not None for m in w.modules)]
+        still = [w.name for w in estimated for m in w.modules if vars(m).get("padding_idx") is not None]
         if step.pairs and still:
             raise RuntimeError(
                 f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"
                 " its padding row would not keep still; call fogzo.estimate_() first"
             )
-        others = sum(id(w.parameter) not in own for w in estimated)
+        others = sum([id(w.parameter) not in own for w in estimated])
         if others:
             raise RuntimeError(
                 f"params must hold every quantized weight of fogzo, got all but {others}; for several"
@@ -331,7 +332,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     options_of_step |= {"tensor_ids": group.tensor_ids, "layouts": group.layouts}
                 op(*tensors, plus, minus, group.alphas, n, counters=counters, **options_of_step)
         if call.number:
-            torch._foreach_add_(steps, 1)
+            add_one(call.steps)
 
     # ---- state
 

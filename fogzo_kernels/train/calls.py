@@ -140,7 +140,7 @@ class Prepared:
     """What steps need of a model's weights, made once and kept while nothing that it holds has moved.
 
     Attributes:
-        facts: of the weights now (:func:`fogzo_kernels.nn.weights.facts_of`), as a step has them at its start.
+        facts: of the weights now (:class:`fogzo_kernels.nn.weights.Facts`), as a step has them at its start.
         groups: the weights by calls of ops.
         measured, learned: modules whose alphas each step measures, and holds in their range.
     """

@@ -54,13 +54,12 @@ class Gradients:
         self._bits: Tensor | None = None  # and a sum over the bits of each
         self.edited: Tensor | None = None  # whether they were edited, 0-dim bool that only the device knows yet
         self._lost: Any = None  # keeps the gradients of a lost step from optimizers
-        self.come_from = Source.ELSEWHERE
+        self._now = [Source.ELSEWHERE]  # what hooks look at, which are to cost a backward next to nothing
         this = weakref.ref(self)
         for i, p in enumerate(self.parameters):
 
-            def hook(_: Tensor, i: int = i) -> None:
-                watch = this()
-                if watch is not None:
+            def hook(_: Tensor, i: int = i, now: list[Source] = self._now) -> None:
+                if now[0] is not Source.BACKWARD and (watch := this()) is not None:
                     watch._accumulated(i)
 
             handle = p.register_post_accumulate_grad_hook(hook)
@@ -70,14 +69,20 @@ class Gradients:
         """A copy watches the copies of the parameters, and knows nothing of their gradients."""
         return Gradients, (self.parameters,)
 
+    @property
+    def come_from(self) -> Source:
+        """Where gradients come from that are accumulated now."""
+        return self._now[0]
+
+    @come_from.setter
+    def come_from(self, source: Source) -> None:
+        self._now[0] = source
+
     def _accumulated(self, i: int) -> None:
-        if self.come_from is Source.BACKWARD:
-            self._estimates.pop(i, None)
-            self._elsewhere.discard(i)
-        elif self.come_from is Source.PASS:
+        """Note a gradient that does not come of the backward of the gradient pass."""
+        if self.come_from is Source.PASS:
             raise RuntimeError(BACKWARD_IN_A_PASS)
-        else:
-            self._elsewhere.add(i)
+        self._elsewhere.add(i)
 
     def left_estimates(self) -> None:
         """What the gradients hold now is the estimate of a step, or the gradient that it leaves as it is."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from ...backends import load
 from ...functional import TensorList
 from ...nn.view import local
+from ...ops.native import inspected
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 HALVES = (torch.bfloat16, torch.float16)  # whose first norms need another dtype
@@ -59,7 +59,7 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
 
 
 def _look_on_cpu(tensors: Sequence[Tensor], zeros: bool) -> tuple[Tensor, Tensor]:
-    seen = _inspected(tensors)
+    seen = inspected(tensors)
     if seen is not None:
         return seen[1] != 0, (seen[2] != 0).all()
     # the second norm is the fast one, and may overflow or underflow
@@ -67,24 +67,6 @@ def _look_on_cpu(tensors: Sequence[Tensor], zeros: bool) -> tuple[Tensor, Tensor
     finite = all(map(math.isfinite, norms)) or all(bool(t.isfinite().all()) for t in tensors)
     some = [norm != 0 or bool(t.any()) for norm, t in zip(norms, tensors, strict=True)] if zeros else norms
     return torch.tensor(some, dtype=torch.bool), torch.tensor(finite)
-
-
-def _inspected(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Of CPU tensors, int64: sums of bits, whether one is not all 0, whether it is finite.
-
-    None without the native module, or where memory lies in a way that it does not take.
-    """
-    if isinstance(load("cpu"), str):
-        return None
-    out = torch.empty(3, len(tensors), dtype=torch.int64)
-    try:
-        if isinstance(tensors, TensorList):
-            torch.ops.fogzo_cpu.inspect(out, [], [tensors.hold.number])
-        else:
-            torch.ops.fogzo_cpu.inspect(out, tensors)
-    except RuntimeError:
-        return None
-    return out
 
 
 def _numbers(grad: Tensor) -> Tensor:
@@ -103,7 +85,7 @@ def bits(tensors: Sequence[Tensor]) -> Tensor:
         some = [t for t in tensors if t.numel()]
         norms = torch._foreach_norm(some, 1, dtype=torch.float32)
         return torch.stack([*norms, *(x.float() for x in torch._foreach_max(some))])
-    seen = _inspected(tensors)
+    seen = inspected(tensors)
     return torch.stack([_sum_of_bits(t) for t in tensors]) if seen is None else seen[0]
 
 
