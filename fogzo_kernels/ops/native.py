@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import load
+from ..backends.held import native
 from .tensor_list import TensorList
 
 
@@ -17,7 +17,7 @@ def inspected(tensors: Sequence[Tensor]) -> Tensor | None:
 
     None without the native module, or where memory lies in a way that it does not take.
     """
-    if isinstance(load("cpu"), str):
+    if native() is None:
         return None
     out = torch.empty(3, len(tensors), dtype=torch.int64)
     try:
@@ -29,7 +29,7 @@ def inspected(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def add_one(counts: Sequence[Tensor]) -> None:
     """Add 1 to each count, int64 and 0-dim."""
-    if isinstance(load("cpu"), str) or counts[0].device.type != "cpu":
+    if native() is None or counts[0].device.type != "cpu":
         torch._foreach_add_(list(counts), 1)
     else:
         torch.ops.fogzo_cpu.add_one(*_given(counts))
@@ -38,4 +38,4 @@ def add_one(counts: Sequence[Tensor]) -> None:
 
 def _given(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """A list as native ops take it: one that is prepared by its number."""
-    return ([], [tensors.hold.number]) if isinstance(tensors, TensorList) else (tensors,)
+    return ([], [tensors.number]) if isinstance(tensors, TensorList) else (tensors,)
