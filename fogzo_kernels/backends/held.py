@@ -32,13 +32,16 @@ class Held(tuple[Tensor, ...]):
     tensor_ids: tuple[int, ...] | None
     layouts: tuple[Layout, ...] | None
     generation: int  # as the call found it; another one where any tensor was another
-    hold: Any  # releases the list when it is freed
+
+    @functools.cached_property
+    def hold(self) -> Any:
+        """Releases the list when it is freed; made by the first call, as a traced one has no use for it."""
+        layouts = [x for layout in self.layouts or () for x in layout]
+        return native().Hold(torch.ops.fogzo_cpu.hold(self, self.tensor_ids or (), layouts))
 
     @functools.cached_property
     def number(self) -> int:
-        """Native code holds the list from the first call on, as a traced one has no use for it."""
-        layouts = [x for layout in self.layouts or () for x in layout]
-        self.hold = native().Hold(torch.ops.fogzo_cpu.hold(self, self.tensor_ids or (), layouts))
+        """That native code knows the list by."""
         number: int = self.hold.number
         return number
 
