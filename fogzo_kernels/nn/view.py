@@ -305,7 +305,7 @@ def check_alpha(module: QuantizedModule) -> None:
 def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
     """Let the modules run with values or codes of a probe, without a gradient."""
     for w, own in zip(views, rows, strict=True):
-        ready = own.dtype != torch.int8
+        ready = own.dtype != torch.int8 and w.placement is LOCAL
         w.use(PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated))
 
 
