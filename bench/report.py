@@ -2,7 +2,6 @@
 
 A table stands between ``<!-- report: NAME -->`` and ``<!-- end of report -->``, with the machine, versions,
 commit and date of its file. ``--check`` writes nothing, and fails where a document is not what the files say.
-``--base REF`` writes nothing either: it builds that commit and measures it and this checkout in turns.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import compare
 from .evidence import mlp, peers, quality, sweep
 from .executed import pipes_table, sectors_table
 
@@ -269,12 +267,7 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--base", metavar="REF", help="compare speed with that commit")
-    parser.add_argument("--rounds", type=int, default=3, help="of --base")
     args = parser.parse_args(argv)
-    if args.base is not None:
-        print(compare(args.base, args.rounds))
-        return 0
     odd = {path: text for path, text in documents().items() if path.read_text() != text}
     for path, text in odd.items():
         if args.check:

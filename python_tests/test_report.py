@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import pytest
@@ -68,35 +69,118 @@ TINY = {
         "--turns", "1",
     ],
 }  # fmt: skip
+HERE = str(base.ROOT)
 
 
-def test_a_commit_is_measured_beside_this_checkout(monkeypatch, capsys):
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """The folder of built modules, with those of this checkout in place of each commit's."""
+
+    def build(tree, words, **variables):
+        builds.append(tree)
+        for module in base.modules_of(base.ROOT):
+            shutil.copy(module, tree / "fogzo_kernels")
+
+    builds, run = [], base.run
+    monkeypatch.setattr(base, "BUILT", tmp_path / "base")
+    monkeypatch.setattr(base, "check_built", lambda tree: None)  # fresh checkouts have odd times
+    monkeypatch.setattr(base, "run", lambda tree, words, **v: (build if v else run)(tree, words, **v))
+    return builds
+
+
+def test_a_commit_is_measured_beside_this_checkout(monkeypatch, capsys, built):
     """Nothing of it is left behind, in the folder of temporary files or in git's list of trees."""
-    turns, measured = [], functools.cache(base.measure)  # once for each side, which takes long
-    monkeypatch.setattr(base, "PROGRAMS", TINY)
-    monkeypatch.setattr(base, "measure", lambda tree: turns.append(tree) or measured(tree))
-    assert report.main(["--base", "HEAD", "--rounds", "2"]) == 0
+    turns, measured = [], functools.cache(lambda tree: real(tree, TINY))  # once for each side, which takes long
+    real = base.measure
+    monkeypatch.setattr(base, "measure", lambda tree, _: turns.append(tree) or measured(tree))
+    assert base.main(["HEAD", "--rounds", "2", "--limit", "1e9"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "| | base, ms | this, ms | times as fast | range |"
-    whats = [line.split(" | ")[0].removeprefix("| ") for line in said[2:]]
-    assert whats == ["quantize, cpu, none, float32, -, float32", "step, ste", "step, fogzo"]
+    assert said[0] == "| | base, ms | this, ms | of base | in rounds | |"
+    whats = [line.split(" | ")[0].removeprefix("| ") for line in said[2:-1]]
+    assert whats == ["quantize, cpu, none, float32/-/float32, 1024 elements", "step, ste", "step, fogzo"]
+    assert said[-1] == "0 of 3 rows lost more than 1e+09 %: none"
     other = turns[0]
     assert turns == [other, base.ROOT] * 2
     assert not other.exists()
     assert str(other) not in base.git("worktree", "list")  # which may show trees of other programs
 
 
-def test_ratios_are_of_turns_beside_each_other():
-    found = base.table([{"a": 2.0}, {"a": 6.0}, {"a": 3.0}], [{"a": 1.0, "b": 1.0}, {"a": 2.0}, {"a": 2.0}])
-    assert found.splitlines()[2:] == [
-        "| a | 3000.000 | 2000.000 | 2.00 | 1.50 to 3.00 |",
-        "| b | not there | 1000.000 | | |",
+def test_a_commit_is_built_once(monkeypatch, built):
+    trees = []
+    monkeypatch.setattr(base, "measure", lambda tree, _: trees.append(base.modules_of(tree)) or {"a": 1.0})
+    assert base.main(["HEAD", "HEAD", "--rounds", "1"]) == 0
+    assert len(built) == 1
+    assert [[module.name for module in found] for found in trees] == [
+        [module.name for module in base.modules_of(base.ROOT)]
+    ] * 2
+
+
+def test_a_row_that_lost_is_marked_and_changes_the_exit_status(monkeypatch, capsys, built):
+    times = iter([{"a": 1.0, "b": 1.0}, {"a": 1.06, "b": 1.04}] * 6)
+    monkeypatch.setattr(base, "measure", lambda tree, _: next(times))
+    assert base.main([HERE, HERE, "--rounds", "2"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[2:] == [
+        "| a | 1000.000 | 1060.000 | 1.06 | 1.06 to 1.06 | LOST |",
+        "| b | 1000.000 | 1040.000 | 1.04 | 1.04 to 1.04 |  |",
+        "1 of 2 rows lost more than 5 %: a",
     ]
+    assert next(times, None) is None  # three times as many rounds as were asked for
+
+
+def test_rounds_go_on_until_nothing_seems_lost(monkeypatch, capsys, built):
+    times = iter([{"a": 1.0}, {"a": 1.5}] * 2 + [{"a": 1.0}, {"a": 1.0}] * 9)
+    monkeypatch.setattr(base, "measure", lambda tree, _: next(times))
+    assert base.main([HERE, HERE, "--rounds", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "| a | 1000.000 | 1000.000 | 1.00 | 1.00 to 1.50 |  |"
+    assert len(list(times)) == 2 * 8
+
+
+def test_options_after_two_dashes_are_those_of_the_ops(monkeypatch, built):
+    asked = []
+    monkeypatch.setattr(base, "measure", lambda _, programs: asked.append(programs) or {"a": 1.0})
+    base.main([HERE, "--rounds", "1", "--", "--ops", "perturb", "--sizes", "2^24"])
+    assert list(asked[0]) == ["bench.kernels"]
+    assert asked[0]["bench.kernels"][-4:] == ["--ops", "perturb", "--sizes", "2^24"]
+
+
+def test_one_slow_round_is_no_loss():
+    """Neither of the base nor of the other side: the least time and most rounds must say so."""
+    base_times, ours = [{"a": 1.0}, {"a": 1.0}, {"a": 1.0}], [{"a": 1.0}, {"a": 9.0}, {"a": 9.0}]
+    table, lost = base.compare(base_times, ours, 1.05)
+    assert table.splitlines()[2:] == ["| a | 1000.000 | 1000.000 | 1.00 | 1.00 to 9.00 |  |"]
+    assert lost == []
+    assert base.compare([{"a": 0.1}, {"a": 1.0}, {"a": 1.0}], [{"a": 1.0}] * 3, 1.05)[1] == []
+    assert base.compare(base_times, [{"a": 1.1}] * 3, 1.05)[1] == ["a"]
+
+
+def test_a_new_row_has_nothing_to_lose():
+    table, lost = base.compare([{"a": 2.0}], [{"a": 1.0, "b": 1.0}], 1.05)
+    assert table.splitlines()[2:] == [
+        "| a | 2000.000 | 1000.000 | 0.50 | 0.50 to 0.50 |  |",
+        "| b | not there | 1000.000 | | | |",
+    ]
+    assert lost == []
 
 
 def test_an_unknown_commit_is_named():
     with pytest.raises(SystemExit, match="rev-parse --verify no-such-commit"):
-        report.main(["--base", "no-such-commit"])
+        base.main(["no-such-commit"])
+
+
+def test_a_folder_whose_sources_are_newer_than_its_module_is_refused(tmp_path):
+    for name in ("csrc/cpu", "fogzo_kernels"):
+        (tmp_path / name).mkdir(parents=True)
+    source, module = tmp_path / "csrc/cpu/a.h", tmp_path / "fogzo_kernels/_C.so"
+    source.touch()
+    with pytest.raises(SystemExit, match=r"must be built, as csrc/cpu/a\.h is newer"):
+        base.check_built(tmp_path)
+    module.touch()
+    os.utime(source, (1.0, 1.0))
+    base.check_built(tmp_path)
+    os.utime(source, (2e12, 2e12))
+    with pytest.raises(SystemExit, match="must be built"):
+        base.main([str(tmp_path), "--rounds", "1"])
 
 
 # ---- where results are from

@@ -10,17 +10,18 @@
 #endif
 
 namespace fogzo::cpu {
-namespace {
 
 #if defined(__x86_64__)
+const bool on_intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+
 // not every compiler's __builtin_cpu_supports() knows it; the system's part is that of AVX2
-bool has_f16c() {
+static bool has_f16c() {
   unsigned eax, ebx, ecx = 0, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+#else
+const bool on_intel = false;
 #endif
-
-} // namespace
 
 std::vector<const Kernels *> usable_kernels() {
   std::vector<const Kernels *> usable;

@@ -68,8 +68,9 @@ template <Distribution D, Dtype G, Dtype O>
 __attribute__((noinline)) void estimate_run(Dtypes<G, O>, const Operands &item, const Estimate &e,
                                             Stream &stream, const Run &run) {
   const F inv = broadcast(run.scale.inv);
+  const int64_t most = on_intel && G == Dtype::float32 ? kFewDrawn : kDrawn; // as perturb_run()
   for (int64_t i = run.begin; i < run.end;) {
-    const int64_t count = run.drawn_at(i);
+    const int64_t count = run.drawn_at(i, most);
     const auto draw = [&](auto &noise, uint32_t direction) {
       stream.turn_to(run.chunk, direction);
       noise.draw(stream, run.chunk_at(i), count);

@@ -94,6 +94,9 @@ const Kernels *avx512_kernels();
 // Kernels that this processor can run, the best ones first.
 std::vector<const Kernels *> usable_kernels();
 
+// Whether the processor is Intel's. It tunes how kernels use the memory, and changes no result.
+extern const bool on_intel;
+
 // The best one, or the one that FOGZO_CPU_ISA names; throws std::invalid_argument where it cannot run.
 const Kernels &kernels();
 

@@ -153,7 +153,7 @@ public:
     add_memory(list, false);
   }
 
-  // Reads tensors that may be those of `written`, each in its place.
+  // Reads tensors. Each may share its memory with the tensor of `written` that has the same index.
   void read_in_place(Span Operands::*part, const Tensors &list, unsigned types, const Tensors &written) {
     add(part, list, types, items.size());
     for (size_t i = 0; i < list.size(); ++i)

@@ -17,9 +17,9 @@ inline Names names_in(const Noise &noise, const Operands &item) {
 // Elements from e on whose chunks have numbers of the same upper half.
 inline int64_t same_half_from(int64_t e) { return (int64_t(1) << 35) - e % (int64_t(1) << 35); }
 
-constexpr int64_t kGroup = FOGZO_ISA ? kWidth : 16; // Philox calls at a time
-
 #if FOGZO_ISA
+constexpr int64_t kGroup = kWidth; // Philox calls of a batch
+
 // A batch: kGroup chunks, for each of which a vector of floats holds one value.
 constexpr int64_t kBatch = 8 * kGroup;         // elements
 constexpr int kHalves = kBatch / (2 * kWidth); // H of a batch
@@ -79,17 +79,9 @@ template <bool PAIRS> inline void halves_of(const Lanes &w, H *halves) {
   join_halves<PAIRS>(odd_words(w.x0, w.x1), odd_words(w.x2, w.x3), halves);
 }
 
-// The halves of a batch, whose chunks lie in two ordered() vectors.
-template <bool PAIRS>
-inline __attribute__((always_inline)) void philox_batch(const Keys &keys, Wide first, Wide last, H *halves) {
-  Lanes w[] = {counters_of(keys, first), counters_of(keys, last)};
-  philox_rounds<0, 2>(keys, w);
-  halves_of<PAIRS>(w[0], halves);
-  halves_of<PAIRS>(w[1], halves + 2);
-}
-
-// Keys, and what the first three rounds take from the words that all counters of a run share, whose chunks have
-// the same upper half: with keys, what their first products are joined with, and x3 after the second round.
+// Keys, and what the first three rounds make of the words that all counters of a run share. The chunks of a run
+// have the same upper half. x2, next_x0 and next_x2 are joined with products; x3 is that after the second
+// round.
 struct Stream {
   Keys keys;
   Wide x2, next_x0, next_x2, x3;
@@ -132,30 +124,18 @@ inline __attribute__((always_inline)) void philox_calls(const Stream &stream, Wi
     halves_of<PAIRS>(w[u], halves + 2 * u);
 }
 
-// Float32 operands of the elements whose noise is drawn; null: none. They come from memory meanwhile, a few
-// lines at a time: a prefetch that waits for a buffer holds up what follows it.
-struct Fetched {
-  const float *first = nullptr, *second = nullptr;
-
-  void prefetch(int64_t elements) {
-    if (!first)
-      return;
-    for (int64_t i = 0; i < elements; i += 64 / int64_t(sizeof(float))) {
-      __builtin_prefetch(first + i);
-      __builtin_prefetch(second + i);
-    }
-    first += elements, second += elements;
-  }
-};
-
 // The halves of `vectors` of calls of the run from `chunk` on, two of each. A function of its own has all
-// registers for several calls at once.
+// registers for several calls at once. The two operands of the elements, if they are given, come from memory
+// meanwhile, a few lines at a time: a prefetch that waits for a buffer holds up what follows it.
 template <bool PAIRS>
 __attribute__((noinline)) void draw_halves(const Stream &stream, uint64_t chunk, int64_t vectors, H *halves,
-                                           Fetched fetched) {
+                                           const float *first, const float *second) {
   Wide chunks = ordered<PAIRS>(chunks_from(chunk));
   for (; vectors >= kAtOnce; vectors -= kAtOnce, halves += 2 * kAtOnce) {
-    fetched.prefetch(kAtOnce * kCalls * 8);
+    for (int64_t i = 0; first && i < kAtOnce * kCalls * 8; i += 16, first += 16, second += 16) {
+      __builtin_prefetch(first);
+      __builtin_prefetch(second);
+    }
     philox_calls<PAIRS, kAtOnce>(stream, chunks, halves);
     chunks += uint64_t(kAtOnce * kCalls);
   }
@@ -232,8 +212,9 @@ template <Distribution D, bool PAIRS> inline Two end_noise(H h, const Two &m) {
   }
 }
 
-constexpr int64_t kDrawn = 24; // vectors of halves that a run draws at a time
-static_assert(kDrawn % (2 * kAtOnce) == 0, "as many as are made at once");
+constexpr int64_t kDrawn = 24;                           // vectors of halves that are drawn at a time
+constexpr int64_t kFewDrawn = FOGZO_ISA == 512 ? 8 : 12; // the same where memory must not wait for noise
+static_assert(kDrawn % (2 * kAtOnce) == 0 && kFewDrawn % (2 * kAtOnce) == 0, "as many as are made at once");
 
 // Noise of up to kDrawn vectors of halves. Each part goes over all of them: a loop is as fast as its chain of
 // instructions is short.
@@ -241,13 +222,17 @@ template <Distribution D, bool PAIRS> struct DrawnNoise {
   H halves[kDrawn];
   Two parts[in_parts<D> ? kDrawn : 1];
 
-  void draw(const Stream &stream, uint64_t chunk, int64_t count, const Fetched &fetched = {}) {
-    draw_halves<PAIRS>(stream, chunk, count / 2, halves, fetched);
+  void draw(const Stream &stream, uint64_t chunk, int64_t count, const float *first = nullptr,
+            const float *second = nullptr) {
+    draw_halves<PAIRS>(stream, chunk, count / 2, halves, first, second);
     finish(count);
   }
   void draw_batch(const Keys &keys, const uint64_t *chunks) {
-    philox_batch<PAIRS>(keys, ordered<PAIRS>(read<Wide>(chunks)), ordered<PAIRS>(read<Wide>(chunks + kCalls)),
-                        halves);
+    Lanes w[] = {counters_of(keys, ordered<PAIRS>(read<Wide>(chunks))),
+                 counters_of(keys, ordered<PAIRS>(read<Wide>(chunks + kCalls)))};
+    philox_rounds<0, 2>(keys, w);
+    halves_of<PAIRS>(w[0], halves);
+    halves_of<PAIRS>(w[1], halves + 2);
     finish(kHalves);
   }
   Two get(int64_t h) const {
@@ -270,47 +255,57 @@ private:
   }
 };
 
-// The halves of `count` Philox calls of a run, in order; writes up to kGroup - 1 calls more.
-void philox_halves(Stream &stream, uint64_t chunk, int64_t count, uint16_t *halves) {
-  stream.turn_to(chunk, stream.x1 >> 16); // the same direction
-  draw_halves<true>(stream, chunk, (count + kCalls - 1) / kCalls, reinterpret_cast<H *>(halves), {});
+// m of the consecutive elements e .. e + count - 1, count <= kTile
+template <Distribution D> void noise_run(Stream &stream, uint64_t e, int64_t count, float *m) {
+  constexpr int64_t step = 4 * kWidth; // elements of a vector of calls
+  alignas(64) float drawn[kTile + step];
+  const int64_t shift = int64_t(e & 7), vectors = (shift + count + step - 1) / step * 2;
+  float *const out = shift == 0 && count % step == 0 ? m : drawn;
+  stream.turn_to(e >> 3, stream.x1 >> 16); // the same direction
+  DrawnNoise<D, false> noise;
+  for (int64_t done = 0; done < vectors; done += kDrawn) {
+    const int64_t now = least(kDrawn, vectors - done);
+    noise.draw(stream, (e >> 3) + uint64_t(done * kWidth / 4), now);
+    for (int64_t h = 0; h < now; ++h) {
+      const Two two = noise.get(h);
+      write(out + 2 * kWidth * (done + h), two.first * (1.0f / kNoiseFactor<D>));
+      write(out + 2 * kWidth * (done + h) + kWidth, two.last * (1.0f / kNoiseFactor<D>));
+    }
+  }
+  if (out != m)
+    std::memcpy(m, drawn + shift, count * sizeof(float));
 }
 
 #else
 using Stream = Names;
 
-void philox_halves(const Names &names, uint64_t chunk, int64_t count, uint16_t *halves) {
-  for (int64_t done = 0; done < count; done += kGroup)
-    FOGZO_LOOP(int64_t l = done; l < done + kGroup; ++l) {
-      const Words words = noise_words(names, chunk + uint64_t(l));
+constexpr int64_t kCalls = 16; // Philox calls at a time
+
+// m of the consecutive elements e .. e + count - 1, count <= kTile
+template <Distribution D> void noise_run(const Names &names, uint64_t e, int64_t count, float *m) {
+  const int64_t shift = int64_t(e & 7), calls = (shift + count + 7) / 8;
+  uint16_t halves[kTile + 8 * kCalls + 8];
+  for (int64_t done = 0; done < calls; done += kCalls)
+    FOGZO_LOOP(int64_t l = done; l < done + kCalls; ++l) {
+      const Words words = noise_words(names, (e >> 3) + uint64_t(l));
       for (int w = 0; w < 4; ++w) {
         halves[8 * l + 2 * w] = uint16_t(words.x[w]);
         halves[8 * l + 2 * w + 1] = uint16_t(words.x[w] >> 16);
       }
     }
-}
-#endif
-
-// m of the consecutive elements e .. e + count - 1, count <= kTile
-template <Distribution D> void noise_run(Stream &stream, uint64_t e, int64_t count, float *m) {
-  alignas(64) uint16_t halves[kTile + 8 * kGroup + 8];
-  const int64_t shift = int64_t(e & 7);
-  philox_halves(stream, e >> 3, (shift + count + 7) / 8, halves);
   if constexpr (D != Distribution::gaussian) {
     FOGZO_LOOP(int64_t i = 0; i < count; ++i) m[i] = noise_of_half<D>(halves[shift + i]);
   } else {
-    float pairs[kTile + 8 * kGroup + 8]; // a word's pair may straddle the end of the run
-    const int64_t words = (shift + count + 1) / 2;
-    float *out = shift == 0 && count % 2 == 0 ? m : pairs;
-    FOGZO_LOOP(int64_t w = 0; w < words; ++w) {
+    float pairs[kTile + 16]; // a word's pair may straddle the ends of the run
+    FOGZO_LOOP(int64_t w = 0; w < (shift + count + 1) / 2; ++w) {
       const Pair pair = noise_of_word(halves[2 * w], halves[2 * w + 1]);
-      out[2 * w] = pair.even;
-      out[2 * w + 1] = pair.odd;
+      pairs[2 * w] = pair.even;
+      pairs[2 * w + 1] = pair.odd;
     }
-    if (out != m)
-      std::memcpy(m, pairs + shift, count * sizeof(float));
+    std::memcpy(m, pairs + shift, count * sizeof(float));
   }
 }
+#endif
 
 // m of local elements begin .. begin + count - 1 of a shard, count <= kTile
 void noise_tile(const Noise &noise, const Layout &layout, int64_t begin, int64_t count, float *m) {

@@ -2,7 +2,7 @@
 // threads, call the kernels. Registered through the LibTorch stable ABI, so that one build serves several torch
 // releases.
 #include "call.h"
-#include "watch.h"
+#include "inspect.h"
 
 #include <functional>
 #include <limits>
@@ -404,8 +404,8 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("measure_alphas(Tensor(a!)[] alphas, Tensor[] tensors, str statistic, float factor, float add, float "
         "least" FOGZO_HELD ") -> ()");
   m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block" FOGZO_HELD ") -> ()");
-  m.def("inspect(Tensor(a!) out, Tensor[] tensors" FOGZO_HELD
-        ") -> ()"); // this and the next are no functions of Backend
+  // no functions of Backend
+  m.def("inspect(Tensor(a!) out, Tensor[] tensors" FOGZO_HELD ") -> ()");
   m.def("add_one(Tensor(a!)[] counts" FOGZO_HELD ") -> ()");
 }
 

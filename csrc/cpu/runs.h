@@ -1,6 +1,6 @@
-// Ranges cut for the kernels on vectors: runs of whole batches with one scale and consecutive chunks, and
-// single batches each of whose chunks has its own scale and number, as rows, groups and shards whose lengths
-// are multiples of 8 need them.
+// Cuts ranges for the kernels on vectors. A run is whole batches with one scale and consecutive chunks. A
+// single batch has a scale and a number for each of its chunks: short rows and groups whose lengths are
+// multiples of 8 need them, and the ends of ranges.
 #pragma once
 
 #include "noise.h"
@@ -11,9 +11,10 @@ namespace {
 
 constexpr int64_t kAhead = 4096; // bytes; the hardware's own prefetching stops at each page
 
-// Two vectors, kAhead bytes after element i.
-template <Dtype T, int WRITE> inline void prefetch(const void *data, int64_t i) {
-  const char *ahead = static_cast<const char *>(data) + i * size_of(T) + kAhead;
+// Two vectors, some bytes after element i. Always inlined: GCC drops calls of a function that only prefetches.
+template <Dtype T, int WRITE>
+inline __attribute__((always_inline)) void prefetch(const void *data, int64_t i, int64_t bytes = kAhead) {
+  const char *ahead = static_cast<const char *>(data) + i * size_of(T) + bytes;
   for (int64_t line = 0; line < 2 * kWidth * size_of(T); line += 64)
     __builtin_prefetch(ahead + line, WRITE);
 }
@@ -24,7 +25,8 @@ struct Run {
   Scale scale;
 
   uint64_t chunk_at(int64_t i) const { return chunk + uint64_t(i - begin) / 8; }
-  int64_t drawn_at(int64_t i) const { return least(kDrawn, (end - i) / (2 * kWidth)); }
+  // How many vectors of halves to draw at element i.
+  int64_t drawn_at(int64_t i, int64_t most) const { return least(most, (end - i) / (2 * kWidth)); }
 };
 
 struct Batch {
@@ -83,7 +85,7 @@ struct Walk {
   }
 };
 
-// Of one value for each chunk of a batch, those of the elements of its vector k.
+// The values of the elements of vector k of a batch, from one value for each chunk.
 template <bool PAIRS> inline F spread(F chunks, int k) {
   return pick(chunks, (lane_numbers() * (PAIRS ? 2u : 1u) + uint32_t(k * kWidth)) >> 3);
 }
@@ -94,9 +96,9 @@ inline bool in_chunks(const Operands &item) {
          (item.scale_length >= item.numel || item.scale_length % 8 == 0);
 }
 
-// Whether batches would hold so few elements that tiles are faster.
+// Whether rows or groups are so short that tiles are faster than the batches at their ends.
 inline bool better_by_tiles(const Operands &item) {
-  return !in_chunks(item) && least(item.layout.inner, item.scale_length) < kBatch / 4;
+  return !in_chunks(item) && least(item.layout.inner, item.scale_length) < 4 * kBatch;
 }
 
 // Room for an operand of a batch that does not fill it. Pointers to it count elements as the tensor does.

@@ -129,21 +129,18 @@ double sumsq_range(const Operands &item, float r, int64_t begin, int64_t end) {
     const float *g = load(item.grad, start, count, buffer);
     prefetch_tile(item.grad, start + kTile);
     for_each_scale(item, r, start, count, [&](int64_t first, int64_t last, Scale scale) {
-      const double delta = scale.delta;
-      int64_t i = first;
-      const auto add = [&](int64_t at) {
+      const auto square = [&, delta = double(scale.delta)](int64_t at) {
         const double h = double(g[at]) * delta;
-        sums[at % kSums] += h * h;
+        return h * h;
       };
+      int64_t i = first;
       for (; i < last && i % kSums; ++i)
-        add(i);
+        sums[i % kSums] += square(i);
       for (; i + kSums <= last; i += kSums)
-        for (int l = 0; l < kSums; ++l) {
-          const double h = double(g[i + l]) * delta;
-          sums[l] += h * h;
-        }
+        for (int l = 0; l < kSums; ++l)
+          sums[l] += square(i + l);
       for (; i < last; ++i)
-        add(i);
+        sums[i % kSums] += square(i);
     });
   });
   double total = 0;

@@ -44,12 +44,9 @@ void widen_half(const uint16_t *in, int64_t count, float *out) {
 #if FOGZO_ISA
   for (; i + kWidth <= count; i += kWidth)
     write(out + i, load_as<Dtype::float16>(in, i));
-  for (; i < count; ++i)
-    out[i] = _cvtsh_ss(in[i]);
-#else
+#endif
   for (; i < count; ++i)
     out[i] = static_cast<float>(torch::headeronly::Half(in[i], torch::headeronly::Half::from_bits()));
-#endif
 }
 
 void narrow_half(const float *in, int64_t count, uint16_t *out) {
@@ -57,12 +54,9 @@ void narrow_half(const float *in, int64_t count, uint16_t *out) {
 #if FOGZO_ISA
   for (; i + kWidth <= count; i += kWidth)
     store_as<Dtype::float16, Narrow::any>(out, i, read<F>(in + i));
-  for (; i < count; ++i)
-    out[i] = uint16_t(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
-#else
+#endif
   for (; i < count; ++i)
     out[i] = torch::headeronly::Half(in[i]).x;
-#endif
 }
 
 // A tile as float32: the tensor's own memory when it is float32, else `buffer`.

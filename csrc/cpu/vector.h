@@ -1,5 +1,6 @@
-// Vectors of kWidth floats. AVX2 (FOGZO_ISA 256) and AVX-512 (512) have operations on them here, the portable
-// kernels (0) only the type. First what the two sets write differently, then what they share.
+// Vectors of kWidth floats: the type for all kernels, and operations for AVX2 (FOGZO_ISA 256) and AVX-512
+// (512). What the two sets write differently comes before what they share. The portable kernels have FOGZO_ISA
+// 0.
 #pragma once
 
 #include "prelude.h"
@@ -19,8 +20,6 @@ typedef uint16_t H __attribute__((vector_size(kBytes)));    // halves
 typedef uint64_t Wide __attribute__((vector_size(kBytes))); // lanes of Philox calls
 
 constexpr int kAtOnce = FOGZO_ISA == 512 ? 4 : 3; // vectors of Philox calls that the registers hold
-// Whether perturb fetches float32 operands while it draws: with AVX2 a tenth faster from memory on Zen.
-constexpr bool kFetchedWhileDrawn = FOGZO_ISA == 256;
 
 enum class Narrow { any, finite, exact }; // what a number to be stored as bfloat16 may be
 
@@ -136,13 +135,8 @@ inline Raw odd_words(Wide even, Wide odd) { return _mm512_mask_blend_epi32(0xAAA
 
 // ---- operations of formulas.h
 
-using fogzo::bits_of;
-using fogzo::float_from;
-using fogzo::float_of;
-using fogzo::fused;
-using fogzo::larger;
-using fogzo::rounded;
-using fogzo::smaller;
+using fogzo::bits_of, fogzo::float_from, fogzo::float_of, fogzo::fused, fogzo::larger, fogzo::rounded,
+    fogzo::smaller;
 
 inline F fused(F a, F b, F c) { return FOGZO_MM(fmadd_ps)(a, b, c); }
 inline U bits_of(F x) { return U(x); }

@@ -1,4 +1,4 @@
-// Beside the ops: what the elements of gradients are, and counts of steps.
+// Ops over lists that no backend has, for training loops on the CPU: what gradients hold, and numbers of steps.
 #pragma once
 
 #include "lists.h"
