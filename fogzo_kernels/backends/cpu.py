@@ -19,7 +19,7 @@ from .held import Held
 Tensors = Sequence[Tensor]
 native = torch.ops.fogzo_cpu
 #: The native ops refuse by themselves, by a RuntimeError and before anything is written, all that
-#: fogzo_kernels/ops refuses of lists on the CPU.
+#: fogzo_kernels/ops refuses of lists on the CPU. A draw for a held list has no names: native code has them.
 CHECKS_LISTS = True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,11 +66,5 @@ class TensorList(Held):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuilt, (list(self), self.tensor_ids, self.layouts)
-
-
-def rebuilt(
-    tensors: list[Tensor], tensor_ids: Sequence[int] | None, layouts: Sequence[Layout] | None
-) -> TensorList:
-    """A copy, or one from a pickle."""
-    return TensorList(tensors, tensor_ids=tensor_ids, layouts=layouts)
+        made = functools.partial(TensorList, tensor_ids=self.tensor_ids, layouts=self.layouts)
+        return made, (list(self),)
