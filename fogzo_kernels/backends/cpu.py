@@ -51,10 +51,11 @@ def flattened(op: str) -> Callable[..., None]:
     def run(*args: Any) -> None:
         flat: list[Any] = []
         for arg in args:
-            if type(arg) in FLAT:
-                flat += FLAT[type(arg)](arg)
-            else:
+            parts = FLAT.get(type(arg))
+            if parts is None:
                 flat.append(arg)
+            else:
+                flat += parts(arg)
         native_op(*flat)
 
     return run

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from ..functional import quantize, quantize_
 from ..ops import transforms
+from ..ops.differentiable import plain as plain_quantize
+from ..ops.listop import is_plain
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from .inputs import InputQuantizer, rotated
+from .kept import forward_weight
 from .parameter import VALUES, Values, read_as_values
 from .state_dict import SavedModule
 from .view import LOCAL, Deferred, PassWeight, Placement, check_alpha, place, placement_of, whole
@@ -28,6 +31,7 @@ from .weight import (
     fits,
     hold_alphas,
     in_its_range,
+    is_held,
     is_replaced,
     measure_,
 )
@@ -204,6 +208,7 @@ class QuantizedModule(SavedModule):
     @torch.no_grad()
     def lay_out(self) -> None:
         """Put the weight's memory in rows, so that ops take it as it lies; shape and values stay."""
+        self.__dict__[VALUES].kept = None
         if not self.in_rows(self.latent):
             self.latent.data = self.shaped(self.rows(self.latent.data).contiguous())
         if self.placement is not LOCAL:  # its shard may be another tensor now
@@ -243,9 +248,13 @@ class QuantizedModule(SavedModule):
         own, weight = self.pass_weight, self.latent
         if own is not None and own.ready and own.weight is weight:
             return own.rows
-        if not fits(self) or transforms.active():
+        alpha = self.alpha
+        if not fits(self, weight, alpha) or transforms.active():
             check(self)
-        return placement_of(self, weight).rows(self, weight, self._rows_of)
+        placement = placement_of(self, weight)
+        if placement is LOCAL:
+            return self._rows_of(weight, alpha)
+        return placement.rows(self, weight, self._rows_of)
 
     def _rows_of(self, weight: Tensor, alpha: Tensor) -> Tensor:
         """Rows to run with, of the weight, or of the part of it that this process has, with its scales."""
@@ -258,17 +267,22 @@ class QuantizedModule(SavedModule):
         if of_pass is not None and of_pass.probe:
             return of_pass.values(alpha, how.grid)
         learned = how.learned
-        check_alpha(self)
+        if alpha.requires_grad and not learned:
+            check_alpha(self)
         if of_pass is not None and of_pass.deferred:
             quantized: Tensor = Deferred.apply(self.rows(weight), alpha, of_pass.rows)
             return quantized
         rows = self.rows(weight).contiguous()
+        plain = of_pass is None and weight is self.latent and is_plain(weight, alpha)
         if of_pass is None and not learned:
             self._measure(rows)
         elif of_pass is None and torch.compiler.is_exporting():
             alpha = in_its_range(alpha, self.alpha_least)
-        elif of_pass is None:
+        elif of_pass is None and not (plain and is_held(alpha, self._buffers.get("alpha_least"))):
             hold_alphas([self], ("alpha",))
+        if plain:
+            shared = weight.numel() // max(alpha.numel(), 1)
+            return plain_quantize(rows, alpha, self.weight_quantizer.options(shared, self.backend))
         factor, known = self.alpha_factor if learned else 1.0, of_pass and of_pass.rows
         return quantize(rows, alpha, alpha_factor=factor, quantized=known, backend=self.backend, **how.options)
 
@@ -313,11 +327,14 @@ class QuantizedModule(SavedModule):
         block, at = self.quantizer.block, self.ROTATED
         if self.input_quantizer is not None or (block and at == "input"):
             args = (self.effective_input(args[0], block if at == "input" else 0), *args[1:])
-        rows = self.quantized_rows()
-        value = self.shaped(rotated(rows, block, self.backend) if block and at == "weight" else rows)
         values: Values = self.__dict__[VALUES]
-        out = values.during({self.PARAMETER: value}, super().forward, args, kwargs)
+        out = values.during({self.PARAMETER: forward_weight(self, args[0])}, super().forward, args, kwargs)
         return rotated(out, block, self.backend) if block and at == "output" else out
+
+    def made_weight(self) -> Tensor:
+        """What the forward runs with: :meth:`quantized_rows`, shaped, in the forward's basis."""
+        block = self.quantizer.block if self.ROTATED == "weight" else 0
+        return self.shaped(rotated(self.quantized_rows(), block, self.backend))
 
     def input_rows(self, input: Tensor) -> Tensor:
         """An input as a matrix. A row is a token, what the last dimension holds; of convolutions, a sample."""
@@ -359,7 +376,7 @@ class QuantizedModule(SavedModule):
     @torch.no_grad()
     def set_alpha(self, alpha: Tensor) -> None:
         """Give alpha another value, of any shape that fits; in place where it can be."""
-        self.weight_quantizer.stale = False
+        self.weight_quantizer.stale, self.__dict__[VALUES].kept = False, None
         learned = self.quantizer.learned
         if self.alpha.is_meta:
             self.alpha = nn.Parameter(alpha) if learned else alpha
@@ -401,7 +418,12 @@ class QuantizedModule(SavedModule):
             if is_replaced(self, old, value):
                 self.weight_quantizer.stale = True
 
+    def train(self, mode: bool = True) -> Self:
+        self.__dict__[VALUES].kept = None
+        return super().train(mode)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.__dict__[VALUES].kept = None
         names = self.own_tensors()
         before = {name: getattr(self, name).detach() for name in names}
         super()._apply(fn, recurse)
