@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from ..ops.listop import is_plain, watched
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Kept:
     """The values that a module's weight has in forwards, while weight, alpha and quantizer stay as they are.
 
-    Versions and addresses tell. ``memory`` holds the memory, so that no other tensor gets its address.
+    Versions and addresses tell. ``memory`` holds the memory, so that no other tensor gets its address. An edit
+    in place through ``.data`` has neither: ``train()``, ``eval()`` and a forward with grad forget the values.
     """
 
     def __init__(self, module: QuantizedModule, value: Tensor) -> None:
@@ -28,18 +29,17 @@ class Kept:
         self.memory = weight.detach(), alpha.detach()
         self.versions = value._version, weight._version, alpha._version
         self.addresses = weight.data_ptr(), alpha.data_ptr()
-        self.quantizer, self.backend = module.quantizer, module.backend
-        self.rotated, self.learned = module.quantizer.block > 0, module.quantizer.learned
+        self.quantizer, self.learned = module.quantizer, module.quantizer.learned
+        self.rotated = module.quantizer.block > 0
 
     def serves(self, module: QuantizedModule, input: object) -> bool:
-        """Whether the module may run with the value again, for this input. It is asked in each forward."""
-        weight, alpha, how, parameters = self.weight, self.alpha, module.weight_quantizer, module._parameters
+        """Whether a module outside of a pass may run with the value again. It is asked in each forward."""
+        weight, alpha, parameters = self.weight, self.alpha, module._parameters
         return (
-            not (module.training or torch.is_grad_enabled() or watched())
-            and module.pass_weight is None
+            not (is_grad_enabled() or watched())
             and parameters.get(module.PARAMETER) is weight
             and (parameters if self.learned else module._buffers).get("alpha") is alpha
-            and (how.quantizer is self.quantizer and how.backend == self.backend)
+            and module.weight_quantizer.quantizer is self.quantizer
             and self.versions == (self.value._version, weight._version, alpha._version)
             and self.addresses == (weight.data_ptr(), alpha.data_ptr())
             and weight.is_set_to(self.memory[0])
@@ -49,9 +49,9 @@ class Kept:
         )
 
 
-def can_keep(module: QuantizedModule, input: object) -> bool:
+def can_keep(module: QuantizedModule) -> bool:
     """Whether the module evaluates, and versions tell of every edit of its own tensors."""
-    if module.training or torch.is_grad_enabled() or module.pass_weight is not None:
+    if module.training or is_grad_enabled() or module.pass_weight is not None:
         return False
     weight, alpha = module._parameters.get(module.PARAMETER), module.alpha
     if type(weight) is not nn.Parameter or not is_plain(weight, alpha):
@@ -60,7 +60,7 @@ def can_keep(module: QuantizedModule, input: object) -> bool:
         return False
     shared = weight.is_cpu and (weight.is_shared() or alpha.is_shared())  # another process may write it
     capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # the graph quantizes in each run
-    return isinstance(input, Tensor) and not (shared or capturing)
+    return not (shared or capturing)
 
 
 def forward_weight(module: QuantizedModule, input: object) -> Tensor:
@@ -72,10 +72,10 @@ def forward_weight(module: QuantizedModule, input: object) -> Tensor:
         return module.made_weight()
     values: Values = vars(module)[VALUES]
     kept: Kept | None = values.kept
-    if kept is not None and kept.serves(module, input):
+    if kept is not None and module.pass_weight is None and kept.serves(module, input):
         return kept.value
     values.kept = None
-    if not can_keep(module, input):
+    if not can_keep(module):
         return module.made_weight()
     with torch.inference_mode(False), torch.no_grad():  # a tensor that has a version
         values.kept = kept = Kept(module, module.made_weight())

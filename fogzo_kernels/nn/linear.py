@@ -46,7 +46,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
         if own is not None and own.plain and self.input_quantizer is None and self.product is None:
             if own.weight is self._parameters["weight"]:
                 return F.linear(input, own.rows, self.bias)
-        if not is_compiling() and self.input_quantizer is None:
+        elif own is None and self.input_quantizer is None and not is_compiling():
             kept: Kept | None = self.__dict__[VALUES].kept
             if kept is not None and not kept.rotated and kept.serves(self, input):
                 parameters = self._parameters  # quicker than an attribute of a module
@@ -56,7 +56,11 @@ class QuantLinear(QuantizedModule, nn.Linear):
         how = self.weight_quantizer.quantizer
         if self.input_quantizer is not None or how.transform is not None:
             input = self.effective_input(input, how.block)
-        return F.linear(input, forward_weight(self, input), self.bias)
+        if own is None and not (self.training or is_compiling()):
+            rows = forward_weight(self, input)
+        else:
+            rows = self.quantized_rows()
+        return F.linear(input, rows, self.bias)
 
     def _product(self, input: Tensor) -> Tensor:
         """The forward by a product of codes."""

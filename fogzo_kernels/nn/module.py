@@ -42,10 +42,12 @@ if TYPE_CHECKING:
 
 def _of_weight(name: str) -> Any:
     """An attribute of the module that its :class:`WeightQuantizer` has."""
-    return property(
-        lambda module: getattr(module.weight_quantizer, name),
-        lambda module, value: setattr(module.weight_quantizer, name, value),
-    )
+
+    def put(module: QuantizedModule, value: Any) -> None:
+        setattr(module.weight_quantizer, name, value)
+        vars(module)[VALUES].kept = None
+
+    return property(lambda module: getattr(module.weight_quantizer, name), put)
 
 
 class QuantizedModule(SavedModule):
@@ -56,6 +58,10 @@ class QuantizedModule(SavedModule):
     one.
 
     What is quantized is a matrix, the weight's rows: one row for each output of the module.
+
+    In ``eval()``, without grad, Q is made once and kept, in memory of the weight's size, until weight or alpha
+    change. An edit in place through ``.data`` (``module.weight.data.mul_(2)``, say) is not seen: call
+    ``model.eval()`` again after it, which makes Q anew. So do ``train()`` and any forward with grad.
 
     Attributes:
         alpha: scale of the grid, a float32 buffer that keeps its dtype under ``.to(dtype)``: one element,
@@ -249,12 +255,22 @@ class QuantizedModule(SavedModule):
         if own is not None and own.ready and own.weight is weight:
             return own.rows
         alpha = self.alpha
-        if not fits(self, weight, alpha) or transforms.active():
+        fit = fits(self, weight, alpha)
+        if own is None and fit and self.placement is LOCAL and is_plain(weight, alpha):
+            return self._plain_rows(weight, alpha)
+        if not fit or transforms.active():
             check(self)
-        placement = placement_of(self, weight)
-        if placement is LOCAL:
-            return self._rows_of(weight, alpha)
-        return placement.rows(self, weight, self._rows_of)
+        return placement_of(self, weight).rows(self, weight, self._rows_of)
+
+    def _plain_rows(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """:meth:`_rows_of` a whole weight outside of a pass, where nothing looks at ops: with less work."""
+        own, rows = self.weight_quantizer, self.rows(weight).contiguous()
+        if not own.quantizer.learned:
+            check_alpha(self, alpha)
+            self._measure(rows)
+        elif not is_held(alpha, self._buffers.get("alpha_least")):
+            hold_alphas([self], ("alpha",))
+        return plain_quantize(rows, alpha, own.options(weight.numel() // max(alpha.numel(), 1), own.backend))
 
     def _rows_of(self, weight: Tensor, alpha: Tensor) -> Tensor:
         """Rows to run with, of the weight, or of the part of it that this process has, with its scales."""
@@ -267,22 +283,17 @@ class QuantizedModule(SavedModule):
         if of_pass is not None and of_pass.probe:
             return of_pass.values(alpha, how.grid)
         learned = how.learned
-        if alpha.requires_grad and not learned:
-            check_alpha(self)
+        check_alpha(self, alpha)
         if of_pass is not None and of_pass.deferred:
             quantized: Tensor = Deferred.apply(self.rows(weight), alpha, of_pass.rows)
             return quantized
         rows = self.rows(weight).contiguous()
-        plain = of_pass is None and weight is self.latent and is_plain(weight, alpha)
         if of_pass is None and not learned:
             self._measure(rows)
         elif of_pass is None and torch.compiler.is_exporting():
             alpha = in_its_range(alpha, self.alpha_least)
-        elif of_pass is None and not (plain and is_held(alpha, self._buffers.get("alpha_least"))):
+        elif of_pass is None:
             hold_alphas([self], ("alpha",))
-        if plain:
-            shared = weight.numel() // max(alpha.numel(), 1)
-            return plain_quantize(rows, alpha, self.weight_quantizer.options(shared, self.backend))
         factor, known = self.alpha_factor if learned else 1.0, of_pass and of_pass.rows
         return quantize(rows, alpha, alpha_factor=factor, quantized=known, backend=self.backend, **how.options)
 
