@@ -296,9 +296,9 @@ class WeightView:
             self.placement.hold(self.modules, pass_weight)
 
 
-def check_alpha(module: QuantizedModule) -> None:
+def check_alpha(module: QuantizedModule, alpha: Tensor) -> None:
     """Raise if an alpha that does not learn requires a gradient."""
-    if module.alpha.requires_grad and not module.quantizer.learned:
+    if alpha.requires_grad and not module.quantizer.learned:
         raise ValueError("alpha must not require grad, as no gradient reaches it")
 
 
