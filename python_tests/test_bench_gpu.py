@@ -33,7 +33,7 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
     assert code == 0, text
     states = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
     here = [backend for backend in stages.BACKENDS if backend not in MISSING]
-    passed = ["machine", "build", "info", "step", "tests", f"baselines {here[0]}"]
+    passed = ["machine", "build", "info", "step", "host", "tests", f"baselines {here[0]}"]
     passed += [f"{name} {backend}" for name in ("ops", "large", "lists") for backend in here]
     skipped = [f"{name} {backend}" for name in ("large", "lists", "memcheck") for backend in MISSING]
     skipped += [f"{name} {backend}" for name in ("memcheck",) for backend in here]
@@ -55,6 +55,7 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
     assert len(files) <= 8
     assert max(files.values()) < 2**20
     assert summary.REHEARSAL in text
+    assert "## Host time of a step\n\n| method |" in text
     assert f"sources {machine.sources()}" in text
     for path in (ROOT, sys.prefix, tmp_path):
         assert str(path) not in text
@@ -170,9 +171,9 @@ def test_what_is_asked_to_end_says_what_it_has_found(tmp_path, monkeypatch):
 
 def test_without_time_left_stages_are_skipped(tmp_path):
     session = sessions.Session(tmp_path, 0.0, summary.summary, backends=dict.fromkeys(stages.BACKENDS, ""))
-    for name in ("ops", "large", "step", "profile", "memory", "rest"):
+    for name in ("ops", "large", "step", "host", "profile", "memory", "rest"):
         stages.STAGES[name].work(session, -1.0)
-    assert len(session.outcomes) == 9
+    assert len(session.outcomes) == 10
     assert {(o.state, o.note) for o in session.outcomes} == {("skipped", "no time left")}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import fogzo_kernels as fk
 from bench.lost import LOST
 from bench.step import __main__ as program
-from bench.step import measure, models
+from bench.step import host, measure, models
 from bench.step.materialized import Materialized, Mezo
 from bench.step.measure import Row
 from bench.step.methods import Clock, method_of
@@ -79,6 +79,18 @@ def test_the_program_writes_rows_and_a_plot(model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| fogzo |" in said
     assert "fogzo: " in said
+
+
+def test_host_times_have_a_row_for_each_method_and_a_plot(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "host.json"), "--plot", str(tmp_path / "host.png")]
+    assert host.main(["--device", "cpu", "--layers", "2", "4", "--rounds", "1", *files]) == 0
+    times = json.loads((tmp_path / "host.json").read_text())["seconds"]
+    assert {"plain", "forward", "ste, learned alpha", "fogzo, fixed alpha", "evaluation"} <= set(times)
+    assert all(seconds > 0 for points in times.values() for seconds in points.values())
+    assert (tmp_path / "host.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in said.splitlines()[2:]] == [f"| {name}" for name in times]
+    assert host.slope({10: 2e-5, 20: 5e-5}) == pytest.approx(3.0)
 
 
 def test_each_setting_of_an_axis_has_a_row_of_its_own(tmp_path, capsys):

@@ -32,6 +32,7 @@ SMALL_STEP = (
     "--model", "mlp", "--hidden", "16", "--layers", "1", "--rows", "8", "--turns", "4", "--methods", "fogzo",
     "--backend", "triton",
 )  # fmt: skip
+HOST, SMALL_HOST = ("--layers", "10", "100", "300", "--rounds", "8"), ("--layers", "2", "4", "--rounds", "1")
 #: Of bench.kernels: what each stage measures, and what a dry run does instead.
 LARGE = (
     "--sizes", "2^28", "--tensors", "1", "--dtypes", "bf16", "fp32", "--distributions", "uniform",
@@ -227,6 +228,17 @@ def step(session: Session, limit: float) -> None:
     session.finish("step", found._replace(seconds=seconds), limit, lambda _: "")
 
 
+def host(session: Session, limit: float) -> None:
+    """What a step costs the host, against the number of layers."""
+    limit = min(limit, session.left())
+    if limit < 5:
+        return session.note("host", "skipped", note="no time left")
+    command = session.module("bench.step.host", *session.device, *(SMALL_HOST if session.dry else HOST))
+    found = session.run("host", command, limit)
+    session.texts["host"] = "\n".join(line for line in found.text.splitlines() if line.startswith("|"))
+    session.finish("host", found, limit, lambda _: "")
+
+
 # ---- profile, tests, memory
 
 
@@ -331,6 +343,7 @@ class Stage(NamedTuple):
 STAGES = {
     "machine": Stage(machine, 30), "build": Stage(build, 100), "ops": Stage(ops, 25),
     "large": Stage(large, 90), "lists": Stage(lists, 55), "step": Stage(step, 80),
+    "host": Stage(host, 25),
     "profile": Stage(profile, 60), "tests": Stage(tests, 90), "memory": Stage(memory, 30),
     "rest": Stage(rest, 540),
 }  # fmt: skip

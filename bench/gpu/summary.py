@@ -112,6 +112,7 @@ def summary(session: Session) -> str:
         ("Ops that differ from the reference", of_ops(session)),
         ("Kernels", of_kernels(session)),
         ("Steps", of_steps(session)),
+        ("Host time of a step", session.texts.get("host", "").splitlines()),
         ("Profiles", table(["kernel", *METRICS], profiled) if profiled else []),
         ("Tests that failed", [f"- {test}" for test in session.texts.get("tests", "").splitlines()]),
         ("Versions", ["```", session.info.strip(), "```"] if session.info else []),
