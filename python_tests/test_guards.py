@@ -82,8 +82,8 @@ GUARDS = {
         "train/guards/gradients.py", "        if not same:\n", "        if False:\n",
         "test_unseen_edits.py::test_an_edited_gradient_is_an_error"),
     "The loss or a gradient is not finite": (
-        "train/step.py", "*part, lost, was_edited = map(bool, flags.tolist())",
-        "*part, lost, was_edited = map(bool, flags.tolist()); lost = False",
+        "train/step.py", "*part, lost, was_edited = flags.tolist()",
+        "*part, lost, was_edited = flags.tolist(); lost = False",
         "test_lost_steps.py::test_a_lost_fused_step_changes_nothing"),
     "A weight has no gradient, or one of zeros": (
         "train/step.py", "strict=True) if takes}", "strict=True) if w.parameter.grad is not None}",

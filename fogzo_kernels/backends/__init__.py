@@ -192,12 +192,14 @@ def select(name: str | None, device: torch.device) -> Backend:
     source = "backend"
     if name is None and (asked := os.environ.get(VARIABLE)):
         name, source = asked, VARIABLE
-    if name is None:
-        name = next(n for n in names() if reason_unavailable(n, device) is None)
-    else:
-        check_known(name, source)
-        if (reason := reason_unavailable(name, device)) is not None:
-            raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
+    for known in names() if name is None else ():
+        backend = load(known)
+        if not isinstance(backend, str) and backend.unavailable(device) is None:
+            return backend
+    check_known(name, source)
+    assert name is not None  # the reference serves any device
+    if (reason := reason_unavailable(name, device)) is not None:
+        raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
     backend = load(name)
     assert not isinstance(backend, str)
     return backend

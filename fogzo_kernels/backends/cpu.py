@@ -57,10 +57,11 @@ def flattened(op: str) -> Callable[..., None]:
     def run(*args: Any) -> None:
         flat: list[Any] = []
         for arg in args:
-            if type(arg) in FLAT:
-                flat += FLAT[type(arg)](arg)
-            else:
+            parts = FLAT.get(type(arg))
+            if parts is None:
                 flat.append(arg)
+            else:
+                flat += parts(arg)
         numbers = [flat[i].number if isinstance(flat[i], Held) else 0 for i in prepared]
         if any(numbers):
             for i, number in zip(prepared, numbers, strict=True):
@@ -100,8 +101,28 @@ sum_squares = flattened("guide_sumsq")
 perturb_quantize_ = flattened("perturb_quantize")
 estimate_gradient_ = flattened("estimate_gradient")
 estimate_update_ = flattened("estimate_update")
-quantize_ = flattened("quantize")
-straight_through_backward_ = flattened("straight_through_backward")
-learned_backward_ = flattened("learned_backward")
 measure_alphas_ = flattened("measure_alphas")
 hadamard_ = flattened("hadamard")
+
+
+# ---- those that each module calls by itself, with less work
+
+
+def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
+    native.quantize(out, latents, alphas, grid.qmin, grid.qmax, grid.offset, grid.r, block)
+
+
+def straight_through_backward_(
+    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough, block: int,
+) -> None:  # fmt: skip
+    numbers = grid.qmin, grid.qmax, grid.offset, grid.r
+    native.straight_through_backward(out, grads, latents, alphas, *numbers, straight_through.variant, block)
+
+
+def learned_backward_(
+    out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
+    straight_through: StraightThrough, factors: Sequence[float], block: int,
+) -> None:  # fmt: skip
+    lists, numbers = (out, alpha_grads, grads, latents, alphas), (grid.qmin, grid.qmax, grid.offset, grid.r)
+    native.learned_backward(*lists, *numbers, straight_through.variant, factors, block)

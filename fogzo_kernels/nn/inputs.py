@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..functional import hadamard, quantize
 from ..ops import memory, transforms
+from ..ops.differentiable import plain as plain_quantize
+from ..ops.listop import is_plain
 from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
-from .weight import FLOOR, hold_alphas, in_its_range, measure_
+from .weight import FLOOR, OptionsMade, hold_alphas, in_its_range, is_held, measure_
 
 if TYPE_CHECKING:
     from .module import QuantizedModule
@@ -39,7 +41,7 @@ def check_activation(name: str, activation: Quantizer) -> None:
         raise ValueError(f"{name} must have a scale with least > 0, for inputs that are all 0, got {scale}")
 
 
-class InputQuantizer:
+class InputQuantizer(OptionsMade):
     """The quantizer of a module's input, and whether its scale has a value.
 
     A learned scale is the module's parameter ``input_alpha``.
@@ -62,7 +64,10 @@ class InputQuantizer:
         """The quantized input, in the basis of blocks of ``block`` elements (0: as it is)."""
         how, backend = self.quantizer, module.backend
         rows, alpha, factor, lost = self.scaled(module, input)
-        values = quantize(rows, alpha, alpha_factor=factor, backend=backend, **how.options)
+        if is_plain(rows, alpha):
+            values = plain_quantize(rows, alpha, self.options(rows.shape[-1], backend))
+        else:
+            values = quantize(rows, alpha, alpha_factor=factor, backend=backend, **how.options)
         values = with_lost(values, lost).view(input.shape)
         own = how.block
         if own == block:
@@ -118,9 +123,10 @@ class InputQuantizer:
             )
         if torch.compiler.is_exporting():
             return in_its_range(module.input_alpha, module.input_alpha_least)
-        if module.pass_weight is None:  # else the step has done it
-            hold_alphas([module], ("input_alpha",))
-        return module.input_alpha
+        alpha, least = module.input_alpha, module.input_alpha_least
+        if module.pass_weight is None and not (is_plain(rows, alpha) and is_held(alpha, least)):
+            hold_alphas([module], ("input_alpha",))  # in a pass the step has done it
+        return alpha
 
     @torch.no_grad()
     def set_alpha(self, module: QuantizedModule, alpha: Tensor) -> None:

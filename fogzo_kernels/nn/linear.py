@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes as disabled_modes
 
 from ..functional import learned_backward_, quantize_, straight_through_backward_
@@ -16,7 +17,9 @@ from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale
 from ..spec.straight_through import NO_SECOND
 from .inputs import with_lost
+from .kept import Kept, forward_weight
 from .module import QuantizedModule
+from .parameter import VALUES
 
 COMPUTE = ("int8",)
 LONGEST = 2**17 - 1  # products of two int8 codes, at most 2^14 each, of which int32 holds the sum
@@ -40,12 +43,25 @@ class QuantLinear(QuantizedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         own = self.pass_weight
-        is_own = own is not None and own.plain and own.weight is self._parameters["weight"]
-        if is_own and self.input_quantizer is None and self.product is None:
-            return F.linear(input, own.rows, self.bias)  # type: ignore[union-attr]
+        if own is not None and own.plain and self.input_quantizer is None and self.product is None:
+            if own.weight is self._parameters["weight"]:
+                return F.linear(input, own.rows, self.bias)
+        elif own is None and self.input_quantizer is None and not is_compiling():
+            kept: Kept | None = self.__dict__[VALUES].kept
+            if kept is not None and not kept.rotated and kept.serves(self, input):
+                parameters = self._parameters  # quicker than an attribute of a module
+                bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  a call less
+                return F.linear(input, kept.value, bias)
         if self.product is not None and not transforms.active():  # a transform of torch.func takes values
             return self._product(input)
-        return F.linear(self.effective_input(input, self.quantizer.block), self.quantized_rows(), self.bias)
+        how = self.weight_quantizer.quantizer
+        if self.input_quantizer is not None or how.transform is not None:
+            input = self.effective_input(input, how.block)
+        if own is None and not (self.training or is_compiling()):
+            rows = forward_weight(self, input)
+        else:
+            rows = self.quantized_rows()
+        return F.linear(input, rows, self.bias)
 
     def _product(self, input: Tensor) -> Tensor:
         """The forward by a product of codes."""
@@ -54,7 +70,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
         rows, alpha, factor, lost = inputs.scaled(self, input)
         own = self.pass_weight
         probe = own is not None and own.probe and own.weight is self.latent
-        weight = own.rows if own is not None and probe else self.quantized_rows()
+        weight = own.rows if own is not None and probe else forward_weight(self, input)
         out: Tensor = Product.apply(
             rows, alpha, weight, self.alpha.detach(), inputs.quantizer, self.quantizer, factor, self.backend
         )

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from ..functional import quantize, quantize_
 from ..ops import transforms
+from ..ops.differentiable import plain as plain_quantize
+from ..ops.listop import is_plain
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
 from .inputs import InputQuantizer, rotated
+from .kept import forward_weight
 from .parameter import VALUES, Values, read_as_values
 from .state_dict import SavedModule
 from .view import LOCAL, Deferred, PassWeight, Placement, check_alpha, place, placement_of, whole
@@ -29,6 +32,7 @@ from .weight import (
     fits,
     hold_alphas,
     in_its_range,
+    is_held,
     is_replaced,
     measure_,
 )
@@ -39,10 +43,12 @@ if TYPE_CHECKING:
 
 def _of_weight(name: str) -> Any:
     """An attribute of the module that its :class:`WeightQuantizer` has."""
-    return property(
-        lambda module: getattr(module.weight_quantizer, name),
-        lambda module, value: setattr(module.weight_quantizer, name, value),
-    )
+
+    def put(module: QuantizedModule, value: Any) -> None:
+        setattr(module.weight_quantizer, name, value)
+        vars(module)[VALUES].kept = None
+
+    return property(lambda module: getattr(module.weight_quantizer, name), put)
 
 
 class QuantizedModule(SavedModule):
@@ -53,6 +59,10 @@ class QuantizedModule(SavedModule):
     one.
 
     What is quantized is a matrix, the weight's rows: one row for each output of the module.
+
+    In ``eval()``, without grad, Q is made once and kept, in memory of the weight's size, until weight or alpha
+    change. An edit in place through ``.data`` (``module.weight.data.mul_(2)``, say) is not seen: call
+    ``model.eval()`` again after it, which makes Q anew. So do ``train()`` and any forward with grad.
 
     Attributes:
         alpha: scale of the grid, a float32 buffer that keeps its dtype under ``.to(dtype)``: one element,
@@ -205,6 +215,7 @@ class QuantizedModule(SavedModule):
     @torch.no_grad()
     def lay_out(self) -> None:
         """Put the weight's memory in rows, so that ops take it as it lies; shape and values stay."""
+        self.__dict__[VALUES].kept = None
         if not self.in_rows(self.latent):
             self.latent.data = self.shaped(self.rows(self.latent.data).contiguous())
         if self.placement is not LOCAL:  # its shard may be another tensor now
@@ -244,9 +255,23 @@ class QuantizedModule(SavedModule):
         own, weight = self.pass_weight, self.latent
         if own is not None and own.ready and own.weight is weight:
             return own.rows
-        if not fits(self) or transforms.active():
+        alpha = self.alpha
+        fit = fits(self, weight, alpha)
+        if own is None and fit and self.placement is LOCAL and is_plain(weight, alpha):
+            return self._plain_rows(weight, alpha)
+        if not fit or transforms.active():
             check(self)
         return placement_of(self, weight).rows(self, weight, self._rows_of)
+
+    def _plain_rows(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """:meth:`_rows_of` a whole weight outside of a pass, where nothing looks at ops: with less work."""
+        own, rows = self.weight_quantizer, self.rows(weight).contiguous()
+        if not own.quantizer.learned:
+            check_alpha(self, alpha)
+            self._measure(rows)
+        elif not is_held(alpha, self._buffers.get("alpha_least")):
+            hold_alphas([self], ("alpha",))
+        return plain_quantize(rows, alpha, own.options(weight.numel() // max(alpha.numel(), 1), own.backend))
 
     def _rows_of(self, weight: Tensor, alpha: Tensor) -> Tensor:
         """Rows to run with, of the weight, or of the part of it that this process has, with its scales."""
@@ -259,7 +284,7 @@ class QuantizedModule(SavedModule):
         if of_pass is not None and of_pass.probe:
             return of_pass.values(alpha, how.grid)
         learned = how.learned
-        check_alpha(self)
+        check_alpha(self, alpha)
         if of_pass is not None and of_pass.deferred:
             quantized: Tensor = Deferred.apply(self.rows(weight), alpha, of_pass.rows)
             return quantized
@@ -314,11 +339,14 @@ class QuantizedModule(SavedModule):
         block, at = self.quantizer.block, self.ROTATED
         if self.input_quantizer is not None or (block and at == "input"):
             args = (self.effective_input(args[0], block if at == "input" else 0), *args[1:])
-        rows = self.quantized_rows()
-        value = self.shaped(rotated(rows, block, self.backend) if block and at == "weight" else rows)
         values: Values = self.__dict__[VALUES]
-        out = values.during({self.PARAMETER: value}, super().forward, args, kwargs)
+        out = values.during({self.PARAMETER: forward_weight(self, args[0])}, super().forward, args, kwargs)
         return rotated(out, block, self.backend) if block and at == "output" else out
+
+    def made_weight(self) -> Tensor:
+        """What the forward runs with: :meth:`quantized_rows`, shaped, in the forward's basis."""
+        block = self.quantizer.block if self.ROTATED == "weight" else 0
+        return self.shaped(rotated(self.quantized_rows(), block, self.backend))
 
     def input_rows(self, input: Tensor) -> Tensor:
         """An input as a matrix. A row is a token, what the last dimension holds; of convolutions, a sample."""
@@ -360,7 +388,7 @@ class QuantizedModule(SavedModule):
     @torch.no_grad()
     def set_alpha(self, alpha: Tensor) -> None:
         """Give alpha another value, of any shape that fits; in place where it can be."""
-        self.weight_quantizer.stale = False
+        self.weight_quantizer.stale, self.__dict__[VALUES].kept = False, None
         learned = self.quantizer.learned
         if self.alpha.is_meta:
             self.alpha = nn.Parameter(alpha) if learned else alpha
@@ -406,7 +434,12 @@ class QuantizedModule(SavedModule):
             if is_replaced(self, old, value):
                 self.weight_quantizer.stale = True
 
+    def train(self, mode: bool = True) -> Self:
+        self.__dict__[VALUES].kept = None
+        return super().train(mode)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.__dict__[VALUES].kept = None
         names = self.own_tensors()
         before = {name: getattr(self, name).detach() for name in names}
         super()._apply(fn, recurse)

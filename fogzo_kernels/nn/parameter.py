@@ -24,6 +24,7 @@ class Values:
     def __init__(self) -> None:
         self.of_threads: dict[int, dict[str, Tensor]] = {}
         self.traced: dict[str, Tensor] | None = None  # of the forward that a compiler traces
+        self.kept: Any = None  # what forwards without grad share
 
     def now(self) -> dict[str, Tensor] | None:
         """The values of this thread's forward, or None outside a forward."""

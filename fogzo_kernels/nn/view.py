@@ -296,16 +296,16 @@ class WeightView:
             self.placement.hold(self.modules, pass_weight)
 
 
-def check_alpha(module: QuantizedModule) -> None:
+def check_alpha(module: QuantizedModule, alpha: Tensor) -> None:
     """Raise if an alpha that does not learn requires a gradient."""
-    if module.alpha.requires_grad and not module.quantizer.learned:
+    if alpha.requires_grad and not module.quantizer.learned:
         raise ValueError("alpha must not require grad, as no gradient reaches it")
 
 
 def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
     """Let the modules run with values or codes of a probe, without a gradient."""
     for w, own in zip(views, rows, strict=True):
-        ready = own.dtype != torch.int8
+        ready = own.dtype != torch.int8 and w.placement is LOCAL
         w.use(PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated))
 
 

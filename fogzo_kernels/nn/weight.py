@@ -6,13 +6,14 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..functional import hadamard_, measure_alphas_
 from ..ops import checks, memory, transforms
+from ..ops.differentiable import Options
 from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale, Scale, not_saved
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 Tensors = Sequence[Tensor]
 #: A learned alpha that an update drove out of range is held at this part of its first value.
 FLOOR = 2.0**-20
+#: The largest that it may be, on any grid.
+MOST = memory.alpha_range(2)[1]
 #: The alphas of a module that can be learned.
 LEARNED = ("alpha", "input_alpha")
 #: Statistics of the weights that PyTorch's layers begin with, uniform within 1 / sqrt(inputs), times that root.
@@ -41,8 +44,24 @@ class Changes:
 changes = Changes()
 
 
+class OptionsMade:
+    """A quantizer whose arguments of ops are made once."""
+
+    quantizer: Quantizer
+    _prepared: tuple[Quantizer | None, Any, Any] = None, None, None
+
+    def options(self, shared: int, backend: str | None) -> Options:
+        """What ops take that quantize a tensor of which ``shared`` elements share an alpha."""
+        how, key = self.quantizer, (shared, backend)
+        if self._prepared[0] is not how or self._prepared[1] != key:
+            factor = how.scale.gradient_factor(how.grid, shared) if isinstance(how.scale, LearnedScale) else 1.0
+            self._prepared = how, key, Options(**how.options, alpha_factor=factor, backend=backend)
+        options: Options = self._prepared[2]
+        return options
+
+
 @dataclass(eq=False)
-class WeightQuantizer:
+class WeightQuantizer(OptionsMade):
     """How a module quantizes its weight, and what it knows of alpha.
 
     Attributes:
@@ -65,7 +84,7 @@ class WeightQuantizer:
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
-        changes.count += name != "warned"
+        changes.count += name not in ("warned", "_prepared")
 
 
 # ---- alpha, as a scale makes it
@@ -171,9 +190,9 @@ def hold_alphas(modules: Sequence[QuantizedModule], names: Sequence[str] = LEARN
     if not pairs:
         return None
     alphas, lows = zip(*pairs.values(), strict=True)
-    now, least, most = memory.in_a_row(alphas), memory.in_a_row(lows), memory.alpha_range(2)[1]
+    now, least = memory.in_a_row(alphas), memory.in_a_row(lows)
     seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
-    if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=most)):
+    if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=MOST)):
         return None
     kept = in_its_range(now, least)
     count = (now != kept).sum()  # NaN too
@@ -191,9 +210,16 @@ def hold_alphas(modules: Sequence[QuantizedModule], names: Sequence[str] = LEARN
     return count
 
 
+def is_held(alpha: Tensor, least: Tensor | None) -> bool:
+    """Whether one number on the CPU lies where :func:`hold_alphas` leaves it; it asks less than that does."""
+    if least is None or not (alpha.is_cpu and alpha.numel() == 1 == least.numel()):
+        return False
+    return least.item() <= alpha.item() <= MOST
+
+
 def in_its_range(alpha: Tensor, least: Tensor) -> Tensor:
     """What :func:`hold_alphas` would make of a learned alpha, for an exported program: nothing is written."""
-    return torch.where((alpha >= least) & (alpha <= memory.alpha_range(2)[1]), alpha, least)
+    return torch.where((alpha >= least) & (alpha <= MOST), alpha, least)
 
 
 @torch.no_grad()
@@ -226,10 +252,9 @@ def is_replaced(module: QuantizedModule, old: Tensor | None, new: object) -> boo
     return old.shape != new.shape or not torch.equal(old.detach().to(new), new.detach())
 
 
-def fits(module: QuantizedModule) -> bool:
+def fits(module: QuantizedModule, weight: Tensor, alpha: Tensor) -> bool:
     """Whether alpha was made for the weight that is there, and for as many rows."""
-    alpha = module.alpha
-    rows = alpha.numel() == 1 or alpha.shape[0] == module.latent.shape[module.OUTPUTS]
+    rows = alpha.numel() == 1 or alpha.shape[0] == weight.shape[module.OUTPUTS]
     return rows and not module.weight_quantizer.stale
 
 
@@ -244,7 +269,7 @@ def check(module: QuantizedModule, name: str | None = None) -> None:
             f"{name} must not be batched by vmap, as functional_call with stacked parameters has it: call the"
             " model once for each set of parameters"
         )
-    if fits(module):
+    if fits(module, module.latent, module.alpha):
         return
     if module.weight_quantizer.stale:
         raise RuntimeError(
@@ -274,7 +299,11 @@ def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedModule]]) -> None:
 
 def _is_far(name: str, module: QuantizedModule) -> bool:
     scale, alpha = module.quantizer.scale, module.alpha
-    if alpha.is_meta or any(local(t) is not t for t in (alpha, module.latent)) or not fits(module):
+    if (
+        alpha.is_meta
+        or any(local(t) is not t for t in (alpha, module.latent))
+        or not fits(module, module.latent, alpha)
+    ):
         return False
     first: Scale
     if isinstance(scale, LearnedScale):

@@ -146,7 +146,7 @@ FACTS: Any = Tensor.data_ptr, Tensor.is_contiguous, *map(operator.attrgetter, ("
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
     weight = w.parameter
     is_there = isinstance(module, QuantizedModule) and module._parameters.get(module.PARAMETER) is weight
-    return is_there and weight.requires_grad and fits(module) and module.in_rows(weight)  # type: ignore
+    return is_there and weight.requires_grad and fits(module, weight, module.alpha) and module.in_rows(weight)  # type: ignore
 
 
 def check_unchanged(

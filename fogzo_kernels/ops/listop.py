@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.library import CustomOpDef
 
 from ..backends import Backend, select
@@ -383,15 +384,17 @@ def detached(argument: Any) -> Any:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether an op on these tensors may go around the dispatcher."""
-    plain = all(type(t) in PLAIN and not t.is_meta for t in tensors)
-    return plain and not (torch.compiler.is_compiling() or watched())
+    for t in tensors:
+        if type(t) not in PLAIN or t.is_meta:
+            return False
+    return not (is_compiling() or watched())
+
+
+#: What :func:`watched` asks. An attribute of an attribute takes as long as the call.
+modes, transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+tracing, profiling = torch._C._get_tracing_state, torch.autograd._profiler_enabled
 
 
 def watched() -> bool:
     """Whether some mode, transform or profiler must see the ops."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    return modes() > 0 or transform() is not None or tracing() is not None or profiling()

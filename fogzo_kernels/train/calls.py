@@ -52,7 +52,7 @@ class WeightGroup:
         self.weights, self.backend = weights, backend
         self.how: dict[str, Any] = weights[0].quantizer.options | {"backend": backend}
         for w in weights:
-            check_alpha(w.modules[0])
+            check_alpha(w.modules[0], w.modules[0].alpha)
             w.rotated = self.how["transform"] is not None
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
