@@ -16,6 +16,7 @@ from .checks import finite, unit_interval
 DELTA_RANGE = (2.0**-100, 2.0**100)
 
 Tensors = Sequence[Tensor]
+NBYTES = operator.attrgetter("nbytes")
 
 
 # ---- values that can be read without waiting for a device: those on the CPU
@@ -114,20 +115,23 @@ class Spans:
         self.ends: list[int] = []
         self.written: list[bool] = []
         spans = [
-            (t.data_ptr(), t.data_ptr() + t.nbytes, lists is outputs, f"{name}[{i}]")
+            (begin, begin + size, lists is outputs, (name, i))
             for lists in (outputs, inputs)
             for name, tensors in lists.items()
-            for i, t in enumerate(tensors)
-            if t.nbytes
+            for i, (begin, size) in enumerate(
+                zip(map(Tensor.data_ptr, tensors), map(NBYTES, tensors), strict=True)
+            )
+            if size
         ]
-        furthest: dict[bool, tuple[int, str]] = {}  # output or input -> its end and name
-        for begin, end, output, name in sorted(spans, key=operator.itemgetter(0, 1)):
-            for other_output, (other_end, other) in furthest.items():
-                if (output or other_output) and begin < other_end:
-                    first, second = (name, other) if output else (other, name)
-                    raise ValueError(f"{first} must not share memory with {second}")
-            if output not in furthest or end > furthest[output][0]:
-                furthest[output] = end, name
+        furthest = {True: (0, ("", 0)), False: (0, ("", 0))}  # of outputs and of inputs: end and place
+        for begin, end, output, place in sorted(spans, key=operator.itemgetter(0, 1)):
+            meets_output = begin < furthest[True][0]
+            if meets_output or (output and begin < furthest[False][0]):
+                other = furthest[meets_output][1]
+                (name, i), (other_name, j) = (place, other) if output else (other, place)
+                raise ValueError(f"{name}[{i}] must not share memory with {other_name}[{j}]")
+            if end > furthest[output][0]:
+                furthest[output] = end, place
             if self.ends and begin < self.ends[-1]:  # both are only read
                 self.ends[-1] = max(self.ends[-1], end)
             else:
