@@ -105,10 +105,14 @@ measure_alphas_ = flattened("measure_alphas")
 hadamard_ = flattened("hadamard")
 
 
-# ---- those that each module calls by itself, with less work
+# ---- those that each module calls by itself, with less work for lists that are not held
+
+HELD = {name: flattened(name) for name in ("quantize", "straight_through_backward", "learned_backward")}
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
+    if isinstance(latents, Held):
+        return HELD["quantize"](out, latents, alphas, grid, block)
     native.quantize(out, latents, alphas, grid.qmin, grid.qmax, grid.offset, grid.r, block)
 
 
@@ -116,13 +120,19 @@ def straight_through_backward_(
     out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
+    lists = out, grads, latents, alphas
+    if isinstance(latents, Held):
+        return HELD["straight_through_backward"](*lists, grid, straight_through, block)
     numbers = grid.qmin, grid.qmax, grid.offset, grid.r
-    native.straight_through_backward(out, grads, latents, alphas, *numbers, straight_through.variant, block)
+    native.straight_through_backward(*lists, *numbers, straight_through.variant, block)
 
 
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
-    lists, numbers = (out, alpha_grads, grads, latents, alphas), (grid.qmin, grid.qmax, grid.offset, grid.r)
+    lists = out, alpha_grads, grads, latents, alphas
+    if isinstance(latents, Held):
+        return HELD["learned_backward"](*lists, grid, straight_through, factors, block)
+    numbers = grid.qmin, grid.qmax, grid.offset, grid.r
     native.learned_backward(*lists, *numbers, straight_through.variant, factors, block)
