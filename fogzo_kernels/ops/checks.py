@@ -7,7 +7,8 @@ addresses stands in :mod:`.memory`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ def tensor_list(
     if like is not None and len(tensors) != len(like):
         raise ValueError(f"{name} must have {len(like)} tensors, got {len(tensors)}")
     first = like[0] if like else tensors[0] if tensors else None
+    if first is not None and uniform(tensors, dtypes, first, like, fit):
+        return
     for i, t in enumerate(tensors):
         what = f"{name}[{i}]"
         if t.dtype not in dtypes:
@@ -73,6 +76,41 @@ def tensor_list(
             raise ValueError(f"{what} must have {expected} {shape(t)}")
         if t.layout != torch.strided or not t.is_contiguous():
             raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
+
+
+DTYPE, DEVICE, IS_CPU, SHAPE = map(operator.attrgetter, ("dtype", "device", "is_cpu", "shape"))
+
+
+def uniform(
+    tensors: Tensors, dtypes: Sequence[torch.dtype], first: Tensor, like: Tensors | None, fit: Fit
+) -> bool:
+    """Whether :func:`tensor_list` has nothing to say; cheap, for lists of thousands."""
+    if torch.compiler.is_dynamo_compiling():  # it does not follow what makes this cheap
+        return False
+    dtype = tensors[0].dtype
+    try:
+        contiguous = all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # a sparse tensor
+        return False
+    return (
+        contiguous
+        and dtype in dtypes
+        and set(map(DTYPE, tensors)) == {dtype}
+        and (all(map(IS_CPU, tensors)) if first.is_cpu else set(map(DEVICE, tensors)) == {first.device})
+        and (like is None or all_fit(tensors, like, fit))
+    )
+
+
+def all_fit(tensors: Tensors, like: Tensors, fit: Fit) -> bool:
+    if fit is operator.eq:
+        return all(map(Tensor.is_same_size, tensors, like))
+    if all(n == 1 for n in map(Tensor.numel, tensors)):  # any tensor has room for one alpha
+        return True
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]]
+    pairs = list(zip(map(SHAPE, tensors), map(SHAPE, like), strict=True))
+    with suppress(TypeError):  # symbolic sizes have no hash
+        pairs = set(pairs)  # a long list has few shapes
+    return all(fit(*pair) for pair in pairs)
 
 
 def alphas(alphas: Tensors, name: str, like: Tensors, block: int, layouts: Sequence[Layout] = ()) -> None:
