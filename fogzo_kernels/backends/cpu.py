@@ -105,24 +105,38 @@ measure_alphas_ = flattened("measure_alphas")
 hadamard_ = flattened("hadamard")
 
 
-# ---- those that each module calls by itself, with less work
+# ---- those that each module calls by itself: with less work for a plain list
+
+quantize_lists = flattened("quantize")
+straight_through_lists = flattened("straight_through_backward")
+learned_lists = flattened("learned_backward")
 
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: Grid, block: int) -> None:
-    native.quantize(out, latents, alphas, grid.qmin, grid.qmax, grid.offset, grid.r, block)
+    if not type(out) is type(latents) is type(alphas) is list:
+        quantize_lists(out, latents, alphas, grid, block)
+    else:
+        native.quantize(out, latents, alphas, grid.qmin, grid.qmax, grid.offset, grid.r, block)
 
 
 def straight_through_backward_(
     out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
-    numbers = grid.qmin, grid.qmax, grid.offset, grid.r
-    native.straight_through_backward(out, grads, latents, alphas, *numbers, straight_through.variant, block)
+    if not type(out) is type(grads) is type(latents) is list:
+        straight_through_lists(out, grads, latents, alphas, grid, straight_through, block)
+    else:
+        numbers = grid.qmin, grid.qmax, grid.offset, grid.r
+        native.straight_through_backward(out, grads, latents, alphas, *numbers, straight_through.variant, block)
 
 
 def learned_backward_(
     out: Tensors, alpha_grads: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: Grid,
     straight_through: StraightThrough, factors: Sequence[float], block: int,
 ) -> None:  # fmt: skip
-    lists, numbers = (out, alpha_grads, grads, latents, alphas), (grid.qmin, grid.qmax, grid.offset, grid.r)
-    native.learned_backward(*lists, *numbers, straight_through.variant, factors, block)
+    lists = out, alpha_grads, grads, latents, alphas
+    if not type(out) is type(grads) is type(latents) is list:
+        learned_lists(*lists, grid, straight_through, factors, block)
+    else:
+        numbers = grid.qmin, grid.qmax, grid.offset, grid.r
+        native.learned_backward(*lists, *numbers, straight_through.variant, factors, block)
