@@ -185,6 +185,15 @@ def test_a_weight_put_in_its_place_is_refused(preset):
             module(x)
 
 
+def test_another_backend_is_asked():
+    module, x = layer()
+    with torch.no_grad():
+        module(x)
+        module.backend = "abacus"
+        with pytest.raises(ValueError, match="backend must be one of"):
+            module(x)
+
+
 def test_a_fixed_alpha_must_not_require_grad():
     module, x = layer("fixed")
     with torch.no_grad():
@@ -228,7 +237,6 @@ DROPS = {
     "to": lambda m: m.to(torch.bfloat16),
     "load_state_dict": lambda m: m.load_state_dict(m.state_dict()),
     "set_alpha": lambda m: m.set_alpha(m.alpha.detach().clone()),
-    "backend": lambda m: setattr(m, "backend", "reference"),
     "dequantize_model": lambda m: fk.dequantize_model(m),
 }
 

@@ -30,16 +30,16 @@ class Kept:
         self.versions = value._version, weight._version, alpha._version
         self.addresses = weight.data_ptr(), alpha.data_ptr()
         self.quantizer, self.learned = module.quantizer, module.quantizer.learned
-        self.rotated = module.quantizer.block > 0
+        self.rotated, self.backend = module.quantizer.block > 0, module.backend
 
     def serves(self, module: QuantizedModule, input: object) -> bool:
         """Whether a module outside of a pass may run with the value again. It is asked in each forward."""
-        weight, alpha, parameters = self.weight, self.alpha, module._parameters
+        weight, alpha, parameters, how = self.weight, self.alpha, module._parameters, module.weight_quantizer
         return (
             not (is_grad_enabled() or watched())
             and parameters.get(module.PARAMETER) is weight
             and (parameters if self.learned else module._buffers).get("alpha") is alpha
-            and module.weight_quantizer.quantizer is self.quantizer
+            and (how.quantizer is self.quantizer and how.backend == self.backend)
             and self.versions == (self.value._version, weight._version, alpha._version)
             and self.addresses == (weight.data_ptr(), alpha.data_ptr())
             and weight.is_set_to(self.memory[0])

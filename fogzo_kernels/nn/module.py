@@ -43,12 +43,10 @@ if TYPE_CHECKING:
 
 def _of_weight(name: str) -> Any:
     """An attribute of the module that its :class:`WeightQuantizer` has."""
-
-    def put(module: QuantizedModule, value: Any) -> None:
-        setattr(module.weight_quantizer, name, value)
-        vars(module)[VALUES].kept = None
-
-    return property(lambda module: getattr(module.weight_quantizer, name), put)
+    return property(
+        lambda module: getattr(module.weight_quantizer, name),
+        lambda module, value: setattr(module.weight_quantizer, name, value),
+    )
 
 
 class QuantizedModule(SavedModule):
@@ -60,9 +58,8 @@ class QuantizedModule(SavedModule):
 
     What is quantized is a matrix, the weight's rows: one row for each output of the module.
 
-    In ``eval()``, without grad, Q is made once and kept, in memory of the weight's size, until weight or alpha
-    change. An edit in place through ``.data`` (``module.weight.data.mul_(2)``, say) is not seen: call
-    ``model.eval()`` again after it, which makes Q anew. So do ``train()`` and any forward with grad.
+    In ``eval()``, without grad, Q is made once and kept until weight or alpha change. An edit in place through
+    ``.data`` is not seen: call ``model.eval()`` again after it.
 
     Attributes:
         alpha: scale of the grid, a float32 buffer that keeps its dtype under ``.to(dtype)``: one element,
@@ -283,19 +280,18 @@ class QuantizedModule(SavedModule):
             )
         if of_pass is not None and of_pass.probe:
             return of_pass.values(alpha, how.grid)
-        learned = how.learned
         check_alpha(self, alpha)
         if of_pass is not None and of_pass.deferred:
             quantized: Tensor = Deferred.apply(self.rows(weight), alpha, of_pass.rows)
             return quantized
         rows = self.rows(weight).contiguous()
-        if of_pass is None and not learned:
+        if of_pass is None and not how.learned:
             self._measure(rows)
         elif of_pass is None and torch.compiler.is_exporting():
             alpha = in_its_range(alpha, self.alpha_least)
         elif of_pass is None:
             hold_alphas([self], ("alpha",))
-        factor, known = self.alpha_factor if learned else 1.0, of_pass and of_pass.rows
+        factor, known = self.alpha_factor if how.learned else 1.0, of_pass and of_pass.rows
         return quantize(rows, alpha, alpha_factor=factor, quantized=known, backend=self.backend, **how.options)
 
     def _measure(self, rows: Tensor) -> None:
