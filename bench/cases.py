@@ -274,7 +274,7 @@ def call(case: Case, o: Operands, backend: str | None) -> Callable[[], object]:
         rms = {"statistic": "rms", "factor": FACTOR, "add": ADD}
         return lambda: fk.measure_alphas_(o.alphas, o.latents, **rms, backend=backend)
     if case.op == "learned":
-        alpha_grads = [torch.empty_like(alpha) for alpha in o.alphas]
+        alpha_grads = type(o.alphas)([torch.empty_like(alpha) for alpha in o.alphas])
         factors = [lsq_factor(t, alpha) for t, alpha in zip(o.latents, o.alphas, strict=True)]
         shared = {"straight_through": straight_through(case), **how}
 

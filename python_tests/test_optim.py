@@ -1,7 +1,9 @@
 """Optimizers with the fused tail, against PyTorch's own and against the estimate step by step."""
 
 import copy
+import gc
 import importlib
+import weakref
 from functools import partial
 
 import pytest
@@ -430,3 +432,19 @@ def test_groups_with_and_without_master_copies_stay_apart(generator):
     for p, q in zip(parameters, alone, strict=True):
         assert torch.equal(p, q)
     assert [("master" in optimizer.state[p]) for p in parameters] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kappa", [0.5, None])
+def test_a_step_holds_no_gradient_that_was_cleared(name, kappa, generator):
+    """Else the next step would need the memory of two."""
+    ours, _, options = OPTIMIZERS[name]
+    model, data = network(generator, "cpu"), batch(generator)
+    fogzo = fk.Fogzo(model, total_steps=4, kappa=kappa or 0.5, start=0.0 if kappa else 1.0)
+    optimizer = ours(model.parameters(), fogzo=fogzo, **options)
+    for _ in range(3):
+        optimizer.step(partial(loss_of, model, data))
+        grads = [weakref.ref(p.grad) for p in model.parameters()]
+        optimizer.zero_grad()
+        gc.collect()
+        assert all(grad() is None for grad in grads)

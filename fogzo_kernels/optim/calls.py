@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..functional import TensorList
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .fused import FusedOptimizer
 
 
+NONE = torch.empty(0)
 DTYPE, VERSION = map(operator.attrgetter, ("dtype", "_version"))
 
 
@@ -89,6 +91,7 @@ class Kept:
         self.plain = all(o.latent is o.parameter and o.master is None for o in operands)
         for call in calls:
             call.prepare(self.plain)
+            call.operands = [o._replace(grad=NONE) for o in call.operands]
         self.addresses = [*map(Tensor.data_ptr, self.every)]
         self.of_state = [*optimizer.state.values()]
         self.state = [*chain.from_iterable(map(dict.values, self.of_state))]
@@ -96,8 +99,10 @@ class Kept:
         self.versions: list[int] = []
 
     def ran(self) -> None:
-        """The calls were made: each parameter has taken a step."""
+        """The calls were made: each parameter has taken a step, and gradients may be freed."""
         self.versions = [*map(VERSION, self.steps)]
+        for call in self.calls:
+            call.grads, call.weights = [], None
 
     def again(self, optimizer: FusedOptimizer, estimated: list[WeightGroup], options: list[Options]) -> bool:
         """Give the calls the gradients, options and numbers of another step; False if they do not fit it."""

@@ -230,7 +230,7 @@ def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
                 straight_through_backward_(part.grads, *rows, **part.how)
             elif deferred:
                 grads = [*map(torch.empty_like, part.alphas)]
-                learned_backward_(part.grads, grads, *rows, factors=part.factors, **part.how)
+                learned_backward_(part.grads, part._list(grads), *rows, factors=part.factors, **part.how)
                 if part.layouts is not None:
                     grads = sum_of_parts(part.weights, grads)
                 alphas += zip(part.weights, grads, strict=True)
