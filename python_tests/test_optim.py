@@ -448,3 +448,20 @@ def test_a_step_holds_no_gradient_that_was_cleared(name, kappa, generator):
         optimizer.zero_grad()
         gc.collect()
         assert all(grad() is None for grad in grads)
+
+
+def test_a_flag_of_a_group_that_changes_between_steps_is_seen(generator):
+    """Who captures a graph later sets ``capturable`` then: its step number must be on the device from there on."""
+    model, data = network(generator, "cpu"), batch(generator)
+    twin = copy.deepcopy(model)
+    ours = [fk.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+    for step in range(4):
+        for m, optimizer in zip((model, twin), ours, strict=True):
+            optimizer.zero_grad()
+            loss_of(m, data).backward()
+            if step == 2 and m is model:
+                optimizer.param_groups[0]["capturable"] = True
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(int(state["step"]) == 4 for state in ours[0].state.values())
+    assert not any(call.number for call in ours[0]._kept.calls)

@@ -82,7 +82,8 @@ class Kept:
     def __init__(
         self, optimizer: FusedOptimizer, calls: list[Call], estimated: list[WeightGroup], options: list[Options]
     ) -> None:
-        self.calls, self.estimated, self.alike = calls, [g.weights for g in estimated], pattern(options)
+        self.calls, self.estimated = calls, [group.weights for group in estimated]
+        self.alike = pattern(optimizer, options)
         operands = [o for call in calls for o in call.operands]
         self.every = every_parameter(optimizer)
         places = {id(p): i for i, p in enumerate(self.every)}
@@ -120,7 +121,7 @@ class Kept:
             and all(map(Tensor.is_contiguous, grads))
             and len(estimated) == len(self.estimated)
             and all(map(operator.is_, [group.weights for group in estimated], self.estimated))
-            and pattern(options) == self.alike
+            and pattern(optimizer, options) == self.alike
             and [*map(Tensor.data_ptr, every)] == self.addresses
             and len(state) == len(self.of_state)
             and all(map(operator.is_, state.values(), self.of_state))
@@ -143,7 +144,10 @@ def every_parameter(optimizer: FusedOptimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def pattern(options: list[Options]) -> list[tuple[Any, ...]]:
-    """What decides which parameters share a call: which groups have the same numbers, and which state."""
+def pattern(optimizer: FusedOptimizer, options: list[Options]) -> list[tuple[Any, ...]]:
+    """What decides which parameters share a call: which groups have the same numbers, which state, and flags."""
     keys = [own.key for own in options]
-    return [(keys.index(own.key), tuple(own.states)) for own in options]
+    return [
+        (keys.index(own.key), tuple(own.states), group["capturable"], group["master_weights"])
+        for own, group in zip(options, optimizer.param_groups, strict=True)
+    ]

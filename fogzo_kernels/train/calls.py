@@ -149,6 +149,7 @@ class Prepared:
         self.weights, self.backend = weights, backend
         self.facts: Any = None
         self._facts_of_groups: Any = None
+        self._alone = True  # whether no other process may wait for gradients
         self.groups: list[WeightGroup] = []
         self.measured: list[WeightView] = []
         self.learned: list[QuantizedModule] = []
@@ -160,14 +161,14 @@ class Prepared:
 
     def update(self) -> None:
         """Make all of it anew if something has moved."""
-        if self.facts is not None and self.facts == self._facts_of_groups:
+        alone = not (dist.is_available() and dist.is_initialized())
+        if self.facts is not None and self.facts == self._facts_of_groups and alone == self._alone:
             return
-        self._facts_of_groups = None
+        self._facts_of_groups, self._alone = None, alone
         self.groups = grouped(self.weights, self.backend)
         modules = [m for w in self.weights for m in w.modules]
         self.measured = [w for w in self.weights if isinstance(w.quantizer.scale, MeasuredScale)]
         self.learned = [m for m in modules if m.quantizer.learned or m.input_quantizer is not None]
-        alone = not (dist.is_available() and dist.is_initialized())
         self._ready, self._others = [], []
         for group in self.groups:
             joint = [alone and w.placement is LOCAL and w.unwatched for w in group.weights]
