@@ -451,7 +451,7 @@ def test_a_step_holds_no_gradient_that_was_cleared(name, kappa, generator):
 
 
 def test_a_flag_of_a_group_that_changes_between_steps_is_seen(generator):
-    """Who captures a graph later sets ``capturable`` then: its step number must be on the device from there on."""
+    """Who captures a graph later sets ``capturable`` then. The device has the number of steps from there on."""
     model, data = network(generator, "cpu"), batch(generator)
     twin = copy.deepcopy(model)
     ours = [fk.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]

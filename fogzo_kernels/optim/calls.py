@@ -145,7 +145,7 @@ def every_parameter(optimizer: FusedOptimizer) -> list[Tensor]:
 
 
 def pattern(optimizer: FusedOptimizer, options: list[Options]) -> list[tuple[Any, ...]]:
-    """What decides which parameters share a call: which groups have the same numbers, which state, and flags."""
+    """What decides which parameters share a call: which groups have the same numbers; their state and flags."""
     keys = [own.key for own in options]
     return [
         (keys.index(own.key), tuple(own.states), group["capturable"], group["master_weights"])
