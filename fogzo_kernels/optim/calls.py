@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .fused import FusedOptimizer
 
 
-NONE = torch.empty(0)
+NONE = torch.empty(0, dtype=torch.float32)
 DTYPE, VERSION = map(operator.attrgetter, ("dtype", "_version"))
 
 
