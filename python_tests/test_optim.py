@@ -1,9 +1,7 @@
 """Optimizers with the fused tail, against PyTorch's own and against the estimate step by step."""
 
 import copy
-import gc
 import importlib
-import weakref
 from functools import partial
 
 import pytest
@@ -432,36 +430,3 @@ def test_groups_with_and_without_master_copies_stay_apart(generator):
     for p, q in zip(parameters, alone, strict=True):
         assert torch.equal(p, q)
     assert [("master" in optimizer.state[p]) for p in parameters] == [False, True, False]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("kappa", [0.5, None])
-def test_a_step_holds_no_gradient_that_was_cleared(name, kappa, generator):
-    """Else the next step would need the memory of two."""
-    ours, _, options = OPTIMIZERS[name]
-    model, data = network(generator, "cpu"), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=4, kappa=kappa or 0.5, start=0.0 if kappa else 1.0)
-    optimizer = ours(model.parameters(), fogzo=fogzo, **options)
-    for _ in range(3):
-        optimizer.step(partial(loss_of, model, data))
-        grads = [weakref.ref(p.grad) for p in model.parameters()]
-        optimizer.zero_grad()
-        gc.collect()
-        assert all(grad() is None for grad in grads)
-
-
-def test_a_flag_of_a_group_that_changes_between_steps_is_seen(generator):
-    """Who captures a graph later sets ``capturable`` then. The device has the number of steps from there on."""
-    model, data = network(generator, "cpu"), batch(generator)
-    twin = copy.deepcopy(model)
-    ours = [fk.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
-    for step in range(4):
-        for m, optimizer in zip((model, twin), ours, strict=True):
-            optimizer.zero_grad()
-            loss_of(m, data).backward()
-            if step == 2 and m is model:
-                optimizer.param_groups[0]["capturable"] = True
-            optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-    assert all(int(state["step"]) == 4 for state in ours[0].state.values())
-    assert not any(call.number for call in ours[0]._kept.calls)

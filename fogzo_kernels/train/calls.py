@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -249,14 +249,14 @@ def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | 
     return (squares if sum_of is None else sum_of(squares)).sqrt().float()
 
 
-def add_to_gradients(alphas: Iterable[tuple[WeightView, Tensor]]) -> None:
-    """Add to the gradients of alphas, given with their weights, as a backward does."""
+def add_to_gradients(alphas: AlphaGradients, taking: Collection[WeightView] | None = None) -> None:
+    """Add to the gradients of alphas, as a backward does: 0 where the weight is not ``taking`` part."""
     present, added = [], []
     for w, grad in alphas:
-        alpha = w.modules[0].alpha
+        alpha, part = w.modules[0].alpha, taking is None or w in taking
         if alpha.grad is None:
-            alpha.grad = grad
-        else:
+            alpha.grad = grad if part else torch.zeros_like(grad)
+        elif part:
             present.append(alpha.grad)
             added.append(grad)
     if present:

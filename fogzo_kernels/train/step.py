@@ -222,8 +222,7 @@ class Step:
         nonzero, finite = look(self._guides, self._losses.device)
         alphas = calls.finish_gradients(self.groups)
         if failed:
-            taking = self._named(nonzero.tolist())
-            calls.add_to_gradients((w, grad) for w, grad in alphas if w in taking)
+            calls.add_to_gradients(alphas, self._named(nonzero.tolist()))
         self.run.peers.reduce_inputs()
         return nonzero, finite, alphas
 
@@ -278,8 +277,7 @@ class Step:
             taking = set(run.weights)
             if not all(part):
                 taking = {w for w, takes in zip(run.weights, part, strict=True) if takes}
-            if not lost:
-                calls.add_to_gradients((w, grad) for w, grad in alphas if w in taking)
+            calls.add_to_gradients(alphas, () if lost else taking)
             run.gradients.raise_if_edited(bool(was_edited))
             if len(taking) < len(run.weights):
                 places = [[i for i, w in enumerate(group.weights) if w in taking] for group in self.groups]
