@@ -199,6 +199,18 @@ def test_alphas_of_weights_without_a_part_get_no_gradient(generator):
     assert not model[4].weight.grad.any()
 
 
+def test_the_alpha_of_a_weight_whose_gradient_is_0_gets_no_gradient(generator):
+    """Its module ran, but what it gave made no difference to the loss."""
+    model = two_layers(fk.presets.lsq(2))
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    passes, x = fogzo.probes(), torch.randn(3, 128, generator=generator)
+    with next(passes) as first:
+        first.backward(model[0](x).square().mean() + 0 * model[4](x).sum())
+    assert not model[4].weight.grad.any()
+    assert model[4].alpha.grad is None
+    assert model[0].alpha.grad is not None
+
+
 def test_an_alpha_that_would_get_no_gradient_is_refused(generator):
     model = two_layers(fk.presets.fixed(2, 0.02))
     model[0].alpha.requires_grad_()

@@ -250,13 +250,15 @@ def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | 
 
 
 def add_to_gradients(alphas: AlphaGradients, taking: Collection[WeightView] | None = None) -> None:
-    """Add to the gradients of alphas, as a backward does: 0 where the weight is not ``taking`` part."""
+    """Add to the gradients of alphas, as a backward does; none where the weight is not ``taking`` part."""
     present, added = [], []
     for w, grad in alphas:
-        alpha, part = w.modules[0].alpha, taking is None or w in taking
+        alpha = w.modules[0].alpha
+        if taking is not None and w not in taking:
+            continue
         if alpha.grad is None:
-            alpha.grad = grad if part else torch.zeros_like(grad)
-        elif part:
+            alpha.grad = grad
+        else:
             present.append(alpha.grad)
             added.append(grad)
     if present:
