@@ -5,9 +5,9 @@ The model is a chain of linear layers of 8 x 8 without bias. Each method trains 
 ``fogzo`` by Fogzo and this package's AdamW, ``torchao`` by its QAT. ``forward`` and ``evaluation`` are forwards
 without autograd, of the plain and of the quantized chain. ``python -m bench.host`` times the list ops alone.
 
-A round takes every method once. Times are those of the process on one thread, and on a GPU of the enqueueing
-alone, with the device idle before each step. The table has the least time of the rounds, its ratio to that of
-plain, and the slope over the number of layers, in microseconds a layer.
+A round takes every method once. On a CPU a time is the process's own, on one thread. On a GPU it is the time to
+enqueue a step, and the device is idle before. The table has the least time of the rounds, the slope over the
+number of layers in microseconds a layer, and ratios at the most layers.
 """
 
 from __future__ import annotations

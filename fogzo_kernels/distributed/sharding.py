@@ -1,4 +1,4 @@
-"""Weights of which each process has a part.
+"""Gives modules the rows of weights that processes share: each process has a part.
 
 Under FSDP2's ``fully_shard`` a process keeps some rows, and packed codes are gathered. Under tensor parallelism
 a process quantizes its part and multiplies by it.

@@ -15,7 +15,7 @@ from ..ops.listop import is_plain
 from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
-from .weight import FLOOR, OptionsMade, hold_alphas, in_its_range, is_held, measure_
+from .weight import FLOOR, QuantizerOptions, hold_alphas, in_its_range, is_held, measure_
 
 if TYPE_CHECKING:
     from .module import QuantizedModule
@@ -41,7 +41,7 @@ def check_activation(name: str, activation: Quantizer) -> None:
         raise ValueError(f"{name} must have a scale with least > 0, for inputs that are all 0, got {scale}")
 
 
-class InputQuantizer(OptionsMade):
+class InputQuantizer(QuantizerOptions):
     """The quantizer of a module's input, and whether its scale has a value.
 
     A learned scale is the module's parameter ``input_alpha``.

@@ -44,7 +44,7 @@ class Changes:
 changes = Changes()
 
 
-class OptionsMade:
+class QuantizerOptions:
     """A quantizer whose arguments of ops are made once."""
 
     quantizer: Quantizer
@@ -61,7 +61,7 @@ class OptionsMade:
 
 
 @dataclass(eq=False)
-class WeightQuantizer(OptionsMade):
+class WeightQuantizer(QuantizerOptions):
     """How a module quantizes its weight, and what it knows of alpha.
 
     Attributes:
