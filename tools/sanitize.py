@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build/sanitize"
 SANITIZERS = "address,undefined"
 TESTS = (
-    "native", "tensor_list", "vectors", "agreement", "ops", "update", "validation", "measure", "learned", "learned_native",
-    "hadamard", "transform",
+    "native", "tensor_list", "vectors", "agreement", "ops", "update", "validation", "measure", "learned",
+    "learned_native", "hadamard", "transform",
 )  # fmt: skip
 CHECK = "from fogzo_kernels import _C; print(_C.__file__, _C.build_info()['sanitizers'], *_C.cpu_isas())"
 
