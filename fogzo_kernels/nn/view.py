@@ -289,11 +289,7 @@ class WeightView:
         """Let the modules run with this."""
         if not pass_weight.probe:
             self.deferred = pass_weight.deferred
-        if self.placement is LOCAL:
-            for module in self.modules:
-                vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
-        else:
-            self.placement.hold(self.modules, pass_weight)
+        self.placement.hold(self.modules, pass_weight)
 
 
 def check_alpha(module: QuantizedModule, alpha: Tensor) -> None:
@@ -312,8 +308,4 @@ def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
 def release(views: Iterable[WeightView]) -> None:
     """Let the modules quantize for themselves again."""
     for w in views:
-        if w.placement is LOCAL:
-            for module in w.modules:
-                vars(module)["pass_weight"] = None
-        else:
-            w.placement.hold(w.modules, None)
+        w.placement.hold(w.modules, None)

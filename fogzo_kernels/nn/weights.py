@@ -114,13 +114,15 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 class Facts:
     """What the modules hold of their weights now: equal to an older one while nothing has moved.
 
+    Args:
+        latents: the weights of the modules, one for each.
+        known: older facts.
+
     Attributes:
         tensors: weights and alphas of the modules.
     """
 
-    def __init__(self, weights: Sequence[WeightView], known: Facts | None) -> None:
-        modules = [m for w in weights for m in w.modules]
-        latents: Any = [m._parameters.get(m.PARAMETER) for m in modules]
+    def __init__(self, modules: list[QuantizedModule], latents: list[Any], known: Facts | None) -> None:
         kinds = [m._parameters if "alpha" in m._parameters else m._buffers for m in modules]
         alphas: Any = [kind["alpha"] for kind in kinds]
         tensors = latents + alphas
@@ -173,7 +175,7 @@ def check_unchanged(
         whole = all([w.placement is LOCAL for w in weights])  # noqa: C419
         latents = [m._parameters.get(m.PARAMETER) for m in own]
         same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
-        facts = Facts(weights, before) if whole and same else None
+        facts = Facts(own, latents, before) if whole and same else None
         if facts is not None and facts == before:
             return facts
         if all(_is_as_it_was(m, w) for w in weights for m in w.modules):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..functional import TensorList
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from .fused import FusedOptimizer
 
 
-NONE = torch.empty(0, dtype=torch.float32)
 DTYPE, VERSION = map(operator.attrgetter, ("dtype", "_version"))
 
 
@@ -37,7 +35,6 @@ class Operands(NamedTuple):
     parameter: Tensor
     latent: Tensor
     seen: View  # how the others lie
-    grad: Tensor
     master: Tensor | None
     states: list[Tensor]
     step: Tensor  # how many steps were taken; not a view
@@ -51,7 +48,7 @@ class Call:
     def __init__(self, group: int, options: Options, number: int) -> None:
         self.group, self.options, self.number = group, options, number  # group: the place of its options
         self.operands: list[Operands] = []
-        self.grads: list[Tensor] = []  # as the operands have them, or those of a later step
+        self.grads: list[Tensor] = []  # of the coming step
         self.places: list[int] = []  # of the estimated weights in their group
         self.of: int | None = None  # which group of estimated weights
         self.weights: WeightGroup | None = None
@@ -73,7 +70,7 @@ class Call:
 
     def add(self, operands: Operands) -> None:
         self.operands.append(operands)
-        self.grads.append(operands.grad)
+        self.grads.append(operands.seen(operands.parameter.grad))  # type: ignore[arg-type]
 
 
 class Kept:
@@ -88,15 +85,14 @@ class Kept:
         self.every = every_parameter(optimizer)
         places = {id(p): i for i, p in enumerate(self.every)}
         self.order = [places[id(o.parameter)] for o in operands]
-        self.grad_dtypes = [o.grad.dtype for o in operands]
+        self.grad_dtypes = [grad.dtype for call in calls for grad in call.grads]
         self.plain = all(o.latent is o.parameter and o.master is None for o in operands)
         for call in calls:
             call.prepare(self.plain)
-            call.operands = [o._replace(grad=NONE) for o in call.operands]
         self.addresses = [*map(Tensor.data_ptr, self.every)]
         self.of_state = [*optimizer.state.values()]
         self.state = [*chain.from_iterable(map(dict.values, self.of_state))]
-        self.steps = TensorList([o.step for o in operands])
+        self.steps = [o.step for o in operands]
         self.versions: list[int] = []
 
     def ran(self) -> None:

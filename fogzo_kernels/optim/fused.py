@@ -288,7 +288,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             number = int(state["step"]) + 1
         alike = p.device, p.dtype, grad.dtype, number, joined, master is None
         states = [seen(state[name]) for name in names]
-        return Operands(p, latent, seen, seen(grad), master, states, state["step"], number, alike)
+        return Operands(p, latent, seen, master, states, state["step"], number, alike)
 
     # ---- one call
 

@@ -63,10 +63,8 @@ class WeightGroup:
         self.codes = [w.takes_codes for w in weights]
         # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
         self.prepared = layouts == [] and all(w.latent is w.parameter for w in weights)
-        self.alphas, self.memory = (
-            self._list([w.alpha for w in weights]),
-            self._list([w.memory() for w in weights]),
-        )
+        self.alphas = self._list([w.alpha for w in weights])
+        self.memory = self._list([w.memory() for w in weights])
         self.grads: Sequence[Tensor] = []
         self._latents = self._list([w.parameter for w in weights]) if self.prepared else None
 
