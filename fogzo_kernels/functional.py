@@ -18,7 +18,7 @@ from .ops.estimate import estimate_gradient_
 from .ops.hadamard import hadamard, hadamard_
 from .ops.learned import learned_backward_
 from .ops.noise import noise
-from .ops.norm import guide_norm, guide_sumsq
+from .ops.norm import guide_norm, guide_sumsq, noise_factors
 from .ops.perturb import perturb_quantize_
 from .ops.quantize import dequantize, quantize, quantize_
 from .ops.straight_through import straight_through_backward_
@@ -40,6 +40,7 @@ __all__ = [
     "learned_backward_",
     "measure_alphas_",
     "noise",
+    "noise_factors",
     "perturb_quantize_",
     "quantize",
     "quantize_",

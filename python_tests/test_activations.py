@@ -124,7 +124,7 @@ def test_a_step_perturbs_weights_only():
     model[1].register_forward_hook(lambda m, args, out: seen.append(m.effective_input(args[0]).detach()))
     model[0].weight.requires_grad_(False)
     fogzo = fk.Fogzo(model, total_steps=3, one_minus_beta=0.5, schedule="constant")
-    fogzo.step(lambda: model(X).square().mean())
+    fogzo.backward(lambda: model(X).square().mean())
     assert len(seen) == 3
     assert all(torch.equal(x, seen[0]) for x in seen)
     assert len(seen[0].unique()) > 3

@@ -147,7 +147,7 @@ TOKENS = torch.arange(8)[None]
 
 def step(model):
     fogzo = fk.Fogzo(model, total_steps=3, kappa=1.0)
-    return fogzo.step(lambda: model(input_ids=TOKENS, labels=TOKENS).loss)
+    return fogzo.backward(lambda: model(input_ids=TOKENS, labels=TOKENS).loss)
 
 
 @pytest.mark.parametrize("leave", [False, True])
@@ -158,7 +158,7 @@ def test_a_resized_model_is_quantized_again_and_loads(preset, leave, tmp_path):
     model.resize_token_embeddings(70)
     for use in (
         lambda: step(model),
-        lambda: made.step(lambda: model(input_ids=TOKENS, labels=TOKENS).loss),
+        lambda: made.backward(lambda: model(input_ids=TOKENS, labels=TOKENS).loss),
         lambda: model.save_pretrained(tmp_path),
         model.state_dict,
     ):

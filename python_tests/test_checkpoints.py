@@ -93,7 +93,7 @@ def test_a_pickled_model_takes_the_same_step():
         fogzo = fk.Fogzo(one, total_steps=10, one_minus_beta=0.01)
         steps.append(
             {
-                "loss": fogzo.step(lambda one=one: loss_of(one, *batch())),
+                "loss": fogzo.backward(lambda one=one: loss_of(one, *batch())),
                 **{name: p.grad for name, p in one.named_parameters()},
             }
         )
@@ -108,7 +108,7 @@ def test_a_step_of_fogzo_after_loading_is_that_before_saving():
     resumed.load_state_dict(state["fogzo"])
     for one, estimator in ((model, fogzo), (other, resumed)):
         torch.manual_seed(1)
-        estimator.step(lambda one=one: loss_of(one, *batch()))
+        estimator.backward(lambda one=one: loss_of(one, *batch()))
     assert_equal(*({name: p.grad for name, p in one.named_parameters()} for one in (other, model)))
 
 

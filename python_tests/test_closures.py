@@ -68,7 +68,7 @@ def test_the_first_step_looks_into_functions_that_the_closure_calls(name):
     _, fogzo, closure = setup()
     STATE.it, STATE.calls = begin(), 0
     with pytest.warns(UserWarning, match=f"{WARNING} .*STATE"):
-        fogzo.step(lambda: closure() * helper())
+        fogzo.backward(lambda: closure() * helper())
 
 
 def test_a_closure_may_call_a_function_of_a_module_of_the_program(tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_closure_may_call_a_function_of_a_module_of_the_program(tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     helpers_of_a_program = importlib.import_module("helpers_of_a_program")
     _, fogzo, closure = setup()
-    assert fogzo.step(lambda: helpers_of_a_program.doubled(closure())).isfinite()
+    assert fogzo.backward(lambda: helpers_of_a_program.doubled(closure())).isfinite()
 
 
 class Module(nn.Module):
@@ -116,10 +116,10 @@ def test_generators_of_modules_are_replayed(kind):
     del model[1].seen[:]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fogzo.step(closure)
+        fogzo.backward(closure)
     model.zero_grad()
     assert len(set(model[1].seen)) == 1
-    fogzo.step(closure)
+    fogzo.backward(closure)
     assert len(set(model[1].seen)) == 2  # and each step draws anew
 
 
@@ -128,7 +128,7 @@ def test_an_attribute_of_a_module_that_matters_is_found():
     fk.quantize_model(model, QUANTIZER)
     fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1)
     with pytest.warns(UserWarning, match=f"{WARNING} the attribute 'calls' of module '1'"):
-        fogzo.step(lambda: loss_of(model, *batch()))
+        fogzo.backward(lambda: loss_of(model, *batch()))
 
 
 # ---- no false alarms
@@ -183,7 +183,7 @@ def test_what_the_loss_does_not_depend_on_draws_no_warning(change):
         model.drop.p = 0.5
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            fogzo.step(wrap(closure, model))
+            fogzo.backward(wrap(closure, model))
         scale = 65536.0 if wrap is with_scaler else 1.0
         buffers = [b.clone() for b in model.buffers()]
         found.append([*(p.grad / scale for p in model.parameters()), *buffers, torch.get_rng_state()])
@@ -194,7 +194,7 @@ def test_a_state_that_matters_is_found_beside_one_that_does_not():
     _, fogzo, closure = setup()
     factors, summed = iter(FACTORS), with_sum(closure, None)
     with pytest.warns(UserWarning, match=f"{WARNING} .*'factors'"):
-        fogzo.step(lambda: summed() * next(factors))
+        fogzo.backward(lambda: summed() * next(factors))
 
 
 # ---- zero_grad in the closure
@@ -231,14 +231,14 @@ def test_zero_grad_in_the_closure_is_named(zeros, to_none, options):
         return closure() * others[0]
 
     with pytest.raises(RuntimeError, match="zero_grad must be called before a step, not in the closure"):
-        fogzo.step(zeroed)
+        fogzo.backward(zeroed)
     assert fogzo.steps == 0
     assert not any(m.pass_weight is not None for m in model.modules() if hasattr(m, "pass_weight"))
     model.zero_grad()
-    fogzo.step(closure)
+    fogzo.backward(closure)
     twin, again, same = setup(**options)
     twin.drop.p = 0
-    again.step(same)
+    again.backward(same)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
@@ -250,6 +250,6 @@ def test_zero_grad_in_the_closure_of_plain_steps():
         model.zero_grad()
         return closure()
 
-    fogzo.step(zeroed)
+    fogzo.backward(zeroed)
     with pytest.raises(RuntimeError, match=r"must be called before the next step: .*zero_grad in the closure"):
-        fogzo.step(zeroed)
+        fogzo.backward(zeroed)

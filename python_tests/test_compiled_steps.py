@@ -26,7 +26,7 @@ def by_closure_and_zeros(model, fogzo, optimizer):
 
 
 def by_estimate(model, fogzo, optimizer):
-    loss = fogzo.step(lambda: F.cross_entropy(model(X), Y))
+    loss = fogzo.backward(lambda: F.cross_entropy(model(X), Y))
     optimizer.step()
     return loss
 
@@ -89,7 +89,7 @@ def test_a_step_that_must_be_one_graph_says_why_it_is_none():
     model = nn.Sequential(nn.Linear(32, 5))
     fk.quantize_model(model, fk.presets.lsq(2))
     fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
-    step = torch.compile(lambda: fogzo.step(lambda: F.cross_entropy(model(X), Y)), fullgraph=True)
+    step = torch.compile(lambda: fogzo.backward(lambda: F.cross_entropy(model(X), Y)), fullgraph=True)
     with pytest.raises(
         torch._dynamo.exc.Unsupported, match="a step of FOGZO is not compiled; compile the model"
     ):

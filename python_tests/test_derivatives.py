@@ -97,7 +97,7 @@ def test_every_pass_has_the_loss_of_its_weights(preset, loss, options):
     for _ in range(2):
         del runs[:]
         model.zero_grad()
-        fogzo.step(closure)
+        fogzo.backward(closure)
     passes = 1 + 2 * options.get("directions", 1)
     assert len(runs) == passes  # the second step knows what the closure does
     assert len({found for found, _ in runs}) == passes
@@ -110,7 +110,7 @@ def test_every_pass_has_the_loss_of_its_weights(preset, loss, options):
 def test_the_gradient_pass_has_the_second_derivatives(loss):
     """Against finite differences in float64, of the quantized weights as of biases."""
     model = network()
-    estimator(model, start=1.0).step(lambda: loss(model, X))
+    estimator(model, start=1.0).backward(lambda: loss(model, X))
     wide = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     for m, q in zip(wide, model, strict=True):
         if isinstance(m, nn.Linear):
@@ -134,7 +134,7 @@ def test_the_gradient_pass_has_the_second_derivatives(loss):
 def test_gradients_in_a_pass_are_those_of_a_backward_outside(preset, loss):
     """Masks of the straight-through gradient, and learned alphas: another way to the same."""
     model = network(PRESETS[preset])
-    estimator(model, start=1.0).step(lambda: loss(model, X))
+    estimator(model, start=1.0).backward(lambda: loss(model, X))
     inside = [p.grad for p in model.parameters()]
     model.zero_grad()
     loss(model, X).backward()
@@ -150,7 +150,7 @@ def test_gradients_in_a_pass_are_those_of_a_backward_outside(preset, loss):
 def test_inputs_with_a_flat_gradient_have_their_second_derivatives():
     """Against plain PyTorch's straight-through: x + (Q(x) - x).detach(), with the same scale."""
     model = network(activation=fk.presets.dynamic(8))
-    estimator(model, start=1.0).step(lambda: pinn(model, X))
+    estimator(model, start=1.0).backward(lambda: pinn(model, X))
     found = [m.weight.grad.clone() for m in model if isinstance(m, nn.Linear)]
     weights = [m.effective_weight().detach().requires_grad_() for m in model if isinstance(m, nn.Linear)]
 
@@ -178,9 +178,9 @@ def test_other_inputs_say_that_they_have_none(activation, compute):
     fk.set_compute_(model, compute)
     fogzo = estimator(model)
     with pytest.raises(RuntimeError, match="a loss that differentiates must not do so through"):
-        fogzo.step(lambda: pinn(model, X))
+        fogzo.backward(lambda: pinn(model, X))
     model.zero_grad()
-    fogzo.step(lambda: model(X).square().mean())
+    fogzo.backward(lambda: model(X).square().mean())
 
 
 # ---- without autograd where it is not asked for, and loops by hand
@@ -196,7 +196,7 @@ def test_other_closures_have_no_autograd_in_probes():
 
     for _ in range(2):
         model.zero_grad()
-        fogzo.step(closure)
+        fogzo.backward(closure)
     assert modes.count(True) == 2
     assert modes[-3:] == [True, False, False]
 
@@ -211,7 +211,7 @@ def test_an_error_of_the_closure_is_its_own():
         return model(X).square().mean()
 
     with pytest.raises(RuntimeError, match=r"^mine$"):
-        fogzo.step(closure)
+        fogzo.backward(closure)
 
 
 def test_a_loop_by_hand_is_told_what_to_write_and_has_the_same_estimate():
@@ -220,7 +220,7 @@ def test_a_loop_by_hand_is_told_what_to_write_and_has_the_same_estimate():
         model = network()
         fogzo = estimator(model)
         if not by_hand:
-            fogzo.step(lambda model=model: pinn(model, X))
+            fogzo.backward(lambda model=model: pinn(model, X))
             found.append([p.grad for p in model.parameters()])
             continue
         for enabled in (False, True):
@@ -244,7 +244,7 @@ def test_check_takes_a_closure_that_differentiates():
     fogzo = estimator(model)
     assert fogzo.check(lambda: pinn(model, X)) == []
     assert all(p.grad is None for p in model.parameters())
-    fogzo.step(lambda: pinn(model, X))
+    fogzo.backward(lambda: pinn(model, X))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_torch_func_differentiates_too(preset):
     found = []
     for way in ways:
         model = network(PRESETS[preset])
-        estimator(model).step(lambda model=model, way=way: (way(model).sum(1) - 1).square().mean())
+        estimator(model).backward(lambda model=model, way=way: (way(model).sum(1) - 1).square().mean())
         found.append([m.weight.grad for m in model if isinstance(m, nn.Linear)])
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
@@ -291,7 +291,7 @@ def worker(rank, folder, port):
 
     for _ in range(2):
         model.zero_grad()
-        loss = fogzo.step(closure)
+        loss = fogzo.backward(closure)
     assert not rank or not kept
     torch.save((loss, [p.grad for p in model.parameters()]), os.path.join(folder, f"{rank}.pt"))
     leave()
@@ -307,7 +307,7 @@ def test_two_processes_differentiate(tmp_path):
     fogzo = estimator(model)
     for _ in range(2):
         model.zero_grad()
-        one = fogzo.step(lambda: (pinn(model, x[::2]) + pinn(model, x[1::2])) / 2)
+        one = fogzo.backward(lambda: (pinn(model, x[::2]) + pinn(model, x[1::2])) / 2)
     assert float(one) == pytest.approx(float(loss), rel=1e-5)
     for p, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))

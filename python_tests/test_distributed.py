@@ -24,7 +24,7 @@ def train(model, rows, reduction="mean", factor=1.0):
     found = []
     for _ in range(STEPS):
         model.zero_grad()
-        loss = fogzo.step(lambda: factor * F.cross_entropy(model(x[rows]), y[rows]))
+        loss = fogzo.backward(lambda: factor * F.cross_entropy(model(x[rows]), y[rows]))
         found.append((loss, *(p.grad.clone() for p in model.parameters())))
     return found
 
@@ -71,7 +71,7 @@ def steps_of(model, count=2, rows=slice(0, 8), before=lambda fogzo: None, **opti
     before(fogzo)
     for _ in range(count):
         optimizer.zero_grad()
-        losses.append(fogzo.step(lambda: F.cross_entropy(model(x[rows]), y[rows])))
+        losses.append(fogzo.backward(lambda: F.cross_entropy(model(x[rows]), y[rows])))
         optimizer.step()
     return torch.stack(losses), *(p.detach() for p in model.parameters())
 
@@ -137,7 +137,7 @@ def diverging_late(rank):
                 model.module[0].weight[0, 0] += 1e-3
         model.zero_grad()
         try:
-            fogzo.step(lambda: F.cross_entropy(model(x), y))
+            fogzo.backward(lambda: F.cross_entropy(model(x), y))
         except RuntimeError as error:
             return step, str(error)
     return None

@@ -292,7 +292,7 @@ def test_step_takes_a_closure():
     (a, fogzo_a), (b, fogzo_b) = make(), make()
     x, y = batch()
     torch.manual_seed(5)
-    loss = fogzo_a.step(lambda: loss_of(a, x, y))
+    loss = fogzo_a.backward(lambda: loss_of(a, x, y))
     torch.manual_seed(5)
     losses = run_step(b, fogzo_b, [(x, y)])
     assert torch.equal(loss, losses[0])
@@ -375,6 +375,6 @@ def test_misused_passes_say_what_to_write():
         fogzo.estimate_()
     model.zero_grad()
     with pytest.raises(ValueError, match="one element"):
-        fogzo.step(lambda: model(x))
+        fogzo.backward(lambda: model(x))
     with pytest.raises(RuntimeError, match="must leave a gradient"):
-        fogzo.step(lambda: model.out(torch.ones(1, 8)).sum())
+        fogzo.backward(lambda: model.out(torch.ones(1, 8)).sum())

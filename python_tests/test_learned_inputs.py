@@ -154,7 +154,7 @@ def test_fogzo_leaves_the_gradient_of_input_alphas_alone():
     F.cross_entropy(model(x), y).backward()
     plain = {name: model.get_parameter(name).grad.clone() for name in names(model)}
     model.zero_grad()
-    fk.Fogzo(model, total_steps=5, kappa=1.0).step(lambda: F.cross_entropy(model(x), y))
+    fk.Fogzo(model, total_steps=5, kappa=1.0).backward(lambda: F.cross_entropy(model(x), y))
     for name, grad in plain.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
 
@@ -173,7 +173,7 @@ def test_an_input_alpha_out_of_range_is_held_counted_and_warned_of_once(value, b
 
     def run():
         model.zero_grad()
-        return model(x).sum() if by == "forward" else fogzo.step(lambda: F.cross_entropy(model(x), y))
+        return model(x).sum() if by == "forward" else fogzo.backward(lambda: F.cross_entropy(model(x), y))
 
     with pytest.warns(UserWarning, match="a learned alpha was driven out of range"):
         loss = run()

@@ -84,7 +84,7 @@ def by_hand(clip=None):
         rows = slice(8 * step, 8 * step + 8)
         optimizer.zero_grad()
         losses.append(
-            fogzo.step(lambda rows=rows: F.cross_entropy(model.net(data.x[rows]), data.y[rows])).item()
+            fogzo.backward(lambda rows=rows: F.cross_entropy(model.net(data.x[rows]), data.y[rows])).item()
         )
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

@@ -23,7 +23,7 @@ def stepped(model, fogzo, optimizer, closure):
     if isinstance(optimizer, (fk.AdamW, fk.SGD)):
         optimizer.step(closure)
     else:
-        fogzo.step(closure)
+        fogzo.backward(closure)
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
 
@@ -33,7 +33,7 @@ def stepped(model, fogzo, optimizer, closure):
 
 def test_a_run_with_other_settings_is_refused_and_says_how_to_go_on():
     model, fogzo = make(total_steps=4)
-    fogzo.step(lambda: loss_of(model, *batch()))
+    fogzo.backward(lambda: loss_of(model, *batch()))
     _, longer = make(total_steps=8, directions=2)
     with pytest.raises(
         ValueError, match=r"\['total_steps'\] must be 8, got 4 and .* got 1.* may_differ=\['total_"
@@ -56,7 +56,7 @@ def test_more_steps_go_on_where_the_run_was(schedule):
     model, fogzo = make(total_steps=4, schedule=schedule)
     for _ in range(4):
         model.zero_grad()
-        fogzo.step(lambda: loss_of(model, *batch()))
+        fogzo.backward(lambda: loss_of(model, *batch()))
     fogzo._run.counters[0] = 7
     longer = fk.Fogzo(model, total_steps=8, schedule=schedule, one_minus_beta=0.02)
     longer.load_state_dict(fogzo.state_dict(), may_differ=["total_steps", "one_minus_beta"])
@@ -69,7 +69,7 @@ def test_more_steps_go_on_where_the_run_was(schedule):
     for one in (longer, whole):
         model.zero_grad()
         torch.manual_seed(5)
-        one.step(lambda: loss_of(model, *batch()))
+        one.backward(lambda: loss_of(model, *batch()))
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, *found))
 
@@ -97,7 +97,7 @@ def test_a_layer_is_unfrozen_in_the_middle_of_a_run(preset, optimizer_of, later)
     with pytest.raises(
         RuntimeError, match=r"old.state_dict\(\), may_differ=\['one_minus_beta'\]\).*optimizer.fogzo"
     ):
-        fogzo.step(closure)
+        fogzo.backward(closure)
     new = fk.Fogzo(model, **options)
     new.load_state_dict(fogzo.state_dict(), may_differ=["one_minus_beta"])
     optimizer.fogzo = new
@@ -125,7 +125,7 @@ def test_a_layer_is_unfrozen_in_the_middle_of_a_run(preset, optimizer_of, later)
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
 def test_integers_of_numpy_are_settings(kind):
     model, fogzo = make(total_steps=kind(9), directions=kind(2), seed=kind(3), every=kind(1))
-    fogzo.step(lambda: loss_of(model, *batch()))
+    fogzo.backward(lambda: loss_of(model, *batch()))
     state = fogzo.state_dict()
     assert {type(state[name]) for name in ("total_steps", "directions", "seed", "every")} == {int}
     _, plain = make(total_steps=9, directions=2, seed=3)

@@ -179,14 +179,14 @@ def test_a_lost_step_of_any_kind_changes_nothing(options, fused):
 
 
 def test_a_lost_step_that_was_estimated_and_clipped_changes_nothing():
-    """``fogzo.step`` and then a fused optimizer; clipped between."""
+    """``fogzo.backward`` and then a fused optimizer; clipped between."""
     runs = [Run(FUSED["AdamW"], False) for _ in "ab"]
     for run, numbers in zip(runs, ([0, 9, 1], [0, 1]), strict=True):
         for number in numbers:
             x, y = batch(number)
             bad = math.nan if number == 9 else 1.0
             run.optimizer.zero_grad(set_to_none=False)
-            run.fogzo.step(lambda run=run, x=x, y=y, bad=bad: F.cross_entropy(run.model(x * bad), y))
+            run.fogzo.backward(lambda run=run, x=x, y=y, bad=bad: F.cross_entropy(run.model(x * bad), y))
             nn.utils.clip_grad_norm_(run.model.parameters(), 0.1)
             run.optimizer.step()
     assert same(runs[0].state(), runs[1].state())
@@ -236,7 +236,7 @@ def test_gradients_made_after_a_lost_step_are_anybodys():
     run = Run(OTHERS["SGD"], False)
     x, y = batch(0)
     for none in (True, False):
-        run.fogzo.step(lambda: bad_input(run.model, x, y))
+        run.fogzo.backward(lambda: bad_input(run.model, x, y))
         run.optimizer.zero_grad(set_to_none=none)
         F.cross_entropy(run.model(x), y).backward()
         before = run.state()

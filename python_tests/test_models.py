@@ -360,7 +360,7 @@ def test_thirty_steps_lower_the_loss(name, fused):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        losses.append(optimizer.step(loss_of) if fused else fogzo.step(loss_of))
+        losses.append(optimizer.step(loss_of) if fused else fogzo.backward(loss_of))
         if not fused:
             optimizer.step()
     assert losses[-1] < 0.75 * losses[0]
@@ -408,7 +408,7 @@ def test_channels_last_fused_step_is_estimate_and_step(kind):
             optimizer = getattr(fk, kind)(model.parameters(), fogzo=fogzo, **options)
             optimizer.step(lambda model=model, batch=batch: model(**batch).loss)
         else:
-            fogzo.step(lambda model=model, batch=batch: model(**batch).loss)
+            fogzo.backward(lambda model=model, batch=batch: model(**batch).loss)
             getattr(torch.optim, kind)(model.parameters(), **options).step()
         assert [p.stride() for p in model.parameters()] == formats
         found.append(dict(model.named_parameters()))

@@ -155,7 +155,7 @@ def test_a_new_weight_is_an_error_until_calibrate(preset):
     like.bias = model.bias
     fk.quantize_model(like, PRESETS[preset])
     assert torch.equal(model(x), like(x))
-    fogzo(model).step(lambda: model(x).square().sum())
+    fogzo(model).backward(lambda: model(x).square().sum())
 
 
 def test_a_weight_that_moves_with_its_alpha_is_no_error():
@@ -190,11 +190,11 @@ def test_a_resized_weight_needs_scales_for_its_rows(use):
         {
             "forward": lambda: model(ids),
             "fogzo": lambda: fogzo(model),
-            "step": lambda: made.step(lambda: model(ids).sum()),
+            "step": lambda: made.backward(lambda: model(ids).sum()),
         }[use]()
     before = model[1].alpha.clone()
     model[0].calibrate_()
-    fogzo(model).step(lambda: model(torch.arange(8)).square().sum())
+    fogzo(model).backward(lambda: model(torch.arange(8)).square().sum())
     assert torch.equal(model[1].alpha, before)
     assert model[0].alpha.grad.shape == (8, 1)
 

@@ -132,8 +132,7 @@ def two_epsilons():
           for make in (network, lambda: quantized().requires_grad_(False))),
         (one_tensor_id, {}, ValueError, "model must have a tensor_id of its own for each weight"),
         (two_epsilons, {}, ValueError, "model must have one eps in units of delta"),
-        (quantized, {"kappa": None}, ValueError, "one of one_minus_beta and kappa must be given"),
-        (quantized, {"one_minus_beta": 0.5}, ValueError, "one of one_minus_beta and kappa must be"),
+        (quantized, {"one_minus_beta": 0.5}, ValueError, "one_minus_beta and kappa must not both be given"),
         *((quantized, {"kappa": x}, ValueError, "kappa must be in 0..48, the number of w")
           for x in (-1, 49, NAN)),
         *((quantized, {"kappa": None, "one_minus_beta": x}, ValueError,

@@ -184,7 +184,7 @@ def train(model, forward, data, target, steps, counter=None, **options):
 
     torch.manual_seed(7)  # dropout
     for _ in range(steps):
-        fogzo.step(closure)
+        fogzo.backward(closure)
         optimizer.step()
         optimizer.zero_grad()
         graphs.append(counter.frame_count if counter else 0)

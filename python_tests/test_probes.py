@@ -98,7 +98,7 @@ def test_both_probes_are_one_call(monkeypatch):
     for _ in range(2):  # the first one counts codes, too
         model.zero_grad()
         calls.clear()
-        fogzo.step(functools.partial(loss_of, model, *batch()))
+        fogzo.backward(functools.partial(loss_of, model, *batch()))
     ((plus, minus, *_),) = calls
     assert not {t.data_ptr() for t in plus} & {t.data_ptr() for t in minus}
     assert all(w.memory().data_ptr() == t.data_ptr() for w, t in zip(fogzo.weights, plus, strict=True))

@@ -176,7 +176,7 @@ def stepped(backend, steps=1, optimizer=None):
         if optimizer and isinstance(opt, fk.AdamW):
             loss = opt.step(lambda: F.cross_entropy(model(x), y))
         else:
-            loss = fogzo.step(lambda: F.cross_entropy(model(x), y))
+            loss = fogzo.backward(lambda: F.cross_entropy(model(x), y))
             if opt:
                 opt.step()
     return model, loss

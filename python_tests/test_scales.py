@@ -92,7 +92,7 @@ def test_all_passes_of_a_step_have_one_alpha_measured_once(monkeypatch):
 
     with torch.no_grad():
         model[0].weight.mul_(1.5)
-    fogzo.step(closure)
+    fogzo.backward(closure)
     assert [c["statistic"] for c in calls] == ["absmean", "rms"]  # a call for each scale, not for each pass
     assert len(seen) >= 5  # the first step runs the closure more often
     for alphas in seen:
@@ -108,7 +108,7 @@ def test_tied_modules_measure_alike():
     with torch.no_grad():
         model[0].weight.mul_(3)
     fogzo = estimator(model)
-    fogzo.step(lambda: sum(m(X).square().mean() for m in model))
+    fogzo.backward(lambda: sum(m(X).square().mean() for m in model))
     assert torch.equal(model[0].alpha, model[1].alpha)
 
 
@@ -165,7 +165,7 @@ def test_a_fused_step_is_the_estimate_and_a_plain_one(q, fused):
         for opt in (a, b):
             opt.zero_grad()
         loss = a.step(lambda: loss_of(one))
-        assert loss == fogzo[1].step(lambda: loss_of(two))
+        assert loss == fogzo[1].backward(lambda: loss_of(two))
         b.step()
         for p, r in zip(one.parameters(), two.parameters(), strict=True):
             torch.testing.assert_close(p, r, rtol=1e-5, atol=1e-7)
@@ -258,12 +258,12 @@ def test_held_alphas_are_counted_by_the_step():
         model[0].alpha[:2] = -1.0
         model[2].alpha[3] = math.nan
     with pytest.warns(UserWarning, match="a learned alpha was driven out of range and is held") as seen:
-        fogzo.step(lambda: loss_of(model))
+        fogzo.backward(lambda: loss_of(model))
     assert len(seen) == 1
     assert fogzo.diagnostics()["bad_alphas"] == 3
     assert all((m.alpha > 0).all() for m in (model[0], model[2]))
     model.zero_grad()
-    fogzo.step(lambda: loss_of(model))
+    fogzo.backward(lambda: loss_of(model))
     assert fogzo.diagnostics()["bad_alphas"] == 3
 
 
@@ -276,7 +276,7 @@ def test_training_moves_learned_alphas_and_lowers_the_loss():
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        losses.append(fogzo.step(lambda: loss_of(model)).item())
+        losses.append(fogzo.backward(lambda: loss_of(model)).item())
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
     assert (model[0].alpha - before).abs().min() > 0
@@ -380,6 +380,6 @@ def test_transformers_keep_scales_and_alphas(q, tied, tmp_path):
     assert (head.alpha is embedding.alpha) == (tied and q is LEARNED)
     grads = []
     for m in (model, loaded):
-        estimator(m).step(lambda m=m: m(tokens, labels=tokens).loss)
+        estimator(m).backward(lambda m=m: m(tokens, labels=tokens).loss)
         grads.append([p.grad for p in m.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

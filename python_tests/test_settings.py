@@ -20,7 +20,7 @@ def test_settings_are_read_only(name):
 def test_public_names_are_few():
     _, fogzo = make()
     assert {name for name in dir(fogzo) if not name.startswith("_")} == {
-        "step", "run", "probes", "estimate_", "pending", "steps", "one_minus_beta", "diagnostics",
+        "backward", "run", "probes", "estimate_", "pending", "steps", "one_minus_beta", "diagnostics",
         "state_dict", "load_state_dict", "weights", "total_weights", "device", "directions", "seed",
         "epsilon_scale", "check", "discard", "stats", "backend",
         "found_inf", "pending_step", "check_estimates",
@@ -46,7 +46,7 @@ def test_resuming_gives_the_same_bits(tmp_path):
     def go(model, fogzo, optimizer, steps):
         for step in steps:
             optimizer.zero_grad()
-            fogzo.step(lambda step=step: loss_of(model, *batch(seed=step)))
+            fogzo.backward(lambda step=step: loss_of(model, *batch(seed=step)))
             optimizer.step()
 
     run = setup()

@@ -85,7 +85,7 @@ def test_code_changes_are_those_of_the_probes():
 
 def test_stats_give_the_share_of_alphas_at_their_floor():
     model, fogzo, closure = wide(1.0, fk.Scale.absmean("row", factor=0.2, least=0.00625))
-    fogzo.step(closure)
+    fogzo.backward(closure)
     share = float((model.alpha <= 0.00625).float().mean())
     assert 0 < share < 1
     assert fogzo.stats()["alphas_at_floor"] == pytest.approx(share)
@@ -94,14 +94,14 @@ def test_stats_give_the_share_of_alphas_at_their_floor():
     with torch.no_grad():
         model.alpha[:50] = -1.0
     with pytest.warns(UserWarning, match="a learned alpha was driven out of range"):
-        fogzo.step(closure)
+        fogzo.backward(closure)
     assert fogzo.stats()["alphas_at_floor"] == 0.25
 
 
 def test_stats_of_a_loaded_state_are_none():
     """Those of the run before would be taken for its own."""
     _, fogzo, closure = setup()
-    fogzo.step(closure)
+    fogzo.backward(closure)
     assert not math.isnan(fogzo.stats()["code_changes"])
     fogzo.load_state_dict(fogzo.state_dict())
     found = fogzo.stats()
@@ -111,7 +111,7 @@ def test_stats_of_a_loaded_state_are_none():
 def test_stats_warn_once_where_losses_are_rounding():
     model, fogzo, closure = setup()
     for _ in range(2):
-        fogzo.step(lambda: closure() + 1e7)
+        fogzo.backward(lambda: closure() + 1e7)
         model.zero_grad()
     with pytest.warns(UserWarning, match="little more than float32's rounding at the loss"):
         fogzo.stats()

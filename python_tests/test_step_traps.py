@@ -52,7 +52,7 @@ def test_a_fused_step_after_a_plain_backward_is_an_error(optimizer):
 def test_a_fused_step_takes_an_estimate_that_was_clipped():
     model, fogzo, closure = setup()
     end = fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo)
-    fogzo.step(closure)
+    fogzo.backward(closure)
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     before = values(model)
     end.step()
@@ -72,7 +72,7 @@ def test_a_forgotten_estimate_is_an_error_at_the_next_step():
         fogzo.run(closure)
     assert fogzo.steps == 0
     fogzo.discard()
-    fogzo.step(closure)
+    fogzo.backward(closure)
     assert fogzo.steps == 1
 
 
@@ -89,18 +89,18 @@ def added(model, closure):
 
 def second(model, closure):
     model.zero_grad()
-    fk.Fogzo(model, total_steps=9, one_minus_beta=0.1).step(closure)
+    fk.Fogzo(model, total_steps=9, one_minus_beta=0.1).backward(closure)
 
 
 @pytest.mark.parametrize("between", [lambda model, closure: None, clipped, added, second])
 def test_gradients_that_were_not_cleared_are_an_error(between):
     model, fogzo, closure = setup()
-    fogzo.step(closure)
+    fogzo.backward(closure)
     between(model, closure)
     with pytest.raises(RuntimeError, match=r"zero_grad.*must be called before the next step"):
-        fogzo.step(closure)
+        fogzo.backward(closure)
     model.zero_grad(set_to_none=False)
-    fogzo.step(closure)
+    fogzo.backward(closure)
     assert fogzo.steps == 2
 
 
@@ -108,10 +108,10 @@ def test_the_gradient_of_an_auxiliary_loss_is_an_error():
     model, fogzo, closure = setup()
     (model.first(torch.ones(1, 9)).sum() * 0.01).backward()
     with pytest.raises(RuntimeError, match=r"\.grad of first\.weight holds that of a backward outside"):
-        fogzo.step(closure)
+        fogzo.backward(closure)
     model.zero_grad()
     model.out.weight.grad = torch.ones_like(model.out.weight)  # is not quantized: anybody's
-    fogzo.step(closure)
+    fogzo.backward(closure)
 
 
 # ---- closures
@@ -127,24 +127,24 @@ def test_a_closure_that_calls_backward_is_an_error():
 
     before = state_of(model)
     with pytest.raises(RuntimeError, match=r"backward must not be called inside a pass but by probe\.backward"):
-        fogzo.step(stepped)
+        fogzo.backward(stepped)
     assert same_state(before, state_of(model))
     model.zero_grad()
-    fogzo.step(closure)
+    fogzo.backward(closure)
 
 
 @pytest.mark.parametrize("spoil", [torch.Tensor.detach, lambda loss: torch.tensor(loss.item())])
 def test_a_closure_whose_loss_is_detached_is_an_error(spoil):
     _, fogzo, closure = setup()
     with pytest.raises(RuntimeError, match=r"loss must depend on the model's weights by autograd"):
-        fogzo.step(lambda: spoil(closure()))
+        fogzo.backward(lambda: spoil(closure()))
 
 
 def test_a_closure_of_another_model_is_an_error():
     _, fogzo, _ = setup()
     _, _, closure = setup()
     with pytest.raises(RuntimeError, match="is it the model of this Fogzo that the loss depends on"):
-        fogzo.step(closure)
+        fogzo.backward(closure)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.25, 4.0, 65536.0])
@@ -286,11 +286,11 @@ DIFFER = set(OUTSIDE) - {with_batch_norm, with_metric}  # whose losses differ
 def test_the_first_step_warns_of_what_it_cannot_replay(trap):
     model, fogzo, closure = setup()
     with pytest.warns(UserWarning, match=f"a pass of a step changes .*{OUTSIDE[trap]}"):
-        fogzo.step(trap(closure))
+        fogzo.backward(trap(closure))
     model.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fogzo.step(trap(closure))  # once
+        fogzo.backward(trap(closure))  # once
 
 
 def test_a_late_start_looks_in_its_first_step_with_probes():
@@ -299,10 +299,10 @@ def test_a_late_start_looks_in_its_first_step_with_probes():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):  # plain STE, to which it does no harm
-            fogzo.step(random_loss)
+            fogzo.backward(random_loss)
             model.zero_grad()
     with pytest.warns(UserWarning, match="a pass of a step changes random"):
-        fogzo.step(random_loss)
+        fogzo.backward(random_loss)
 
 
 @pytest.mark.parametrize("trap", OUTSIDE)
@@ -341,7 +341,7 @@ def test_a_wrapper_of_the_model_may_change():
         warnings.filterwarnings("error", message="a pass of a step changes")
         for forward in (wrapper, compiled):
             fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1)
-            fogzo.step(lambda forward=forward: scale(loss_of(forward, x, y)))
+            fogzo.backward(lambda forward=forward: scale(loss_of(forward, x, y)))
             model.zero_grad()
     assert fogzo.check(lambda: scale(loss_of(wrapper, x, y))) == []
 
@@ -361,7 +361,7 @@ def test_check_that_fails_leaves_all_as_it_was():
     with pytest.raises(KeyError, match="mine"):
         fogzo.check(fails)
     assert same_state(before, state_of(model))
-    fogzo.step(closure)
+    fogzo.backward(closure)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -389,11 +389,11 @@ def test_what_is_given_is_replayed(seed):
         warnings.filterwarnings(
             "error", message="a pass of a step changes .*(rng|counter|generator|random|local)"
         )
-        fogzo.step(draws)
+        fogzo.backward(draws)
     assert len(seen) == 5  # with two runs that tell whether what it changes matters
     assert len(set(seen)) == 1
     model.zero_grad()
-    fogzo.step(draws)
+    fogzo.backward(draws)
     assert len(set(seen)) == 2
     assert counter.calls == 2
 
@@ -414,13 +414,13 @@ def test_copies_watch_their_own_weights():
         again = functools.partial(loss_of, twin, *batch())
         again().backward()
         with pytest.raises(RuntimeError, match="backward outside the passes"):
-            other.step(again)
-    fogzo.step(closure)
+            other.backward(again)
+    fogzo.backward(closure)
 
 
 def test_an_estimator_that_is_gone_watches_no_more():
     model, fogzo, closure = setup()
-    fogzo.step(closure)
+    fogzo.backward(closure)
     weight = model.first.weight
     gone = weakref.ref(fogzo)
     del fogzo

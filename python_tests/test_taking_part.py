@@ -61,7 +61,7 @@ def test_none_zeros_and_no_tokens_are_alike(preset, directions, dtype):
         fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", directions=directions)
         loss_of(model, *batch(0, dtype), 1).backward()
         model.zero_grad(set_to_none=how != "zeros")
-        fogzo.step(lambda m=model, e=[1] if how == "no tokens" else []: loss_of(m, *batch(1, dtype), 0, e))
+        fogzo.backward(lambda m=model, e=[1] if how == "no tokens" else []: loss_of(m, *batch(1, dtype), 0, e))
         idle = model.experts[1]
         assert idle.weight.grad is None if how == "none" else not idle.weight.grad.any()
         assert model.experts[0].weight.grad.any()
@@ -92,7 +92,7 @@ def test_a_step_without_any_gradient_but_zeros_is_no_error():
     """Nothing takes part; it is a step all the same, and no error."""
     model = experts("lsq")
     fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
-    fogzo.step(lambda: loss_of(model, *batch(0), 0) * 0)
+    fogzo.backward(lambda: loss_of(model, *batch(0), 0) * 0)
     assert fogzo.steps == 1
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
@@ -188,7 +188,7 @@ def rows_run(preset, sharded=lambda model: None, rank=0):
     for step in range(3):
         end.zero_grad()
         tokens = torch.arange(4) + 2 * step  # of rows 0..7, which the first of two processes holds
-        fogzo.step(lambda t=tokens: F.cross_entropy(model(t), t % 3))
+        fogzo.backward(lambda t=tokens: F.cross_entropy(model(t), t % 3))
         end.step()
     return {name: whole(p).clone() for name, p in model.named_parameters()}
 
@@ -216,5 +216,5 @@ def test_copies_take_part_alike():
     fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
     twins = [(model, fogzo), copy.deepcopy((model, fogzo))]
     for m, f in twins:
-        f.step(lambda m=m: loss_of(m, *batch(0), 0))
+        f.backward(lambda m=m: loss_of(m, *batch(0), 0))
     assert torch.equal(twins[0][0].out.weight.grad, twins[1][0].out.weight.grad)

@@ -118,7 +118,7 @@ def step(model):
     torch.manual_seed(2)
     fogzo = fk.Fogzo(model.train(), total_steps=10, one_minus_beta=0.01, seed=3)
     model.zero_grad()
-    loss = fogzo.step(lambda: model(**batch(model)).loss)
+    loss = fogzo.backward(lambda: model(**batch(model)).loss)
     return {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}}
 
 

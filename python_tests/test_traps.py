@@ -156,17 +156,17 @@ def test_a_change_of_the_weights_is_an_error_at_the_next_step(change):
     model = quantized()
     model[2].weight.requires_grad_(False)
     fogzo = estimator(model)
-    fogzo.step(lambda: loss_of(model))
+    fogzo.backward(lambda: loss_of(model))
     model.zero_grad()
     change(model)
     with pytest.raises(RuntimeError, match="model must have the quantized weights that Fogzo was made with"):
-        fogzo.step(lambda: loss_of(model))
+        fogzo.backward(lambda: loss_of(model))
     assert all(p.grad is None for p in model.parameters())
     if change not in (dequantized, frozen):  # which leave no weight to train
         twin = estimator(model)
         twin.load_state_dict(fogzo.state_dict())
         if change is not tied:  # which no longer runs on these inputs
-            twin.step(lambda: loss_of(model))
+            twin.backward(lambda: loss_of(model))
 
 
 def normed(linear):
@@ -184,10 +184,10 @@ def normed(linear):
 def test_a_quantized_weight_that_is_made_anew_is_an_error(make_anew):
     model = quantized()
     fogzo = estimator(model)
-    fogzo.step(lambda: loss_of(model))
+    fogzo.backward(lambda: loss_of(model))
     model.zero_grad()
     make_anew(model[0])
-    for call in (lambda: fogzo.step(lambda: loss_of(model)), lambda: estimator(model)):
+    for call in (lambda: fogzo.backward(lambda: loss_of(model)), lambda: estimator(model)):
         with pytest.raises(ValueError, match=r"0.weight must be a Parameter of its quantized module"):
             call()
     assert all(p.grad is None for p in model.parameters())
@@ -205,7 +205,7 @@ def test_functional_call_with_other_weights_is_refused_inside_a_pass():
     twin = copy.deepcopy(model)
     twin.load_state_dict(others | {k: v for k, v in model.state_dict().items() if k not in others})
     assert torch.equal(outside, twin(X))
-    fogzo.step(lambda: functional_call(model, own, (X,)).square().mean())
+    fogzo.backward(lambda: functional_call(model, own, (X,)).square().mean())
     model.zero_grad()
     for bad in (0, 1, 2):
         passes = []
@@ -215,7 +215,7 @@ def test_functional_call_with_other_weights_is_refused_inside_a_pass():
             return functional_call(model, others if len(passes) > bad else own, (X,)).square().mean()
 
         with pytest.raises(RuntimeError, match="weight must be the parameter that Fogzo perturbs"):
-            fogzo.step(closure)
+            fogzo.backward(closure)
         assert len(passes) == bad + 1
         assert all(m.pass_weight is None for m in model.modules() if isinstance(m, fk.QuantLinear))
         model.zero_grad()
@@ -261,7 +261,7 @@ def test_a_loss_that_reads_a_weight_itself_is_an_error(read, name, node):
         with pytest.raises(
             RuntimeError, match=f"{re.escape(name)} must be used only by .* reads it in ({node})"
         ):
-            fogzo.step(lambda: model(TOKENS))
+            fogzo.backward(lambda: model(TOKENS))
         assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -281,14 +281,14 @@ def test_other_uses_are_no_error(read):
     model = Reads(read)
     fk.quantize_model(model, QUANTIZER)
     fogzo = estimator(model)
-    fogzo.step(lambda: model(TOKENS))
+    fogzo.backward(lambda: model(TOKENS))
     with torch.autocast("cpu"):
         model.zero_grad()
-        fogzo.step(lambda: model(TOKENS))
+        fogzo.backward(lambda: model(TOKENS))
     compiled = torch.compile(model, backend="aot_eager")
     twin = estimator(model)
     model.zero_grad()
-    twin.step(lambda: compiled(TOKENS))
+    twin.backward(lambda: compiled(TOKENS))
     assert model.linear.weight.grad is not None
 
 

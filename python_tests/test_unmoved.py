@@ -29,7 +29,7 @@ def steps(model, fogzo, optimizer, count=4, before=lambda step: None):
         if hasattr(optimizer, "fogzo"):
             optimizer.step(lambda: model(X).square().mean())
         else:
-            fogzo.step(lambda: model(X).square().mean())
+            fogzo.backward(lambda: model(X).square().mean())
             optimizer.step()
 
 
@@ -97,11 +97,11 @@ def test_frozen_or_waiting_alphas_draw_no_warning():
         model, weights, fogzo = network()
         for _ in range(3):
             model.zero_grad()
-            fogzo.step(lambda: model(X).square().mean())
+            fogzo.backward(lambda: model(X).square().mean())
             for p in weights:
                 p.data.add_(p.grad, alpha=-1e-3)
         for _ in range(3):  # no optimizer yet
             model.zero_grad()
-            fogzo.step(lambda: model(X).square().mean())
+            fogzo.backward(lambda: model(X).square().mean())
     with pytest.warns(UserWarning, match=WARNING):
         steps(model, fogzo, torch.optim.AdamW(weights, lr=1e-3))

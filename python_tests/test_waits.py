@@ -34,7 +34,7 @@ def network(layers):
 def test_gradients_of_0_are_looked_at_in_one_read(layers):
     model = network(layers)
     fogzo = fk.Fogzo(model, total_steps=4, kappa=0.1)
-    fogzo.step(lambda: model(torch.ones(3, 4)).sum())
+    fogzo.backward(lambda: model(torch.ones(3, 4)).sum())
     model.zero_grad(set_to_none=False)
     with Counts() as seen:
         fogzo._run.gradients.check_fresh([w.name for w in fogzo.weights])
@@ -59,7 +59,7 @@ def test_no_gradient_is_too_small_or_too_large_to_be_seen(dtype, value, at):
     model[at].weight.grad = torch.zeros(4, 4, dtype=dtype)
     model[at].weight.grad[2, 1] = value
     with pytest.raises(RuntimeError, match=rf"\.grad of {at}\.weight holds that of a backward outside"):
-        fogzo.step(lambda: model(torch.ones(3, 4, dtype=dtype)).sum())
+        fogzo.backward(lambda: model(torch.ones(3, 4, dtype=dtype)).sum())
 
 
 @pytest.mark.parametrize("ours", [fk.AdamW, fk.SGD])

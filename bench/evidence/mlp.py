@@ -165,7 +165,7 @@ def gradients(args: argparse.Namespace, job: Job, model: nn.Sequential) -> Calla
         seed=job.seed,
         backend=args.backend,
     )
-    return lambda x, y: fogzo.step(lambda: F.cross_entropy(model(x), y))
+    return lambda x, y: fogzo.backward(lambda: F.cross_entropy(model(x), y))
 
 
 def train(

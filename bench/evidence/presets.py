@@ -124,7 +124,7 @@ def train(args: argparse.Namespace, job: Job, progress: Callable[[], None]) -> R
             loss = model(rows, labels=rows).loss
             loss.backward()
         else:
-            loss = fogzo.step(lambda rows=rows: model(rows, labels=rows).loss)
+            loss = fogzo.backward(lambda rows=rows: model(rows, labels=rows).loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -128,7 +128,7 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
             loss = task.loss(model, job.seed, step)
             loss.backward()
         else:
-            loss = fogzo.step(lambda step=step: task.loss(model, job.seed, step))
+            loss = fogzo.backward(lambda step=step: task.loss(model, job.seed, step))
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()

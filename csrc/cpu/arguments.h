@@ -20,6 +20,7 @@ public:
   }
 
   int64_t integer() { return torch::stable::detail::to<int64_t>(*next_++); }
+  bool boolean() { return torch::stable::detail::to<bool>(*next_++); }
   double number() { return torch::stable::detail::to<double>(*next_++); }
   std::string text() { return text_of(*next_++); }
   Tensor tensor() { return Tensor(handle_of(*next_++)); }

@@ -90,36 +90,55 @@ private:
 };
 
 // How noise and guide make v, and how far the probes go.
-#define FOGZO_MIX "Tensor norm, Tensor one_minus_beta, float epsilon"
+// `factors` is one tensor or none: t of each tensor with noise.
+#define FOGZO_MIX "Tensor norm, Tensor one_minus_beta, float epsilon, Tensor[] factors"
 
 struct Mix {
   Tensor norm_tensor, one_minus_beta_tensor;
   double epsilon;
+  const Tensors &factors;
   float norm = 0.0f;
   double one_minus_beta = 0.0;
 
   explicit Mix(Arguments &a)
-      : norm_tensor(a.tensor()), one_minus_beta_tensor(a.tensor()), epsilon(a.number()) {}
+      : norm_tensor(a.tensor()), one_minus_beta_tensor(a.tensor()), epsilon(a.number()),
+        factors(a.given_tensors()) {}
 
-  void check(const Memory &memory) {
+  // `count`: how many tensors have noise.
+  void check(const Memory &memory, size_t count) {
+    require(factors.size() <= 1, "length");
+    for (const Tensor &t : factors) {
+      check_tensor(t, bit(Type::float32));
+      require(t.dim == 1 && t.numel == int64_t(count), "noise_factors");
+      const float *const begin = t.at<const float>();
+      require(std::all_of(begin, begin + count, [](float x) { return 0.0f <= x && std::isfinite(x); }),
+              "noise_factors");
+      memory.check(t, false);
+    }
     norm = scalar<float>(norm_tensor, Type::float32);
     one_minus_beta = scalar<double>(one_minus_beta_tensor, Type::float64);
     require(0.0 <= one_minus_beta && one_minus_beta <= 1.0, "one_minus_beta");
     memory.check(norm_tensor, false);
   }
 
+  // t of tensor i
+  float factor(size_t i) const { return factors.empty() ? 1.0f : factors[0].at<const float>()[i]; }
+
   // a / N of the contract: 0 unless N is finite and > 0
   double over_norm(double numerator) const { return std::isfinite(norm) && norm > 0 ? numerator / norm : 0.0; }
 };
 
-// What the probes returned. `counters` is one tensor or none: lost directions, lost norms, bad alphas.
-#define FOGZO_LOSSES "Tensor losses_plus, Tensor losses_minus, Tensor(z!)[] counters"
+// What the probes returned. `counters` is one tensor or none: lost directions, lost norms, bad alphas. `guided`:
+// there were no probes, and noise is in proportion to N.
+#define FOGZO_LOSSES "Tensor losses_plus, Tensor losses_minus, Tensor(z!)[] counters, bool guided"
 
 struct Losses {
   Tensor plus, minus;
   const Tensors &counters;
+  bool guided;
 
-  explicit Losses(Arguments &a) : plus(a.tensor()), minus(a.tensor()), counters(a.given_tensors()) {}
+  explicit Losses(Arguments &a)
+      : plus(a.tensor()), minus(a.tensor()), counters(a.given_tensors()), guided(a.boolean()) {}
 
   void check(int64_t least, const Memory &memory, const Mix &mix) const {
     for (const Tensor *t : {&plus, &minus}) {
@@ -127,7 +146,7 @@ struct Losses {
       require(t->dim == 1 && t->numel == plus.numel, "losses");
       memory.check(*t, false);
     }
-    require(least <= n() && n() <= kMaxDirection, "losses");
+    require((guided ? 0 : least) <= n() && n() <= (guided ? 0 : kMaxDirection), "losses");
     require(counters.size() <= 1, "length");
     for (const Tensor &t : counters) {
       check_tensor(t, bit(Type::int64));
@@ -137,6 +156,8 @@ struct Losses {
       for (const auto &[scalar, written] :
            {std::pair{&t, true}, {&plus, false}, {&minus, false}, {&mix.norm_tensor, false}})
         scalars.add(*scalar, written);
+      for (const Tensor &factor : mix.factors)
+        scalars.add(factor, false);
       scalars.check();
     }
   }

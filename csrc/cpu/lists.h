@@ -278,6 +278,16 @@ template <class Body> void for_each(const std::vector<Range> &ranges, Body body)
   });
 }
 
+// A kernel on all items, with an argument of each item's own: `set` changes a copy of `common` for item i.
+template <class Function, class Argument, class Set>
+void run_each(Function kernel, const std::vector<Operands> &items, const Argument &common, Set set) {
+  for_each(make_ranges(items), [&](int64_t, const Range &range) {
+    Argument own = common;
+    set(own, size_t(range.item - items.data()));
+    kernel(*range.item, own, range.begin, range.end);
+  });
+}
+
 // A kernel on all items, with its arguments.
 template <class Function, class... Given>
 void run(Function kernel, const std::vector<Operands> &items, const Given &...given) {

@@ -42,7 +42,9 @@ void guide_sumsq(Arguments a) {
   const Tensor out = a.tensor();
   const Tensors &grads = a.tensors(), &alphas = a.tensors();
   const int64_t r = a.integer();
-  double &result = scalar<double>(out, Type::float64);
+  const bool per_tensor = out.dim == 1;
+  check_tensor(out, bit(Type::float64));
+  require(out.numel == (per_tensor ? int64_t(grads.size()) : 1) && out.dim <= 1, "shape");
   const auto lists = lists_of(a, grads, {}, [&](Lists &lists) {
     lists.read(&Operands::grad, grads, kFloats);
     lists.set_cells(alphas, grads.size(), false);
@@ -55,10 +57,10 @@ void guide_sumsq(Arguments a) {
   for_each(ranges, [&](int64_t i, const Range &range) {
     partial[i] = best.sumsq(*range.item, float(r), range.begin, range.end);
   });
-  double sum = 0;
-  for (double x : partial)
-    sum += x;
-  result = sum;
+  double *const sums = out.at<double>();
+  std::fill_n(sums, out.numel, 0.0);
+  for (size_t i = 0; i < ranges.size(); ++i)
+    sums[per_tensor ? ranges[i].item - lists->items.data() : 0] += partial[i];
 }
 
 // ---- perturb and quantize
@@ -85,7 +87,7 @@ void perturb_quantize(Arguments a) {
   });
   check_alphas(alphas, grid.r);
   draw.check();
-  mix.check(lists->memory);
+  mix.check(lists->memory, latents.size());
 
   const Noise what = draw.noise(direction);
   const float sign = direction_sign(what.names.seed, what.names.step, what.names.direction);
@@ -95,7 +97,7 @@ void perturb_quantize(Arguments a) {
                        float(mix.over_norm(float(std::sqrt(1.0 - mix.one_minus_beta)) * sign)),
                        float(std::sqrt(mix.one_minus_beta) * draw.C),
                        float(mix.epsilon)};
-  run(kernels().perturb, lists->items, p);
+  run_each(kernels().perturb, lists->items, p, [&](Perturbation &own, size_t i) { own.b *= mix.factor(i); });
 }
 
 // ---- estimate
@@ -103,14 +105,32 @@ void perturb_quantize(Arguments a) {
 // A and B of the contract, from the losses. Not usable: the step is lost and g keeps the STE gradient.
 struct Coefficients {
   float A = 0.0f;
-  std::vector<float> B;
+  std::vector<float> B, scaled; // scaled: B times t of each tensor, in a row; empty where all t are 1
   bool usable = false;
+
+  void scale(const Tensors &factors) {
+    for (const Tensor &t : factors)
+      for (int64_t i = 0; i < t.numel; ++i)
+        for (const float b : B)
+          scaled.push_back(b * t.at<const float>()[i]);
+  }
+
+  const float *of_tensor(size_t i) const { return scaled.empty() ? B.data() : scaled.data() + i * B.size(); }
 };
 
 // Counts what is lost.
 Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &losses) {
   Coefficients c;
   const int64_t n = losses.n();
+  const bool norm_lost = !std::isfinite(mix.norm);
+  if (losses.guided) { // c = N, and s = 1
+    c.A = float(mix.over_norm(mix.norm * std::sqrt(1.0 - mix.one_minus_beta)));
+    c.B.push_back(float(mix.norm * std::sqrt(mix.one_minus_beta) * draw.C));
+    c.scale(mix.factors);
+    losses.count(0, norm_lost);
+    c.usable = !norm_lost;
+    return c;
+  }
   const float *plus = losses.plus.at<const float>(), *minus = losses.minus.at<const float>();
   double sum = 0;
   int64_t lost = 0;
@@ -123,8 +143,8 @@ Coefficients coefficients_of(const Draw &draw, const Mix &mix, const Losses &los
     sum += slope * direction_sign(uint64_t(draw.seed), uint32_t(draw.step), uint32_t(i));
     c.B.push_back(float(slope * std::sqrt(mix.one_minus_beta) * draw.C / double(n)));
   }
+  c.scale(mix.factors);
   c.A = float(mix.over_norm(sum * std::sqrt(1.0 - mix.one_minus_beta) / double(n)));
-  const bool norm_lost = !std::isfinite(mix.norm);
   losses.count(lost, norm_lost); // the third counter, of bad alphas, stays: they are refused
   c.usable = lost < n && !norm_lost;
   return c;
@@ -144,7 +164,7 @@ void estimate_gradient(Arguments a) {
   });
   check_alphas(alphas, r);
   draw.check();
-  mix.check(lists->memory);
+  mix.check(lists->memory, grads.size());
   losses.check(1, lists->memory, mix);
 
   const auto estimate = kernels().estimate;
@@ -152,7 +172,7 @@ void estimate_gradient(Arguments a) {
   if (!c.usable)
     return;
   const Estimate e{draw.noise(0), float(r), c.A, c.B.data(), int64_t(c.B.size())};
-  run(estimate, lists->items, e);
+  run_each(estimate, lists->items, e, [&](Estimate &own, size_t i) { own.B = c.of_tensor(i); });
 }
 
 // ---- the fused tail
@@ -182,22 +202,23 @@ void estimate_update(Arguments a) {
   });
   check_alphas(alphas, grid.r);
   draw.check();
-  mix.check(lists->memory);
+  mix.check(lists->memory, alphas.size());
   losses.check(0, lists->memory, mix);
 
   const auto update_latents = kernels().update;
   Tail tail{{draw.noise(0), float(grid.r), 1.0f, nullptr, 0}, update, grid.range(), false};
   Coefficients c;
-  if (losses.n()) {
+  if (losses.n() || losses.guided) {
     tail.skip = !std::isfinite(mix.norm);
     c = coefficients_of(draw, mix, losses);
   }
   if (c.usable) {
     tail.estimate.A = c.A;
-    tail.estimate.B = c.B.data();
     tail.estimate.directions = int64_t(c.B.size());
   }
-  run(update_latents, lists->items, tail);
+  run_each(update_latents, lists->items, tail, [&](Tail &own, size_t i) {
+    own.estimate.B = i < alphas.size() ? c.of_tensor(i) : nullptr;
+  });
 }
 
 // ---- quantize and its straight-through derivative

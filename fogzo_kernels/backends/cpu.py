@@ -35,9 +35,9 @@ def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tenso
     return out
 
 
-def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool, per_tensor: bool) -> Tensor:
     """Sum of the squares of delta * g, float64, or its root, float32; whatever the number of threads."""
-    out = torch.empty((), dtype=torch.float64)
+    out = torch.empty(len(grads) if per_tensor else (), dtype=torch.float64)
     sum_squares(out, grads, alphas, r)
     return out.sqrt_().float() if root else out
 
@@ -52,7 +52,7 @@ def flattened(op: str) -> Callable[..., None]:
     """
     native_op = getattr(native, op).default
     lists = [i for i, a in enumerate(native_op._schema.arguments) if str(a.type) == "List[Tensor]"]
-    prepared = [i for i in lists if native_op._schema.arguments[i].name != "counters"]
+    prepared = [i for i in lists if native_op._schema.arguments[i].name not in ("counters", "factors")]
 
     def run(*args: Any) -> None:
         flat: list[Any] = []
@@ -89,13 +89,15 @@ def updating(update: Update) -> tuple[Any, ...]:
 #: The groups of ``spec/call.py`` as native ops take them (csrc/cpu/call.h).
 FLAT: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     Draw: drawn,
-    Mix: tuple,
+    Mix: lambda mix: (*mix[:3], [] if mix.factors is None else [mix.factors]),
     Measure: tuple,
-    Losses: lambda losses: (losses.plus, losses.minus, [] if losses.counters is None else [losses.counters]),
+    Losses: lambda losses: (
+        losses.plus, losses.minus, [] if losses.counters is None else [losses.counters], losses.guided,
+    ),
     Grid: lambda grid: (grid.qmin, grid.qmax, grid.offset, grid.r),
     StraightThrough: lambda straight_through: (straight_through.variant,),
     Update: updating,
-}
+}  # fmt: skip
 
 sum_squares = flattened("guide_sumsq")
 perturb_quantize_ = flattened("perturb_quantize")

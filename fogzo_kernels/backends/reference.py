@@ -125,12 +125,16 @@ def usable(norm: Tensor) -> Tensor:
     return torch.isfinite(norm) & (norm > 0)
 
 
-def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool, per_tensor: bool) -> Tensor:
     """Sum of the squares of delta * g, float64, or its root, float32."""
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for g, alpha in zip(grads, alphas, strict=True):
-        total += (g.flatten().double() * delta_of(alpha, r, g).double()).square().sum()
-    return total.sqrt().float() if root else total
+    terms = [
+        (g.flatten().double() * delta_of(alpha, r, g).double()).square().sum()
+        for g, alpha in zip(grads, alphas, strict=True)
+    ]
+    sums = torch.stack(terms)
+    if per_tensor:
+        return sums
+    return sums.sum().sqrt().float() if root else sums.sum()
 
 
 def perturb_quantize_(
@@ -151,8 +155,10 @@ def perturb_quantize_(
     a = torch.where(usable(mix.norm), guide / mix.norm, 0.0)
     b = (torch.sqrt(omb) * DISTRIBUTIONS[draw.distribution]).float()
     eps = torch.tensor(mix.epsilon, dtype=torch.float32, device=device)
+    noise_sizes = b * sizes(mix, len(latents))
     for i, (theta, g, alpha) in enumerate(zip(latents, grads, alphas, strict=True)):
         m = noise_m(elements(theta.numel(), draw.layouts[i], device), draw, direction, draw.tensor_ids[i])
+        b = noise_sizes[i]
         delta = delta_of(alpha, grid.r, theta)
         gam, v, x = a * delta, b * m, theta.flatten()
         for out, signed_eps in ((plus, eps), (minus, -eps)):
@@ -170,9 +176,15 @@ def estimate_gradient_(
 ) -> None:
     """Replace g by G = A g + (1 / delta) sum_i B_i m_i."""
     A, B, keep = coefficients(grads, alphas, draw, mix, losses)
+    t = sizes(mix, len(grads))
     for i, (g, alpha) in enumerate(zip(grads, alphas, strict=True)):
-        G = estimate(g, alpha, A, B, draw, i, r, block)
+        G = estimate(g, alpha, A, B * t[i], draw, i, r, block)
         g.copy_(torch.where(keep, g, G.to(g.dtype).view(g.shape)))
+
+
+def sizes(mix: Mix, count: int) -> Tensor:
+    """t of each tensor."""
+    return torch.ones(count, dtype=torch.float32, device=mix.norm.device) if mix.factors is None else mix.factors
 
 
 def coefficients(
@@ -180,11 +192,15 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A, the B_i, and whether the gradient stays as it is; counts what was lost."""
     n, device = losses.plus.numel(), mix.norm.device
-    eps = torch.tensor(mix.epsilon, dtype=torch.float32, device=device).double()
-    c = (losses.plus.double() - losses.minus.double()) / (2 * eps)
-    finite = torch.isfinite(c.float())
-    c = torch.where(finite, c, 0.0) / n
-    signs = torch.stack([sign(draw, i, device) for i in range(n)])
+    if losses.guided:
+        c = mix.norm.double().view(1)
+        finite, signs = torch.ones(1, dtype=torch.bool, device=device), torch.ones_like(c)
+    else:
+        eps = torch.tensor(mix.epsilon, dtype=torch.float32, device=device).double()
+        c = (losses.plus.double() - losses.minus.double()) / (2 * eps)
+        finite = torch.isfinite(c.float())
+        c = torch.where(finite, c, 0.0) / n
+        signs = torch.stack([sign(draw, i, device) for i in range(n)])
     omb = mix.one_minus_beta.to(device)
     over_norm = torch.where(usable(mix.norm), 1 / mix.norm.double(), 0.0)
     A = ((c * signs).sum() * torch.sqrt(1 - omb) * over_norm).float()
@@ -223,16 +239,17 @@ def estimate_update_(
     block: int,
 ) -> None:
     """G, the optimizer's step with it, then Q(theta)."""
-    n, device, rule = losses.plus.numel(), mix.norm.device, update.rule
+    n, device, rule = losses.directions, mix.norm.device, update.rule
     keep, skip = torch.tensor(True, device=device), torch.tensor(False, device=device)
     if n:
         skip = ~torch.isfinite(mix.norm)
         A, B, keep = coefficients(grads, alphas, draw, mix, losses)
+    t = sizes(mix, len(alphas))
     lr, count = update.lr.to(device), update.optimizer_step.to(device)
     for i, (latent, grad) in enumerate(zip(latents, grads, strict=True)):
         G = grad.flatten().float()
         if n and i < len(alphas):
-            G = torch.where(keep, G, estimate(grad, alphas[i], A, B, draw, i, grid.r, block))
+            G = torch.where(keep, G, estimate(grad, alphas[i], A, B * t[i], draw, i, grid.r, block))
         theta = update.masters[i] if update.masters else latent
         state = [s[i] for s in update.states]
         new = updated(rule, lr, count, theta.flatten().float(), G, [s.flatten() for s in state])

@@ -58,8 +58,16 @@ def tensor(name: str, given: Tensor) -> Tensor:
     return given
 
 
-def losses(plus: Tensor, minus: Tensor) -> dict[str, Tensor]:
-    return {"losses_plus": tensor("losses_plus", plus), "losses_minus": tensor("losses_minus", minus)}
+def losses(plus: Tensor | None, minus: Tensor | None, norm: Tensor) -> dict[str, Any]:
+    """Losses of probes; None for both: guided noise, which has none."""
+    if plus is None and minus is None:
+        none = tensor("norm", norm).new_empty(0)
+        return {"losses_plus": none, "losses_minus": none, "guided": True}
+    for name, given in (("losses_plus", plus), ("losses_minus", minus)):
+        if given is None:
+            raise TypeError(f"{name} must be a Tensor where the other losses are one, got None")
+        tensor(name, given)
+    return {"losses_plus": plus, "losses_minus": minus, "guided": False}
 
 
 def scalar(name: str, given: float | Tensor) -> Tensor:
@@ -98,6 +106,7 @@ def noisy(
     tensor_ids: Sequence[int] | None = None,
     layouts: Sequence[Layout] | None = None,
     epsilon_scale: float = 1.0,
+    noise_factors: Tensor | None = None,
     count: int | None = None,
 ) -> dict[str, Any]:
     """Grid, noise and how it is mixed, as schemas write them; the noise is drawn for the first of ``like``.
@@ -122,6 +131,7 @@ def noisy(
         "layouts": places,
         "distribution": straight_through.distribution,
         "epsilon": straight_through.epsilon(grid, epsilon_scale),
+        "noise_factors": None if noise_factors is None else tensor("noise_factors", noise_factors),
     }
 
 

@@ -195,10 +195,14 @@ def draw(draw: Draw, like: Tensors) -> None:
             raise ValueError(f"{name} must have {len(like)} entries, got {len(getattr(draw, name))}")
 
 
-def mix(mix: Mix, like: Tensors) -> None:
-    """The norm on the tensors' device; one_minus_beta there or on the CPU."""
+def mix(mix: Mix, like: Tensors, count: int) -> None:
+    """The norm on the tensors' device, and a factor for each of the ``count`` with noise; one_minus_beta there or
+    on the CPU.
+    """
     scalar_tensor("norm", mix.norm, torch.float32, like[0].device if like else None)
     host_or(mix.norm.device, one_minus_beta=mix.one_minus_beta)
+    if mix.factors is not None:
+        vector("noise_factors", mix.factors, torch.float32, count, mix.norm.device)
 
 
 def losses(losses: Losses, device: torch.device, least: int) -> None:
@@ -217,7 +221,7 @@ def losses(losses: Losses, device: torch.device, least: int) -> None:
 def vector(name: str, t: Tensor, dtype: torch.dtype, length: int | None, device: torch.device) -> None:
     """A contiguous tensor of one dimension."""
     if t.dtype != dtype or t.ndim != 1 or length not in (None, t.shape[0]) or not t.is_contiguous():
-        kind = f"a contiguous {named([dtype])}" if length is None else f"an {named([dtype])}"
+        kind = f"a contiguous {named([dtype])}" if length is None or dtype.is_floating_point else "an int64"
         raise TypeError(
             f"{name} must be {kind} tensor of shape ({length or 'n'},), got {named([t.dtype])} {shape(t)}"
         )

@@ -17,8 +17,8 @@ from .listop import NAMES, STATE, ListOp
 
 def estimate_gradient_(
     grads: TensorOrList,
-    losses_plus: Tensor,
-    losses_minus: Tensor,
+    losses_plus: Tensor | None,
+    losses_minus: Tensor | None,
     alphas: TensorOrList,
     norm: Tensor,
     *,
@@ -30,6 +30,7 @@ def estimate_gradient_(
     tensor_ids: Sequence[int] | None = None,
     layouts: Sequence[Layout] | None = None,
     epsilon_scale: float = 1.0,
+    noise_factors: Tensor | None = None,
     counters: Tensor | None = None,
     transform: Hadamard | None = None,
     backend: str | None = None,
@@ -38,12 +39,13 @@ def estimate_gradient_(
 
     G = (1/n) sum_i c_i v_i / delta with c_i = (L_i+ - L_i-) / (2 eps) (paper section 3; contract
     section 1); v_i is drawn again from its names, so all of them must be those of
-    :func:`perturb_quantize_`, with direction i for loss i.
+    :func:`perturb_quantize_`, with direction i for loss i. Without losses, guided noise:
+    G = (sqrt(beta) delta g + sqrt(1 - beta) N t u) / delta, by the noise of direction 0.
 
     Args:
         grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device;
             they receive G, rounded once to their dtype.
-        losses_plus, losses_minus: float32, shape (n,), on the device.
+        losses_plus, losses_minus: float32, shape (n,), on the device; None for both: guided noise, no probes.
         alphas: float32, one for each gradient: one element, one per row, or one per group of a row.
         norm: guide norm N, 0-dim float32 on the device.
         grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
@@ -54,6 +56,8 @@ def estimate_gradient_(
         layouts: where each tensor lies in its parameter, ``(offset, inner, stride)``: local element j is
             element ``offset + (j // inner) * stride + j % inner``; by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes.
+        noise_factors: a factor of the noise of each tensor, from :func:`noise_factors`: float32, shape
+            (tensors,), finite and >= 0, on the device; by default 1 for each (contract section 1).
         counters: int64, shape (3,), on the device; counts directions whose c_i was not finite (they
             count as 0), steps whose norm was not finite, and alphas that were not finite or not
             > 0. If every direction or the norm is lost, the gradients stay as they were.
@@ -67,16 +71,17 @@ def estimate_gradient_(
     """
     grads = arguments.tensors("grads", grads)
     noise = arguments.noisy(
-        grads, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale
-    )
+        grads, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale,
+        noise_factors,
+    )  # fmt: skip
     lists = {"grads": grads, "counters": counters, "alphas": alphas}
-    losses = arguments.losses(losses_plus, losses_minus)
+    losses = arguments.losses(losses_plus, losses_minus, norm)
     op(**lists, **losses, **noise, backend=backend, block=block_of(transform))
 
 
 op = ListOp(
     "estimate_gradient_(Tensor(a!)[] grads, Tensor(b!)[] counters, Tensor losses_plus, Tensor losses_minus,"
     f" Tensor[] alphas, {STATE}, {NAMES}, int r, str distribution, float epsilon,"
-    " str? backend, int block=0) -> ()",
+    " str? backend, int block=0, Tensor? noise_factors=None, bool guided=False) -> ()",
     {"grads": FLOATS},
 )

@@ -109,7 +109,8 @@ class ListOp:
         ]
         self.prepared = [name for name in self.schema.lists if name != "counters"]
         self.known: OrderedDict[Any, Known] = OrderedDict()
-        self.scalars = [name for name in ("norm", "losses_plus", "losses_minus") if name in self.schema.names]
+        small = "norm", "losses_plus", "losses_minus", "noise_factors"
+        self.small = [name for name in small if name in self.schema.names]
         self.rest = check, [*inspect.signature(check).parameters] if check else []
         self.op = self.schema.register(self.run, self.fake)
 
@@ -204,11 +205,12 @@ class ListOp:
         call = self.grouped(call)
         self.check_scalars(call)
         self.check_values(call)
-        for name in self.scalars:
+        small = [name for name in self.small if call[name] is not None]
+        for name in small:
             known.spans.check(call[name], False)
         for counters in call.get("counters", ()):
             known.spans.check(counters, True)
-            memory.Spans({"counters": [counters]}, {name: [call[name]] for name in self.scalars})
+            memory.Spans({"counters": [counters]}, {name: [call[name]] for name in small})
         return call
 
     def check_kinds(self, call: Call) -> None:
@@ -235,13 +237,14 @@ class ListOp:
 
     def check_scalars(self, call: Call) -> None:
         if "mix" in call:
-            checks.mix(call["mix"], call[self.first])
+            checks.mix(call["mix"], call[self.first], len(self.noisy(call)))
         if "update" in call:
             checks.host_or(call["norm"].device, lr=call["lr"], optimizer_step=call["optimizer_step"])
         if "draw" in call:
             checks.draw(call["draw"], self.noisy(call))
         if "losses" in call:
-            checks.losses(call["losses"], call["norm"].device, least=0 if "update" in call else 1)
+            least = 0 if "update" in call or call["guided"] else 1
+            checks.losses(call["losses"], call["norm"].device, least)
 
     def noisy(self, call: Call) -> Sequence[Tensor]:
         """The tensors with alpha and noise: in the fused tail, the first ones."""
@@ -263,7 +266,7 @@ class ListOp:
             return call
         if "draw" in call:
             memory.shards(call["draw"].tensor_ids, call["draw"].layouts, map(Tensor.numel, self.noisy(call)))
-        self.spans(call, [*self.schema.lists, *self.scalars])
+        self.spans(call, [*self.schema.lists, *[name for name in self.small if call[name] is not None]])
         return call
 
     def spans(self, call: Call, names: Sequence[str]) -> memory.Spans:
@@ -358,8 +361,10 @@ grid_of = functools.lru_cache(KEPT)(Grid)
 #: Each group that a backend takes, from the flat arguments.
 GROUPS: dict[str, Callable[[Call], Any]] = {
     "draw": lambda c: Draw(c["distribution"], c["seed"], c["step"], *names_of(c)),
-    "mix": lambda c: Mix(c["norm"], c["one_minus_beta"], c["epsilon"]),
-    "losses": lambda c: Losses(c["losses_plus"], c["losses_minus"], next(iter(c["counters"]), None)),
+    "mix": lambda c: Mix(c["norm"], c["one_minus_beta"], c["epsilon"], c["noise_factors"]),
+    "losses": lambda c: Losses(
+        c["losses_plus"], c["losses_minus"], next(iter(c["counters"]), None), c["guided"]
+    ),
     "grid": lambda c: grid_of(c["qmin"], c["qmax"], c["offset"], c["r"]),
     "straight_through": lambda c: StraightThrough.of_variant(c["straight_through"]),
     "measure": lambda c: Measure(*[c[name] for name in Measure._fields]),

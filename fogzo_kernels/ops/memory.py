@@ -14,6 +14,7 @@ from ..spec.noise import MAX_ELEMENT, MAX_STEP, MAX_TENSOR_ID, Layout, check_ran
 from .checks import finite, unit_interval
 
 DELTA_RANGE = (2.0**-100, 2.0**100)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 Tensors = Sequence[Tensor]
 NBYTES = operator.attrgetter("nbytes")
@@ -23,11 +24,15 @@ NBYTES = operator.attrgetter("nbytes")
 
 
 def numbers(draw: Draw | None = None, mix: Mix | None = None, update: Update | None = None) -> None:
-    """Step, one_minus_beta, lr and optimizer_step are in range, those that lie on the CPU."""
+    """Step, one_minus_beta, noise_factors, lr and optimizer_step are in range, those that lie on the CPU."""
     if draw is not None and draw.step.is_cpu:
         check_range("step", int(draw.step), MAX_STEP)
     if mix is not None and mix.one_minus_beta.is_cpu:
         unit_interval("one_minus_beta", float(mix.one_minus_beta))
+    if mix is not None and mix.factors is not None and mix.factors.is_cpu:
+        if not in_range(mix.factors, 0.0, FLOAT32_MAX):
+            least, most = map(float, torch.aminmax(mix.factors))
+            raise ValueError(f"noise_factors must be finite and >= 0, got {least:g}..{most:g}")
     if update is None:
         return
     if update.lr.is_cpu:

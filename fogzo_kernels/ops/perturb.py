@@ -32,6 +32,7 @@ def perturb_quantize_(
     tensor_ids: Sequence[int] | None = None,
     layouts: Sequence[Layout] | None = None,
     epsilon_scale: float = 1.0,
+    noise_factors: Tensor | None = None,
     transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
@@ -57,6 +58,8 @@ def perturb_quantize_(
         layouts: where each tensor lies in its parameter, ``(offset, inner, stride)``: local element j is
             element ``offset + (j // inner) * stride + j % inner``; by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes.
+        noise_factors: a factor of the noise of each tensor, from :func:`noise_factors`: float32, shape
+            (tensors,), finite and >= 0, on the device; by default 1 for each (contract section 1).
         transform: of the quantizer: latents and grads are those of the weight as it is, and the outputs are of
             the rotated one, in that basis, which is where the noise goes. Its blocks divide the last
             dimension, and each has one alpha.
@@ -68,8 +71,9 @@ def perturb_quantize_(
     """
     latents = arguments.tensors("latents", latents)
     noise = arguments.noisy(
-        latents, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale
-    )
+        latents, norm, grid, straight_through, one_minus_beta, seed, step, tensor_ids, layouts, epsilon_scale,
+        noise_factors,
+    )  # fmt: skip
     direction = check_range("direction", direction, MAX_DIRECTION)
     lists = {"plus": plus, "minus": minus, "latents": latents, "grads": grads, "alphas": alphas}
     op(**lists, **noise, direction=direction, backend=backend, block=block_of(transform))
@@ -88,7 +92,7 @@ def check(plus: Sequence[Tensor], minus: Sequence[Tensor], latents: Sequence[Ten
 op = ListOp(
     "perturb_quantize_(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] latents, Tensor[] grads,"
     f" Tensor[] alphas, {STATE}, SymInt direction, {NAMES}, {GRID}, str distribution,"
-    " float epsilon, str? backend, int block=0) -> ()",
+    " float epsilon, str? backend, int block=0, Tensor? noise_factors=None) -> ()",
     {"latents": FLOATS, "grads": FLOATS, "plus": OUTPUTS, "minus": OUTPUTS},
     check,
 )

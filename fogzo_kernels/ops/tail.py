@@ -46,6 +46,8 @@ class TailOptions(NoiseOptions, total=False):
         tensor_ids: one per alpha; by default 0, 1, 2, ...
         layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
+        noise_factors: a factor of the noise of each tensor that has an alpha, from :func:`noise_factors`: float32,
+            shape (alphas,), finite and >= 0, on the device; by default 1 for each (contract section 1).
         masters: float32 copies of bfloat16 or float16 latents, updated instead; latents are the rounded copy.
         quantized: one output per alpha that receives the next Q(latent), or codes if int8.
         counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
@@ -59,6 +61,7 @@ class TailOptions(NoiseOptions, total=False):
     tensor_ids: Sequence[int] | None
     layouts: Sequence[Layout] | None
     epsilon_scale: float
+    noise_factors: Tensor | None
     masters: TensorOrList | None
     quantized: TensorOrList | None
     counters: Tensor | None
@@ -80,8 +83,8 @@ def estimate_adamw_(
     grads: TensorOrList,
     exp_avgs: TensorOrList,
     exp_avg_sqs: TensorOrList,
-    losses_plus: Tensor,
-    losses_minus: Tensor,
+    losses_plus: Tensor | None,
+    losses_minus: Tensor | None,
     alphas: TensorOrList,
     norm: Tensor,
     *,
@@ -103,7 +106,8 @@ def estimate_adamw_(
             others take their gradient as it is.
         grads: of the latents' shapes.
         exp_avgs, exp_avg_sqs: float32 state, of the latents' shapes, zero before the first step.
-        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
+        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g. None
+            for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
         alphas: float32: one element, one per row, or one per group of the last dimension.
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.
@@ -119,7 +123,7 @@ def estimate_adamw_(
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists = {"latents": latents, "grads": grads, "alphas": alphas}
     numbers = {"lr": lr, "optimizer_step": optimizer_step}
-    update(rule, states, lists, arguments.losses(losses_plus, losses_minus), norm, numbers, common)
+    update(rule, states, lists, arguments.losses(losses_plus, losses_minus, norm), norm, numbers, common)
 
 
 @documented
@@ -127,8 +131,8 @@ def estimate_sgd_(
     latents: TensorOrList,
     grads: TensorOrList,
     momentum_buffers: TensorOrList | None,
-    losses_plus: Tensor,
-    losses_minus: Tensor,
+    losses_plus: Tensor | None,
+    losses_minus: Tensor | None,
     alphas: TensorOrList,
     norm: Tensor,
     *,
@@ -150,7 +154,8 @@ def estimate_sgd_(
             others take their gradient as it is.
         grads: of the latents' shapes.
         momentum_buffers: float32, of the latents' shapes, zero before the first step; None without momentum.
-        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
+        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g. None
+            for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
         alphas: float32: one element, one per row, or one per group of the last dimension.
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.
@@ -168,14 +173,14 @@ def estimate_sgd_(
     states = {"momentum_buffers": momentum_buffers}
     lists = {"latents": latents, "grads": grads, "alphas": alphas}
     numbers = {"lr": lr, "optimizer_step": optimizer_step}
-    update(rule, states, lists, arguments.losses(losses_plus, losses_minus), norm, numbers, common)
+    update(rule, states, lists, arguments.losses(losses_plus, losses_minus, norm), norm, numbers, common)
 
 
 def update(
     rule: UpdateRule,
     states: Mapping[str, TensorOrList | None],
     lists: Mapping[str, TensorOrList],
-    losses: Mapping[str, Tensor],
+    losses: Mapping[str, Any],
     norm: Tensor,
     numbers: Mapping[str, float | Tensor],
     common: TailOptions,
@@ -215,7 +220,7 @@ op = ListOp(
     " Tensor(d!)[] counters, Tensor(e!)[] first, Tensor(f!)[] second, Tensor[] grads, Tensor losses_plus,"
     f" Tensor losses_minus, Tensor[] alphas, {STATE}, {NAMES}, {GRID}, str distribution, float epsilon,"
     " Tensor lr, Tensor optimizer_step, str kind, str[] hyperparameters, float[] values, bool nesterov,"
-    " str? backend, int block=0) -> ()",
+    " str? backend, int block=0, Tensor? noise_factors=None, bool guided=False) -> ()",
     {"latents": FLOATS, "grads": FLOATS},
     check,
 )

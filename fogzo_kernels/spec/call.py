@@ -31,14 +31,21 @@ class Mix(NamedTuple):
     norm: Tensor  # N, float32, on the device
     one_minus_beta: Tensor  # float64
     epsilon: float  # in units of delta
+    factors: Tensor | None  # t, float32, (tensors,), on the device; None: 1 for each
 
 
 class Losses(NamedTuple):
-    """What the probes found, one entry per direction (contract section 1)."""
+    """What the probes found, one entry per direction (contract section 1); guided noise has no probes."""
 
     plus: Tensor  # float32, (n,)
     minus: Tensor  # float32, (n,)
     counters: Tensor | None  # int64, (3,): lost directions, lost norms, bad alphas (contract section 5)
+    guided: bool  # no losses, but noise in proportion to N: one direction, c = N, s = 1
+
+    @property
+    def directions(self) -> int:
+        """Directions that the estimate adds up."""
+        return 1 if self.guided else self.plus.numel()
 
 
 class Update(NamedTuple):

@@ -36,7 +36,8 @@ class Fogzo:
         model: a module with trainable quantized weights, all on one device.
         total_steps: steps over which beta decays from 1.
         one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
-        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size. Give one of the two.
+        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size; 0.1 where neither of the two is
+            given.
         directions: n, the pairs of probes per step; 1 in practice.
         seed: of the noise, unsigned 64 bits.
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
@@ -198,8 +199,8 @@ class Fogzo:
     # ---- a step
 
     @uncompiled
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Run all passes of one batch and leave the estimates in ``.grad``.
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Run all passes of one batch and leave the estimates in ``.grad``; no parameter moves.
 
         Args:
             closure: runs the model and returns the loss; it does not call ``backward``.
@@ -236,7 +237,7 @@ class Fogzo:
         changes elsewhere it has changed three times.
 
         Args:
-            closure: as for :meth:`step`.
+            closure: as for :meth:`backward`.
 
         Returns:
             What the passes of a step do not see alike, a sentence each; empty if there is nothing. Not found

@@ -17,6 +17,7 @@ from ..spec.noise import MAX_DIRECTION, MAX_SEED, MAX_STEP
 
 Number = TypeVar("Number", float, Tensor)
 
+KAPPA = 0.1  # where neither kappa nor 1 - beta is given
 SCHEDULES = ("linear", "constant")
 #: Settings that states written before have, and the one value of each that a step still has.
 RETIRED = {"difference": "central", "probe_share": 1.0}
@@ -117,9 +118,9 @@ def loaded(
 
 def final_one_minus_beta(value: float | None, kappa: float | None, weights: int) -> float:
     """1 - beta at the end, given as it is or as kappa = (1 - beta) * weights."""
-    if (value is None) == (kappa is None):
-        raise ValueError(f"one of one_minus_beta and kappa must be given, got {value} and {kappa}")
     if value is not None:
+        if kappa is not None:
+            raise ValueError(f"one_minus_beta and kappa must not both be given, got {value} and {kappa}")
         if isinstance(value, (int, float)) and 0.5 < value < 1:
             warnings.warn(
                 f"one_minus_beta is 1 - beta, got {value}: with almost no guide. For beta = {value} give"
@@ -127,7 +128,7 @@ def final_one_minus_beta(value: float | None, kappa: float | None, weights: int)
                 stacklevel=3,
             )
         return value
-    assert kappa is not None
+    kappa = min(KAPPA, weights) if kappa is None else kappa
     check_number("kappa", kappa)
     if not 0 <= kappa <= weights:
         raise ValueError(f"kappa must be in 0..{weights}, the number of weights, got {kappa}")

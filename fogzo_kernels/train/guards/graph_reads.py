@@ -22,7 +22,7 @@ ALLOWED = ("fogzo_quantize", "QuantizedBackward", "Deferred", "CompiledFunction"
 WITHOUT_AUTOGRAD = re.compile(r"requires?[_ ]grad|require gradient")
 DERIVATIVE = (
     "a probe runs without autograd, and its forward asked for a derivative: put `with torch.enable_grad():`"
-    " around the part that differentiates; fogzo.step and fogzo.run with a closure do so by themselves"
+    " around the part that differentiates; fogzo.backward and fogzo.run with a closure do so by themselves"
 )
 
 
