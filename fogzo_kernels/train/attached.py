@@ -36,8 +36,8 @@ class Attached:
         run, optimizer = self._fogzo._run, self.optimizer
         if run.settings.directions:
             raise ValueError(
-                f"directions must be 0 for attach, got {run.settings.directions}: probes need a closure, or passes,"
-                " that run the model again (fogzo.backward, fogzo.probes); guided noise needs no probes"
+                f"directions must be 0 for attach, got {run.settings.directions}: probes run the model again, by"
+                " a closure or passes (fogzo.backward, fogzo.probes); guided noise has none"
             )
         if run.attached is not None:
             raise RuntimeError(
@@ -50,8 +50,9 @@ class Attached:
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise ValueError(
-                f"optimizer must have every quantized weight of the model, got one without {others[0]}{more}: N is"
-                " the norm of all gradients. With several optimizers call fogzo.probes() and fogzo.estimate_()"
+                f"optimizer must have every quantized weight of the model, got one without {others[0]}{more}:"
+                " the noise is in proportion to the norm of all gradients. For several optimizers run"
+                " fogzo.backward(closure), then their steps"
             )
 
     def remove(self) -> None:
@@ -60,7 +61,7 @@ class Attached:
         if self._fogzo._run.attached is self:
             self._fogzo._run.attached = None
             if self._fused:
-                self.optimizer.fogzo = None  # type: ignore[attr-defined]
+                self.optimizer.fogzo = None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Add the noise now, or, where the step runs a closure, after that."""

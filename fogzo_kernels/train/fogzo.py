@@ -31,15 +31,17 @@ class Fogzo:
     Each step runs the gradient pass, then, for each direction, a probe with weights
     Q(w + eps v) and one with Q(w - eps v), and replaces the straight-through gradients of the
     quantized weights by the estimate. With ``directions=0`` a step has no probes: guided noise joins the
-    gradients, in proportion to their norm, and with ``kappa=0`` the step is plain straight-through. Probes run without autograd unless a closure differentiates, see the
-    same dropout masks, and leave latents, buffers and generators as after a plain step; so does an exception.
+    gradients, in proportion to their norm, and with ``kappa=0`` the step is plain straight-through.
+
+    Probes run without autograd unless a closure differentiates, see the same dropout masks, and leave latents,
+    buffers and generators as after a plain step; so does an exception.
 
     Args:
         model: a module with trainable quantized weights, all on one device.
         total_steps: steps over which beta decays from 1.
         one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
-        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size; 0.1 where neither of the two is
-            given.
+        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size. 0.1 where neither of
+            the two is given.
         directions: n, the pairs of probes per step; 1 in the paper. 0: guided noise, no probes.
         seed: of the noise, unsigned 64 bits.
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
@@ -319,9 +321,9 @@ class Fogzo:
         finite is lost: it changes no parameter of the model.
 
         Args:
-            optimizer: any of PyTorch's, or :class:`fogzo_kernels.AdamW` or :class:`fogzo_kernels.SGD`, which add
-                the noise in one pass with their update. It has all quantized weights. A wrapper of accelerate or
-                Lightning is looked through.
+            optimizer: any of PyTorch's, or :class:`fogzo_kernels.AdamW` or :class:`fogzo_kernels.SGD`, which
+                add the noise in one pass with their update. It has all quantized weights. Of a wrapper
+                (accelerate's, Lightning's) the optimizer inside gets the hook.
 
         Returns:
             An object whose ``remove()`` ends this.

@@ -149,7 +149,7 @@ class Step:
 
     @torch.no_grad()
     def take_over(self) -> None:
-        """Go on with the gradients that a training loop has left, as a gradient pass of this step would have."""
+        """Go on with the gradients that a training loop has left, instead of a gradient pass."""
         self.taken_over = self.passes[0].done = True
         self.passes[0].losses = 1
         try:
