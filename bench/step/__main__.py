@@ -44,7 +44,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     for name, (kind, default) in AXES.items():
         choices = SHAPES if name == "model" else None
-        add(f"--{name.replace('_', '-')}", nargs="+", type=kind, default=[default], choices=choices, help=HELP.get(name))
+        add(
+            f"--{name.replace('_', '-')}",
+            nargs="+",
+            type=kind,
+            default=[default],
+            choices=choices,
+            help=HELP.get(name),
+        )
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help=f"{BASE} is always measured")
     add("--context", type=int, default=64, help="tokens of a row, of llama")
     add("--turns", type=int, default=30, help="steps of each method")

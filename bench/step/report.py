@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import torch
+
 from .measure import Row
 from .methods import BASE
 from .models import Setting
@@ -36,7 +38,7 @@ def table(rows: list[Row]) -> str:
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles([*values, *values][: max(len(values), 2)], n=4, method="inclusive")
+    low, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.75])).tolist()
     return low, high
 
 
@@ -76,7 +78,7 @@ def parts(rows: list[Row]) -> str:
 
 
 def plot(found: Found, names: list[str], path: Path) -> None:
-    """A group of bars for each setting, a bar and a colour for each method; the rest is pale, on top of passes."""
+    """A group of bars for each setting, a colour for each method; the rest is pale, on top of passes."""
     import matplotlib
 
     matplotlib.use("Agg")
