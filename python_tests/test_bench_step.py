@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 
 import pytest
@@ -258,6 +259,21 @@ def test_peak_is_what_is_held_at_once():
         return step
 
     assert peak_of(make, CPU) == 4 * 15_000
+
+
+def test_garbage_of_an_earlier_method_does_not_count():
+    def make_cycle():
+        cycle = [torch.zeros(10_000)]
+        cycle.append(cycle)
+        return lambda clock: None
+
+    def make():
+        gc.collect()
+        kept = torch.zeros(5_000)
+        return lambda clock: kept.zero_()
+
+    assert peak_of(make_cycle, CPU) == 4 * 10_000
+    assert peak_of(make, CPU) == 4 * 5_000
 
 
 def test_a_step_of_fogzo_needs_at_most_one_quantized_copy_more():
