@@ -36,8 +36,8 @@ class Attached:
         run, optimizer = self._fogzo._run, self.optimizer
         if run.settings.directions:
             raise ValueError(
-                f"directions must be 0 for attach, got {run.settings.directions}: probes run the model again, by"
-                " a closure or passes (fogzo.backward, fogzo.probes); guided noise has none"
+                f"directions must be 0 for attach, got {run.settings.directions}: probes run the model again,"
+                " by a closure or passes (fogzo.backward, fogzo.probes); guided noise has none"
             )
         if run.attached is not None:
             raise RuntimeError(
