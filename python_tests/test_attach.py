@@ -35,7 +35,7 @@ def loss_of(model, step, part=slice(None)):
 
 
 def adam(model, fused, **options):
-    """``fused``: this package's optimizer; "torch": PyTorch's, which takes the scale of a gradient scaler too."""
+    """``fused``: this package's optimizer; "torch": PyTorch's, which takes a gradient scaler's scale too."""
     kind = fk.AdamW if fused is True else torch.optim.AdamW
     options |= {"fused": True} if fused == "torch" else {}
     return kind(fk.parameter_groups(model, weight_decay=0.1), lr=0.01, **options)
