@@ -17,6 +17,7 @@ from support.sharded_models import (
     made,
     optimizer_of,
     train,
+    train_attached,
     values_of,
     with_inputs,
 )
@@ -59,6 +60,8 @@ def everything(rank, cases=tuple(CASES)):
             found[case, before] = train(model, case), values_of(model)
     model = made("learned row", shard)
     found["learned row", "estimate_"] = train(model, "learned row", fused=False), values_of(model)
+    model = made("guided", shard)
+    found["guided", "attached"] = train_attached(model), values_of(model)
     if dist.get_world_size() == 4:
         model = made("learned row", hybrid)
         found["learned row", "hybrid"] = train(model, "learned row"), values_of(model)
@@ -66,9 +69,11 @@ def everything(rank, cases=tuple(CASES)):
 
 
 @functools.cache
-def one_process(case, fused=True):
+def one_process(case, how="fused"):
     model = made(case)
-    return train(model, case, fused=fused), values_of(model)
+    if how == "attached":
+        return train_attached(model), values_of(model)
+    return train(model, case, fused=how != "estimate_"), values_of(model)
 
 
 SOME = ("learned row", "images")  # what four processes run by default
@@ -83,9 +88,9 @@ SOME = ("learned row", "images")  # what four processes run by default
 def test_many_processes_have_the_bits_of_one(tmp_path, processes, cases):
     """Dropout, BatchNorm, tied weights, checkpointing, rows that do not divide, every kind of scale."""
     for found in spawned(functools.partial(everything, cases=cases), tmp_path, processes):
-        assert len(found) == 2 * len(cases) - len(ONLY_BEFORE) + processes // 2
+        assert len(found) == 2 * len(cases) - len(ONLY_BEFORE) + processes // 2 + 1
         for (case, how), (losses, values) in found.items():
-            expected, state = one_process(case, how != "estimate_")
+            expected, state = one_process(case, "fused" if how in (True, False, "hybrid") else how)
             close = {"rtol": 1e-4, "atol": 1e-5} if case in ROUNDED else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(losses, expected, **close, msg=f"{case} {how}: {losses} {expected}")
             assert values.keys() == state.keys()

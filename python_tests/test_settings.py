@@ -31,7 +31,8 @@ def test_repr_says_the_settings():
     _, fogzo = make(directions=2, seed=5)
     assert repr(fogzo) == (
         "Fogzo(total_steps=100, one_minus_beta=0.01, directions=2, seed=0, epsilon_scale=1.0,"
-        " schedule='linear', start=0.0, every=1, noise_per='model'): 0 steps taken, 2 quantized weights of 136 elements on cpu"
+        " schedule='linear', start=0.0, every=1, noise_per='model'): 0 steps taken,"
+        " 2 quantized weights of 136 elements on cpu"
     )
 
 

@@ -29,6 +29,7 @@ class Attached:
         self._check()
         if self._fused:
             self.optimizer.fogzo = fogzo  # type: ignore[attr-defined]
+        self._let_backwards(True)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
         fogzo._run.attached = self
 
@@ -36,8 +37,8 @@ class Attached:
         run, optimizer = self._fogzo._run, self.optimizer
         if run.settings.directions:
             raise ValueError(
-                f"directions must be 0 for attach, got {run.settings.directions}: probes run the model again, by"
-                " a closure or passes (fogzo.backward, fogzo.probes); guided noise has none"
+                f"directions must be 0 for attach, got {run.settings.directions}: probes run the model again,"
+                " by a closure or passes (fogzo.backward, fogzo.probes); guided noise has none"
             )
         if run.attached is not None:
             raise RuntimeError(
@@ -58,10 +59,16 @@ class Attached:
     def remove(self) -> None:
         """Take the hook off the optimizer: its steps are plain straight-through from now on."""
         self._hook.remove()
+        self._let_backwards(False)
         if self._fogzo._run.attached is self:
             self._fogzo._run.attached = None
             if self._fused:
                 self.optimizer.fogzo = None
+
+    def _let_backwards(self, attached: bool) -> None:
+        """Let sharded weights have backwards outside of passes, or no more."""
+        for placement in [w.placement for w in self._fogzo._run.weights if w.placement.sends_codes]:
+            placement.attached = attached
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Add the noise now, or, where the step runs a closure, after that."""

@@ -223,11 +223,15 @@ def run_quantized(prepared: Prepared) -> None:
         use_probe(group.weights, group.memory)
 
 
-def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
-    """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas."""
+def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> AlphaGradients:
+    """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas.
+
+    Outside of passes modules apply h' by themselves, but for weights that processes share by codes.
+    """
     alphas: AlphaGradients = []
     for group in groups:
-        kinds = [*zip([w.deferred for w in group.weights], group.learned, strict=True)]
+        deferred_of = [w.deferred if in_pass else w.placement.sends_codes for w in group.weights]
+        kinds = [*zip(deferred_of, group.learned, strict=True)]
         for (deferred, learned), part in group.split(kinds):
             rows = part.latents, part.alphas
             if deferred and not learned:

@@ -176,7 +176,7 @@ class Step:
         """
         self.groups = [part for group in self.groups for part in group.with_gradients()]
         nonzero, finite = look(self._guides, self._losses.device)
-        alphas = [] if self.taken_over else calls.finish_gradients(self.groups)
+        alphas = calls.finish_gradients(self.groups, in_pass=not self.taken_over)
         if failed:
             calls.add_to_gradients(alphas, self._named(nonzero.tolist()))
         self.run.peers.reduce_inputs()
