@@ -19,6 +19,7 @@ from .evidence import mlp, peers, quality, sweep
 from .executed import pipes_table, sectors_table
 from .step import __main__ as step
 from .step.measure import Row
+from .step.report import PAIRS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/epyc-2-cores"
@@ -105,17 +106,22 @@ def of_steps(*found: Found) -> str:
     base = next(iter(first))
     heads = [f"{head}: of {base}" for head in columns]
     lines = [f"| | {' | '.join(heads)} | peak MB | calls | MB by ops |", "|---" * (4 + len(heads)) + "|"]
+
+    def ratio(rows: dict[str, Found], one: str, other: str) -> str:
+        if not {one, other} <= rows.keys():
+            return ""
+        return f"{Row(one, rows[one]['seconds']).against(Row(other, rows[other]['seconds'])):.2f}"
+
     for method, row in first.items():
-        times = [
-            f"{Row('', rows[method]['seconds']).against(Row('', rows[base]['seconds'])):.2f}"
-            if method in rows
-            else ""
-            for rows in columns.values()
-        ]
-        peak, ours = f"{row['peak_bytes'] / 1e6:.1f}", ["", ""]  # others call no ops of this package
+        ours = ["", ""]  # others call no ops of this package
         if row["bytes"] is not None:
             ours = [f"{row['calls']:g}", f"{(row['bytes'] + row['bytes_in_passes']) / 1e6:.1f}"]
-        lines.append(f"| {' | '.join([method, *times, peak, *ours])} |")
+        times, peak = [ratio(rows, method, base) for rows in columns.values()], row["peak_bytes"]
+        lines.append(f"| {' | '.join([method, *times, f'{peak / 1e6:.1f}', *ours])} |")
+    for one, other in PAIRS:
+        times = [ratio(rows, one, other) for rows in columns.values()]
+        if any(times):
+            lines.append(f"| {' | '.join([f'{one}, of {other}', *times])} | | | |")
     return "\n".join(lines)
 
 

@@ -211,3 +211,28 @@ def test_a_result_without_a_commit_names_its_sources():
     assert report.origin(known) == "commit abc1234"
     assert report.origin({**known, "commit": "unknown"}) == "sources 0123456789ab"
     assert report.origin({"commit": "unknown"}) == "commit unknown"
+
+
+def test_steps_of_several_settings_have_a_column_each():
+    """And files of other threads; pairs of methods have a line below."""
+
+    def found(threads, axes):
+        methods = (("float", 2.0, None), ("torchao", 4.0, None), ("ste", 3.0, 4))
+        rows = [
+            {**axis, "method": method, "seconds": [seconds] * 4, "calls": calls, "bytes": calls}
+            | {"peak_bytes": 2e6, "bytes_in_passes": 1e6}
+            for axis in axes
+            for method, seconds, calls in methods
+        ]
+        return {"machine": {"threads": threads}, "rows": rows}
+
+    axes = [{"micro_batches": 4}, {"micro_batches": 1}]
+    assert report.of_steps(found(2, axes), found(1, [{}])).splitlines() == [
+        "| | 2 threads, micro-batches 4: of float | 2 threads, micro-batches 1: of float | 1 thread: of float"
+        " | peak MB | calls | MB by ops |",
+        "|---|---|---|---|---|---|---|",
+        "| float | 1.00 | 1.00 | 1.00 | 2.0 |  |  |",
+        "| torchao | 2.00 | 2.00 | 2.00 | 2.0 |  |  |",
+        "| ste | 1.50 | 1.50 | 1.50 | 2.0 | 4 | 1.0 |",
+        "| ste, of torchao | 0.75 | 0.75 | 0.75 | | | |",
+    ]
