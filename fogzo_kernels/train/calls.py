@@ -281,7 +281,7 @@ class Guide:
         return sumsqs.sum().sqrt().float()
 
     def _numbers(self, weights: list[WeightView], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the numbers of elements of whole weights, and their places: kept on the device between steps."""
+        """Return the numbers of elements of whole weights, and their places. Both stay on the device."""
         if self._kept is None or self._kept[:2] != (weights, device):
 
             def on_device(numbers: Iterable[int]) -> Tensor:
