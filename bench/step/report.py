@@ -78,7 +78,7 @@ def parts(rows: list[Row]) -> str:
 
 
 def plot(found: Found, names: list[str], path: Path) -> None:
-    """A group of bars for each setting, a colour for each method; the rest is pale, on top of passes."""
+    """A group of bars for each setting, a colour for each method; the rest is hatched, on top of passes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,9 +93,9 @@ def plot(found: Found, names: list[str], path: Path) -> None:
             whole, rest = row.against(rows[0]), row.against(rows[0], rest=True)
             place = {"x": i - 0.4 + (j + 0.5) * width, "width": width, "color": colours(j)}
             axes.bar(height=whole - rest, **place)
-            axes.bar(height=rest, bottom=whole - rest, alpha=0.5, **place)
+            axes.bar(height=rest, bottom=whole - rest, hatch="////", edgecolor="white", linewidth=0, **place)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(ylabel=f"time of a step, of {BASE}; pale: not in passes", ylim=(0, None))
+    axes.set(ylabel=f"time of a step, of {BASE}; hatched: not in passes", ylim=(0, None))
     axes.set_xticks(range(len(found)), [title(setting, names) for setting, _ in found])
     legend = [pyplot.Rectangle((0, 0), 1, 1, color=colours(j)) for j in range(len(methods))]
     axes.legend(legend, methods, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
