@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.processes import as_launched, fresh_accelerate, leave, needs_gloo, two_of  # noqa: F401
+from support.processes import as_launched, leave, needs_gloo, two_of
 from torch import nn
 
 import fogzo_kernels as fk
@@ -371,95 +371,6 @@ def test_an_optimizer_of_another_fogzo_is_refused():
     other = fk.Fogzo(model, **GUIDED)
     with pytest.raises(ValueError, match="optimizer must have no other Fogzo"):
         fk.Fogzo(model, **GUIDED).attach(fk.SGD(model.parameters(), lr=0.1, fogzo=other))
-
-
-# ---- other people's loops, which know nothing of it
-
-
-def test_the_stock_trainer(tmp_path, fresh_accelerate):  # noqa: F811
-    """Accumulation, clipping and accelerate's wrapper of the optimizer; the same by a loop by hand."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from test_trainer import TOKENS, network, rows
-
-    def made():
-        model = network()
-        fogzo = fk.Fogzo(model, **GUIDED | {"total_steps": 3}, noise_per="tensor")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        fogzo.attach(optimizer)
-        return model, fogzo, optimizer
-
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *args, **kwargs):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    model, fogzo, optimizer = made()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        lr_scheduler_type="constant", learning_rate=0.5, use_cpu=True, report_to=[], disable_tqdm=True,
-        save_strategy="no", max_grad_norm=0.05,
-    )  # fmt: skip
-    InOrder(model, arguments, train_dataset=rows(24), optimizers=(optimizer, None)).train()
-    assert fogzo.steps == 3
-    other, hand, plain = made()
-    count = torch.tensor(8 * (TOKENS - 1))
-    for step in range(3):
-        plain.zero_grad()
-        tokens = torch.stack([row["input_ids"] for row in rows(24)[8 * step : 8 * step + 8]])
-        for part in tokens.chunk(2):
-            given = {"input_ids": part, "labels": part, "num_items_in_batch": count}
-            other(**given, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-        plain.step()
-    assert hand.steps == 3
-    assert same(model, values(other))
-
-
-@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
-@pytest.mark.parametrize("fused", [False, True])
-def test_lightnings_automatic_optimization(tmp_path, fused):
-    pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-    from test_lightning import STEPS, Plain, Rows, fit
-
-    class Guided(Plain):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            self.estimator = fk.Fogzo(self.net, **GUIDED | {"total_steps": STEPS}, noise_per="tensor")
-            self.estimator.attach(optimizer)
-            return optimizer
-
-    model, data = Guided(fused), Rows()
-    trainer = fit(model, tmp_path, gradient_clip_val=0.1)
-    assert model.estimator.steps == trainer.global_step == STEPS
-    hand = Guided(fused)
-    optimizer = hand.configure_optimizers()
-    for step in range(STEPS):
-        rows = slice(8 * step, 8 * step + 8)
-        optimizer.zero_grad()
-        F.cross_entropy(hand.net(data.x[rows]), data.y[rows]).backward()
-        torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.1)
-        optimizer.step()
-    assert same(model, values(hand))
-
-
-@pytest.mark.parametrize("first", ["attach", "prepare"])
-def test_accelerate(first, fresh_accelerate):  # noqa: F811
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-    accelerator = accelerate.Accelerator(cpu=True)
-    model = network()
-    fogzo, optimizer = fk.Fogzo(model, **GUIDED, noise_per="tensor"), adam(model, False)
-    if first == "attach":
-        fogzo.attach(optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if first == "prepare":
-        fogzo.attach(optimizer)
-    torch.manual_seed(5)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        accelerator.backward(loss_of(model, step))
-        optimizer.step()
-    assert same(model, values(by_passes()[0]))
-    assert fogzo.steps == STEPS
 
 
 # ---- processes

@@ -16,8 +16,8 @@ from support.sharded_models import (
     batch_of,
     made,
     optimizer_of,
+    run,
     train,
-    train_attached,
     values_of,
     with_inputs,
 )
@@ -58,10 +58,9 @@ def everything(rank, cases=tuple(CASES)):
         for before in (True, False)[: 2 - (case in ONLY_BEFORE)]:
             model = made(case, shard, before)
             found[case, before] = train(model, case), values_of(model)
-    model = made("learned row", shard)
-    found["learned row", "estimate_"] = train(model, "learned row", fused=False), values_of(model)
-    model = made("guided", shard)
-    found["guided", "attached"] = train_attached(model), values_of(model)
+    for case, how in (("learned row", "estimate_"), ("guided", "attached")):
+        model = made(case, shard)
+        found[case, how] = run(model, case, how), values_of(model)
     if dist.get_world_size() == 4:
         model = made("learned row", hybrid)
         found["learned row", "hybrid"] = train(model, "learned row"), values_of(model)
@@ -71,9 +70,7 @@ def everything(rank, cases=tuple(CASES)):
 @functools.cache
 def one_process(case, how="fused"):
     model = made(case)
-    if how == "attached":
-        return train_attached(model), values_of(model)
-    return train(model, case, fused=how != "estimate_"), values_of(model)
+    return run(model, case, how), values_of(model)
 
 
 SOME = ("learned row", "images")  # what four processes run by default
@@ -90,7 +87,7 @@ def test_many_processes_have_the_bits_of_one(tmp_path, processes, cases):
     for found in spawned(functools.partial(everything, cases=cases), tmp_path, processes):
         assert len(found) == 2 * len(cases) - len(ONLY_BEFORE) + processes // 2 + 1
         for (case, how), (losses, values) in found.items():
-            expected, state = one_process(case, "fused" if how in (True, False, "hybrid") else how)
+            expected, state = one_process(case, how)
             close = {"rtol": 1e-4, "atol": 1e-5} if case in ROUNDED else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(losses, expected, **close, msg=f"{case} {how}: {losses} {expected}")
             assert values.keys() == state.keys()

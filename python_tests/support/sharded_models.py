@@ -140,6 +140,11 @@ def train(
     return losses
 
 
+def run(model, case, how):
+    """Losses of a run: by a fused optimizer, by ``estimate_``, or in a stock loop by a hook."""
+    return train_attached(model) if how == "attached" else train(model, case, fused=how != "estimate_")
+
+
 def train_attached(model, steps=8):
     """Losses of a stock loop whose optimizer has guided noise by a hook."""
     fogzo = fk.Fogzo(model, **{"total_steps": STEPS, "seed": 3} | CASES["guided"][2])
