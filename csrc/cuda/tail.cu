@@ -12,7 +12,7 @@ struct Tail {
   Plan plan;
   Dtypes dtypes;
   Source source;
-  const float *coefficients;
+  const float *coefficients, *factors;
   int directions;
   Grid grid;
   Update update; // size, decay and root come from the coefficients
@@ -26,7 +26,7 @@ struct Step {
   Names names;
   bool quantized, noisy, skip;
   int directions;
-  float A;
+  float A, t;
   Update update;
   Dtypes dtypes;
 };
@@ -39,6 +39,7 @@ template <bool Plain, class T> FOGZO_DEVICE Step step_of(const Tail &p, const Pa
   step.skip = coefficients[SKIP_AT] != 0.0f;
   step.directions = step.noisy ? p.directions : 0;
   step.A = coefficients[A_AT];
+  step.t = step.noisy ? factor_of<Plain>(p.factors, part) : 1.0f;
   step.update = p.update;
   step.update.size = coefficients[SIZE_AT];
   step.update.decay = coefficients[DECAY_AT];
@@ -96,7 +97,7 @@ FOGZO_DEVICE void update(const Tail &p, const Part &part, const Step &step, cons
   float x[count][size] = {};
   Scale scale[count];
   unrolled<count>([&](int k) { scale[k] = step.quantized ? at.scale(k) : Scale{1.0f, 1.0f}; });
-  add_noise<D>(at, step.names, p.coefficients + kCoefficients, step.directions, x);
+  add_noise<D>(at, step.names, p.coefficients + kCoefficients, step.t, step.directions, x);
   unrolled<count>([&](int k) { unrolled<size>([&](int i) { x[k][i] *= scale[k].inv; }); });
   if (Items::transformed && step.noisy)
     at.transform(x);
@@ -170,7 +171,8 @@ void estimate_update(const Call &call, const Draw &draw, const Mix &mix, const L
                call.dtypes,
                source_of(draw),
                coefficients,
-               int(losses.n),
+               mix.factors,
+               int(losses.directions()),
                grid,
                update_of(optimizer.rule, optimizer.hyperparameters),
                optimizer.master,

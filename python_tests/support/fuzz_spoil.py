@@ -95,6 +95,10 @@ def applicable(op, name, arguments):
         return ["unknown"]
     if name == "held":
         return ["number"]
+    if name == "guided":  # with losses
+        return ["number"] if arguments["losses_plus"].numel() else []
+    if name == "factors" and value and isinstance(value[0], torch.Tensor):
+        return [how for how in ["double", "negative", *ITEMS]...]
     if name == "layouts":
         return ["double", "drop", "layout"] if value else []
     if name in ("tensor_ids", "names", "values", "factors"):
