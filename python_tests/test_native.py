@@ -156,7 +156,8 @@ ROWS = [
     *((MIXED, item("factors", 0, change), reason)
       for change, reason in ((Tensor.double, "dtype"), (lambda t: t.to("meta"), "memory"),
                              (lambda t: t.repeat(2)[::2], "memory"),
-                             (lambda t: t[:1].clone(), "noise_factors"), (lambda t: t.view(2, 1), "noise_factors"),
+                             (lambda t: t[:1].clone(), "noise_factors"),
+                             (lambda t: t.view(2, 1), "noise_factors"),
                              (lambda t: t.new_tensor([0.5, -1.0]), "noise_factors"),
                              (lambda t: t.new_tensor([NAN, 1.0]), "noise_factors"),
                              (lambda t: t.new_tensor([0.5, INF]), "noise_factors"))),
@@ -257,7 +258,7 @@ def test_names_differ_behind_an_empty_tensor():
     """An empty tensor draws nothing, and must not hide two others of one name."""
     args = {
         **native_arguments(ESTIMATE), "grads": [torch.ones(3), torch.zeros(0), torch.ones(3)],
-        "tensor_ids": [4, 4, 4], "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3,
+        "tensor_ids": [4, 4, 4], "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3, "factors": [],
     }  # fmt: skip
     assert refusal(ESTIMATE, args) == "tensor_ids"
     args["grads"][2] = torch.zeros(0)

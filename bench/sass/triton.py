@@ -101,14 +101,13 @@ def variants() -> Iterator[Variant]:
 def own_variants() -> Iterator[Variant]:
     """Of lists in which each tensor has a factor of its noise, or a sum of its own."""
     yield Variant("sum_kernel", own=True)
-    for directions in (1, 4):
-        yield Variant(
-            "estimate_kernel", grad="bf16", distribution="uniform", scale="tensor", directions=directions, own=True
-        )
+    drawn = {"distribution": "uniform", "scale": "tensor", "own": True}
+    for n in (1, 4):
+        yield Variant("estimate_kernel", grad="bf16", directions=n, **drawn)
     for signs in ("one", "both"):
-        yield Variant("perturb_kernel", "bf16", "bf16", "bf16", "uniform", signs, "tensor", own=True)
+        yield Variant("perturb_kernel", "bf16", "bf16", "bf16", signs=signs, **drawn)
     for kind in RULES:
-        yield Variant("update_kernel", "fp32", "bf16", "bf16", "uniform", scale="tensor", kind=kind, own=True)
+        yield Variant("update_kernel", "fp32", "bf16", "bf16", kind=kind, **drawn)
 
 
 def unaligned_variants() -> Iterator[Variant]:

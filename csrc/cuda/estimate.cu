@@ -1,6 +1,6 @@
-// G in place of g: fma(A, g, inv sum_i B_i t m_i), all directions in one pass. Around a transform noise is in the
-// basis of the quantizer, and g is not: fma(A, g, H(inv sum_i B_i t m_i)). The build compiles this file once for
-// each distribution of the noise.
+// G in place of g: fma(A, g, inv sum_i B_i t m_i), all directions in one pass. Around a transform noise is in
+// the basis of the quantizer, and g is not: fma(A, g, H(inv sum_i B_i t m_i)). The build compiles this file
+// once for each distribution of the noise.
 #include "hadamard.cuh"
 #include "launch.cuh"
 #include "noise.cuh"
@@ -46,7 +46,7 @@ FOGZO_DEVICE void estimate_part(const Estimate &p, Walk walk) {
   const Part part = part_of(p.plan);
   if (p.coefficients[NOISE_AT] != 0.0f) {
     const Names names = names_of<Plain>(p.source, part);
-    const float A = p.coefficients[A_AT], t = factor_of<Plain>(p.factors, part);
+    const float A = p.coefficients[A_AT], t = factor_of<!Plain>(p.factors, part);
     const Operand grad = opaque(part.operand(GRAD, T::of(p.dtypes).grad));
     walk(frame_of<Plain>(part, p.r), [&](const auto &at) { estimate<D>(p, names, A, t, grad, at); });
   }
@@ -69,15 +69,9 @@ template <Distribution D>
 void estimate_gradient(const Call &call, const Draw &draw, const Mix &mix, const Losses &losses, float r,
                        Transform transform, float *coefficients) {
   write_coefficients(call, draw, mix, losses, nullptr, coefficients);
-  const Estimate p{call.plan,
-                   call.dtypes,
-                   source_of(draw),
-                   coefficients,
-                   mix.factors,
-                   int(losses.directions()),
-                   r,
-                   losses.counters,
-                   rotation_of(transform)};
+  const Estimate p{
+      call.plan, call.dtypes,     source_of(draw),       coefficients, mix.factors, int(losses.directions()),
+      r,         losses.counters, rotation_of(transform)};
   if (transform.block)
     return launch(
         "rotated_estimate_kernel",

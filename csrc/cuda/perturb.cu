@@ -45,7 +45,7 @@ template <class T, bool Both, bool Plain> FOGZO_DEVICE Probes probes_of(const Pe
   const float guide = mixing.guide * (Plain ? p.sign : sign_of(p.direction, names)), norm = *p.norm;
   return {names,
           norm > 0.0f && norm < INFINITY ? guide / norm : 0.0f,
-          mixing.noise * factor_of<Plain>(p.factors, part),
+          mixing.noise * factor_of<!Plain>(p.factors, part),
           opaque(part.operand(LATENT, t.latent)),
           opaque(part.operand(GRAD, t.grad)),
           opaque(part.operand(Both ? PLUS : p.out, t.out)),

@@ -97,9 +97,9 @@ FOGZO_DEVICE Part part_of(const Plan &plan, int64_t number) {
 
 FOGZO_DEVICE Part part_of(const Plan &plan) { return part_of(plan, block()); }
 
-// Gives t of the block's tensor: how large its noise is. Plain: no tensor has a factor.
-template <bool Plain> FOGZO_DEVICE float factor_of(const float *factors, const Part &part) {
-  return Plain || !factors ? 1.0f : *global(factors + part.tensor);
+// Gives t of the block's tensor: how large its noise is. Without Own no tensor has a factor.
+template <bool Own> FOGZO_DEVICE float factor_of(const float *factors, const Part &part) {
+  return Own && factors ? *global(factors + part.tensor) : 1.0f;
 }
 
 // Gives n / d for 0 <= n < 2^31 and divisor(d) of plans.py.

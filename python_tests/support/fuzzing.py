@@ -286,7 +286,8 @@ def build(case, buffers):
 def held(case, args):
     """The arguments with numbers for some lists, whose tensors were others before; and what holds them."""
     arguments = getattr(native, case["op"]).default._schema.arguments
-    lists = [a.name for a in arguments if str(a.type) == "List[Tensor]" and a.name not in ("counters", "factors")]
+    lists = [a.name for a in arguments if str(a.type) == "List[Tensor]"]
+    lists = [name for name in lists if name not in ("counters", "factors")]
     if not lists:
         return args, []
     first = next(name for name in ("latents", "grads", "tensors") if name in args)

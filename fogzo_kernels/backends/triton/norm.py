@@ -41,7 +41,8 @@ def sumsq_kernel(table, owner, partial, r, config: tl.constexpr):
 def sum_kernel(table, partial, count, out, BLOCK: tl.constexpr, ROOT: tl.constexpr):
     """A program adds the partial sums in a fixed order: the same bits every run. ROOT: the norm.
 
-    There is one program, or with a table one for each tensor, which adds that tensor's. BLOCK of them are on their way at once: what a single program can fetch is bound by how long it waits.
+    There is one program, or with a table one for each tensor, which adds that tensor's. BLOCK sums are on their
+    way at once: what a single program can fetch is bound by how long it waits.
     """
     if table is not None:
         row = table + tl.program_id(0).to(tl.int64) * program.WIDTH

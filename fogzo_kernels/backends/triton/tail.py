@@ -237,7 +237,8 @@ def estimate_update_(
     fields |= {"variant": update.rule.variant, "states": len(update.states)}
     coef = torch.empty(B_AT.value + n, dtype=torch.float32, device=device)
     scalars = drawn, mix_of(draw, mix), losses_of(losses, mix), optimizer_of(update)
-    launch(update_coefficients_kernel, 1, device, coef, counters, *scalars, Config(guided=losses.guided, **fields))
+    chosen = Config(guided=losses.guided, **fields)
+    launch(update_coefficients_kernel, 1, device, coef, counters, *scalars, chosen)
     if not latents:
         return
     p = plan(
