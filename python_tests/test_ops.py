@@ -332,6 +332,8 @@ def test_noise_of_no_elements_is_empty():
 @pytest.mark.parametrize("op", [op for op in ON_BACKENDS if op not in ("noise", "quantize")])
 def test_bare_tensors_are_lists_of_one(op, backend, device):
     lists, bare = arguments(op, device), arguments(op, device)
+    if "noise_factors" in lists:
+        lists["noise_factors"] = bare["noise_factors"] = lists["noise_factors"][1:].clone()
     for name, value in lists.items():
         if isinstance(value, list):
             lists[name], bare[name] = value[1:], bare[name][1]
