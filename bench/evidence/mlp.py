@@ -31,11 +31,17 @@ from . import pool
 from .spsa import Spsa
 
 GRIDS = {"uniform": fk.Grid.uniform, "half_offset": fk.Grid.half_offset}
-#: Adam's learning rate, each method's best of 0.0025 0.005 0.01 0.02 0.04, and alpha; other data take digits'.
-#: n-SPSA's are those of 1, 10, 100 and 1000 directions and more.
+#: Adam's learning rate and alpha. Each rate is the best of 0.00125, 0.0025, ... 0.04. Other data take digits'.
+#: n-SPSA has rates for 1, 10, 100 and 1000 directions and more.
 DEFAULTS: dict[str, tuple[dict[str, tuple[float, ...]], float]] = {
-    "mnist": ({"ste": (0.005,), "guided": (0.01,), "fogzo": (0.01,), "spsa": (0.005, 0.005, 0.01, 0.02)}, 0.1),
-    "digits": ({"ste": (0.01,), "guided": (0.01,), "fogzo": (0.01,), "spsa": (0.01, 0.02, 0.02, 0.02)}, 0.25),
+    "mnist": (
+        {"ste": (0.0025,), "guided": (0.0025,), "fogzo": (0.005,), "spsa": (0.005, 0.005, 0.01, 0.02)},
+        0.1,
+    ),
+    "digits": (
+        {"ste": (0.01,), "guided": (0.01,), "fogzo": (0.01,), "spsa": (0.01, 0.02, 0.02, 0.02)},
+        0.25,
+    ),
 }
 NAMES = {"ste": "STE", "guided": "guided noise", "fogzo": "FOGZO", "spsa": "n-SPSA"}
 EVALUATIONS = 30  # points of a curve
