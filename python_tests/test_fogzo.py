@@ -201,14 +201,14 @@ def test_nothing_of_a_step_outlives_it(failing, leaving):
     """Snapshots, losses and guides go with it: after the estimate, an error, or a loop that was left."""
     model, fogzo = make(schedule="constant")
     seen = []
-    original = fogzo._new_step
+    original = fogzo._begin_step
 
-    def new_step():
-        made = original()
+    def new_step(caller):
+        made = original(caller)
         seen.append((weakref.ref(made), made.passes))
         return made
 
-    fogzo._new_step = new_step
+    fogzo._begin_step = new_step
     x, y = batch()
     with pytest.raises(ZeroDivisionError) if failing is not None else nullcontext():
         run_until(fogzo, lambda: loss_of(model, x, y), failing, leaving)

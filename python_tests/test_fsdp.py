@@ -16,6 +16,7 @@ from support.sharded_models import (
     batch_of,
     made,
     optimizer_of,
+    run,
     train,
     values_of,
     with_inputs,
@@ -57,8 +58,9 @@ def everything(rank, cases=tuple(CASES)):
         for before in (True, False)[: 2 - (case in ONLY_BEFORE)]:
             model = made(case, shard, before)
             found[case, before] = train(model, case), values_of(model)
-    model = made("learned row", shard)
-    found["learned row", "estimate_"] = train(model, "learned row", fused=False), values_of(model)
+    for case, how in (("learned row", "estimate_"), ("guided", "attached")):
+        model = made(case, shard)
+        found[case, how] = run(model, case, how), values_of(model)
     if dist.get_world_size() == 4:
         model = made("learned row", hybrid)
         found["learned row", "hybrid"] = train(model, "learned row"), values_of(model)
@@ -66,9 +68,9 @@ def everything(rank, cases=tuple(CASES)):
 
 
 @functools.cache
-def one_process(case, fused=True):
+def one_process(case, how="fused"):
     model = made(case)
-    return train(model, case, fused=fused), values_of(model)
+    return run(model, case, how), values_of(model)
 
 
 SOME = ("learned row", "images")  # what four processes run by default
@@ -83,9 +85,9 @@ SOME = ("learned row", "images")  # what four processes run by default
 def test_many_processes_have_the_bits_of_one(tmp_path, processes, cases):
     """Dropout, BatchNorm, tied weights, checkpointing, rows that do not divide, every kind of scale."""
     for found in spawned(functools.partial(everything, cases=cases), tmp_path, processes):
-        assert len(found) == 2 * len(cases) - len(ONLY_BEFORE) + processes // 2
+        assert len(found) == 2 * len(cases) - len(ONLY_BEFORE) + processes // 2 + 1
         for (case, how), (losses, values) in found.items():
-            expected, state = one_process(case, how != "estimate_")
+            expected, state = one_process(case, how)
             close = {"rtol": 1e-4, "atol": 1e-5} if case in ROUNDED else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(losses, expected, **close, msg=f"{case} {how}: {losses} {expected}")
             assert values.keys() == state.keys()

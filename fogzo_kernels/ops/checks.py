@@ -196,8 +196,9 @@ def draw(draw: Draw, like: Tensors) -> None:
 
 
 def mix(mix: Mix, like: Tensors, count: int) -> None:
-    """The norm on the tensors' device, and a factor for each of the ``count`` with noise; one_minus_beta there or
-    on the CPU.
+    """The norm, and a factor for each of the ``count`` with noise, on the tensors' device.
+
+    one_minus_beta is there or on the CPU.
     """
     scalar_tensor("norm", mix.norm, torch.float32, like[0].device if like else None)
     host_or(mix.norm.device, one_minus_beta=mix.one_minus_beta)

@@ -76,6 +76,8 @@ CASES = {
     "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), HARD), {"directions": 3, "epsilon_scale": 0.5}),
     "half_offset(8)": (Net, quantizer(fk.Grid.half_offset(8), SCALE.absmax("row")), {"start": 0.3}),
     "rotated": (Net, quantizer(UNIFORM(2), SCALE.rms("row"), transform=fk.Hadamard(16)), {"every": 2}),
+    "guided": (Net, fk.presets.lsq(2, "row"), {"directions": 0, "noise_per": "tensor", "kappa": 1.0}),
+    "noise per tensor": (Net, quantizer(UNIFORM(2), SCALE.fixed(0.3)), {"noise_per": "tensor", "kappa": 1.0}),
     "images": (Images, quantizer(UNIFORM(2), SCALE.rms("row")), {}),
 }
 
@@ -135,6 +137,28 @@ def train(
             fogzo.estimate_()
         optimizer.step()
         losses.append(fogzo.stats()["loss"])
+    return losses
+
+
+def run(model, case, how):
+    """Losses of a run: by a fused optimizer, by ``estimate_``, or in a stock loop by a hook."""
+    return train_attached(model) if how == "attached" else train(model, case, fused=how != "estimate_")
+
+
+def train_attached(model, steps=8):
+    """Losses of a stock loop whose optimizer has guided noise by a hook."""
+    fogzo = fk.Fogzo(model, **{"total_steps": STEPS, "seed": 3} | CASES["guided"][2])
+    optimizer = optimizer_of(model, None)
+    fogzo.attach(optimizer)
+    losses = []
+    torch.manual_seed(0)
+    for step in range(steps):
+        tokens, labels = batch_of(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(tokens), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
     return losses
 
 
