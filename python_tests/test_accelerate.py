@@ -33,7 +33,7 @@ def batches(count=STEPS, rows=slice(None)):
 
 def made(model, kind):
     """Fogzo and an optimizer."""
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=0.5)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=0.5, directions=1)
     if kind == "fused":
         return fogzo, fk.AdamW(model.parameters(), lr=0.01, fogzo=fogzo)
     return fogzo, torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -55,7 +55,7 @@ class Training:
     def __init__(self, backend, dtype=torch.float32, lr=1e-3, capturable=True, **options):
         self.model = network(backend, dtype)
         options |= {"one_minus_beta": 0.3, "seed": 5, "capturable": capturable, "backend": backend}
-        self.fogzo = fk.Fogzo(self.model, total_steps=4, **options)
+        self.fogzo = fk.Fogzo(self.model, total_steps=4, **{"directions": 1} | options)
         rate = torch.tensor(lr, dtype=torch.float64, device=DEVICE) if capturable else lr
         self.optimizer = fk.AdamW(self.model.parameters(), lr=rate, fogzo=self.fogzo, capturable=capturable)
         generator = torch.Generator().manual_seed(4)

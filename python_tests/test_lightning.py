@@ -15,7 +15,7 @@ from fogzo_kernels.integrations.lightning import KEY, FogzoMixin
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
-STEPS, OPTIONS = 6, {"kappa": 0.5, "seed": 3}
+STEPS, OPTIONS = 6, {"directions": 1, "kappa": 0.5, "seed": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_without_its_state_is_refused(tmp_path):
 def by_parts(parts=2, clip=None, **options):
     """By hand, with the micro-batches of each step in each pass."""
     model, data = Plain(), Rows()
-    fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS | options)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, **{"directions": 1} | OPTIONS | options)
     optimizer, losses = model.configure_optimizers(), []
     for step in range(STEPS):
         rows = torch.arange(8 * step, 8 * step + 8).chunk(parts)
@@ -376,7 +376,8 @@ def test_automatic_optimization_takes_guided_noise_by_a_hook(tmp_path, fused):
     class Guided(Plain):
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
-            self.estimator = fk.Fogzo(self.net, total_steps=STEPS, directions=0, noise_per="tensor", **OPTIONS)
+            guided = OPTIONS | {"directions": 0, "noise_per": "tensor"}
+            self.estimator = fk.Fogzo(self.net, total_steps=STEPS, **guided)
             self.estimator.attach(optimizer)
             return optimizer
 

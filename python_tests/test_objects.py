@@ -158,5 +158,5 @@ def test_a_bad_argument_of_fogzo_is_named_and_changes_nothing(make, options, exc
     model = make()
     before = [dict(vars(m)) for m in model.modules()]
     with pytest.raises(exception, match=re.escape(message)):
-        fk.Fogzo(model, **({"total_steps": 10, "kappa": 1.0} | options))
+        fk.Fogzo(model, **({"directions": 1, "total_steps": 10, "kappa": 1.0} | options))
     assert before == [dict(vars(m)) for m in model.modules()]

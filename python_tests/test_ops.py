@@ -187,7 +187,7 @@ def network():
 
 def train(model, forward, data, target, steps, counter=None, **options):
     """Every loss of every pass, the last weights, and graphs compiled after each step."""
-    fogzo = fk.Fogzo(model, total_steps=steps, kappa=16.0, seed=3, **options)
+    fogzo = fk.Fogzo(model, total_steps=steps, kappa=16.0, seed=3, **{"directions": 1} | options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses, graphs = [], []
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 from fogzo_kernels.integrations.trainer import STATE, FogzoMixin, FogzoTrainer  # noqa: E402
 
 STEPS, TOKENS = 6, 24
-OPTIONS = {"kappa": 0.5, "seed": 3}
+OPTIONS = {"directions": 1, "kappa": 0.5, "seed": 3}
 
 
 def network():
@@ -134,7 +134,7 @@ def test_without_probes_a_run_is_that_of_the_plain_trainer(tmp_path):
     """start=1: the passes are straight-through ones, to the bit what the Trainer does alone."""
     plain = trainer_of(tmp_path / "a", kind=transformers.Trainer)
     ours = trainer_of(tmp_path / "b", kind=FogzoTrainer)
-    ours._options = {"kappa": 0.5, "start": 1.0}
+    ours._options = {"directions": 1, "kappa": 0.5, "start": 1.0}
     for trainer in (plain, ours):
         trainer.train()
     assert logged(plain) == logged(ours)
@@ -263,7 +263,7 @@ def test_the_stock_trainer_takes_guided_noise_by_a_hook(tmp_path):
 
     def made():
         model = network()
-        fogzo = fk.Fogzo(model, total_steps=3, directions=0, noise_per="tensor", **OPTIONS)
+        fogzo = fk.Fogzo(model, **OPTIONS | {"total_steps": 3, "directions": 0, "noise_per": "tensor"})
         optimizer = sgd(model)
         fogzo.attach(optimizer)
         return model, fogzo, optimizer

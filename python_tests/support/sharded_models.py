@@ -107,7 +107,7 @@ def with_inputs(sharded=lambda model: None):
     fk.calibrate_inputs_(model, lambda: model(batch_of(0)[0]))
     model.norm.reset_running_stats()
     sharded(model)
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     tokens, labels = batch_of(0)
     found = fogzo.check(lambda: F.cross_entropy(model(tokens), labels))
@@ -124,7 +124,9 @@ def train(
     model, case, steps=None, rows=slice(None), count=8, fused=True, first=0, own=0, fogzo=None, optimizer=None
 ):
     """Losses of a run. Those of the processes with the same rows must be those of one."""
-    fogzo = fogzo or fk.Fogzo(model, **{"total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2])
+    fogzo = fogzo or fk.Fogzo(
+        model, **{"directions": 1, "total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2]
+    )
     optimizer = optimizer or optimizer_of(model, fogzo if fused else None)
     losses = []
     steps = steps or (STEPS if case in LONG else 8)
