@@ -43,6 +43,20 @@ def test_every_op_passes_opcheck(op, dtype, backend, device):
     torch.library.opcheck(getattr(torch.ops.fogzo, op).default, samples(device, dtype, backend)[op])
 
 
+@pytest.mark.parametrize("op", ["estimate_gradient_", "estimate_update_"])
+def test_guided_noise_is_without_losses(backend, device, op):
+    """In the schemas of PyTorch's ops, which say so by a flag of its own."""
+    op = getattr(torch.ops.fogzo, op).default
+    names, values = [a.name for a in op._schema.arguments], samples(device, torch.float32, backend)[op._opname]
+    args = dict(zip(names, values, strict=False)) | {"block": 0, "noise_factors": torch.ones(2, device=device)}
+    before = [t.clone() for t in args["grads"]]
+    with pytest.raises(ValueError, match=r"losses_plus must have 0\.\.0 entries, got 2"):
+        op(**args, guided=True)
+    assert all(map(torch.equal, args["grads"], before))
+    args |= {name: torch.empty(0, device=device) for name in ("losses_plus", "losses_minus")}
+    torch.library.opcheck(op, (), {**args, "guided": True})
+
+
 # ---- compiled
 
 

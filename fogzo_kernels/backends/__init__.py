@@ -37,7 +37,7 @@ class Backend(Protocol):
     device. An empty ``plus`` or ``minus`` is not written. ``root`` asks for the norm, float32, instead of the
     sum of squares, ``per_tensor``, which excludes ``root``, for a sum for each tensor. ``block`` is the block
     of the quantizer's transform, or 0. A tensor of ``out`` may be the input at the same place in the Hadamard
-    transform. In the fused tail ``alphas``, the draw's tensor ids and layouts, the mix's factors, and a
+    transform. In the fused tail ``alphas``, the draw's tensor ids and layouts, the factors, and a
     non-empty ``quantized`` belong to the first latents.
     """
 
