@@ -7,7 +7,7 @@ torch.compile; ``-w4a8``: int8 inputs too) and ``lsq``, a linear layer with LSQ 
 
 Of this package, with its AdamW and LSQ of 2 bits: ``modules`` has no Fogzo; ``ste`` is straight-through by
 Fogzo's gradient pass, ``guided`` adds guided noise, and ``fogzo`` probes. ``ste-int4`` and ``ste-w4a8``
-quantize as torchao does.
+have torchao's groups and bits; their inputs have no zero point.
 
 All train on the same micro-batches, in turns, one step each; a ratio is that of times in the same four turns,
 and the median of such. ``rest`` is all but forwards and backwards: Q, norm, probes, estimate, optimizer. Every

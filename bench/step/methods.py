@@ -20,7 +20,7 @@ from .peers import GROUP, prepare_lsq, prepare_torchao
 
 LR, DECAY, STEPS = 1e-4, 0.1, 10**6
 LSQ = fk.presets.lsq(2)
-#: As torchao's QAT: the largest value of a group is 7.5 steps. Where it rounds to is a matter of the last bit.
+#: As torchao's QAT: the largest value of a group is 7.5 steps, and may round up in one and down in the other.
 INT4 = fk.Quantizer(fk.Grid.uniform(4), fk.Scale.absmax(GROUP, factor=1 / 7.5), fk.StraightThrough("identity"))
 
 
