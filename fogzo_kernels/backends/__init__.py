@@ -44,9 +44,7 @@ class Backend(Protocol):
 
     def noise(self, numel: int, draw: Draw, direction: int, device: torch.device) -> Tensor: ...
 
-    def guide_sumsq(
-        self, grads: Tensors, alphas: Tensors, r: int, root: bool, per_tensor: bool
-    ) -> Tensor: ...
+    def guide_sumsq(self, grads: Tensors, alphas: Tensors, r: int, root: bool, per_tensor: bool) -> Tensor: ...
 
     def perturb_quantize_(
         self,

@@ -184,7 +184,9 @@ def estimate_gradient_(
 
 def sizes(mix: Mix, count: int) -> Tensor:
     """t of each tensor."""
-    return torch.ones(count, dtype=torch.float32, device=mix.norm.device) if mix.factors is None else mix.factors
+    return (
+        torch.ones(count, dtype=torch.float32, device=mix.norm.device) if mix.factors is None else mix.factors
+    )
 
 
 def coefficients(

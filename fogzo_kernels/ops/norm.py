@@ -63,9 +63,9 @@ def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend
 def noise_factors(sumsqs: Tensor, numels: Tensor | Sequence[int]) -> Tensor:
     """How large the noise of each tensor is, for noise in proportion to its own gradient (contract section 1).
 
-    t_l = (N_l / N) sqrt(d / d_l), for tensors of d_l elements, d together, whose gradients have the norms N_l in
-    units of delta, N together. The sum of d_l t_l^2 is d, as with noise of one size. A tensor whose gradient is 0
-    gets no noise. Nothing waits for the device.
+    t_l = (N_l / N) sqrt(d / d_l), for tensors of d_l elements whose gradients have the norms N_l in units of delta;
+    N and d are the norm and the number of elements of all whose N_l is not 0. The sum of d_l t_l^2 is d, as with
+    noise of one size. A tensor whose gradient is 0 gets no noise. Nothing waits for the device.
 
     Args:
         sumsqs: N_l^2 of each tensor, float64, shape (tensors,), from :func:`guide_sumsq` with ``per_tensor``; of
@@ -94,7 +94,8 @@ def noise_factors(sumsqs: Tensor, numels: Tensor | Sequence[int]) -> Tensor:
     total = sumsqs.sum()
     usable = torch.isfinite(total) & (total > 0)
     share = sumsqs / torch.where(usable, total, 1.0)
-    return torch.where(usable, share * numels.sum() / numels.clamp(min=1), 0.0).sqrt().float()
+    d = (numels * (sumsqs > 0)).sum()
+    return torch.where(usable, share * d / numels.clamp(min=1), 0.0).sqrt().float()
 
 
 def _guide(
@@ -106,9 +107,7 @@ def _guide(
     per_tensor: bool = False,
 ) -> Tensor:
     checks.instance("grid", grid, Grid)
-    result: Tensor = op(
-        grads=grads, alphas=alphas, r=grid.r, root=root, backend=backend, per_tensor=per_tensor
-    )
+    result: Tensor = op(grads=grads, alphas=alphas, r=grid.r, root=root, backend=backend, per_tensor=per_tensor)
     return result
 
 

@@ -115,10 +115,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         loss, fogzo, scaling = None, self.fogzo, Scaling.of(self)
         shares = fogzo is not None and getattr(self, "found_inf", None) is fogzo.found_inf
-        scaling.check(closure is not None, fogzo is not None and fogzo.pending, shares)
+        pending = None if fogzo is None else fogzo.pending_step()
+        scaling.check(closure is not None, pending is not None and not pending.taken_over, shares)
         if closure is not None:
             with torch.enable_grad():
-                if fogzo is None:
+                if fogzo is None or fogzo.attached:
                     loss = closure()
                 else:
                     fogzo.run(closure)
@@ -130,7 +131,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             known = set(map(id, step.parameters))
             beside = [p.grad for p in self._parameters() if id(p) not in known and p.grad is not None]
             step.lose_if_not_finite(beside, None if shares else scaling.found_inf)
-            loss = step.collect(scaling.scale).loss
+            estimate = step.collect(scaling.scale)
+            loss = loss if step.taken_over else estimate.loss
             lost, unknown = step.lost, step.unknown
         else:
             if fogzo is not None:
@@ -160,7 +162,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         own = set(map(id, self._parameters()))
         estimated = [w for w in step.run.weights if w.parameter.grad is not None]
         still = [w.name for w in estimated for m in w.modules if vars(m).get("padding_idx") is not None]
-        if step.pairs and still:
+        if step.estimates and still:
             raise RuntimeError(
                 f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"
                 " its padding row would not keep still; call fogzo.estimate_() first"
@@ -192,7 +194,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Learned alphas come last of all: the estimates of their weights are made with them as they were. The
         calls of the last step serve again while their tensors stay as they are.
         """
-        estimated = step.groups if step is not None and step.pairs else []
+        estimated = step.groups if step is not None and step.estimates else []
         options = [self._options(group) for group in self.param_groups]
         if self._kept is None or not self._kept.again(self, estimated, options):
             self._kept = Kept(self, list(self._made(estimated, options)), estimated, options)

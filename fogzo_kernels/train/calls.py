@@ -18,6 +18,7 @@ from ..functional import (
     guide_norm,
     guide_sumsq,
     learned_backward_,
+    noise_factors,
     perturb_quantize_,
     quantize_,
     straight_through_backward_,
@@ -44,6 +45,7 @@ class WeightGroup:
         factors: for each weight, what LSQ multiplies the gradient of its alpha by, if that learns.
         codes: for each weight, whether its probes are written as codes.
         grads: rows of ``.grad``, once a gradient pass has left them.
+        noise_factors: t of each weight in the step, as ops take it; None where all are 1.
     """
 
     LISTS = ("weights", "alphas", "tensor_ids", "layouts", "memory", "learned", "factors", "codes", "grads")
@@ -66,6 +68,7 @@ class WeightGroup:
         self.alphas = self._list([w.alpha for w in weights])
         self.memory = self._list([w.memory() for w in weights])
         self.grads: Sequence[Tensor] = []
+        self.noise_factors: Tensor | None = None
         self._latents = self._list([w.parameter for w in weights]) if self.prepared else None
 
     def _list(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -99,6 +102,8 @@ class WeightGroup:
                 setattr(group, name, [values[i] for i in places])
         group.alphas, group.memory = group._list(group.alphas), group._list(group.memory)
         group.grads = group._list(group.grads) if group.grads else []
+        if self.noise_factors is not None:  # an index would go to the device
+            group.noise_factors = torch.stack([self.noise_factors[i] for i in places])
         if self.prepared:
             group._latents = group._list([w.parameter for w in group.weights])
         return group
@@ -234,6 +239,49 @@ def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
                     grads = sum_of_parts(part.weights, grads)
                 alphas += zip(part.weights, grads, strict=True)
     return alphas
+
+
+class Guide:
+    """Finds N of the weights that take part in a step, and the factors of noise per tensor.
+
+    Args:
+        per_tensor: whether noise is per tensor.
+        places: the place of each weight among all.
+        sum_of: adds, in place, the sums of processes that have rows; None where weights are whole.
+    """
+
+    def __init__(
+        self, per_tensor: bool, places: dict[WeightView, int], sum_of: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.per_tensor, self.places, self.sum_of = per_tensor, places, sum_of
+        self._numels: tuple[list[WeightView], Tensor] | None = None
+
+    def norm(self, groups: Sequence[WeightGroup]) -> Tensor:
+        """Return N, and give the groups their factors."""
+        if not self.per_tensor:
+            return norm_of(groups, self.sum_of)
+        weights = [w for group in groups for w in group.weights]
+        parts = [
+            guide_sumsq(g.grads, g.alphas, grid=g.how["grid"], per_tensor=True, backend=g.backend)
+            for g in groups
+        ]
+        sumsqs = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.sum_of is not None:  # a process may have no row of a weight, and no gradient of it
+            slots = torch.tensor([self.places[w] for w in weights]).to(sumsqs.device, non_blocking=True)
+            every = sumsqs.new_zeros(len(self.places))
+            every[slots] = sumsqs
+            sumsqs = self.sum_of(every)[slots]
+        factors = noise_factors(sumsqs, self._sizes(weights, sumsqs.device))
+        for group, own in zip(groups, factors.split([len(g.weights) for g in groups]), strict=True):
+            group.noise_factors = own
+        return sumsqs.sum().sqrt().float()
+
+    def _sizes(self, weights: list[WeightView], device: torch.device) -> Tensor:
+        """Return the numbers of elements of whole weights, which stay on the device from step to step."""
+        if self._numels is None or self._numels[0] != weights or self._numels[1].device != device:
+            numels = torch.tensor([w.parameter.numel() for w in weights], dtype=torch.int64)
+            self._numels = weights, numels.to(device, non_blocking=True)
+        return self._numels[1]
 
 
 def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | None) -> Tensor:

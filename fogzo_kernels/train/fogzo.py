@@ -15,6 +15,7 @@ from ..distributed.group import Peers
 from ..nn.view import local, reshard
 from ..nn.weights import check_unchanged, modules_of, quantized_weights
 from ..ops import checks
+from .attached import Attached
 from .guards.closure import Closures
 from .guards.fingerprints import changed, warn_of
 from .guards.uncompiled import uncompiled
@@ -29,7 +30,8 @@ class Fogzo:
 
     Each step runs the gradient pass, then, for each direction, a probe with weights
     Q(w + eps v) and one with Q(w - eps v), and replaces the straight-through gradients of the
-    quantized weights by the estimate. Probes run without autograd unless a closure differentiates, see the
+    quantized weights by the estimate. With ``directions=0`` a step has no probes: guided noise joins the
+    gradients, in proportion to their norm, and with ``kappa=0`` the step is plain straight-through. Probes run without autograd unless a closure differentiates, see the
     same dropout masks, and leave latents, buffers and generators as after a plain step; so does an exception.
 
     Args:
@@ -38,13 +40,15 @@ class Fogzo:
         one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
         kappa: the same as (1 - beta) * d for d quantized weights, for any model's size; 0.1 where neither of the two is
             given.
-        directions: n, the pairs of probes per step; 1 in practice.
+        directions: n, the pairs of probes per step; 1 in the paper. 0: guided noise, no probes.
         seed: of the noise, unsigned 64 bits.
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
         schedule: ``"linear"``, or ``"constant"`` for 1 - beta at its final value throughout (with
             ``one_minus_beta=1`` that is n-SPSA).
         start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
         every: FOGZO in every k-th step, plain STE between.
+        noise_per: ``"model"`` for noise of one size in all weights, in units of delta (the paper), or
+            ``"tensor"`` for noise in proportion to the gradient of each weight.
         replay: what passes must see alike beside PyTorch's generators, the model's buffers and the generators
             that its modules have as attributes: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
@@ -82,6 +86,7 @@ class Fogzo:
         schedule: str = "linear",
         start: float = 0.0,
         every: int = 1,
+        noise_per: str = "model",
         replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str | None = "mean",
@@ -94,7 +99,9 @@ class Fogzo:
         self.device = self.weights[0].parameter.device
         self.total_weights = sum(w.parameter.numel() for w in self.weights)
         beta = final_one_minus_beta(one_minus_beta, kappa, self.total_weights)
-        settings = Settings(total_steps, beta, directions, seed, epsilon_scale, schedule, start, every)
+        settings = Settings(
+            total_steps, beta, directions, seed, epsilon_scale, schedule, start, every, noise_per
+        )
         peers = Peers(model, self.weights, process_group, loss_reduction)
         state = DeviceState(self.device, settings) if capturable else None
         select(backend, self.device)  # an error here if it cannot run, not at the first step
@@ -119,7 +126,7 @@ class Fogzo:
 
     @property
     def directions(self) -> int:
-        """Pairs of probes per step."""
+        """Pairs of probes per step; 0: guided noise."""
         return self._run.settings.directions
 
     @property
@@ -219,7 +226,8 @@ class Fogzo:
             closure: runs the model and returns the loss; it does not call ``backward``.
         """
         run, closures = self._run, self._closures
-        look = not run.passes_compared and run.settings.one_minus_beta_at(run.steps) is not None
+        compared = run.passes_compared or not run.settings.directions
+        look = not compared and run.settings.one_minus_beta_at(run.steps) is not None
         before = closures.seen(closure, self) if look else {}
         for probe in self.probes():
             step: Step = run.step
@@ -265,8 +273,12 @@ class Fogzo:
                 "estimate_() must follow the passes of a step, or the step of a fused optimizer that has this"
                 " Fogzo: without it the last step was plain straight-through. To leave a step, call discard()"
             )
-        self._forget("probes")
-        step = self._run.step = self._new_step()
+        if self._run.attached is not None:
+            raise RuntimeError(
+                "passes must not run while Fogzo is attached to an optimizer, whose step would add noise again:"
+                " call loss.backward() and optimizer.step(), or remove() on what attach returned"
+            )
+        step = self._begin_step("probes")
         try:
             for probe in step.passes:
                 yield probe
@@ -297,6 +309,42 @@ class Fogzo:
         step.replace_gradients(estimate)
         step.end(estimated=True)
         return estimate.loss
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Attached:
+        """Let each step of an optimizer add guided noise to the gradients first, in a loop without passes.
+
+        For ``directions=0``. The loop stays as it is: ``loss.backward()``, then ``optimizer.step()``, with
+        accumulation, clipping and gradient scalers as ever; the noise is in proportion to the gradients as the
+        step finds them. One step of the optimizer is one step of this object. A step whose gradients are not
+        finite is lost: it changes no parameter of the model.
+
+        Args:
+            optimizer: any of PyTorch's, or :class:`fogzo_kernels.AdamW` or :class:`fogzo_kernels.SGD`, which add
+                the noise in one pass with their update. It has all quantized weights. A wrapper of accelerate or
+                Lightning is looked through.
+
+        Returns:
+            An object whose ``remove()`` ends this.
+
+        Raises:
+            ValueError: this Fogzo has probes, or the optimizer lacks a quantized weight.
+            RuntimeError: this Fogzo is attached already.
+
+        Example:
+            >>> import torch, fogzo_kernels as fk
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> attached = fk.Fogzo(model, total_steps=100, directions=0).attach(optimizer)
+            >>> model(torch.ones(2, 8)).sum().backward()
+            >>> optimizer.step()
+        """
+        return Attached(self, optimizer)
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer's step adds the noise, after :meth:`attach`."""
+        return self._run.attached is not None
 
     def discard(self) -> None:
         """Leave a step whose passes were run: it gets no estimate, and ``.grad`` stays as it is."""
@@ -352,7 +400,9 @@ class Fogzo:
         return modules
 
     @uncompiled
-    def _new_step(self) -> Step:
+    def _begin_step(self, caller: str) -> Step:
+        self._forget(caller)
         modules = self._modules()
         self._run.unmoved_alphas.begin(self._run.replay.model, modules, self.weights)
-        return Step(self._run, modules)
+        step = self._run.step = Step(self._run, modules)
+        return step

@@ -14,7 +14,7 @@ from ..distributed.group import Peers
 from ..nn.view import WeightView
 from ..ops import arguments
 from ..spec.noise import signed64
-from .calls import Prepared
+from .calls import Guide, Prepared
 from .guards.gradients import Gradients
 from .guards.unmoved_alphas import UnmovedAlphas
 from .replay import ReplayState
@@ -72,10 +72,12 @@ class Run:
     stats: Stats = field(init=False)
     prepared: Prepared = field(init=False)
     places: dict[WeightView, int] = field(init=False)
+    guide: Guide = field(init=False)
     unmoved_alphas: UnmovedAlphas = field(default_factory=UnmovedAlphas)
     step: Any = None  # the Step that has begun, until it ends
     steps: int = 0  # taken so far, which numbers the noise of the coming step
     reads_checked: bool = False  # whether a step has looked for reads of a weight beside its module
+    attached: Any = None  # the handle of the hook that makes each step of an optimizer one of these
     passes_compared: bool = False  # whether a step with probes has looked for what passes do not see alike
 
     def __post_init__(self) -> None:
@@ -83,17 +85,19 @@ class Run:
         self.stats = Stats(self.settings, self.weights)
         self.prepared = Prepared(self.weights, self.backend)
         self.places = {w: i for i, w in enumerate(self.weights)}
+        sum_of = self.peers.sum if self.peers.sharded else None
+        self.guide = Guide(self.settings.noise_per == "tensor", self.places, sum_of)
 
     def next_noise(self) -> dict[str, Any]:
         """Return which noise the coming step draws, and how much of it, as the ops take it."""
         state, left = self.device_state, self.settings.one_minus_beta_at(self.steps)
-        return {
+        noise = {
             "one_minus_beta": None if left is None else arguments.scalar("one_minus_beta", left),
             "seed": arguments.scalar("seed", self.settings.seed),
             "step": arguments.scalar("step", self.steps),
-            **({} if state is None else state.noise()),
             "epsilon_scale": self.settings.epsilon_scale,
         }
+        return noise if state is None or left is None else noise | state.noise()
 
     @contextmanager
     def counting(self, first: bool) -> Iterator[Tensor]:

@@ -18,9 +18,12 @@ from ..spec.noise import MAX_DIRECTION, MAX_SEED, MAX_STEP
 Number = TypeVar("Number", float, Tensor)
 
 KAPPA = 0.1  # where neither kappa nor 1 - beta is given
+NOISE_PER = ("model", "tensor")
 SCHEDULES = ("linear", "constant")
 #: Settings that states written before have, and the one value of each that a step still has.
 RETIRED = {"difference": "central", "probe_share": 1.0}
+#: Settings that states written before lack, and what their steps did.
+ADDED = {"noise_per": "model"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Settings:
     schedule: str
     start: float
     every: int = 1
+    noise_per: str = "model"
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "every"):
@@ -46,8 +50,7 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value}")
         checks.unit_interval("one_minus_beta", self.one_minus_beta)
-        if check_range("directions", self.directions, MAX_DIRECTION + 1) < 1:
-            raise ValueError(f"directions must be >= 1, got {self.directions}")
+        check_range("directions", self.directions, MAX_DIRECTION + 1)
         check_range("seed", self.seed, MAX_SEED)
         for name in ("total_steps", "every", "directions", "seed"):  # NumPy's would not load as weights only
             object.__setattr__(self, name, int(getattr(self, name)))
@@ -58,16 +61,20 @@ class Settings:
             )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.noise_per not in NOISE_PER:
+            raise ValueError(f"noise_per must be one of {', '.join(NOISE_PER)}, got {self.noise_per!r}")
         checks.unit_interval("start", self.start)
         for name in ("one_minus_beta", "epsilon_scale", "start"):  # an int reads otherwise
             object.__setattr__(self, name, float(getattr(self, name)))
 
     def one_minus_beta_at(self, step: int) -> float | None:
-        """1 - beta of a step (paper section 3); None where ``start`` or ``every`` makes it plain STE."""
-        first = self.start * self.total_steps
-        if step % self.every or step < first:
+        """1 - beta of a step (paper section 3); None for a plain straight-through step.
+
+        ``start`` and ``every`` make such steps, and so does guided noise (no directions) with 1 - beta = 0.
+        """
+        first, final = self.start * self.total_steps, self.one_minus_beta
+        if step % self.every or step < first or (final == 0 and not self.directions):
             return None
-        final = self.one_minus_beta
         return final if self.schedule == "constant" else linear(step - first, self.total_steps - first, final)
 
 
@@ -95,7 +102,7 @@ def loaded(
                 f"state[{name!r}] must be {value}, got {state[name]!r}: steps of that kind are not offered any"
                 " more"
             )
-    own = asdict(settings)
+    state, own = ADDED | dict(state), asdict(settings)
     expected, given = {"steps", "counters", *own}, {*state} - {*RETIRED}
     if given != expected:
         raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(given)}")

@@ -25,9 +25,9 @@ class Estimate(NamedTuple):
     """What an estimate is made of."""
 
     loss: Tensor  # of the gradient pass, 0-dim float32
-    losses_plus: Tensor  # float32, (n,)
-    losses_minus: Tensor  # float32, (n,)
-    norm: Tensor | None  # N, 0-dim float32; None where there were no probes
+    losses_plus: Tensor | None  # float32, (n,); None for guided noise
+    losses_minus: Tensor | None  # float32, (n,); None for guided noise
+    norm: Tensor | None  # N, 0-dim float32; None for a plain straight-through step
 
 
 class Stats:
@@ -63,16 +63,21 @@ class Stats:
             stats["loss"] = float(estimate.loss)
         if estimate is not None and estimate.norm is not None:
             noise = float(self._noise["one_minus_beta"])
-            differences = estimate.losses_plus - estimate.losses_minus
             stats |= {
-                "difference": float(differences.abs().mean()),
-                "rounding": abs(stats["loss"]) * torch.finfo(torch.float32).eps,
                 "guide_norm": float(estimate.norm),
                 "one_minus_beta": noise,
                 "noise_to_guide": noise * d / (1 - noise) if noise < 1 else math.inf,
-                "cosine": self._cosine(differences.tolist(), noise, d),
             }
-            self._warn_of_rounding(stats["difference"], stats["rounding"])
+            if estimate.losses_plus is None or estimate.losses_minus is None:
+                stats["cosine"] = cosine(1.0, 1.0, noise, d)
+            else:
+                differences = estimate.losses_plus - estimate.losses_minus
+                stats |= {
+                    "difference": float(differences.abs().mean()),
+                    "rounding": abs(stats["loss"]) * torch.finfo(torch.float32).eps,
+                    "cosine": self._cosine(differences.tolist(), noise, d),
+                }
+                self._warn_of_rounding(stats["difference"], stats["rounding"])
         stats["code_changes"] = math.nan if self._changes is None else float(self._changes)
         self.counts_codes = True
         return stats | {"alphas_at_floor": share_at_floor([m for w in self._weights for m in w.modules])}
@@ -81,11 +86,8 @@ class Stats:
         """Return the cosine between sum_i c_i v_i and g: v_i is sqrt(beta) s_i g / N + sqrt(1 - beta) u_i."""
         number = int(self._noise["step"])
         finite = [(i, c) for i, c in enumerate(differences) if math.isfinite(c)]
-        along = math.sqrt(1 - noise) * sum(
-            direction_sign(self._settings.seed, number, i) * c for i, c in finite
-        )
-        size = math.hypot(along, math.sqrt(noise * d * sum(c * c for _, c in finite)))
-        return along / size if size > 0 else math.nan
+        along = sum(direction_sign(self._settings.seed, number, i) * c for i, c in finite)
+        return cosine(along, sum(c * c for _, c in finite), noise, d)
 
     def warn_of_lost(self, steps: int) -> None:
         """Warn once of lost steps; of steps in a CUDA graph stats() asks, as the answer waits for it."""
@@ -106,6 +108,13 @@ class Stats:
                 " float32, over fewer terms or without a large constant, or raise kappa",
                 stacklevel=4,
             )
+
+
+def cosine(along: float, energy: float, noise: float, d: int) -> float:
+    """Return the cosine between g and an estimate: the sums of s_i c_i and of c_i^2, 1 - beta, elements."""
+    guide = math.sqrt(1 - noise) * along
+    size = math.hypot(guide, math.sqrt(noise * d * energy))
+    return guide / size if size > 0 else math.nan
 
 
 def warn_of_scales(losses: Tensor) -> None:

@@ -1,11 +1,10 @@
-"""Pass and Step: what happens from the first pass of a step to its estimate, in the order of reading."""
+"""Step: what happens from the first pass of a step to its estimate, in the order of reading."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,70 +16,12 @@ from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
 from .guards.gradients import Leftovers, Source
-from .guards.graph_reads import DERIVATIVE, asks_for_autograd, check_reads, leaves_of
+from .guards.graph_reads import check_reads, leaves_of
 from .guards.lost import look
-from .guards.uncompiled import uncompiled
+from .passes import Pass
 from .replay import Snapshot, capturing
 from .run import Run
 from .stats import Estimate, warn_of_scales
-
-
-class Pass:
-    """One forward of a step: the gradient pass (``sign`` 0), or a probe at +eps or -eps."""
-
-    def __init__(self, step: Step, direction: int, sign: int, slot: Tensor) -> None:
-        self.direction, self.sign, self._slot = direction, sign, slot  # the sum of the losses lies there
-        self.loss: Tensor | None = None  # the sum of the losses so far, 0-dim float32
-        self.losses = 0  # their number
-        self.done = False
-        self._step: Step | None = step  # None when the step has ended
-        self._grad_mode: bool | None = None  # before the pass was entered; None outside of it
-
-    @uncompiled
-    def __enter__(self) -> Pass:
-        if self._step is None or self._step.active or self.done:
-            raise RuntimeError("a pass must be entered once, in the order that probes() gives")
-        self._step.enter(self)
-        self._step.run.gradients.come_from = Source.PASS
-        self._grad_mode = torch.is_grad_enabled()
-        torch.set_grad_enabled(self.sign == 0)
-        return self
-
-    @uncompiled
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
-
-        Give every pass the same losses in the same order, scaled alike (by 1/K for K
-        micro-batches, or by a gradient scaler).
-        """
-        if self._grad_mode is None or self._step is None:
-            raise RuntimeError("probe.backward must be called inside `with probe:`")
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must be a tensor of one element, got {what}")
-        if self.sign == 0:
-            self._step.back_propagate(loss)
-        value = loss.detach().reshape(())
-        if self.loss is None:
-            self.loss = self._slot.copy_(value)
-        else:
-            self.loss.add_(value)
-        self.losses += 1
-
-    @uncompiled
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._step is not None
-        assert self._grad_mode is not None
-        asked = asks_for_autograd(value)
-        torch.set_grad_enabled(self._grad_mode)
-        self._grad_mode = None
-        self._step.run.gradients.come_from = Source.ELSEWHERE
-        self._step.exit(self, failed=kind is not None)
-        self.done = kind is None
-        if asked:
-            raise RuntimeError(DERIVATIVE) from value
 
 
 class Step:
@@ -89,8 +30,8 @@ class Step:
     def __init__(self, run: Run, modules: Sequence[nn.Module]) -> None:
         self.run, self._modules = run, modules
         self.noise = run.next_noise()
-        # of probes, n; 0 for a plain straight-through step
-        self.pairs = n = 0 if self.noise["one_minus_beta"] is None else run.settings.directions
+        self.estimates = self.noise["one_minus_beta"] is not None  # else it is plain straight-through
+        self.pairs = n = run.settings.directions if self.estimates else 0  # of probes
         # of the gradient pass, of + and of - probes: one tensor, which devices reduce in one call
         self._losses = losses = torch.zeros(1 + 2 * n, dtype=torch.float32, device=run.counters.device)
         probes = [(i, sign, losses[1 + i + n * (sign < 0)]) for i in range(n) for sign in (1, -1)]
@@ -102,6 +43,7 @@ class Step:
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
         self._minus: tuple[list[WeightView], list[Tensor]] = [], []  # what the next pass runs with
+        self.taken_over = False  # whether the gradients are those of a loop, and no pass was run
         self.snapshots: list[Snapshot] = []  # before the gradient pass, and after it if probes follow
         self._compared = n > 0 and not run.passes_compared  # whether to look for what passes do not see alike
         self._generators: Prints = {}  # if so, others' generators as the gradient pass began
@@ -205,6 +147,20 @@ class Step:
 
     # ---- after the gradient pass
 
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Go on with the gradients that a training loop has left, as a gradient pass of this step would have."""
+        self.taken_over = self.passes[0].done = True
+        self.passes[0].losses = 1
+        try:
+            self.run.prepared.update()
+            self.groups = self.run.prepared.groups
+            self._take_gradients()
+            self._losses.fill_(math.nan)  # a loop keeps its losses to itself
+        except BaseException:
+            self.end()
+            raise
+
     def _save_for_probes(self) -> None:
         replay = self.run.replay
         if self._compared:
@@ -220,7 +176,7 @@ class Step:
         """
         self.groups = [part for group in self.groups for part in group.with_gradients()]
         nonzero, finite = look(self._guides, self._losses.device)
-        alphas = calls.finish_gradients(self.groups)
+        alphas = [] if self.taken_over else calls.finish_gradients(self.groups)
         if failed:
             calls.add_to_gradients(alphas, self._named(nonzero.tolist()))
         self.run.peers.reduce_inputs()
@@ -250,13 +206,13 @@ class Step:
         """
         run, loss = self.run, self._losses[0]
         nonzero, finite, alphas = self._finish_gradients()
-        if self.pairs and not self.groups:
+        if self.estimates and not self.groups and not self.taken_over:
             raise RuntimeError(
                 "the gradient pass must leave a gradient for a quantized weight: is it the model of this Fogzo"
                 " that the loss depends on?"
             )
         if self.pairs:
-            self._norm = calls.norm_of(self.groups, run.peers.sum if run.peers.sharded else None)
+            self._norm = run.guide.norm(self.groups)
             finite &= self._norm.isfinite()
         own = set(map(id, run.gradients.parameters))
         others = [p.grad for p in self.parameters if id(p) not in own and p.grad is not None]
@@ -286,8 +242,8 @@ class Step:
             if lost:
                 self.lose()
                 return
-        if self.pairs:
-            run.gradients.note(self._guides)
+        if self.estimates:
+            run.gradients.note(self._guides if self.pairs else [])
 
     @property
     def _guides(self) -> Sequence[Tensor]:
@@ -305,6 +261,10 @@ class Step:
             if not p.done:
                 p._step = None
                 self.passes.remove(p)
+        if self.taken_over:  # the optimizer's step has begun, and the loop has no buffers to go back to
+            for parameter in self.parameters:
+                parameter.grad = None
+            return
         self.run.replay.load_buffers(self.snapshots[0])
         self.run.gradients.lose(self.parameters)
 
@@ -312,7 +272,8 @@ class Step:
         """In a capture, whose replays find out whether the step is lost."""
         self.unknown = lost if self.unknown is None else self.unknown | lost
         self.run.found_inf.copy_(self.unknown)
-        self.run.replay.load_buffers(self.snapshots[0], where=self.unknown)
+        if not self.taken_over:
+            self.run.replay.load_buffers(self.snapshots[0], where=self.unknown)
         if self.pairs:
             self.snapshots[1:] = [self.run.replay.save(self._modules)]
 
@@ -334,7 +295,7 @@ class Step:
 
     def options(self, group: WeightGroup) -> dict[str, Any]:
         """Return what perturbation and estimate must agree on, as the ops take it."""
-        return {**group.how, **group.names, **self.noise}
+        return {**group.how, **group.names, **self.noise, "noise_factors": group.noise_factors}
 
     def _write_probes(self, probe: Pass) -> tuple[list[WeightView], list[Tensor]]:
         """Return the weights and the rows that they run this probe with: Q(w) where they take no part.
@@ -365,7 +326,7 @@ class Step:
 
     def collect(self, scale: Tensor | None = None) -> Estimate:
         """Return losses of the group and norm, over ``scale``; the caller divides gradients by it."""
-        run, losses, norm = self.run, self._losses, self._norm
+        run, losses = self.run, self._losses
         if scale is not None:
             scale = scale.to(losses.device, non_blocking=True)
         if self.lost:
@@ -379,6 +340,11 @@ class Step:
             raise
         if run.gradients.edited is not None:
             self.unknown = run.gradients.edited
+        norm = self._norm
+        if (
+            self.estimates and self.groups and not self.pairs
+        ):  # guided noise is in proportion to the gradients as they are now
+            norm = run.guide.norm(self.groups)
         if norm is not None and self.unknown is not None:
             norm = norm.masked_fill(self.unknown, math.nan)
         if scale is not None:
@@ -386,7 +352,8 @@ class Step:
             norm = None if norm is None else norm / scale
         if not capturing():
             run.peers.check(run.settings.seed, run.settings, run.steps, run.weights)
-        run.peers.reduce(losses)
+        if not self.taken_over:
+            run.peers.reduce(losses)
         if self._norm is not None and not capturing():
             if self._compared:
                 warn_of_scales(losses[: 1 + self.pairs])
@@ -394,7 +361,7 @@ class Step:
                 # the guides are scaled as this norm is
                 changes = calls.code_changes(self.groups, self._norm, self.options)
                 run.stats.note_code_changes(changes)
-        plus, minus = losses[1:].view(2, self.pairs)
+        plus, minus = losses[1:].view(2, self.pairs) if self.pairs else (None, None)
         self.estimate = Estimate(losses[0], plus, minus, norm)
         return self.estimate
 
@@ -408,8 +375,8 @@ class Step:
                 f"every pass must give a loss for each of its micro-batches, got {first} in the gradient"
                 f" pass and {odd[0]} in a probe"
             )
-        if self.pairs:
-            self.run.gradients.check_unedited(self._guides)
+        if self.estimates:
+            self.run.gradients.check_unedited(self._guides if self.pairs else [])
 
     def replace_gradients(self, estimate: Estimate) -> None:
         """Replace the ``.grad`` of the weights that take part by the estimate; it stays without probes."""

@@ -89,6 +89,12 @@ class Gradients:
         self._estimates = {i: weakref.ref(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
         self._elsewhere.clear()
 
+    @property
+    def all_estimates(self) -> bool:
+        """Whether no backward has run since the last estimate, which the gradients still hold."""
+        places = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        return bool(places) and all(self.is_estimate(i) for i in places)
+
     def is_estimate(self, i: int) -> bool:
         """Whether the gradient of parameter ``i`` holds that and nothing else."""
         estimate = self._estimates.get(i)
@@ -121,7 +127,7 @@ class Gradients:
                 weakref.finalize(self, self._lost.remove)
 
     def note(self, rows: Sequence[Tensor]) -> None:
-        """From here to :meth:`check_unedited` nobody is to change these gradients of the weights."""
+        """From here to :meth:`check_unedited` nobody is to change these gradients, or replace others."""
         self._read = [p.grad for p in self.parameters if p.grad is not None]
         self._versions = [local(grad)._version for grad in self._read]
         self._bits = bits(rows) if rows and not capturing() else None
@@ -134,7 +140,8 @@ class Gradients:
         read, self._read = self._read, []
         now = [p.grad for p in self.parameters if p.grad is not None]
         same = len(now) == len(read) and all(map(operator.is_, now, read))
-        same = same and [local(grad)._version for grad in now] == self._versions
+        if rows:
+            same = same and [local(grad)._version for grad in now] == self._versions
         if same and self._bits is not None and not capturing():
             if seen_at_once(self._bits):
                 same = torch.equal(self._bits, bits(rows))

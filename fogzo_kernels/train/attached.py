@@ -1,0 +1,114 @@
+"""Attached: guided noise as a hook of an optimizer, for training loops that know no passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from .guards.uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from .fogzo import Fogzo
+
+
+class Attached:
+    """Adds guided noise to the gradients of a model as an optimizer's step begins; see :meth:`Fogzo.attach`.
+
+    Attributes:
+        optimizer: the optimizer that has the hook.
+    """
+
+    def __init__(self, fogzo: Fogzo, optimizer: Optimizer) -> None:
+        self._fogzo, self.optimizer = fogzo, unwrapped(optimizer)
+        self._fused = hasattr(
+            self.optimizer, "fogzo"
+        )  # its step makes the estimate, in one pass with the update
+        self._check()
+        if self._fused:
+            self.optimizer.fogzo = fogzo  # type: ignore[attr-defined]
+        self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+        fogzo._run.attached = self
+
+    def _check(self) -> None:
+        run, optimizer = self._fogzo._run, self.optimizer
+        if run.settings.directions:
+            raise ValueError(
+                f"directions must be 0 for attach, got {run.settings.directions}: probes need a closure, or passes,"
+                " that run the model again (fogzo.backward, fogzo.probes); guided noise needs no probes"
+            )
+        if run.attached is not None:
+            raise RuntimeError(
+                "attach must be called once, got a Fogzo that is attached: call remove() on that first"
+            )
+        if self._fused and getattr(optimizer, "fogzo", None) not in (None, self._fogzo):
+            raise ValueError("optimizer must have no other Fogzo, got one with another as its fogzo")
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        others = [w.name for w in run.weights if id(w.parameter) not in own]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise ValueError(
+                f"optimizer must have every quantized weight of the model, got one without {others[0]}{more}: N is"
+                " the norm of all gradients. With several optimizers call fogzo.probes() and fogzo.estimate_()"
+            )
+
+    def remove(self) -> None:
+        """Take the hook off the optimizer: its steps are plain straight-through from now on."""
+        self._hook.remove()
+        if self._fogzo._run.attached is self:
+            self._fogzo._run.attached = None
+            if self._fused:
+                self.optimizer.fogzo = None  # type: ignore[attr-defined]
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Add the noise now, or, where the step runs a closure, after that."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._add_noise()
+            return None
+        if len(args) > 1:
+            return (args[0], self._then_noise(closure), *args[2:]), kwargs
+        return args, {**kwargs, "closure": self._then_noise(closure)}
+
+    def _then_noise(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._add_noise()
+            return loss
+
+        return run
+
+    @uncompiled
+    @torch.no_grad()
+    def _add_noise(self) -> None:
+        run = self._fogzo._run
+        if run.gradients.all_estimates:
+            return  # no backward since the last step, whose gradients have their noise
+        step = self._fogzo._begin_step("the step of an optimizer")
+        step.take_over()
+        if not (
+            step.groups or step.lost
+        ):  # no gradient, or all are 0: nothing that noise could be in proportion to
+            step.end()
+        if self._fused or not step.groups:
+            return
+        try:
+            step.replace_gradients(step.collect())
+        except BaseException:
+            step.end()
+            raise
+        step.end(estimated=True)
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that a wrapper of accelerate or Lightning steps."""
+    if not isinstance(optimizer, Optimizer) and not isinstance(
+        getattr(optimizer, "optimizer", None), Optimizer
+    ):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
