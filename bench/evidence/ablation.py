@@ -1,11 +1,11 @@
 """Which part of FOGZO helps: its noise, its slope, or neither, and when a task gains by it.
 
-Every method has one setting that is searched, the learning rate. A cell is a task, a number of steps and a decay.
+The learning rate is the one setting that a method searches. A cell is a task, a number of steps and a decay.
 All methods of a cell try the same rates on three seeds. Where the best rate of any method is the lowest or the
-highest, all methods try one rate more there. Each method's best rate is then judged on fresh seeds, and
-STE also for so many steps that it takes the time of the methods with probes, its schedules stretched. All
-methods of a seed see the same batches and start from the same weights. Results are kept in a file as they come,
-and no run is made twice.
+highest, all methods try one rate more there. Each method's best rate is then judged on fresh seeds. STE also
+runs for so many steps that it takes the time of the methods with probes, its schedules stretched. All methods
+of a seed see the same batches and start from the same weights. Results are kept in a file as they come, and no
+run is made twice.
 """
 
 from __future__ import annotations
@@ -53,13 +53,20 @@ PRELOAD = [
 
 @dataclass(frozen=True)
 class Cell:
-    """What all methods train; ``rates`` are those that a search begins with, each twice the one before."""
+    """What all methods train.
+
+    Attributes:
+        rates: those that a search begins with, each twice the one before.
+        left_out: methods that are not trained.
+        search: the cell whose best rates are taken, of the same task with fewer steps; None: its own.
+    """
 
     task: str
     steps: int
     decay: str
     rates: tuple[float, ...]
-    left_out: tuple[str, ...] = ()  # methods
+    left_out: tuple[str, ...] = ()
+    search: str | None = None
 
     @property
     def methods(self) -> list[str]:
@@ -70,20 +77,27 @@ def rates_from(lowest: float, count: int = 3) -> tuple[float, ...]:
     return tuple(lowest * 2**i for i in range(count))
 
 
-MLPS = ("identity", "clipped", "hardtanh", "approxsign", "tanh")
 N4 = ("fogzo/model, n = 4",)
+KAPPA1 = ("guided/tensor, kappa 1",)
+SLOPES = ("slope", "fogzo/tensor")
+MLPS = {"identity": (), "clipped": (), "hardtanh": N4, "tanh": N4, "approxsign": N4}
+
+
+def mlps(data: str, decay: str, lowest: float) -> dict[str, Cell]:
+    """A cell for each grid and derivative."""
+    rates = rates_from(lowest, 4)
+    return {s: Cell(f"{data}, {s}", 1500, decay, rates, left_out) for s, left_out in MLPS.items()}
+
+
 CELLS = {
-    **{f"digits, {s}": Cell(f"digits, {s}", 1500, "constant", rates_from(0.005, 4)) for s in MLPS},
+    **{f"digits, {s}": cell for s, cell in mlps("digits", "constant", 0.005).items()},
     "llama, 600 steps": Cell("llama", 600, "cosine", rates_from(0.002), N4),
-    "deit": Cell("deit", 600, "cosine", rates_from(0.004, 4), N4),
-    **{
-        f"mnist, {s}": Cell(f"mnist, {s}", 1500, "constant", rates_from(0.0025), N4)
-        for s in ("identity", "clipped", "tanh")
-    },
-    **{f"digits, {s}, cosine": Cell(f"digits, {s}", 1500, "cosine", rates_from(0.005, 4), N4) for s in MLPS},
-    "text-long": Cell("text-long", 3000, "cosine", rates_from(0.004), N4),
-    "llama, 2000 steps": Cell("llama", 2000, "cosine", rates_from(0.002), N4),
-    "resnet": Cell("resnet", 600, "cosine", rates_from(0.004), N4),
+    "deit": Cell("deit", 600, "cosine", rates_from(0.004, 4), N4 + KAPPA1),
+    **{f"mnist, {s}": cell for s, cell in mlps("mnist", "constant", 0.0025).items()},
+    "text-long": Cell("text-long", 3000, "constant", rates_from(0.004), N4 + KAPPA1 + SLOPES),
+    "llama, 2000 steps": Cell("llama", 2000, "cosine", (), N4 + SLOPES, "llama, 600 steps"),
+    **{f"digits, {s}, cosine": cell for s, cell in mlps("digits", "cosine", 0.005).items()},
+    "resnet": Cell("resnet", 600, "cosine", rates_from(0.004), N4 + KAPPA1),
 }
 
 
@@ -110,6 +124,14 @@ class Result(NamedTuple):
         return next(iter(self.figures.values()))
 
 
+class Explained(NamedTuple):
+    """A part of a watched run: "start", "middle" or "end", and means over its steps."""
+
+    job: Job
+    part: str
+    figures: Figures
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.evidence.ablation",
@@ -124,8 +146,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rates-of", type=Path, metavar="FILE", help="results whose searches and times are taken")
     add("--minutes", type=float, default=math.inf, help="begin no cell that would end later")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--out", type=Path, default=Path("bench/out/ablation.json"), help="results; the runs in it are not made again")
+    add(
+        "--out", type=Path, default=Path("bench/out/ablation.json"), help="results; its runs are not made again"
+    )
     add("--plot", type=Path, default=Path("bench/out/ablation.png"))
+    add("--explain", action="store_true", help="watch steps of the best rates in --out, and judge nothing")
     add("--report", type=Path, metavar="FILE", help="train nothing: tables and plot of these results")
     return parser.parse_args(argv)
 
@@ -140,8 +165,11 @@ def build(job: Job) -> tuple[nn.Module, fk.Fogzo, fk.AdamW]:
     return model, fogzo, fk.AdamW(groups, lr=job.rate, betas=recipe.betas, fogzo=fogzo)
 
 
-def train(job: Job, progress: Callable[[], None]) -> Result:
-    """One run; deterministic given the job, but for its time."""
+Look = Callable[[int, nn.Module, fk.Fogzo], object]
+
+
+def train(job: Job, progress: Callable[[], None], look: Look = lambda step, model, fogzo: None) -> Result:
+    """One run; deterministic given the job, but for its time. ``look`` is called after each step."""
     torch.set_num_threads(1)  # runs are spread over processes
     cell = CELLS[job.cell]
     task = TASKS[cell.task]
@@ -159,6 +187,7 @@ def train(job: Job, progress: Callable[[], None]) -> Result:
             nn.utils.clip_grad_norm_(model.parameters(), task.recipe.clip)
         optimizer.step()
         schedule.step()
+        look(step, model, fogzo)
         progress()
     seconds = time.process_time() - start
     model.eval()
@@ -179,6 +208,11 @@ def searched(results: Iterable[Result], cell: str, method: str) -> dict[float, l
     return dict(sorted(found.items()))
 
 
+def searched_for(results: Iterable[Result], cell: str, method: str) -> dict[float, list[float]]:
+    """Of the search that a cell takes its rates of."""
+    return searched(results, CELLS[cell].search or cell, method)
+
+
 def best_rate(losses: dict[float, list[float]]) -> float:
     return pool.best_of((rate, loss) for rate, some in losses.items() for loss in some)
 
@@ -188,7 +222,9 @@ def search(name: str, methods: Sequence[str], run: Run) -> dict[str, float]:
     cell = CELLS[name]
     rates = list(cell.rates)
     while True:
-        jobs = [Job(name, m, rate, seed, cell.steps) for m in methods for rate in rates for seed in SEARCH_SEEDS]
+        jobs = [
+            Job(name, m, rate, seed, cell.steps) for m in methods for rate in rates for seed in SEARCH_SEEDS
+        ]
         found = run(jobs)
         best = {m: best_rate(searched(found, name, m)) for m in methods}
         more = [rates[0] / 2] * (rates[0] in best.values()) + [rates[-1] * 2] * (rates[-1] in best.values())
@@ -227,27 +263,31 @@ def judge(
 # ---- files
 
 
-def row_of(result: Result) -> list[Any]:
-    return [*result.job, result.seconds, result.figures]
-
-
 def results_of(found: dict[str, Any]) -> list[Result]:
     """Of a file's content."""
     return [Result(Job(*job), seconds, figures) for *job, seconds, figures in found["runs"]]
 
 
-def read(path: Path | None) -> list[Result]:
-    return results_of(json.loads(path.read_text())) if path is not None and path.exists() else []
+def explained_of(found: dict[str, Any]) -> list[Explained]:
+    """Of a file's content."""
+    return [Explained(Job(*job), part, figures) for *job, part, figures in found["explained"]]
 
 
-def write(path: Path, where: dict[str, Any], results: Sequence[Result]) -> None:
-    """A run on a line. The file is whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs = ",\n".join(json.dumps(row_of(r)) for r in sorted(results, key=lambda r: (list(CELLS).index(r.job.cell), list(METHODS).index(r.job.method), r.job)))
-    part = path.with_suffix(".part")
-    columns = json.dumps([*Job._fields, "seconds", "figures"])
-    part.write_text(f'{{"machine": {json.dumps(where)},\n"columns": {columns},\n"runs": [\n{runs}\n]}}\n')
-    part.replace(path)
+def read(path: Path | None) -> dict[str, Any]:
+    """A file's content; that of none is empty."""
+    found: dict[str, Any] = {"runs": [], "explained": []}
+    return json.loads(path.read_text()) if path is not None and path.exists() else found
+
+
+def place(job: Job) -> tuple[Any, ...]:
+    """Where its row stands."""
+    return list(CELLS).index(job.cell), list(METHODS).index(job.method), *job
+
+
+def lines(rows: Iterable[Result | Explained]) -> str:
+    """A row on a line, so that files can be compared."""
+    ordered = sorted(rows, key=lambda row: place(row.job))  # parts of a run stay in their order
+    return ",\n".join(json.dumps([*row.job, *row[1:]]) for row in ordered)
 
 
 class Kept:
@@ -255,7 +295,9 @@ class Kept:
 
     def __init__(self, path: Path, workers: int | None) -> None:
         self.path, self.workers, self.saved = path, workers, 0.0
-        self.results = {r.job: r for r in read(path)}
+        content = read(path)
+        self.results = {r.job: r for r in results_of(content)}
+        self.explained = explained_of(content)
         self.where = machine(torch.device("cpu")) | {"threads": 1}
 
     def keep(self, result: Result) -> None:
@@ -264,7 +306,14 @@ class Kept:
             self.save()
 
     def save(self) -> None:
-        write(self.path, self.where, list(self.results.values()))
+        """The file is whole at any time."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part, columns = self.path.with_suffix(".part"), [*Job._fields, "seconds", "figures"]
+        part.write_text(
+            f'{{"machine": {json.dumps(self.where)},\n"columns": {json.dumps(columns)},\n'
+            f'"runs": [\n{lines(self.results.values())}\n],\n"explained": [\n{lines(self.explained)}\n]}}\n'
+        )
+        part.replace(self.path)
         self.saved = time.monotonic()
 
     def run(self, jobs: list[Job]) -> list[Result]:
@@ -283,7 +332,7 @@ def estimate(name: str, methods: Sequence[str], seeds: int, known: Sequence[Resu
     for method in methods:
         own = [r for r in known if (r.job.cell, r.job.method) == (name, method)]
         if not own:
-            own = [train(Job(name, method, cell.rates[0], SEARCH_SEEDS[0], SHORT), lambda: None)]
+            own = [train(Job(name, method, 1e-3, SEARCH_SEEDS[0], SHORT), lambda: None)]
         pace = statistics.median(r.seconds / r.job.steps for r in own)
         made = sum(1 for job in done if (job.cell, job.method, job.steps) == (name, method, cell.steps))
         again = seeds if METHODS[method]["directions"] else 0  # STE as long
@@ -292,15 +341,21 @@ def estimate(name: str, methods: Sequence[str], seeds: int, known: Sequence[Resu
 
 
 def main(argv: list[str] | None = None) -> None:
-    from . import differences
+    from . import differences, explanation
 
     args = parse(argv)
     if args.report is not None:
-        results = read(args.report)
-        differences.plot(results, args.plot)
-        print(f"{differences.tables(results)}\nwrote {args.plot}")
+        content = read(args.report)
+        differences.plot(results_of(content), args.plot)
+        print(differences.tables(results_of(content)))
+        print(f"\nSteps:\n\n{explanation.table(explained_of(content))}\nwrote {args.plot}")
         return
-    kept, given, start = Kept(args.out, args.workers), read(args.rates_of), time.monotonic()
+    kept, given, start = Kept(args.out, args.workers), results_of(read(args.rates_of)), time.monotonic()
+    if args.explain:
+        kept.explained = explanation.run(list(kept.results.values()), args.cells, args.workers, PRELOAD)
+        kept.save()
+        print(f"{explanation.table(kept.explained)}\nwrote {args.out}")
+        return
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     for name in args.cells:
         methods = [m for m in CELLS[name].methods if m in args.methods]
@@ -311,8 +366,8 @@ def main(argv: list[str] | None = None) -> None:
         if minutes / args.workers > left:
             print(f"{name} does not fit and is left out", flush=True)
             continue
-        if given:
-            best = {m: best_rate(searched(given, name, m)) for m in methods}
+        if given or CELLS[name].search:
+            best = {m: best_rate(searched_for(given or known, name, m)) for m in methods}
         else:
             best = search(name, methods, kept.run)
         judge(name, methods, best, seeds, kept.run, lambda: given or list(kept.results.values()))

@@ -1,4 +1,4 @@
-"""What the ablation trains: small quantized models of the paper's kinds, their data, and how they are judged."""
+"""What the ablation trains: small quantized models of the paper's kinds, and the data that judge them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def sources(size: int) -> text.Text:
     return text.sources(size)
 
 
-def llama(hidden: int, layers: int, rows: int, context: int, size: int = 4_000_000, of_train: bool = False) -> Task:
+def llama(
+    hidden: int, layers: int, rows: int, context: int, size: int = 4_000_000, of_train: bool = False
+) -> Task:
     """On so many bytes of Python's sources; ``of_train`` judges by the training text, then by the other."""
 
     def batch(seed: int, step: int) -> Tensor:
@@ -213,7 +215,7 @@ TASKS = {
         )
     },
     "llama": llama(64, 2, 16, 64),
-    "text-long": llama(32, 2, 8, 64, size=60_000, of_train=True),
+    "text-long": llama(32, 1, 8, 32, size=30_000, of_train=True),
     "deit": of_images(lambda: deit(64, 3), ("classifier", "deit.embeddings"), 64),
     "resnet": of_images(lambda: resnet((16, 32, 64)), ("classifier", "resnet.embedder"), 64),
 }
