@@ -28,7 +28,9 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the interval has 0 in it."""
+        """Whether the interval has 0 in it; a side that diverged loses."""
+        if not math.isfinite(self.mean):
+            return "loss" if math.isfinite(self.of) else "draw"
         return "win" if self.mean + self.half < 0 else "loss" if self.mean - self.half > 0 else "draw"
 
     @property
@@ -38,6 +40,8 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         """Wins are bold, losses italic."""
         mean, half = self.percent
+        if not math.isfinite(mean):
+            return "*diverged*"
         mark = {"win": "**", "loss": "*", "draw": ""}[self.verdict]
         return f"{mark}{mean:+.1f} ± {half:.1f}{mark}"
 

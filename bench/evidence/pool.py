@@ -88,7 +88,9 @@ def best_of(losses: Iterable[tuple[K, float]]) -> K:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; of one value NaN."""
+    """Mean and its standard error. The error of one value is NaN, and so are both where one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), spread
 
