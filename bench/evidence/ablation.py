@@ -3,8 +3,8 @@
 The learning rate is the one setting that a method searches. A cell is a task, a number of steps and a decay.
 All methods of a cell try the same rates on three seeds. Where the best rate of any method is the lowest or the
 highest, all methods try one rate more there. Each method's best rate is then judged on fresh seeds. STE also
-runs for so many steps that it takes the time of the methods with probes, its schedules stretched. All methods
-of a seed see the same batches and start from the same weights. Results are kept in a file as they come, and no
+runs for so many steps that it takes the time of the others, its schedules stretched. All methods of a seed
+see the same batches and start from the same weights. Results are kept in a file as they come, and no
 run is made twice.
 """
 
@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SEARCH_SEEDS = (1000, 1001, 1002)
 MOST_RATES = 9  # of a cell; a best one at the edge of so many is reported as that
 ALPHA_RATE = 0.1  # share of the learning rate that learned scales take
+ALIKE = 1.05  # times STE's time, up to which a method takes as long as STE
 SHORT = 25  # steps of a run that is timed
 PRELOAD = [
     "sklearn.datasets", "mlxtend.data", "bench.evidence.tasks",
@@ -92,7 +93,7 @@ def mlps(data: str, decay: str, lowest: float) -> dict[str, Cell]:
 CELLS = {
     **{f"digits, {s}": cell for s, cell in mlps("digits", "constant", 0.005).items()},
     "llama, 600 steps": Cell("llama", 600, "cosine", rates_from(0.002), N4),
-    "deit": Cell("deit", 600, "cosine", rates_from(0.004, 4), N4 + KAPPA1),
+    "deit": Cell("deit", 600, "cosine", rates_from(0.004, 4), (*N4, *KAPPA1, "slope")),
     **{f"mnist, {s}": cell for s, cell in mlps("mnist", "constant", 0.0025).items()},
     "text-long": Cell("text-long", 3000, "constant", rates_from(0.004), N4 + KAPPA1 + SLOPES),
     "llama, 2000 steps": Cell("llama", 2000, "cosine", (), N4 + SLOPES, "llama, 600 steps"),
@@ -240,14 +241,14 @@ def median_seconds(results: Iterable[Result], cell: str, method: str) -> float:
 
 
 def longer(results: Sequence[Result], name: str, methods: Sequence[str]) -> list[int]:
-    """Steps of STE in the time of the methods with probes, for each number of directions."""
+    """Steps of STE in the time of the other methods, for each number of directions whose steps take longer."""
     by_directions: dict[int, list[float]] = {}
     for method in methods:
-        if METHODS[method]["directions"]:
-            seconds = median_seconds(results, name, method)
-            by_directions.setdefault(METHODS[method]["directions"], []).append(seconds)
-    ste = median_seconds(results, name, "ste")
-    return [round(CELLS[name].steps * statistics.mean(s) / ste) for s in by_directions.values()]
+        if method != "ste":
+            pace = median_seconds(results, name, method) / median_seconds(results, name, "ste")
+            by_directions.setdefault(METHODS[method]["directions"], []).append(pace)
+    paces = map(statistics.mean, by_directions.values())
+    return [round(CELLS[name].steps * pace) for pace in paces if pace > ALIKE]
 
 
 def judge(
@@ -335,7 +336,7 @@ def estimate(name: str, methods: Sequence[str], seeds: int, known: Sequence[Resu
             own = [train(Job(name, method, 1e-3, SEARCH_SEEDS[0], SHORT), lambda: None)]
         pace = statistics.median(r.seconds / r.job.steps for r in own)
         made = sum(1 for job in done if (job.cell, job.method, job.steps) == (name, method, cell.steps))
-        again = seeds if METHODS[method]["directions"] else 0  # STE as long
+        again = seeds if METHODS[method]["directions"] else 0  # STE as long, for many methods once
         total += pace * cell.steps * (max(runs - made, 0) + again)
     return total
 

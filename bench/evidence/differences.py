@@ -14,6 +14,7 @@ from . import pool
 from .ablation import CELLS, METHODS, SEARCH_SEEDS, Result, best_rate, median_seconds, searched_for
 
 CONFIDENCE = 0.95
+NEAR = 0.15  # share of a time by which another may differ to be called equal
 WIDEST = 60.0  # percent that the plot has room for
 OTHERS = [method for method in METHODS if method != "ste"]
 Row = dict[int, float]  # a loss by seed
@@ -80,15 +81,16 @@ class Found:
         return median_seconds(self.results, cell, method) / median_seconds(self.results, cell, "ste")
 
     def equal_time(self, cell: str, method: str, figure: str | None = None) -> Difference | None:
-        """Against STE that took the time of methods with as many probes; None without probes."""
-        if not METHODS[method]["directions"]:
+        """Against STE that took the time of methods with as many probes; None where that is not known."""
+        steps, time = CELLS[cell].steps, 0.0
+        own = self.losses(cell, method, steps, figure)
+        if own:
+            time = self.time(cell, method)
+        made = {r.job.steps for r in self.fresh if (r.job.cell, r.job.method) == (cell, "ste")}
+        near = min(made, key=lambda one: abs(one / steps - time), default=steps)
+        if not own or abs(near / steps - time) > NEAR * time:
             return None
-        steps = CELLS[cell].steps
-        longer = {r.job.steps for r in self.fresh if (r.job.cell, r.job.method) == (cell, "ste")} - {steps}
-        if not longer or not self.losses(cell, method, steps):
-            return None
-        nearest = min(longer, key=lambda one: abs(one / steps - self.time(cell, method)))
-        return difference(self.losses(cell, method, steps, figure), self.losses(cell, "ste", nearest, figure))
+        return difference(own, self.losses(cell, "ste", near, figure))
 
     def rate(self, cell: str, method: str) -> str:
         """The best one, with a mark where it is the least or the greatest that was tried."""
