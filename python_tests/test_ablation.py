@@ -186,7 +186,7 @@ def test_tables_compare_at_equal_steps_and_at_equal_time():
     assert fresh.equal_time(DIGITS, "slope").mean == pytest.approx(0.4 - 0.001)
     assert fresh.equal_time(DIGITS, "slope").verdict == "loss"
     assert fresh.equal_time(DIGITS, "guided/model") is None
-    assert "| slope | 1 wins, 0 draws, 0 losses | 0 wins, 0 draws, 1 losses |" in differences.counts_of(fresh)
+    assert "| slope | 1 / 0 / 0 | 0 / 0 / 1 |" in differences.counts_of(fresh)
     assert found.rate(DIGITS, "slope") == "≤ 0.01"
     text = differences.tables(found.results)
     assert f"| {DIGITS} | 1.0100 ± 0.0058 |" in text

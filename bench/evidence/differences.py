@@ -14,6 +14,7 @@ from . import pool
 from .ablation import CELLS, METHODS, SEARCH_SEEDS, Result, best_rate, median_seconds, searched_for
 
 CONFIDENCE = 0.95
+VERDICTS = ("win", "draw", "loss")
 NEAR = 0.15  # share of a time by which another may differ to be called equal
 WIDEST = 60.0  # percent that the plot has room for
 OTHERS = [method for method in METHODS if method != "ste"]
@@ -168,17 +169,15 @@ def rates_of(found: Found) -> str:
 
 
 def counts_of(found: Found) -> str:
-    """How often each method is ahead of STE, behind, or neither."""
-    ways = {"equal steps": found.equal_steps, "equal time": found.equal_time}
+    """In how many cells each method is ahead of STE, level with it, or behind."""
     rows = []
     for method in OTHERS:
         row: list[object] = [method]
-        for way in ways.values():
+        for way in (found.equal_steps, found.equal_time):
             verdicts = [d.verdict for d in (way(cell, method) for cell in found.cells) if d is not None]
-            said = [f"{verdicts.count(v)} {v}{'es' if v == 'loss' else 's'}" for v in ("win", "draw", "loss")]
-            row.append(", ".join(said) if verdicts else None)
+            row.append(" / ".join(str(verdicts.count(one)) for one in VERDICTS))
         rows.append(row)
-    return grid(list(ways), rows)
+    return grid([f"{way}: {' / '.join(VERDICTS)}" for way in ("equal steps", "equal time")], rows)
 
 
 TABLES = {
