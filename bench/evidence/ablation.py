@@ -57,7 +57,7 @@ class Cell:
     """What all methods train.
 
     Attributes:
-        rates: those that a search begins with, each twice the one before.
+        rates: those that a search begins with; it goes on in factors of 2.
         left_out: methods that are not trained.
         search: the cell whose best rates are taken, of the same task with fewer steps; None: its own.
     """
@@ -92,7 +92,7 @@ def mlps(data: str, decay: str, lowest: float) -> dict[str, Cell]:
 
 CELLS = {
     **{f"digits, {s}": cell for s, cell in mlps("digits", "constant", 0.005).items()},
-    "llama, 600 steps": Cell("llama", 600, "cosine", rates_from(0.002), N4),
+    "llama, 600 steps": Cell("llama", 600, "cosine", (0.002, 0.0028, 0.004, 0.008), N4),
     "deit": Cell("deit", 600, "cosine", rates_from(0.004, 4), (*N4, *KAPPA1, "slope")),
     **{f"mnist, {s}": cell for s, cell in mlps("mnist", "constant", 0.0025).items()},
     "text-long": Cell("text-long", 3000, "constant", rates_from(0.004), N4 + KAPPA1 + SLOPES),
