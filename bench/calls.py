@@ -185,6 +185,40 @@ def tails() -> Iterator[Call]:
             yield Call(name, partial(tail, op, dtypes, masters), few=op == "adamw" and masters)
 
 
+def per_tensor(distribution: str, place: Place) -> Results:
+    """Noise per tensor: its sums, probes, the estimate and the tail of guided noise."""
+    theta, g = ([place.random(n, dtype=torch.bfloat16, scale=scale) for n in SIZES] for scale in (0.5, 1e-2))
+    alphas, norm = [place.full((1,), c.ALPHA) for _ in theta], place.full((), 2.0)
+    how: dict[str, Any] = {"grid": c.GRID, "backend": place.backend}
+    found = fk.guide_sumsq(g, alphas, per_tensor=True, **how)
+    factors = torch.arange(len(SIZES), device=place.device) * 0.25
+    how |= {
+        **NAMES,
+        "straight_through": StraightThrough("identity", noise=distribution),
+        "noise_factors": factors,
+    }
+    plus, minus, q = ([torch.full_like(t, float("nan")) for t in theta] for _ in range(3))
+    fk.perturb_quantize_(plus, minus, theta, g, alphas, norm, **how)
+    G, counters = alone(g), torch.zeros(3, dtype=torch.int64, device=place.device)
+    fk.estimate_gradient_(G, None, None, alphas, norm, counters=counters, **how)
+    state = [[place.full(t.shape, 1e-3) for t in theta] for _ in range(2)]
+    fk.estimate_adamw_(
+        theta, g, *state, None, None, alphas, norm, quantized=q, counters=counters, **TAIL, **how
+    )
+    rule = Rule(relative=2.0**-16, of_largest=estimate(torch.float32, distribution).of_largest)
+    tail = updated({"latents": theta, "first": state[0], "second": state[1], "plus": q}, rule)
+    rules = {f"{name}, tail": of for name, of in tail.items()}
+    rules |= {name: (side, probes(distribution)) for name, side in (("plus", plus), ("minus", minus))}
+    grads = estimate(torch.bfloat16, distribution)
+    return {**rules, "sums": ([found], SUM), "grads": (G, grads), "counters": ([counters], EQUAL)}
+
+
+def noises() -> Iterator[Call]:
+    for distribution in c.DISTRIBUTIONS:
+        name = f"noise per tensor, guided, {distribution}"
+        yield Call(name, partial(per_tensor, distribution), few=distribution == "uniform")
+
+
 def shard(what: str, columns: int, offset: int, place: Place) -> Results:
     """Columns of a parameter, one alpha per row, both aligned and not; a master copy; step 0-dim."""
     theta, grad = (place.random(33, columns, dtype=torch.bfloat16) for _ in range(2))
@@ -351,5 +385,5 @@ def transforms() -> Iterator[Call]:
 
 def calls(subset: bool = False) -> Iterator[Call]:
     """All of them, or some 30 kernels: at least one of each op."""
-    for part in (lists, tails, shards, derivatives, cells, transforms):
+    for part in (lists, tails, noises, shards, derivatives, cells, transforms):
         yield from (call for call in part() if call.few or not subset)

@@ -17,6 +17,9 @@ from typing import Any
 
 from .evidence import ablation, differences, explanation, mlp, peers
 from .executed import pipes_table, sectors_table
+from .step import __main__ as step
+from .step.measure import Row
+from .step.report import PAIRS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/epyc-2-cores"
@@ -87,23 +90,34 @@ def of_explanation(found: Found) -> str:
 
 
 def of_steps(*found: Found) -> str:
-    """Of several files with the same methods: time by number of threads; memory and bytes once."""
-    threads = [one["machine"]["threads"] for one in found]
-    heads = [
-        f"{count} thread{'s' * (count > 1)}: time of an STE step; of that not in passes" for count in threads
-    ]
-    lines = [f"| | {' | '.join(heads)} | peak MB | calls | MB by ops |", "|---" * (4 + len(found)) + "|"]
-    by_method = [{row["method"]: row for row in one["rows"]} for one in found]
-    for method, row in by_method[0].items():
-        times = [
-            f"{rows[method]['of_ste']:.2f}; {rows[method]['rest_of_ste']:.3f}" if method in rows else ""
-            for rows in by_method
-        ]
-        ours = ["", ""]  # peers call no ops of this package
+    """Times over those of the first method, by threads and setting; memory and bytes of the first setting."""
+    columns: dict[str, dict[str, Found]] = {}
+    for one in found:
+        threads = one["machine"]["threads"]
+        for row in one["rows"]:
+            setting = [f"{name.replace('_', '-')} {row[name]}" for name in step.AXES if name in row]
+            head = ", ".join([f"{threads} thread{'s' * (threads > 1)}", *setting])
+            columns.setdefault(head, {})[row["method"]] = row
+    first = next(iter(columns.values()))
+    base = next(iter(first))
+    heads = [f"{head}: of {base}" for head in columns]
+    lines = [f"| | {' | '.join(heads)} | peak MB | calls | MB by ops |", "|---" * (4 + len(heads)) + "|"]
+
+    def ratio(rows: dict[str, Found], one: str, other: str) -> str:
+        if not {one, other} <= rows.keys():
+            return ""
+        return f"{Row(one, rows[one]['seconds']).against(Row(other, rows[other]['seconds'])):.2f}"
+
+    for method, row in first.items():
+        ours = ["", ""]  # others call no ops of this package
         if row["bytes"] is not None:
             ours = [f"{row['calls']:g}", f"{(row['bytes'] + row['bytes_in_passes']) / 1e6:.1f}"]
-        peak = row["peak_bytes"] / 1e6
-        lines.append(f"| {' | '.join([method, *times, f'{peak:.1f}', *ours])} |")
+        times, peak = [ratio(rows, method, base) for rows in columns.values()], row["peak_bytes"]
+        lines.append(f"| {' | '.join([method, *times, f'{peak / 1e6:.1f}', *ours])} |")
+    for one, other in PAIRS:
+        times = [ratio(rows, one, other) for rows in columns.values()]
+        if any(times):
+            lines.append(f"| {' | '.join([f'{one}, of {other}', *times])} | | | |")
     return "\n".join(lines)
 
 
@@ -156,29 +170,6 @@ def of_baselines(found: Found) -> str:
     return "\n".join(lines)
 
 
-def of_traffic(before: Found, now: Found) -> str:
-    """What steps of an earlier commit asked of ops and memory, and what they do now."""
-    lines = [
-        "| | calls of ops outside of passes | MB that they move | MB moved in passes | peak MB |",
-        "|---|---|---|---|---|",
-    ]
-    old, new = ({row["method"]: row for row in one["rows"]} for one in (before, now))
-    for method, row in new.items():
-        if row["bytes"] is None:
-            continue
-        cells = [
-            " → ".join(f"{one[name] / size:{shown}}" for one in (old.get(method), row) if one is not None)
-            for name, size, shown in (
-                ("calls", 1, "g"),
-                ("bytes", 1e6, ".1f"),
-                ("bytes_in_passes", 1e6, ".1f"),
-                ("peak_bytes", 1e6, ".1f"),
-            )
-        ]
-        lines.append(f"| {' | '.join([method, *cells])} |")
-    return "\n".join(lines)
-
-
 def of_products(values: Found, codes: Found) -> str:
     """Times of the same steps with products of values and of int8 codes."""
     lines = ["| | values, ms | int8 codes, ms | times as fast |", "|---|---|---|---|"]
@@ -204,9 +195,6 @@ def of_sectors(found: Found) -> str:
 SECTIONS = {
     "steps": Section(
         "docs/performance.md", (f"{RESULTS}/step.json", f"{RESULTS}/step-1-thread.json"), of_steps
-    ),
-    "traffic": Section(
-        "docs/performance.md", (f"{RESULTS}/step-before.json", f"{RESULTS}/step.json"), of_traffic
     ),
     "products": Section(
         "docs/performance.md", (f"{RESULTS}/step-values.json", f"{RESULTS}/step-codes.json"), of_products

@@ -33,7 +33,7 @@ def batches(count=STEPS, rows=slice(None)):
 
 def made(model, kind):
     """Fogzo and an optimizer."""
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=0.5)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=0.5, directions=1)
     if kind == "fused":
         return fogzo, fk.AdamW(model.parameters(), lr=0.01, fogzo=fogzo)
     return fogzo, torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -152,3 +152,31 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     fogzo, optimizer = made(model, "fused")
     expected = [step(model, fogzo, optimizer, "fused", batch) for batch in batches()]
     assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("first", ["attach", "prepare"])
+@pytest.mark.parametrize("kind", ["fused", "torch"])
+def test_a_hook_adds_guided_noise_in_the_usual_loop(kind, first):
+    """``accelerator.backward`` and ``optimizer.step``, whose wrapper may have come before the hook or after."""
+
+    def run(accelerator):
+        model = network()
+        fogzo = fk.Fogzo(model, total_steps=10, directions=0, noise_per="tensor", kappa=0.5)
+        optimizer = (fk.AdamW if kind == "fused" else torch.optim.AdamW)(model.parameters(), lr=0.01)
+        if first == "attach" or accelerator is None:
+            fogzo.attach(optimizer)
+        if accelerator is not None:
+            model, optimizer = accelerator.prepare(model, optimizer)
+        if not fogzo.attached:
+            fogzo.attach(optimizer)
+        torch.manual_seed(5)
+        for x, y in batches():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward() if accelerator is None else accelerator.backward(loss)
+            optimizer.step()
+        assert fogzo.steps == STEPS
+        return [p.detach() for p in model.parameters()]
+
+    ours, plainly = run(accelerate.Accelerator(cpu=True)), run(None)
+    assert all(torch.equal(p, q) for p, q in zip(ours, plainly, strict=True))

@@ -119,11 +119,11 @@ def test_a_rule_gives_its_modules_their_own_input_quantizer():
 def test_a_step_perturbs_weights_only():
     """All passes see the same inputs' quantizer and dropout; the estimate is that of the functional ops."""
     model, _ = quantized()
-    fogzo = fk.Fogzo(model, total_steps=3, one_minus_beta=0.5, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=3, one_minus_beta=0.5, schedule="constant", directions=1)
     seen = []
     model[1].register_forward_hook(lambda m, args, out: seen.append(m.effective_input(args[0]).detach()))
     model[0].weight.requires_grad_(False)
-    fogzo = fk.Fogzo(model, total_steps=3, one_minus_beta=0.5, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=3, one_minus_beta=0.5, schedule="constant", directions=1)
     fogzo.backward(lambda: model(X).square().mean())
     assert len(seen) == 3
     assert all(torch.equal(x, seen[0]) for x in seen)

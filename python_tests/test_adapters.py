@@ -146,7 +146,7 @@ TOKENS = torch.arange(8)[None]
 
 
 def step(model):
-    fogzo = fk.Fogzo(model, total_steps=3, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=3, kappa=1.0, directions=1)
     return fogzo.backward(lambda: model(input_ids=TOKENS, labels=TOKENS).loss)
 
 
@@ -154,7 +154,7 @@ def step(model):
 @pytest.mark.parametrize("preset", ["lsq", "bitnet", "fixed"])
 def test_a_resized_model_is_quantized_again_and_loads(preset, leave, tmp_path):
     model = llama(PRESETS[preset])
-    made = fk.Fogzo(model, total_steps=3, kappa=1.0)
+    made = fk.Fogzo(model, total_steps=3, kappa=1.0, directions=1)
     model.resize_token_embeddings(70)
     for use in (
         lambda: step(model),
@@ -205,7 +205,7 @@ def test_modules_may_be_deleted_or_wrapped_but_not_replaced_by_plain_ones():
     del model[2]
     fk.dequantize_model(model[1][0])
     model.state_dict()
-    fk.Fogzo(model, total_steps=3, kappa=1.0)
+    fk.Fogzo(model, total_steps=3, kappa=1.0, directions=1)
     model[1] = nn.Sequential(nn.Linear(8, 3))  # a block without a quantized module
     model.append(nn.Linear(3, 3))
     fk.quantize_model(model, PRESETS["lsq"], skip="1")
@@ -214,7 +214,7 @@ def test_modules_may_be_deleted_or_wrapped_but_not_replaced_by_plain_ones():
     for use in (
         model.state_dict,
         copy.deepcopy(model).state_dict,
-        lambda: fk.Fogzo(model, total_steps=3, kappa=1.0),
+        lambda: fk.Fogzo(model, total_steps=3, kappa=1.0, directions=1),
     ):
         with pytest.raises(RuntimeError, match="2 must be quantized"):
             use()

@@ -120,7 +120,7 @@ def test_copies_pickles_and_the_way_back(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_estimates_move_it(kind):
     _, module, x = made(kind, "bitnet")
-    fogzo, before = fk.Fogzo(module, total_steps=4, kappa=1.0), module.latent.detach().clone()
+    fogzo, before = fk.Fogzo(module, total_steps=4, kappa=1.0, directions=1), module.latent.detach().clone()
     optimizer = fk.SGD(module.parameters(), lr=0.1, fogzo=fogzo)
     losses = []
 

@@ -82,13 +82,13 @@ def test_demo_trains_prints_and_plots(tmp_path, capsys):
     arguments = ["--data", "digits", "--steps", "60", "--seeds", "2", "--spsa-n", "2", "--workers", "2"]
     mlp.main([*arguments, "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    for label in ("STE", "FOGZO, n = 1", "n-SPSA, n = 2"):
+    for label in ("STE", "guided noise", "FOGZO, n = 1", "n-SPSA, n = 2"):
         assert label in out
-    assert out.startswith("6 runs of 60 steps in 2 processes take about ")
+    assert out.startswith("8 runs of 60 steps in 2 processes take about ")
     assert "At equal steps FOGZO, n = 1 ends" in out
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     runs = json.loads((tmp_path / "digits.json").read_text())["runs"]
-    assert [one["job"]["method"] for one in runs] == ["ste"] * 2 + ["fogzo"] * 2 + ["spsa"] * 2
+    assert [one["job"]["method"] for one in runs] == [m for m in mlp.NAMES for _ in range(2)]
     for one in runs:
         assert one["steps"][-1] == 60
         assert one["passes"][-1] == 60 * (1 + 2 * one["job"]["directions"])
@@ -139,9 +139,13 @@ def result(method, directions, losses, step=10):
 def test_the_summary_says_what_the_curves_show():
     """At equal steps, at equal passes, and how many passes less at an equal loss."""
     ste = [result("ste", 0, [2.0, 1.0, 0.6]), result("ste", 0, [2.0, 1.0, 0.4])]
+    guided = [result("guided", 0, [2.0, 0.8, 0.3]), result("guided", 0, [2.0, 0.8, 0.2])]
     fogzo = [result("fogzo", 1, [2.0, 0.5, 0.3]), result("fogzo", 1, [2.0, 0.5, 0.1])]
     spsa = [result("spsa", 5, [2.0, 1.8, 1.25])]
-    said = mlp.words([*ste, *fogzo, *spsa]).splitlines()
+    said = mlp.words([*ste, *guided, *fogzo, *spsa]).splitlines()
+    assert said.pop(0) == (
+        "At equal steps guided noise ends lower than STE: 0.2500 and 0.5000, 2.2 standard errors apart."
+    )
     assert said[0] == (
         "At equal steps FOGZO, n = 1 ends lower than STE: 0.2000 and 0.5000, 2.1 standard errors apart."
     )

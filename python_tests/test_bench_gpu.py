@@ -47,7 +47,7 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
     assert any("ratio_eager" in row for row in found["rows"])
     assert (found["machine"]["rehearsal"], found["failed"], found["begun"]) == (True, [], None)
     assert [row["method"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]] == [
-        "ste",
+        "float",
         "fogzo",
     ]
     files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
@@ -225,7 +225,7 @@ def test_benchmarks_go_on_after_a_process_that_is_lost(tmp_path):
     (tmp_path / "kernels.json").unlink()
     stages.kernels(session, "large triton", "triton", 60.0, stages.LARGE)
     assert session.outcomes[0].note == "ImportError: no such module"
-    session = scripted(tmp_path, (3, "lost", {}), (0, "| ste |", {}))
+    session = scripted(tmp_path, (3, "lost", {}), (0, "| float |", {}))
     stages.step(session, 60.0)
     assert (len(session.asked), session.outcomes[0].state) == (2, "passed")
 

@@ -110,7 +110,7 @@ class Module(nn.Module):
 def test_generators_of_modules_are_replayed(kind):
     model = nn.Sequential(nn.Linear(9, 8), Module(kind), nn.Linear(8, 3))
     fk.quantize_model(model, QUANTIZER)
-    fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1)
+    fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, directions=1)
     closure = lambda: loss_of(model, *batch())  # noqa: E731
     assert fogzo.check(closure) == []
     del model[1].seen[:]
@@ -126,7 +126,7 @@ def test_generators_of_modules_are_replayed(kind):
 def test_an_attribute_of_a_module_that_matters_is_found():
     model = nn.Sequential(nn.Linear(9, 8), Module("count"), nn.Linear(8, 3))
     fk.quantize_model(model, QUANTIZER)
-    fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1)
+    fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, directions=1)
     with pytest.warns(UserWarning, match=f"{WARNING} the attribute 'calls' of module '1'"):
         fogzo.backward(lambda: loss_of(model, *batch()))
 

@@ -51,7 +51,7 @@ def trained(step, kind, compiled, part):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 5))
     fk.quantize_model(model, fk.presets.lsq(2))
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", directions=1)
     if kind is fk.AdamW:
         optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
     else:
@@ -88,7 +88,7 @@ def test_a_compiled_training_step_is_the_plain_one(step, kind, part):
 def test_a_step_that_must_be_one_graph_says_why_it_is_none():
     model = nn.Sequential(nn.Linear(32, 5))
     fk.quantize_model(model, fk.presets.lsq(2))
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     step = torch.compile(lambda: fogzo.backward(lambda: F.cross_entropy(model(X), Y)), fullgraph=True)
     with pytest.raises(
         torch._dynamo.exc.Unsupported, match="a step of FOGZO is not compiled; compile the model"

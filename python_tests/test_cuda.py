@@ -22,8 +22,8 @@ cuda = pytest.importorskip("fogzo_kernels.backends.cuda")
 native = cuda._cuda
 WHERE, PLAN, DTYPES, GRID = (0, 0), (0, 0, 0, True, False), ("float32",) * 3, (0, 1, 0, 1)
 CALL = WHERE, PLAN, DTYPES
-DRAW, MIX = ("uniform", 1.0, (0, 1), (0, 2), 0), (0, (0, 0.5), 1.0)
-LOSSES, SUMS = (0, 0, 0, 0), (0, 0, 0)
+DRAW, MIX = ("uniform", 1.0, (0, 1), (0, 2), 0), (0, (0, 0.5), 1.0, 0)
+LOSSES, SUMS = (0, 0, 0, 0, False), (0, 0, 0)
 HYPERPARAMETERS = UpdateRule("sgd").hyperparameters
 CELLS, MEASURE = (0, 0, 0, 0, 0, "float32"), ("rms", 1, 0, 0)
 
@@ -78,7 +78,7 @@ def test_build_info_names_compiler_and_architectures():
          f"straight_through must be one of {', '.join(VARIANTS)}, got sine"),
         (lambda: native.learned_backward(CALL, GRID, "identity", 0, (0, 0, -1)),
          "number of crossing alphas must be in 0..2147483647, got -1"),
-        (lambda: native.estimate_gradient(CALL, DRAW, MIX, (0, 0, -1, 0), 1, 0, 0),
+        (lambda: native.estimate_gradient(CALL, DRAW, MIX, (0, 0, -1, 0, False), 1, 0, 0),
          "number of losses must be in 0..65536, got -1"),
         (lambda: native.measure_alphas(WHERE, CELLS, ("median", 1, 0, 0), 0),
          "statistic must be one of absmax, absmean, rms, got median"),

@@ -48,7 +48,7 @@ def test_calibrate_takes_another_scale():
         assert torch.equal(m.alpha, m.weight.abs().mean())
         assert m.quantizer == fk.Quantizer(fk.Grid.uniform(2), scale, IDENTITY)
     assert model.embedding.alpha is not model.head.alpha
-    fk.Fogzo(model, total_steps=1, kappa=1)
+    fk.Fogzo(model, total_steps=1, kappa=1, directions=1)
 
 
 def test_calibrate_gives_a_model_from_the_meta_device_its_alphas():

@@ -31,7 +31,9 @@ def network(quantizer=QUANTIZER, **options):
 
 
 def estimator(model, **options):
-    return fk.Fogzo(model, **({"total_steps": 10, "kappa": 1.0, "schedule": "constant"} | options))
+    return fk.Fogzo(
+        model, **({"directions": 1, "total_steps": 10, "kappa": 1.0, "schedule": "constant"} | options)
+    )
 
 
 def pinn(u, x):

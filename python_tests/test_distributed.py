@@ -20,7 +20,9 @@ def train(model, rows, reduction="mean", factor=1.0):
     """Gradients after each of a few steps on the given rows of a fixed batch."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
-    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, schedule="constant", loss_reduction=reduction)
+    fogzo = fk.Fogzo(
+        model, total_steps=10, one_minus_beta=0.1, schedule="constant", loss_reduction=reduction, directions=1
+    )
     found = []
     for _ in range(STEPS):
         model.zero_grad()
@@ -66,7 +68,9 @@ def steps_of(model, count=2, rows=slice(0, 8), before=lambda fogzo: None, **opti
     """Losses of a few steps of SGD with the estimate."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
-    fogzo = fk.Fogzo(model, **{"total_steps": 10, "kappa": 0.1, "schedule": "constant"} | options)
+    fogzo = fk.Fogzo(
+        model, **{"directions": 1, "total_steps": 10, "kappa": 0.1, "schedule": "constant"} | options
+    )
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
     before(fogzo)
     for _ in range(count):
@@ -129,7 +133,7 @@ def test_processes_that_train_another_model_are_told(tmp_path, what):
 
 def diverging_late(rank):
     model = DistributedDataParallel(net("fixed"))
-    fogzo = fk.Fogzo(model, total_steps=1000, kappa=0.1)
+    fogzo = fk.Fogzo(model, total_steps=1000, kappa=0.1, directions=1)
     x, y = torch.randn(4, 6), torch.randint(3, (4,))
     for step in range(101):
         if step == 60 and rank:
@@ -204,7 +208,7 @@ def test_losses_are_those_of_the_group_that_shares_the_model(tmp_path):
 @pytest.mark.parametrize("reduction", ["max", 1])
 def test_a_reduction_is_named(reduction):
     with pytest.raises(ValueError, match=f"loss_reduction must be 'mean', 'sum' or None, got {reduction!r}"):
-        fk.Fogzo(net("fixed"), total_steps=1, kappa=0.1, loss_reduction=reduction)
+        fk.Fogzo(net("fixed"), total_steps=1, kappa=0.1, loss_reduction=reduction, directions=1)
 
 
 def test_a_padding_row_is_found_in_the_part_that_has_it():

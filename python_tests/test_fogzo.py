@@ -201,14 +201,14 @@ def test_nothing_of_a_step_outlives_it(failing, leaving):
     """Snapshots, losses and guides go with it: after the estimate, an error, or a loop that was left."""
     model, fogzo = make(schedule="constant")
     seen = []
-    original = fogzo._new_step
+    original = fogzo._begin_step
 
-    def new_step():
-        made = original()
+    def new_step(caller):
+        made = original(caller)
         seen.append((weakref.ref(made), made.passes))
         return made
 
-    fogzo._new_step = new_step
+    fogzo._begin_step = new_step
     x, y = batch()
     with pytest.raises(ZeroDivisionError) if failing is not None else nullcontext():
         run_until(fogzo, lambda: loss_of(model, x, y), failing, leaving)
@@ -304,7 +304,7 @@ def test_weights_without_gradient_take_no_part():
     model, fogzo = make()
     model.spare = nn.Linear(4, 4)
     fk.quantize_model(model, QUANTIZER, skip=["out"])
-    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, directions=1)
     run_step(model, fogzo, [batch()])
     assert model.spare.weight.grad is None
     assert model.spare.probe is None
@@ -326,7 +326,7 @@ def test_lost_losses_keep_the_straight_through_gradient():
 
 def test_kappa_is_one_minus_beta_times_weights():
     model, _ = make()
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.36, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.36, schedule="constant", directions=1)
     assert fogzo.total_weights == 9 * 8 + 8 * 8
     assert fogzo.one_minus_beta == pytest.approx(0.01)
 
@@ -336,14 +336,14 @@ def test_several_grids_share_a_step():
     model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
     fk.quantize_model(model, QUANTIZER, skip=["2"])
     fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(4), fk.Scale.fixed(0.1), STE))
-    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, schedule="constant", directions=1)
     assert len(run_step(model, fogzo, [batch()]).unique()) == 3
     assert fogzo.diagnostics() == {"lost_directions": 0, "lost_steps": 0, "bad_alphas": 0}
     model.append(nn.Linear(3, 3))
     tanh = fk.StraightThrough("tanh")
     fk.quantize_model(model, fk.Quantizer(fk.Grid.sign(), fk.Scale.fixed(0.1), tanh))
     with pytest.raises(ValueError, match="one eps"):
-        fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
+        fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, directions=1)
 
 
 # ---- misuse

@@ -33,7 +33,7 @@ def test_the_loop_takes_the_steps_of_fogzo_to_the_bit(capsys):
             p.copy_(w)
     scale = fk.Scale.fixed(lambda w: w.abs().mean(1, keepdim=True))
     fk.quantize_model(model, fk.Quantizer(found["GRID"], scale, found["STE"]))
-    fogzo = fk.Fogzo(model, total_steps=found["STEPS"], kappa=found["KAPPA"], seed=found["SEED"])
+    fogzo = fk.Fogzo(model, total_steps=found["STEPS"], kappa=found["KAPPA"], seed=found["SEED"], directions=1)
     optimizer = fk.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, fogzo=fogzo)
     for expected in found["losses"]:
         optimizer.zero_grad()

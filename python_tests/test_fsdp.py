@@ -16,6 +16,7 @@ from support.sharded_models import (
     batch_of,
     made,
     optimizer_of,
+    run,
     train,
     values_of,
     with_inputs,
@@ -57,8 +58,9 @@ def everything(rank, cases=tuple(CASES)):
         for before in (True, False)[: 2 - (case in ONLY_BEFORE)]:
             model = made(case, shard, before)
             found[case, before] = train(model, case), values_of(model)
-    model = made("learned row", shard)
-    found["learned row", "estimate_"] = train(model, "learned row", fused=False), values_of(model)
+    for case, how in (("learned row", "estimate_"), ("guided", "attached")):
+        model = made(case, shard)
+        found[case, how] = run(model, case, how), values_of(model)
     if dist.get_world_size() == 4:
         model = made("learned row", hybrid)
         found["learned row", "hybrid"] = train(model, "learned row"), values_of(model)
@@ -66,9 +68,9 @@ def everything(rank, cases=tuple(CASES)):
 
 
 @functools.cache
-def one_process(case, fused=True):
+def one_process(case, how="fused"):
     model = made(case)
-    return train(model, case, fused=fused), values_of(model)
+    return run(model, case, how), values_of(model)
 
 
 SOME = ("learned row", "images")  # what four processes run by default
@@ -83,9 +85,9 @@ SOME = ("learned row", "images")  # what four processes run by default
 def test_many_processes_have_the_bits_of_one(tmp_path, processes, cases):
     """Dropout, BatchNorm, tied weights, checkpointing, rows that do not divide, every kind of scale."""
     for found in spawned(functools.partial(everything, cases=cases), tmp_path, processes):
-        assert len(found) == 2 * len(cases) - len(ONLY_BEFORE) + processes // 2
+        assert len(found) == 2 * len(cases) - len(ONLY_BEFORE) + processes // 2 + 1
         for (case, how), (losses, values) in found.items():
-            expected, state = one_process(case, how != "estimate_")
+            expected, state = one_process(case, how)
             close = {"rtol": 1e-4, "atol": 1e-5} if case in ROUNDED else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(losses, expected, **close, msg=f"{case} {how}: {losses} {expected}")
             assert values.keys() == state.keys()
@@ -128,7 +130,7 @@ def apart(rank):
 def together(processes):
     """The same in one process: rows one after the other in each pass, each with dropout of its own."""
     model = made("learned row")
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     states = [torch.manual_seed(rank).get_state() for rank in range(processes)]
     losses = []
@@ -192,7 +194,7 @@ def gathered(rank):
     found = {}
     for case in ("fixed", "ternary", "sign", "half_offset(8)"):
         model = made(case, shard)
-        fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1)
+        fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, directions=1)
         tokens, labels = batch_of(0)
         with Counting() as counting:
             fogzo.run(lambda: F.cross_entropy(model(tokens), labels))  # noqa: B023
@@ -258,7 +260,7 @@ def test_compiled_blocks_train_as_one_process(tmp_path):
 def broken_probe(rank):
     """A probe that fails leaves the model as it was, and training goes on with the bits of a run without it."""
     model = made("learned row", shard)
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     for broken in (0, 1, 2):  # the gradient pass and both probes
         calls = iter(range(3))
@@ -306,13 +308,27 @@ def messages(rank):
         shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % 2 == 0 else None)
 
     options = {"total_steps": 2, "kappa": 0.1}
-    says("half", ValueError, lambda: fk.Fogzo(made("fixed", half), process_group=dist.group.WORLD, **options))
-    says("alphas", ValueError, lambda: fk.Fogzo(made("learned row", with_alphas), **options))
-    says("columns", ValueError, lambda: fk.Fogzo(made("fixed", by_columns), **options))
-    says("alone", ValueError, lambda: fk.Fogzo(made("fixed", shard), loss_reduction=None, **options))
+    says(
+        "half",
+        ValueError,
+        lambda: fk.Fogzo(made("fixed", half), process_group=dist.group.WORLD, **{"directions": 1} | options),
+    )
+    says(
+        "alphas", ValueError, lambda: fk.Fogzo(made("learned row", with_alphas), **{"directions": 1} | options)
+    )
+    says("columns", ValueError, lambda: fk.Fogzo(made("fixed", by_columns), **{"directions": 1} | options))
+    says(
+        "alone",
+        ValueError,
+        lambda: fk.Fogzo(made("fixed", shard), loss_reduction=None, **{"directions": 1} | options),
+    )
     says("by itself", ValueError, lambda: made("images", shard, before=False))
-    says("measured", ValueError, lambda: fk.Fogzo(made("ternary", cut, before=False), **options))
-    says("cut", ValueError, lambda: fk.Fogzo(made("learned row", cut), **options))
+    says(
+        "measured",
+        ValueError,
+        lambda: fk.Fogzo(made("ternary", cut, before=False), **{"directions": 1} | options),
+    )
+    says("cut", ValueError, lambda: fk.Fogzo(made("learned row", cut), **{"directions": 1} | options))
     model = made("fixed", shard)
     says("part", RuntimeError, lambda: model.blocks[0].up(torch.randn(2, 16)))
     says("probe", RuntimeError, lambda: setattr(model.blocks[0].up, "probe", torch.randn(5, 16)))
@@ -367,7 +383,7 @@ def state_of(model, optimizer, fogzo):
 
 def save_half_way(folder, rank):
     model = made("learned row", shard)
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     train(model, "learned row", STEPS // 2, fogzo=fogzo, optimizer=optimizer)
     dcp.save(state_of(model, optimizer, fogzo), checkpoint_id=folder)
@@ -379,7 +395,7 @@ def go_on(folder, rank):
     with torch.no_grad():
         for t in model.state_dict().values():
             t.zero_() if t.is_floating_point() else None
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     state = state_of(model, optimizer, fogzo)
     dcp.load(state, checkpoint_id=folder)
@@ -392,7 +408,7 @@ def go_on(folder, rank):
 def test_a_checkpoint_of_two_processes_goes_on_in_any_number(tmp_path):
     """To the bit, noise and all: in one process, in two and in four."""
     model = made("learned row")
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     train(model, "learned row", STEPS // 2, fogzo=fogzo, optimizer=optimizer)
     expected = train(model, "learned row", STEPS // 2, first=STEPS // 2, fogzo=fogzo, optimizer=optimizer)
@@ -428,7 +444,7 @@ def parallel_run(scale, sharded=lambda model: None):
         block.dropout.p = 0.0  # between the two layers each process would draw for its columns
     sharded(model)
     fk.quantize_model(model, fk.presets.lsq(2, scale), skip=["embed", "head"])
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     losses = train(model, "learned row", fogzo=fogzo, optimizer=optimizer)
     tokens, labels = batch_of(0)

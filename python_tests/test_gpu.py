@@ -52,11 +52,10 @@ def network(backend, dtype=torch.float32, width=64, depth=3):
 class Training:
     """A model, its estimator and its optimizer, on fixed data."""
 
-    def __init__(self, backend, dtype=torch.float32, lr=1e-3, capturable=True):
+    def __init__(self, backend, dtype=torch.float32, lr=1e-3, capturable=True, **options):
         self.model = network(backend, dtype)
-        self.fogzo = fk.Fogzo(
-            self.model, total_steps=4, one_minus_beta=0.3, seed=5, capturable=capturable, backend=backend
-        )
+        options |= {"one_minus_beta": 0.3, "seed": 5, "capturable": capturable, "backend": backend}
+        self.fogzo = fk.Fogzo(self.model, total_steps=4, **{"directions": 1} | options)
         rate = torch.tensor(lr, dtype=torch.float64, device=DEVICE) if capturable else lr
         self.optimizer = fk.AdamW(self.model.parameters(), lr=rate, fogzo=self.fogzo, capturable=capturable)
         generator = torch.Generator().manual_seed(4)
@@ -115,9 +114,10 @@ def test_learned_scales_take_two_launches_and_can_be_captured(backend, scales):
     assert torch.equal(alpha_grad, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"directions": 0, "noise_per": "tensor"}], ids=["probes", "guided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replays_of_a_captured_step_are_eager_steps(backend, dtype):
-    eager, captured = Training(backend, dtype), Training(backend, dtype)
+def test_replays_of_a_captured_step_are_eager_steps(backend, dtype, options):
+    eager, captured = Training(backend, dtype, **options), Training(backend, dtype, **options)
     expected = [float(eager.step()) for _ in range(6)]
     graph = captured.capture(warm_up=2)
     found = []

@@ -51,7 +51,7 @@ def check_gradients(model, twin, exact):
 def test_a_gradient_pass_quantizes_each_weight_once(preset, fused, generator):
     """In one call, however many micro-batches there are, also where alphas have moved since the last step."""
     model, x = two_layers(preset), torch.randn(6, 128, generator=generator)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     groups = fk.parameter_groups(model, weight_decay=0.1)
     optimizer = fk.AdamW(groups, fogzo=fogzo) if fused else torch.optim.AdamW(groups)
     for _ in range(3):
@@ -81,15 +81,14 @@ def test_a_gradient_pass_quantizes_each_weight_once(preset, fused, generator):
 def test_weights_that_are_written_past_autograd_are_seen(start, fused):
     """As some optimizers do, or who clamps weights by ``p.data.clamp_``: no version tells of it."""
     model, x = two_layers(fk.presets.fixed(2, 0.1)), torch.ones(3, 128)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, start=start)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, start=start, directions=1)
     optimizer = fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo)
     for _ in range(3):
         model.zero_grad()
         wanted = model(x).square().mean()
         seen = []
-        (optimizer if fused else fogzo).step(
-            lambda seen=seen: seen.append(model(x).square().mean()) or seen[-1]
-        )
+        step = optimizer.step if fused else fogzo.backward
+        step(lambda seen=seen: seen.append(model(x).square().mean()) or seen[-1])
         assert len(seen) == (1 if start else 3)
         assert torch.equal(seen[0], wanted)
         for p in model.parameters():
@@ -103,7 +102,7 @@ def test_a_model_compiled_for_any_shapes_takes_the_eager_steps(preset):
     for compiled in (True, False):
         model = two_layers(preset)
         forward = torch.compile(model, dynamic=True, backend="eager") if compiled else model
-        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, seed=5)
+        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, seed=5, directions=1)
         optimizer = fk.SGD(fk.parameter_groups(model, weight_decay=0.0), lr=0.1, fogzo=fogzo)
         for rows in (4, 4, 7):
             optimizer.zero_grad()
@@ -147,7 +146,7 @@ def test_gradients_of_a_pass_are_those_of_autograd(start, dtype, generator):
         one[1].alpha.grad = torch.ones(())
     parts = torch.randn(6, 16, generator=generator).to(dtype).chunk(3)
     backward(twin, parts)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, start=start)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, start=start, directions=1)
     gradient_pass(fogzo, model, parts)
     assert model[0].alpha.grad is None
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -166,7 +165,7 @@ def test_a_hook_of_a_weight_sees_g(hook, generator):
     backward(twin, parts)
     weight = model[0].weight
     getattr(weight, hook)(lambda given: seen.append((given if hook == "register_hook" else given.grad).clone()))
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     gradient_pass(fogzo, model, parts)
     assert torch.equal(weight.grad, twin[0].weight.grad)
     inside = (weight / 0.02 > -2) & (weight / 0.02 < 1)
@@ -180,14 +179,14 @@ def test_a_pass_that_fails_leaves_g_of_what_it_ran(generator):
     twin = copy.deepcopy(model)
     backward(twin, parts[:2], whole=3)
     with pytest.raises(ZeroDivisionError):
-        gradient_pass(fk.Fogzo(model, total_steps=10, kappa=1.0), model, parts, fail_after=2)
+        gradient_pass(fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1), model, parts, fail_after=2)
     check_gradients(model, twin, exact=True)
 
 
 def test_alphas_of_weights_without_a_part_get_no_gradient(generator):
     """Where gradients are set to 0: Adam would move an alpha that has one."""
     model = two_layers(fk.presets.lsq(2))
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     for layer in (model[0], model[4]):
         layer.weight.grad = torch.zeros_like(layer.weight)
     passes = fogzo.probes()
@@ -202,7 +201,7 @@ def test_alphas_of_weights_without_a_part_get_no_gradient(generator):
 def test_the_alpha_of_a_weight_whose_gradient_is_0_gets_no_gradient(generator):
     """Its module ran, but what it gave made no difference to the loss."""
     model = two_layers(fk.presets.lsq(2))
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     passes, x = fogzo.probes(), torch.randn(3, 128, generator=generator)
     with next(passes) as first:
         first.backward(model[0](x).square().mean() + 0 * model[4](x).sum())
@@ -214,6 +213,6 @@ def test_the_alpha_of_a_weight_whose_gradient_is_0_gets_no_gradient(generator):
 def test_an_alpha_that_would_get_no_gradient_is_refused(generator):
     model = two_layers(fk.presets.fixed(2, 0.02))
     model[0].alpha.requires_grad_()
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     with pytest.raises(ValueError, match="alpha must not require grad, as no gradient reaches it"):
         gradient_pass(fogzo, model, [torch.randn(3, 128, generator=generator)])

@@ -64,8 +64,11 @@ GUARDS = {
     "The closure calls `zero_grad`": (
         "train/guards/gradients.py", "if any(p.grad is not grad", "if False and any(p.grad is not grad",
         "test_closures.py::test_zero_grad_in_the_closure_is_named"),
+    "The loop runs passes, and an optimizer has guided noise by `attach`": (
+        "train/fogzo.py", "        if self._run.attached is not None:\n", "        if False:\n",
+        "test_attach.py::test_remove_ends_it"),
     "The loss does not depend on the weights": (
-        "train/step.py", "if self.pairs and not self.groups:", "if False:",
+        "train/step.py", "if self.estimates and not self.groups and", "if False and",
         "test_step_traps.py::test_a_closure_of_another_model_is_an_error"),
     "Passes see other batches, masks or states, and the loss shows it": (
         "train/guards/fingerprints.py", "    if names:\n        warnings", "    if False:\n        warnings",
@@ -103,6 +106,12 @@ GUARDS = {
     "A fused optimizer lacks some of the quantized weights": (
         "optim/fused.py", "        if others:\n            raise", "        if False:\n            raise",
         "test_optim.py"),
+    "An optimizer that `fogzo` is attached to lacks some of the quantized weights": (
+        "train/attached.py", "        if others:\n", "        if False:\n",
+        "test_attach.py::test_a_bad_attach_is_named_and_leaves_no_hook"),
+    "`step` of an optimizer with guided noise runs twice on one gradient": (
+        "train/attached.py", "        if run.gradients.all_estimates:\n", "        if False:\n",
+        "test_attach.py::test_a_step_without_a_new_backward_adds_no_noise_again"),
     "No optimizer has the learned alphas": (
         "train/guards/unmoved_alphas.py", "            if left:\n", "            if False:\n",
         "test_unmoved.py"),

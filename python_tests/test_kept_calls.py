@@ -41,7 +41,7 @@ def all_equal(model, other):
 def test_a_step_holds_no_gradient_that_was_cleared(kind, start, generator):
     """Else the next step would need the memory of two."""
     model, x = made(generator)
-    fogzo = fk.Fogzo(model, total_steps=4, kappa=0.5, start=start)
+    fogzo = fk.Fogzo(model, total_steps=4, kappa=0.5, start=start, directions=1)
     optimizer = KINDS[kind](model.parameters(), fogzo=fogzo)
     for _ in range(3):
         optimizer.step(lambda: loss_of(model, x))
@@ -117,7 +117,7 @@ def test_steps_with_probes_after_steps_without_them_see_the_estimate(generator):
     model, x = made(generator)
     other = copy.deepcopy(model)
     options = {"total_steps": 8, "kappa": 2.0, "start": 0.5, "schedule": "constant"}
-    fogzos = [fk.Fogzo(m, **options) for m in (model, other)]
+    fogzos = [fk.Fogzo(m, **{"directions": 1} | options) for m in (model, other)]
     kept, fresh = (
         fk.AdamW(m.parameters(), lr=1e-2, fogzo=f) for m, f in zip((model, other), fogzos, strict=True)
     )

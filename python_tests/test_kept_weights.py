@@ -92,7 +92,7 @@ def step_of_an_optimizer(module, x):
 
 
 def step_of_fogzo(module, x):
-    fogzo = fk.Fogzo(module, total_steps=10, kappa=0.1)
+    fogzo = fk.Fogzo(module, total_steps=10, kappa=0.1, directions=1)
     fk.AdamW(module.parameters(), lr=0.1, fogzo=fogzo).step(lambda: module(x).square().mean())
 
 

@@ -119,7 +119,7 @@ def tied(name):
     twin = copy.deepcopy(model)
     assert twin["c"].weight is twin["a"].weight
     x = layer.input()
-    fogzo = fk.Fogzo(model, total_steps=2, one_minus_beta=1.0, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=2, one_minus_beta=1.0, schedule="constant", directions=1)
     assert [len(w.modules) for w in fogzo.weights] == [2, 1]
     seen = []
 
@@ -235,7 +235,7 @@ def test_a_fused_step_is_the_estimate_and_a_plain_one(name, fused):
     two = copy.deepcopy(one)
     steps = 3
     ours = {"lr": 1e-2, "weight_decay": 0.1} | ({"momentum": 0.9} if fused is fk.SGD else {})
-    fogzo = [fk.Fogzo(m, total_steps=steps, one_minus_beta=0.5) for m in (one, two)]
+    fogzo = [fk.Fogzo(m, total_steps=steps, one_minus_beta=0.5, directions=1) for m in (one, two)]
     a = fused(one.parameters(), fogzo=fogzo[0], **ours)
     b = getattr(torch.optim, fused.__name__)(two.parameters(), **ours)
     for _ in range(steps):
@@ -282,7 +282,7 @@ def test_channels_last_with_groups_is_laid_out_or_refused():
     assert conv.weight.is_contiguous()
     conv.to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="weight must lie in memory row by row, got strides"):
-        fk.Fogzo(conv, total_steps=1, kappa=1.0)
+        fk.Fogzo(conv, total_steps=1, kappa=1.0, directions=1)
 
 
 def test_a_transposed_linear_is_laid_out():
@@ -311,7 +311,7 @@ def test_a_padding_row_keeps_still():
     """As in PyTorch; FOGZO's noise does not move it either."""
     emb = nn.Embedding(5, 64, padding_idx=3)
     fk.quantize_model(emb, scaled(0.3))
-    fogzo = fk.Fogzo(emb, total_steps=4, one_minus_beta=1.0, schedule="constant")
+    fogzo = fk.Fogzo(emb, total_steps=4, one_minus_beta=1.0, schedule="constant", directions=1)
     x, upstream = torch.tensor([0, 3, 4]), torch.randn(3, 64)
 
     def closure():
@@ -336,6 +336,6 @@ def test_a_padding_row_of_a_tied_head_trains():
     model = nn.ModuleDict({"emb": nn.Embedding(5, 64, padding_idx=3), "head": nn.Linear(64, 5, bias=False)})
     model["head"].weight = model["emb"].weight
     fk.quantize_model(model, scaled(0.3))
-    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.5)
+    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.5, directions=1)
     fogzo.backward(lambda: model["head"](model["emb"](torch.tensor([0, 3, 4]))).square().sum())
     assert model["emb"].weight.grad[3].ne(0).any()

@@ -136,7 +136,7 @@ def test_training_moves_input_alphas_and_lowers_the_loss():
     torch.manual_seed(0)
     model, x = calibrated()
     y = torch.randint(3, (8,))
-    fogzo = fk.Fogzo(model, total_steps=60, kappa=1.0, seed=1)
+    fogzo = fk.Fogzo(model, total_steps=60, kappa=1.0, seed=1, directions=1)
     optimizer = fk.AdamW(model.parameters(), lr=5e-3, fogzo=fogzo)
     before = [model.get_parameter(name).item() for name in names(model)]
     losses = []
@@ -154,7 +154,7 @@ def test_fogzo_leaves_the_gradient_of_input_alphas_alone():
     F.cross_entropy(model(x), y).backward()
     plain = {name: model.get_parameter(name).grad.clone() for name in names(model)}
     model.zero_grad()
-    fk.Fogzo(model, total_steps=5, kappa=1.0).backward(lambda: F.cross_entropy(model(x), y))
+    fk.Fogzo(model, total_steps=5, kappa=1.0, directions=1).backward(lambda: F.cross_entropy(model(x), y))
     for name, grad in plain.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
 
@@ -167,7 +167,7 @@ def test_fogzo_leaves_the_gradient_of_input_alphas_alone():
 def test_an_input_alpha_out_of_range_is_held_counted_and_warned_of_once(value, by):
     model, x = calibrated()
     y, first = torch.randint(3, (8,)), model[0].input_alpha.item()
-    fogzo = fk.Fogzo(model, total_steps=5, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=5, kappa=1.0, directions=1)
     with torch.no_grad():
         model[0].input_alpha.fill_(value)
 

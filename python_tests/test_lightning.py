@@ -15,7 +15,7 @@ from fogzo_kernels.integrations.lightning import KEY, FogzoMixin
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
-STEPS, OPTIONS = 6, {"kappa": 0.5, "seed": 3}
+STEPS, OPTIONS = 6, {"directions": 1, "kappa": 0.5, "seed": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_without_its_state_is_refused(tmp_path):
 def by_parts(parts=2, clip=None, **options):
     """By hand, with the micro-batches of each step in each pass."""
     model, data = Plain(), Rows()
-    fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS | options)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, **{"directions": 1} | OPTIONS | options)
     optimizer, losses = model.configure_optimizers(), []
     for step in range(STEPS):
         rows = torch.arange(8 * step, 8 * step + 8).chunk(parts)
@@ -367,3 +367,30 @@ def test_two_processes_exchange_gradients_of_all_micro_batches(tmp_path):
     (_, _, expected), _ = two_of(worker, tmp_path / "whole")
     for name, w in weights.items():
         torch.testing.assert_close(w, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_automatic_optimization_takes_guided_noise_by_a_hook(tmp_path, fused):
+    """A plain LightningModule, whose optimizer is attached."""
+
+    class Guided(Plain):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            guided = OPTIONS | {"directions": 0, "noise_per": "tensor"}
+            self.estimator = fk.Fogzo(self.net, total_steps=STEPS, **guided)
+            self.estimator.attach(optimizer)
+            return optimizer
+
+    model, data = Guided(fused), Rows()
+    trainer = fit(model, tmp_path, gradient_clip_val=0.1)
+    assert model.estimator.steps == trainer.global_step == STEPS
+    hand = Guided(fused)
+    optimizer = hand.configure_optimizers()
+    for step in range(STEPS):
+        rows = slice(8 * step, 8 * step + 8)
+        optimizer.zero_grad()
+        F.cross_entropy(hand.net(data.x[rows]), data.y[rows]).backward()
+        torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.1)
+        optimizer.step()
+    weights = weights_of(hand)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())

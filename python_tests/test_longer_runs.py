@@ -58,12 +58,12 @@ def test_more_steps_go_on_where_the_run_was(schedule):
         model.zero_grad()
         fogzo.backward(lambda: loss_of(model, *batch()))
     fogzo._run.counters[0] = 7
-    longer = fk.Fogzo(model, total_steps=8, schedule=schedule, one_minus_beta=0.02)
+    longer = fk.Fogzo(model, total_steps=8, schedule=schedule, one_minus_beta=0.02, directions=1)
     longer.load_state_dict(fogzo.state_dict(), may_differ=["total_steps", "one_minus_beta"])
     assert longer.steps == 4
     assert longer.diagnostics()["lost_directions"] == 7
     assert longer.one_minus_beta == (0.01 if schedule == "linear" else 0.02)
-    whole = fk.Fogzo(model, total_steps=8, schedule=schedule, one_minus_beta=0.02)
+    whole = fk.Fogzo(model, total_steps=8, schedule=schedule, one_minus_beta=0.02, directions=1)
     whole._run.steps = 4  # as if it had run from the first step on
     found = []
     for one in (longer, whole):
@@ -86,7 +86,7 @@ def test_a_layer_is_unfrozen_in_the_middle_of_a_run(preset, optimizer_of, later)
     fk.quantize_model(model, PRESETS[preset])
     closure, options = lambda: F.cross_entropy(model(batch()[0]), batch()[1]), {"total_steps": 6, "kappa": 1.0}
     model[0].requires_grad_(False)
-    fogzo = fk.Fogzo(model, **options)
+    fogzo = fk.Fogzo(model, **{"directions": 1} | options)
     params = [p for p in model.parameters() if p.requires_grad or not later]
     optimizer = OPTIMIZERS[optimizer_of](params, fogzo)
     for _ in range(3):
@@ -98,7 +98,7 @@ def test_a_layer_is_unfrozen_in_the_middle_of_a_run(preset, optimizer_of, later)
         RuntimeError, match=r"old.state_dict\(\), may_differ=\['one_minus_beta'\]\).*optimizer.fogzo"
     ):
         fogzo.backward(closure)
-    new = fk.Fogzo(model, **options)
+    new = fk.Fogzo(model, **{"directions": 1} | options)
     new.load_state_dict(fogzo.state_dict(), may_differ=["one_minus_beta"])
     optimizer.fogzo = new
     if later:
@@ -109,7 +109,7 @@ def test_a_layer_is_unfrozen_in_the_middle_of_a_run(preset, optimizer_of, later)
     after = stepped(model, new, optimizer, closure)
     assert not any(map(torch.equal, before, after))
     model[0].requires_grad_(False)  # and back
-    old = fk.Fogzo(model, **options)
+    old = fk.Fogzo(model, **{"directions": 1} | options)
     old.load_state_dict(new.state_dict(), may_differ=["one_minus_beta"])
     optimizer.fogzo = old
     last = stepped(model, old, optimizer, closure)

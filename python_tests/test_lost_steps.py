@@ -85,7 +85,8 @@ class Run:
     def __init__(self, optimizer, fused, groups=False, preset="lsq", dtype=torch.float32, **options):
         self.model, self.dtype, self.fused = network(preset, dtype), dtype, fused
         self.fogzo = fk.Fogzo(
-            self.model, **{"total_steps": 10, "one_minus_beta": 0.2, "schedule": "linear"} | options
+            self.model,
+            **{"directions": 1, "total_steps": 10, "one_minus_beta": 0.2, "schedule": "linear"} | options,
         )
         params = (
             fk.parameter_groups(self.model, weight_decay=0.1, alpha_lr=1e-3)
@@ -197,7 +198,7 @@ def test_all_optimizers_of_a_model_lose_the_step():
 
     def go(numbers):
         model = network()
-        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
         plain = [model[1].parameters(), model[4].parameters()]
         rest = [p for layer in (model[0], model[3], model[5]) for p in layer.parameters()]
         before, after = (torch.optim.AdamW(params, lr=1e-2) for params in plain)
@@ -217,7 +218,7 @@ def test_all_optimizers_of_a_model_lose_the_step():
 def test_a_parameter_beside_the_model_loses_the_step_too():
     """A temperature, say, that the optimizer has and the model has not."""
     model = network()
-    fogzo, scale = fk.Fogzo(model, total_steps=10, kappa=1.0), torch.ones((), requires_grad=True)
+    fogzo, scale = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1), torch.ones((), requires_grad=True)
     optimizer = fk.AdamW([*model.parameters(), scale], lr=1e-2, fogzo=fogzo)
     x, y = batch(0)
 
@@ -319,7 +320,7 @@ def losing(rank):
     found = []
     for steps in ([0, 9, 1], [0, 1]):
         model = DistributedDataParallel(network())
-        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
         optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
         for number in steps:
             x, y = batch(2 * number + rank)

@@ -317,7 +317,7 @@ def test_padding_row_keeps_still_and_rows_out_of_the_batch_do_not():
     model = copy.deepcopy(plain)
     fk.quantize_model(model, eight)
     batch = {k: v % 32 for k, v in CASES["llama"].batch().items()}
-    fogzo = fk.Fogzo(model, **TRAINED, one_minus_beta=1e-2)
+    fogzo = fk.Fogzo(model, **TRAINED, directions=1, one_minus_beta=1e-2)
     seen = observe(model, fogzo, batch)
     name = "model.embed_tokens.weight"
     assert not seen.guides[name][32:].any()
@@ -348,7 +348,7 @@ def test_thirty_steps_lower_the_loss(name, fused):
     batch, steps = CASES[name].batch(), 30
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     codes = {n: m.codes() for n, m in quantized_modules(model).items()}
-    fogzo = fk.Fogzo(model, total_steps=steps, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=steps, kappa=1.0, directions=1)
     if fused:
         optimizer = fk.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fogzo=fogzo)
     else:
@@ -403,7 +403,7 @@ def test_channels_last_fused_step_is_estimate_and_step(kind):
         _, model, _ = quantized("resnet", prepare=to_channels_last)
         formats = [p.stride() for p in model.parameters()]
         batch = CASES["resnet"].batch()
-        fogzo = fk.Fogzo(model, **TRAINED, one_minus_beta=1e-4)
+        fogzo = fk.Fogzo(model, **TRAINED, directions=1, one_minus_beta=1e-4)
         if fused:
             optimizer = getattr(fk, kind)(model.parameters(), fogzo=fogzo, **options)
             optimizer.step(lambda model=model, batch=batch: model(**batch).loss)

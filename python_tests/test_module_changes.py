@@ -22,7 +22,7 @@ PRESETS = {
 
 def trained(model, closure, steps=20):
     """The losses of some steps."""
-    fogzo = fk.Fogzo(model, total_steps=steps, kappa=0.01)
+    fogzo = fk.Fogzo(model, total_steps=steps, kappa=0.01, directions=1)
     optimizer = fk.AdamW(fk.parameter_groups(model, weight_decay=0.0, alpha_lr=1e-3), lr=0.01, fogzo=fogzo)
     losses = []
     for _ in range(steps):
@@ -139,7 +139,7 @@ def test_a_fused_linear_layer_is_an_error_too():
 
 
 def fogzo(model, steps=3):
-    return fk.Fogzo(model, total_steps=steps, kappa=1.0)
+    return fk.Fogzo(model, total_steps=steps, kappa=1.0, directions=1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -35,14 +35,14 @@ def by_the_reference(op, a):
         triples = [tuple(a["layouts"][i : i + 3]) for i in range(0, len(a["layouts"]), 3)]
         draw = Draw(a["distribution"], a["seed"], a["step"], a["tensor_ids"], triples)
     if "norm" in a:
-        mix = Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
+        mix = Mix(a["norm"], a["one_minus_beta"], a["epsilon"], next(iter(a["factors"]), None))
     if "losses_plus" in a:
-        losses = Losses(a["losses_plus"], a["losses_minus"], a["counters"][0])
+        losses = Losses(a["losses_plus"], a["losses_minus"], a["counters"][0], a["guided"])
     match op:
         case "noise":
             a["out"] = reference.noise(32, draw, a["direction"], torch.device("cpu"))
         case "guide_sumsq":
-            a["out"] = reference.guide_sumsq(a["grads"], a["alphas"], a["r"], False)
+            a["out"] = reference.guide_sumsq(a["grads"], a["alphas"], a["r"], False, a["out"].dim() > 0)
         case "perturb_quantize":
             lists = [a[k] for k in ("plus", "minus", "latents", "grads", "alphas")]
             reference.perturb_quantize_(*lists, draw, mix, a["direction"], grid, 0)
@@ -151,7 +151,17 @@ ROWS = [
     *((ops, one(name, lambda t: t.to("meta")), "memory") for ops, name in ((MIXED, "norm"), *SCALARS)),
     *((ops, one(name, lambda t: t.view(1)), "shape") for ops, name in SCALARS),
     *((ops, one(name, Tensor.float), "dtype") for ops, name in SCALARS),
-    ((SUMSQ,), put(out=torch.zeros(2).double()), "shape"),
+    *(((SUMSQ,), put(out=torch.zeros(s).double()), "shape") for s in ((1,), (3,), (2, 1))),
+    (MIXED, one("factors", lambda v: v * 2), "length"),
+    *((MIXED, item("factors", 0, change), reason)
+      for change, reason in ((Tensor.double, "dtype"), (lambda t: t.to("meta"), "memory"),
+                             (lambda t: t.repeat(2)[::2], "memory"),
+                             (lambda t: t[:1].clone(), "noise_factors"),
+                             (lambda t: t.view(2, 1), "noise_factors"),
+                             (lambda t: t.new_tensor([0.5, -1.0]), "noise_factors"),
+                             (lambda t: t.new_tensor([NAN, 1.0]), "noise_factors"),
+                             (lambda t: t.new_tensor([0.5, INF]), "noise_factors"))),
+    ((ESTIMATE, UPDATE), put(guided=True), "losses"),
     *((MIXED, put(one_minus_beta=f64(x)), "one_minus_beta") for x in (-0.5, 1.5, NAN, INF)),
     *(((ESTIMATE, UPDATE), one(name, change), reason)
       for name in ("losses_plus", "losses_minus")
@@ -248,7 +258,7 @@ def test_names_differ_behind_an_empty_tensor():
     """An empty tensor draws nothing, and must not hide two others of one name."""
     args = {
         **native_arguments(ESTIMATE), "grads": [torch.ones(3), torch.zeros(0), torch.ones(3)],
-        "tensor_ids": [4, 4, 4], "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3,
+        "tensor_ids": [4, 4, 4], "alphas": [torch.tensor(0.5)] * 3, "layouts": [0, 3, 3] * 3, "factors": [],
     }  # fmt: skip
     assert refusal(ESTIMATE, args) == "tensor_ids"
     args["grads"][2] = torch.zeros(0)

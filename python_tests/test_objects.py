@@ -140,7 +140,8 @@ def two_epsilons():
         *((quantized, {"total_steps": x}, ValueError, f"total_steps must be an int >= 1, got {x}")
           for x in (0, -1, 1.5, True)),
         *((quantized, {"directions": x}, ValueError, "directions must be")
-          for x in (0, -1, 2**16 + 1)),
+          for x in (-1, 2**16 + 1)),
+        (quantized, {"noise_per": "x"}, ValueError, "noise_per must be one of model, tensor, got 'x'"),
         (quantized, {"directions": 1.0}, TypeError, "directions must be an int, got float"),
         *((quantized, {"seed": x}, ValueError, "seed must be in 0..1844") for x in (-1, 2**64)),
         (quantized, {"seed": "1"}, TypeError, "seed must be an int, got str"),
@@ -157,5 +158,5 @@ def test_a_bad_argument_of_fogzo_is_named_and_changes_nothing(make, options, exc
     model = make()
     before = [dict(vars(m)) for m in model.modules()]
     with pytest.raises(exception, match=re.escape(message)):
-        fk.Fogzo(model, **({"total_steps": 10, "kappa": 1.0} | options))
+        fk.Fogzo(model, **({"directions": 1, "total_steps": 10, "kappa": 1.0} | options))
     assert before == [dict(vars(m)) for m in model.modules()]

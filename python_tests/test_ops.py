@@ -43,6 +43,20 @@ def test_every_op_passes_opcheck(op, dtype, backend, device):
     torch.library.opcheck(getattr(torch.ops.fogzo, op).default, samples(device, dtype, backend)[op])
 
 
+@pytest.mark.parametrize("op", ["estimate_gradient_", "estimate_update_"])
+def test_guided_noise_is_without_losses(backend, device, op):
+    """In the schemas of PyTorch's ops, which say so by a flag of its own."""
+    op = getattr(torch.ops.fogzo, op).default
+    names, values = [a.name for a in op._schema.arguments], samples(device, torch.float32, backend)[op._opname]
+    args = dict(zip(names, values, strict=False)) | {"block": 0, "noise_factors": torch.ones(2, device=device)}
+    before = [t.clone() for t in args["grads"]]
+    with pytest.raises(ValueError, match=r"losses_plus must have 0\.\.0 entries, got 2"):
+        op(**args, guided=True)
+    assert all(map(torch.equal, args["grads"], before))
+    args |= {name: torch.empty(0, device=device) for name in ("losses_plus", "losses_minus")}
+    torch.library.opcheck(op, (), {**args, "guided": True})
+
+
 # ---- compiled
 
 
@@ -173,7 +187,7 @@ def network():
 
 def train(model, forward, data, target, steps, counter=None, **options):
     """Every loss of every pass, the last weights, and graphs compiled after each step."""
-    fogzo = fk.Fogzo(model, total_steps=steps, kappa=16.0, seed=3, **options)
+    fogzo = fk.Fogzo(model, total_steps=steps, kappa=16.0, seed=3, **{"directions": 1} | options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses, graphs = [], []
 
@@ -332,6 +346,8 @@ def test_noise_of_no_elements_is_empty():
 @pytest.mark.parametrize("op", [op for op in ON_BACKENDS if op not in ("noise", "quantize")])
 def test_bare_tensors_are_lists_of_one(op, backend, device):
     lists, bare = arguments(op, device), arguments(op, device)
+    if "noise_factors" in lists:
+        lists["noise_factors"] = bare["noise_factors"] = lists["noise_factors"][1:].clone()
     for name, value in lists.items():
         if isinstance(value, list):
             lists[name], bare[name] = value[1:], bare[name][1]

@@ -181,7 +181,7 @@ def test_a_step_is_seven_launches(name, generator, monkeypatch):
         monkeypatch.setattr(importlib.import_module(f"{backend.__name__}.{op}"), "launch", counted)
     ours, _, options = OPTIMIZERS[name]
     model, data = network(generator, "triton").to(device), [t.to(device) for t in batch(generator)]
-    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3, backend="triton")
+    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3, backend="triton", directions=1)
     optimizer = ours(model.parameters(), fogzo=fogzo, **options)
     for _ in range(2):
         launches.clear()
@@ -196,7 +196,7 @@ def test_a_step_is_seven_launches(name, generator, monkeypatch):
 
 def test_an_estimate_that_is_clipped_bounds_the_step(generator):
     model, data = network(generator), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     optimizer = fk.SGD(model.parameters(), lr=1.0, fogzo=fogzo)
     before = [p.detach().clone() for p in model.parameters()]
     fogzo.run(lambda: loss_of(model, data))
@@ -209,7 +209,7 @@ def test_an_estimate_that_is_clipped_bounds_the_step(generator):
 
 def test_changed_gradients_are_refused(generator):
     model, data = network(generator), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     optimizer = fk.SGD(model.parameters(), lr=1.0, fogzo=fogzo)
     for finish in (optimizer.step, fogzo.estimate_):
         fogzo.run(lambda: loss_of(model, data))
@@ -223,7 +223,7 @@ def test_changed_gradients_are_refused(generator):
 
 def test_stale_gradients_are_refused_after_a_fused_step(generator):
     model, data = network(generator), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     optimizer = fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo)
     optimizer.step(lambda: loss_of(model, data))
     with pytest.raises(RuntimeError, match="zero_grad"):
@@ -232,7 +232,7 @@ def test_stale_gradients_are_refused_after_a_fused_step(generator):
 
 def test_lost_norm_is_counted_and_skips_the_step(generator):
     model, data = network(generator), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1)
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.1, directions=1)
     optimizer = fk.AdamW(model.parameters(), lr=0.1, fogzo=fogzo)
     before = [w.parameter.detach().clone() for w in fogzo.weights]
     optimizer.step(lambda: loss_of(model, data) * float("nan"))
@@ -261,7 +261,7 @@ def test_one_optimizer_takes_several_dtypes_and_names_a_bad_one(generator):
 
 def test_a_weight_of_another_optimizer_is_noticed(generator):
     model, data = network(generator), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
     optimizer = fk.SGD(model[0].parameters(), lr=0.1, fogzo=fogzo)
     fogzo.run(lambda: loss_of(model, data))
     with pytest.raises(RuntimeError, match="params must hold every quantized weight of fogzo, got all but 1"):
@@ -296,7 +296,7 @@ def test_state_of_an_update_that_is_not_offered_is_refused(kind, option):
 
 def test_copies_train_alike(generator):
     model, data = network(generator), batch(generator)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", directions=1)
     run = model, fogzo, fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
 
     def go(model, _, optimizer, steps):
@@ -334,6 +334,7 @@ def test_a_capturable_optimizer_takes_the_same_steps(backend, schedule, generato
             schedule=schedule,
             capturable=capturable,
             backend=backend,
+            directions=1,
         )
         lr = torch.tensor(1e-2, dtype=torch.float64) if capturable else 1e-2
         optimizer = fk.AdamW(model.parameters(), lr=lr, fogzo=fogzo, capturable=capturable)
@@ -350,8 +351,8 @@ def test_a_capturable_optimizer_takes_the_same_steps(backend, schedule, generato
 
 def test_a_capturable_run_resumes_at_its_step(generator):
     model = network(generator)
-    state = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3).state_dict() | {"steps": 3}
-    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3, capturable=True)
+    state = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3, directions=1).state_dict() | {"steps": 3}
+    fogzo = fk.Fogzo(model, total_steps=4, one_minus_beta=0.3, capturable=True, directions=1)
     fogzo.load_state_dict(state)
     assert fogzo.steps == 3
     assert fogzo.one_minus_beta == pytest.approx(0.225)
@@ -360,7 +361,7 @@ def test_a_capturable_run_resumes_at_its_step(generator):
 
 def test_capturable_needs_probes_in_every_step(generator):
     with pytest.raises(ValueError, match=r"start must be 0 if capturable, got 0\.5"):
-        fk.Fogzo(network(generator), total_steps=4, kappa=1.0, start=0.5, capturable=True)
+        fk.Fogzo(network(generator), total_steps=4, kappa=1.0, start=0.5, capturable=True, directions=1)
 
 
 def test_capture_is_refused_where_a_replay_would_be_wrong(generator, monkeypatch):

@@ -142,7 +142,7 @@ def test_fogzo_steps_are_those_of_values():
     x, y = torch.randn(9, 32), torch.randint(4, (9,))
     losses = []
     for m in (model, other):
-        fogzo = fk.Fogzo(m, total_steps=9, kappa=1.0, seed=3)
+        fogzo = fk.Fogzo(m, total_steps=9, kappa=1.0, seed=3, directions=1)
         losses.append(fogzo.backward(lambda m=m: F.cross_entropy(m(x), y)))
     torch.testing.assert_close(*losses)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -178,7 +178,7 @@ def test_probes_are_codes_with_the_bits_of_values(weights, share, backend, monke
         fk.set_compute_(model, "int8")
         if share:
             model.second.product = None
-        fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, seed=3, schedule="constant")
+        fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, seed=3, schedule="constant", directions=1)
         x, y = torch.randn(9, 32), torch.randint(4, (9,))
         optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
         with monkeypatch.context() as patch:

@@ -223,7 +223,7 @@ def test_the_estimate_is_the_papers():
     losses = [loss_of(q_of(wh / delta + s * eps * v - 0.5)) for s in (1, -1)]
     c = (losses[0] - losses[1]) / (2 * eps)
     wanted = c * (math.sqrt(1 - omb) * sign * g / norm + rotated(math.sqrt(omb) * u / delta))
-    fogzo = fk.Fogzo(linear, total_steps=10, one_minus_beta=omb, schedule="constant", seed=seed)
+    fogzo = fk.Fogzo(linear, total_steps=10, one_minus_beta=omb, schedule="constant", seed=seed, directions=1)
     seen = []
     linear.zero_grad()
     for probe in fogzo.probes():
@@ -254,7 +254,7 @@ def test_a_fused_step_keeps_the_q_that_the_next_one_needs():
     """Before FOGZO starts and after, of a scale that stays."""
     linear, (x, target) = nn.Linear(32, 4), (torch.randn(9, 32), torch.randn(9, 4))
     fk.quantize_model(linear, fk.Quantizer(QUEST.grid, fk.Scale.fixed(0.05), STE, fk.Hadamard(32)))
-    fogzo = fk.Fogzo(linear, total_steps=6, kappa=1.0, start=0.5)
+    fogzo = fk.Fogzo(linear, total_steps=6, kappa=1.0, start=0.5, directions=1)
     optimizer = fk.AdamW(linear.parameters(), lr=1e-2, fogzo=fogzo)
     for _ in range(6):
         wanted = (linear(x) - target).square().mean().detach()

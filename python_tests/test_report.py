@@ -25,14 +25,14 @@ def test_a_changed_number_is_seen(tmp_path, monkeypatch, capsys):
     assert report.main(["--check"]) == 0
     path = tmp_path / "docs/performance.md"
     before = path.read_text()
-    path.write_text(before.replace("| ste | 1.00;", "| ste | 0.99;"))
+    path.write_text(before.replace("| ste | 1.00 |", "| ste | 0.99 |"))
     assert report.main(["--check"]) == 1
     assert "docs/performance.md is not what the result files say" in capsys.readouterr().err
     assert report.main([]) == 0
     assert path.read_text() == before
     file = tmp_path / report.SECTIONS["steps"].files[0]
     found = json.loads(file.read_text())
-    found["rows"][1]["of_ste"] += 1
+    found["rows"][1]["seconds"] = found["rows"][0]["seconds"]
     file.write_text(json.dumps(found))
     assert report.main(["--check"]) == 1
 
@@ -97,7 +97,7 @@ def test_a_commit_is_measured_beside_this_checkout(monkeypatch, capsys, built):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "| | base, ms | this, ms | of base | in rounds | |"
     whats = [line.split(" | ")[0].removeprefix("| ") for line in said[2:-1]]
-    assert whats == ["quantize, cpu, none, float32/-/float32, 1024 elements", "step, ste", "step, fogzo"]
+    assert whats == ["quantize, cpu, none, float32/-/float32, 1024 elements", "step, float", "step, fogzo"]
     assert said[-1] == "0 of 3 rows lost more than 1e+09 %: none"
     other = turns[0]
     assert turns == [other, base.ROOT] * 2
@@ -211,3 +211,28 @@ def test_a_result_without_a_commit_names_its_sources():
     assert report.origin(known) == "commit abc1234"
     assert report.origin({**known, "commit": "unknown"}) == "sources 0123456789ab"
     assert report.origin({"commit": "unknown"}) == "commit unknown"
+
+
+def test_steps_of_several_settings_have_a_column_each():
+    """And files of other threads; pairs of methods have a line below."""
+
+    def found(threads, axes):
+        methods = (("float", 2.0, None), ("torchao", 4.0, None), ("ste", 3.0, 4))
+        rows = [
+            {**axis, "method": method, "seconds": [seconds] * 4, "calls": calls, "bytes": calls}
+            | {"peak_bytes": 2e6, "bytes_in_passes": 1e6}
+            for axis in axes
+            for method, seconds, calls in methods
+        ]
+        return {"machine": {"threads": threads}, "rows": rows}
+
+    axes = [{"micro_batches": 4}, {"micro_batches": 1}]
+    assert report.of_steps(found(2, axes), found(1, [{}])).splitlines() == [
+        "| | 2 threads, micro-batches 4: of float | 2 threads, micro-batches 1: of float | 1 thread: of float"
+        " | peak MB | calls | MB by ops |",
+        "|---|---|---|---|---|---|---|",
+        "| float | 1.00 | 1.00 | 1.00 | 2.0 |  |  |",
+        "| torchao | 2.00 | 2.00 | 2.00 | 2.0 |  |  |",
+        "| ste | 1.50 | 1.50 | 1.50 | 2.0 | 4 | 1.0 |",
+        "| ste, of torchao | 0.75 | 0.75 | 0.75 | | | |",
+    ]

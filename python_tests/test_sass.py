@@ -99,7 +99,9 @@ CHOSEN = {
          "update_kernel fp32 bf16 bf16 gaussian tensor adamw",
          f"update_kernel {BF16} uniform tensor sgd master",
          "update_kernel bf16 bf16 int8 uniform row adamw shard",
-         "update_kernel fp32 fp32 fp32 logistic tensor nesterov",
+         "update_kernel fp32 fp32 fp32 logistic tensor nesterov", "estimate_kernel bf16 uniform tensor n=4 own",
+         f"perturb_kernel {BF16} uniform both tensor own",
+         "update_kernel fp32 bf16 bf16 uniform tensor adamw own",
          "quantize_kernel fp32 int8 tensor", "quantize_kernel fp32 fp32 fp32 row tanh"],
     100: ["perturb_kernel fp32 bf16 bf16 uniform one tensor", "estimate_kernel bf16 triangular tensor n=4",
           "update_kernel fp32 fp32 fp32 uniform tensor momentum", "noise_kernel fp32 gaussian"],
@@ -127,7 +129,8 @@ def test_streaming_kernels_stay_in_registers_and_in_budget(triton, arch, names):
 
 def test_reductions_compile_without_spills(triton):
     names = ["sumsq_kernel bf16 tensor", "sumsq_kernel fp32 row", "sumsq_kernel bf16 row unaligned",
-             "sum_kernel", "coefficients_kernel", "coefficients_kernel device", "learned_sum_kernel",
+             "sum_kernel", "sum_kernel own", "coefficients_kernel", "coefficients_kernel device",
+             "learned_sum_kernel",
              "update_coefficients_kernel adamw device", "measure_kernel bf16 rms", "join_kernel rms",
              "measure_kernel fp32 absmax", "measure_kernel fp16 absmean"]  # fmt: skip
     for name in names:
@@ -341,7 +344,7 @@ def test_cuda_kernels_stay_in_registers_and_in_budget(arch):
         if name.startswith("rotated"):
             stays_in_registers_around_a_transform(name, row)
             continue
-        if name.startswith(("sumsq", "sum_", "measure", "join", "learned")):
+        if name.startswith(("sumsq", "sum_", "tensor_sums", "measure", "join", "learned")):
             wide = name.startswith(("sumsq", "measure")) or (
                 name.startswith("learned_kernel") and "any" not in name
             )

@@ -27,7 +27,7 @@ class Run:
         fk.quantize_model(self.model, preset or fk.presets.lsq(2))
         self.model.to(dtype)
         settings = {"total_steps": 10, "kappa": 1.0, "schedule": "constant"} | options
-        self.fogzo = fk.Fogzo(self.model, **settings)
+        self.fogzo = fk.Fogzo(self.model, **{"directions": 1} | settings)
         self.optimizer = FUSED[kind](self.model.parameters(), **({"fogzo": self.fogzo} if fused else {}))
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 0)
         generator = torch.Generator().manual_seed(1)

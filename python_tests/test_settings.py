@@ -23,7 +23,7 @@ def test_public_names_are_few():
         "backward", "run", "probes", "estimate_", "pending", "steps", "one_minus_beta", "diagnostics",
         "state_dict", "load_state_dict", "weights", "total_weights", "device", "directions", "seed",
         "epsilon_scale", "check", "discard", "stats", "backend",
-        "found_inf", "pending_step", "check_estimates",
+        "found_inf", "pending_step", "check_estimates", "attach", "attached",
     }  # fmt: skip
 
 
@@ -31,7 +31,8 @@ def test_repr_says_the_settings():
     _, fogzo = make(directions=2, seed=5)
     assert repr(fogzo) == (
         "Fogzo(total_steps=100, one_minus_beta=0.01, directions=2, seed=0, epsilon_scale=1.0,"
-        " schedule='linear', start=0.0, every=1): 0 steps taken, 2 quantized weights of 136 elements on cpu"
+        " schedule='linear', start=0.0, every=1, noise_per='model'): 0 steps taken,"
+        " 2 quantized weights of 136 elements on cpu"
     )
 
 

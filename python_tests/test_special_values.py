@@ -134,8 +134,8 @@ def calls(device, **changed):
     """Each op that looks at a name, as the backends take it; ``changed`` are the nouns to spoil."""
     i64, f64 = (lambda x, d=d: torch.tensor(x, dtype=d) for d in (torch.int64, torch.float64))
     draw = Draw(changed.get("distribution", "uniform"), i64(1), i64(2), [0], [(0, 8, 8)])
-    mix = Mix(torch.tensor(1.0, device=device), f64(0.5), 0.3)
-    losses = Losses(torch.ones(1, device=device), torch.zeros(1, device=device), None)
+    mix = Mix(torch.tensor(1.0, device=device), f64(0.5), 0.3, None)
+    losses = Losses(torch.ones(1, device=device), torch.zeros(1, device=device), None, False)
     latents, grads, out, first, second = ([torch.ones(8, device=device)] for _ in range(5))
     alphas, groups, grid = [torch.tensor(0.5, device=device)], torch.ones(4, device=device), fk.Grid.sign()
     rule, kind = changed.get("rule", UpdateRule("adamw")), changed.get("kind", fk.StraightThrough("tanh"))
@@ -184,7 +184,7 @@ ROTATED = [((3, 1024), (3, 1)), ((2, 4096), (2, 32)), ((5008,), ()), ((5, 16), (
 EMPTY = ((0, 16), (0, 1)), ((0, 16), ())
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kept", [False, True, "guided"])
 @pytest.mark.parametrize("block", [0, 16])
 @pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])  # cpu refuses them
 def test_bad_alphas_are_counted_once(backend, block, kept, generator):
@@ -204,10 +204,11 @@ def test_bad_alphas_are_counted_once(backend, block, kept, generator):
     i64, f64 = (lambda x, d=d: torch.tensor(x, dtype=d) for d in (torch.int64, torch.float64))
     numels = [torch.Size(shape).numel() for shape, _ in layouts]
     draw = Draw("uniform", i64(1), i64(2), [*range(len(layouts))], [(0, max(n, 1), max(n, 1)) for n in numels])
-    mix = Mix(torch.tensor(1.0, device=device), f64(0.5), 0.3)
+    mix = Mix(torch.tensor(1.0, device=device), f64(0.5), 0.3, None)
     counters = torch.tensor([5, 6, 7], device=device)
-    plus = torch.full((1,), float("nan") if kept else 1.0, device=device)
-    losses = Losses(plus, torch.zeros(1, device=device), counters)
+    guided, kept = kept == "guided", kept is True
+    plus = torch.full((0 if guided else 1,), float("nan") if kept else 1.0, device=device)
+    losses = Losses(plus, torch.zeros_like(plus), counters, guided)
     grads = [torch.ones(shape, device=device) for shape, _ in layouts]
     chosen.estimate_gradient_(grads, alphas, draw, mix, losses, 1, block)
     assert counters.tolist() == [5 + kept, 6, 7 + expected]

@@ -43,7 +43,9 @@ def wide(noise_to_guide, scale, **options):
     fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(2), scale, fk.StraightThrough("identity")))
     d = model.weight.numel()
     noise = noise_to_guide / (d + noise_to_guide)
-    fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=noise, schedule="constant", **options)
+    fogzo = fk.Fogzo(
+        model, total_steps=9, one_minus_beta=noise, schedule="constant", **{"directions": 1} | options
+    )
     x, y = torch.randn(64, 256), torch.randint(200, (64,))
     return model, fogzo, lambda: F.cross_entropy(model(x), y)
 

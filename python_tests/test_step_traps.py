@@ -89,7 +89,7 @@ def added(model, closure):
 
 def second(model, closure):
     model.zero_grad()
-    fk.Fogzo(model, total_steps=9, one_minus_beta=0.1).backward(closure)
+    fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, directions=1).backward(closure)
 
 
 @pytest.mark.parametrize("between", [lambda model, closure: None, clipped, added, second])
@@ -340,7 +340,7 @@ def test_a_wrapper_of_the_model_may_change():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="a pass of a step changes")
         for forward in (wrapper, compiled):
-            fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1)
+            fogzo = fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, directions=1)
             fogzo.backward(lambda forward=forward: scale(loss_of(forward, x, y)))
             model.zero_grad()
     assert fogzo.check(lambda: scale(loss_of(wrapper, x, y))) == []
@@ -376,6 +376,7 @@ def test_what_is_given_is_replayed(seed):
         total_steps=9,
         one_minus_beta=0.1,
         replay=[generator, rng, counter, random, np.random, local := random.Random(3)],
+        directions=1,
     )
     seen = []
 
@@ -401,7 +402,7 @@ def test_what_is_given_is_replayed(seed):
 def test_a_replay_without_state_is_refused():
     model, _, _ = setup()
     with pytest.raises(TypeError, match=r"replay\[1\] must have one of get_state and set_state, .* got object"):
-        fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, replay=[random, object()])
+        fk.Fogzo(model, total_steps=9, one_minus_beta=0.1, replay=[random, object()], directions=1)
 
 
 # ---- the watch itself

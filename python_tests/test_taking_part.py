@@ -78,7 +78,7 @@ def test_none_zeros_and_no_tokens_are_alike(preset, directions, dtype):
 def test_an_idle_weight_is_not_moved_by_a_fused_step(optimizer, groups):
     for none in (True, False):
         model = experts()
-        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
+        fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", directions=1)
         params = fk.parameter_groups(model, weight_decay=0.0) if groups else model.parameters()
         end = optimizer(params, lr=0.1, weight_decay=0.0, fogzo=fogzo)
         loss_of(model, *batch(0), 1).backward()
@@ -91,7 +91,7 @@ def test_an_idle_weight_is_not_moved_by_a_fused_step(optimizer, groups):
 def test_a_step_without_any_gradient_but_zeros_is_no_error():
     """Nothing takes part; it is a step all the same, and no error."""
     model = experts("lsq")
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", directions=1)
     fogzo.backward(lambda: loss_of(model, *batch(0), 0) * 0)
     assert fogzo.steps == 1
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -159,7 +159,7 @@ def test_replicas_with_unused_parameters_stay_equal(tmp_path, preset, how, count
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first[1], other[1], strict=True))
     model = experts(preset)
-    fogzo = fk.Fogzo(model, total_steps=50, kappa=0.5)
+    fogzo = fk.Fogzo(model, total_steps=50, kappa=0.5, directions=1)
     passes = fogzo.probes()
     with next(passes) as probe:
         probe.backward(sum(loss_of(model, *batch(rank), rank % 2) for rank in range(count)) / count)
@@ -183,7 +183,7 @@ def rows_run(preset, sharded=lambda model: None, rank=0):
     model = Rows()
     fk.quantize_model(model, PRESETS[preset])
     sharded(model)
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", seed=3)
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", seed=3, directions=1)
     end = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         end.zero_grad()
@@ -213,7 +213,7 @@ def test_rows_without_a_gradient_on_one_process_take_part(tmp_path, preset, coun
 
 def test_copies_take_part_alike():
     model = experts("lsq")
-    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant")
+    fogzo = fk.Fogzo(model, total_steps=10, kappa=1.0, schedule="constant", directions=1)
     twins = [(model, fogzo), copy.deepcopy((model, fogzo))]
     for m, f in twins:
         f.backward(lambda m=m: loss_of(m, *batch(0), 0))

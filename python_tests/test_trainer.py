@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 from fogzo_kernels.integrations.trainer import STATE, FogzoMixin, FogzoTrainer  # noqa: E402
 
 STEPS, TOKENS = 6, 24
-OPTIONS = {"kappa": 0.5, "seed": 3}
+OPTIONS = {"directions": 1, "kappa": 0.5, "seed": 3}
 
 
 def network():
@@ -134,7 +134,7 @@ def test_without_probes_a_run_is_that_of_the_plain_trainer(tmp_path):
     """start=1: the passes are straight-through ones, to the bit what the Trainer does alone."""
     plain = trainer_of(tmp_path / "a", kind=transformers.Trainer)
     ours = trainer_of(tmp_path / "b", kind=FogzoTrainer)
-    ours._options = {"kappa": 0.5, "start": 1.0}
+    ours._options = {"directions": 1, "kappa": 0.5, "start": 1.0}
     for trainer in (plain, ours):
         trainer.train()
     assert logged(plain) == logged(ours)
@@ -256,3 +256,39 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert all(torch.equal(w, second["weights"][name]) for name, w in first["weights"].items())
     losses, _ = by_hand(size=16, micro=4)
     assert first["losses"] == pytest.approx(losses, rel=1e-3)
+
+
+def test_the_stock_trainer_takes_guided_noise_by_a_hook(tmp_path):
+    """Accumulation, clipping and accelerate's wrapper of the optimizer; the same by a loop by hand."""
+
+    def made():
+        model = network()
+        fogzo = fk.Fogzo(model, **OPTIONS | {"total_steps": 3, "directions": 0, "noise_per": "tensor"})
+        optimizer = sgd(model)
+        fogzo.attach(optimizer)
+        return model, fogzo, optimizer
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    model, fogzo, optimizer = made()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        lr_scheduler_type="constant", learning_rate=0.5, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no", max_grad_norm=0.05,
+    )  # fmt: skip
+    InOrder(model, arguments, train_dataset=rows(24), optimizers=(optimizer, None)).train()
+    assert fogzo.steps == 3
+    other, _, plain = made()
+    count = torch.tensor(8 * (TOKENS - 1))
+    for step in range(3):
+        plain.zero_grad()
+        tokens = torch.stack([row["input_ids"] for row in rows(24)[8 * step : 8 * step + 8]])
+        for part in tokens.chunk(2):
+            given = {"input_ids": part, "labels": part, "num_items_in_batch": count}
+            other(**given, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+        plain.step()
+    weights = weights_of(other)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())

@@ -116,7 +116,7 @@ def described(model):
 def step(model):
     """The losses of a step of FOGZO, and its gradients."""
     torch.manual_seed(2)
-    fogzo = fk.Fogzo(model.train(), total_steps=10, one_minus_beta=0.01, seed=3)
+    fogzo = fk.Fogzo(model.train(), total_steps=10, one_minus_beta=0.01, seed=3, directions=1)
     model.zero_grad()
     loss = fogzo.backward(lambda: model(**batch(model)).loss)
     return {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}}

@@ -19,7 +19,7 @@ def network(**options):
     model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
     weights = list(model.parameters())
     fk.quantize_model(model, options.pop("quantizer", fk.presets.lsq(2)), **options)
-    return model, weights, fk.Fogzo(model, total_steps=10, kappa=1.0)
+    return model, weights, fk.Fogzo(model, total_steps=10, kappa=1.0, directions=1)
 
 
 def steps(model, fogzo, optimizer, count=4, before=lambda step: None):

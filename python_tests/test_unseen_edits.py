@@ -26,7 +26,9 @@ def made(dtype=torch.float32, preset=None, shape=(12, 16), **options):
     model = nn.Sequential(nn.Linear(shape[0], shape[1]), nn.ReLU(), nn.Linear(shape[1], 5))
     fk.quantize_model(model, preset or fk.presets.fixed(2, 0.1))
     model.to(dtype)
-    fogzo = fk.Fogzo(model, **{"total_steps": 30, "kappa": 1.0, "schedule": "constant"} | options)
+    fogzo = fk.Fogzo(
+        model, **{"directions": 1, "total_steps": 30, "kappa": 1.0, "schedule": "constant"} | options
+    )
     x, y = torch.randn(8, shape[0]).to(dtype), torch.randint(5, (8,))
     return model, fogzo, lambda: F.cross_entropy(model(x).float(), y)
 

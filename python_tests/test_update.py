@@ -2,108 +2,10 @@
 
 import pytest
 import torch
-from conftest import device_of
-from support.samples import GRID_CASES, GRID_IDS, IDENTITY, alphas_for, poisoned
+from support.samples import GRID_CASES, GRID_IDS, IDENTITY
+from support.tails import BF16, DTYPES, QUANTIZED, RULES, SHAPES, Setup, fused, stepped
 
 import fogzo_kernels as fk
-
-F32, BF16, F16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
-SHAPES = ((33, 20), (8, 64), (7, 4), (1, 4), (0, 4), (5,), (17, 3), ())  # the last three: not quantized
-QUANTIZED = 5
-RULES = {
-    "adamw": {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
-    "adamw-zero": {"betas": (0.0, 0.0), "eps": 1e-3, "weight_decay": 0.0},
-    "sgd": {"weight_decay": 0.05},
-    "momentum": {"momentum": 0.9, "dampening": 0.25, "weight_decay": 0.05},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-}
-#: latents, grads, quantized, master copies
-DTYPES = [(F32, BF16, BF16, False), (F32, F32, F32, False), (BF16, BF16, INT8, True), (F16, F16, F16, False)]
-
-
-def fused(rule, latents, grads, states, *args, **options):
-    if rule.startswith("adamw"):
-        fk.estimate_adamw_(latents, grads, *states, *args, **RULES[rule], **options)
-    else:
-        buffers = states[0] if RULES[rule].get("momentum") else None
-        fk.estimate_sgd_(latents, grads, buffers, *args, **RULES[rule], **options)
-
-
-def fma(a, b, c):
-    return (
-        (a.double() * b + c.double()).float() if isinstance(c, torch.Tensor) else (a.double() * b + c).float()
-    )
-
-
-def f32(x):
-    return torch.tensor(x, dtype=torch.float64).float().double().item()
-
-
-def stepped(rule, theta, G, states, lr, t):
-    """The contract's update in float32, with float64 inside each fma."""
-    o = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, **RULES[rule]}
-    if rule.startswith("adamw"):
-        (b1, b2), (m, v) = o["betas"], states
-        m = fma(G - m, f32(1 - b1), m)
-        v = fma(G * f32(1 - b2), G.double(), v * f32(b2))
-        denominator = fma(v.double().sqrt().float(), f32(1 / (1 - b2**t) ** 0.5), f32(o["eps"]))
-        return fma(m / denominator, -f32(lr / (1 - b1**t)), theta * f32(1 - lr * o["weight_decay"])), [m, v]
-    d = fma(theta, f32(o["weight_decay"]), G)
-    if not o["momentum"]:
-        return fma(d, -f32(lr), theta), []
-    b = fma(d, f32(1.0 if t == 1 else 1 - o["dampening"]), states[0] * f32(o["momentum"]))
-    return fma(fma(b, f32(o["momentum"]), d) if o["nesterov"] else b, -f32(lr), theta), [b]
-
-
-class Setup:
-    """Fresh tensors on the backend's device; ``options`` are those that all calls share."""
-
-    def __init__(self, backend, generator, dtypes, kind="row", case=GRID_CASES[0], shapes=SHAPES):
-        device, (latent, grad, out, master) = device_of(backend), dtypes
-        self.grid, straight_through = case
-
-        def draw(scale=1.0, dtype=F32):
-            return [(torch.randn(s, generator=generator) * scale).to(dtype).to(device) for s in shapes]
-
-        self.latents, self.grads = draw(dtype=latent), draw(1e-2, grad)
-        # master copies that are not the latents' values: only a skipped step can tell the two apart
-        self.masters = [t.float() + 1e-3 for t in self.latents] if master else None
-        self.states = [draw(1e-2), [t.square() for t in draw(1e-2)]]
-        self.alphas = [alphas_for(s, kind, generator).to(device) for s in shapes[:QUANTIZED]]
-        self.quantized = [poisoned(t, out) for t in self.latents[:QUANTIZED]]
-        self.norm = fk.guide_norm(self.grads[:QUANTIZED], self.alphas, grid=self.grid, backend="reference")
-        self.losses = [1 + torch.rand(2, generator=generator).to(device) for _ in "+-"]
-        self.options = {
-            "grid": self.grid, "straight_through": straight_through, "one_minus_beta": 1e-2,
-            "seed": 77, "step": 4, "backend": backend, "tensor_ids": [3, 1, 4, 15, 9][: len(self.alphas)],
-        }  # fmt: skip
-
-    def estimates(self):
-        """G in float32: a float32 copy of the gradients keeps every bit of the estimate."""
-        G = [g.float().clone() for g in self.grads]
-        if len(self.losses[0]):
-            fk.estimate_gradient_(G[:QUANTIZED], *self.losses, self.alphas, self.norm, **self.options)
-        return G
-
-    def run(self, rule, lr=0.03, t=1, **more):
-        fused(
-            rule,
-            self.latents,
-            self.grads,
-            self.states,
-            *self.losses,
-            self.alphas,
-            self.norm,
-            lr=lr,
-            optimizer_step=t,
-            masters=self.masters,
-            quantized=self.quantized,
-            **self.options,
-            **more,
-        )
-
-    def thetas(self):
-        return [t.float().clone() for t in self.masters or self.latents]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -123,9 +25,7 @@ def test_tail_is_estimate_then_step_then_quantize(backend, rule, dtypes, generat
             for found, expected in zip(s.states, state, strict=True):
                 assert torch.equal(found[i], expected), i
             assert torch.equal(s.grads[i], grads[i])
-        expected = [poisoned(q, q.dtype) for q in s.quantized]
-        fk.quantize_(expected, s.latents[:QUANTIZED], s.alphas, grid=s.grid, backend=backend)
-        assert all(torch.equal(q, x) for q, x in zip(s.quantized, expected, strict=True))
+        assert s.q_is_that_of_the_latents()
 
 
 @pytest.mark.parametrize("case", GRID_CASES, ids=GRID_IDS)
@@ -137,9 +37,7 @@ def test_the_tail_is_its_parts_on_every_grid_and_distribution(backend, case, kin
     for i, theta in enumerate(thetas):
         new, _ = stepped("adamw", theta, G[i], [xs[i] for xs in states], 0.03, 3)
         assert torch.equal(s.latents[i], new), i
-    expected = [poisoned(q, q.dtype) for q in s.quantized]
-    fk.quantize_(expected, s.latents, s.alphas, grid=s.grid, backend=backend)
-    assert all(torch.equal(q, x) for q, x in zip(s.quantized, expected, strict=True))
+    assert s.q_is_that_of_the_latents()
 
 
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 1023, 16385])
@@ -252,9 +150,7 @@ def test_lost_norm_skips_the_step_but_writes_q(backend, device, master, bad, gen
     assert counters.tolist() == [0, 1, 0]
     after = [t for ts in (s.latents, s.masters or [], *s.states) for t in ts]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    expected = [poisoned(q, q.dtype) for q in s.quantized]
-    fk.quantize_(expected, s.latents[:QUANTIZED], s.alphas, grid=s.grid, backend=backend)
-    assert all(torch.equal(q, x) for q, x in zip(s.quantized, expected, strict=True))
+    assert s.q_is_that_of_the_latents()
 
 
 def test_zero_norm_leaves_the_guide_out(backend, device, generator):

@@ -97,6 +97,8 @@ SHAPE_OF_ALPHA = "shape (4, groups), for a tensor of shape (4, 8), got shape "
 LAYOUT = "be (offset >= 0, inner >= 1, stride >= inner), got "
 LOSSES = "must be a contiguous float32 tensor of shape (n,), got "
 COUNTERS = "counters must be an int64 tensor of shape (3,), got "
+FACTORS = "noise_factors must be a contiguous float32 tensor of shape (2,), got "
+NO_LOSSES = "must be a Tensor where the other losses are one, got None"
 
 # ops, how the call is spoiled, exception, message
 CASES = [
@@ -181,7 +183,18 @@ CASES = [
     *((MIX, put(epsilon_scale=x), ValueError, f"epsilon_scale must be finite and >= 0, got {x}")
       for x in (-1.0, NAN, INF)),
     (MIX, put(epsilon_scale="1"), TypeError, "epsilon_scale must be"),
+    *((MIX, one("noise_factors", change), TypeError, FACTORS + got)
+      for change, got in ((Tensor.double, "float64 (2,)"), (lambda t: t.view(2, 1), "float32 (2, 1)"),
+                          (lambda t: t[:1], "float32 (1,)"), (lambda t: t.repeat(2)[::2], "float32 (2,)"))),
+    (MIX, one("noise_factors", lambda t: t.to("meta")), ValueError, "noise_factors must be on "),
+    (MIX, put(noise_factors=2.0), TypeError, "noise_factors must be a Tensor, got float"),
+    *((MIX, put(noise_factors=torch.tensor([0.5, x])), ValueError,
+       "noise_factors must be finite and >= 0, got ")
+      for x in (-1.0, NAN, INF, -INF)),
+    (("guide_sumsq",), put(per_tensor=1), TypeError, "per_tensor must be "),
     # losses and counters
+    (ESTIMATE, put(losses_plus=None), TypeError, f"losses_plus {NO_LOSSES}"),
+    (ESTIMATE, put(losses_minus=None), TypeError, f"losses_minus {NO_LOSSES}"),
     *((ESTIMATE, change, TypeError, f"{name} {LOSSES}{got}")
       for name in ("losses_plus", "losses_minus")
       for change, got in ((one(name, Tensor.double), "float64 (2,)"),
@@ -242,7 +255,8 @@ CASES = [
      "grads[1] must not share memory with alphas[1]"),
     *((ESTIMATE, view_of_grads(name, shape), ValueError,
        f"grads[1] must not share memory with {name}[0]")
-      for name, shape in (("norm", ()), ("losses_plus", (2,)), ("losses_minus", (2,)))),
+      for name, shape in (("norm", ()), ("losses_plus", (2,)), ("losses_minus", (2,)),
+                          ("noise_factors", (2,)))),
     # backends
     (ON_BACKENDS, put(backend="abacus"), ValueError, "backend must be one of cpu, triton, "),
     (ON_BACKENDS, put(backend=3), TypeError, "backend must be a string or None, got int"),
@@ -298,7 +312,7 @@ def test_a_duplicate_id_behind_an_empty_tensor_is_named():
     """An empty tensor draws nothing, and must not hide two others of one name."""
     args = arguments("estimate_gradient_", "cpu") | {"tensor_ids": [4, 4, 4], "layouts": None}
     args["grads"] = [torch.zeros(0), torch.ones(3), torch.ones(3)]
-    args["alphas"] = [torch.tensor(0.5)] * 3
+    args["alphas"], args["noise_factors"] = [torch.tensor(0.5)] * 3, torch.ones(3)
     message = r"tensor_ids\[2\] must differ from tensor_ids\[1\]"
     raises_and_writes_nothing("estimate_gradient_", args, ValueError, message)
 

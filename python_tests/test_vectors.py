@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from conftest import device_of
 from support.tolerances import EXACT, INEXACT, M_TOLERANCE, coefficient, estimate_error
 
 import fogzo_kernels as fk
+import fogzo_kernels.functional as ops
 from fogzo_kernels.spec.noise import DISTRIBUTIONS, philox4x32
 
 FILE = Path(__file__).parent / "vectors/contract_v1.json"
-#: A changed answer is another version of the contract, and another file.
-SHA256 = "3f21e7bcddb071bd2d8f19414dca790828bcdadcb10e6e33251814bf158329e1"
+#: A changed answer is another version of the contract, and another file; added ones are not.
+SHA256 = "0bea383565b02430a315c61806ee806f6cc0ed2dcaa34e81d41e0f5b040802d0"
 VECTORS = json.loads(FILE.read_text())
 
 
@@ -43,7 +45,7 @@ def common(case):
         "one_minus_beta": case["one_minus_beta"],
         "seed": int(case["seed"]),
         "step": case["step"],
-        "tensor_ids": [case["tensor_id"]],
+        "tensor_ids": [t["tensor_id"] for t in case.get("tensors", [case])],
     }
 
 
@@ -67,6 +69,9 @@ def test_file_covers_the_contract():
         "approxsign",
     }
     assert len(VECTORS["perturb_quantize"]) == len(VECTORS["estimate"]) == 14
+    assert {c["ste"] for c in VECTORS["guided"]} == {"identity", "hardtanh", "tanh", "approxsign"}
+    assert {c["one_minus_beta"] for c in VECTORS["guided"]} >= {0.0, 1e-9, 1.0}
+    assert {c["ste"] for c in VECTORS["noise_per_tensor"]} == {"identity", "tanh", "approxsign"}
 
 
 @pytest.mark.parametrize("case", VECTORS["philox4x32_10"], ids=lambda c: str(c["key"][0]))
@@ -155,42 +160,77 @@ def test_estimate_gives_the_known_gradients(backend, index):
         backend=backend,
         **arguments,
     )
-    expected = torch.tensor(case["G"], dtype=torch.float64)
-    st, grid = arguments["straight_through"], arguments["grid"]
-    delta, eps = case["alpha"] * grid.r, st.epsilon(grid)
-    c = [(p - m) / (2 * eps) for p, m in zip(case["losses_plus"], case["losses_minus"], strict=True)]
-    g = torch.tensor(case["g"], dtype=torch.float64)
-    guide = (
-        sum(c_i * fk.direction_sign(int(case["seed"]), case["step"], i) for i, c_i in enumerate(c))
-        * (1 - case["one_minus_beta"]) ** 0.5
-        / case["guide_norm"]
-        / len(c)
-        * g
-    )
+    is_known(grads, case["G"], case, case, backend, losses_of(case))
+
+
+def losses_of(case):
+    return list(zip(case["losses_plus"], case["losses_minus"], strict=True))
+
+
+def reference_noise(numel, straight_through, **names):
+    return fk.noise(numel, straight_through.distribution, backend="reference", **names).double()
+
+
+def is_known(found, known, case, tensor_of_case, backend, losses=(), t=1.0):
+    """Whether G of a tensor is the known one, to section 6's tolerance; without losses, of guided noise."""
+    arguments, expected = common(case), torch.tensor(known, dtype=torch.float64)
+    st, grid, seed = arguments["straight_through"], arguments["grid"], arguments["seed"]
+    delta, eps, N = tensor_of_case["alpha"] * grid.r, st.epsilon(grid), case["guide_norm"]
+    c = [(p - m) / (2 * eps) for p, m in losses] or [N]
+    signs = [fk.direction_sign(seed, case["step"], i) for i in range(len(losses))] or [1]
+    g = torch.tensor(tensor_of_case["g"], dtype=torch.float64)
+    guide = sum(map(mul, c, signs)) * (1 - case["one_minus_beta"]) ** 0.5 / N / len(c) * g
     C = coefficient(st)
-    B = [c_i * case["one_minus_beta"] ** 0.5 * C / len(c) for c_i in c]
-    noise = [
-        b
-        / delta
-        * fk.noise(
-            48,
-            st.distribution,
-            seed=int(case["seed"]),
-            step=case["step"],
-            direction=i,
-            tensor_id=case["tensor_id"],
-            backend="reference",
-        ).double()
-        / C
-        for i, b in enumerate(B)
-    ]
+    B = [c_i * case["one_minus_beta"] ** 0.5 * C * t / len(c) for c_i in c]
+    names = {"seed": seed, "step": case["step"], "tensor_id": tensor_of_case["tensor_id"]}
+    noise = [b / delta / C * reference_noise(len(g), st, direction=i, **names) for i, b in enumerate(B)]
     noise_sum = torch.full_like(g, sum(abs(b) for b in B) / delta)
     allowed = estimate_error(
         [guide, *noise], expected, noise_sum, M_TOLERANCE[backend][st.distribution], torch.float32
     )
     # the file holds 10 digits
-    error = (grads.cpu().double() - expected).abs() - 1e-9 * expected.abs()
+    error = (found.cpu().double() - expected).abs() - 1e-9 * expected.abs()
     assert (error <= allowed).all(), (error / allowed).max()
+
+
+# ---- guided noise, and noise per tensor
+
+
+@pytest.mark.parametrize("index", range(len(VECTORS["guided"])))
+def test_guided_noise_gives_the_known_gradients(backend, index):
+    case = VECTORS["guided"][index]
+    device = device_of(backend)
+    g, alpha, norm = (tensor(case[name], device) for name in ("g", "alpha", "guide_norm"))
+    fk.estimate_gradient_(g, None, None, alpha, norm, backend=backend, **common(case))
+    is_known(g, case["G"], case, case, backend)
+    if case["one_minus_beta"] == 0.0:
+        assert torch.equal(g, tensor(case["g"], device))
+
+
+@pytest.mark.parametrize("index", range(len(VECTORS["noise_per_tensor"])))
+def test_noise_per_tensor_gives_the_known_answers(backend, index):
+    """Sums, factors, codes and values of probes, G of two directions and of guided noise."""
+    case = VECTORS["noise_per_tensor"][index]
+    tensors, device, norm = case["tensors"], device_of(backend), tensor(case["guide_norm"], device_of(backend))
+    theta, g, alphas = ([tensor(t[name], device) for t in tensors] for name in ("theta", "g", "alpha"))
+    sumsqs = fk.guide_sumsq(g, alphas, grid=grid_of(case), per_tensor=True, backend=backend)
+    np.testing.assert_allclose(sumsqs.cpu().numpy(), [t["sumsq"] for t in tensors], rtol=2e-6)
+    factors = tensor([t["factor"] for t in tensors], device)
+    made = ops.noise_factors(sumsqs, [len(t["g"]) for t in tensors])
+    np.testing.assert_allclose(made.cpu().numpy(), factors.cpu().numpy(), rtol=3e-6)
+    options = {**common(case), "noise_factors": factors, "backend": backend}
+    for dtype, key in ((torch.int8, "code"), (torch.float32, "value")):
+        out = [[torch.full(t.shape, 99.0, device=device).to(dtype) for t in theta] for _ in "+-"]
+        fk.perturb_quantize_(*out, theta, g, alphas, norm, direction=case["direction"], **options)
+        for side, results in zip(("plus", "minus"), out, strict=True):  # no y lies within 1e-4 of a tie
+            assert [x.tolist() for x in results] == [t[side][key] for t in tensors]
+    losses = losses_of(case)
+    sides = [tensor(case[name], device) for name in ("losses_plus", "losses_minus")]
+    for key, given, of in (("G", sides, losses), ("G_guided", (None, None), ())):
+        G = [x.clone() for x in g]
+        fk.estimate_gradient_(G, *given, alphas, norm, **options)
+        for found, t in zip(G, tensors, strict=True):
+            is_known(found, t[key], case, t, backend, of, t["factor"])
 
 
 def test_vectors_can_fail():

@@ -33,7 +33,7 @@ def network(layers):
 @pytest.mark.parametrize("layers", [2, 7])
 def test_gradients_of_0_are_looked_at_in_one_read(layers):
     model = network(layers)
-    fogzo = fk.Fogzo(model, total_steps=4, kappa=0.1)
+    fogzo = fk.Fogzo(model, total_steps=4, kappa=0.1, directions=1)
     fogzo.backward(lambda: model(torch.ones(3, 4)).sum())
     model.zero_grad(set_to_none=False)
     with Counts() as seen:
@@ -51,7 +51,7 @@ LEAST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0
 def test_no_gradient_is_too_small_or_too_large_to_be_seen(dtype, value, at):
     model = network(4).to(dtype)
     model[1].weight.requires_grad_(False)  # and one that has none
-    fogzo = fk.Fogzo(model, total_steps=4, kappa=0.1)
+    fogzo = fk.Fogzo(model, total_steps=4, kappa=0.1, directions=1)
     values = {"least": LEAST[dtype], "-least": -LEAST[dtype], "max": torch.finfo(dtype).max}
     value = values[value] if value in values else float(value)
     for w in fogzo.weights[:-1]:
@@ -89,7 +89,9 @@ def test_capturable_counts_no_step_that_is_refused():
 def copies_of_each_step(rank):
     """How often a step that only reports copies numbers from the host to the weights' device."""
     model = network(2)
-    fogzo = fk.Fogzo(model, total_steps=500, kappa=0.1, process_group=torch.distributed.group.WORLD)
+    fogzo = fk.Fogzo(
+        model, total_steps=500, kappa=0.1, process_group=torch.distributed.group.WORLD, directions=1
+    )
     found = []
     for step in (0, 1, 2, 100):
         with Counts() as seen:

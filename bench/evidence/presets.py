@@ -108,7 +108,7 @@ def train(args: argparse.Namespace, job: Job, progress: Callable[[], None]) -> R
         weights, inputs = preset
         fk.quantize_model(model, weights, activation=inputs, skip=["model.embed_tokens", "lm_head"])
         if job.estimator == "fogzo":
-            fogzo = fk.Fogzo(model, total_steps=args.steps, kappa=args.kappa, seed=job.seed)
+            fogzo = fk.Fogzo(model, total_steps=args.steps, kappa=args.kappa, directions=1, seed=job.seed)
     alpha_lr = args.alpha_rate * job.rate
     groups = fk.parameter_groups(model, weight_decay=args.weight_decay, alpha_lr=alpha_lr)
     optimizer = torch.optim.AdamW(groups, lr=job.rate, betas=(0.9, 0.95))

@@ -26,7 +26,7 @@ RESTARTS = 12  # of one stage, after what ended its process
 #: A LLaMA of 31 M quantized weights, 8,192 tokens in 4 micro-batches.
 STEP = (
     "--model", "llama", "--hidden", "512", "--layers", "12", "--rows", "16", "--context", "512", "--dtype",
-    "bf16", "--turns", "12", "--methods", "fogzo", "every-4", "eager",
+    "bf16", "--turns", "12", "--methods", "lsq", "eager", "modules", "ste", "guided", "fogzo",
 )  # fmt: skip
 SMALL_STEP = (
     "--model", "mlp", "--hidden", "16", "--layers", "1", "--rows", "8", "--turns", "4", "--methods", "fogzo",
@@ -204,7 +204,7 @@ def lists(session: Session, limit: float) -> None:
 
 
 def step(session: Session, limit: float) -> None:
-    """A whole step, FOGZO against plain STE."""
+    """A whole step, of this package and of others, against float training."""
     limit = min(limit, session.left())
     if limit < 5:
         return session.note("step", "skipped", note="no time left")

@@ -69,11 +69,11 @@ def of_kernels(session: Session) -> list[str]:
 def of_steps(session: Session) -> list[str]:
     found = loaded(session, "step.json")
     rows = [
-        [row["method"], f"{1e3 * row['median_s']:.2f}", f"{row['of_ste']:.3f}", f"{row['rest_of_ste']:.3f}",
-         str(row["launches"] or ""), f"{(row['peak_bytes'] or 0) / 1e6:.0f}"]
+        [row["method"], f"{1e3 * row['median_s']:.2f}", f"{row['of_float']:.3f}",
+         f"{row['rest_of_float']:.3f}", str(row["launches"] or ""), f"{(row['peak_bytes'] or 0) / 1e6:.0f}"]
         for row in found["rows"]
     ]  # fmt: skip
-    heads = ["method", "ms a step", "of an STE step", "rest, of an STE step", "launches", "peak MB"]
+    heads = ["method", "ms a step", "of a float step", "rest, of a float step", "launches", "peak MB"]
     lines = table(heads, rows) if rows else []
     return [*lines, *(f"- failed: {one['method']}: {one['reason']}" for one in found["failed"])]
 

@@ -115,7 +115,8 @@ def variant_of(name: str) -> Variant | None:
     if op == "estimate_kernel":
         return Variant(kernel, grad=grad, directions=1, kind=kind, **drawn)
     if op == "update_kernel":  # momentum stands for rules with one state
-        return Variant(kernel, latent, grad, out, kind="adamw" if numbers[0] == "true" else "momentum", **drawn)
+        own, kind = not rotated and numbers[1] == "true", "adamw" if numbers[0] == "true" else "momentum"
+        return Variant(kernel, latent, grad, out, kind=kind, own=own, **drawn)
     if op == "quantize_kernel":
         return Variant(kernel, latent, None, out, scale="row", kind=kind)
     if op in ("backward_kernel", "learned_kernel"):

@@ -45,6 +45,7 @@ class Variant(NamedTuple):
     master: bool = False
     block: int = 0  # elements of one of the Hadamard transform
     aligned: bool = True  # each tensor begins at a multiple of 16 bytes
+    own: bool = False  # each tensor has a factor of its noise, or a sum of its own
 
     def __str__(self) -> str:
         fields = (self.latent, self.grad, self.out, self.distribution, self.signs, self.scale, self.kind)
@@ -52,7 +53,7 @@ class Variant(NamedTuple):
         flags = {
             f"n={self.directions}": self.directions is not None, "shard": self.shard,
             "master": self.master, "device": not self.host, f"block={self.block}": self.block > 0,
-            "unaligned": not self.aligned,
+            "unaligned": not self.aligned, "own": self.own,
         }  # fmt: skip
         return " ".join([*words, *(name for name, on in flags.items() if on)])
 

@@ -46,7 +46,7 @@ TYPES = {
     "counters": "*i64", "direction": "i32", "n": "i32", "count": "i32", "draw": ("*i64", "*i64"),
     "mix": ("*fp32", "*fp64", "fp32", "fp32"), "losses": ("*fp32", "*fp32", "i32", "fp32"),
     "optimizer": ("*fp64", "*i64", "i64", "i64", "i64", "i64"), "grid": Grid(*["fp32"] * 4),
-    "numbers": ("fp32",) * 6, "rule": ("fp32",) * 3,
+    "numbers": ("fp32",) * 6, "rule": ("fp32",) * 3, "factors": "*fp32",
 }  # fmt: skip
 ON_HOST = {
     "draw": ("i64", "i64"), "mix": ("*fp32", "constexpr", "fp32", "fp32"),
@@ -71,6 +71,7 @@ def variants() -> Iterator[Variant]:
         for scale in ("tensor", "row"):
             yield Variant("sumsq_kernel", grad=grad, scale=scale)
     yield Variant("sum_kernel")
+    yield from own_variants()
     for statistic in STATISTICS:
         for data in map(short, FLOATS):
             yield Variant("measure_kernel", grad=data, kind=statistic)
@@ -95,6 +96,18 @@ def variants() -> Iterator[Variant]:
         for dtype in ("bf16", "fp32"):
             yield Variant("hadamard_kernel", dtype, None, dtype, block=block)
         yield from rotated_variants(block)
+
+
+def own_variants() -> Iterator[Variant]:
+    """Of lists in which each tensor has a factor of its noise, or a sum of its own."""
+    yield Variant("sum_kernel", own=True)
+    drawn = {"distribution": "uniform", "scale": "tensor", "own": True}
+    for n in (1, 4):
+        yield Variant("estimate_kernel", grad="bf16", directions=n, **drawn)
+    for signs in ("one", "both"):
+        yield Variant("perturb_kernel", "bf16", "bf16", "bf16", signs=signs, **drawn)
+    for kind in RULES:
+        yield Variant("update_kernel", "fp32", "bf16", "bf16", kind=kind, **drawn)
 
 
 def unaligned_variants() -> Iterator[Variant]:
@@ -196,6 +209,10 @@ def constants_of(variant: Variant) -> dict[str, object]:
         unit=UNITS.get(variant.scale or ""),
     )
     given = {"config": config, "ROOT": True, "STATISTIC": variant.kind, "BLOCK": SUMS.get(variant.kernel)}
+    if variant.kernel == "sum_kernel":
+        given |= {"ROOT": False, "BLOCK": norm.TENSOR_BLOCK} if variant.own else {"table": None}
+    if not variant.own:
+        given["factors"] = None
     return {name: value for name, value in given.items() if name in KERNELS[variant.kernel].arg_names}
 
 
@@ -212,7 +229,7 @@ def options_of(variant: Variant) -> dict[str, int]:
         "learned_kernel": learned.registers_of(unit, kind, variant.block),
         "perturb_kernel": perturb.registers_of(DTYPES[variant.out or "fp32"], variant.block),
     }.get(variant.kernel)
-    warps = norm.SUM_WARPS if variant.kernel == "sum_kernel" else NUM_WARPS
+    warps = norm.SUM_WARPS if variant.kernel == "sum_kernel" and not variant.own else NUM_WARPS
     return {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
 
 

@@ -1,9 +1,18 @@
-"""Time a whole training step: plain STE, FOGZO by option, and what people write for it without this package.
+"""Time a whole training step: this package's methods, and others, over the same model without quantization.
 
-All methods train the same model with AdamW on the same micro-batches, in turns, one step each; a ratio is that
-of times in the same four turns, and the median of such. ``rest`` is all but forwards and backwards: norm,
-probes, estimate, optimizer. Every method has weights of its own. Several values of an option that takes them
-are settings of their own, each measured by itself.
+``float`` is a stock loop with PyTorch's fused AdamW and no quantization: all ratios are of it. In the same loop
+are torchao's QAT (``torchao``: int4 weights in groups of 32; ``-compiled``: each of its layers by
+torch.compile; ``-w4a8``: int8 inputs too) and ``lsq``, a linear layer with LSQ of 2 bits in plain autograd.
+``eager`` is FOGZO in plain PyTorch, ``mezo`` MeZO's loop.
+
+Of this package, with its AdamW and LSQ of 2 bits: ``modules`` has no Fogzo; ``ste`` is straight-through by
+Fogzo's gradient pass, ``guided`` adds guided noise, and ``fogzo`` probes. ``ste-int4`` and ``ste-w4a8``
+have torchao's groups and bits; their inputs have no zero point.
+
+All train on the same micro-batches, in turns, one step each; a ratio is that of times in the same four turns,
+and the median of such. ``rest`` is all but forwards and backwards: Q, norm, probes, estimate, optimizer. Every
+method has weights of its own. Several values of an option that takes them are settings of their own, each
+measured by itself.
 
 After that, of each method: ``calls`` of this package's ops in a step and the bytes that they read and write,
 inside of passes (Q and its backward) and outside of them, with their time by op (on a GPU each waits for its

@@ -18,18 +18,19 @@ import bench.step
 from ..lost import LOST, DeviceLostError
 from ..machine import machine
 from .measure import WARM, Row, measured, rounded
-from .methods import METHODS, PEERS
+from .methods import BASE, FLEXIBLE, METHODS
 from .models import DTYPES, SHAPES, Setting
-from .report import Found, parts, plot, table
+from .report import Found, pairs, parts, plot, table, title
 
 #: Options of several values, each of which is a setting of its own: types and defaults.
 AXES = {
     "model": (str, "llama"), "hidden": (int, 192), "layers": (int, 3), "rows": (int, 16),
-    "directions": (int, 1), "backend": (str, None),
+    "micro_batches": (int, 4), "directions": (int, 1), "backend": (str, None),
 }  # fmt: skip
 HELP = {
     "hidden": "width; of llama a multiple of 64",
     "rows": "of a step",
+    "directions": "of fogzo",
     "backend": "of the ops; by default the best",
 }
 
@@ -43,15 +44,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     for name, (kind, default) in AXES.items():
         choices = SHAPES if name == "model" else None
-        add(f"--{name}", nargs="+", type=kind, default=[default], choices=choices, help=HELP.get(name))
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="STE is always measured")
+        add(
+            f"--{name.replace('_', '-')}",
+            nargs="+",
+            type=kind,
+            default=[default],
+            choices=choices,
+            help=HELP.get(name),
+        )
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help=f"{BASE} is always measured")
     add("--context", type=int, default=64, help="tokens of a row, of llama")
-    add("--micro-batches", type=int, default=4)
     add("--turns", type=int, default=30, help="steps of each method")
     add("--dtype", default="fp32", choices=list(DTYPES))
     add("--activation-bits", type=int, default=0, help="of inputs; 0: they stay as they are")
     add("--compute", choices=["int8"], help="products of int8 codes; needs --activation-bits")
-    add("--compiled", action="store_true", help="compile the model; without peers")
+    add("--compiled", action="store_true", help="compile the model; some methods cannot")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=None, help="of PyTorch, on a CPU")
     add("--no-traffic", action="store_true", help="times alone: no memory, calls and bytes")
@@ -61,11 +68,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and args.json is None:
         parser.error("--resume must come with --json, which it goes on with")
-    peers = [name for name in args.methods if name in PEERS]
-    if peers and (args.compiled or args.activation_bits):
-        if args.methods != list(METHODS):
-            parser.error(f"--methods must hold no peer with --compiled or --activation-bits, got {peers[0]}")
-        args.methods = [name for name in args.methods if name not in PEERS]
+    if args.compiled or args.activation_bits:
+        odd = [name for name in args.methods if name not in FLEXIBLE]
+        if odd and args.methods != list(METHODS):
+            known = ", ".join(FLEXIBLE)
+            parser.error(f"--methods with --compiled or --activation-bits must be of {known}, got {odd[0]}")
+        args.methods = [name for name in args.methods if name in FLEXIBLE]
     return args
 
 
@@ -119,10 +127,8 @@ def varying_of(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """0, 1 where a method failed, or 3 where the device was lost and --resume can go on."""
     args = parse(argv)
-    if (
-        args.compiled
-    ):  # each method has a model of its own, and PyTorch would stop compiling them, without a word
-        torch._dynamo.config.recompile_limit = 64
+    # Each method compiles modules of its own, and PyTorch would stop compiling them without a word.
+    torch._dynamo.config.recompile_limit = 1024
     if args.threads:
         torch.set_num_threads(args.threads)
     settings, found, where = settings_of(args), Found(), machine(torch.device(args.device))
@@ -144,9 +150,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"the device was lost: {error.__cause__}", flush=True)
                 return LOST
             found.append((setting, rows))
-            said = ", ".join(f"{name} {getattr(setting, name)}" for name in varying_of(args))
+            said = title(setting, varying_of(args))
             lost = "\n".join(f"failed: {name}: {reason}" for name, reason in failed[setting].items())
-            bar.write("\n".join(filter(None, [said, table(rows), parts(rows), lost])))
+            bar.write("\n".join(filter(None, [said, table(rows), pairs(rows), parts(rows), lost])))
             write(args, found, failed, where)  # what is measured is kept, whatever comes after
     if args.plot:
         plot(found, varying_of(args), args.plot)

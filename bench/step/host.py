@@ -1,8 +1,9 @@
 """Time what a step costs the host, against the number of layers, where arithmetic is next to nothing.
 
 The model is a chain of linear layers of 8 x 8 without bias. Each method trains a chain of its own with AdamW:
-``plain`` by PyTorch's fused one, ``modules`` by the same, with quantized modules and no Fogzo, ``ste`` and
-``fogzo`` by Fogzo and this package's AdamW, ``torchao`` by its QAT. ``forward`` and ``evaluation`` are forwards
+``plain`` by PyTorch's fused one, ``modules`` by the same, with quantized modules and no Fogzo, ``ste``,
+``guided`` and ``fogzo`` by Fogzo and this package's AdamW (straight-through, guided noise, probes), ``torchao``
+by its QAT. ``forward`` and ``evaluation`` are forwards
 without autograd, of the plain and of the quantized chain. ``python -m bench.host`` times the list ops alone.
 
 A round takes every method once. On a CPU a time is the process's own, on one thread. On a GPU it is the time to
@@ -32,6 +33,12 @@ from ..machine import machine
 WIDTH, ROWS = 8, 4
 WARM = 4
 Call = Callable[[], Any]
+#: Options of Fogzo by method.
+FOGZO: dict[str, dict[str, Any]] = {
+    "ste": {"directions": 0, "kappa": 0.0},
+    "guided": {"directions": 0, "noise_per": "tensor"},
+    "fogzo": {"directions": 1},
+}
 
 
 # ---- methods
@@ -67,8 +74,8 @@ def stock(model: nn.Module, x: Tensor) -> Call:
     return step
 
 
-def by_fogzo(model: nn.Module, x: Tensor, start: float) -> Call:
-    fogzo = fk.Fogzo(model, total_steps=10**6, kappa=0.1, schedule="constant", start=start)
+def by_fogzo(model: nn.Module, x: Tensor, **options: Any) -> Call:
+    fogzo = fk.Fogzo(model, total_steps=10**6, schedule="constant", **options)
     optimizer = fk.AdamW(model.parameters(), lr=1e-5, fogzo=fogzo)
     closure = functools.partial(loss_of, model, x)
 
@@ -107,10 +114,11 @@ def methods(layers: int, device: str) -> dict[str, Call]:
         "forward": forward(chain(layers, device), x),
         "modules, fixed alpha": stock(quantized(layers, device, fixed), x),
         "modules, learned alpha": stock(quantized(layers, device, lsq), x),
-        "ste, fixed alpha": by_fogzo(quantized(layers, device, fixed), x, start=1.0),
-        "ste, learned alpha": by_fogzo(quantized(layers, device, lsq), x, start=1.0),
-        "fogzo, fixed alpha": by_fogzo(quantized(layers, device, fixed), x, start=0.0),
-        "fogzo, learned alpha": by_fogzo(quantized(layers, device, lsq), x, start=0.0),
+        **{
+            f"{name}, {alpha}": by_fogzo(quantized(layers, device, preset), x, **options)
+            for name, options in FOGZO.items()
+            for alpha, preset in (("fixed alpha", fixed), ("learned alpha", lsq))
+        },
         "evaluation": forward(quantized(layers, device, lsq), x),
     }
     try:

@@ -72,11 +72,9 @@ class Model:
 class Materialized(Model):
     """FOGZO with n = 1, and AdamW of PyTorch."""
 
-    def __init__(self, model: nn.Module, skip: list[str], *, lr: float, compiled: bool) -> None:
+    def __init__(self, model: nn.Module, skip: list[str], *, lr: float) -> None:
         super().__init__(model, skip)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-        functions = directions, probes, estimates
-        self.directions, self.probes, self.estimates = map(torch.compile, functions) if compiled else functions
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
     def step(self, loss: Loss, batches: Batches, timed: Timed) -> None:
         self.optimizer.zero_grad()
@@ -85,11 +83,9 @@ class Materialized(Model):
         grads = [w.grad for w in self.weights]
         eps = EPS * ALPHA
         with torch.no_grad():
-            v = self.directions(grads, KAPPA)
-            losses = [
-                self.total(self.probes(self.weights, v, side), loss, batches, timed) for side in (eps, -eps)
-            ]
-            for w, g in zip(self.weights, self.estimates(v, *losses, eps), strict=True):
+            v = directions(grads, KAPPA)
+            losses = [self.total(probes(self.weights, v, side), loss, batches, timed) for side in (eps, -eps)]
+            for w, g in zip(self.weights, estimates(v, *losses, eps), strict=True):
                 w.grad = g
         self.optimizer.step()
 
@@ -97,7 +93,7 @@ class Materialized(Model):
 class Mezo(Model):
     """Two forwards with all weights moved in place, noise drawn anew from its seed each time; SGD."""
 
-    def __init__(self, model: nn.Module, skip: list[str], *, lr: float, compiled: bool) -> None:
+    def __init__(self, model: nn.Module, skip: list[str], *, lr: float) -> None:
         super().__init__(model, skip)
         self.lr, self.seed = lr, 0
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from ..lost import DeviceLostError, alive, told
-from .methods import PEERS, Clock, Step, method_of
+from .methods import BASE, OURS, Clock, Step, method_of
 from .models import Setting, task_of
 from .traffic import launches_of, peak_of, traffic_of
 
-WARM = 4  # steps before those that are timed; every fourth has probes in each method
+WARM = 4  # steps before those that are timed, and turns of a group
 
 
 @dataclass
 class Row:
-    """Of a method: times, one a turn, of which a group has every kind of step once; and what a step moves."""
+    """Of a method: times, one a turn, and what a step moves."""
 
     method: str
     seconds: list[float] = field(default_factory=list)
@@ -32,16 +32,21 @@ class Row:
     bytes_in_passes: float | None = None
     parts: dict[str, float] = field(default_factory=dict)  # seconds by op
 
-    def against(self, ste: Row, rest: bool = False) -> float:
-        """Time, or that of the rest, over STE's whole step in the same turns."""
+    def ratios(self, other: Row, rest: bool = False) -> list[float]:
+        """Time, or that of the rest, over another's whole step, for each group of turns."""
         times = self.rest if rest else self.seconds
         turns = range(0, len(times) // WARM * WARM, WARM)
-        return statistics.median(sum(times[i : i + WARM]) / sum(ste.seconds[i : i + WARM]) for i in turns)
+        return [sum(times[i : i + WARM]) / sum(other.seconds[i : i + WARM]) for i in turns]
 
-    def found(self, ste: Row) -> dict[str, Any]:
+    def against(self, other: Row, rest: bool = False) -> float:
+        """The median of its ratios."""
+        return statistics.median(self.ratios(other, rest))
+
+    def found(self, base: Row) -> dict[str, Any]:
         """All of it, for JSON."""
         return {
-            "method": self.method, "of_ste": self.against(ste), "rest_of_ste": self.against(ste, rest=True),
+            "method": self.method, f"of_{BASE}": self.against(base),
+            f"rest_of_{BASE}": self.against(base, rest=True),
             "median_s": statistics.median(self.seconds), "peak_bytes": self.peak_bytes,
             "launches": self.launches, "calls": self.calls, "bytes": self.bytes,
             "bytes_in_passes": self.bytes_in_passes, "parts_s": self.parts, "seconds": self.seconds,
@@ -61,7 +66,7 @@ def measured(
     advance: Callable[[list[Row]], Any],
     traffic: bool = True,
 ) -> list[Row]:
-    """A row for each method, STE's first.
+    """A row for each method, that of the base first.
 
     Args:
         failed: reasons by method; these are not measured, and those that fail are added.
@@ -69,10 +74,10 @@ def measured(
 
     Raises:
         DeviceLostError: a method that failed has taken the device with it.
-        Exception: STE failed, with which all are compared.
+        Exception: the base failed, with which all are compared.
     """
     device, task = torch.device(setting.device), task_of(setting)
-    names = [name for name in dict.fromkeys(["ste", *methods]) if name not in failed]
+    names = [name for name in dict.fromkeys([BASE, *methods]) if name not in failed]
     rows, steps = {name: Row(name) for name in names}, dict[str, Step]()
 
     def each(work: Callable[[str, Row], None]) -> None:
@@ -83,7 +88,7 @@ def measured(
                 failed[name] = told(error)
                 if not alive(device):
                     raise DeviceLostError from error
-                if name == "ste":
+                if name == BASE:
                     raise
                 del rows[name]
                 steps.pop(name, None)
@@ -103,7 +108,7 @@ def measured(
 
     def count(name: str, row: Row) -> None:
         row.launches = launches_of(steps[name], device)
-        if name not in PEERS:
+        if name in OURS:
             found = traffic_of(steps[name], device, WARM)
             row.calls, row.bytes, row.bytes_in_passes = found.calls, found.bytes, found.bytes_in_passes
             row.parts = found.seconds

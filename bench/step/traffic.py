@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -107,6 +108,7 @@ def launches_of(step: Step, device: torch.device) -> int | None:
 
 def peak_of(make: Callable[[], Step], device: torch.device, steps: int = 3) -> int:
     """Bytes at most that PyTorch holds of what a method makes: its copy of the model, and all of some steps."""
+    gc.collect()  # what earlier methods left in cycles would be freed, and counted, during this one
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -19,14 +19,18 @@ template <class T> FOGZO_DEVICE T read(const Scalar<T> &scalar) {
   return scalar.at ? *scalar.at : scalar.value;
 }
 
-// Writes A and the B_i, and counts the directions and norms that are lost.
+// Writes A and the B_i, and counts the directions and norms that are lost. Guided noise has one B.
 FOGZO_DEVICE void write_estimate(const Coefficients &p) {
   const Losses &losses = p.losses;
   const Names names = names_of<false>(p.source, kSignTensorId);
   const double one_minus_beta = read(p.mix.one_minus_beta), n = double(losses.n);
   const double guide = std::sqrt(1.0 - one_minus_beta), noise = std::sqrt(one_minus_beta) * p.scale;
+  const float norm = *p.mix.norm;
+  const bool norm_lost = !(std::fabs(norm) < INFINITY);
   double sum = 0.0;
   int64_t lost = 0;
+  if (losses.guided) // c = N, and s = 1
+    p.out[kCoefficients] = float(double(norm) * noise);
 #pragma unroll 1
   for (int64_t i = 0; i < losses.n; ++i) {
     double c = (double(losses.plus[i]) - double(losses.minus[i])) / (2.0 * double(p.mix.epsilon));
@@ -37,19 +41,18 @@ FOGZO_DEVICE void write_estimate(const Coefficients &p) {
     sum += c * sign_of(uint32_t(i), names);
     p.out[kCoefficients + i] = float(c * noise / n);
   }
-  const float norm = *p.mix.norm;
-  const bool norm_lost = !(std::fabs(norm) < INFINITY);
   if (losses.counters) {
     losses.counters[0] += lost;
     losses.counters[1] += norm_lost;
   }
-  p.out[A_AT] = norm > 0.0f && norm < INFINITY ? float(sum * guide / n / norm) : 0.0f;
-  p.out[NOISE_AT] = lost < losses.n && !norm_lost ? 1.0f : 0.0f;
+  const double A = losses.guided ? guide : sum * guide / n / norm;
+  p.out[A_AT] = norm > 0.0f && norm < INFINITY ? float(A) : 0.0f;
+  p.out[NOISE_AT] = (losses.guided || lost < losses.n) && !norm_lost ? 1.0f : 0.0f;
   p.out[SKIP_AT] = norm_lost ? 1.0f : 0.0f;
 }
 
 FOGZO_KERNEL(1, 1) coefficients_kernel(FOGZO_PARAMETER Coefficients p) {
-  if (p.losses.n) {
+  if (p.losses.n || p.losses.guided) {
     write_estimate(p);
   } else {
     p.out[A_AT] = 1.0f;

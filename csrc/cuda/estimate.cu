@@ -1,6 +1,6 @@
-// G in place of g: fma(A, g, inv sum_i B_i m_i), all directions in one pass. Around a transform noise is in the
-// basis of the quantizer, and g is not: fma(A, g, H(inv sum_i B_i m_i)). The build compiles this file once for
-// each distribution of the noise.
+// G in place of g: fma(A, g, inv sum_i B_i t m_i), all directions in one pass. Around a transform noise is in
+// the basis of the quantizer, and g is not: fma(A, g, H(inv sum_i B_i t m_i)). The build compiles this file
+// once for each distribution of the noise.
 #include "hadamard.cuh"
 #include "launch.cuh"
 #include "noise.cuh"
@@ -11,7 +11,7 @@ struct Estimate {
   Plan plan;
   Dtypes dtypes;
   Source source;
-  const float *coefficients;
+  const float *coefficients, *factors;
   int directions;
   float r;
   int64_t *counters;
@@ -19,12 +19,12 @@ struct Estimate {
 };
 
 template <Distribution D, class Items>
-FOGZO_DEVICE void estimate(const Estimate &p, const Names &names, float A, const Operand &grad,
+FOGZO_DEVICE void estimate(const Estimate &p, const Names &names, float A, float t, const Operand &grad,
                            const Items &at) {
   Loads<Items> loads;
   float x[Items::count][Items::size] = {};
   load_own(at, grad, loads);
-  add_noise<D>(at, names, p.coefficients + kCoefficients, p.directions, x);
+  add_noise<D>(at, names, p.coefficients + kCoefficients, t, p.directions, x);
   unrolled<Items::count>([&](int k) {
     const float inv = at.scale(k).inv;
     unrolled<Items::size>([&](int i) { x[k][i] *= inv; });
@@ -46,9 +46,9 @@ FOGZO_DEVICE void estimate_part(const Estimate &p, Walk walk) {
   const Part part = part_of(p.plan);
   if (p.coefficients[NOISE_AT] != 0.0f) {
     const Names names = names_of<Plain>(p.source, part);
-    const float A = p.coefficients[A_AT];
+    const float A = p.coefficients[A_AT], t = factor_of<!Plain>(p.factors, part);
     const Operand grad = opaque(part.operand(GRAD, T::of(p.dtypes).grad));
-    walk(frame_of<Plain>(part, p.r), [&](const auto &at) { estimate<D>(p, names, A, grad, at); });
+    walk(frame_of<Plain>(part, p.r), [&](const auto &at) { estimate<D>(p, names, A, t, grad, at); });
   }
   count_bad_alphas<Plain>(p.counters, part);
 }
@@ -69,8 +69,9 @@ template <Distribution D>
 void estimate_gradient(const Call &call, const Draw &draw, const Mix &mix, const Losses &losses, float r,
                        Transform transform, float *coefficients) {
   write_coefficients(call, draw, mix, losses, nullptr, coefficients);
-  const Estimate p{call.plan,     call.dtypes, source_of(draw), coefficients,
-                   int(losses.n), r,           losses.counters, rotation_of(transform)};
+  const Estimate p{
+      call.plan, call.dtypes,     source_of(draw),       coefficients, mix.factors, int(losses.directions()),
+      r,         losses.counters, rotation_of(transform)};
   if (transform.block)
     return launch(
         "rotated_estimate_kernel",

@@ -52,7 +52,8 @@ template <class First, class... Rest, class F> auto with_dtypes(const Dtypes &dt
 // Gives f(std::true_type()) or f(std::false_type()).
 template <class F> auto with_flag(bool flag, F f) { return flag ? f(std::true_type()) : f(std::false_type()); }
 
-// Whether the fast kernels serve: one alpha for each tensor, no shard of several rows, scalars on the host.
+// Whether the fast kernels serve: one alpha for each tensor, no shard of several rows, no noise per tensor, and
+// scalars on the host.
 inline bool is_plain(const Plan &plan, bool on_host) { return plan.per_tensor && !plan.shard && on_host; }
 
 } // namespace fogzo::cuda

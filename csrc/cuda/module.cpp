@@ -76,8 +76,8 @@ Draw read_draw(const std::tuple<Distribution, double, Scalar<int64_t>, Scalar<in
   return {distribution, C, seed, step, uint32_t(in_range(direction, kMaxDirection, "direction"))};
 }
 
-Losses
-read_losses(const std::tuple<Address<const float>, Address<const float>, int64_t, Address<int64_t>> &given) {
+Losses read_losses(
+    const std::tuple<Address<const float>, Address<const float>, int64_t, Address<int64_t>, bool> &given) {
   Losses losses = read_members<Losses>(given);
   in_range(losses.n, kMaxDirection + 1, "number of losses");
   return losses;
@@ -131,7 +131,8 @@ template <> struct type_caster<StraightThrough> : ReadBy<read_kind> {};
 template <> struct type_caster<Statistic> : ReadBy<read_statistic> {};
 template <> struct type_caster<Rule> : ReadBy<read_rule> {};
 template <> struct type_caster<Draw> : ReadBy<read_draw> {};
-template <> struct type_caster<Mix> : ByMembers<Mix, Address<const float>, Scalar<double>, float> {};
+template <>
+struct type_caster<Mix> : ByMembers<Mix, Address<const float>, Scalar<double>, float, Address<const float>> {};
 template <> struct type_caster<Losses> : ReadBy<read_losses> {};
 template <> struct type_caster<Grid> : ByMembers<Grid, float, float, float, float> {};
 template <> struct type_caster<Transform> : ReadBy<read_transform> {};

@@ -138,13 +138,13 @@ FOGZO_DEVICE void scaled_noise(const Items &at, int k, uint32_t direction, const
   }
 }
 
-// Adds sum_i B_i m_i to x.
+// Adds sum_i B_i t m_i to x.
 template <Distribution D, class Items>
-FOGZO_DEVICE void add_noise(const Items &at, const Names &names, const float *B, int directions,
+FOGZO_DEVICE void add_noise(const Items &at, const Names &names, const float *B, float t, int directions,
                             float (&x)[Items::count][Items::size]) {
 #pragma unroll 1
   for (int i = 0; i < directions; ++i) {
-    const float b = *global(B + i);
+    const float b = *global(B + i) * t;
     unrolled<Items::count>([&](int k) {
       float m[Items::size];
       scaled_noise<D>(at, k, uint32_t(i), names, m);

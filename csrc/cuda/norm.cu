@@ -66,11 +66,34 @@ FOGZO_KERNEL(kSumThreads, 1) sum_kernel(FOGZO_PARAMETER Sum p) {
     *static_cast<double *>(p.out) = sum;
 }
 
-void guide_sumsq(const Call &call, float r, Address<double> partial, Address<void> out, bool root) {
+struct TensorSums {
+  const int64_t *table;
+  const double *partial;
+  double *out;
+};
+
+// A block adds the partial sums of one tensor, of which there are none where it is empty.
+FOGZO_KERNEL(kThreads, 8) tensor_sums_kernel(FOGZO_PARAMETER TensorSums p) {
+  const int64_t *row = p.table + block() * COLUMNS;
+  const int64_t count = (row[NUMEL] + row[SPAN] - 1) / row[SPAN];
+  double sum = 0.0;
+#pragma unroll 8
+  for (int64_t i = thread(); i < count; i += kThreads)
+    sum += *global(p.partial + row[FIRST] + i);
+  sum = sum_over_team(sum, kThreads);
+  if (thread() == 0)
+    *global(p.out + block()) = sum;
+}
+
+void guide_sumsq(const Call &call, float r, Address<double> partial, Address<void> out, bool root,
+                 int64_t tensors) {
   const auto kernel = with_dtypes<Float32, Bfloat16, Float16>(call.dtypes, [&](auto t) {
     return call.plan.per_tensor ? sumsq_kernel<decltype(t), true> : sumsq_kernel<decltype(t), false>;
   });
   launch("sumsq_kernel", kernel, call.where, call.plan.blocks, SumSquares{call.plan, r, partial});
+  if (tensors)
+    return launch("tensor_sums_kernel", tensor_sums_kernel, call.where, tensors,
+                  TensorSums{call.plan.table, partial, static_cast<double *>(out.at)});
   launch("sum_kernel", sum_kernel, call.where, 1, Sum{partial, call.plan.blocks, out, root}, kSumThreads);
 }
 

@@ -86,16 +86,21 @@ struct Mix {
   const float *norm;
   Scalar<double> one_minus_beta;
   float epsilon;
+  const float *factors; // t of each tensor with noise; null: 1 for each
 };
 
+// Whether kernels get all of it from the host.
 inline bool on_host(const Draw &draw, const Mix &mix) {
-  return !draw.seed.at && !draw.step.at && !mix.one_minus_beta.at;
+  return !draw.seed.at && !draw.step.at && !mix.one_minus_beta.at && !mix.factors;
 }
 
 struct Losses {
   const float *plus, *minus;
   int64_t n;
   int64_t *counters; // null: none
+  bool guided;       // there were no probes, and noise is in proportion to N
+
+  int64_t directions() const { return guided ? 1 : n; }
 };
 
 struct Grid {
@@ -129,7 +134,9 @@ struct AlphaSums {
 enum Place { A_AT, NOISE_AT, SKIP_AT, SIZE_AT, DECAY_AT, ROOT_AT, kCoefficients };
 
 void noise(const Call &call, const Draw &draw);
-void guide_sumsq(const Call &call, float r, Address<double> partial, Address<void> out, bool root);
+// tensors: how many sums go to `out`, one for each tensor; 0: one sum of all, or its root
+void guide_sumsq(const Call &call, float r, Address<double> partial, Address<void> out, bool root,
+                 int64_t tensors);
 void quantize(const Call &call, const Grid &grid, Transform transform);
 void straight_through_backward(const Call &call, const Grid &grid, StraightThrough kind, Transform transform);
 void learned_backward(const Call &call, const Grid &grid, StraightThrough kind, Transform transform,

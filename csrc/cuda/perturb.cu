@@ -22,7 +22,7 @@ struct Perturb {
   const double *one_minus_beta_at; // null: the host made `mixing`
   double scale;
   Mixing mixing;
-  const float *norm;
+  const float *norm, *factors;
   uint32_t direction;
   float sign; // of the direction, where the host knows it
   float eps;  // negative where only minus is written
@@ -45,7 +45,7 @@ template <class T, bool Both, bool Plain> FOGZO_DEVICE Probes probes_of(const Pe
   const float guide = mixing.guide * (Plain ? p.sign : sign_of(p.direction, names)), norm = *p.norm;
   return {names,
           norm > 0.0f && norm < INFINITY ? guide / norm : 0.0f,
-          mixing.noise,
+          mixing.noise * factor_of<!Plain>(p.factors, part),
           opaque(part.operand(LATENT, t.latent)),
           opaque(part.operand(GRAD, t.grad)),
           opaque(part.operand(Both ? PLUS : p.out, t.out)),
@@ -144,6 +144,7 @@ void perturb_quantize(const Call &call, const Draw &draw, const Mix &mix, const 
                   scale,
                   mixing_of(mix.one_minus_beta.value, scale),
                   mix.norm,
+                  mix.factors,
                   draw.direction,
                   direction_sign(uint64_t(draw.seed.value), uint32_t(draw.step.value), draw.direction),
                   plus ? mix.epsilon : -mix.epsilon,

@@ -12,7 +12,7 @@ struct Tail {
   Plan plan;
   Dtypes dtypes;
   Source source;
-  const float *coefficients;
+  const float *coefficients, *factors;
   int directions;
   Grid grid;
   Update update; // size, decay and root come from the coefficients
@@ -26,12 +26,12 @@ struct Step {
   Names names;
   bool quantized, noisy, skip;
   int directions;
-  float A;
+  float A, t;
   Update update;
   Dtypes dtypes;
 };
 
-template <bool Plain, class T> FOGZO_DEVICE Step step_of(const Tail &p, const Part &part) {
+template <bool Own, bool Plain, class T> FOGZO_DEVICE Step step_of(const Tail &p, const Part &part) {
   const float *coefficients = p.coefficients;
   Step step{names_of<Plain>(p.source, part)};
   step.quantized = part[ALPHA] != 0;
@@ -39,6 +39,7 @@ template <bool Plain, class T> FOGZO_DEVICE Step step_of(const Tail &p, const Pa
   step.skip = coefficients[SKIP_AT] != 0.0f;
   step.directions = step.noisy ? p.directions : 0;
   step.A = coefficients[A_AT];
+  step.t = step.noisy ? factor_of<Own>(p.factors, part) : 1.0f;
   step.update = p.update;
   step.update.size = coefficients[SIZE_AT];
   step.update.decay = coefficients[DECAY_AT];
@@ -96,7 +97,7 @@ FOGZO_DEVICE void update(const Tail &p, const Part &part, const Step &step, cons
   float x[count][size] = {};
   Scale scale[count];
   unrolled<count>([&](int k) { scale[k] = step.quantized ? at.scale(k) : Scale{1.0f, 1.0f}; });
-  add_noise<D>(at, step.names, p.coefficients + kCoefficients, step.directions, x);
+  add_noise<D>(at, step.names, p.coefficients + kCoefficients, step.t, step.directions, x);
   unrolled<count>([&](int k) { unrolled<size>([&](int i) { x[k][i] *= scale[k].inv; }); });
   if (Items::transformed && step.noisy)
     at.transform(x);
@@ -138,12 +139,12 @@ FOGZO_DEVICE void update(const Tail &p, const Part &part, const Step &step, cons
 }
 
 // Of dtypes that are known when it runs and one alpha: one block less on a multiprocessor, or some spill 4
-// bytes.
-template <Distribution D, bool Adamw, bool Plain, class T>
+// bytes. Own: tensors have factors of their noise, for which the other kernels lack a register.
+template <Distribution D, bool Adamw, bool Own, bool Plain, class T>
 FOGZO_KERNEL(kThreads, (Plain && T::any ? 3 : 4))
 update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.plan);
-  const Step step = step_of<Plain, T>(p, part);
+  const Step step = step_of<Own, Plain, T>(p, part);
   const Scales scales = step.quantized ? scales_of<Plain>(part, p.grid.r) : Scales{};
   walk<1, !Adamw>(Frame<Plain>{part, layout_of<Plain>(part), scales},
                   [&](const auto &at) { update<D, Adamw>(p, part, step, at); });
@@ -152,7 +153,7 @@ update_kernel(FOGZO_PARAMETER Tail p) {
 
 template <Distribution D, bool Adamw> FOGZO_KERNEL(kThreads, 3) rotated_update_kernel(FOGZO_PARAMETER Tail p) {
   const Part part = part_of(p.plan);
-  const Step step = step_of<false, Same<Dtype::any>>(p, part);
+  const Step step = step_of<true, false, Same<Dtype::any>>(p, part);
   const Frame<false> frame = frame_of<false>(part, p.grid.r);
   const auto f = [&](const auto &at) { update<D, Adamw>(p, part, step, at); };
   if (step.quantized)
@@ -170,7 +171,8 @@ void estimate_update(const Call &call, const Draw &draw, const Mix &mix, const L
                call.dtypes,
                source_of(draw),
                coefficients,
-               int(losses.n),
+               mix.factors,
+               int(losses.directions()),
                grid,
                update_of(optimizer.rule, optimizer.hyperparameters),
                optimizer.master,
@@ -182,10 +184,11 @@ void estimate_update(const Call &call, const Draw &draw, const Mix &mix, const L
     constexpr bool Adamw = decltype(is_adamw)::value;
     if (transform.block)
       return launch("rotated_update_kernel", rotated_update_kernel<D, Adamw>, call.where, call.plan.blocks, p);
-    auto kernel = update_kernel<D, Adamw, false, Any>;
+    auto kernel =
+        mix.factors ? update_kernel<D, Adamw, true, false, Any> : update_kernel<D, Adamw, false, false, Any>;
     if (plain) // the common dtypes are compiled for this case alone: elsewhere the memory's time hides the rest
       kernel = with_dtypes<MixedBfloat16, Float32, Bfloat16, Any>(
-          call.dtypes, [](auto t) { return update_kernel<D, Adamw, true, decltype(t)>; });
+          call.dtypes, [](auto t) { return update_kernel<D, Adamw, false, true, decltype(t)>; });
     launch("update_kernel", kernel, call.where, call.plan.blocks, p);
   });
 }

@@ -57,6 +57,7 @@ struct Part {
   const int64_t *row;
   int64_t begin; // of the block, in the tensor
   int span;      // elements of a block
+  int tensor;    // number of the row
 
   FOGZO_DEVICE int64_t operator[](Column column) const { return row[column]; }
   FOGZO_DEVICE int64_t end() const {
@@ -89,11 +90,17 @@ FOGZO_DEVICE Operands operands_of(const Part &part, const Dtypes &t) {
 }
 
 FOGZO_DEVICE Part part_of(const Plan &plan, int64_t number) {
-  const int64_t *row = plan.table + int64_t(plan.owner[number]) * COLUMNS;
-  return {row, (number - row[FIRST]) * row[SPAN], int(row[SPAN])};
+  const int32_t tensor = plan.owner[number];
+  const int64_t *row = plan.table + int64_t(tensor) * COLUMNS;
+  return {row, (number - row[FIRST]) * row[SPAN], int(row[SPAN]), tensor};
 }
 
 FOGZO_DEVICE Part part_of(const Plan &plan) { return part_of(plan, block()); }
+
+// Gives t of the block's tensor: how large its noise is. Without Own no tensor has a factor.
+template <bool Own> FOGZO_DEVICE float factor_of(const float *factors, const Part &part) {
+  return Own && factors ? *global(factors + part.tensor) : 1.0f;
+}
 
 // Gives n / d for 0 <= n < 2^31 and divisor(d) of plans.py.
 FOGZO_DEVICE uint32_t divide(uint32_t n, int64_t packed) {

@@ -35,9 +35,10 @@ class Backend(Protocol):
 
     Lists, which may be ``Held`` (held.py), hold one tensor for each latent, contiguous, of one dtype and
     device. An empty ``plus`` or ``minus`` is not written. ``root`` asks for the norm, float32, instead of the
-    sum of squares, ``per_tensor`` for a sum for each tensor. ``block`` is the block of the quantizer's transform, or 0. A tensor of ``out`` may be the
-    input at the same place in the Hadamard transform. In the fused tail ``alphas``, the draw's tensor ids and
-    layouts, and a non-empty ``quantized`` belong to the first latents.
+    sum of squares, ``per_tensor``, which excludes ``root``, for a sum for each tensor. ``block`` is the block
+    of the quantizer's transform, or 0. A tensor of ``out`` may be the input at the same place in the Hadamard
+    transform. In the fused tail ``alphas``, the draw's tensor ids and layouts, the factors, and a
+    non-empty ``quantized`` belong to the first latents.
     """
 
     def unavailable(self, device: torch.device) -> str | None: ...

@@ -94,14 +94,15 @@ def drawn(draw: Draw, direction: int = 0) -> tuple[Any, ...]:
 
 
 def mixed(mix: Mix) -> tuple[Any, ...]:
-    return mix.norm.data_ptr(), scalar(mix.one_minus_beta), mix.epsilon
+    factors = 0 if mix.factors is None else mix.factors.data_ptr()
+    return mix.norm.data_ptr(), scalar(mix.one_minus_beta), mix.epsilon, factors
 
 
-def measured(losses: Losses) -> tuple[int, int, int, int]:
-    """The losses' addresses and number; an op without losses does not count."""
-    plus, minus, counters = losses
-    counter = counters.data_ptr() if counters is not None and plus.numel() else 0
-    return plus.data_ptr(), minus.data_ptr(), plus.numel(), counter
+def measured(losses: Losses) -> tuple[int, int, int, int, bool]:
+    """The losses' addresses and number; an op without directions does not count."""
+    plus, minus, counters, guided = losses
+    counter = counters.data_ptr() if counters is not None and losses.directions else 0
+    return plus.data_ptr(), minus.data_ptr(), plus.numel(), counter, guided
 
 
 def grid_of(grid: Grid) -> tuple[int, int, float, int]:
@@ -132,13 +133,15 @@ def noise(numel: int, draw: Draw, direction: int, device: torch.device) -> Tenso
     return out
 
 
-def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool, per_tensor: bool) -> Tensor:
     """Sum of the squares of delta * g, float64, or its root, float32: two launches, no atomics."""
     device = grads[0].device
     p = plan(grads, grads=grads, alphas=alphas)
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
-    out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
-    run(_cuda.guide_sumsq, grads, p, [grads] * 3, r, partial.data_ptr(), out.data_ptr(), root)
+    tensors = len(grads) if per_tensor else 0
+    dtype = torch.float32 if root else torch.float64
+    out = torch.empty(tensors if per_tensor else (), dtype=dtype, device=device)
+    run(_cuda.guide_sumsq, grads, p, [grads] * 3, r, partial.data_ptr(), out.data_ptr(), root, tensors)
     return out
 
 
@@ -183,7 +186,7 @@ def estimate_update_(
 
 def coefficients(mix: Mix, losses: Losses) -> Tensor:
     """Room for what the first launch makes of the losses."""
-    size = _cuda.COEFFICIENTS + losses.plus.numel()
+    size = _cuda.COEFFICIENTS + losses.directions
     return torch.empty(size, dtype=torch.float32, device=mix.norm.device)
 
 

@@ -150,7 +150,7 @@ class ShardedRows(Placement):
                 " that was made anew since: quantize or load the model again after it was moved"
             )
         rows = module.rows(weight)
-        if self._packed is not None or not (weight.requires_grad and torch.is_grad_enabled()):
+        if self.attached or self._packed is not None or not (weight.requires_grad and torch.is_grad_enabled()):
             return rows
         refusing: Tensor = RefuseBackward.apply(rows)
         return refusing
@@ -227,8 +227,8 @@ class RefuseBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise RuntimeError(
             "backward through a quantized weight under fully_shard must be that of a pass of Fogzo, which makes"
-            " straight-through gradients of what is reduced; for plain straight-through training let start of"
-            " Fogzo be 1"
+            " straight-through gradients of what is reduced, or come before the step of an optimizer that fogzo"
+            " was attached to; for plain straight-through training give Fogzo directions=0 and kappa=0"
         )
 
 

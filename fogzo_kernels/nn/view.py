@@ -135,11 +135,14 @@ class Placement:
 
     Attributes:
         is_whole: whether this process has all of the weight; else ``part`` says what it has.
-        sends_codes: whether a step writes codes, which the processes send each other.
+        sends_codes: whether a step writes codes, which the processes send each other. A backward then leaves
+            dL/dQ in ``.grad``, of which the step makes g.
+        attached: whether the step of an optimizer does so, for backwards outside of passes.
     """
 
     is_whole: ClassVar[bool] = True
     sends_codes: ClassVar[bool] = False
+    attached = False
 
     @property
     def part(self) -> Part | None:

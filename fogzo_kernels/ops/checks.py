@@ -196,8 +196,9 @@ def draw(draw: Draw, like: Tensors) -> None:
 
 
 def mix(mix: Mix, like: Tensors, count: int) -> None:
-    """The norm on the tensors' device, and a factor for each of the ``count`` with noise; one_minus_beta there or
-    on the CPU.
+    """The norm, and a factor for each of the ``count`` with noise, on the tensors' device.
+
+    one_minus_beta is there or on the CPU.
     """
     scalar_tensor("norm", mix.norm, torch.float32, like[0].device if like else None)
     host_or(mix.norm.device, one_minus_beta=mix.one_minus_beta)
@@ -206,12 +207,12 @@ def mix(mix: Mix, like: Tensors, count: int) -> None:
 
 
 def losses(losses: Losses, device: torch.device, least: int) -> None:
-    """losses_plus and losses_minus of one length, ``least`` or more; counters of the contract's shape."""
+    """losses_plus and losses_minus of one length, ``least`` or more, 0 for guided noise; counters' shape."""
     for name, t in (("losses_plus", losses.plus), ("losses_minus", losses.minus)):
         vector(name, t, torch.float32, None, device)
-    n = losses.plus.shape[0]
-    if not least <= n <= MAX_DIRECTION:
-        raise ValueError(f"losses_plus must have {least}..{MAX_DIRECTION} entries, got {n}")
+    n, most = losses.plus.shape[0], 0 if losses.guided else MAX_DIRECTION
+    if not least <= n <= most:
+        raise ValueError(f"losses_plus must have {least}..{most} entries, got {n}")
     if losses.minus.shape != losses.plus.shape:
         raise ValueError(f"losses_minus must have shape {shape(losses.plus)}, got {shape(losses.minus)}")
     if losses.counters is not None:

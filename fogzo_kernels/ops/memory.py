@@ -29,10 +29,10 @@ def numbers(draw: Draw | None = None, mix: Mix | None = None, update: Update | N
         check_range("step", int(draw.step), MAX_STEP)
     if mix is not None and mix.one_minus_beta.is_cpu:
         unit_interval("one_minus_beta", float(mix.one_minus_beta))
-    if mix is not None and mix.factors is not None and mix.factors.is_cpu:
-        if not in_range(mix.factors, 0.0, FLOAT32_MAX):
-            least, most = map(float, torch.aminmax(mix.factors))
-            raise ValueError(f"noise_factors must be finite and >= 0, got {least:g}..{most:g}")
+    factors = None if mix is None else mix.factors
+    if factors is not None and factors.is_cpu and not in_range(factors, 0.0, FLOAT32_MAX):
+        least, most = map(float, torch.aminmax(factors))
+        raise ValueError(f"noise_factors must be finite and >= 0, got {least:g}..{most:g}")
     if update is None:
         return
     if update.lr.is_cpu:

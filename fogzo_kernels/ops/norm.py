@@ -63,13 +63,13 @@ def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend
 def noise_factors(sumsqs: Tensor, numels: Tensor | Sequence[int]) -> Tensor:
     """How large the noise of each tensor is, for noise in proportion to its own gradient (contract section 1).
 
-    t_l = (N_l / N) sqrt(d / d_l), for tensors of d_l elements whose gradients have the norms N_l in units of delta;
-    N and d are the norm and the number of elements of all whose N_l is not 0. The sum of d_l t_l^2 is d, as with
-    noise of one size. A tensor whose gradient is 0 gets no noise. Nothing waits for the device.
+    t_l = (N_l / N) sqrt(d / d_l), for tensors of d_l elements whose gradients have the norms N_l in units of
+    delta. N and d are the norm and the number of elements of all whose N_l is not 0. The sum of d_l t_l^2 is d,
+    as with noise of one size. A tensor whose gradient is 0 gets no noise. Nothing waits for the device.
 
     Args:
-        sumsqs: N_l^2 of each tensor, float64, shape (tensors,), from :func:`guide_sumsq` with ``per_tensor``; of
-            a tensor in shards their sum.
+        sumsqs: N_l^2 of each tensor, float64, shape (tensors,), from :func:`guide_sumsq` with ``per_tensor``;
+            the sum over its shards, where a tensor has some.
         numels: d_l of each whole tensor: ints, or an int64 tensor of shape (tensors,) on the same device, which
             a CUDA graph's capture needs.
 

@@ -46,8 +46,8 @@ class TailOptions(NoiseOptions, total=False):
         tensor_ids: one per alpha; by default 0, 1, 2, ...
         layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
-        noise_factors: a factor of the noise of each tensor that has an alpha, from :func:`noise_factors`: float32,
-            shape (alphas,), finite and >= 0, on the device; by default 1 for each (contract section 1).
+        noise_factors: a factor of the noise of each tensor that has an alpha, from :func:`noise_factors`:
+            float32, shape (alphas,), finite and >= 0, on the device; by default 1 (contract section 1).
         masters: float32 copies of bfloat16 or float16 latents, updated instead; latents are the rounded copy.
         quantized: one output per alpha that receives the next Q(latent), or codes if int8.
         counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
@@ -106,8 +106,8 @@ def estimate_adamw_(
             others take their gradient as it is.
         grads: of the latents' shapes.
         exp_avgs, exp_avg_sqs: float32 state, of the latents' shapes, zero before the first step.
-        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g. None
-            for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
+        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
+            None for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
         alphas: float32: one element, one per row, or one per group of the last dimension.
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.
@@ -154,8 +154,8 @@ def estimate_sgd_(
             others take their gradient as it is.
         grads: of the latents' shapes.
         momentum_buffers: float32, of the latents' shapes, zero before the first step; None without momentum.
-        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g. None
-            for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
+        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
+            None for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
         alphas: float32: one element, one per row, or one per group of the last dimension.
         norm: guide norm N, 0-dim float32 on the device.
         lr: a number, or a 0-dim float64 tensor.

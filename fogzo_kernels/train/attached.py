@@ -29,6 +29,7 @@ class Attached:
         self._check()
         if self._fused:
             self.optimizer.fogzo = fogzo  # type: ignore[attr-defined]
+        self._let_backwards(True)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
         fogzo._run.attached = self
 
@@ -36,8 +37,8 @@ class Attached:
         run, optimizer = self._fogzo._run, self.optimizer
         if run.settings.directions:
             raise ValueError(
-                f"directions must be 0 for attach, got {run.settings.directions}: probes need a closure, or passes,"
-                " that run the model again (fogzo.backward, fogzo.probes); guided noise needs no probes"
+                f"directions must be 0 for attach, got {run.settings.directions}: probes run the model again,"
+                " by a closure or passes (fogzo.backward, fogzo.probes); guided noise has none"
             )
         if run.attached is not None:
             raise RuntimeError(
@@ -50,17 +51,24 @@ class Attached:
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise ValueError(
-                f"optimizer must have every quantized weight of the model, got one without {others[0]}{more}: N is"
-                " the norm of all gradients. With several optimizers call fogzo.probes() and fogzo.estimate_()"
+                f"optimizer must have every quantized weight of the model, got one without {others[0]}{more}:"
+                " the noise is in proportion to the norm of all gradients. For several optimizers run"
+                " fogzo.backward(closure), then their steps"
             )
 
     def remove(self) -> None:
         """Take the hook off the optimizer: its steps are plain straight-through from now on."""
         self._hook.remove()
+        self._let_backwards(False)
         if self._fogzo._run.attached is self:
             self._fogzo._run.attached = None
             if self._fused:
-                self.optimizer.fogzo = None  # type: ignore[attr-defined]
+                self.optimizer.fogzo = None
+
+    def _let_backwards(self, attached: bool) -> None:
+        """Let sharded weights have backwards outside of passes, or no more."""
+        for placement in [w.placement for w in self._fogzo._run.weights if w.placement.sends_codes]:
+            placement.attached = attached
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Add the noise now, or, where the step runs a closure, after that."""

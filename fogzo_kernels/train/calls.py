@@ -223,11 +223,15 @@ def run_quantized(prepared: Prepared) -> None:
         use_probe(group.weights, group.memory)
 
 
-def finish_gradients(groups: Iterable[WeightGroup]) -> AlphaGradients:
-    """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas."""
+def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> AlphaGradients:
+    """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas.
+
+    Outside of passes modules apply h' by themselves, but for weights that processes share by codes.
+    """
     alphas: AlphaGradients = []
     for group in groups:
-        kinds = [*zip([w.deferred for w in group.weights], group.learned, strict=True)]
+        deferred_of = [w.deferred if in_pass else w.placement.sends_codes for w in group.weights]
+        kinds = [*zip(deferred_of, group.learned, strict=True)]
         for (deferred, learned), part in group.split(kinds):
             rows = part.latents, part.alphas
             if deferred and not learned:
@@ -254,7 +258,7 @@ class Guide:
         self, per_tensor: bool, places: dict[WeightView, int], sum_of: Callable[[Tensor], Tensor] | None
     ) -> None:
         self.per_tensor, self.places, self.sum_of = per_tensor, places, sum_of
-        self._numels: tuple[list[WeightView], Tensor] | None = None
+        self._kept: tuple[list[WeightView], torch.device, Tensor, Tensor] | None = None
 
     def norm(self, groups: Sequence[WeightGroup]) -> Tensor:
         """Return N, and give the groups their factors."""
@@ -266,22 +270,27 @@ class Guide:
             for g in groups
         ]
         sumsqs = parts[0] if len(parts) == 1 else torch.cat(parts)
+        numels, slots = self._numbers(weights, sumsqs.device)
         if self.sum_of is not None:  # a process may have no row of a weight, and no gradient of it
-            slots = torch.tensor([self.places[w] for w in weights]).to(sumsqs.device, non_blocking=True)
             every = sumsqs.new_zeros(len(self.places))
             every[slots] = sumsqs
             sumsqs = self.sum_of(every)[slots]
-        factors = noise_factors(sumsqs, self._sizes(weights, sumsqs.device))
+        factors = noise_factors(sumsqs, numels)
         for group, own in zip(groups, factors.split([len(g.weights) for g in groups]), strict=True):
             group.noise_factors = own
         return sumsqs.sum().sqrt().float()
 
-    def _sizes(self, weights: list[WeightView], device: torch.device) -> Tensor:
-        """Return the numbers of elements of whole weights, which stay on the device from step to step."""
-        if self._numels is None or self._numels[0] != weights or self._numels[1].device != device:
-            numels = torch.tensor([w.parameter.numel() for w in weights], dtype=torch.int64)
-            self._numels = weights, numels.to(device, non_blocking=True)
-        return self._numels[1]
+    def _numbers(self, weights: list[WeightView], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the numbers of elements of whole weights, and their places. Both stay on the device."""
+        if self._kept is None or self._kept[:2] != (weights, device):
+
+            def on_device(numbers: Iterable[int]) -> Tensor:
+                # filled there, as a CUDA graph's capture takes no copy from the host
+                return torch.stack([torch.full((), n, dtype=torch.int64, device=device) for n in numbers])
+
+            numels = on_device(w.parameter.numel() for w in weights)
+            self._kept = weights, device, numels, on_device(self.places[w] for w in weights)
+        return self._kept[2:]
 
 
 def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | None) -> Tensor:

@@ -31,16 +31,18 @@ class Fogzo:
     Each step runs the gradient pass, then, for each direction, a probe with weights
     Q(w + eps v) and one with Q(w - eps v), and replaces the straight-through gradients of the
     quantized weights by the estimate. With ``directions=0`` a step has no probes: guided noise joins the
-    gradients, in proportion to their norm, and with ``kappa=0`` the step is plain straight-through. Probes run without autograd unless a closure differentiates, see the
-    same dropout masks, and leave latents, buffers and generators as after a plain step; so does an exception.
+    gradients, in proportion to their norm, and with ``kappa=0`` the step is plain straight-through.
+
+    Probes run without autograd unless a closure differentiates, see the same dropout masks, and leave latents,
+    buffers and generators as after a plain step; so does an exception.
 
     Args:
         model: a module with trainable quantized weights, all on one device.
         total_steps: steps over which beta decays from 1.
         one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
-        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size; 0.1 where neither of the two is
-            given.
-        directions: n, the pairs of probes per step; 1 in the paper. 0: guided noise, no probes.
+        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size. 0.1 where neither of
+            the two is given.
+        directions: n, the pairs of probes per step; 1 is the paper's FOGZO. 0: guided noise, no probes.
         seed: of the noise, unsigned 64 bits.
         epsilon_scale: factor on the eps that the straight-through estimator fixes.
         schedule: ``"linear"``, or ``"constant"`` for 1 - beta at its final value throughout (with
@@ -48,7 +50,8 @@ class Fogzo:
         start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
         every: FOGZO in every k-th step, plain STE between.
         noise_per: ``"model"`` for noise of one size in all weights, in units of delta (the paper), or
-            ``"tensor"`` for noise in proportion to the gradient of each weight.
+            ``"tensor"`` for noise in proportion to the gradient of each weight. By default the former with
+            probes, the latter without.
         replay: what passes must see alike beside PyTorch's generators, the model's buffers and the generators
             that its modules have as attributes: objects with
             ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
@@ -80,13 +83,13 @@ class Fogzo:
         total_steps: int,
         one_minus_beta: float | None = None,
         kappa: float | None = None,
-        directions: int = 1,
+        directions: int = 0,
         seed: int = 0,
         epsilon_scale: float = 1.0,
         schedule: str = "linear",
         start: float = 0.0,
         every: int = 1,
-        noise_per: str = "model",
+        noise_per: str | None = None,
         replay: Sequence[object] = (),
         process_group: dist.ProcessGroup | None = None,
         loss_reduction: str | None = "mean",
@@ -99,6 +102,8 @@ class Fogzo:
         self.device = self.weights[0].parameter.device
         self.total_weights = sum(w.parameter.numel() for w in self.weights)
         beta = final_one_minus_beta(one_minus_beta, kappa, self.total_weights)
+        if noise_per is None:
+            noise_per = "model" if directions else "tensor"
         settings = Settings(
             total_steps, beta, directions, seed, epsilon_scale, schedule, start, every, noise_per
         )
@@ -319,9 +324,9 @@ class Fogzo:
         finite is lost: it changes no parameter of the model.
 
         Args:
-            optimizer: any of PyTorch's, or :class:`fogzo_kernels.AdamW` or :class:`fogzo_kernels.SGD`, which add
-                the noise in one pass with their update. It has all quantized weights. A wrapper of accelerate or
-                Lightning is looked through.
+            optimizer: any of PyTorch's, or :class:`fogzo_kernels.AdamW` or :class:`fogzo_kernels.SGD`, which
+                add the noise in one pass with their update. It has all quantized weights. Of a wrapper
+                (accelerate's, Lightning's) the optimizer inside gets the hook.
 
         Returns:
             An object whose ``remove()`` ends this.

@@ -149,7 +149,7 @@ class Step:
 
     @torch.no_grad()
     def take_over(self) -> None:
-        """Go on with the gradients that a training loop has left, as a gradient pass of this step would have."""
+        """Go on with the gradients that a training loop has left, instead of a gradient pass."""
         self.taken_over = self.passes[0].done = True
         self.passes[0].losses = 1
         try:
@@ -176,7 +176,7 @@ class Step:
         """
         self.groups = [part for group in self.groups for part in group.with_gradients()]
         nonzero, finite = look(self._guides, self._losses.device)
-        alphas = [] if self.taken_over else calls.finish_gradients(self.groups)
+        alphas = calls.finish_gradients(self.groups, in_pass=not self.taken_over)
         if failed:
             calls.add_to_gradients(alphas, self._named(nonzero.tolist()))
         self.run.peers.reduce_inputs()

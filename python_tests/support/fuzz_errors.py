@@ -32,13 +32,13 @@ def over_blocks(terms, block):
 def estimate_errors(a, mix, losses, draw, grid, m_off, block):
     """Twice what tolerances.estimate_error allows one backend: two of them are compared."""
     A, B, _ = reference.coefficients(a["grads"], a["alphas"], draw, mix, losses._replace(counters=None))
-    errors = []
+    errors, t = [], reference.sizes(mix, len(a["grads"]))
     for i, g in enumerate(a["grads"]):
         e = reference.elements(g.numel(), draw.layouts[i], g.device)
         guide = (A.abs() * g.flatten().float().abs()).double()
         added, noise = torch.zeros_like(guide), torch.zeros_like(guide)
         inv = 1 / reference.delta_of(a["alphas"][i], grid.r, g).double()
-        for direction, b in enumerate(B):
+        for direction, b in enumerate(B * t[i]):
             m = reference.noise_m(e, draw, direction, draw.tensor_ids[i])
             added += inv * b.abs() * m.abs()
             noise += inv * b.abs()

@@ -33,11 +33,11 @@ def draw_of(case):
 
 
 def mix_of(a):
-    return Mix(a["norm"], a["one_minus_beta"], a["epsilon"])
+    return Mix(a["norm"], a["one_minus_beta"], a["epsilon"], next(iter(a["factors"]), None))
 
 
 def losses_of(a):
-    return Losses(a["losses_plus"], a["losses_minus"], a["counters"][0] if a["counters"] else None)
+    return Losses(a["losses_plus"], a["losses_minus"], next(iter(a["counters"]), None), a["guided"])
 
 
 def expected(case, args):
@@ -49,9 +49,9 @@ def expected(case, args):
         u = reference.noise(a["out"].numel(), draw, a["direction"], torch.device("cpu"))
         return {"out": [u]}, {"out": [torch.full_like(u, DISTRIBUTIONS[draw.distribution] * m_off)]}
     if not case["tensors"]:
-        return {"out": [torch.zeros((), dtype=torch.float64)]} if op == "guide_sumsq" else {}, {}
+        return {"out": [torch.zeros_like(a["out"])]} if op == "guide_sumsq" else {}, {}
     if op == "guide_sumsq":
-        total = reference.guide_sumsq(a["grads"], a["alphas"], grid.r, False)
+        total = reference.guide_sumsq(a["grads"], a["alphas"], grid.r, False, case["per_tensor"])
         return {"out": [total]}, {"out": [2e-6 * total]}
     if op == "perturb_quantize":
         reference.perturb_quantize_(
@@ -99,18 +99,19 @@ def updated(case, a, draw, grid):
     """The fused tail: to the bit what the reference makes of the G that the native estimate gives."""
     G, lists = [g.float() for g in a["grads"]], ("latents", "masters", "first", "second")
     quantizing, mix, block = len(a["alphas"]), mix_of(a), case["block"]
-    skip = case["n"] and not math.isfinite(a["norm"])
-    if case["n"]:
+    directions = losses_of(a).directions
+    skip = directions and not math.isfinite(a["norm"])
+    if directions:
         drawn = [a[k] for k in ("distribution", "noise_scale", "seed", "step", "tensor_ids", "layouts")]
-        mixed = a["norm"], a["one_minus_beta"], a["epsilon"]
-        losses = a["losses_plus"], a["losses_minus"]
-        native.estimate_gradient(G[:quantizing], a["alphas"], *drawn, *mixed, *losses, [], grid.r, block)
+        mixed = a["norm"], a["one_minus_beta"], a["epsilon"], a["factors"]
+        losses = a["losses_plus"], a["losses_minus"], [], a["guided"]
+        native.estimate_gradient(G[:quantizing], a["alphas"], *drawn, *mixed, *losses, grid.r, block)
         reference.coefficients(a["grads"], a["alphas"], draw, mix, losses_of(a))
     if not skip:
         rule = rule_of(case)
         states = [a["first"], a["second"]][: rule.states]
         update = Update(rule, a["lr"], a["optimizer_step"], a["masters"], states)
-        none = Losses(torch.zeros(0), torch.zeros(0), None)
+        none = Losses(torch.zeros(0), torch.zeros(0), None, False)
         reference.estimate_update_(a["latents"], [], G, a["alphas"], draw, mix, none, grid, update, block)
     if a["quantized"]:
         reference.quantize_(a["quantized"], a["latents"][:quantizing], a["alphas"], grid, block)

@@ -13,7 +13,7 @@ NUMBERS = {
     "block": (-1, 8, 100, 2048, BIG),
     "optimizer_step": (0, -1, -BIG), "one_minus_beta": (NAN, math.inf, -1.0, 1.5, 1e308),
     "lr": (NAN, math.inf, -math.inf, -1.0), "factor": (NAN, math.inf, -1.0, 0.0, 1e-39, 1e39),
-    "held": ([-1], [BIG], [0, 2**40]),
+    "held": ([-1], [BIG], [0, 2**40]), "guided": (True,),
     "add": (NAN, math.inf, -1e-9, 1e39), "least": (NAN, math.inf, -1e-9, 1e39),
 }  # fmt: skip
 #: What floats may be without a crash; nothing is said about the result.
@@ -87,6 +87,8 @@ def like_of(arguments):
 def applicable(op, name, arguments):
     """How that argument can be spoiled, so that the call is bad for sure (or odd)."""
     value = arguments[name]
+    if name == "guided" and not arguments["losses_plus"].numel():
+        return []
     if name in NUMBERS:
         return ["number", *SCALAR_ITEMS] if isinstance(value, torch.Tensor) else ["number"]
     if name in ODD:
@@ -97,7 +99,7 @@ def applicable(op, name, arguments):
         return ["number"]
     if name == "layouts":
         return ["double", "drop", "layout"] if value else []
-    if name in ("tensor_ids", "names", "values", "factors"):
+    if name in ("tensor_ids", "names", "values") or (op, name) == ("learned_backward", "factors"):
         return ["double", "drop"] if value else []
     if isinstance(value, torch.Tensor):
         if value.numel() < 2:  # a number or one loss

@@ -109,6 +109,7 @@ def draw_case(random, op, bad):
         "plain": random.choice((0, 0, random.randint(0, count))), "count": random.choice((1, 2, 1000)),
         "one_minus_beta": random.choice((0.0, 1e-3, 0.3, 1.0)),
         "measure": (random.choice(STATISTICS), *random.choice(((1.0, 0.0, 0.0), (0.3, 1e-8, 0.2)))),
+        "factors": random.random() < 0.4, "guided": random.random() < 0.3, "per_tensor": random.random() < 0.5,
         "threads": random.choice((1, 3)), "spoil": (), "held": random.choice((0, 0, random.randrange(1024))),
     }  # fmt: skip
     block = random.choice(BLOCKS) if op == "hadamard" or (op not in PLAIN and random.random() < 0.4) else 0
@@ -129,7 +130,7 @@ SIMPLE = {
     "latent": "float32", "grad": "float32", "out": "float32", "shift": 0, "special": False, "norm": 0, "n": 1,
     "grid": GRIDS[0], "step": 0, "direction": 0, "lost": 0, "distribution": "uniform", "rule": "sgd",
     "sides": "plus", "counters": False, "masters": False, "plain": 0, "count": 1, "threads": 1, "held": 0,
-    "measure": (STATISTICS[0], 1.0, 0.0, 0.0),
+    "measure": (STATISTICS[0], 1.0, 0.0, 0.0), "factors": False, "guided": False, "per_tensor": False,
 }  # fmt: skip
 
 
@@ -212,10 +213,15 @@ def build(case, buffers):
         return [t.square_() if square else t for t in found]
 
     def losses():
-        found = buffers.random((case["n"],), F32)
+        found = buffers.random((0 if case["guided"] else case["n"],), F32)
         if len(found):
             found.fill_(1.0).add_(torch.rand(found.shape, generator=buffers.generator))
         return found
+
+    def noise_factors():
+        size = (len(quantizing),)
+        values = torch.rand(size, generator=buffers.generator) * (torch.arange(*size) % 3)  # some are 0
+        return [buffers.tensor(size, F32, values)] if case["factors"] else []
 
     def scalar(value):
         dtype = torch.float64 if isinstance(value, float) else torch.int64
@@ -236,7 +242,10 @@ def build(case, buffers):
         "tensors": lambda: [buffers.random(s, latent) for s in shapes],
         **{k: lambda i=i: case["measure"][i] for i, k in enumerate(Measure._fields)},
         "alpha_grads": lambda: [buffers.tensor(tuple(t["scales"]), F32, None, True) for t in quantizing],
-        "factors": lambda: [(-0.5, 1.0, 3.0)[i % 3] for i in range(len(quantizing))],
+        "factors": lambda: {
+            "learned_backward": lambda: [(-0.5, 1.0, 3.0)[i % 3] for i in range(len(quantizing))]
+        }.get(op, noise_factors)(),
+        "guided": lambda: case["guided"],
         "plus": lambda: outputs(case["sides"] != "minus", out),
         "minus": lambda: outputs(case["sides"] != "plus", out),
         "quantized": lambda: outputs(case["quantized"], out),
@@ -262,7 +271,9 @@ def build(case, buffers):
         "optimizer_step": lambda: scalar(case["count"]),
         "out": lambda: {
             "noise": lambda: buffers.tensor(shapes[0], F32, None, True),
-            "guide_sumsq": lambda: buffers.tensor((), torch.float64, None, True),
+            "guide_sumsq": lambda: buffers.tensor(
+                (len(shapes),) if case["per_tensor"] else (), torch.float64, None, True
+            ),
             "quantize": lambda: outputs(True, out),
             "straight_through_backward": lambda: outputs(True, latent),
             "learned_backward": lambda: outputs(True, latent),
@@ -275,7 +286,8 @@ def build(case, buffers):
 def held(case, args):
     """The arguments with numbers for some lists, whose tensors were others before; and what holds them."""
     arguments = getattr(native, case["op"]).default._schema.arguments
-    lists = [a.name for a in arguments if str(a.type) == "List[Tensor]" and a.name != "counters"]
+    lists = [a.name for a in arguments if str(a.type) == "List[Tensor]"]
+    lists = [name for name in lists if name not in ("counters", "factors")]
     if not lists:
         return args, []
     first = next(name for name in ("latents", "grads", "tensors") if name in args)

@@ -15,11 +15,11 @@ from fogzo_kernels.spec.update import UpdateRule
 SHAPES = ((3,), (4, 8))
 GUIDE = ("guide_sumsq", "guide_norm")
 MIX = ("perturb_quantize_", "estimate_gradient_")
-MIXING = "norm grid straight_through one_minus_beta seed step tensor_ids layouts epsilon_scale"
+MIXING = "norm grid straight_through one_minus_beta seed step tensor_ids layouts epsilon_scale noise_factors"
 OPS = {
     "noise": "numel distribution seed step direction tensor_id layout device",
     "direction_sign": "seed step direction",
-    "guide_sumsq": "grads alphas grid",
+    "guide_sumsq": "grads alphas grid per_tensor",
     "guide_norm": "grads alphas grid",
     "perturb_quantize_": f"plus minus latents grads alphas direction {MIXING}",
     "estimate_gradient_": f"grads losses_plus losses_minus alphas counters {MIXING}",
@@ -69,7 +69,8 @@ def arguments(op, device):
         "direction": 3, "one_minus_beta": 0.25, "epsilon_scale": 1.0, "tensor_ids": [4, 5],
         "layouts": [(0, 3, 3), (8, 8, 16)], "numel": 4, "distribution": "uniform", "tensor_id": 4,
         "layout": (0, 4, 4), "device": device, "tensors": latents, "statistic": "rms", "factor": 1.5,
-        "add": 1e-8, "least": 1e-5, "factors": [0.5, 2.0], "block": 16,
+        "add": 1e-8, "least": 1e-5, "factors": [0.5, 2.0], "block": 16, "per_tensor": False,
+        "noise_factors": torch.tensor([0.5, 2.0], device=device),
         "x": torch.randn(2, 32, generator=generator).to(device),
         "alpha_grads": [torch.full((), NAN, device=device), torch.full((4, 1), NAN, device=device)],
     }  # fmt: skip
@@ -156,7 +157,8 @@ def native_arguments(op):
         "alphas": [torch.tensor(0.5), torch.full((4, 1), 0.25)], "losses_plus": torch.tensor([2.0, 1.0, INF]),
         "losses_minus": torch.tensor([0.5, 3.0, 1.0]), "norm": torch.tensor(2.0), "seed": i64(1),
         "step": i64(2), "one_minus_beta": f64(0.25), "direction": 3, "tensor_ids": [4, 5],
-        "layouts": [0, 3, 3, 8, 8, 16], "qmin": -2, "qmax": 1, "offset": 0.0, "r": 1, "block": 0,
+        "layouts": [0, 3, 3, 8, 8, 16], "factors": [torch.tensor([0.5, 2.0])], "guided": False,
+        "qmin": -2, "qmax": 1, "offset": 0.0, "r": 1, "block": 0,
         "distribution": "uniform", "noise_scale": noise.DISTRIBUTIONS["uniform"], "epsilon": 0.5,
         "rule": ADAMW.variant, "names": list(ADAMW.hyperparameters), "lr": f64(0.1), "optimizer_step": i64(2),
         "values": list(ADAMW.hyperparameters.values()), "straight_through": "identity_clipped",

@@ -76,6 +76,8 @@ CASES = {
     "sign": (Net, quantizer(SIGN, SCALE.absmean("row"), HARD), {"directions": 3, "epsilon_scale": 0.5}),
     "half_offset(8)": (Net, quantizer(fk.Grid.half_offset(8), SCALE.absmax("row")), {"start": 0.3}),
     "rotated": (Net, quantizer(UNIFORM(2), SCALE.rms("row"), transform=fk.Hadamard(16)), {"every": 2}),
+    "guided": (Net, fk.presets.lsq(2, "row"), {"directions": 0, "noise_per": "tensor", "kappa": 1.0}),
+    "noise per tensor": (Net, quantizer(UNIFORM(2), SCALE.fixed(0.3)), {"noise_per": "tensor", "kappa": 1.0}),
     "images": (Images, quantizer(UNIFORM(2), SCALE.rms("row")), {}),
 }
 
@@ -105,7 +107,7 @@ def with_inputs(sharded=lambda model: None):
     fk.calibrate_inputs_(model, lambda: model(batch_of(0)[0]))
     model.norm.reset_running_stats()
     sharded(model)
-    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3)
+    fogzo = fk.Fogzo(model, total_steps=STEPS, kappa=0.1, seed=3, directions=1)
     optimizer = optimizer_of(model, fogzo)
     tokens, labels = batch_of(0)
     found = fogzo.check(lambda: F.cross_entropy(model(tokens), labels))
@@ -122,7 +124,9 @@ def train(
     model, case, steps=None, rows=slice(None), count=8, fused=True, first=0, own=0, fogzo=None, optimizer=None
 ):
     """Losses of a run. Those of the processes with the same rows must be those of one."""
-    fogzo = fogzo or fk.Fogzo(model, **{"total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2])
+    fogzo = fogzo or fk.Fogzo(
+        model, **{"directions": 1, "total_steps": STEPS, "kappa": 0.1, "seed": 3} | CASES[case][2]
+    )
     optimizer = optimizer or optimizer_of(model, fogzo if fused else None)
     losses = []
     steps = steps or (STEPS if case in LONG else 8)
@@ -135,6 +139,28 @@ def train(
             fogzo.estimate_()
         optimizer.step()
         losses.append(fogzo.stats()["loss"])
+    return losses
+
+
+def run(model, case, how):
+    """Losses of a run: by a fused optimizer, by ``estimate_``, or in a stock loop by a hook."""
+    return train_attached(model) if how == "attached" else train(model, case, fused=how != "estimate_")
+
+
+def train_attached(model, steps=8):
+    """Losses of a stock loop whose optimizer has guided noise by a hook."""
+    fogzo = fk.Fogzo(model, **{"total_steps": STEPS, "seed": 3} | CASES["guided"][2])
+    optimizer = optimizer_of(model, None)
+    fogzo.attach(optimizer)
+    losses = []
+    torch.manual_seed(0)
+    for step in range(steps):
+        tokens, labels = batch_of(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(tokens), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
     return losses
 
 

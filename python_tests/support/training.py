@@ -32,7 +32,7 @@ def make(dtype=torch.float32, seed=0, backend=None, **kwargs):
     fk.quantize_model(model, QUANTIZER, skip=["out"], backend=backend)
     model.to(dtype)
     options = {"total_steps": 100, "one_minus_beta": 1e-2, "backend": backend, **kwargs}
-    return model, fk.Fogzo(model, **options)
+    return model, fk.Fogzo(model, **{"directions": 1} | options)
 
 
 def batch(dtype=torch.float32, rows=12, seed=1):
@@ -74,4 +74,6 @@ def setup(**options):
 
 
 def estimator(model, **options):
-    return fk.Fogzo(model, **({"total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options))
+    return fk.Fogzo(
+        model, **({"directions": 1, "total_steps": 9, "one_minus_beta": 0.5, "schedule": "constant"} | options)
+    )

@@ -51,6 +51,7 @@ class Config:
     states: int = 0  # the optimizer's lists of state
     master: bool = False  # float32 copies of the latents are there
     one_direction: bool = False
+    guided: bool = False  # noise in proportion to N, in place of losses
     unit: int | None = None  # of learned scales, as learned.unit_of() says
 
     def replaced(self, **fields: Any) -> Config:

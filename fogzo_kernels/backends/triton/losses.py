@@ -21,7 +21,7 @@ ALPHAS = tl.constexpr(512)  # that a program checks at a time
 
 @triton.jit
 def write_coefficients(coef, counters, draw, mix, losses, config: tl.constexpr):
-    """Write A, the B_i and what is lost, and count it. For one program."""
+    """Write A, the B_i and what is lost, and count it. For one program. Guided noise has c = N and s = 1."""
     losses_plus, losses_minus, n, half_inv_eps = losses
     norm = mix[0]
     guide, b = program.mixing(mix, config)
@@ -29,18 +29,24 @@ def write_coefficients(coef, counters, draw, mix, losses, config: tl.constexpr):
     names = program.names_of(draw, (zero == zero).to(tl.int64))
     total = tl.zeros([], tl.float32)
     lost = tl.zeros([], tl.int32)
-    for i in tl.range(0, n):
-        c = (tl.load(losses_plus + i) - tl.load(losses_minus + i)) * half_inv_eps
-        usable = is_finite(c)
-        lost += tl.where(usable, 0, 1)
-        c = tl.div_rn(tl.where(usable, c, 0.0), tl.zeros([], tl.float32) + n)  # `/` may be 2 ulp off
-        total += c * direction_sign(names, i)
-        tl.store(coef + B_AT + i, c * b)
+    if config.guided:
+        N = tl.load(norm)
+        tl.store(coef + B_AT, N * b)
+        A = tl.where((N > 0) & is_finite(N), guide, 0.0)
+    else:
+        for i in tl.range(0, n):
+            c = (tl.load(losses_plus + i) - tl.load(losses_minus + i)) * half_inv_eps
+            usable = is_finite(c)
+            lost += tl.where(usable, 0, 1)
+            c = tl.div_rn(tl.where(usable, c, 0.0), tl.zeros([], tl.float32) + n)  # `/` may be 2 ulp off
+            total += c * direction_sign(names, i)
+            tl.store(coef + B_AT + i, c * b)
+        A = program.guide_scale(norm, total * guide, 1.0)
     norm_lost = tl.where((n > 0) & (is_finite(tl.load(norm)) == 0), 1, 0)
     if counters is not None:
         tl.atomic_add(counters, lost.to(tl.int64))  # by one thread; a load would be by all
         tl.atomic_add(counters + 1, norm_lost.to(tl.int64))
-    tl.store(coef + A_AT, program.guide_scale(norm, total * guide, 1.0))
+    tl.store(coef + A_AT, A)
     tl.store(coef + LOST_AT, ((lost == n) | (norm_lost == 1)).to(tl.float32))
     tl.store(coef + SKIP_AT, norm_lost.to(tl.float32))
 
@@ -66,6 +72,6 @@ def count_bad_alphas(counters, p, config: tl.constexpr):
 
 
 def losses_of(losses: Losses, mix: Mix) -> tuple[Tensor, Tensor, int, float]:
-    """Losses, how many there are, and 1 / (2 eps)."""
+    """Losses, the number of directions, and 1 / (2 eps)."""
     eps = rounded(mix.epsilon)
-    return losses.plus, losses.minus, losses.plus.numel(), rounded(0.5 / eps) if eps else math.inf
+    return losses.plus, losses.minus, losses.directions, rounded(0.5 / eps) if eps else math.inf

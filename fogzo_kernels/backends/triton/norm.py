@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..gpu.plans import plan
 from . import program
-from .launch import Tensors, config_of, launch
+from .launch import NUM_WARPS, Tensors, config_of, launch
 
 SUM_BLOCK, SUM_WARPS = 8192, 16  # of the program that adds what the others leave
+TENSOR_BLOCK = 1024  # of one that adds a tensor's
 REGISTERS = 64  # the most of a thread: ptxas, left alone, computes addresses anew to take fewer
 
 
@@ -37,11 +38,18 @@ def sumsq_kernel(table, owner, partial, r, config: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def sum_kernel(partial, count, out, BLOCK: tl.constexpr, ROOT: tl.constexpr):
-    """One program adds the partial sums in a fixed order: the same bits every run. ROOT: the norm.
+def sum_kernel(table, partial, count, out, BLOCK: tl.constexpr, ROOT: tl.constexpr):
+    """A program adds the partial sums in a fixed order: the same bits every run. ROOT: the norm.
 
-    BLOCK of them are on their way at once: what a single program can fetch is bound by how long it waits.
+    There is one program, or with a table one for each tensor, which adds that tensor's. BLOCK sums are on their
+    way at once: what a single program can fetch is bound by how long it waits.
     """
+    if table is not None:
+        row = table + tl.program_id(0).to(tl.int64) * program.WIDTH
+        span, first = program.entry(row, "SPAN"), program.entry(row, "FIRST")
+        count = ((program.entry(row, "NUMEL") + span - 1) // span).to(tl.int32)
+        partial += first
+        out += tl.program_id(0)
     acc = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(0, count, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -52,13 +60,17 @@ def sum_kernel(partial, count, out, BLOCK: tl.constexpr, ROOT: tl.constexpr):
     tl.store(out, total)
 
 
-def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool) -> Tensor:
+def guide_sumsq(grads: Tensors, alphas: Tensors, r: int, root: bool, per_tensor: bool) -> Tensor:
     """Sum of the squares of delta * g, float64, or its root, float32: two launches, no atomics."""
     device = grads[0].device
     p = plan(grads, grads=grads, alphas=alphas)
     partial = torch.empty(max(p.programs, 1), dtype=torch.float64, device=device)
-    out = torch.empty((), dtype=torch.float32 if root else torch.float64, device=device)
+    dtype = torch.float32 if root else torch.float64
+    out = torch.empty(len(grads) if per_tensor else (), dtype=dtype, device=device)
     args = p.table, p.owner, partial, float(r), config_of(p, grads=grads)
     launch(sumsq_kernel, p.programs, device, *args, maxnreg=REGISTERS)
-    launch(sum_kernel, 1, device, partial, p.programs, out, BLOCK=SUM_BLOCK, ROOT=root, num_warps=SUM_WARPS)
+    table, sums, block, warps = None, 1, SUM_BLOCK, SUM_WARPS
+    if per_tensor:
+        table, sums, block, warps = p.table, len(grads), TENSOR_BLOCK, NUM_WARPS
+    launch(sum_kernel, sums, device, table, partial, p.programs, out, BLOCK=block, ROOT=root, num_warps=warps)
     return out

@@ -63,11 +63,12 @@ def write_probes(turn, p, s, config: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["draw", "direction"])
-def perturb_kernel(table, owner, draw, mix, direction, eps, grid, config: tl.constexpr):
+def perturb_kernel(table, owner, factors, draw, mix, direction, eps, grid, config: tl.constexpr):
     """Both probes, or one of them."""
     row, begin, end = program.own_span(table, owner)
     names = program.names_of(draw, program.entry(row, "TENSOR_ID"))
-    sqrt_beta, b = program.mixing(mix, config)
+    sqrt_beta, noise_scale = program.mixing(mix, config)
+    b = noise_scale * program.factor_of(factors, owner, True)
     a = program.guide_scale(mix[0], sqrt_beta, direction_sign(names, direction))
     latent, grad = program.pointer(row, "LATENT", config.latent), program.pointer(row, "GRAD", config.grad)
     plus, minus = program.pointer(row, "PLUS", config.out), program.pointer(row, "MINUS", config.out)
@@ -98,6 +99,7 @@ def perturb_quantize_(
     out = plus or minus
     probes = {"plus": bool(plus), "minus": bool(minus)}
     config = config_of(p, latents, grads, out, block, **probes, **noise_fields(draw))
-    args = draw_of(draw), mix_of(draw, mix), direction, rounded(mix.epsilon), grid_of(grid), config
+    scalars = draw_of(draw), mix_of(draw, mix), direction, rounded(mix.epsilon), grid_of(grid)
     registers = registers_of(out[0].dtype, block)
-    launch(perturb_kernel, p.programs, mix.norm.device, p.table, p.owner, *args, maxnreg=registers)
+    args = p.table, p.owner, mix.factors, *scalars, config
+    launch(perturb_kernel, p.programs, mix.norm.device, *args, maxnreg=registers)

@@ -181,8 +181,17 @@ def noise_of(place, names, direction, config: tl.constexpr):
 
 
 @triton.jit
-def noise_sum(like, turn, p, names, B, n, config: tl.constexpr):
-    """sum_i B_i m_i over n directions. ``like``: any values of the turn that were loaded."""
+def factor_of(factors, owner, exists):
+    """t of the program's tensor: how large its noise is. Only a tensor that ``exists`` in the list has one."""
+    if factors is None:
+        return 1.0
+    else:
+        return tl.load(factors + tl.load(owner + tl.program_id(0)), mask=exists, other=1.0)
+
+
+@triton.jit
+def noise_sum(like, turn, p, names, B, t, n, config: tl.constexpr):
+    """sum_i B_i t m_i over n directions. ``like``: any values of the turn that were loaded."""
     place = places_of(turn, p, config)
     if not config.single:
         acc = like * 0.0  # from a load, so that the loop keeps the tile's layout
@@ -190,7 +199,7 @@ def noise_sum(like, turn, p, names, B, n, config: tl.constexpr):
     else:
         acc = tl.zeros(place.shape, tl.float32)
     for i in tl.range(0, n):
-        acc = fma(noise_of(place, names, i, config), tl.load(B + i), acc)
+        acc = fma(noise_of(place, names, i, config), tl.load(B + i) * t, acc)
     return acc
 
 

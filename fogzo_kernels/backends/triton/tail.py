@@ -61,6 +61,7 @@ class Pass(NamedTuple):
     out: Any
     names: Any
     B: Any
+    t: Any
     A: Any
     noisy: Any  # whether the directions count
     directions: Any  # 0 unless they do
@@ -140,7 +141,7 @@ def update(turn, p, s, config: tl.constexpr):
         m = program.load(s.first, turn, config)
     if config.states == 2:
         v = program.load(s.second, turn, config)
-    total = program.noise_sum(g, turn, p, s.names, s.B, s.directions, config)
+    total = program.noise_sum(g, turn, p, s.names, s.B, s.t, s.directions, config)
     scale = program.scale_of(turn, p, s.grid, config)
     total = product(total, scale.inv, config.block)
     total = rotated(total, config)
@@ -164,7 +165,7 @@ def update(turn, p, s, config: tl.constexpr):
 
 
 @triton.jit
-def pass_of(p, draw, coef, n, numbers, grid, config: tl.constexpr):
+def pass_of(p, t, draw, coef, n, numbers, grid, config: tl.constexpr):
     names = program.names_of(draw, program.entry(p.row, "TENSOR_ID"))
     latent, grad = program.pointer(p.row, "LATENT", config.latent), program.pointer(p.row, "GRAD", config.grad)
     first, second = program.pointer(p.row, "STATE_1", tl.float32), program.pointer(p.row, "STATE_2", tl.float32)
@@ -177,19 +178,20 @@ def pass_of(p, draw, coef, n, numbers, grid, config: tl.constexpr):
     A, directions = tl.where(noisy, tl.load(coef + A_AT), 1.0), tl.where(noisy, n, 0)
     size, decay, root = tl.load(coef + SIZE_AT), tl.load(coef + DECAY_AT), tl.load(coef + ROOT_AT)
     arrays = latent, grad, weight, first, second, out
-    return Pass(*arrays, names, coef + B_AT, A, noisy, directions, skip, size, decay, root, numbers, grid)
+    coefficients = coef + B_AT, t, A, noisy, directions, skip, size, decay, root
+    return Pass(*arrays, names, *coefficients, numbers, grid)
 
 
 @triton.jit(do_not_specialize=["draw", "n"])
-def update_kernel(table, owner, counters, draw, coef, n, grid, numbers, config: tl.constexpr):
+def update_kernel(table, owner, factors, counters, draw, coef, n, grid, numbers, config: tl.constexpr):
     """G, then the optimizer's step in place, then Q(theta) into PLUS unless it has no dtype."""
     p = program.read(program.own_span(table, owner), grid.r, config, True)
-    s = pass_of(p, draw, coef, n, numbers, grid, config)
+    s = pass_of(p, program.factor_of(factors, owner, p.has_alpha), draw, coef, n, numbers, grid, config)
     for start in tl.range(0, p.tiled, config.tile):
         update(program.tile_at(p, start, config), p, s, config)
     # read again, so that no registers are kept over the loop
     p = program.read(program.own_span(table, owner), grid.r, config, True)
-    s = pass_of(p, draw, coef, n, numbers, grid, config)
+    s = pass_of(p, program.factor_of(factors, owner, p.has_alpha), draw, coef, n, numbers, grid, config)
     REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, config.tile // 8):
         update(program.elements_at(p, start), p, s, REST)
@@ -229,13 +231,14 @@ def estimate_update_(
     losses: Losses, grid: spec.Grid, update: Update, block: int,
 ) -> None:  # fmt: skip
     """G, the optimizer's step and Q(theta): one launch for the coefficients, one for all tensors."""
-    device, n, masters = mix.norm.device, losses.plus.numel(), update.masters
-    counters = losses.counters if n else None  # an op without losses does not count
+    device, n, masters = mix.norm.device, losses.directions, update.masters
+    counters = losses.counters if n else None  # an op without directions does not count
     fields, drawn = noise_fields(draw), draw_of(draw)
     fields |= {"variant": update.rule.variant, "states": len(update.states)}
     coef = torch.empty(B_AT.value + n, dtype=torch.float32, device=device)
     scalars = drawn, mix_of(draw, mix), losses_of(losses, mix), optimizer_of(update)
-    launch(update_coefficients_kernel, 1, device, coef, counters, *scalars, Config(**fields))
+    chosen = Config(guided=losses.guided, **fields)
+    launch(update_coefficients_kernel, 1, device, coef, counters, *scalars, chosen)
     if not latents:
         return
     p = plan(
@@ -243,5 +246,5 @@ def estimate_update_(
         states=update.states, draw=draw,
     )  # fmt: skip
     config = config_of(p, latents, grads, quantized, block, tile=TILE, master=bool(masters), **fields)
-    args = counters, drawn, coef, n, grid_of(grid), numbers_of(update.rule), config
+    args = mix.factors, counters, drawn, coef, n, grid_of(grid), numbers_of(update.rule), config
     launch(update_kernel, p.programs, device, p.table, p.owner, *args, maxnreg=registers_of(block, p.aligned))
