@@ -178,7 +178,8 @@ def test_tables_compare_at_equal_steps_and_at_equal_time():
     own = [result("slope", 0.80 + 0.011 * s, s, seconds=1.6) for s in range(3)]
     longer = [result("ste", 0.4 + 0.012 * s, s, 8 * steps // 5, 1.6) for s in range(3)]
     others = [result("ste", 0.1, s, 4 * steps, 4.0) for s in range(3)]
-    found = differences.Found([*searched, *ste, *own, *longer, *others])
+    unchosen = [result("slope", 5.0, s, rate=0.02) for s in range(3)]
+    found = differences.Found([*searched, *ste, *own, *longer, *others, *unchosen])
     assert found.time(DIGITS, "slope") == 1.0  # the median has the search, where both took as long
     assert found.equal_steps(DIGITS, "slope").verdict == "win"
     fresh = differences.Found([*ste, *own, *longer, *others])

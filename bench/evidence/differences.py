@@ -67,10 +67,15 @@ class Found:
         made = {r.job.cell for r in self.fresh}
         self.cells = [name for name in CELLS if name in made]
 
+    def runs(self, cell: str, method: str) -> list[Result]:
+        """On fresh seeds with the rate that the search chose; with any rate where the results have no search."""
+        own = [r for r in self.fresh if (r.job.cell, r.job.method) == (cell, method)]
+        search = searched_for(self.results, cell, method)
+        return [r for r in own if r.job.rate == best_rate(search)] if search else own
+
     def losses(self, cell: str, method: str, steps: int, figure: str | None = None) -> Row:
         """By seed; of the figure that the cell is judged by, or of another one."""
-        wanted = (cell, method, steps)
-        runs = [r for r in self.fresh if (r.job.cell, r.job.method, r.job.steps) == wanted]
+        runs = [r for r in self.runs(cell, method) if r.job.steps == steps]
         return {r.job.seed: r.loss if figure is None else r.figures[figure] for r in runs}
 
     def equal_steps(self, cell: str, method: str, figure: str | None = None) -> Difference | None:
@@ -87,7 +92,7 @@ class Found:
         own = self.losses(cell, method, steps, figure)
         if own:
             time = self.time(cell, method)
-        made = {r.job.steps for r in self.fresh if (r.job.cell, r.job.method) == (cell, "ste")}
+        made = {r.job.steps for r in self.runs(cell, "ste")}
         near = min(made, key=lambda one: abs(one / steps - time), default=steps)
         if not own or abs(near / steps - time) > NEAR * time:
             return None
