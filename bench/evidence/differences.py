@@ -68,7 +68,7 @@ class Found:
         self.cells = [name for name in CELLS if name in made]
 
     def runs(self, cell: str, method: str) -> list[Result]:
-        """On fresh seeds with the rate that the search chose; with any rate where the results have no search."""
+        """On fresh seeds, at the rate that the search chose; at any rate where there is no search."""
         own = [r for r in self.fresh if (r.job.cell, r.job.method) == (cell, method)]
         search = searched_for(self.results, cell, method)
         return [r for r in own if r.job.rate == best_rate(search)] if search else own
