@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evidence import mlp, peers, quality, sweep
+from .evidence import ablation, differences, explanation, mlp, peers
 from .executed import pipes_table, sectors_table
 from .step import __main__ as step
 from .step.measure import Row
@@ -24,6 +24,9 @@ from .step.report import PAIRS
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/epyc-2-cores"
 EXECUTED = "bench/results/executed.json"
+ABLATION, ABLATION_AGAIN = (
+    f"bench/results/xeon-2-cores/{name}.json" for name in ("ablation", "ablation-again")
+)
 BEGIN, END = "<!-- report: {} -->", "<!-- end of report -->"
 Found = dict[str, Any]
 
@@ -77,20 +80,13 @@ def of_demo(found: Found) -> str:
     return of_mlp(found, slice(2))
 
 
-def of_quality(*found: Found) -> str:
-    results, steps = [r for one in found for r in quality.results_of(one)], found[0]["arguments"]["steps"]
-    return f"{quality.table(results, steps)}\n\n{of_verdicts(*found)}"
+def of_ablation(table: Callable[[differences.Found], str]) -> Callable[[Found], str]:
+    """What makes one of its tables of a file."""
+    return lambda found: table(differences.Found(ablation.results_of(found)))
 
 
-def of_verdicts(*found: Found) -> str:
-    """Without the table."""
-    results = [r for one in found for r in quality.results_of(one)]
-    said = quality.verdicts(results, found[0]["arguments"]["steps"])
-    return "\n".join(f"- {line}" for line in said.splitlines())
-
-
-def of_sweep(found: Found) -> str:
-    return sweep.table(sweep.lines_of(found))
+def of_explanation(found: Found) -> str:
+    return explanation.table(ablation.explained_of(found))
 
 
 def of_steps(*found: Found) -> str:
@@ -214,14 +210,19 @@ SECTIONS = {
     "mnist": Section("README.md", (f"{RESULTS}/mnist.json",), of_demo),
     "digits": Section("docs/evidence.md", (f"{RESULTS}/digits.json",), of_mlp),
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),
-    "quality": Section(
-        "docs/evidence.md",
-        tuple(f"{RESULTS}/{name}.json" for name in ("quality", "quality-more")),
-        of_quality,
-    ),
-    "quality-again": Section("docs/evidence.md", (f"{RESULTS}/quality-again.json",), of_verdicts),
-    "quality-long": Section("docs/evidence.md", (f"{RESULTS}/quality-long.json",), of_quality),
-    "sweep": Section("docs/evidence.md", (f"{RESULTS}/sweep.json",), of_sweep),
+    **{
+        f"ablation-{name}": Section("docs/evidence.md", (ABLATION,), of_ablation(table))
+        for name, table in (
+            ("counts", differences.counts_of),
+            ("steps", differences.at_equal_steps),
+            ("time", differences.at_equal_time),
+            ("losses", differences.losses_of),
+            ("others", differences.others_of),
+            ("rates", differences.rates_of),
+        )
+    },
+    "ablation-again": Section("docs/evidence.md", (ABLATION_AGAIN,), of_ablation(differences.at_equal_steps)),
+    "explanation": Section("docs/evidence.md", (ABLATION,), of_explanation),
 }
 
 

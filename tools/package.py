@@ -19,10 +19,10 @@ DIST = ROOT / "dist"
 NEEDED = ("torch", "numpy", "scipy", "triton", "pytest", "pytest-xdist", "hypothesis")
 #: Tests of the source tree, not of what is installed.
 OF_THE_TREE = (
-    "architecture", "bench", "bench_agree", "bench_executed", "bench_gpu", "bench_kernels", "bench_step",
-    "compilers", "cuda", "frontends", "gpu", "guards", "llama_cpp", "machine_code", "outside_backends",
-    "project", "ptx", "ptx_faults", "ptx_mutants", "ptx_opcodes", "quality", "readme", "report", "sass",
-    "sweep", "train_lm", "train_lm_parallel",
+    "ablation", "architecture", "bench", "bench_agree", "bench_executed", "bench_gpu", "bench_kernels",
+    "bench_step", "compilers", "cuda", "frontends", "gpu", "guards", "llama_cpp", "machine_code",
+    "outside_backends", "project", "ptx", "ptx_faults", "ptx_mutants", "ptx_opcodes", "readme", "report",
+    "sass", "train_lm", "train_lm_parallel",
 )  # fmt: skip
 LEFT_OUT = (".gitignore",)  # of the sdist
 

@@ -49,6 +49,7 @@ def run(
     steps: int,
     workers: int | None,
     preload: Sequence[str] = (),
+    keep: Callable[[R], object] = lambda result: None,
 ) -> list[R]:
     """The results of the jobs, in their order; the last jobs are begun first.
 
@@ -57,6 +58,7 @@ def run(
         steps: of a job.
         workers: processes; None: one for each core.
         preload: modules that processes have loaded when they start, where the system can do that.
+        keep: is called with each result when it comes.
     """
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
@@ -66,10 +68,11 @@ def run(
     with bar, context.Manager() as manager, context.Pool(workers or os.cpu_count()) as pool:
         queue = manager.Queue()
         pending = [pool.apply_async(partial(one, train, queue), (job,)) for job in reversed(jobs)]
-        while not all(result.ready() for result in pending) or not queue.empty():
-            for result in pending:
-                if result.ready() and not result.successful():
-                    result.get()  # raises what the run raised
+        left = list(pending)
+        while left or not queue.empty():
+            for result in [result for result in left if result.ready()]:
+                left.remove(result)
+                keep(result.get())  # raises what the run raised
             while not queue.empty():
                 bar.update(queue.get())
             time.sleep(0.1)
@@ -85,7 +88,9 @@ def best_of(losses: Iterable[tuple[K, float]]) -> K:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; of one value NaN."""
+    """Mean and its standard error. The error of one value is NaN, and so are both where one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), spread
 
