@@ -2,6 +2,7 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,26 @@ def test_example_runs_by_itself_and_says_something(code, tmp_path):
         first, last, share = map(float, re.search(r"loss (\S+) -> (\S+); (\S+)%", output).groups())
         assert last < 0.7 * first
         assert 90 < share < 100
+
+
+def last_losses(code, seeds=8):
+    """Mean loss of the last steps of the first example, for each seed."""
+    found = []
+    for seed in range(seeds):
+        names = {}
+        exec(code.replace("torch.manual_seed(0)", f"torch.manual_seed({seed})"), names)
+        found.append(statistics.mean(names["losses"][-50:]))
+    return found
+
+
+def test_the_first_example_ends_no_higher_than_straight_through():
+    """By less than two standard errors over seeds, each of which has one task and one start for both."""
+    assert FIRST.count("torch.manual_seed(0)") == FIRST.count("total_steps=500)") == 1
+    plainly = FIRST.replace("total_steps=500)", "total_steps=500, kappa=0)")
+    ours, plain = last_losses(FIRST), last_losses(plainly)
+    apart = [a - b for a, b in zip(ours, plain, strict=True)]
+    assert any(apart)
+    assert statistics.mean(apart) < 2 * statistics.stdev(apart) / len(apart) ** 0.5
 
 
 def test_examples_are_found():

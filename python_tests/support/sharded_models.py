@@ -1,8 +1,11 @@
 """Small models, their training and their weights, for tests of FSDP2; run in processes of their own, too."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import fogzo_kernels as fk
@@ -97,6 +100,13 @@ def made(case, sharded=lambda model: None, before=True):
     if before:
         sharded(model)
     return model
+
+
+def cut(model):
+    """What tensor parallelism does: columns of the first layer of a block, rows of the second."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
 def with_inputs(sharded=lambda model: None):
