@@ -259,7 +259,7 @@ def test_a_watch_measures_what_a_step_does(monkeypatch):
     fk.quantize_model(
         model, fk.Quantizer(fk.Grid.uniform(2), fk.Scale.fixed(0.5), fk.StraightThrough("identity", clip=False))
     )
-    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.5, schedule="constant", seed=4)
+    fogzo = fk.Fogzo(model, total_steps=10, directions=1, one_minus_beta=0.5, schedule="constant", seed=4)
     optimizer, watch = torch.optim.SGD(model.parameters(), lr=0.3), explanation.Watch(20)
     x, values, flips = torch.tensor([[1.0, -2.0, 3.0, 0.5]]), [], []
     for step in range(2):

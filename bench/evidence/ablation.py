@@ -93,7 +93,7 @@ def mlps(data: str, decay: str, lowest: float) -> dict[str, Cell]:
 CELLS = {
     **{f"digits, {s}": cell for s, cell in mlps("digits", "constant", 0.005).items()},
     "llama, 600 steps": Cell("llama", 600, "cosine", (0.002, 0.0028, 0.004, 0.008), N4),
-    "deit, 300 steps": Cell("deit", 300, "cosine", rates_from(0.004, 4), (*N4, *KAPPA1, "slope")),
+    "deit": Cell("deit", 600, "cosine", rates_from(0.004, 4), (*N4, *KAPPA1, "slope")),
     **{f"mnist, {s}": cell for s, cell in mlps("mnist", "constant", 0.0025).items()},
     "text-long": Cell("text-long", 3000, "constant", rates_from(0.004), N4 + KAPPA1 + SLOPES),
     "llama, 2000 steps": Cell("llama", 2000, "cosine", (), N4 + SLOPES, "llama, 600 steps"),
