@@ -268,6 +268,18 @@ def test_a_step_without_a_new_backward_adds_no_noise_again():
     assert fogzo.steps == 1
 
 
+def test_gradients_that_are_copied_into_the_same_memory_get_noise():
+    """Without a backward: some loops reduce gradients by themselves, and copy them."""
+    model, fogzo, _ = by_hook(steps=1, optimizer_of=lambda m, fused: torch.optim.SGD(m.parameters(), lr=0.0))
+    optimizer = fogzo._run.attached.optimizer
+    fresh = torch.ones_like(model[0].weight)
+    with torch.no_grad():
+        model[0].weight.grad.copy_(fresh)
+    optimizer.step()
+    assert fogzo.steps == 2
+    assert not torch.equal(model[0].weight.grad, fresh)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("to_none", [False, True])
 def test_a_step_without_gradients_is_none(to_none, fused):

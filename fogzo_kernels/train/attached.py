@@ -23,9 +23,7 @@ class Attached:
 
     def __init__(self, fogzo: Fogzo, optimizer: Optimizer) -> None:
         self._fogzo, self.optimizer = fogzo, unwrapped(optimizer)
-        self._fused = hasattr(
-            self.optimizer, "fogzo"
-        )  # its step makes the estimate, in one pass with the update
+        self._fused = hasattr(self.optimizer, "fogzo")  # whether its step makes the estimate itself
         self._check()
         if self._fused:
             self.optimizer.fogzo = fogzo  # type: ignore[attr-defined]
@@ -94,12 +92,10 @@ class Attached:
     def _add_noise(self) -> None:
         run = self._fogzo._run
         if run.gradients.all_estimates:
-            return  # no backward since the last step, whose gradients have their noise
+            return  # nothing has written gradients since the last step, which gave them their noise
         step = self._fogzo._begin_step("the step of an optimizer")
         step.take_over()
-        if not (
-            step.groups or step.lost
-        ):  # no gradient, or all are 0: nothing that noise could be in proportion to
+        if not (step.groups or step.lost):  # no gradient, or all are 0
             step.end()
         if self._fused or not step.groups:
             return
@@ -113,10 +109,8 @@ class Attached:
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that a wrapper of accelerate or Lightning steps."""
-    if not isinstance(optimizer, Optimizer) and not isinstance(
-        getattr(optimizer, "optimizer", None), Optimizer
-    ):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return optimizer

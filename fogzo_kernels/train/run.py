@@ -109,7 +109,7 @@ class Run:
 
     def advance(self, with_probes: bool, lost: Tensor | None) -> None:
         """Go on to the next step. ``lost``: whether this one is lost, where only the device knows."""
-        self.gradients.left_estimates()
+        self.gradients.left_estimates(versions=self.attached is not None)
         self.unmoved_alphas.end()
         self.reads_checked = True
         self.passes_compared |= with_probes

@@ -48,6 +48,7 @@ class Gradients:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
+        self._left_versions: dict[int, int] = {}  # of their tensors, when the estimate was made
         self._elsewhere: set[int] = set()  # a backward elsewhere has added to these since then
         self._read: list[Tensor] = []  # the gradients as a step read them, until it looks again
         self._versions: list[int] = []  # and theirs
@@ -84,16 +85,25 @@ class Gradients:
             raise RuntimeError(BACKWARD_IN_A_PASS)
         self._elsewhere.add(i)
 
-    def left_estimates(self) -> None:
-        """What the gradients hold now is the estimate of a step, or the gradient that it leaves as it is."""
+    def left_estimates(self, versions: bool) -> None:
+        """What the gradients hold now is the estimate of a step, or the gradient that it leaves as it is.
+
+        ``versions``: whether :attr:`all_estimates` will be asked.
+        """
         self._estimates = {i: weakref.ref(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
+        if versions:
+            grads = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+            self._left_versions = {i: local(grad)._version for i, grad in grads.items()}
         self._elsewhere.clear()
 
     @property
     def all_estimates(self) -> bool:
-        """Whether no backward has run since the last estimate, which the gradients still hold."""
-        places = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        return bool(places) and all(self.is_estimate(i) for i in places)
+        """Whether the gradients hold the last estimate, and nothing has written them since then."""
+        grads = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+        left = self._left_versions
+        return bool(grads) and all(
+            self.is_estimate(i) and local(grad)._version == left.get(i) for i, grad in grads.items()
+        )
 
     def is_estimate(self, i: int) -> bool:
         """Whether the gradient of parameter ``i`` holds that and nothing else."""
