@@ -25,7 +25,7 @@ def test_a_changed_number_is_seen(tmp_path, monkeypatch, capsys):
     assert report.main(["--check"]) == 0
     path = tmp_path / "docs/performance.md"
     before = path.read_text()
-    path.write_text(before.replace("| ste | 1.00 |", "| ste | 0.99 |"))
+    path.write_text(before.replace("| float | 1.00 |", "| float | 0.99 |"))
     assert report.main(["--check"]) == 1
     assert "docs/performance.md is not what the result files say" in capsys.readouterr().err
     assert report.main([]) == 0
