@@ -128,8 +128,8 @@ struct Mix {
   double over_norm(double numerator) const { return std::isfinite(norm) && norm > 0 ? numerator / norm : 0.0; }
 };
 
-// What the probes returned. `counters` is one tensor or none: lost directions, lost norms, bad alphas. `guided`:
-// there were no probes, and noise is in proportion to N.
+// What the probes returned. `counters` is one tensor or none: lost directions, lost norms, bad alphas.
+// `guided`: there were no probes, and noise is in proportion to N.
 #define FOGZO_LOSSES "Tensor losses_plus, Tensor losses_minus, Tensor(z!)[] counters, bool guided"
 
 struct Losses {

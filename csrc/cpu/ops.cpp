@@ -216,9 +216,8 @@ void estimate_update(Arguments a) {
     tail.estimate.A = c.A;
     tail.estimate.directions = int64_t(c.B.size());
   }
-  run_each(update_latents, lists->items, tail, [&](Tail &own, size_t i) {
-    own.estimate.B = i < alphas.size() ? c.of_tensor(i) : nullptr;
-  });
+  run_each(update_latents, lists->items, tail,
+           [&](Tail &own, size_t i) { own.estimate.B = i < alphas.size() ? c.of_tensor(i) : nullptr; });
 }
 
 // ---- quantize and its straight-through derivative
