@@ -146,18 +146,21 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     ]
 
 
-def build(args: argparse.Namespace, features: int, classes: int) -> nn.Sequential:
-    """An MLP whose weights are all quantized; they start normal, with alpha for deviation."""
-    sizes = [features, *args.hidden, classes]
+def network(sizes: Sequence[int], alpha: float) -> nn.Sequential:
+    """An MLP of these sizes; its weights start normal, with alpha for deviation, its biases at 0."""
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        layers += [nn.ReLU()] if i else []
-        layers.append(nn.Linear(fan_in, fan_out))
-        nn.init.normal_(layers[-1].weight, std=args.alpha)
-        nn.init.zeros_(layers[-1].bias)
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        nn.init.normal_(layers[-2].weight, std=alpha)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+def build(args: argparse.Namespace, features: int, classes: int) -> nn.Sequential:
+    """An MLP whose weights are all quantized."""
+    model = network([features, *args.hidden, classes], args.alpha)
     grid = GRIDS[args.grid](args.bits) if args.grid in GRIDS else getattr(fk.Grid, args.grid)()
     straight_through = fk.StraightThrough(args.straight_through, clip=args.clip)
-    model = nn.Sequential(*layers)
     fk.quantize_model(
         model, fk.Quantizer(grid, fk.Scale.fixed(args.alpha), straight_through), backend=args.backend
     )
@@ -365,7 +368,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{Path(args.data).stem}: {bits}{args.grid} weights, {args.straight_through} STE",
     )
     rows = [{**asdict(r), "job": {**asdict(r.job), "label": r.job.label}} for r in results]
-    whole = {"machine": where, "arguments": vars(args), "runs": rows}
+    given = {key: value for key, value in vars(args).items() if key != "out"}  # where a file lies is no result
+    whole = {"machine": where, "arguments": given, "runs": rows}
     (out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     print(f"wrote {out / name}.png and {out / name}.json")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import fogzo_kernels as fk
 
 from ..data import Data, load
 from . import text
+from .mlp import network
 
 BATCHES = 16  # of a text, in a judgement
 ALL = 250  # images at once in a judgement
@@ -176,12 +176,7 @@ def mlp(name: str, grid: fk.Grid, kind: str, clip: bool = False, hidden: int = 1
 
     def make() -> nn.Module:
         data, alpha = images(name), ALPHAS[name]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise((data.train_x.shape[1], hidden, data.classes)):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-            nn.init.normal_(layers[-2].weight, std=alpha)
-            nn.init.zeros_(layers[-2].bias)
-        model = nn.Sequential(*layers[:-1])
+        model = network([data.train_x.shape[1], hidden, data.classes], alpha)
         quantizer = fk.Quantizer(grid, fk.Scale.fixed(alpha), fk.StraightThrough(kind, clip=clip))
         fk.quantize_model(model, quantizer)
         return model
