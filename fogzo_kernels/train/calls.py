@@ -262,13 +262,17 @@ class Guide:
 
     def norm(self, groups: Sequence[WeightGroup]) -> Tensor:
         """Return N, and give the groups their factors."""
-        if not self.per_tensor:
-            return norm_of(groups, self.sum_of)
-        weights = [w for group in groups for w in group.weights]
+        if not self.per_tensor and self.sum_of is None and len(groups) == 1:
+            (g,) = groups
+            return guide_norm(g.grads, g.alphas, grid=g.how["grid"], backend=g.backend)
         parts = [
-            guide_sumsq(g.grads, g.alphas, grid=g.how["grid"], per_tensor=True, backend=g.backend)
+            guide_sumsq(g.grads, g.alphas, grid=g.how["grid"], per_tensor=self.per_tensor, backend=g.backend)
             for g in groups
         ]
+        if not self.per_tensor:
+            squares = torch.stack(parts).sum()
+            return (squares if self.sum_of is None else self.sum_of(squares)).sqrt().float()
+        weights = [w for group in groups for w in group.weights]
         sumsqs = parts[0] if len(parts) == 1 else torch.cat(parts)
         numels, slots = self._numbers(weights, sumsqs.device)
         if self.sum_of is not None:  # a process may have no row of a weight, and no gradient of it
@@ -291,17 +295,6 @@ class Guide:
             numels = on_device(w.parameter.numel() for w in weights)
             self._kept = weights, device, numels, on_device(self.places[w] for w in weights)
         return self._kept[2:]
-
-
-def norm_of(groups: Sequence[WeightGroup], sum_of: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Return N, the norm over all gradients. ``sum_of`` adds the sums of processes that have rows."""
-    alone = len(groups) == 1 and sum_of is None
-    norm = guide_norm if alone else guide_sumsq
-    norms = [norm(g.grads, g.alphas, grid=g.how["grid"], backend=g.backend) for g in groups]
-    if alone:
-        return norms[0]
-    squares = torch.stack(norms).sum()
-    return (squares if sum_of is None else sum_of(squares)).sqrt().float()
 
 
 def add_to_gradients(alphas: AlphaGradients, taking: Collection[WeightView] | None = None) -> None:

@@ -180,8 +180,9 @@ class Fogzo:
             within about 1 / sqrt(d) of; ``code_changes``, the share of codes that differ between Q(w + eps v)
             and Q(w - eps v) of the first direction, counted in the first step with probes and in the first
             after each call of this method; ``alphas_at_floor``, the share of learned and measured alphas at
-            their least value; and the counts of :meth:`diagnostics`. NaN where the step had no probes, or
-            where none was taken.
+            their least value; and the counts of :meth:`diagnostics`. NaN before the first step. A plain
+            straight-through step measures its loss alone. Guided noise has no ``difference``, ``rounding`` and
+            ``code_changes``, and after :meth:`attach` no ``loss``.
         """
         counts, stats = self.diagnostics(), self._run.stats
         stats.warn_of_lost(counts["lost_steps"])

@@ -243,7 +243,7 @@ class Step:
                 self.lose()
                 return
         if self.estimates:
-            run.gradients.note(self._guides if self.pairs else [])
+            run.gradients.note(self._guides if self.pairs else None)
 
     @property
     def _guides(self) -> Sequence[Tensor]:
@@ -376,7 +376,7 @@ class Step:
                 f" pass and {odd[0]} in a probe"
             )
         if self.estimates:
-            self.run.gradients.check_unedited(self._guides if self.pairs else [])
+            self.run.gradients.check_unedited(self._guides if self.pairs else None)
 
     def replace_gradients(self, estimate: Estimate) -> None:
         """Replace the ``.grad`` of the weights that take part by the estimate; it stays without probes."""

@@ -136,13 +136,16 @@ class Gradients:
             if self._lost is not None:
                 weakref.finalize(self, self._lost.remove)
 
-    def note(self, rows: Sequence[Tensor]) -> None:
-        """From here to :meth:`check_unedited` nobody is to change these gradients, or replace others."""
+    def note(self, rows: Sequence[Tensor] | None) -> None:
+        """From here to :meth:`check_unedited` nobody is to change these gradients, or replace any.
+
+        None allows edits in place: guided noise is in proportion to what they leave.
+        """
         self._read = [p.grad for p in self.parameters if p.grad is not None]
-        self._versions = [local(grad)._version for grad in self._read]
+        self._versions = [] if rows is None else [local(grad)._version for grad in self._read]
         self._bits = bits(rows) if rows and not capturing() else None
 
-    def check_unedited(self, rows: Sequence[Tensor]) -> None:
+    def check_unedited(self, rows: Sequence[Tensor] | None) -> None:
         """Raise if a gradient is another tensor, or has another version or other bits than it had.
 
         Bits on a GPU are compared there, for :attr:`edited`: to look would wait for the probes.
@@ -150,9 +153,9 @@ class Gradients:
         read, self._read = self._read, []
         now = [p.grad for p in self.parameters if p.grad is not None]
         same = len(now) == len(read) and all(map(operator.is_, now, read))
-        if rows:
+        if rows is not None:
             same = same and [local(grad)._version for grad in now] == self._versions
-        if same and self._bits is not None and not capturing():
+        if same and rows is not None and self._bits is not None and not capturing():
             if seen_at_once(self._bits):
                 same = torch.equal(self._bits, bits(rows))
             else:
