@@ -41,6 +41,13 @@ def adam(model, fused, **options):
     return kind(fk.parameter_groups(model, weight_decay=0.1), lr=0.01, **options)
 
 
+def attached(model, optimizer, **options):
+    """Guided noise, which the optimizer's step adds; by default per tensor."""
+    fogzo = fk.Fogzo(model, **GUIDED | options)
+    fogzo.attach(optimizer)
+    return fogzo
+
+
 def values(model):
     return [p.detach().clone() for p in model.parameters()]
 
@@ -68,9 +75,8 @@ def by_hook(
     per="tensor", fused=False, steps=STEPS, quantizer=None, closure=False, optimizer_of=adam, **options
 ):
     model = network(quantizer)
-    fogzo = fk.Fogzo(model, **GUIDED | {"noise_per": per} | options)
     optimizer = optimizer_of(model, fused)
-    fogzo.attach(optimizer)
+    fogzo = attached(model, optimizer, noise_per=per, **options)
     torch.manual_seed(5)
     losses = []
     for step in range(steps):
@@ -157,9 +163,8 @@ def test_micro_batches_add_up_before_the_noise(fused):
     """One step of the optimizer has the noise once, in proportion to the sum."""
     parts = slice(0, 4), slice(4, 8)
     ours, theirs = network(), network()
-    attached = fk.Fogzo(ours, **GUIDED, noise_per="tensor")
     optimizer = adam(ours, fused)
-    attached.attach(optimizer)
+    hook = attached(ours, optimizer)
     passes = fk.Fogzo(theirs, **GUIDED, noise_per="tensor")
     other = adam(theirs, fused, **({"fogzo": passes} if fused else {}))
     for step in range(STEPS):
@@ -178,15 +183,14 @@ def test_micro_batches_add_up_before_the_noise(fused):
             passes.estimate_()
         other.step()
     assert same(ours, values(theirs))
-    assert attached.steps == STEPS
+    assert hook.steps == STEPS
 
 
 @PER
 def test_the_noise_is_in_proportion_to_what_is_clipped(per):
     model = network()
-    fogzo = fk.Fogzo(model, **GUIDED | {"schedule": "constant"}, noise_per=per)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    fogzo.attach(optimizer)
+    fogzo = attached(model, optimizer, schedule="constant", noise_per=per)
     loss_of(model, 0).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     for p in model.parameters():
@@ -207,9 +211,8 @@ def test_the_noise_is_in_proportion_to_what_is_clipped(per):
 def test_a_gradient_scaler_changes_nothing(fused, unscale):
     """Of a power of 2; its overflow skips the step, which does not count."""
     model = network()
-    fogzo = fk.Fogzo(model, **GUIDED, noise_per="tensor")
     optimizer = adam(model, fused)
-    fogzo.attach(optimizer)
+    attached(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
     torch.manual_seed(5)
     for step in range(STEPS):
@@ -220,9 +223,8 @@ def test_a_gradient_scaler_changes_nothing(fused, unscale):
         scaler.step(optimizer)
         scaler.update()
     expected = network()
-    reference = fk.Fogzo(expected, **GUIDED, noise_per="tensor")
     plain = adam(expected, fused)
-    reference.attach(plain)
+    attached(expected, plain)
     torch.manual_seed(5)
     for step in range(STEPS):
         plain.zero_grad()
@@ -284,9 +286,8 @@ def test_gradients_that_are_copied_into_the_same_memory_get_noise():
 @pytest.mark.parametrize("to_none", [False, True])
 def test_a_step_without_gradients_is_none(to_none, fused):
     model = network()
-    fogzo = fk.Fogzo(model, **GUIDED, noise_per="tensor")
     optimizer = adam(model, fused)
-    fogzo.attach(optimizer)
+    fogzo = attached(model, optimizer)
     loss_of(model, 0).backward()
     optimizer.zero_grad(set_to_none=to_none)
     optimizer.step()
@@ -297,9 +298,8 @@ def test_a_step_without_gradients_is_none(to_none, fused):
 def test_a_weight_without_a_gradient_gets_no_noise(per):
     """An expert without tokens: its gradient is None, or all 0."""
     model = network()
-    fogzo = fk.Fogzo(model, **GUIDED | {"schedule": "constant"}, noise_per=per)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    fogzo.attach(optimizer)
+    attached(model, optimizer, schedule="constant", noise_per=per)
     loss_of(model, 0).backward()
     idle = model[3].weight
     idle.grad.zero_()
@@ -333,16 +333,16 @@ def test_a_resumed_run_goes_on_bit_for_bit():
 
 def test_remove_ends_it():
     model, fogzo, _ = by_hook(steps=2, fused=True)
-    attached = fogzo._run.attached
+    hook = fogzo._run.attached
     assert fogzo.attached
     with pytest.raises(RuntimeError, match="attach must be called once"):
-        fogzo.attach(attached.optimizer)
+        fogzo.attach(hook.optimizer)
     with pytest.raises(RuntimeError, match="passes must not run while Fogzo is attached"):
         fogzo.backward(lambda: loss_of(model, 2))
     assert fogzo.attached
-    attached.remove()
+    hook.remove()
     assert not fogzo.attached
-    assert attached.optimizer.fogzo is None
+    assert hook.optimizer.fogzo is None
     model.zero_grad()
     fogzo.backward(lambda: loss_of(model, 2))
     assert fogzo.steps == 3
@@ -394,9 +394,8 @@ def ddp_worker(rank, folder, port):
     as_launched(rank, port)
     torch.distributed.init_process_group("gloo")
     model = DistributedDataParallel(network().eval())
-    fogzo = fk.Fogzo(model, **GUIDED, noise_per="tensor")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    fogzo.attach(optimizer)
+    fogzo = attached(model, optimizer)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, step, slice(4 * rank, 4 * rank + 4)).backward()
@@ -411,9 +410,8 @@ def test_ddp_adds_the_noise_of_one_process_to_all(tmp_path):
     assert steps == STEPS
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     model = network().eval()
-    fogzo = fk.Fogzo(model, **GUIDED, noise_per="tensor")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    fogzo.attach(optimizer)
+    attached(model, optimizer)
     for step in range(STEPS):
         optimizer.zero_grad()
         for rank in range(2):

@@ -8,7 +8,7 @@ import torch
 from conftest import device_of
 from support.hadamard import matrix
 from support.samples import GRID_CASES, GRID_IDS, IDENTITY, alphas_for, poisoned
-from support.tails import DTYPES, QUANTIZED, RULES, Setup, stepped
+from support.tails import DTYPES, QUANTIZED, RULES, Setup, shards_of, stepped
 from support.tolerances import EXACT, M_TOLERANCE, coefficient, estimate_error
 
 import fogzo_kernels as fk
@@ -247,12 +247,7 @@ def test_shards_equal_the_whole(backend, device, n, parts, generator):
         return probe, G, theta, q, *states
 
     whole = run([[t] for t in (theta, g, m, v, alpha)], tensor_ids=[9])
-    for dim in (0, 1):
-        cut = [[x.contiguous() for x in t.chunk(parts, dim)] for t in (theta, g, m, v, alpha)]
-        size = theta.shape[dim] // parts
-        layouts = [
-            (i * size * 24, size * 24, size * 24) if dim == 0 else (i * size, size, 24) for i in range(parts)
-        ]
+    for dim, cut, layouts in shards_of((theta, g, m, v, alpha), parts):
         for pieces, expected in zip(run(cut, tensor_ids=[9] * parts, layouts=layouts), whole, strict=True):
             assert torch.equal(torch.cat(pieces, dim), expected[0])
 

@@ -41,14 +41,18 @@ def rows(count=96):
     return [{"input_ids": row, "labels": row} for row in found]
 
 
-class InOrder(FogzoMixin, transformers.Trainer):
-    """Of any Trainer; this one takes the rows as they come."""
+class StockInOrder(transformers.Trainer):
+    """Takes the rows as they come."""
 
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer_of(folder, model=None, kind=InOrder, fogzo=OPTIONS, **arguments):
+class InOrder(FogzoMixin, StockInOrder):
+    """Of any Trainer."""
+
+
+def trainer_of(folder, model=None, kind=InOrder, fogzo=OPTIONS, optimizers=(None, None), **arguments):
     given = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 3e-3,
         "lr_scheduler_type": "constant", "use_cpu": True, "report_to": [], "disable_tqdm": True,
@@ -57,7 +61,7 @@ def trainer_of(folder, model=None, kind=InOrder, fogzo=OPTIONS, **arguments):
     } | arguments  # fmt: skip
     options = {"fogzo": fogzo} if issubclass(kind, FogzoMixin) else {}
     args = transformers.TrainingArguments(**given)
-    return kind(model=model or network(), args=args, train_dataset=rows(), **options)
+    return kind(model=model or network(), args=args, train_dataset=rows(), optimizers=optimizers, **options)
 
 
 def weights_of(model):
@@ -268,23 +272,16 @@ def test_the_stock_trainer_takes_guided_noise_by_a_hook(tmp_path):
         fogzo.attach(optimizer)
         return model, fogzo, optimizer
 
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *args, **kwargs):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
     model, fogzo, optimizer = made()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        lr_scheduler_type="constant", learning_rate=0.5, use_cpu=True, report_to=[], disable_tqdm=True,
-        save_strategy="no", max_grad_norm=0.05,
-    )  # fmt: skip
-    InOrder(model, arguments, train_dataset=rows(24), optimizers=(optimizer, None)).train()
+    more = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    more |= {"learning_rate": 0.5, "max_grad_norm": 0.05, "optimizers": (optimizer, None)}
+    trainer_of(tmp_path, model, StockInOrder, **more).train()
     assert fogzo.steps == 3
     other, _, plain = made()
     count = torch.tensor(8 * (TOKENS - 1))
     for step in range(3):
         plain.zero_grad()
-        tokens = torch.stack([row["input_ids"] for row in rows(24)[8 * step : 8 * step + 8]])
+        tokens = torch.stack([row["input_ids"] for row in rows()[8 * step : 8 * step + 8]])
         for part in tokens.chunk(2):
             given = {"input_ids": part, "labels": part, "num_items_in_batch": count}
             other(**given, use_cache=False).loss.backward()

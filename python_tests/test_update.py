@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.samples import GRID_CASES, GRID_IDS, IDENTITY
-from support.tails import BF16, DTYPES, QUANTIZED, RULES, SHAPES, Setup, fused, stepped
+from support.tails import BF16, DTYPES, QUANTIZED, RULES, SHAPES, Setup, fused, shards_of, stepped
 
 import fogzo_kernels as fk
 
@@ -84,12 +84,7 @@ def test_tail_of_shards_equals_the_whole(backend, device, parts, generator):
         return theta, m, v, q
 
     whole = run([[t] for t in (theta, g, m, v, alpha)], tensor_ids=[9])
-    for dim in (0, 1):
-        cut = [[x.contiguous() for x in t.chunk(parts, dim)] for t in (theta, g, m, v, alpha)]
-        size = theta.shape[dim] // parts
-        layouts = [
-            (i * size * 24, size * 24, size * 24) if dim == 0 else (i * size, size, 24) for i in range(parts)
-        ]
+    for dim, cut, layouts in shards_of((theta, g, m, v, alpha), parts):
         for pieces, expected in zip(run(cut, tensor_ids=[9] * parts, layouts=layouts), whole, strict=True):
             assert torch.equal(torch.cat(pieces, dim), expected[0])
 

@@ -29,6 +29,17 @@ def fused(rule, latents, grads, states, *args, **options):
         fk.estimate_sgd_(latents, grads, buffers, *args, **RULES[rule], **options)
 
 
+def shards_of(tensors, parts):
+    """Cut matrices into rows, then into columns: the dimension, the parts of each, and their layouts."""
+    columns = tensors[0].shape[1]
+    for dim in (0, 1):
+        size = tensors[0].shape[dim] // parts
+        layouts = [(i * size * columns, size * columns, size * columns) for i in range(parts)]
+        if dim == 1:
+            layouts = [(i * size, size, columns) for i in range(parts)]
+        yield dim, [[x.contiguous() for x in t.chunk(parts, dim)] for t in tensors], layouts
+
+
 def fma(a, b, c):
     return (
         (a.double() * b + c.double()).float() if isinstance(c, torch.Tensor) else (a.double() * b + c).float()
