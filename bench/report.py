@@ -89,7 +89,7 @@ def of_explanation(found: Found) -> str:
 
 
 def of_steps(*found: Found) -> str:
-    """Times over those of the first method, by threads and setting; memory and bytes of the first setting."""
+    """Ratios to the first method's time, a column for each setting; memory and bytes in the first setting."""
     columns: dict[str, dict[str, Found]] = {}
     for one in found:
         threads = one["machine"]["threads"]

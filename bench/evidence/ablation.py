@@ -113,7 +113,7 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run gives back; ``seconds`` are those of a core in steps, whatever else the machine does."""
+    """A run, the seconds that its steps took of one core, and its figures."""
 
     job: Job
     seconds: float
@@ -275,7 +275,7 @@ def explained_of(found: dict[str, Any]) -> list[Explained]:
 
 
 def read(path: Path | None) -> dict[str, Any]:
-    """A file's content; that of none is empty."""
+    """The content of a file, without runs if there is no file."""
     found: dict[str, Any] = {"runs": [], "explained": []}
     return json.loads(path.read_text()) if path is not None and path.exists() else found
 

@@ -164,7 +164,7 @@ def others_of(found: Found) -> str:
 
 
 def rates_of(found: Found) -> str:
-    """Each method's best, and what was tried."""
+    """The best rate of each method, and the rates that all methods tried."""
     rows = []
     for cell in found.cells:
         tried = list(searched_for(found.results, cell, "ste"))

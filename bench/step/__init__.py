@@ -9,10 +9,10 @@ Of this package, with its AdamW and LSQ of 2 bits: ``modules`` has no Fogzo; ``s
 Fogzo's gradient pass, ``guided`` adds guided noise, and ``fogzo`` probes. ``ste-int4`` and ``ste-w4a8``
 have torchao's groups and bits; their inputs have no zero point.
 
-All train on the same micro-batches, in turns, one step each; a ratio is that of times in the same four turns,
-and the median of such. ``rest`` is all but forwards and backwards: Q, norm, probes, estimate, optimizer. Every
-method has weights of its own. Several values of an option that takes them are settings of their own, each
-measured by itself.
+All train on the same micro-batches, in turns, one step each. Four turns give one ratio of two methods' times,
+and the table has the median of these. ``rest`` is all but forwards and backwards: Q, norm, probes, estimate,
+optimizer. Every method has weights of its own. Several values of an option that takes them are settings of
+their own, each measured by itself.
 
 After that, of each method: ``calls`` of this package's ops in a step and the bytes that they read and write,
 inside of passes (Q and its backward) and outside of them, with their time by op (on a GPU each waits for its

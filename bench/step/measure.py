@@ -33,7 +33,7 @@ class Row:
     parts: dict[str, float] = field(default_factory=dict)  # seconds by op
 
     def ratios(self, other: Row, rest: bool = False) -> list[float]:
-        """Time, or that of the rest, over another's whole step, for each group of turns."""
+        """For each group of turns, this time (or this rest) over the other method's whole step."""
         times = self.rest if rest else self.seconds
         turns = range(0, len(times) // WARM * WARM, WARM)
         return [sum(times[i : i + WARM]) / sum(other.seconds[i : i + WARM]) for i in turns]
@@ -66,7 +66,7 @@ def measured(
     advance: Callable[[list[Row]], Any],
     traffic: bool = True,
 ) -> list[Row]:
-    """A row for each method, that of the base first.
+    """A row for each method; the base stands first.
 
     Args:
         failed: reasons by method; these are not measured, and those that fail are added.

@@ -50,7 +50,7 @@ LAYERS: dict[str, Callable[[nn.Module, list[str]], None]] = {
     "lsq": prepare_lsq,
 }
 LOOPS = {"eager": Materialized, "mezo": Mezo}
-BASE = "float"  # the same model without quantization, of which all ratios are
+BASE = "float"  # the same model without quantization; every ratio has its time below the line
 METHODS = (BASE, *LAYERS, *LOOPS, *OURS)
 #: The methods that know a compiled model and quantized inputs.
 FLEXIBLE = (BASE, *(name for name, ours in OURS.items() if ours.quantizer is LSQ))

@@ -29,7 +29,7 @@ def chosen(model: nn.Module, skip: list[str]) -> dict[str, nn.Linear]:
 
 
 def prepare_torchao(model: nn.Module, skip: list[str], *, inputs: bool = False, compiled: bool = False) -> None:
-    """Turn linear layers into those of torchao's QAT.
+    """Replace linear layers by torchao's QAT layers.
 
     Args:
         model: changed in place.
@@ -82,6 +82,6 @@ class LsqLinear(nn.Module):
 
 
 def prepare_lsq(model: nn.Module, skip: list[str]) -> None:
-    """Turn linear layers into those of LSQ, in place."""
+    """Replace linear layers by LSQ layers, in place."""
     for name, linear in chosen(model, skip).items():
         model.set_submodule(name, LsqLinear(linear))

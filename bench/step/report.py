@@ -14,7 +14,7 @@ from .models import Setting
 Found = list[tuple[Setting, list[Row]]]
 HEAD = ("method", "ms a step", f"of {BASE}", "quartiles", f"rest, of {BASE}", "peak MB", "launches", "calls",
         "MB by ops", "MB in passes")  # fmt: skip
-#: Pairs of methods whose ratio is said, too: those of like quantizers, and what noise and probes add.
+#: Pairs of methods whose ratio a table has too: they have like quantizers, or differ by noise or probes.
 PAIRS = (
     ("ste", "torchao"), ("guided", "torchao"), ("ste-int4", "torchao"), ("ste-int4", "torchao-compiled"),
     ("ste-w4a8", "torchao-w4a8"), ("ste", "lsq"), ("ste", "modules"), ("guided", "ste"), ("fogzo", "ste"),

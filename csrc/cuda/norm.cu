@@ -72,7 +72,7 @@ struct TensorSums {
   double *out;
 };
 
-// A block adds the partial sums of one tensor, of which there are none where it is empty.
+// A block adds the partial sums of one tensor. An empty tensor has none.
 FOGZO_KERNEL(kThreads, 8) tensor_sums_kernel(FOGZO_PARAMETER TensorSums p) {
   const int64_t *row = p.table + block() * COLUMNS;
   const int64_t count = (row[NUMEL] + row[SPAN] - 1) / row[SPAN];
