@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..nn.module import QuantizedModule
+from ..nn.quantized import QuantizedWeight
 from ..nn.view import FSDPModule, WeightView, local
 from ..spec.noise import signed64
 from .sharding import CutWeight
@@ -202,11 +202,11 @@ def _mesh_groups(parts: Weights, weights: Weights) -> list[dist.ProcessGroup]:
             )
     for w in parts:
         for m in w.modules:
-            _check_module(w.name.removesuffix("weight"), m)
+            _check_module(w.name.removesuffix(m.PARAMETER), m)
     return [mesh.get_group(i) for i in range(mesh.ndim)]
 
 
-def _check_module(prefix: str, module: QuantizedModule) -> None:
+def _check_module(prefix: str, module: QuantizedWeight) -> None:
     """Raise unless a module has its alphas in every process, and multiplies values."""
     for name in ("alpha", "input_alpha"):
         alpha = getattr(module, name, module.alpha)

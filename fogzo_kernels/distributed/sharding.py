@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import dequantize, quantize_
-from ..nn.module import QuantizedModule
+from ..nn.quantized import QuantizedWeight
+from ..nn.tied import quantized_at
 from ..nn.view import (
     DTensor,
     FSDPModule,
@@ -52,7 +53,7 @@ class ShardedRows(Placement):
 
     is_whole, sends_codes = False, True
 
-    def __init__(self, module: QuantizedModule, weight: DTensor) -> None:
+    def __init__(self, module: QuantizedWeight, weight: DTensor) -> None:
         self.weight = weight
         self._module = weakref.ref(module)  # any of the modules that share the weight: all quantize alike
         self._packed: Tensor | None = None  # codes of a pass
@@ -62,7 +63,7 @@ class ShardedRows(Placement):
         self.most = -(-weight.shape[0] // self.size)
 
     @property
-    def module(self) -> QuantizedModule:
+    def module(self) -> QuantizedWeight:
         module = self._module()
         assert module is not None
         return module
@@ -91,7 +92,7 @@ class ShardedRows(Placement):
 
     # ---- what is gathered
 
-    def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
+    def hold(self, modules: list[QuantizedWeight], pass_weight: PassWeight | None) -> None:
         if pass_weight is not None:
             place(self.module)  # FSDP may have filled up a shard anew since
         self._packed = None if pass_weight is None else self._sent(pass_weight.rows)
@@ -133,7 +134,7 @@ class ShardedRows(Placement):
             local(out).copy_(values)
         return None
 
-    def rows(self, module: QuantizedModule, weight: Tensor, quantized: Quantized) -> Tensor:
+    def rows(self, module: QuantizedWeight, weight: Tensor, quantized: Quantized) -> Tensor:
         """Returns the gathered values; in the gradient pass they have a gradient, dL/dQ.
 
         Raises:
@@ -157,7 +158,7 @@ class ShardedRows(Placement):
 
     # ---- measured alphas
 
-    def measured(self, module: QuantizedModule, backend: str | None) -> Tensor:
+    def measured(self, module: QuantizedWeight, backend: str | None) -> Tensor:
         """Measures alphas of these rows, padded to as many as the first process has; or their one statistic."""
         rows, scale = module.rows(local(self.weight).detach()), module.quantizer.scale
         assert isinstance(scale, MeasuredScale)
@@ -182,7 +183,7 @@ class ShardedRows(Placement):
         return torch.clamp(scale.factor * (whole.float() + scale.add), min=scale.least)
 
 
-def measure_sharded_(modules: Sequence[QuantizedModule], backend: str | None) -> None:
+def measure_sharded_(modules: Sequence[QuantizedWeight], backend: str | None) -> None:
     """Write the alphas that scales measure, of modules whose weights are sharded: one exchange for all.
 
     Alphas of rows and groups have the bits of one process. So has an alpha of a whole weight by absmax; by
@@ -241,7 +242,7 @@ class CutWeight(Placement):
 
     is_whole = False
 
-    def __init__(self, name: str, module: QuantizedModule) -> None:
+    def __init__(self, name: str, module: QuantizedWeight) -> None:
         weight, how = cast("DTensor", module.latent), module.quantizer
         placements = weight.placements
         dim = placements[0].dim if len(placements) == 1 and type(placements[0]) is Shard else None
@@ -263,7 +264,7 @@ class CutWeight(Placement):
     def part(self) -> Part:
         return self._part
 
-    def rows(self, module: QuantizedModule, weight: Tensor, quantized: Quantized) -> Tensor:
+    def rows(self, module: QuantizedWeight, weight: Tensor, quantized: Quantized) -> Tensor:
         """Returns Q of the part as a DTensor like the weight."""
         alpha, weight = module.alpha, cast("DTensor", weight)
         if module.pass_weight is None and alpha.requires_grad:
@@ -286,7 +287,7 @@ class SumOfParts(torch.autograd.Function):
         return ctx.part.sum(grads[0].contiguous().clone()), None
 
 
-def shard(module: QuantizedModule) -> None:
+def shard(module: QuantizedWeight) -> None:
     """Let FSDP gather codes of a module's weight, which it has sharded."""
     weight = cast("DTensor", module.latent)
     hook = getattr(local(weight), HOOKS[0], None)
@@ -306,8 +307,12 @@ def begin_anew(model: nn.Module) -> None:
         for group in [state._fsdp_param_group] if groups is None else groups:
             for parameter in group.fsdp_params if group is not None else ():
                 info = parameter._module_info
-                owners = [m for m in (info.module, *info.shared_modules) if isinstance(m, QuantizedModule)]
-                for owner in [m for m in owners if info.param_name == m.PARAMETER]:
+                owners = [
+                    owner
+                    for m in (info.module, *info.shared_modules)
+                    if (owner := quantized_at((m, info.param_name))) is not None
+                ]
+                for owner in owners:
                     place(owner)
                 if owners and hasattr(local(parameter.sharded_param), HOOKS[0]):
                     parameter._init_extensions()

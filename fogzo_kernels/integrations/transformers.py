@@ -7,14 +7,14 @@ that it does not know the type "fogzo", and loads the latents into a plain model
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -22,9 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import pretrained
 from ..nn.convert import dequantize_model
-from ..nn.module import QuantizedModule
+from ..nn.dims import read_by
+from ..nn.held import CHILD, hold
 from ..nn.pretrained import METHOD, Entry
-from ..nn.registry import quantized_form, reason_against
+from ..nn.quantized import QuantizedWeight
+from ..nn.registry import quantized_form, reason_against, reason_against_tensor
 from ..nn.replaced import settle
 from ..nn.state_dict import EXTRA_STATE
 from ..nn.tied import check_raw_uses, link
@@ -66,7 +68,7 @@ class FogzoQuantizer(HfQuantizer):
         modules = dict(model.named_modules(remove_duplicate=False))
         named = located(model, self.quantization_config.entries(), modules)
         check_all_named(model, named, modules, kwargs.get("checkpoint_files") or [])
-        for quantize in [planned(name, modules[name], entry) for name, entry in named.items()]:
+        for quantize in [planned(name, modules, entry) for name, entry in named.items()]:
             quantize()
         settle(model)
         return model
@@ -109,10 +111,12 @@ class FogzoQuantizer(HfQuantizer):
     is_trainable = is_qat_trainable = True
 
 
-def located(model: PreTrainedModel, entries: dict[str, Entry], modules: Container[str]) -> dict[str, Entry]:
+def located(model: PreTrainedModel, entries: dict[str, Entry], modules: Collection[str]) -> dict[str, Entry]:
     """Returns entries by the names of a model, the saved model or its base, maybe with another head."""
     kind, saved_as = type(model).__name__, model.config.architectures or []
     named, absent = {}, []
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    modules = {*modules, *parameters}
     for name, entry in entries.items():
         where = place(model, name, modules)
         if where is not None:
@@ -138,6 +142,8 @@ def check_all_named(
     model: PreTrainedModel, named: Collection[str], modules: Container[str], files: Sequence[str]
 ) -> None:
     """Raise if a file has the quantizer of a module that the config does not name: it would be left plain."""
+    modules = {*modules, *(f"{name}{CHILD}" for name, _ in model.named_parameters())}
+    named = {*named, *(f"{name}{CHILD}" for name in named)}
     for file in files:
         if not file.endswith(".safetensors"):
             continue
@@ -152,25 +158,52 @@ def check_all_named(
                 )
 
 
-def planned(name: str, module: nn.Module, entry: Entry) -> Callable[[], QuantizedModule]:
+def planned(name: str, modules: Mapping[str, nn.Module], entry: Entry) -> Callable[[], QuantizedWeight]:
     """Returns what quantizes a module, with an alpha on the meta device; raises if it cannot be so."""
+    how = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
+    if entry.dims is not None:
+        path, _, own = name.rpartition(".")
+        weight = modules[path].get_parameter(own)
+        against = reason_against_tensor(name, weight)
+        if against is not None or weight.ndim != len(entry.dims.letters):
+            raise ValueError(
+                f"{name} must be a parameter of dimensions {entry.dims} that can be quantized, got shape"
+                f" {tuple(weight.shape)} ({against or 'other dimensions'})"
+            )
+        alpha = alpha_like(name, weight, entry, entry.dims.rows, entry.dims.expert_outputs)
+        parent = path.rpartition(".")[0]
+        reader = modules[parent] if path.rpartition(".")[2] in read_by(modules[parent]) else None
+        return partial(
+            hold, modules[path], own, entry.dims, how, alpha=alpha, activation=entry.activation, reader=reader
+        )
+    module = modules[name]
     form = quantized_form(module)
     reason = reason_against(name, module, form)
     if isinstance(reason, Exception):
         raise reason
     if form is None or reason is not None:
         raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
-    shape, weight = entry.alpha, module.get_parameter("weight")
-    if len(shape) == 2:  # the weight may have been resized
-        shape = (weight.shape[form.OUTPUTS], *shape[1:])
-    alpha = torch.empty(shape, dtype=torch.float32, device="meta")
-    like = replace(entry.quantizer, scale=Scale.fixed(alpha))
-    alpha = alpha_of(f"{name}.weight", torch.empty_like(weight, device="meta"), form.OUTPUTS, like)
-    how = WeightQuantizer(entry.quantizer, entry.tensor_id, name, entry.backend)
+    alpha = alpha_like(f"{name}.weight", module.get_parameter("weight"), entry, form.OUTPUTS)
     return partial(form.from_plain, module, how, alpha=alpha, activation=entry.activation)
 
 
-def not_loaded(module: QuantizedModule) -> list[str]:
+def alpha_like(
+    name: str, weight: Tensor, entry: Entry, outputs: int, expert_outputs: int | None = None
+) -> Tensor:
+    """Returns an alpha on the meta device, of an entry's shape; raises if it does not fit the weight."""
+    shape = entry.alpha
+    if len(shape) == 2:  # the weight may have been resized
+        shape = (weight.shape[outputs], *shape[1:])
+    alpha = torch.empty(shape, dtype=torch.float32, device="meta")
+    if expert_outputs is not None:
+        if weight.shape[1:].numel() % shape[1]:
+            raise ValueError(f"alpha must fit {name} of shape {tuple(weight.shape)}, got shape {shape}")
+        return alpha
+    like = replace(entry.quantizer, scale=Scale.fixed(alpha))
+    return alpha_of(name, torch.empty_like(weight, device="meta"), outputs, like)
+
+
+def not_loaded(module: QuantizedWeight) -> list[str]:
     """Returns the tensors that the checkpoint did not have; transformers marks each tensor that it loads."""
     own = module.own_tensors()
     missing = [x for x in own if not getattr(getattr(module, x), "_is_hf_initialized", False)]

@@ -15,9 +15,11 @@ from ..ops import checks, memory
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
 from . import pretrained
+from .held import hold, let_go
 from .inputs import check_activation
 from .module import QuantizedModule
-from .registry import units_of
+from .quantized import QuantizedWeight
+from .registry import Unit, units_of
 from .replaced import replaced_in, settle
 from .report import Report, report_of
 from .rules import Checked, Rule, Which, choose
@@ -37,25 +39,30 @@ def quantize_model(
 ) -> Report:
     """Quantize the weights of a model, in place, and report what was quantized and what was not.
 
-    Linear layers, convolutions and embeddings become modules that run with Q(weight): ``nn.Linear``,
-    ``nn.Conv1d``, ``Conv2d``, ``Conv3d``, ``nn.Embedding``, and ``Conv1D`` of ``transformers``. Parameters,
-    hooks and names stay, so optimizers keep their parameters and checkpoints of the plain model load.
-    Subclasses of these types and all other modules stay as they are; the report names them. Tied weights are
-    quantized once, and share their alpha and noise. Call it again for modules that an earlier call left alone,
-    and for plain ones that took the place of quantized ones: training and saving are errors until then.
+    These modules run with Q(weight) then: ``nn.Linear``, convolutions and transposed convolutions,
+    ``nn.Embedding`` and ``EmbeddingBag``, ``nn.Bilinear``, subclasses of all these; recurrent layers,
+    ``nn.MultiheadAttention``; the experts of ``transformers``, and its ``Conv1D``; what
+    :func:`declare_weights` declares. Parameters, hooks and names stay, so optimizers keep their parameters and
+    checkpoints of the plain model load. In a stack of experts, one parameter of three dimensions, each expert is
+    a weight: it has its own scale and noise. Other modules stay as they are unless a rule names a parameter of
+    theirs; the report names them. Tied weights are quantized once, and share their alpha and noise. Call it
+    again for modules that an earlier call left alone, and for plain ones that took the place of quantized ones:
+    training and saving are errors until then.
 
     Args:
         model: a module that is or holds such layers, with weights of float32, bfloat16 or float16. On the
             meta device the alphas get their values when a checkpoint is loaded, or by :func:`calibrate_`.
         quantizer: grid, scale and straight-through estimator of all weights that no rule names; None
             leaves those alone.
-        activation: how the inputs of quantized linear layers and convolutions are quantized in each forward,
-            by a fixed or measured scale. A row is a token, what the last dimension holds; of convolutions, a
-            sample. FOGZO perturbs weights only.
+        activation: how the inputs of quantized linear layers, convolutions and experts of ``transformers`` are
+            quantized in each forward. A row is a token, what the last dimension holds; of convolutions, a
+            sample. Other modules ignore it. FOGZO perturbs weights only.
         rules: pairs (which, quantizer or None); the first whose ``which`` matches a module decides, and None
             leaves it alone. A third entry is these modules' own ``activation``. ``which`` is a name as
             ``model.named_modules()`` gives it, where ``*`` and ``?`` stand for anything, or a type; both also
-            match all that lies in a matching module. Or it is a function of name and module that says whether
+            match all that lies in a matching module. It may be the name of a parameter,
+            ``"*.experts.down_proj"``, of any module: of one that is unknown, the parameter's first dimension
+            counts outputs, or experts if it has three. Or it is a function of name and module that says whether
             it matches.
         skip: what to leave alone: one such ``which`` or a list of them, as rules that come first.
         backend: of the modules' ops; None takes the best available at each call.
@@ -80,21 +87,20 @@ def quantize_model(
     default = Checked("", "*", quantizer, activation)
     choices = choose(units_of(model), default, rules, skip, may_be_none=replaced)
     chosen = [(c.unit, c.quantizer, c.activation) for c in choices if c.quantizer is not None]
-    check_shared(model, {unit.module: q for unit, q, _ in chosen})
+    check_shared(model, {unit.home: q for unit, q, _ in chosen})
     pretrained.check_config(model)
-    ids = (m.tensor_id for m in model.modules() if isinstance(m, QuantizedModule))
-    first_id = 1 + max(ids, default=-1)
+    quantized = (m for m in model.modules() if isinstance(m, QuantizedWeight))
+    next_id = max((m.tensor_id + (m.expert_count or 1) for m in quantized), default=0)
     made: dict[Tensor, tuple[int, Tensor]] = {}  # a shared weight has one tensor id and equal alphas
-    plan: list[Callable[[], QuantizedModule]] = []
+    plan: list[Callable[[], QuantizedWeight]] = []
     for unit, q, own in chosen:
-        name, form, weight = unit.names[0], unit.form, unit.weights["weight"]
-        assert form is not None
+        weight = unit.weights[unit.parameter]
         if weight not in made:
-            alpha = alpha_of(f"{name}.weight".lstrip("."), whole(weight), form.OUTPUTS, q)
-            made[weight] = first_id + len(made), alpha
+            made[weight] = next_id, alpha_for(unit, whole(weight), q)
+            next_id += weight.shape[0] if unit.dims and unit.dims.is_stack else 1
         tensor_id, alpha = made[weight]
-        how = WeightQuantizer(q, tensor_id, name, backend)
-        plan.append(partial(form.from_plain, unit.module, how, alpha=alpha.clone(), activation=own))
+        how = WeightQuantizer(q, tensor_id, unit.name, backend)
+        plan.append(quantizing(unit, how, alpha.clone(), own))
     for quantize in plan:
         quantize()
     HANDLERS.begin_anew(model)
@@ -104,8 +110,28 @@ def quantize_model(
     return report_of(choices)
 
 
-def _quantized(model: nn.Module, what: str) -> list[QuantizedModule]:
-    modules = list(pretrained.quantized_in(model, what).values())
+def alpha_for(unit: Unit, weight: Tensor, quantizer: Quantizer) -> Tensor:
+    """The alpha that a quantizer's scale makes of a unit's weight; raises if it does not fit."""
+    if unit.dims is not None:
+        return alpha_of(unit.paths[0], weight, unit.dims.rows, quantizer, unit.dims.expert_outputs)
+    assert unit.form is not None
+    return alpha_of(unit.paths[0], weight, unit.form.OUTPUTS, quantizer)
+
+
+def quantizing(
+    unit: Unit, how: WeightQuantizer, alpha: Tensor, activation: Quantizer | None
+) -> Callable[[], QuantizedWeight]:
+    """What quantizes a unit in place."""
+    if unit.dims is None:
+        assert unit.form is not None
+        return partial(unit.form.from_plain, unit.module, how, alpha=alpha, activation=activation)
+    home, name = unit.home
+    reader = None if home is unit.module else unit.module
+    return partial(hold, home, name, unit.dims, how, alpha=alpha, activation=activation, reader=reader)
+
+
+def _quantized(model: nn.Module, what: str) -> list[QuantizedWeight]:
+    modules: list[QuantizedWeight] = list(pretrained.quantized_in(model, what).values())
     if any(m.pass_weight is not None for m in modules):
         raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
     return modules
@@ -132,7 +158,7 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
     plan = []
     for m in modules:
         q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)
-        plan.append((q, alpha_of("weight", whole(m.latent), m.OUTPUTS, q)))
+        plan.append((q, m.alpha_by(q)))
     for m, (q, alpha) in zip(modules, plan, strict=True):
         m.quantizer = q
         m.set_alpha(alpha)
@@ -162,7 +188,7 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
     inputs = [
         (name or "model", m, q)
         for name, m in model.named_modules()
-        if isinstance(m, QuantizedModule) and (q := m.input_quantizer) is not None and q.quantizer.learned
+        if isinstance(m, QuantizedWeight) and (q := m.input_quantizer) is not None and q.quantizer.learned
     ]
     if not inputs:
         raise ValueError("model must have quantized modules whose inputs have a learned scale, got none")
@@ -220,7 +246,9 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
         for weight, m in {m.latent: m for m in modules}.items():
             weight.copy_(m.effective_weight())
     for m in modules:
-        m.to_plain()
+        if isinstance(m, QuantizedModule):
+            m.to_plain()
+    let_go(model)
     settle(model)
     pretrained.record(model)
     return model

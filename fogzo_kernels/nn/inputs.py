@@ -18,7 +18,7 @@ from ..spec.scale import FixedScale, LearnedScale, MeasuredScale
 from .weight import FLOOR, QuantizerOptions, hold_alphas, in_its_range, is_held, measure_
 
 if TYPE_CHECKING:
-    from .module import QuantizedModule
+    from .quantized import QuantizedWeight
 
 
 def rotated(x: Tensor, block: int, backend: str | None) -> Tensor:
@@ -60,7 +60,7 @@ class InputQuantizer(QuantizerOptions):
         """Note whether what was loaded is a value, or NaN of a model whose inputs were not calibrated."""
         self.calibrated = not bool(loaded.isnan())
 
-    def values(self, module: QuantizedModule, input: Tensor, block: int) -> Tensor:
+    def values(self, module: QuantizedWeight, input: Tensor, block: int) -> Tensor:
         """The quantized input, in the basis of blocks of ``block`` elements (0: as it is)."""
         how, backend = self.quantizer, module.backend
         rows, alpha, factor, lost = self.scaled(module, input)
@@ -76,7 +76,7 @@ class InputQuantizer(QuantizerOptions):
             values = rotated(module.input_rows(values), own, backend).view(input.shape)
         return rotated(values, block, backend)
 
-    def scaled(self, module: QuantizedModule, input: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    def scaled(self, module: QuantizedWeight, input: Tensor) -> tuple[Tensor, Tensor, float, Tensor | None]:
         """Rows of an input, alpha, its gradient's factor, and the cells that :func:`with_lost` makes NaN."""
         rows, how = module.input_rows(input).contiguous(), self.quantizer
         if how.block and rows.shape[-1] % how.block:
@@ -102,7 +102,7 @@ class InputQuantizer(QuantizerOptions):
         alpha: Tensor = measure(rows, scale, self.quantizer.transform, backend)
         return alpha
 
-    def _learned(self, scale: LearnedScale, module: QuantizedModule, rows: Tensor) -> Tensor:
+    def _learned(self, scale: LearnedScale, module: QuantizedWeight, rows: Tensor) -> Tensor:
         """The parameter, which takes its first value here while it is calibrated, in its range."""
         name = module.weight_quantizer.path or "the model"
         if self.calibrating:
@@ -129,7 +129,7 @@ class InputQuantizer(QuantizerOptions):
         return alpha
 
     @torch.no_grad()
-    def set_alpha(self, module: QuantizedModule, alpha: Tensor) -> None:
+    def set_alpha(self, module: QuantizedWeight, alpha: Tensor) -> None:
         """Give a learned scale its first value, 0-dim."""
         module.input_alpha.copy_(alpha)
         module.input_alpha_least = module.input_alpha.detach() * FLOOR

@@ -13,7 +13,7 @@ from .parameter import VALUES, Values
 from .view import LOCAL
 
 if TYPE_CHECKING:
-    from .module import QuantizedModule
+    from .quantized import QuantizedWeight
 
 
 class Kept:
@@ -23,7 +23,7 @@ class Kept:
     in place through ``.data`` has neither: ``train()``, ``eval()`` and a forward with grad forget the values.
     """
 
-    def __init__(self, module: QuantizedModule, value: Tensor) -> None:
+    def __init__(self, module: QuantizedWeight, value: Tensor) -> None:
         weight, alpha = module.latent, module.alpha
         self.value, self.weight, self.alpha, self.on_gpu = value, weight, alpha, weight.is_cuda
         self.memory = weight.detach(), alpha.detach()
@@ -32,12 +32,12 @@ class Kept:
         self.quantizer, self.learned = module.quantizer, module.quantizer.learned
         self.rotated, self.backend = module.quantizer.block > 0, module.backend
 
-    def serves(self, module: QuantizedModule, input: object) -> bool:
+    def serves(self, module: QuantizedWeight, input: object) -> bool:
         """Whether a module outside of a pass may run with the value again. It is asked in each forward."""
         weight, alpha, parameters, how = self.weight, self.alpha, module._parameters, module.weight_quantizer
         return (
             not (is_grad_enabled() or watched())
-            and parameters.get(module.PARAMETER) is weight
+            and module.registered is weight
             and (parameters if self.learned else module._buffers).get("alpha") is alpha
             and (how.quantizer is self.quantizer and how.backend == self.backend)
             and self.versions == (self.value._version, weight._version, alpha._version)
@@ -49,11 +49,11 @@ class Kept:
         )
 
 
-def can_keep(module: QuantizedModule) -> bool:
+def can_keep(module: QuantizedWeight) -> bool:
     """Whether the module evaluates, and versions tell of every edit of its own tensors."""
     if module.training or is_grad_enabled() or module.pass_weight is not None:
         return False
-    weight, alpha = module._parameters.get(module.PARAMETER), module.alpha
+    weight, alpha = module.registered, module.alpha
     if type(weight) is not nn.Parameter or not is_plain(weight, alpha):
         return False
     if module.placement is not LOCAL or weight.is_inference() or alpha.is_inference():  # these have no version
@@ -63,7 +63,7 @@ def can_keep(module: QuantizedModule) -> bool:
     return not (shared or capturing)
 
 
-def forward_weight(module: QuantizedModule, input: object) -> Tensor:
+def forward_weight(module: QuantizedWeight, input: object) -> Tensor:
     """What the module's forward of an input runs with.
 
     Without grad, in ``eval()``, it is made once and kept while weight and alpha stay as they are.

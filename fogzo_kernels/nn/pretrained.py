@@ -13,27 +13,30 @@ from torch import nn
 from ..backends import check_known
 from ..ops import checks
 from ..spec.quantizer import Quantizer
-from .module import QuantizedModule
+from .dims import Dims, checked
+from .held import CHILD, HeldWeight
+from .quantized import QuantizedWeight
 
 METHOD = "fogzo"
 
 
 class Entry(NamedTuple):
-    """How a module is quantized."""
+    """How a module's weight, or a parameter of a module, is quantized."""
 
     quantizer: Quantizer
     alpha: tuple[int, ...]  # its shape
     tensor_id: int
     backend: str | None
     activation: Quantizer | None
+    dims: Dims | None = None  # of a parameter; its name then is that of the entry
 
 
-def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedWeight]:
     """Returns the quantized modules of a model by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
 
 
-def quantized_in(model: nn.Module, what: str) -> dict[str, QuantizedModule]:
+def quantized_in(model: nn.Module, what: str) -> dict[str, QuantizedWeight]:
     """Returns the quantized modules of a model by name; raises if it has none to ``what``."""
     checks.instance("model", model, nn.Module)
     if modules := quantized_modules(model):
@@ -80,17 +83,21 @@ def record(model: nn.Module) -> None:
             del config.quantization_config
 
 
-def described(modules: dict[str, QuantizedModule]) -> dict[str, Any]:
+def described(modules: dict[str, QuantizedWeight]) -> dict[str, Any]:
     """Makes the entry of the config; see :func:`entries` for a module's row."""
     quantizers: list[dict[str, Any]] = []
-    rows = {}
+    rows: dict[str, list[Any]] = {}
     for name, m in modules.items():
         own = [q and q.to_dict() for q in (m.quantizer, m.activation)]
         for q in own:
             if q and q not in quantizers:
                 quantizers.append(q)
         weight, inputs = (q and quantizers.index(q) for q in own)
-        rows[name] = [weight, list(m.alpha.shape), m.tensor_id, m.backend, inputs]
+        row = [weight, list(m.alpha.shape), m.tensor_id, m.backend, inputs]
+        if isinstance(m, HeldWeight):
+            rows[name.removesuffix(CHILD)] = [*row, m.dims.letters]
+        else:
+            rows[name] = row
     return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}
 
 
@@ -99,10 +106,11 @@ def entries(config: dict[str, Any]) -> dict[str, Entry]:
     try:
         quantizers = [Quantizer.from_dict(q) for q in config["quantizers"]]
         read = {}
-        for name, (q, alpha, tensor_id, backend, inputs) in config["modules"].items():
+        for name, (q, alpha, tensor_id, backend, inputs, *dims) in config["modules"].items():
             activation = None if inputs is None else quantizers[int(inputs)]
             shape = tuple(map(int, alpha))
-            read[name] = Entry(quantizers[int(q)], shape, int(tensor_id), backend, activation)
+            letters = checked("dims", *dims) if dims else None
+            read[name] = Entry(quantizers[int(q)], shape, int(tensor_id), backend, activation, letters)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"quantization_config must be as quantize_model writes it, got {config} ({error})"

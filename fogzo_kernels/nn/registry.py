@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,8 +11,11 @@ from torch.nn.utils import parametrize
 
 from ..ops import checks
 from ..spec.grid import FLOATS
+from .dims import DECLARED, Dims, read_by, usual, weights_in
+from .held import CHILD, GATE, HeldWeight
 from .linear import QuantLinear
 from .module import QuantizedModule
+from .quantized import QuantizedWeight
 from .view import FSDPModule, local
 
 
@@ -90,9 +94,14 @@ def _blank(*made: Any) -> QuantizedModule:
     return module
 
 
-#: Which class a plain module becomes; subclasses of it stay as they are.
+#: Which class a plain module becomes. A subclass of such a module keeps its forward.
 QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {
-    kind.PLAIN: kind for kind in (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding)
+    **{kind.PLAIN: kind for kind in (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding)},
+    **{kind: quantized_class(kind) for kind in (nn.EmbeddingBag, nn.Bilinear)},
+    **{
+        kind: quantized_class(kind, outputs=1)
+        for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    },
 }
 #: Classes of other packages, which are not imported here, with the arguments of :func:`quantized_class`.
 NAMED: dict[str, dict[str, Any]] = {
@@ -101,65 +110,140 @@ NAMED: dict[str, dict[str, Any]] = {
 
 
 def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
-    """The class that a module of this type becomes; None if there is none."""
+    """The class that a module of this type becomes; None if it has none with one weight."""
     kind = type(module)
     options = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
-    return QUANTIZED.get(kind) if options is None else quantized_class(kind, **options)
+    if options is not None:
+        return quantized_class(kind, **options)
+    if kind in QUANTIZED or isinstance(module, FSDPModule) or kind.__module__.startswith("torch.ao."):
+        return QUANTIZED.get(kind)
+    base = next((k for k in kind.__mro__ if k in QUANTIZED or k in DECLARED), None)
+    return quantized_class(kind, outputs=QUANTIZED[base].OUTPUTS) if base in QUANTIZED else None
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters, and parameters of children that it reads itself; all must be initialized."""
-    added = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
+    added = QuantizedModule.ADDED if isinstance(module, QuantizedWeight) else ()
     own: dict[str, Tensor] = {
         name: p for name, p in module._parameters.items() if p is not None and name not in added
     }
     for child in read_by(module):
-        own |= {f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters()}
+        every = module.get_submodule(child).named_parameters()
+        own |= {f"{child}.{name}": p for name, p in every if CHILD not in name}
     for name, p in own.items():
         if isinstance(p, UninitializedParameter):
             raise ValueError(f"{type(module).__name__}.{name} must be initialized: run the model once before")
     return own
 
 
-def read_by(module: nn.Module) -> list[str]:
-    """The children whose weights a module reads without running them: they are a part of it."""
-    if isinstance(module, nn.MultiheadAttention):
-        return ["out_proj"]
-    return ["parametrizations"] if parametrize.is_parametrized(module) else []
-
-
 class Unit(NamedTuple):
-    """A module that holds weights, with what it reads of its children, and what it can become."""
+    """A weight that can be quantized, or a module that holds others, with what it can become."""
 
-    names: list[str]  # messages and reports say the first
+    names: list[str]  # of the module
     module: nn.Module
     around: list[tuple[str, nn.Module]]  # the modules that it lies in, and itself
-    weights: dict[str, Tensor]  # the tensors that it holds itself, by their names
-    form: type[QuantizedModule] | None
+    weights: dict[str, Tensor]  # the tensors that the unit stands for, by their names
+    form: type[QuantizedModule] | None  # of a module with one weight
     against: str | Exception | None  # see :func:`reason_against`
+    dims: Dims | None = None  # of a parameter that is held
+    usual: bool = True  # whether it is quantized unless a rule says so; else only if a rule names the parameter
 
     @property
     def matrices(self) -> dict[str, Tensor]:
         """The weights of two dimensions or more; the others are biases and norms."""
         return {name: p for name, p in self.weights.items() if p.ndim > 1}
 
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that is quantized, in the module."""
+        return next(iter(self.weights)) if self.dims is not None else "weight"
+
+    @property
+    def paths(self) -> list[str]:
+        """The names of the parameter in the model."""
+        return [f"{name}.{self.parameter}".lstrip(".") for name in self.names]
+
+    @property
+    def name(self) -> str:
+        """What messages and reports call it."""
+        return self.names[0] if self.dims is None else self.paths[0]
+
+    @property
+    def home(self) -> tuple[nn.Module, str]:
+        """The module that has the parameter, and its name there."""
+        path, _, name = self.parameter.rpartition(".")
+        return self.module.get_submodule(path), name
+
+    @property
+    def quantized(self) -> QuantizedWeight | None:
+        """What quantizes it already."""
+        if isinstance(self.module, QuantizedModule):
+            return self.module
+        home, name = self.home
+        held = home._modules.get(name + CHILD) if self.dims is not None else None
+        return held if isinstance(held, HeldWeight) else None
+
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """Returns the modules that hold weights, each once with all its names."""
+    """Returns the weights that can be quantized, and the modules that hold others, once with all their names."""
     paths = dict(model.named_modules(remove_duplicate=False))
     parts = {id(c) for m in paths.values() for child in read_by(m) for c in m.get_submodule(child).modules()}
-    units: dict[nn.Module, Unit] = {}
+    units: dict[nn.Module, list[Unit]] = {}
     around: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, m in paths.items():
         around[name] = [*(around[name.rpartition(".")[0]] if name else []), (name, m)]
         if m in units:
-            units[m].names.append(name)
-            units[m].around.extend(around[name])
-        elif id(m) not in parts and (weights := weights_of(m)):
-            form = quantized_form(m)
-            against = reason_against(name, m, form)
-            units[m] = Unit([name], m, list(around[name]), weights, form, against)
-    return list(units.values())
+            for unit in units[m]:
+                unit.names.append(name)
+                unit.around.extend(around[name])
+        elif id(m) not in parts and not isinstance(m, HeldWeight) and (weights := weights_of(m)):
+            units[m] = list(units_in(name, m, around[name], weights))
+    return [unit for own in units.values() for unit in own]
+
+
+def units_in(
+    name: str, module: nn.Module, around: list[tuple[str, nn.Module]], weights: dict[str, Tensor]
+) -> Iterator[Unit]:
+    """Yields the units of a module."""
+    form = quantized_form(module)
+    if form is not None or isinstance(module, QuantizedModule) or made_anew(module):
+        yield Unit([name], module, [*around], weights, form, reason_against(name, module, form))
+        return
+    known = weights_in(module)
+    for parameter, p in weights.items():
+        dims = known.get(parameter)
+        if p.ndim > 1:
+            own = Dims(dims.letters) if dims is not None else usual(p.ndim)
+            unit = Unit([name], module, [*around], {parameter: p}, None, None, own, dims is not None)
+            against = "it is quantized already" if unit.quantized else reason_against_parameter(unit)
+            yield unit._replace(against=against)
+    if rest := {parameter: p for parameter, p in weights.items() if p.ndim <= 1}:
+        yield Unit([name], module, [*around], rest, None, f"{type(module).__name__} has no quantized form")
+
+
+def reason_against_parameter(unit: Unit) -> str | Exception | None:
+    """Why a parameter cannot be held; None if it can. See :func:`reason_against`."""
+    weight, where, module = unit.weights[unit.parameter], unit.paths[0], unit.module
+    if isinstance(module, FSDPModule) and unit.usual:
+        return ValueError(f"{where} must be quantized before fully_shard is given its module by itself")
+    if parametrize.is_parametrized(unit.home[0]):
+        return "its module is parametrized: made anew in each forward"
+    if reason := reason_against_tensor(where, weight):
+        return reason
+    if unit.usual:
+        return None
+    known = "it is no known weight" if weights_in(module) else f"{kind_of(module)} is unknown"
+    return f"{known}: a rule can name it"
+
+
+def reason_against_tensor(where: str, weight: Tensor) -> str | Exception | None:
+    """Why a parameter is none that can be quantized; None if it can."""
+    sharded = local(weight) is not weight and type(local(weight)) is Tensor
+    if not sharded and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
+        return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
+    if weight.dtype not in FLOATS:
+        return TypeError(f"{where} must be {checks.named(FLOATS)}, got {checks.named([weight.dtype])}")
+    return None
 
 
 def reason_against(name: str, module: nn.Module, form: type[QuantizedModule] | None) -> str | Exception | None:
@@ -177,9 +261,9 @@ def reason_against(name: str, module: nn.Module, form: type[QuantizedModule] | N
     if weight is None:
         without = "its weight is no Parameter" if form else f"{type(module).__name__} has no quantized form"
         return made_anew(module) or without
-    sharded = local(weight) is not weight and type(local(weight)) is Tensor
-    if not sharded and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
-        return f"its weight is a {type(weight.data if type(weight) is nn.Parameter else weight).__name__}"
+    reason = reason_against_tensor(f"{name}.weight".lstrip("."), weight)
+    if isinstance(reason, str):
+        return reason
     if getattr(module, "sparse", False):
         return "its gradients are sparse"
     if getattr(module, "max_norm", None) is not None:
@@ -187,10 +271,24 @@ def reason_against(name: str, module: nn.Module, form: type[QuantizedModule] | N
     taken = [x for x in QuantizedModule.ADDED if hasattr(module, x)]
     if taken:
         return ValueError(f"{name or 'model'} must not have an attribute {taken[0]!r} of its own")
-    if weight.dtype not in FLOATS:
-        where, got = f"{name}.weight".lstrip("."), checks.named([weight.dtype])
-        return TypeError(f"{where} must be {checks.named(FLOATS)}, got {got}")
-    return None
+    return reason
+
+
+def kind_of(module: nn.Module) -> str:
+    """The name of a module's class, before it was quantized."""
+    return getattr(type(module), "PLAIN", type(module)).__name__  # type: ignore[no-any-return]
+
+
+def against_activation(unit: Unit) -> str | None:
+    """Why the input of a unit's weight cannot be quantized; None if it can."""
+    module = unit.module
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "its input is indices"
+    if isinstance(module, nn.Bilinear):
+        return "it has two inputs"
+    if unit.dims is None or hasattr(module, GATE):
+        return None
+    return f"{type(module).__name__} does not say which tensor meets this weight"
 
 
 def made_anew(module: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .module import QuantizedModule
+from .quantized import QuantizedWeight
 from .registry import quantized_form
 from .tied import follow
 
@@ -46,7 +47,7 @@ register_module_module_registration_hook(see)
 
 
 def holds_quantized(module: nn.Module) -> bool:
-    return any(isinstance(m, QuantizedModule) for m in module.modules())
+    return any(isinstance(m, QuantizedWeight) for m in module.modules())
 
 
 def is_left_plain(module: nn.Module) -> bool:

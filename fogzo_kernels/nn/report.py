@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ..spec.quantizer import Quantizer
-from .module import QuantizedModule
+from .registry import kind_of
 from .rules import Choice
 
 #: Between the weights of a module.
@@ -27,7 +27,7 @@ class Row:
     """A quantized weight, or a module that was left alone.
 
     Attributes:
-        name: of the module.
+        name: of the module, or of the parameter where a module may have several.
         kind: its type before.
         shape: of its weight; of a module left alone, of all its weights, with their names where they
             are several, joined by ``WEIGHTS``.
@@ -150,21 +150,23 @@ def report_of(choices: Sequence[Choice]) -> Report:
     vectors: dict[Tensor, None] = {}
     seen: dict[Tensor, str] = {}
     for c in choices:
-        name, module = c.unit.names[0], c.unit.module
+        name, module, held = c.unit.name, c.unit.module, c.unit.quantized
         own = c.unit.matrices
         vectors |= {p: None for p in c.unit.weights.values() if p.ndim <= 1}
         new = [p for p in own.values() if p not in seen]
         numel = sum(p.numel() for p in new)
         shapes = WEIGHTS.join(f"{name} {tuple(p.shape)}" for name, p in own.items())
-        if list(own) == ["weight"]:
-            shapes = shapes.removeprefix("weight ")
-        if isinstance(module, QuantizedModule):
-            tied, q, scales = seen.get(module.latent, ""), module.quantizer, module.alpha.numel()
+        if list(own) == ["weight"] or c.unit.dims is not None:
+            shapes = shapes.partition(" ")[2]
+        if held is not None:
+            if held.expert_count is not None:
+                shapes = f"{held.expert_count} x {tuple(held.latent.shape[1:])}"
+            tied, q, scales = seen.get(held.latent, ""), held.quantizer, held.alpha.numel()
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
-            kind, inputs = module.PLAIN.__name__, module.activation
+            kind, inputs = kind_of(module), held.activation
             quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
         elif own:
-            size, kind = float(sum(p.nbytes for p in new)), type(module).__name__
+            size, kind = float(sum(p.nbytes for p in new)), kind_of(module)
             left.append(Row(name, kind, shapes, numel, size, reason=c.reason or ""))
         seen |= dict.fromkeys(own.values(), name)
     numel, total = sum(p.numel() for p in vectors), sum(p.nbytes for p in vectors)

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..spec.quantizer import Quantizer
 from .inputs import check_activation
-from .module import QuantizedModule
-from .registry import Unit
+from .registry import Unit, against_activation, reason_against_parameter
 
 #: A name or pattern of names, a type, or a function of name and module.
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -52,17 +51,18 @@ def choose(
         raise TypeError(f"rules must be a list of pairs, got {type(rules).__name__}")
     full = [_checked(f"skip[{i}]", (which, None), None) for i, which in enumerate(given)]
     full += [_checked(f"rules[{i}]", rule, default.activation) for i, rule in enumerate(rules)]
-    first: dict[nn.Module, Checked] = {}
+    first: dict[int, Checked] = {}  # by the unit's place
     for rule in full:
-        matched = [unit.module for unit in units if _matches(rule.which, unit)]
+        matched = [i for i, unit in enumerate(units) if _matches(rule.which, unit)]
         if not matched:
             raise ValueError(
-                f"{rule.name} must match a module of model that holds weights, got {shown(rule.which)}"
+                f"{rule.name} must match a module of model that holds weights, or such a weight, got"
+                f" {shown(rule.which)}"
             )
         first = dict.fromkeys(matched, rule) | first
-    choices = [_choice(unit, first.get(unit.module, default)) for unit in units]
+    choices = [_choice(unit, first.get(i, default)) for i, unit in enumerate(units)]
     for rule in full:
-        _check_asked(rule, [unit for unit in units if first.get(unit.module) is rule])
+        _check_asked(rule, [unit for i, unit in enumerate(units) if first.get(i) is rule])
     if not may_be_none and all(c.quantizer is None for c in choices):
         raise ValueError(_nothing_to_do(choices))
     return choices
@@ -85,10 +85,23 @@ def _checked(name: str, rule: object, activation: Quantizer | None) -> Checked:
 def _matches(which: Which, unit: Unit) -> bool:
     """A name or type that fits a module fits all that lies in it; a function is asked for each module."""
     if isinstance(which, str):
-        return any(fnmatchcase(path, which) for path, _ in unit.around)
+        return any(fnmatchcase(path, which) for path, _ in unit.around) or _names_parameter(which, unit)
     if isinstance(which, type):
         return any(isinstance(m, which) for _, m in unit.around)
     return any(which(name, unit.module) for name in unit.names)
+
+
+def _names_parameter(which: Which, unit: Unit) -> bool:
+    """Whether a name fits the parameter of a unit, and no module that it lies in."""
+    if not isinstance(which, str) or any(fnmatchcase(path, which) for path, _ in unit.around):
+        return False
+    return bool(unit.matrices) and any(fnmatchcase(path, which) for path in unit.paths)
+
+
+def _against(rule: Checked, unit: Unit) -> str | Exception | None:
+    """Why a unit cannot be quantized as a rule says; a parameter of an unknown module must be named."""
+    named = not unit.usual and _names_parameter(rule.which, unit)
+    return reason_against_parameter(unit._replace(usual=True)) if named else unit.against
 
 
 def shown(which: Which) -> str:
@@ -100,7 +113,7 @@ def _check_asked(rule: Checked, units: list[Unit]) -> None:
     """Raise if a rule with a quantizer decides on modules that cannot be quantized."""
     if rule.quantizer is None or not units:
         return
-    against = {unit.names[0]: unit.against for unit in units if _has_weight(unit)}
+    against = {unit.name: _against(rule, unit) for unit in units if _has_weight(unit)}
     refused = [f"{unit or 'model'}: {reason}" for unit, reason in against.items() if reason is not None]
     if refused:
         raise ValueError(
@@ -114,28 +127,28 @@ def _check_asked(rule: Checked, units: list[Unit]) -> None:
 
 def _has_weight(unit: Unit) -> bool:
     """Whether a weight multiplies; norms and position tables do not, and are no reason to refuse a rule."""
-    form = isinstance(unit.module, QuantizedModule) or unit.form
-    return bool(form) or any("weight" in name for name in unit.matrices)
+    known = unit.quantized or unit.form or (unit.dims and unit.usual)
+    return bool(known) or any("weight" in name for name in unit.matrices)
 
 
 def _choice(unit: Unit, rule: Checked) -> Choice:
-    reason = unit.against
-    if isinstance(unit.module, QuantizedModule):
+    reason = _against(rule, unit)
+    if unit.quantized is not None:
         reason = "quantized before"
     elif rule.quantizer is None:
         reason = f"{rule.name}, {shown(rule.which)}" if rule.name else "no rule names it"
     elif isinstance(reason, Exception):
         raise reason
-    plain = reason or isinstance(unit.module, nn.Embedding)  # whose input is indices
-    return Choice(unit, None if reason else rule.quantizer, None if plain else rule.activation, reason)
+    activation = None if reason or against_activation(unit) else rule.activation
+    return Choice(unit, None if reason else rule.quantizer, activation, reason)
 
 
 def _nothing_to_do(choices: list[Choice]) -> str:
-    before = [c for c in choices if isinstance(c.unit.module, QuantizedModule)]
+    before = [c for c in choices if c.unit.quantized is not None]
     if before:
         return (
             f"model must have modules that are not quantized yet, got {len(before)} that are and no other to"
             " quantize; dequantize_model(model) turns them back"
         )
-    reasons = "; ".join(f"{c.unit.names[0] or 'model'}: {c.reason}" for c in choices[:5])
+    reasons = "; ".join(f"{c.unit.name or 'model'}: {c.reason}" for c in choices[:5])
     return f"model must have a module to quantize, got none ({reasons or 'it holds no weights'})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 class SavedModule(nn.Module):
     """The part of a quantized module that saves and loads it."""
 
-    PARAMETER: ClassVar[str]
+    PARAMETER: str
     alpha: Tensor
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | None
@@ -40,6 +40,10 @@ class SavedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_quantizer.shares and not keep_vars:
             destination[prefix + "alpha"] = destination[prefix + "alpha"].clone()
+
+    def weight_key(self, prefix: str) -> str:
+        """The weight's key in a state dict, where the module's own keys begin so."""
+        return prefix + self.PARAMETER
 
     def get_extra_state(self) -> Tensor:
         """The quantizers, as a uint8 tensor, so that formats of tensors alone can hold it."""
@@ -87,7 +91,7 @@ class SavedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs = args
         own, extra, name = self.own_tensors(), prefix + EXTRA_STATE, prefix.removesuffix(".") or "model"
-        added, weight = [*(prefix + x for x in own), extra], prefix + self.PARAMETER
+        added, weight = [*(prefix + x for x in own), extra], self.weight_key(prefix)
         try:
             for x in own:
                 if prefix + x in state_dict:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..spec.quantizer import Quantizer
+from .held import CHILD, HeldWeight
 from .module import QuantizedModule
+from .quantized import QuantizedWeight
 from .view import local
 
 #: A module and the name of a parameter of it.
@@ -25,16 +27,16 @@ def owners_of(model: nn.Module) -> dict[Tensor, dict[str, Owner]]:
     return owners
 
 
-def check_shared(model: nn.Module, chosen: Mapping[nn.Module, Quantizer]) -> None:
+def check_shared(model: nn.Module, chosen: Mapping[Owner, Quantizer]) -> None:
     """Raise unless all modules that share a weight of ``chosen`` will run with the same Q(weight)."""
     memory: dict[tuple[object, int], str] = {}
     for weight, places in owners_of(model).items():
-        mine = {where: chosen[m] for where, (m, name) in places.items() if m in chosen and name == "weight"}
+        mine = {where: chosen[owner] for where, owner in places.items() if owner in chosen}
         if not mine:
             continue
         first, quantizer = next(iter(mine.items()))
-        for where, (module, _) in places.items():
-            if isinstance(module, QuantizedModule):
+        for where, owner in places.items():
+            if quantized_at(owner) is not None:
                 raise ValueError(
                     f"{first} must be quantized in one call with the modules that share it, got {where}"
                     " quantized before: dequantize_model(model, latents=True), then quantize both"
@@ -89,13 +91,19 @@ def follow(model: nn.Module, incompatible: Any) -> None:
                 tied[where].alpha = tied[present[0]].alpha.clone()
 
 
-def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedModule]:
+def _quantized(places: Mapping[str, Owner]) -> dict[str, QuantizedWeight]:
     """Returns the quantized places of a weight."""
-    return {
-        where: m
-        for where, (m, name) in places.items()
-        if isinstance(m, QuantizedModule) and name == m.PARAMETER
-    }
+    found = {where: quantized_at(owner) for where, owner in places.items()}
+    return {where: m for where, m in found.items() if m is not None}
+
+
+def quantized_at(owner: Owner) -> QuantizedWeight | None:
+    """Returns what quantizes a parameter of a module, or None."""
+    module, name = owner
+    if isinstance(module, QuantizedModule):
+        return module if name == module.PARAMETER else None
+    held = module._modules.get(name + CHILD)
+    return held if isinstance(held, HeldWeight) else None
 
 
 def _both(quantized: str, raw: str) -> str:

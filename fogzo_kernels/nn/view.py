@@ -20,7 +20,7 @@ else:  # a build of PyTorch without it
     FSDPModule = DTensor = Replicate = Shard = ()  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
-    from .module import QuantizedModule
+    from .quantized import QuantizedWeight
 
 
 #: A function that makes a module's rows of a weight, or a part of it, and its scales.
@@ -41,7 +41,7 @@ class PassWeight(NamedTuple):
     """What a module runs with during a pass, instead of quantizing its weight itself."""
 
     weight: Tensor  # the parameter that the values belong to
-    rows: Tensor  # of values, as QuantizedModule.rows() has them, or of a probe's int8 codes
+    rows: Tensor  # of values, as QuantizedWeight.rows() has them, or of a probe's int8 codes
     probe: bool  # whether they are a probe, without a gradient, or Q(weight)
     deferred: bool = False  # of Q(weight): the weight gets dL/dQ, of which the pass makes g at its end
     ready: bool = False  # whether modules take the rows as they are: values that have their place in the graph
@@ -118,12 +118,6 @@ class Part(NamedTuple):
             raise ValueError(f"groups of {size} must not be cut, got a part of {self.length} columns")
         return alpha[:, self.first // size : (self.first + self.length) // size]
 
-    def own_row(self, row: int) -> int | None:
-        """Returns the place in the part of a row of the weight, or None."""
-        if self.dim == 1:
-            return row
-        return row - self.first if 0 <= row - self.first < self.length else None
-
     def sum(self, own: Tensor) -> Tensor:
         """Add, in place, what all processes have summed over their parts."""
         dist.all_reduce(own, group=self.group)
@@ -151,11 +145,11 @@ class Placement:
     def check(self, name: str) -> None:
         """Raise unless a step can train the part. ``name`` is the weight's, for the message."""
 
-    def rows(self, module: QuantizedModule, weight: Tensor, quantized: Quantized) -> Tensor:
+    def rows(self, module: QuantizedWeight, weight: Tensor, quantized: Quantized) -> Tensor:
         """Returns the rows that a module runs with, where its weight is ``weight``."""
         return quantized(weight, module.alpha)
 
-    def hold(self, modules: list[QuantizedModule], pass_weight: PassWeight | None) -> None:
+    def hold(self, modules: list[QuantizedWeight], pass_weight: PassWeight | None) -> None:
         """Let the modules that share the weight run with ``pass_weight``, or with None quantize it again."""
         for module in modules:
             vars(module)["pass_weight"] = pass_weight  # without the time that setattr of nn.Module takes
@@ -168,9 +162,9 @@ class Handlers:
     """Functions for weights that are DTensors, which :mod:`fogzo_kernels.distributed` sets."""
 
     #: Gives a module whose weight FSDP has sharded its ``placement``.
-    shard: Callable[[QuantizedModule], None]
+    shard: Callable[[QuantizedWeight], None]
     #: Makes the placement of a module's weight under tensor parallelism. The name is for messages.
-    cut: Callable[[str, QuantizedModule], Placement]
+    cut: Callable[[str, QuantizedWeight], Placement]
     #: Lets FSDP see weights that were quantized after it had sharded them.
     begin_anew: Callable[[nn.Module], None]
 
@@ -178,13 +172,13 @@ class Handlers:
 HANDLERS = Handlers()
 
 
-def place(module: QuantizedModule) -> None:
+def place(module: QuantizedWeight) -> None:
     """Set a module's placement after it got a weight. Only FSDP sets DTensors on modules that are quantized."""
-    if isinstance(module._parameters.get(module.PARAMETER), DTensor):
+    if isinstance(module.registered, DTensor):
         HANDLERS.shard(module)
 
 
-def placement_of(module: QuantizedModule, weight: Tensor, name: str = "weight") -> Placement:
+def placement_of(module: QuantizedWeight, weight: Tensor, name: str = "weight") -> Placement:
     """Returns which part of its weight a module has; raises ValueError if it cannot train such a part."""
     if module.placement is not LOCAL or local(weight) is weight:
         return module.placement
@@ -205,15 +199,38 @@ class WeightView:
     DTensor these are the rows of the part that this process has; scales and layout are then of that part.
     """
 
-    def __init__(self, name: str, module: QuantizedModule) -> None:
+    def __init__(self, name: str, module: QuantizedWeight) -> None:
         self.name = name  # of the first module that has it
         self.parameter, self.tensor_id = module.latent, module.tensor_id
         self.modules = [module]
         self.placement = placement_of(module, self.parameter, name)
         self.placement.check(name)
+        self.numel = self.parameter.numel()  # of the whole weight
         self._memory: Tensor | None = None
         self.deferred = False  # whether .grad gets dL/dQ in gradient passes
         self.rotated = False  # whether Q is in the basis of the quantizer's transform
+
+    #: Of an expert, the stack that it lies in.
+    stack: WeightView | None = None
+    row = 0
+
+    @property
+    def whole(self) -> WeightView:
+        """Returns the view of the whole parameter."""
+        return self.stack or self
+
+    @property
+    def expert_count(self) -> int:
+        """Returns how many weights the parameter holds on all processes."""
+        return self.modules[0].expert_count or 1
+
+    def pieces(self) -> list[WeightView]:
+        """Returns the weights that this process has of the parameter: itself, or the experts of a stack."""
+        if self.modules[0].expert_count is None:
+            return [self]
+        part = self.placement.part
+        first, count = (0, self.expert_count) if part is None else (part.first, part.length)
+        return [ExpertView(self, first + row, row) for row in range(count)]
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the parameter's shape as ops take it, a view where it lies in memory as rows."""
@@ -232,11 +249,11 @@ class WeightView:
         return None if part is None else part.layout
 
     @property
-    def still_row(self) -> int | None:
-        """Returns the row of an embedding's padding, which gets no gradient and no estimate."""
-        rows = {vars(m).get("padding_idx") for m in self.modules}
-        row, part = rows.pop() if len(rows) == 1 else None, self.placement.part
-        return row if row is None or part is None else part.own_row(row)
+    def by_rows(self) -> bool:
+        """Says whether rows that got no gradient get no noise: an embedding's entries that are not in a batch."""
+        part = self.placement.part
+        looked_up = all(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.modules)
+        return looked_up and (part is None or part.dim == 0)
 
     def guide(self) -> Tensor | None:
         """Returns the rows of ``.grad``, or None. What is written to them is written to ``.grad``."""
@@ -295,7 +312,39 @@ class WeightView:
         self.placement.hold(self.modules, pass_weight)
 
 
-def check_alpha(module: QuantizedModule, alpha: Tensor) -> None:
+class ExpertView(WeightView):
+    """A weight of a stack: a row of it, with a tensor id of its own. It shares what the stack runs with."""
+
+    def __init__(self, stack: WeightView, index: int, row: int) -> None:
+        self.stack, self.row = stack, row
+        self.name, self.tensor_id = f"{stack.name}[{index}]", stack.tensor_id + index
+        self.parameter, self.modules, self.placement = stack.parameter, stack.modules, stack.placement
+        self.numel = stack.numel // stack.expert_count
+
+    @property
+    def layout(self) -> tuple[int, int, int] | None:
+        return None if self.placement.part is None else (0, self.numel, self.numel)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return self.whole.rows(tensor)[self.row : self.row + 1]
+
+
+def each(weights: Iterable[WeightView], take: Callable[[WeightView], Tensor]) -> list[Tensor]:
+    """Returns what ``take`` gives of each weight. Of a stack it is asked once, and each expert gets its row."""
+    cut: dict[WeightView, tuple[Tensor, ...]] = {}
+    out = []
+    for w in weights:
+        stack = w.stack
+        if stack is None:
+            out.append(take(w))
+            continue
+        if stack not in cut:
+            cut[stack] = take(stack).split(1)
+        out.append(cut[stack][w.row])
+    return out
+
+
+def check_alpha(module: QuantizedWeight, alpha: Tensor) -> None:
     """Raise if an alpha that does not learn requires a gradient."""
     if alpha.requires_grad and not module.quantizer.learned:
         raise ValueError("alpha must not require grad, as no gradient reaches it")

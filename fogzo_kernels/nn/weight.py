@@ -20,7 +20,7 @@ from ..spec.scale import FixedScale, LearnedScale, MeasuredScale, Scale, not_sav
 from .view import LOCAL, DTensor, local
 
 if TYPE_CHECKING:
-    from .module import QuantizedModule
+    from .quantized import QuantizedWeight
 
 Tensors = Sequence[Tensor]
 #: A learned alpha that an update drove out of range is held at this part of its first value.
@@ -91,13 +91,22 @@ class WeightQuantizer(QuantizerOptions):
 
 
 @torch.no_grad()
-def alpha_of(name: str, weight: Tensor, outputs: int, quantizer: Quantizer) -> Tensor:
+def alpha_of(
+    name: str, weight: Tensor, outputs: int, quantizer: Quantizer, expert_outputs: int | None = None
+) -> Tensor:
     """Alpha that the quantizer's scale gives a weight, float32; dimension ``outputs`` counts the outputs.
+
+    Of a stack of experts dimension ``expert_outputs`` counts an expert's outputs. Each expert has alphas of its
+    own, a row of the result.
 
     The scale is given rows in their plain order, whatever the memory format, so that it gives the same bits. A
     learned alpha of weights that are all 0 begins as that of PyTorch's first weights does, see :data:`FIRST`.
     Raises TypeError or ValueError, with the ``name`` of the weight, if alpha does not fit.
     """
+    if expert_outputs is not None:
+        experts = enumerate(weight.detach())
+        every = [alpha_of(f"{name}[{e}]", w, expert_outputs - 1, quantizer) for e, w in experts]
+        return torch.stack([alpha.reshape(-1) for alpha in every])
     rows = weight.detach().movedim(outputs, 0).flatten(1).contiguous()
     transform = quantizer.transform
     if transform and rows.shape[1] % transform.block:
@@ -180,7 +189,7 @@ def rotated_rows(rows: Tensors, transform: Hadamard | None, backend: str | None 
 
 
 @torch.no_grad()
-def hold_alphas(modules: Sequence[QuantizedModule], names: Sequence[str] = LEARNED) -> Tensor | None:
+def hold_alphas(modules: Sequence[QuantizedWeight], names: Sequence[str] = LEARNED) -> Tensor | None:
     """Hold learned alphas that an update drove out of range at 2^-20 of their first value, and warn once.
 
     Returns how many, 0-dim int64 on their device, where nothing waits for it. Returns None if there are none,
@@ -223,7 +232,7 @@ def in_its_range(alpha: Tensor, least: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def share_at_floor(modules: Sequence[QuantizedModule]) -> float:
+def share_at_floor(modules: Sequence[QuantizedWeight]) -> float:
     """The share of alphas that lie at the least value that they may have, of those that move; NaN without any.
 
     Learned ones are held there, measured ones have a bound. An alpha that is no number counts.
@@ -240,7 +249,7 @@ def share_at_floor(modules: Sequence[QuantizedModule]) -> float:
 # ---- weights that are not the ones that alpha was made for
 
 
-def is_replaced(module: QuantizedModule, old: Tensor | None, new: object) -> bool:
+def is_replaced(module: QuantizedWeight, old: Tensor | None, new: object) -> bool:
     """Whether a module that got another weight has other values now, which its alpha was not made for.
 
     Not so with what brings its alphas along or moves values: a DTensor, a weight without values.
@@ -252,13 +261,13 @@ def is_replaced(module: QuantizedModule, old: Tensor | None, new: object) -> boo
     return old.shape != new.shape or not torch.equal(old.detach().to(new), new.detach())
 
 
-def fits(module: QuantizedModule, weight: Tensor, alpha: Tensor) -> bool:
+def fits(module: QuantizedWeight, weight: Tensor, alpha: Tensor) -> bool:
     """Whether alpha was made for the weight that is there, and for as many rows."""
     rows = alpha.numel() == 1 or alpha.shape[0] == weight.shape[module.OUTPUTS]
     return rows and not module.weight_quantizer.stale
 
 
-def check(module: QuantizedModule, name: str | None = None) -> None:
+def check(module: QuantizedWeight, name: str | None = None) -> None:
     """Raise unless alpha fits the weight.
 
     ``name`` is the weight's, for messages: by default that in the model that was quantized.
@@ -285,9 +294,9 @@ def check(module: QuantizedModule, name: str | None = None) -> None:
 
 
 @torch.no_grad()
-def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedModule]]) -> None:
+def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedWeight]]) -> None:
     """Once for all whose first alpha is far from what their scale would make of the weights that are there."""
-    far = [name for name, m in modules if _is_far(name, m)]
+    far = [name for name, m in modules if _is_far(m)]
     if far:
         more = f" and {len(far) - 1} more" if far[1:] else ""
         warnings.warn(
@@ -297,7 +306,7 @@ def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedModule]]) -> None:
         )
 
 
-def _is_far(name: str, module: QuantizedModule) -> bool:
+def _is_far(module: QuantizedWeight) -> bool:
     scale, alpha = module.quantizer.scale, module.alpha
     if (
         alpha.is_meta
@@ -315,7 +324,7 @@ def _is_far(name: str, module: QuantizedModule) -> bool:
     if not (begins and kept and first.from_weight):
         return False
     try:
-        now = alpha_of(name, module.latent, module.OUTPUTS, module.quantizer)
+        now = module.alpha_by(module.quantizer)
     except ValueError:  # weights that are not finite, say, of which a step speaks
         return False
     return float((now / alpha).log().abs().mean()) > math.log(FAR)

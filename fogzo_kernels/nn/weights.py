@@ -13,7 +13,7 @@ from ..backends.held import generations, native
 from ..functional import TensorList
 from ..ops import checks
 from ..spec.scale import LearnedScale, MeasuredScale
-from .module import QuantizedModule
+from .quantized import QuantizedWeight
 from .replaced import REPLACED, check_replaced
 from .tied import check_raw_uses
 from .view import LOCAL, WeightView
@@ -26,7 +26,7 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
     check_replaced(model.named_modules())
     weights = collected(model)
     if not weights:
-        frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+        frozen = [name for name, m in model.named_modules() if isinstance(m, QuantizedWeight)]
         got = "none: call quantize_model first"
         if frozen:
             got = (
@@ -61,10 +61,10 @@ def collected(model: nn.Module) -> list[WeightView]:
     """Returns the trainable weights of quantized modules as they are now."""
     views: dict[Tensor, WeightView] = {}
     for path, m in model.named_modules():
-        if not isinstance(m, QuantizedModule):
+        if not isinstance(m, QuantizedWeight):
             continue
-        name = f"{path}.{m.PARAMETER}".lstrip(".")
-        weight = m._parameters.get(m.PARAMETER)
+        name = m.weight_key(f"{path}.").lstrip(".")
+        weight = m.registered
         if weight is None:
             raise ValueError(
                 f"{name} must be a Parameter of its quantized module, got one that is made anew in each forward"
@@ -122,7 +122,7 @@ class Facts:
         tensors: weights and alphas of the modules.
     """
 
-    def __init__(self, modules: list[QuantizedModule], latents: list[Any], known: Facts | None) -> None:
+    def __init__(self, modules: list[QuantizedWeight], latents: list[Any], known: Facts | None) -> None:
         kinds = [m._parameters if "alpha" in m._parameters else m._buffers for m in modules]
         alphas: Any = [kind["alpha"] for kind in kinds]
         tensors = latents + alphas
@@ -147,7 +147,7 @@ FACTS: Any = Tensor.data_ptr, Tensor.is_contiguous, *map(operator.attrgetter, ("
 
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
     weight = w.parameter
-    is_there = isinstance(module, QuantizedModule) and module._parameters.get(module.PARAMETER) is weight
+    is_there = isinstance(module, QuantizedWeight) and module.registered is weight
     return is_there and weight.requires_grad and fits(module, weight, module.alpha) and module.in_rows(weight)  # type: ignore
 
 
@@ -167,13 +167,13 @@ def check_unchanged(
     """
     if any([REPLACED in m.__dict__ for m in modules]):  # noqa: C419  a generator takes twice as long
         check_replaced(model.named_modules())
-    quantized = [m for m in modules if isinstance(m, QuantizedModule)]
-    here = [m._parameters.get(m.PARAMETER) for m in quantized]
+    quantized = [m for m in modules if isinstance(m, QuantizedWeight)]
+    here = [m.registered for m in quantized]
     trainable = sum([weight is None or weight.requires_grad for weight in here])
     own = [m for w in weights for m in w.modules]
     if trainable == len(own) and set(own) <= set(quantized):
         whole = all([w.placement is LOCAL for w in weights])  # noqa: C419
-        latents = [m._parameters.get(m.PARAMETER) for m in own]
+        latents = [m.registered for m in own]
         same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
         facts = Facts(own, latents, before) if whole and same else None
         if facts is not None and facts == before:

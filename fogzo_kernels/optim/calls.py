@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..functional import TensorList
 from ..train.calls import WeightGroup
+from ..train.step import Step
 from .memory import View
 
 if TYPE_CHECKING:
@@ -41,6 +42,25 @@ class Operands(NamedTuple):
     number: int  # of the coming step, or 0 if only the device knows it
     alike: tuple[Any, ...]  # the same for parameters that one call can have
 
+    def rows(self) -> list[Operands]:
+        """Cut into rows, each seen as a matrix of one row."""
+
+        def cut(tensor: Tensor) -> tuple[Tensor, ...]:
+            return tensor.flatten(1).split(1)
+
+        latents, states = cut(self.latent), zip(*map(cut, self.states), strict=True)
+        masters = [None] * len(latents) if self.master is None else cut(self.master)
+        every = (
+            zip(latents, masters, states, strict=True)
+            if self.states
+            else ((*x, ()) for x in zip(latents, masters, strict=True))
+        )
+        seen = self.seen
+        return [
+            self._replace(latent=latent, master=master, states=[*own], seen=lambda t, i=i: cut(seen(t))[i])
+            for i, (latent, master, own) in enumerate(every)
+        ]
+
 
 class Call:
     """What one call of an op updates; parameters that are estimated stand first."""
@@ -56,11 +76,16 @@ class Call:
         self.states: list[Sequence[Tensor]] = []
         self.steps: Sequence[Tensor] = []  # their counts
 
-    def prepare(self, plain: bool) -> None:
-        """Make the lists that stay. ``plain``: no parameter has a view or a master copy."""
+    def prepare(self, plain: bool, counted: set[int]) -> None:
+        """Make the lists that stay. ``plain``: no parameter has a view or a master copy.
+
+        A count of steps that is among ``counted`` goes up in another call.
+        """
         latents = [o.latent for o in self.operands]
         states = [list(state) for state in zip(*[o.states for o in self.operands], strict=True)]
-        self.steps = TensorList([o.step for o in self.operands])
+        steps = {id(o.step): o.step for o in self.operands if id(o.step) not in counted}
+        counted.update(steps)
+        self.steps = TensorList([*steps.values()])
         if not plain:
             self.latents, self.states = latents, [*states]
             return
@@ -87,8 +112,9 @@ class Kept:
         self.order = [places[id(o.parameter)] for o in operands]
         self.grad_dtypes = [grad.dtype for call in calls for grad in call.grads]
         self.plain = all(o.latent is o.parameter and o.master is None for o in operands)
+        counted: set[int] = set()
         for call in calls:
-            call.prepare(self.plain)
+            call.prepare(self.plain, counted)
         self.addresses = [*map(Tensor.data_ptr, self.every)]
         self.of_state = [*optimizer.state.values()]
         self.state = [*chain.from_iterable(map(dict.values, self.of_state))]
@@ -134,6 +160,33 @@ class Kept:
             if call.of is not None:
                 call.weights = estimated[call.of].part(call.places)
         return True
+
+
+class Rows:
+    """Lets a fused step see estimates of weights whose rows take part by themselves, in place of gradients."""
+
+    def __init__(self, step: Step | None) -> None:
+        self._step = step
+        self.groups = [g for g in step.groups if g.by_rows] if step is not None and step.estimates else []
+        self._weights = [w for group in self.groups for w in group.weights]
+        self.gradients = [w.parameter.grad for w in self._weights]
+
+    def __enter__(self) -> Rows:
+        for w, grad in zip(self._weights, self.gradients, strict=True):
+            w.parameter.grad = None if grad is None else grad.clone()
+        return self
+
+    def estimate(self) -> None:
+        """Make the estimates."""
+        for i, group in enumerate(self.groups):
+            step, grads = self._step, [w.guide() for w in group.weights]
+            assert step is not None
+            assert step.estimate is not None
+            step.estimate_into(group, [grad for grad in grads if grad is not None], step.estimate, i == 0)
+
+    def __exit__(self, *error: object) -> None:
+        for w, grad in zip(self._weights, self.gradients, strict=True):
+            w.parameter.grad = grad
 
 
 def every_parameter(optimizer: FusedOptimizer) -> list[Tensor]:

@@ -23,7 +23,7 @@ from ..train.fogzo import Fogzo
 from ..train.guards.uncompiled import uncompiled
 from ..train.replay import capturing
 from ..train.step import Step
-from .calls import Call, Kept, Operands, Options
+from .calls import Call, Kept, Operands, Options, Rows
 from .memory import View, follow, in_memory
 from .scaling import Scaling
 
@@ -142,13 +142,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not capturing():
                     lost, unknown = bool(unknown), None
         if not lost:
-            calls = self._calls(step)  # all are prepared before the first one writes
-            scaling.unscale_(p.grad for p in self._parameters() if p.grad is not None)
-            self._calls_so_far += 1
-            for i, call in enumerate(calls):
-                self._run(call, step, i == 0, unknown)
-            assert self._kept is not None
-            self._kept.ran()
+            with Rows(step) as rows:
+                calls = self._calls(step)  # all are prepared before the first one writes
+                grads = (p.grad for p in self._parameters() if p.grad is not None)
+                scaling.unscale_([*grads, *rows.gradients])
+                rows.estimate()
+                self._calls_so_far += 1
+                for i, call in enumerate(calls):
+                    self._run(call, step, i == 0 and not rows.groups, unknown)
+                assert self._kept is not None
+                self._kept.ran()
         if step is not None:
             step.end(estimated=True)
         return loss
@@ -161,12 +164,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""
         own = set(map(id, self._parameters()))
         estimated = [w for w in step.run.weights if w.parameter.grad is not None]
-        still = [w.name for w in estimated for m in w.modules if vars(m).get("padding_idx") is not None]
-        if step.estimates and still:
-            raise RuntimeError(
-                f"params must not hold a quantized embedding with padding_idx in a fused step, got {still[0]}:"
-                " its padding row would not keep still; call fogzo.estimate_() first"
-            )
         others = sum([id(w.parameter) not in own for w in estimated])
         if others:
             raise RuntimeError(
@@ -194,45 +191,55 @@ class FusedOptimizer(torch.optim.Optimizer):
         Learned alphas come last of all: the estimates of their weights are made with them as they were. The
         calls of the last step serve again while their tensors stay as they are.
         """
-        estimated = step.groups if step is not None and step.estimates else []
+        estimated = [g for g in step.groups if not g.by_rows] if step is not None and step.estimates else []
         options = [self._options(group) for group in self.param_groups]
         if self._kept is None or not self._kept.again(self, estimated, options):
-            self._kept = Kept(self, list(self._made(estimated, options)), estimated, options)
+            self._kept = Kept(self, list(self._made(step, estimated, options)), estimated, options)
         return self._kept.calls
 
-    def _made(self, estimated: list[WeightGroup], options: list[Options]) -> Iterator[Call]:
+    def _made(self, step: Step | None, estimated: list[WeightGroup], options: list[Options]) -> Iterator[Call]:
+        every = step.run.weights if step is not None else []
+        stacks = {id(w.parameter): w for w in every if w.expert_count > 1}
+        idle = {id(w.modules[0].alpha): step.idle(w) for w in stacks.values()} if step is not None else {}
         weights = [(k, i, w) for k, group in enumerate(estimated) for i, w in enumerate(group.weights)]
-        places = {id(w.parameter): (k, i) for k, i, w in weights}
-        alphas = {id(m.alpha) for *_, w in weights for m in w.modules}
+        places = {(id(w.parameter), w.row): (k, i) for k, i, w in weights}
+        views = {id(w.parameter): w.whole.rows for *_, w in weights}
+        alphas = {id(m.alpha) for w in every for m in w.modules}
         last: dict[tuple[Any, ...], Call] = {}
         for number, group in enumerate(self.param_groups):
             own = options[number]
             calls: dict[tuple[Any, ...], Call] = {}
             first: dict[tuple[Any, ...], Call] = {}  # estimated weights, which others that are alike join
-            others: list[tuple[Tensor, Operands]] = []
+            others: list[Operands] = []
             for p in group["params"]:
                 if p.grad is None:
                     if id(p) in self._joined:  # its number of steps falls behind
                         self._joined[id(p)] += 1
                     continue
-                k, i = places.get(id(p), (None, 0))
-                view = in_memory(p) if k is None else estimated[k].weights[i].rows
-                operands = self._prepare(p, group, own.states, view)
-                if k is None:
-                    others.append((p, operands))
-                    continue
-                key = *operands.alike, k
-                if key not in calls:
-                    calls[key] = Call(number, own, operands.number)
-                call = calls[key]
-                first.setdefault(operands.alike, call)
-                call.add(operands)
-                call.places.append(i)
+                view = views.get(id(p))
+                operands = self._prepare(p, group, own.states, in_memory(p) if view is None else view)
+                cut = [operands]
+                if id(p) in stacks and view is not None:
+                    cut = operands.rows()
+                elif any(idle.get(id(p), ())):  # scales of experts that take no part keep still
+                    cut = [row for row, rests in zip(operands.rows(), idle[id(p)], strict=True) if not rests]
+                for row, one in enumerate(cut):
+                    k, i = places.get((id(p), row), (None, 0))
+                    if k is None:
+                        others.append(one)
+                        continue
+                    key = *one.alike, k
+                    if key not in calls:
+                        calls[key] = Call(number, own, one.number)
+                    call = calls[key]
+                    first.setdefault(one.alike, call)
+                    call.add(one)
+                    call.places.append(i)
             for (*_, k), call in calls.items():
                 call.of, call.weights = k, estimated[k].part(call.places)
-            for p, operands in others:
+            for operands in others:
                 # with estimated ones of their group, if any, in one call; else with all that is updated alike
-                joint = None if id(p) in alphas else first.get(operands.alike)
+                joint = None if id(operands.parameter) in alphas else first.get(operands.alike)
                 if joint is None:
                     key = *operands.alike, *own.key
                     joint = last.setdefault(key, Call(number, own, operands.number))
@@ -297,9 +304,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run(self, call: Call, step: Step | None, first: bool, unknown: Tensor | None) -> None:
         """Run the op. ``first``: whether it counts what the calls of a step have in common."""
         operands, options, group = call.operands, call.options, call.weights
-        device, steps = operands[0].latent.device, [o.step for o in operands]
-        if not call.number:  # the op reads the coming number on the device
-            torch._foreach_add_(steps, 1 if unknown is None else (~unknown).long().to(device))
+        device = operands[0].latent.device
+        if not call.number and len(call.steps):  # the op reads the coming number on the device
+            torch._foreach_add_([*call.steps], 1 if unknown is None else (~unknown).long().to(device))
         states: list[Any] = [*call.states]
         states += [None] * (len(self._state_names()) - len(states))  # a momentum of 0 has no buffer
         grads: Any = call.grads
@@ -311,7 +318,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         tensors = call.latents, grads, *states
         how: dict[str, Any] = {
             "lr": options.lr,
-            "optimizer_step": call.number or steps[0],
+            "optimizer_step": call.number or operands[0].step,
             "masters": None if operands[0].master is None else [o.master for o in operands],
             "backend": self.backend,
             **options.hyperparameters,
@@ -333,7 +340,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not isinstance(call.latents, TensorList):
                     options_of_step |= {"tensor_ids": group.tensor_ids, "layouts": group.layouts}
                 op(*tensors, plus, minus, group.alphas, n, counters=counters, **options_of_step)
-        if call.number:
+        if call.number and len(call.steps):
             add_one(call.steps)
 
     # ---- state

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.module import QuantizedModule
+from ..nn.quantized import QuantizedWeight
 from ..ops import checks
 
 
@@ -20,7 +20,7 @@ def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
         TypeError: ``model`` is not a module.
     """
     checks.instance("model", model, nn.Module)
-    modules = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    modules = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
     scales = [t for m in modules for t in (m.alpha, getattr(m, "input_alpha", None))]
     return {t for t in scales if isinstance(t, nn.Parameter)}
 

@@ -23,14 +23,14 @@ from ..functional import (
     quantize_,
     straight_through_backward_,
 )
-from ..nn.module import QuantizedModule
-from ..nn.view import LOCAL, DeferredLists, PassWeight, WeightView, check_alpha, use_probe
+from ..nn.quantized import QuantizedWeight
+from ..nn.view import LOCAL, DeferredLists, PassWeight, WeightView, check_alpha, each, use_probe
 from ..nn.weight import hold_alphas, measure_
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 
 T = TypeVar("T")
-DTYPE = operator.attrgetter("dtype")
+DTYPE, ALPHA, LATENT = map(operator.attrgetter, ("dtype", "alpha", "latent"))
 AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
 
 
@@ -44,6 +44,7 @@ class WeightGroup:
         learned: for each weight, whether its alpha learns.
         factors: for each weight, what LSQ multiplies the gradient of its alpha by, if that learns.
         codes: for each weight, whether its probes are written as codes.
+        by_rows: whether rows without a gradient take no part.
         grads: rows of ``.grad``, once a gradient pass has left them.
         noise_factors: t of each weight in the step, as ops take it; None where all are 1.
     """
@@ -53,7 +54,7 @@ class WeightGroup:
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
         self.how: dict[str, Any] = weights[0].quantizer.options | {"backend": backend}
-        for w in weights:
+        for w in dict.fromkeys(w.whole for w in weights):
             check_alpha(w.modules[0], w.modules[0].alpha)
             w.rotated = self.how["transform"] is not None
         self.tensor_ids = [w.tensor_id for w in weights]
@@ -63,10 +64,11 @@ class WeightGroup:
         learn = [w.modules[0] if learned else None for w, learned in zip(weights, self.learned, strict=True)]
         self.factors = [1.0 if module is None else module.alpha_factor for module in learn]
         self.codes = [w.takes_codes for w in weights]
+        self.by_rows = weights[0].by_rows
         # where rows are views, they are taken anew at each call, as ``parameter.data`` may be replaced
         self.prepared = layouts == [] and all(w.latent is w.parameter for w in weights)
-        self.alphas = self._list([w.alpha for w in weights])
-        self.memory = self._list([w.memory() for w in weights])
+        self.alphas = self._list(each(weights, ALPHA))
+        self.memory = self._list(each(weights, WeightView.memory))
         self.grads: Sequence[Tensor] = []
         self.noise_factors: Tensor | None = None
         self._latents = self._list([w.parameter for w in weights]) if self.prepared else None
@@ -78,7 +80,7 @@ class WeightGroup:
     @property
     def latents(self) -> Sequence[Tensor]:
         """Rows of the parameters."""
-        return [w.latent for w in self.weights] if self._latents is None else self._latents
+        return each(self.weights, LATENT) if self._latents is None else self._latents
 
     @property
     def names(self) -> dict[str, Any]:
@@ -121,9 +123,31 @@ class WeightGroup:
         for dtype, group in self.split([None if grad is None else grad.dtype for grad in grads]):
             if dtype is not None:
                 group = copy.copy(group)
-                group.grads = group._list([w.guide() for w in group.weights])  # type: ignore[misc]
+                group.grads = group._list(each(group.weights, WeightView.guide))  # type: ignore[arg-type]
                 groups.append(group)
         return groups
+
+    def second_memory(self, out: Sequence[Tensor]) -> tuple[list[Tensor], dict[WeightView, Tensor]]:
+        """Return new memory like ``out``, of the weights and of their whole parameters.
+
+        That of experts that are not in this group holds Q.
+        """
+        if all(w.stack is None for w in self.weights):
+            new = [torch.empty_like(rows) for rows in out]
+            return new, dict(zip(self.weights, new, strict=True))
+        counts: dict[WeightView, int] = {}
+        for w in self.weights:
+            counts[w.whole] = counts.get(w.whole, 0) + 1
+        new_of = {}
+        for w, count in counts.items():
+            now = w.memory()  # an expert is whole where processes send codes, and values else
+            new_of[w] = torch.empty_like(now) if count == len(now) or w.expert_count == 1 else now.clone()
+        return each(self.weights, new_of.__getitem__), new_of
+
+    @property
+    def reached(self) -> list[Tensor]:
+        """For each weight, as a column of bool: which rows have a gradient that is not all 0."""
+        return [(grad != 0).any(1, keepdim=True) for grad in self.grads]
 
     def quantize(self) -> None:
         """Write Q(parameter) into the memory, for one pass, as a write to ``.data`` shows in no version."""
@@ -135,7 +159,7 @@ def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGr
     """Return the weights by quantizer and dtype. Each weight has alphas of its own, whatever its scale."""
     kinds: dict[tuple[Any, ...], list[WeightView]] = {}
     for w in weights:
-        kinds.setdefault((*w.quantizer.options.values(), w.parameter.dtype), []).append(w)
+        kinds.setdefault((*w.quantizer.options.values(), w.parameter.dtype, w.by_rows), []).append(w)
     return [WeightGroup(members, backend) for members in kinds.values()]
 
 
@@ -144,23 +168,27 @@ class Prepared:
 
     Attributes:
         facts: of the weights now (:class:`fogzo_kernels.nn.weights.Facts`), as a step has them at its start.
-        groups: the weights by calls of ops.
+        wholes: the parameters by calls of ops.
+        groups: the weights by calls of ops. Each expert of a stack is one.
         measured, learned: modules whose alphas each step measures, and holds in their range.
     """
 
-    def __init__(self, weights: Sequence[WeightView], backend: str | None) -> None:
-        self.weights, self.backend = weights, backend
+    def __init__(
+        self, weights: Sequence[WeightView], pieces: Sequence[WeightView], backend: str | None
+    ) -> None:
+        self.weights, self.pieces, self.backend = weights, pieces, backend
         self.facts: Any = None
         self._facts_of_groups: Any = None
         self._alone = True  # whether no other process may wait for gradients
+        self.wholes: list[WeightGroup] = []
         self.groups: list[WeightGroup] = []
         self.measured: list[WeightView] = []
-        self.learned: list[QuantizedModule] = []
+        self.learned: list[QuantizedWeight] = []
         self._ready: list[tuple[dict[str, Any], PassWeight]] = []
         self._others: list[tuple[WeightView, Tensor]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Prepared, (self.weights, self.backend)
+        return Prepared, (self.weights, self.pieces, self.backend)
 
     def update(self) -> None:
         """Make all of it anew if something has moved."""
@@ -168,12 +196,14 @@ class Prepared:
         if self.facts is not None and self.facts == self._facts_of_groups and alone == self._alone:
             return
         self._facts_of_groups, self._alone = None, alone
-        self.groups = grouped(self.weights, self.backend)
+        self.groups = self.wholes = grouped(self.weights, self.backend)
+        if any(w.stack is not None for w in self.pieces):
+            self.groups = grouped(self.pieces, self.backend)
         modules = [m for w in self.weights for m in w.modules]
         self.measured = [w for w in self.weights if isinstance(w.quantizer.scale, MeasuredScale)]
         self.learned = [m for m in modules if m.quantizer.learned or m.input_quantizer is not None]
         self._ready, self._others = [], []
-        for group in self.groups:
+        for group in self.wholes:
             joint = [alone and w.placement is LOCAL and w.unwatched for w in group.weights]
             for is_joint, part in group.split(joint):
                 if not is_joint:
@@ -218,7 +248,7 @@ class Prepared:
 
 def run_quantized(prepared: Prepared) -> None:
     """Let modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
-    for group in prepared.groups:
+    for group in prepared.wholes:
         group.quantize()
         use_probe(group.weights, group.memory)
 
@@ -251,16 +281,18 @@ class Guide:
     Args:
         per_tensor: whether noise is per tensor.
         places: the place of each weight among all.
+        count: how many weights all processes have.
         sum_of: adds, in place, the sums of processes that have rows; None where weights are whole.
     """
 
     def __init__(
-        self, per_tensor: bool, places: dict[WeightView, int], sum_of: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        self.per_tensor, self.places, self.sum_of = per_tensor, places, sum_of
+        self, per_tensor: bool, places: dict[WeightView, int], count: int,
+        sum_of: Callable[[Tensor], Tensor] | None,
+    ) -> None:  # fmt: skip
+        self.per_tensor, self.places, self.count, self.sum_of = per_tensor, places, count, sum_of
         self._kept: tuple[list[WeightView], torch.device, Tensor, Tensor] | None = None
 
-    def norm(self, groups: Sequence[WeightGroup]) -> Tensor:
+    def norm(self, groups: Sequence[WeightGroup], device: torch.device) -> Tensor:
         """Return N, and give the groups their factors."""
         if not self.per_tensor and self.sum_of is None and len(groups) == 1:
             (g,) = groups
@@ -270,31 +302,45 @@ class Guide:
             for g in groups
         ]
         if not self.per_tensor:
-            squares = torch.stack(parts).sum()
+            squares = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=device)
             return (squares if self.sum_of is None else self.sum_of(squares)).sqrt().float()
-        weights = [w for group in groups for w in group.weights]
-        sumsqs = parts[0] if len(parts) == 1 else torch.cat(parts)
-        numels, slots = self._numbers(weights, sumsqs.device)
-        if self.sum_of is not None:  # a process may have no row of a weight, and no gradient of it
-            every = sumsqs.new_zeros(len(self.places))
-            every[slots] = sumsqs
-            sumsqs = self.sum_of(every)[slots]
-        factors = noise_factors(sumsqs, numels)
+        sumsqs = (
+            parts[0]
+            if len(parts) == 1
+            else torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *parts])
+        )
+        numels, slots = self._numbers(groups, device)
+        if self.sum_of is None:
+            factors = noise_factors(sumsqs, numels)
+        else:  # a process has some rows of a weight, and some experts of a stack
+            both = sumsqs.new_zeros(2, self.count)
+            both[0, slots], both[1, slots] = sumsqs, numels.to(both.dtype)
+            sumsqs, every = self.sum_of(both)
+            factors = noise_factors(sumsqs, every.long())[slots]
         for group, own in zip(groups, factors.split([len(g.weights) for g in groups]), strict=True):
             group.noise_factors = own
         return sumsqs.sum().sqrt().float()
 
-    def _numbers(self, weights: list[WeightView], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the numbers of elements of whole weights, and their places. Both stay on the device."""
+    def _numbers(self, groups: Sequence[WeightGroup], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return how many elements this process has of each weight that get noise, and the places of weights."""
+        weights = [w for group in groups for w in group.weights]
         if self._kept is None or self._kept[:2] != (weights, device):
 
             def on_device(numbers: Iterable[int]) -> Tensor:
                 # filled there, as a CUDA graph's capture takes no copy from the host
-                return torch.stack([torch.full((), n, dtype=torch.int64, device=device) for n in numbers])
+                filled = [torch.full((), n, dtype=torch.int64, device=device) for n in numbers]
+                return torch.stack(filled) if filled else torch.zeros(0, dtype=torch.int64, device=device)
 
-            numels = on_device(w.parameter.numel() for w in weights)
+            numels = on_device(grad.numel() for group in groups for grad in group.grads)
             self._kept = weights, device, numels, on_device(self.places[w] for w in weights)
-        return self._kept[2:]
+        numels, slots = self._kept[2:]
+        if any(group.by_rows for group in groups):
+            own: list[Tensor] = []
+            for group, known in zip(groups, numels.split([len(g.weights) for g in groups]), strict=True):
+                sizes = zip(group.reached, group.grads, strict=True) if group.by_rows else ()
+                own += [rows.sum() * grad.shape[1] for rows, grad in sizes] or known.unbind()
+            numels = torch.stack(own)
+        return numels, slots
 
 
 def add_to_gradients(alphas: AlphaGradients, taking: Collection[WeightView] | None = None) -> None:
@@ -302,7 +348,7 @@ def add_to_gradients(alphas: AlphaGradients, taking: Collection[WeightView] | No
     present, added = [], []
     for w, grad in alphas:
         alpha = w.modules[0].alpha
-        if taking is not None and w not in taking:
+        if taking is not None and w not in taking:  # of a stack: none of its experts
             continue
         if alpha.grad is None:
             alpha.grad = grad

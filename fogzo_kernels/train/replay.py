@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.module import QuantizedModule
+from ..nn.quantized import QuantizedWeight
 
 
 def capturing() -> bool:
@@ -111,7 +111,7 @@ class ReplayState:
             devices = set()
         saved = []
         for module in [m for m in modules if m._buffers]:
-            read_only = QuantizedModule.ADDED if isinstance(module, QuantizedModule) else ()
+            read_only = QuantizedWeight.ADDED if isinstance(module, QuantizedWeight) else ()
             for name, b in module._buffers.items():
                 if name not in read_only and b is not None:
                     saved.append((module, name, b, b.clone()))

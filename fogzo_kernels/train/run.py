@@ -71,7 +71,9 @@ class Run:
     gradients: Gradients = field(init=False)
     stats: Stats = field(init=False)
     prepared: Prepared = field(init=False)
-    places: dict[WeightView, int] = field(init=False)
+    pieces: list[WeightView] = field(init=False)  # the weights, each expert of a stack for itself
+    places: dict[WeightView, int] = field(init=False)  # of the pieces that this process has, among all
+    count: int = field(init=False)  # of all pieces
     guide: Guide = field(init=False)
     unmoved_alphas: UnmovedAlphas = field(default_factory=UnmovedAlphas)
     step: Any = None  # the Step that has begun, until it ends
@@ -83,10 +85,15 @@ class Run:
     def __post_init__(self) -> None:
         self.gradients = Gradients([w.parameter for w in self.weights])
         self.stats = Stats(self.settings, self.weights)
-        self.prepared = Prepared(self.weights, self.backend)
-        self.places = {w: i for i, w in enumerate(self.weights)}
+        self.pieces, self.places, self.count = [], {}, 0
+        for w in self.weights:
+            own = w.pieces()
+            self.pieces += own
+            self.places |= {piece: self.count + piece.tensor_id - w.tensor_id for piece in own}
+            self.count += w.expert_count
+        self.prepared = Prepared(self.weights, self.pieces, self.backend)
         sum_of = self.peers.sum if self.peers.sharded else None
-        self.guide = Guide(self.settings.noise_per == "tensor", self.places, sum_of)
+        self.guide = Guide(self.settings.noise_per == "tensor", self.places, self.count, sum_of)
 
     def next_noise(self) -> dict[str, Any]:
         """Return which noise the coming step draws, and how much of it, as the ops take it."""

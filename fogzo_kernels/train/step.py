@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView, release, use_probe
+from ..nn.view import WeightView, each, release, use_probe
 from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
@@ -40,6 +40,9 @@ class Step:
         self.lost = False  # whether the loss or a gradient is not finite, so that nothing is to change
         self.unknown: Tensor | None = None  # the same as 0-dim bool, where only the device knows
         self.groups: list[WeightGroup] = []  # after the gradient pass: the weights that take part, by calls
+        self.wholes: list[WeightGroup] = []  # their parameters: one for all experts of a stack
+        self.takes_part = False  # whether a weight of any process takes part
+        self._part: list[int] = []  # for each place of a weight, whether it does; empty where nobody looked
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
         self._minus: tuple[list[WeightView], list[Tensor]] = [], []  # what the next pass runs with
@@ -79,8 +82,8 @@ class Step:
                 clamped = prepared.set_alphas()
                 if clamped is not None:
                     run.counters[2] += clamped
-                self.groups = prepared.groups
-                for group in self.groups:
+                self.groups, self.wholes = prepared.groups, prepared.wholes
+                for group in self.wholes:
                     group.quantize()
                 prepared.use_quantized()
             else:
@@ -154,7 +157,7 @@ class Step:
         self.passes[0].losses = 1
         try:
             self.run.prepared.update()
-            self.groups = self.run.prepared.groups
+            self.groups, self.wholes = self.run.prepared.groups, self.run.prepared.wholes
             self._take_gradients()
             self._losses.fill_(math.nan)  # a loop keeps its losses to itself
         except BaseException:
@@ -174,26 +177,27 @@ class Step:
         Returns, on the device: for each weight of the groups whether its gradient is not all 0; whether all
         elements are finite. And the gradients of learned alphas.
         """
-        self.groups = [part for group in self.groups for part in group.with_gradients()]
+        alike = self.groups is self.wholes
+        self.wholes = [part for group in self.wholes for part in group.with_gradients()]
+        self.groups = self.wholes
+        if not alike:
+            self.groups = [part for group in self.run.prepared.groups for part in group.with_gradients()]
         nonzero, finite = look(self._guides, self._losses.device)
-        alphas = calls.finish_gradients(self.groups, in_pass=not self.taken_over)
+        alphas = calls.finish_gradients(self.wholes, in_pass=not self.taken_over)
         if failed:
-            calls.add_to_gradients(alphas, self._named(nonzero.tolist()))
+            members = [w for group in self.groups for w in group.weights]
+            used = {w.whole for w, flag in zip(members, nonzero.tolist(), strict=True) if flag}
+            calls.add_to_gradients(alphas, used)
         self.run.peers.reduce_inputs()
         return nonzero, finite, alphas
 
-    def _named(self, flags: Sequence[bool]) -> set[WeightView]:
-        """Return the weights of the groups whose flag is set."""
-        members = [w for group in self.groups for w in group.weights]
-        return {w for w, flag in zip(members, flags, strict=True) if flag}
-
     def _flags(self, nonzero: Tensor) -> Tensor:
-        """Return a flag for each weight of the run; it is not set where a gradient is absent."""
-        places = self.run.places
+        """Return a flag for each weight of all processes; it is not set where a gradient is absent."""
+        places, count = self.run.places, self.run.count
         slots = [places[w] for group in self.groups for w in group.weights]
-        if slots == list(range(len(places))):
+        if slots == list(range(count)):
             return nonzero
-        flags = nonzero.new_zeros(len(places))
+        flags = nonzero.new_zeros(count)
         flags[torch.tensor(slots, dtype=torch.int64).to(flags.device, non_blocking=True)] = nonzero
         return flags
 
@@ -212,7 +216,7 @@ class Step:
                 " that the loss depends on?"
             )
         if self.pairs:
-            self._norm = run.guide.norm(self.groups)
+            self._norm = run.guide.norm(self.groups, loss.device)
             finite &= self._norm.isfinite()
         own = set(map(id, run.gradients.parameters))
         others = [p.grad for p in self.parameters if id(p) not in own and p.grad is not None]
@@ -221,6 +225,7 @@ class Step:
             flag = (~finite).int()
             run.peers.agree(flag)
             calls.add_to_gradients(alphas)
+            self.takes_part = bool(self.groups)
             run.gradients.edited = None
             self._lose_on_device(flag.bool())
         else:
@@ -230,13 +235,15 @@ class Step:
             flags = torch.cat([self._flags(nonzero), rest]).int()
             run.peers.agree(flags)
             *part, lost, was_edited = flags.tolist()
+            self.takes_part, self._part = any(part), part
             taking = set(run.weights)
             if not all(part):
-                taking = {w for w, takes in zip(run.weights, part, strict=True) if takes}
+                pieces = {w for w, place in run.places.items() if part[place]}
+                taking = {w.whole for w in pieces}
             calls.add_to_gradients(alphas, () if lost else taking)
             run.gradients.raise_if_edited(bool(was_edited))
-            if len(taking) < len(run.weights):
-                places = [[i for i, w in enumerate(group.weights) if w in taking] for group in self.groups]
+            if not all(part):
+                places = [[i for i, w in enumerate(group.weights) if w in pieces] for group in self.groups]
                 self.groups = [g.part(kept) for g, kept in zip(self.groups, places, strict=True) if kept]
             run.found_inf.fill_(0)
             if lost:
@@ -249,6 +256,12 @@ class Step:
     def _guides(self) -> Sequence[Tensor]:
         groups = self.groups
         return groups[0].grads if len(groups) == 1 else [grad for group in groups for grad in group.grads]
+
+    def idle(self, stack: WeightView) -> list[bool]:
+        """Return for each expert of a stack whether it takes no part, on all processes alike."""
+        run = self.run
+        first = sum(w.expert_count for w in run.weights[: run.weights.index(stack)])
+        return [not part for part in self._part[first : first + stack.expert_count]]
 
     def lose(self) -> None:
         """Nothing is to change: buffers are as before, gradients are left out, and no probe follows.
@@ -306,19 +319,19 @@ class Step:
         if probe.sign < 0:
             second, self._minus = self._minus, ([], [])
             return second
-        taking = {w for group in self.groups for w in group.weights}
+        taking = {w.whole for group in self.groups for w in group.weights}
         views = [w for w in self.run.weights if w not in taking and w.placement.is_whole]
         plus = [w.memory() for w in views]
         minus = [*plus]
         for group in self.groups:
             for codes, part in group.split(group.codes):
-                out = [w.code_memory() for w in part.weights] if codes else part.memory
-                other = [torch.empty_like(rows) for rows in out]
+                out = each(part.weights, WeightView.code_memory) if codes else part.memory
+                other, new = part.second_memory(out)
                 rows, options = (part.latents, part.grads, part.alphas), self.options(part)
                 perturb_quantize_(out, other, *rows, self._norm, direction=probe.direction, **options)
-                views += part.weights
-                plus += out
-                minus += other
+                views += new
+                plus += [w.code_memory() if codes else w.memory() for w in new]
+                minus += new.values()
         self._minus = views, minus
         return views, plus
 
@@ -341,10 +354,9 @@ class Step:
         if run.gradients.edited is not None:
             self.unknown = run.gradients.edited
         norm = self._norm
-        if (
-            self.estimates and self.groups and not self.pairs
-        ):  # guided noise is in proportion to the gradients as they are now
-            norm = run.guide.norm(self.groups)
+        if self.estimates and self.takes_part and not self.pairs:
+            # guided noise is in proportion to the gradients as they are now
+            norm = run.guide.norm(self.groups, losses.device)
         if norm is not None and self.unknown is not None:
             norm = norm.masked_fill(self.unknown, math.nan)
         if scale is not None:
@@ -382,14 +394,23 @@ class Step:
         """Replace the ``.grad`` of the weights that take part by the estimate; it stays without probes."""
         if estimate.norm is None:
             return
-        sides = estimate.losses_plus, estimate.losses_minus
         for i, group in enumerate(self.groups):
-            alphas, options = group.alphas, self.options(group)
-            with self.run.counting(first=i == 0) as counters:
-                estimate_gradient_(group.grads, *sides, alphas, estimate.norm, counters=counters, **options)
-            for w, grad in zip(group.weights, group.grads, strict=True):
-                if w.still_row is not None:
-                    grad[w.still_row] = 0
+            self.estimate_into(group, group.grads, estimate, first=i == 0)
+
+    def estimate_into(
+        self, group: WeightGroup, grads: Sequence[Tensor], estimate: Estimate, first: bool
+    ) -> None:
+        """Replace gradients of a group's weights by the estimate. Rows that have none keep none, if by rows.
+
+        ``first``: whether the call counts what the calls of a step have in common.
+        """
+        assert estimate.norm is not None
+        sides, reached = (estimate.losses_plus, estimate.losses_minus), group.reached if group.by_rows else ()
+        with self.run.counting(first) as counters:
+            how = self.options(group)
+            estimate_gradient_(grads, *sides, group.alphas, estimate.norm, counters=counters, **how)
+        for rows, grad in zip(reached, grads, strict=False):
+            grad.masked_fill_(~rows, 0)
 
     def end(self, estimated: bool = False) -> None:
         """End the step. The next step has the next number if the estimate was made, unless it is lost."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn.module import QuantizedModule
+from ...nn.quantized import QuantizedWeight
 
 DEPTH, WIDTH = 4, 64  # how far and how wide it looks into what a closure holds
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -35,7 +35,7 @@ PACKAGES = (
     os.path.join(Path(__file__).parents[2], ""),
 )
 #: Attributes that every module or every quantized module has.
-OF_MODULES = {*vars(nn.Module()), *QuantizedModule.ADDED}
+OF_MODULES = {*vars(nn.Module()), *QuantizedWeight.ADDED}
 BUFFERS, ATTRIBUTE = "the buffers of", "the attribute"
 
 NOT_REPLAYED = (

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ...nn.module import QuantizedModule
+from ...nn.quantized import QuantizedWeight
 from ...nn.view import WeightView, local
 
 Versions = list[tuple[Tensor, int]]
@@ -36,7 +36,7 @@ class UnmovedAlphas:
             if left:
                 _warn([name for name, p in model.named_parameters() if id(p) in left])
             return
-        quantized = [m for m in modules if isinstance(m, QuantizedModule)]
+        quantized = [m for m in modules if isinstance(m, QuantizedWeight)]
         alphas = [alpha for m in quantized for alpha, _ in m.learned_alphas(("alpha", "input_alpha"))]
         self._due = bool(alphas)
         self._weights = [(w.parameter, local(w.parameter)._version) for w in weights]

@@ -1,0 +1,122 @@
+"""Dims: what the dimensions of a parameter count; which parameters of which modules are weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+LETTERS = "e: experts, each a weight of its own; o: outputs; i: inputs"
+
+
+class Dims(NamedTuple):
+    """What each dimension of a parameter counts, a letter each: e, experts; o, outputs; i, inputs."""
+
+    letters: str
+
+    @property
+    def is_stack(self) -> bool:
+        return self.letters.startswith("e")
+
+    @property
+    def rows(self) -> int:
+        """The dimension that counts the rows of the matrix that is quantized."""
+        return 0 if self.is_stack else self.letters.index("o")
+
+    @property
+    def expert_outputs(self) -> int | None:
+        """The dimension that counts an expert's outputs; None where there are no experts."""
+        return self.letters.index("o") if self.is_stack else None
+
+    def __str__(self) -> str:
+        return repr(self.letters)
+
+
+#: Of classes, the parameters that their forwards multiply with.
+DECLARED: dict[type[nn.Module], dict[str, Dims]] = {}
+
+
+def declare_weights(kind: type[nn.Module], **dims: str) -> None:
+    """Say which parameters of a class of modules are weights, so that :func:`quantize_model` quantizes them.
+
+    The class's forward reads each parameter as an attribute, ``self.name``, as often as it likes, and gets Q of
+    it. It writes nothing into it. Linear layers, convolutions, embeddings, recurrent layers, attention and the
+    experts of ``transformers`` need no declaration.
+
+    Args:
+        kind: the class. Subclasses have the same weights.
+        dims: for each parameter what its dimensions count, a letter each. "e" counts experts and stands first:
+            each expert is a weight of its own, with its own scale and noise. "o" counts outputs, once. "i"
+            counts inputs. "oi" is the weight of a linear layer, "eoi" a stack of such weights, "eio" a stack
+            that lies transposed.
+
+    Raises:
+        TypeError, ValueError: ``kind`` is no class of modules, or letters are not as above.
+
+    Example:
+        >>> import torch, fogzo_kernels as fk
+        >>> class Experts(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up = torch.nn.Parameter(torch.randn(4, 16, 8))
+        ...     def forward(self, x):
+        ...         return torch.einsum("eoi,ebi->ebo", self.up, x)
+        >>> fk.declare_weights(Experts, up="eoi")
+        >>> report = fk.quantize_model(Experts(), fk.presets.lsq(2))
+        >>> report.share
+        1.0
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind must be a class of modules, got {kind!r}")
+    DECLARED[kind] = {name: checked(name, letters) for name, letters in dims.items()}
+
+
+def checked(name: str, letters: str) -> Dims:
+    """Dims of these letters; raises if they are wrong."""
+    if not isinstance(letters, str):
+        raise TypeError(f"{name} must be a string of letters ({LETTERS}), got {type(letters).__name__}")
+    rest = letters.removeprefix("e")
+    if set(rest) - set("oi") or rest.count("o") != 1 or len(rest) < 2 or (rest != letters and len(rest) != 2):
+        raise ValueError(f"{name} must be letters such as 'oi', 'eoi' or 'eio' ({LETTERS}), got {letters!r}")
+    return Dims(letters)
+
+
+def usual(ndim: int) -> Dims:
+    """Dims of a parameter that nothing is known of: a matrix, a stack of matrices, or outputs first."""
+    return Dims("eoi" if ndim == 3 else "o" + "i" * (ndim - 1))
+
+
+def read_by(module: nn.Module) -> list[str]:
+    """The children whose weights a module reads without running them: they are a part of it."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ["out_proj"]
+    return ["parametrizations"] if parametrize.is_parametrized(module) else []
+
+
+def weights_in(module: nn.Module) -> dict[str, Dims]:
+    """The parameters that a module's forward multiplies with, of itself and of children that it reads.
+
+    Empty for modules that nothing is known of. Names of children's parameters have a dot.
+    """
+    kind = next((k for k in type(module).__mro__ if k in DECLARED), None)
+    own = module._parameters
+    if kind is not None:
+        declared = DECLARED[kind]
+        for name, dims in declared.items():
+            p = own.get(name)
+            if p is not None and p.ndim != len(dims.letters):
+                raise ValueError(
+                    f"{kind.__name__}.{name} must have the {len(dims.letters)} dimensions that declare_weights"
+                    f" gave it, {dims}, got shape {tuple(p.shape)}"
+                )
+        return {name: dims for name, dims in declared.items() if own.get(name) is not None}
+    if isinstance(module, nn.MultiheadAttention):
+        names = [name for name in own if name.endswith("proj_weight") and own[name] is not None]
+        return dict.fromkeys([*names, "out_proj.weight"], Dims("oi"))
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return {name: Dims("oi") for name, p in own.items() if p is not None and p.ndim == 2}
+    if isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "_apply_gate"):
+        stack = Dims("eio" if module.is_transposed else "eoi")  # experts of transformers
+        return {name: stack for name, p in own.items() if p is not None and p.ndim == 3}
+    return {}
