@@ -112,6 +112,8 @@ NAMED: dict[str, dict[str, Any]] = {
 def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
     """The class that a module of this type becomes; None if it has none with one weight."""
     kind = type(module)
+    if isinstance(module, QuantizedWeight):
+        return None
     options = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
     if options is not None:
         return quantized_class(kind, **options)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .dims import weights_in
 from .module import QuantizedModule
 from .quantized import QuantizedWeight
 from .registry import quantized_form
@@ -52,7 +53,8 @@ def holds_quantized(module: nn.Module) -> bool:
 
 def is_left_plain(module: nn.Module) -> bool:
     """Whether it holds what could be quantized, and nothing that is."""
-    return not holds_quantized(module) and any(map(quantized_form, module.modules()))
+    could_be = (quantized_form(m) or weights_in(m) for m in module.modules())
+    return not holds_quantized(module) and any(could_be)
 
 
 # ---- modules that were replaced
