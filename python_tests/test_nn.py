@@ -1,7 +1,8 @@
-"""Quantizers, and quantized modules: names, checkpoints, dtypes, tied weights, gradients."""
+"""Quantizers, and quantized modules: shapes of alphas, checkpoints, dtypes, tied weights, gradients."""
 
 import copy
 import io
+import json
 import pickle
 import re
 from functools import partial
@@ -117,14 +118,28 @@ def test_copies_keep_ties_and_tensor_ids():
     assert torch.equal(twin(x), model(x))
 
 
-def test_subclasses_and_skipped_modules_stay():
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_skipped_modules_stay_and_subclasses_keep_their_forward():
+    """Attention reads the weight of its projection without running that module: a child of it quantizes it."""
     model = nn.ModuleDict({
         "attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 4), "body": nn.Linear(4, 4),
+        "own": Doubled(4, 4),
     })  # fmt: skip
     fk.quantize_model(model, quantizer(0.3), skip=["he*"])
     assert type(model["head"]) is nn.Linear
-    assert type(model["attention"].out_proj) is not fk.QuantLinear
     assert type(model["body"]) is fk.QuantLinear
+    own, x = model["own"], torch.randn(3, 4)
+    assert isinstance(own, Doubled)
+    assert not torch.equal(own.effective_weight(), own.weight)
+    assert torch.equal(own(x), 2 * nn.functional.linear(x, own.effective_weight(), own.bias))
+    projection = model["attention"].out_proj
+    assert isinstance(projection, nn.Linear)
+    assert not isinstance(projection, fk.QuantLinear)
+    assert projection.weight_quantizer.latent is projection.weight
 
 
 def test_one_name_is_a_pattern_of_skip():
@@ -172,6 +187,73 @@ def test_quantizers_are_values():
     assert quantizers[0].scale != 0.5
     assert quantizers[0].epsilon == STE.epsilon(GRID)
     assert repr(quantizers[2].scale) == "Scale.fixed(tensor of shape (3,))"
+
+
+def test_a_quantizer_comes_back_from_its_dict():
+    """What JSON holds of them comes back; a function or a tensor says that it did not."""
+    for scale in (0.5, torch.ones(3, 1), row_mean):
+        q = fk.Quantizer(fk.Grid.sign(), fk.Scale.fixed(scale), fk.StraightThrough("tanh", noise="gaussian"))
+        found = fk.Quantizer.from_dict(copy.deepcopy(q.to_dict()))
+        assert (found.grid, found.straight_through) == (q.grid, q.straight_through)
+        assert (found.scale == q.scale) == (scale == 0.5 if isinstance(scale, float) else False)
+        if not isinstance(scale, float):
+            with pytest.raises(RuntimeError, match="alpha must be given anew"):
+                fk.quantize_model(nn.Linear(4, 4), found)
+    for clip in (True, False, "trust"):
+        q = fk.Quantizer(fk.Grid.uniform(2), fk.Scale.fixed(0.5), fk.StraightThrough(clip=clip))
+        assert fk.Quantizer.from_dict(json.loads(json.dumps(q.to_dict()))) == q
+        assert pickle.loads(pickle.dumps(q)) == q
+    for wrong in ({}, {"version": 2}, "2", q.to_dict() | {"grid": {"bits": 2}}):
+        with pytest.raises(ValueError, match="the quantizer must be"):
+            fk.Quantizer.from_dict(wrong)
+
+
+@pytest.mark.parametrize(
+    ("grid", "bits"),
+    [
+        (fk.Grid.uniform(4), 4.0),
+        (fk.Grid.half_offset(1), 1.0),
+        (fk.Grid.sign(), 1.0),
+        (fk.Grid.ternary(), 1.585),
+    ],
+    ids=str,
+)
+def test_a_grid_knows_its_bits(grid, bits):
+    assert grid.bits == pytest.approx(bits, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "got"),
+    [
+        (torch.ones(1, 64), "(1, 64)"),  # by its count, groups of 32
+        (torch.ones(32, 64), "(32, 64)"),  # a scale of its own for each weight
+        (torch.ones(64), "(64,)"),
+        (torch.ones(32, 5), "(32, 5)"),
+        (torch.ones(1, 32), "(1, 32)"),
+        (torch.ones(16, 2), "(16, 2)"),
+        (torch.ones(0), "(0,)"),
+        (torch.ones(32, 1, 2), "(32, 1, 2)"),
+    ],
+    ids=str,
+)
+def test_alphas_of_a_wrong_shape_are_refused(alpha, got):
+    message = f"for weight with 32 rows of 64, got shape {got}"
+    linear = nn.Linear(64, 32)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fk.quantize_model(linear, quantizer(alpha))
+    assert type(linear) is nn.Linear
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (32,), (32, 1), (32, 2), (32, 32)], ids=str)
+def test_alphas_of_a_right_shape_are_taken(shape):
+    alpha = torch.rand(shape) + 0.01
+    linear = nn.Linear(64, 32)
+    fk.quantize_model(linear, quantizer(alpha))
+    assert torch.equal(linear.alpha, alpha)
+    each = alpha.reshape(32 if alpha.numel() > 1 else 1, -1)
+    each = each.repeat_interleave(64 // each.shape[1], 1).expand(32, 64)
+    q = each * (linear.weight / each).round().clamp(-2, 1)
+    torch.testing.assert_close(linear.effective_weight(), q, rtol=1e-6, atol=0)
 
 
 # ---- what a user can get wrong
