@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support.layers import LAYERS
+from support.layers import LAYERS, WITH_INPUTS
 from torch import nn
 
 import fogzo_kernels as fk
@@ -44,7 +44,7 @@ def names(model):
 # ---- the first value
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "embedding"])
+@pytest.mark.parametrize("name", WITH_INPUTS)
 def test_an_input_alpha_begins_as_lsq_says_from_the_first_input(name, backend):
     layer = LAYERS[name]
     module = layer.make()

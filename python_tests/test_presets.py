@@ -89,7 +89,7 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["linear", "conv2d", "transformers"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed_conv2d", "transformers"])
 def test_presets_are_the_papers_formulas(name, preset, backend):
     """Forward, the weight's gradient and alpha's, against float64, for whatever layout of the weight."""
     q, granularity, first, formula = PRESETS[preset]

@@ -38,6 +38,13 @@ def conv1d_of_transformers(outputs, inputs):
     )
 
 
+class Squares(nn.Bilinear):
+    """A subclass that gives both inputs of its plain class the one that it takes."""
+
+    def forward(self, x):
+        return super().forward(x, x)
+
+
 class Layer(NamedTuple):
     """How to make a plain module, what it takes, and which dimension of its weight counts the outputs."""
 
@@ -54,9 +61,21 @@ LAYERS = {
     ),
     "conv2d": Layer(lambda: nn.Conv2d(4, 6, (3, 2), groups=2), lambda: torch.randn(2, 4, 7, 6)),
     "conv3d": Layer(lambda: nn.Conv3d(2, 3, 2, stride=2), lambda: torch.randn(2, 2, 4, 5, 4)),
+    "transposed_conv1d": Layer(lambda: nn.ConvTranspose1d(4, 6, 3), lambda: torch.randn(2, 4, 7), outputs=1),
+    "transposed_conv2d": Layer(
+        lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=2), lambda: torch.randn(2, 4, 5, 4), outputs=1
+    ),
+    "transposed_conv3d": Layer(
+        lambda: nn.ConvTranspose3d(2, 3, 2, padding=1), lambda: torch.randn(2, 2, 4, 5, 4), outputs=1
+    ),
+    "bilinear": Layer(lambda: Squares(6, 6, 5), lambda: torch.randn(3, 6)),
     "embedding": Layer(lambda: nn.Embedding(9, 6), lambda: torch.tensor([[0, 2, 8], [1, 1, 4]])),
+    "embedding_bag": Layer(lambda: nn.EmbeddingBag(9, 6), lambda: torch.tensor([[0, 2, 8], [1, 1, 4]])),
     "transformers": Layer(lambda: conv1d_of_transformers(5, 6), lambda: torch.randn(3, 6), outputs=1),
 }
+
+#: Those whose input can be quantized: others get indices, or two inputs.
+WITH_INPUTS = [name for name in LAYERS if name not in ("bilinear", "embedding", "embedding_bag")]
 
 
 def rows_of(weight, outputs):

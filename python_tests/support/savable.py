@@ -7,6 +7,8 @@ from torch import nn
 
 import fogzo_kernels as fk
 
+from .layers import Squares
+
 IDENTITY = fk.StraightThrough("identity")
 
 
@@ -56,7 +58,7 @@ def conv1d():
     return pytorch_utils.Conv1D(12, 8)
 
 
-#: Every type that has a quantized form, with an input.
+#: Every type of module that has one weight and can be quantized, with an input.
 LAYERS = {
     "linear": (lambda: nn.Linear(8, 12), lambda: torch.randn(2, 8)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 2), lambda: torch.randn(2, 4, 5)),
@@ -64,7 +66,12 @@ LAYERS = {
     "channels_last": (lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
                       lambda: torch.randn(2, 4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(4, 6, 2), lambda: torch.randn(2, 4, 3, 3, 3)),
+    "transposed_conv1d": (lambda: nn.ConvTranspose1d(4, 6, 2), lambda: torch.randn(2, 4, 5)),
+    "transposed_conv2d": (lambda: nn.ConvTranspose2d(4, 6, (1, 3)), lambda: torch.randn(2, 4, 5, 5)),
+    "transposed_conv3d": (lambda: nn.ConvTranspose3d(4, 6, 2), lambda: torch.randn(2, 4, 3, 3, 3)),
+    "bilinear": (lambda: Squares(4, 4, 6), lambda: torch.randn(2, 4)),
     "embedding": (lambda: nn.Embedding(6, 8), lambda: torch.arange(6)),
+    "embedding_bag": (lambda: nn.EmbeddingBag(6, 8), lambda: torch.arange(6).reshape(3, 2)),
     "Conv1D of transformers": (conv1d, lambda: torch.randn(2, 8)),
 }  # fmt: skip
 
