@@ -11,6 +11,7 @@ from . import functional
 from .backends import available_backends
 from .functional import *  # noqa: F403  the public ops: functional.__all__
 from .nn.convert import calibrate_, calibrate_inputs_, dequantize_model, quantize_model
+from .nn.dims import declare_weights
 from .nn.linear import QuantLinear, set_compute_
 from .nn.registry import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding
 from .nn.report import Report
@@ -43,6 +44,7 @@ __all__ = [
     "available_backends",
     "calibrate_",
     "calibrate_inputs_",
+    "declare_weights",
     "dequantize_model",
     "learned_alphas",
     "parameter_groups",

@@ -68,7 +68,9 @@ class FogzoQuantizer(HfQuantizer):
         modules = dict(model.named_modules(remove_duplicate=False))
         named = located(model, self.quantization_config.entries(), modules)
         check_all_named(model, named, modules, kwargs.get("checkpoint_files") or [])
-        for quantize in [planned(name, modules, entry) for name, entry in named.items()]:
+        order = {name: i for i, (name, _) in enumerate(model.named_parameters())}  # as quantize_model has it
+        plan = sorted(named.items(), key=lambda one: order.get(one[0], -1))
+        for quantize in [planned(name, modules, entry) for name, entry in plan]:
             quantize()
         settle(model)
         return model

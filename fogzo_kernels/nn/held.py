@@ -32,7 +32,10 @@ class HeldWeight(QuantizedWeight):
 
     Attributes:
         dims: the letters of the parameter's dimensions, see :func:`fogzo_kernels.declare_weights`.
+        came: whether the state dict that is being loaded has the parameter.
     """
+
+    came: bool
 
     def __init__(
         self, home: nn.Module, name: str, dims: Dims, weight: WeightQuantizer, alpha: Tensor,
@@ -41,7 +44,7 @@ class HeldWeight(QuantizedWeight):
         super().__init__()
         self.training = home.training
         # in a tuple, as PyTorch would take a module for a child
-        vars(self).update(_home=(home,), PARAMETER=name, dims=dims, OUTPUTS=dims.rows)
+        vars(self).update(_home=(home,), PARAMETER=name, dims=dims, OUTPUTS=dims.rows, came=False)
         self.EXPERT_OUTPUTS = dims.expert_outputs
         self.begin(weight, alpha, activation)
 
@@ -60,6 +63,9 @@ class HeldWeight(QuantizedWeight):
 
     def weight_key(self, prefix: str) -> str:
         return prefix.removesuffix(f"{self.PARAMETER}{CHILD}.") + self.PARAMETER
+
+    def has_weight(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        return self.came  # a child is given its own keys alone
 
     def __setattr__(self, name: str, value: Any) -> None:
         changes.count += 1
@@ -132,6 +138,12 @@ class Holder(nn.Module):
                 place(held)
                 if is_replaced(held, old, value):
                     held.weight_quantizer.stale = True
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        state_dict, prefix = args[:2]
+        super()._load_from_state_dict(*args)
+        for held in held_in(self):  # whose own keys are loaded next
+            vars(held)["came"] = prefix + held.PARAMETER in state_dict
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -233,7 +245,7 @@ def hold(
 def become(module: nn.Module, names: tuple[str, ...]) -> None:
     """Give a module the class that reads these parameters as values, beside others that it reads so."""
     plain, before = (module.PLAIN, module.NAMES) if isinstance(module, Holder) else (type(module), ())
-    module.__class__ = holder_class(plain, tuple(dict.fromkeys((*before, *names))))
+    module.__class__ = holder_class(plain, tuple(sorted({*before, *names})))
     vars(module).setdefault(VALUES, Values())
 
 

@@ -45,6 +45,10 @@ class SavedModule(nn.Module):
         """The weight's key in a state dict, where the module's own keys begin so."""
         return prefix + self.PARAMETER
 
+    def has_weight(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a state dict that is being loaded has the weight."""
+        return prefix + self.PARAMETER in state_dict
+
     def get_extra_state(self) -> Tensor:
         """The quantizers, as a uint8 tensor, so that formats of tensors alone can hold it."""
         how = self.weight_quantizer.quantizer.to_dict()
@@ -91,7 +95,7 @@ class SavedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs = args
         own, extra, name = self.own_tensors(), prefix + EXTRA_STATE, prefix.removesuffix(".") or "model"
-        added, weight = [*(prefix + x for x in own), extra], self.weight_key(prefix)
+        added, came = [*(prefix + x for x in own), extra], self.has_weight(state_dict, prefix)
         try:
             for x in own:
                 if prefix + x in state_dict:
@@ -109,10 +113,10 @@ class SavedModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected_keys, error_msgs
         )
-        self.weight_quantizer.stale = self.weight_quantizer.stale and weight not in state_dict
+        self.weight_quantizer.stale = self.weight_quantizer.stale and not came
         missing_keys += [key for key in missing if not (plain and key in added)]
         self.lay_out()
-        if plain and weight in state_dict and len(error_msgs) == failed:
+        if plain and came and len(error_msgs) == failed:
             try:
                 self._take_plain_weight()
             except (TypeError, ValueError, RuntimeError) as error:

@@ -73,6 +73,7 @@ class Run:
     prepared: Prepared = field(init=False)
     pieces: list[WeightView] = field(init=False)  # the weights, each expert of a stack for itself
     places: dict[WeightView, int] = field(init=False)  # of the pieces that this process has, among all
+    spans: dict[WeightView, slice] = field(init=False)  # of each weight: the places of all its pieces
     count: int = field(init=False)  # of all pieces
     guide: Guide = field(init=False)
     unmoved_alphas: UnmovedAlphas = field(default_factory=UnmovedAlphas)
@@ -85,11 +86,12 @@ class Run:
     def __post_init__(self) -> None:
         self.gradients = Gradients([w.parameter for w in self.weights])
         self.stats = Stats(self.settings, self.weights)
-        self.pieces, self.places, self.count = [], {}, 0
+        self.pieces, self.places, self.spans, self.count = [], {}, {}, 0
         for w in self.weights:
             own = w.pieces()
             self.pieces += own
             self.places |= {piece: self.count + piece.tensor_id - w.tensor_id for piece in own}
+            self.spans[w] = slice(self.count, self.count + w.expert_count)
             self.count += w.expert_count
         self.prepared = Prepared(self.weights, self.pieces, self.backend)
         sum_of = self.peers.sum if self.peers.sharded else None

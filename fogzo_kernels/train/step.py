@@ -236,13 +236,11 @@ class Step:
             run.peers.agree(flags)
             *part, lost, was_edited = flags.tolist()
             self.takes_part, self._part = any(part), part
-            taking = set(run.weights)
-            if not all(part):
-                pieces = {w for w, place in run.places.items() if part[place]}
-                taking = {w.whole for w in pieces}
+            taking = {w for w, span in run.spans.items() if any(part[span])}
             calls.add_to_gradients(alphas, () if lost else taking)
             run.gradients.raise_if_edited(bool(was_edited))
             if not all(part):
+                pieces = {w for w, place in run.places.items() if part[place]}
                 places = [[i for i, w in enumerate(group.weights) if w in pieces] for group in self.groups]
                 self.groups = [g.part(kept) for g, kept in zip(self.groups, places, strict=True) if kept]
             run.found_inf.fill_(0)
@@ -259,9 +257,7 @@ class Step:
 
     def idle(self, stack: WeightView) -> list[bool]:
         """Return for each expert of a stack whether it takes no part, on all processes alike."""
-        run = self.run
-        first = sum(w.expert_count for w in run.weights[: run.weights.index(stack)])
-        return [not part for part in self._part[first : first + stack.expert_count]]
+        return [not part for part in self._part[self.run.spans[stack]]]
 
     def lose(self) -> None:
         """Nothing is to change: buffers are as before, gradients are left out, and no probe follows.

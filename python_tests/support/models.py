@@ -214,6 +214,7 @@ class Weight:
 
     def __init__(self, plain_module, quantized_module):
         self.transposed = isinstance(plain_module, Conv1D)
+        self.looked_up = isinstance(plain_module, nn.Embedding)
         self.channels_last = isinstance(plain_module, nn.Conv2d) and not quantized_module.weight.is_contiguous()
         self.shape = plain_module.weight.shape
         self.latent = self.rows(plain_module.weight.detach()).double()
@@ -297,6 +298,8 @@ class Reference:
         loss = functional_call(self.plain, used, (), self.batch).loss
         loss.backward()
         self.guides = {n: self.rows(n, leaves[n].grad) for n in self.weights}
+        #: Of embeddings, the rows that got no gradient: they get no estimate.
+        self.still = {n: ~g.ne(0).any(1) & self.weights[n].looked_up for n, g in self.guides.items()}
         self.others = {n: leaf.grad for n, leaf in leaves.items() if n not in self.weights}
         return loss.detach()
 
@@ -326,7 +329,7 @@ class Reference:
         for n, w in self.weights.items():
             v = [part / w.delta / directions for part in (guide[n], noise[n])]
             largest = [(c.abs() + c_error) * part.abs() for part in v]
-            self.total[n] = self.total[n] + c * sum(v)
+            self.total[n] = self.total[n] + c * sum(v).masked_fill(self.still[n].unsqueeze(1), 0)
             self.error[n] = (
                 self.error[n]
                 + estimate_error(largest, sum(largest), torch.zeros(()), 0.0, torch.float32)
@@ -336,8 +339,9 @@ class Reference:
             )
 
     def excess(self, name):
-        """The largest error of Fogzo's estimate, in units of what is allowed."""
+        """The largest error of Fogzo's estimate, in units of what is allowed. None is allowed in rows without one."""
         found = self.rows(name, self.seen.estimates[name])
+        assert not found[self.still[name]].any(), name
         return ((found - self.total[name]).abs() / self.error[name]).max()
 
 
