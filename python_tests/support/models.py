@@ -339,7 +339,7 @@ class Reference:
             )
 
     def excess(self, name):
-        """The largest error of Fogzo's estimate, in units of what is allowed. None is allowed in rows without one."""
+        """The largest error of Fogzo's estimate, in units of what is allowed; rows without one have 0."""
         found = self.rows(name, self.seen.estimates[name])
         assert not found[self.still[name]].any(), name
         return ((found - self.total[name]).abs() / self.error[name]).max()
