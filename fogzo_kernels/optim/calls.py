@@ -41,6 +41,7 @@ class Operands(NamedTuple):
     step: Tensor  # how many steps were taken; not a view
     number: int  # of the coming step, or 0 if only the device knows it
     alike: tuple[Any, ...]  # the same for parameters that one call can have
+    row: int | None = None  # of a stack: which of its weights this is
 
     def rows(self) -> list[Operands]:
         """Cut into rows, each seen as a matrix of one row."""
@@ -48,17 +49,17 @@ class Operands(NamedTuple):
         def cut(tensor: Tensor) -> tuple[Tensor, ...]:
             return tensor.flatten(1).split(1)
 
-        latents, states = cut(self.latent), zip(*map(cut, self.states), strict=True)
-        masters = [None] * len(latents) if self.master is None else cut(self.master)
-        every = (
-            zip(latents, masters, states, strict=True)
-            if self.states
-            else ((*x, ()) for x in zip(latents, masters, strict=True))
-        )
-        seen = self.seen
+        seen, latents, states = self.seen, cut(self.latent), [*map(cut, self.states)]
+        masters = None if self.master is None else cut(self.master)
         return [
-            self._replace(latent=latent, master=master, states=[*own], seen=lambda t, i=i: cut(seen(t))[i])
-            for i, (latent, master, own) in enumerate(every)
+            self._replace(
+                latent=latent,
+                master=None if masters is None else masters[i],
+                states=[state[i] for state in states],
+                seen=lambda t, i=i: seen(t)[i : i + 1].flatten(1),
+                row=i,
+            )
+            for i, latent in enumerate(latents)
         ]
 
 
@@ -111,7 +112,13 @@ class Kept:
         places = {id(p): i for i, p in enumerate(self.every)}
         self.order = [places[id(o.parameter)] for o in operands]
         self.grad_dtypes = [grad.dtype for call in calls for grad in call.grads]
-        self.plain = all(o.latent is o.parameter and o.master is None for o in operands)
+        self.rows = [o.row for o in operands]
+        self.cut = any(row is not None for row in self.rows)
+        whole = [
+            o.latent is o.parameter or (o.row is not None and o.parameter.is_contiguous()) for o in operands
+        ]
+        self.plain = all(whole) and all(o.master is None for o in operands)
+        self.count = len(set(self.order))  # of parameters
         counted: set[int] = set()
         for call in calls:
             call.prepare(self.plain, counted)
@@ -132,7 +139,7 @@ class Kept:
         every = every_parameter(optimizer)
         all_grads = [p.grad for p in every]
         count = sum([grad is not None for grad in all_grads])
-        if not (self.plain and len(every) == len(self.every) and count == len(self.order)):
+        if not (self.plain and len(every) == len(self.every) and count == self.count):
             return False
         grads: Any = [all_grads[i] for i in self.order]
         state = optimizer.state
@@ -153,6 +160,11 @@ class Kept:
         )
         if not fits:
             return False
+        if self.cut:
+            stacks = {i for i, row in zip(self.order, self.rows, strict=True) if row is not None}
+            pieces = {i: all_grads[i].flatten(1).split(1) for i in stacks}  # type: ignore[union-attr]
+            places = zip(grads, self.order, self.rows, strict=True)
+            grads = [grad if row is None else pieces[i][row] for grad, i, row in places]
         for call in self.calls:
             call.options = options[call.group]
             call.number += bool(call.number)
