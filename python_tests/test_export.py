@@ -211,7 +211,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
         (deeper, path, r"file must fit the model, got 4.bias of shape None in"),
         (model, tmp_path / "cut", "file must be of safetensors and whole, got"),
         (model, tmp_path / "text", "file must be of safetensors and whole, got"),
-        (model, foreign, "file must be of format fogzo and version 1, got"),
+        (model, foreign, "file must be of format fogzo and version 1 or 2, got"),
     ]:
         before = {name: t.clone() for name, t in target.state_dict().items()}
         with pytest.raises(ValueError, match=message):

@@ -56,7 +56,7 @@ def freeze(model: nn.Module, form: str) -> float:
         return 0.0
     modules = quantized_in(model, "export").values()
     before = [m.codes() for m in modules]
-    freeze_scales_(model, torch.float16 if form == "gguf" else next(iter(modules)).weight.dtype)
+    freeze_scales_(model, torch.float16 if form == "gguf" else next(iter(modules)).latent.dtype)
     changed = sum(int((m.codes() != codes).sum()) for m, codes in zip(modules, before, strict=True))
     return changed / sum(codes.numel() for codes in before)
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..distributed.packing import code_bits
+from ..nn.held import HeldWeight
 from ..nn.linear import QuantLinear
-from ..nn.module import QuantizedModule
 from ..nn.pretrained import quantized_in
-from .integers import check_exact, check_fits
+from .integers import check_exact, check_fits, reason_against_held
 
 
 @torch.no_grad()
@@ -35,14 +35,16 @@ def torchao(model: nn.Module) -> nn.Module:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     modules = quantized_in(model, "export")
-    plan: list[tuple[QuantizedModule, Any]] = []
+    plan: list[tuple[QuantLinear, Any]] = []
     for name, m in modules.items():
         what = m.quantizer.transform or (m.activation and "quantized ones")
         reasons = {
+            reason_against_held(m): isinstance(m, HeldWeight),
             f"it stands for linear layers, got {type(m).__name__}": not isinstance(m, QuantLinear),
             f"it has neither transforms nor these inputs, got {what}": what is not None,
         }
         check_fits(name, "torchao's tensor", reasons)
+        assert isinstance(m, QuantLinear)
         grid, (rows, columns), dtype = m.quantizer.grid, m.weight.shape, m.weight.dtype
         codes, delta = m.codes(), m.alpha.detach() * grid.r
         check_exact(name, delta, dtype)

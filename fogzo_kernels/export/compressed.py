@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..nn.held import HeldWeight
 from ..nn.linear import QuantLinear
-from ..nn.module import QuantizedModule
 from ..nn.pretrained import quantized_in
+from ..nn.quantized import QuantizedWeight
 from .files import whole
-from .integers import bits_of, check_exact, check_fits, copied, integers_of, plain_tensors
+from .integers import (
+    bits_of,
+    check_exact,
+    check_fits,
+    copied,
+    integers_of,
+    plain_tensors,
+    reason_against_held,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+#: What matches the names of experts in a checkpoint.
+EXPERTS = r"re:.*\.experts\..*"
 
 
-def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+class Packed(NamedTuple):
+    """A linear layer of a checkpoint, as integers."""
+
+    name: str
+    numbers: Tensor  # int16, (rows, columns)
+    scale: Tensor  # float32: one element, (rows, 1) or (rows, groups)
+    bits: int
+    is_expert: bool
+
+
+def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str], *, bits: int | None = None) -> None:
     """Write a quantized transformers model in the format ``pack-quantized`` of compressed-tensors.
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` has the same logits bit for bit, in the model's dtype; vLLM
     loads the folder too. A tokenizer is to be saved beside it. Codes of a grid with an offset are written as
-    odd numbers at half of delta, in a bit more.
+    odd numbers at half of delta, in a bit more. Experts are written as linear layers, one by one, by the names
+    of their checkpoints; transformers then loads all weights as values, and wants one scheme for the linear
+    layers and one for the experts.
 
     Args:
         model: as :func:`quantize_model` made it from a model of transformers.
         folder: new, empty, or an export of before, which is replaced. It is there whole or not at all.
+        bits: how many bits each code takes in the file, 2 to 8; None takes as many as a grid needs. ``4`` is
+            for vLLM on a CPU, whose kernels know no other number. Values stay as they are. The file's metadata
+            has the bits that the grids need as ``code_bits``.
 
     Raises:
         TypeError, ValueError: the format cannot hold the model; the message names the module and the reason.
@@ -42,58 +70,132 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise TypeError(f"model must be one of transformers, with a config, got {type(model).__name__}")
+    if bits is not None and (isinstance(bits, bool) or bits not in range(2, 9)):
+        raise ValueError(f"bits must be None or an int from 2 to 8, got {bits!r}")
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, m in modules.items():
-        transform, grid, rows = m.quantizer.transform, m.quantizer.grid, m.weight.shape[0]
-        reasons = {
-            f"it holds linear layers only, got {type(m).__name__}": not isinstance(m, QuantLinear),
-            f"it has no transforms, got {transform}": transform is not None,
-            "quantized inputs are not written": m.activation is not None,
-            f"{grid} takes 9 bits as odd numbers, and it has 8": bits_of(grid) > 8,
-            "transformers does not load a head that is quantized and tied to the embedding": (
-                tied and name == "lm_head"
-            ),
-            "groups must divide a row": m.weight.shape[1] % max(m.alpha.numel() // rows, 1) != 0,
-        }
-        check_fits(name, "compressed-tensors", reasons)
-    dtype = next(iter(modules.values())).weight.dtype
+        check_module(name, m, tied, bits)
+    dtype = next(iter(modules.values())).latent.dtype
+    packed = [one for name, m in modules.items() for one in layers_of(model, name, m, bits)]
+    has_experts = any(one.is_expert for one in packed)
     tensors: dict[str, Tensor] = {}
-    for name, m in modules.items():
-        numbers, scale = integers_of(m)
-        check_exact(name, scale, dtype)
-        tensors[f"{name}.weight_packed"] = pack_to_int32(numbers.to(torch.int8), bits_of(m.quantizer.grid))
-        scale = scale.reshape(1) if scale.numel() == 1 else scale
-        tensors[f"{name}.weight_scale"] = scale.to(dtype).contiguous()
-        tensors[f"{name}.weight_shape"] = torch.tensor(m.weight.shape)
+    for one in packed:
+        check_exact(one.name, one.scale, dtype)
+        tensors[f"{one.name}.weight_packed"] = pack_to_int32(one.numbers.to(torch.int8), one.bits)
+        tensors[f"{one.name}.weight_scale"] = one.scale.to(dtype).contiguous()
+        tensors[f"{one.name}.weight_shape"] = torch.tensor(one.numbers.shape)
     left = ["lm_head.weight"] * tied  # which is the embedding's
-    tensors |= {key: copied(t) for key, t in plain_tensors(model).items() if key not in left}
-    written = {**config.to_dict(), "quantization_config": quantization_of(model, modules)}
+    plain = {key: copied(t) for key, t in plain_tensors(model).items() if key not in left}
+    tensors |= in_checkpoint(model, plain) if has_experts else plain
+    quantization = quantization_of(model, packed)
+    if has_experts:
+        check_schemes(quantization)
+        quantization["dequantize"] = True  # transformers has no layers for single experts
+    written = {**config.to_dict(), "quantization_config": quantization}
+    metadata = {"format": "pt", "code_bits": json.dumps(sorted({needed(m) for m in modules.values()}))}
     with whole(folder, CONFIG) as place:
         (place / CONFIG).write_text(json.dumps(written, indent=1, default=str))
-        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, place / WEIGHTS, metadata=metadata)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(place)
 
 
-def quantization_of(model: nn.Module, modules: dict[str, QuantizedModule]) -> dict[str, Any]:
-    """Makes the entry of config.json, which has a group of modules for each scheme."""
+def needed(module: QuantizedWeight) -> int:
+    """How many bits the format needs for a module's codes."""
+    return max(bits_of(module.quantizer.grid), 2)
+
+
+def check_module(name: str, module: QuantizedWeight, tied: bool, bits: int | None) -> None:
+    """Raise unless the format holds a module."""
+    transform, grid = module.quantizer.transform, module.quantizer.grid
+    held, is_linear = isinstance(module, HeldWeight), isinstance(module, QuantLinear)
+    is_linear |= module.expert_count is not None
+    outputs, columns = matrix_of(module)
+    groups = module.alpha.numel() // ((module.expert_count or 1) * outputs)
+    reasons = {
+        reason_against_held(module): held and not is_linear,
+        f"it holds linear layers only, got {type(module).__name__}": not is_linear,
+        f"it has no transforms, got {transform}": transform is not None,
+        "quantized inputs are not written": module.activation is not None,
+        f"{grid} takes 9 bits as odd numbers, and it has 8": bits_of(grid) > 8,
+        f"{grid} takes {needed(module)} bits, and bits={bits}": bits is not None and needed(module) > bits,
+        "transformers does not load a head that is quantized and tied to the embedding": (
+            tied and name == "lm_head"
+        ),
+        "groups must divide a row": columns % max(groups, 1) != 0,
+    }
+    check_fits(name, "compressed-tensors", reasons)
+
+
+def matrix_of(module: QuantizedWeight) -> tuple[int, int]:
+    """Outputs and columns of a weight, or of an expert."""
+    first, *others = module.latent.shape[-2:] if module.expert_count is not None else module.latent.shape
+    columns = math.prod(others)
+    return (columns, first) if module.EXPERT_OUTPUTS == 2 else (first, columns)
+
+
+def layers_of(model: nn.Module, name: str, module: QuantizedWeight, bits: int | None) -> Iterator[Packed]:
+    """Yields the linear layers of a checkpoint that a module stands for."""
+    numbers, scale = integers_of(module)
+    wide = bits or needed(module)
+    if module.expert_count is None:
+        yield Packed(name, numbers, scale.reshape(1) if scale.numel() == 1 else scale, wide, False)
+        return
+    key, (outputs, columns) = module.weight_key(f"{name}."), matrix_of(module)
+    rows = numbers.view(module.latent.shape)
+    each = scale.repeat_interleave(outputs * columns // scale.shape[1], dim=1).view(-1, outputs, columns)
+    each = each.mT if module.EXPERT_OUTPUTS == 2 else each
+    group = min(outputs * columns // scale.shape[1], columns)
+    split, scales = (in_checkpoint(model, {key: t.float()}) for t in (rows, each))
+    for where, own in split.items():
+        if own.ndim != 2:
+            raise ValueError(
+                f"{name} must fit compressed-tensors: a checkpoint of {type(model).__name__} keeps all experts"
+                " in one tensor, which it does not pack. fk.export.safetensors holds any model, and"
+                " fk.dequantize_model(model) makes a plain one to save as ever"
+            )
+        yield Packed(where.removesuffix(".weight"), own.to(torch.int16), scales[where][:, ::group], wide, True)
+
+
+def in_checkpoint(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model by the names and in the shapes of its checkpoints, as ``save_pretrained`` has them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return {key: t.contiguous().clone() for key, t in revert_weight_conversion(model, tensors).items()}
+
+
+def check_schemes(config: dict[str, Any]) -> None:
+    """Raise unless transformers tells the schemes of a mixture apart: one of experts and one of others."""
+    groups = config["config_groups"].values()
+    experts = [g for g in groups if g["targets"] == [EXPERTS]]
+    if len(experts) > 1 or len(groups) - len(experts) > 1:
+        raise ValueError(
+            "model must have one kind of bits and scales for all experts, and one for all linear layers, for a"
+            f" mixture in compressed-tensors, got {len(experts)} and {len(groups) - len(experts)}"
+        )
+
+
+def quantization_of(model: nn.Module, layers: list[Packed]) -> dict[str, Any]:
+    """Makes the entry of config.json, which has a group of layers for each scheme."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-    schemes: dict[str, tuple[QuantizationArgs, list[str]]] = {}
-    for name, m in modules.items():
-        rows, count = m.weight.shape[0], m.alpha.numel()
+    schemes: dict[tuple[str, bool], tuple[QuantizationArgs, list[str]]] = {}
+    for one in layers:
+        (rows, columns), count = one.numbers.shape, one.scale.numel()
         how: dict[str, Any] = {"strategy": "tensor" if count == 1 and rows > 1 else "channel"}
         if count > rows:
-            how = {"strategy": "group", "group_size": m.weight.numel() // count}
-        bits = max(bits_of(m.quantizer.grid), 2)
-        args = QuantizationArgs(num_bits=bits, type="int", symmetric=True, dynamic=False, **how)
-        schemes.setdefault(args.model_dump_json(), (args, []))[1].append(name)
-    left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in modules]
+            how = {"strategy": "group", "group_size": rows * columns // count}
+        args = QuantizationArgs(num_bits=one.bits, type="int", symmetric=True, dynamic=False, **how)
+        schemes.setdefault((args.model_dump_json(), one.is_expert), (args, []))[1].append(one.name)
+    named = {one.name for one in layers}
+    left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in named]
     config: dict[str, Any] = QuantizationConfig(
         config_groups={
-            f"group_{i}": QuantizationScheme(targets=names, weights=args, format="pack-quantized")
-            for i, (args, names) in enumerate(schemes.values())
+            f"group_{i}": QuantizationScheme(
+                targets=[EXPERTS] if is_expert else names, weights=args, format="pack-quantized"
+            )
+            for i, ((_, is_expert), (args, names)) in enumerate(schemes.items())
         },
         format="pack-quantized",
         quantization_status="compressed",  # or the loader keeps random weights without a word

@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..nn.module import QuantizedModule
 from ..nn.pretrained import quantized_in, quantized_modules, record
+from ..nn.quantized import QuantizedWeight
 from ..nn.state_dict import EXTRA_STATE
 from ..ops import checks
 from ..spec.grid import FLOATS, Grid
 from ..spec.scale import LearnedScale, Scale
 
 
-def integers_of(module: QuantizedModule) -> tuple[Tensor, Tensor]:
+def integers_of(module: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """Reads a module's weight, on the CPU; a rotated weight stays in the basis in which it is quantized.
 
     Returns:
@@ -42,9 +42,9 @@ def bits_of(grid: Grid) -> int:
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state of a model without its quantized weights and what quantized modules add."""
     own = {
-        f"{name}.{key}".lstrip(".")
+        key.lstrip(".")
         for name, m in quantized_modules(model).items()
-        for key in ("weight", EXTRA_STATE, *m.own_tensors())
+        for key in (m.weight_key(f"{name}."), *(f"{name}.{x}" for x in (EXTRA_STATE, *m.own_tensors())))
     }
     return {key: t for key, t in model.state_dict(keep_vars=True).items() if key not in own}
 
@@ -62,6 +62,15 @@ def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
             f" be rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you"
             " get"
         )
+
+
+def reason_against_held(module: QuantizedWeight) -> str:
+    """Says of a parameter that is no linear layer's what can be done instead."""
+    what = "a stack of experts" if module.expert_count is not None else type(module.home).__name__
+    return (
+        f"it holds linear layers only, got {what}: fk.export.safetensors holds any model, and"
+        " fk.dequantize_model(model) makes a plain one to save as ever"
+    )
 
 
 def check_fits(name: str, form: str, reasons: dict[str, bool]) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.packing import pack
-from ..nn.module import QuantizedModule
+from ..nn.held import HeldWeight
 from ..nn.pretrained import quantized_in
+from ..nn.quantized import QuantizedWeight
 from ..spec.grid import Grid
 from .files import whole
-from .integers import check_exact, integers_of, range_of
+from .integers import check_exact, check_fits, integers_of, range_of, reason_against_held
 
 TOKENIZERS = ("none", "bytes")
 F32 = 0  # the file type of a file with several types of matrices
@@ -45,6 +46,8 @@ def gguf(
 
     modules = quantized_in(model, "export")
     config: Any = getattr(model, "config", None)
+    for name, m in modules.items():
+        check_fits(name, "GGUF", {reason_against_held(m): isinstance(m, HeldWeight)})
     check_model(model, config, block, tokenizer)
     names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tied = bool(config.tie_word_embeddings)
@@ -140,7 +143,7 @@ BLOCKS = {
 }
 
 
-def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
+def block_for(name: str, module: QuantizedWeight, asked: str | None) -> Block:
     """Chooses the block that a weight is written in, or raises if none holds it."""
     grid, transform = module.quantizer.grid, module.quantizer.transform
     if transform is not None or module.activation is not None:
@@ -160,7 +163,7 @@ def block_for(name: str, module: QuantizedModule, asked: str | None) -> Block:
     return BLOCKS[asked or fitting[0]]
 
 
-def encoded(module: QuantizedModule, block: Block, order: Tensor) -> Tensor:
+def encoded(module: QuantizedWeight, block: Block, order: Tensor) -> Tensor:
     """Makes rows of blocks, in the order of the file."""
     numbers, scale = integers_of(module)
     return block.encode(numbers[order], scale.expand(len(order), -1)[order])

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ..distributed.packing import code_bits, pack_codes, unpack_codes
 from ..functional import dequantize, hadamard
+from ..nn.dims import Dims, read_by
+from ..nn.held import CHILD, HeldWeight, hold, let_go
 from ..nn.module import QuantizedModule
 from ..nn.pretrained import quantized_in, quantized_modules
+from ..nn.quantized import QuantizedWeight
 from ..nn.registry import quantized_form
 from ..nn.weight import WeightQuantizer
 from ..ops import checks
@@ -27,17 +30,19 @@ from ..spec.straight_through import StraightThrough
 from .files import whole
 from .integers import copied, plain_tensors
 
-FORMAT, VERSION = "fogzo", "1"
+FORMAT, VERSION = "fogzo", "2"
+READ = ("1", VERSION)
 
 
 def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """Write a quantized model: packed codes, alphas, and all else as it is.
 
     For each quantized weight X: ``X.codes``, uint8, each row of the matrix that is quantized (one for each
-    output) as a little-endian stream of code - qmin, filled up to bytes; ``X.alpha``, float32. The file's
-    metadata says ``format``, ``version`` and, as JSON, ``quantized``: for each X its shape, bits of a code,
-    grid (qmin, qmax, offset, r), which dimension of the shape counts outputs, block of its transform, and the
-    quantizer of its module's input; and ``tied``: names that share a weight with another.
+    output, or for each expert of a stack) as a little-endian stream of code - qmin, filled up to bytes;
+    ``X.alpha``, float32. The file's metadata says ``format``, ``version`` and, as JSON, ``quantized``: for each
+    X its shape, bits of a code, grid (qmin, qmax, offset, r), the order in which the rows have the shape's
+    dimensions, block of its transform, and the quantizer of its module's input; and ``tied``: names that share
+    a weight with another.
 
     Args:
         model: as :func:`quantize_model` made it, of any architecture.
@@ -61,23 +66,29 @@ def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
         else:
             tensors[key] = copied(t)
     for name, m in modules.items():
-        key = f"{name}.weight".lstrip(".")
+        key = m.weight_key(f"{name}.").lstrip(".")
         if "input_alpha" in m._parameters:
             tensors[f"{name}.input_alpha".lstrip(".")] = copied(m.input_alpha)
-        if first.setdefault(id(m.weight), key) != key:
-            tied[key] = first[id(m.weight)]
+        if first.setdefault(id(m.latent), key) != key:
+            tied[key] = first[id(m.latent)]
             continue
         grid, transform = m.quantizer.grid, m.quantizer.transform
-        tensors[f"{key}.codes"] = pack_codes(m.codes().cpu(), grid, code_bits(grid))
+        order = (m.OUTPUTS, *(d for d in range(m.latent.ndim) if d != m.OUTPUTS))
+        codes = m.codes()
+        if m.EXPERT_OUTPUTS is not None:
+            order = m.order()
+            codes = codes.view(m.latent.shape).permute(order).flatten(1).contiguous()
+        tensors[f"{key}.codes"] = pack_codes(codes.cpu(), grid, code_bits(grid))
         tensors[f"{key}.alpha"] = copied(m.alpha)
         quantized[key] = {
-            "shape": tuple(m.weight.shape),
+            "shape": tuple(m.latent.shape),
             "bits": code_bits(grid),
             **asdict(grid),
-            "outputs": m.OUTPUTS,
+            "order": order,
             "transform": transform and transform.block,
             "activation": m.activation and m.activation.to_dict(),
             "straight_through": asdict(m.quantizer.straight_through),
+            "dims": m.letters if isinstance(m, HeldWeight) else None,
         }
     said = {"quantized": json.dumps(quantized), "tied": json.dumps(tied)}
     metadata = {"format": FORMAT, "version": VERSION, **said}
@@ -92,6 +103,7 @@ class Weight(NamedTuple):
     alpha: Tensor
     quantizer: Quantizer
     activation: Quantizer | None
+    dims: str | None  # letters of a parameter that is held
 
     @classmethod
     def of(cls, data: dict[str, Any], stream: Tensor, alpha: Tensor) -> Weight:
@@ -100,13 +112,18 @@ class Weight(NamedTuple):
         transform = None if data["transform"] is None else Hadamard(data["transform"])
         how = Quantizer(grid, Scale.fixed(alpha), StraightThrough(**data["straight_through"]), transform)
         activation = None if data["activation"] is None else Quantizer.from_dict(data["activation"])
-        shape, outputs = data["shape"], data["outputs"]
-        others = [n for d, n in enumerate(shape) if d != outputs]
-        codes = unpack_codes(stream, math.prod(others), grid, code_bits(grid))
+        shape = data["shape"]
+        if "outputs" in data:  # of version 1
+            order = [data["outputs"], *(d for d in range(len(shape)) if d != data["outputs"])]
+        else:
+            order = data["order"]
+        lies = [shape[d] for d in order]
+        codes = unpack_codes(stream, math.prod(lies[1:]), grid, code_bits(grid))
         rows = dequantize(codes, alpha, grid=grid, dtype=torch.float32)
         if transform is not None:
             rows = hadamard(rows, block=transform.block)
-        return cls(rows.view(shape[outputs], *others).movedim(0, outputs), alpha, how, activation)
+        values = rows.view(lies).permute([order.index(d) for d in range(len(order))])
+        return cls(values, alpha, how, activation, data.get("dims"))
 
 
 #: Plain tensors, quantized weights, and for each tied weight the name that has its values.
@@ -136,23 +153,39 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     checks.instance("model", model, nn.Module)
     tensors, quantized, tied = content = read(file)
     check_fits(file, content, model)
+    for m in quantized_modules(model).values():
+        if isinstance(m, QuantizedModule):
+            m.to_plain()
+    let_go(model)
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     for key, w in quantized.items():
         names = [key, *(name for name, other in tied.items() if other == key)]
-        paths = [name.rpartition(".")[0] for name in names]
-        for path in paths:
-            if isinstance(modules[path], QuantizedModule):
-                modules[path].to_plain()
+        if w.dims is not None and not w.values.is_contiguous():  # products of it round as they did
+            state[key].data = w.values.to(state[key])
         state[key].copy_(w.values)
         if w.quantizer.transform is None and w.activation is None:
             continue
         alpha = w.alpha.to(state[key].device)
         how = replace(w.quantizer, scale=Scale.fixed(alpha))
-        for path in paths:
-            form, input_alpha = quantized_form(modules[path]), tensors.get(f"{path}.input_alpha".lstrip("."))
-            assert form is not None
+        for name in names:
+            path, _, own = name.rpartition(".")
             weight = WeightQuantizer(how, 0, path)
-            module = form.from_plain(modules[path], weight, alpha=alpha, activation=w.activation)
+            module: QuantizedWeight
+            if w.dims is not None:
+                reader = modules[path.rpartition(".")[0]]
+                reads = path.rpartition(".")[2] in read_by(reader)
+                module = hold(
+                    modules[path], own, Dims(w.dims), weight, alpha=alpha, activation=w.activation,
+                    reader=reader if reads else None,
+                )  # fmt: skip
+                input_alpha = tensors.get(f"{name}{CHILD}.input_alpha")
+            else:
+                form, input_alpha = (
+                    quantized_form(modules[path]),
+                    tensors.get(f"{path}.input_alpha".lstrip(".")),
+                )
+                assert form is not None
+                module = form.from_plain(modules[path], weight, alpha=alpha, activation=w.activation)
             if input_alpha is not None and module.input_quantizer is not None:
                 module.input_quantizer.set_alpha(module, input_alpha.to(alpha.device))
     for name, t in tensors.items():
@@ -174,8 +207,10 @@ def read(file: str | os.PathLike[str]) -> Content:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"file must be of safetensors and whole, got {file}: {error}") from error
     kind = metadata.get("format"), metadata.get("version")
-    if kind != (FORMAT, VERSION):
-        raise ValueError(f"file must be of format {FORMAT} and version {VERSION}, got {kind} in {file}")
+    if kind not in [(FORMAT, version) for version in READ]:
+        raise ValueError(
+            f"file must be of format {FORMAT} and version {' or '.join(READ)}, got {kind} in {file}"
+        )
     try:
         quantized = {
             key: Weight.of(data, tensors.pop(f"{key}.codes"), tensors.pop(f"{key}.alpha"))
@@ -194,9 +229,11 @@ def check_fits(file: object, content: Content, model: nn.Module) -> None:
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     modules = dict(model.named_modules())
     there = {name: tuple(t.shape) for name, t in plain_tensors(model).items()}
-    there |= {f"{n}.weight".lstrip("."): tuple(m.weight.shape) for n, m in quantized_modules(model).items()}
+    own = quantized_modules(model)
+    there |= {m.weight_key(f"{n}.").lstrip("."): tuple(m.latent.shape) for n, m in own.items()}
     for key in (*quantized, *tied):
         shapes.pop(key.removesuffix("weight") + "input_alpha", None)
+        shapes.pop(f"{key}{CHILD}.input_alpha", None)
     shapes |= {key: tuple(w.values.shape) for key, w in quantized.items()}
     shapes |= {name: shapes[other] for name, other in tied.items()}
     odd = sorted(there.keys() ^ shapes.keys()) or sorted(n for n in there if there[n] != shapes[n])
@@ -206,7 +243,9 @@ def check_fits(file: object, content: Content, model: nn.Module) -> None:
             f"file must fit the model, got {name} of shape {shapes.get(name)} in {file} and of shape"
             f" {there.get(name)} in the model{f', and {len(odd) - 1} more' if odd[1:] else ''}"
         )
-    for key in quantized:
+    for key, w in quantized.items():
         module = modules.get(key.rpartition(".")[0])
+        if w.dims is not None:
+            continue
         if not isinstance(module, QuantizedModule) and (module is None or quantized_form(module) is None):
             raise ValueError(f"model must have a module for {key} that can be quantized, got {module}")

@@ -141,7 +141,7 @@ def place(model: PreTrainedModel, name: str, modules: Container[str]) -> str | N
 
 
 def check_all_named(
-    model: PreTrainedModel, named: Collection[str], modules: Container[str], files: Sequence[str]
+    model: PreTrainedModel, named: Collection[str], modules: Collection[str], files: Sequence[str]
 ) -> None:
     """Raise if a file has the quantizer of a module that the config does not name: it would be left plain."""
     modules = {*modules, *(f"{name}{CHILD}" for name, _ in model.named_parameters())}

@@ -43,11 +43,11 @@ def quantize_model(
     ``nn.Embedding`` and ``EmbeddingBag``, ``nn.Bilinear``, subclasses of all these; recurrent layers,
     ``nn.MultiheadAttention``; the experts of ``transformers``, and its ``Conv1D``; what
     :func:`declare_weights` declares. Parameters, hooks and names stay, so optimizers keep their parameters and
-    checkpoints of the plain model load. In a stack of experts, one parameter of three dimensions, each expert is
-    a weight: it has its own scale and noise. Other modules stay as they are unless a rule names a parameter of
-    theirs; the report names them. Tied weights are quantized once, and share their alpha and noise. Call it
-    again for modules that an earlier call left alone, and for plain ones that took the place of quantized ones:
-    training and saving are errors until then.
+    checkpoints of the plain model load. In a stack of experts, one parameter of three dimensions, each expert
+    is a weight: it has its own scale and noise. Other modules stay as they are unless a rule names a parameter
+    of theirs; the report names them. Tied weights are quantized once, and share their alpha and noise. Call it
+    again for modules that an earlier call left alone, and for plain ones that took the place of quantized
+    ones: training and saving are errors until then.
 
     Args:
         model: a module that is or holds such layers, with weights of float32, bfloat16 or float16. On the

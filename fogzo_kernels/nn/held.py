@@ -58,6 +58,12 @@ class HeldWeight(QuantizedWeight):
         registered: Tensor | None = vars(self)["_home"][0]._parameters.get(self.PARAMETER)
         return registered
 
+    @property
+    def letters(self) -> str:
+        """The letters of ``dims``."""
+        dims: Dims = vars(self)["dims"]
+        return dims.letters
+
     def input_rows(self, input: Tensor) -> Tensor:
         return input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
 
@@ -220,7 +226,7 @@ def _reduce(module: Any, protocol: Any) -> Any:
 
 def _blank(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     """A module of a class that was made, without its state."""
-    kind = holder_class(plain, names)
+    kind: type[nn.Module] = holder_class(plain, names)
     module: nn.Module = kind.__new__(kind)
     return module
 
@@ -244,8 +250,10 @@ def hold(
 
 def become(module: nn.Module, names: tuple[str, ...]) -> None:
     """Give a module the class that reads these parameters as values, beside others that it reads so."""
-    plain, before = (module.PLAIN, module.NAMES) if isinstance(module, Holder) else (type(module), ())
-    module.__class__ = holder_class(plain, tuple(sorted({*before, *names})))
+    kind: type[nn.Module] = type(module)
+    if isinstance(module, Holder):
+        kind, names = module.PLAIN, (*module.NAMES, *names)
+    module.__class__ = holder_class(kind, tuple(sorted(set(names))))
     vars(module).setdefault(VALUES, Values())
 
 
@@ -256,7 +264,7 @@ def let_go(model: nn.Module) -> None:
         for held in [*held_in(home)]:
             held.latent.data = held.latent.data.contiguous()
             del home._modules[held.PARAMETER + CHILD]
-        home.__class__ = home.PLAIN
+        home.__class__ = home.PLAIN  # type: ignore[assignment]
         vars(home).pop(VALUES, None)
 
 

@@ -95,7 +95,7 @@ def described(modules: dict[str, QuantizedWeight]) -> dict[str, Any]:
         weight, inputs = (q and quantizers.index(q) for q in own)
         row = [weight, list(m.alpha.shape), m.tensor_id, m.backend, inputs]
         if isinstance(m, HeldWeight):
-            rows[name.removesuffix(CHILD)] = [*row, m.dims.letters]
+            rows[name.removesuffix(CHILD)] = [*row, m.letters]
         else:
             rows[name] = row
     return {"quant_method": METHOD, "quantizers": quantizers, "modules": rows}

@@ -187,7 +187,7 @@ class Unit(NamedTuple):
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """Returns the weights that can be quantized, and the modules that hold others, once with all their names."""
+    """Returns weights that can be quantized, and modules that hold others, once with all their names."""
     paths = dict(model.named_modules(remove_duplicate=False))
     parts = {id(c) for m in paths.values() for child in read_by(m) for c in m.get_submodule(child).modules()}
     units: dict[nn.Module, list[Unit]] = {}
@@ -278,7 +278,7 @@ def reason_against(name: str, module: nn.Module, form: type[QuantizedModule] | N
 
 def kind_of(module: nn.Module) -> str:
     """The name of a module's class, before it was quantized."""
-    return getattr(type(module), "PLAIN", type(module)).__name__  # type: ignore[no-any-return]
+    return getattr(type(module), "PLAIN", type(module)).__name__
 
 
 def against_activation(unit: Unit) -> str | None:

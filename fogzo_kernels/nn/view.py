@@ -250,7 +250,7 @@ class WeightView:
 
     @property
     def by_rows(self) -> bool:
-        """Says whether rows that got no gradient get no noise: an embedding's entries that are not in a batch."""
+        """Says whether rows without a gradient get no noise: entries of an embedding that are in no batch."""
         part = self.placement.part
         looked_up = all(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.modules)
         return looked_up and (part is None or part.dim == 0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..functional import TensorList
@@ -47,16 +48,19 @@ class Operands(NamedTuple):
         """Cut into rows, each seen as a matrix of one row."""
 
         def cut(tensor: Tensor) -> tuple[Tensor, ...]:
-            return tensor.flatten(1).split(1)
+            return torch.split(tensor.flatten(1), 1)
 
-        seen, latents, states = self.seen, cut(self.latent), [*map(cut, self.states)]
+        def row(i: int) -> View:
+            return lambda t: self.seen(t)[i : i + 1].flatten(1)
+
+        latents, states = cut(self.latent), [*map(cut, self.states)]
         masters = None if self.master is None else cut(self.master)
         return [
             self._replace(
                 latent=latent,
                 master=None if masters is None else masters[i],
                 states=[state[i] for state in states],
-                seen=lambda t, i=i: seen(t)[i : i + 1].flatten(1),
+                seen=row(i),
                 row=i,
             )
             for i, latent in enumerate(latents)

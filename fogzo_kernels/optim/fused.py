@@ -145,7 +145,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with Rows(step) as rows:
                 calls = self._calls(step)  # all are prepared before the first one writes
                 grads = (p.grad for p in self._parameters() if p.grad is not None)
-                scaling.unscale_([*grads, *rows.gradients])
+                scaling.unscale_([*grads, *(g for g in rows.gradients if g is not None)])
                 rows.estimate()
                 self._calls_so_far += 1
                 for i, call in enumerate(calls):

@@ -322,7 +322,7 @@ class Guide:
         return sumsqs.sum().sqrt().float()
 
     def _numbers(self, groups: Sequence[WeightGroup], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return how many elements this process has of each weight that get noise, and the places of weights."""
+        """Return how many elements that get noise this process has of each weight, and the places."""
         weights = [w for group in groups for w in group.weights]
         if self._kept is None or self._kept[:2] != (weights, device):
 

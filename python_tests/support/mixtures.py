@@ -108,7 +108,7 @@ def both(name, quantizer):
 
 
 def experts_of(model):
-    """Each weight of a stack, its gradient and its alphas by the name of a layer of a model that is taken apart."""
+    """Each weight of a stack, its gradient and its alphas, by the name of a layer of the model taken apart."""
     found = {}
     for path, module in model.named_modules():
         if hasattr(module, "dims"):
