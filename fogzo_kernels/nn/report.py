@@ -36,7 +36,7 @@ class Row:
         scales: elements of alpha.
         activation: how its input is quantized, or None.
         size: bytes, of codes at ``bits`` each and scales, or of the parameters as they are.
-        reason: why it was left alone.
+        reason: why it was left alone; of a quantized weight, why its inputs were.
         tied: the module whose weight this is, too.
     """
 
@@ -120,6 +120,7 @@ class Report:
             assert row.quantizer is not None
             by = letters[row.quantizer] + (f", tied to {row.tied}" if row.tied else "")
             by += f", inputs {letters[row.activation]}" if row.activation else ""
+            by += f", inputs stay: {row.reason}" if row.reason else ""
             cells.append([name, row.kind, row.shape, f"{row.bits:.3g}", str(row.scales), by])
         lines = [*table(cells), "", *(f"{letter}: {described(q)}" for q, letter in letters.items())]
         counts = [(self.quantized_numel, "quantized")]
@@ -164,7 +165,8 @@ def report_of(choices: Sequence[Choice]) -> Report:
             tied, q, scales = seen.get(held.latent, ""), held.quantizer, held.alpha.numel()
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
             kind, inputs = kind_of(module), held.activation
-            quantized.append(Row(name, kind, shapes, numel, size, q, scales, activation=inputs, tied=tied))
+            why = c.inputs or ""
+            quantized.append(Row(name, kind, shapes, numel, size, q, scales, inputs, why, tied))
         elif own:
             size, kind = float(sum(p.nbytes for p in new)), kind_of(module)
             left.append(Row(name, kind, shapes, numel, size, reason=c.reason or ""))

@@ -33,6 +33,7 @@ class Choice(NamedTuple):
     quantizer: Quantizer | None
     activation: Quantizer | None
     reason: str | None
+    inputs: str | None = None  # why its inputs stay as they are though they were to be quantized
 
 
 def choose(
@@ -139,8 +140,10 @@ def _choice(unit: Unit, rule: Checked) -> Choice:
         reason = f"{rule.name}, {shown(rule.which)}" if rule.name else "no rule names it"
     elif isinstance(reason, Exception):
         raise reason
-    activation = None if reason or against_activation(unit) else rule.activation
-    return Choice(unit, None if reason else rule.quantizer, activation, reason)
+    if reason or rule.activation is None:
+        return Choice(unit, None if reason else rule.quantizer, None, reason)
+    inputs = against_activation(unit)
+    return Choice(unit, rule.quantizer, None if inputs else rule.activation, None, inputs)
 
 
 def _nothing_to_do(choices: list[Choice]) -> str:

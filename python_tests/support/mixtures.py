@@ -18,7 +18,8 @@ import fogzo_kernels as fk
 EXPERTS = 8  # three tokens, two experts each, leave two of them idle at least
 SIZE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "vocab_size": 32, "num_experts_per_tok": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    "vocab_size": 32, "num_experts_per_tok": 2, "pad_token_id": None, "bos_token_id": None,
+    "eos_token_id": None,
 }  # fmt: skip
 TWO = {"num_key_value_heads": 2}
 CONFIGS = {
