@@ -8,10 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from support.processes import needs_gloo, spawned
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fogzo_kernels as fk
-from fogzo_kernels.nn.view import Part
+from fogzo_kernels.nn.view import whole
 
 STEPS = 3
 
@@ -211,7 +212,42 @@ def test_a_reduction_is_named(reduction):
         fk.Fogzo(net("fixed"), total_steps=1, kappa=0.1, loss_reduction=reduction, directions=1)
 
 
-def test_a_padding_row_is_found_in_the_part_that_has_it():
-    rows = [Part(0, first, 4, (8, 3), None).own_row(5) for first in (0, 4)]
-    assert rows == [None, 1]
-    assert Part(1, 2, 1, (8, 3), None).own_row(5) == 5
+# ---- rows of an embedding that get no gradient
+
+
+def looked_up(options, tokens, sharded, rank=0):
+    """The first estimate of an embedding with padding, and its values before and after a fused step."""
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(8, 6, padding_idx=5), nn.Linear(6, 3)), torch.tensor(tokens)
+    nn.init.normal_(model[0].weight)
+    fk.quantize_model(model, fk.presets.fixed(3, 0.3))
+    sharded(model)
+    fogzo = fk.Fogzo(model, **{"total_steps": 10, "schedule": "constant", "directions": 1} | options)
+    before, labels = whole(model[0].weight).detach().clone(), tokens % 3
+
+    def loss_of():
+        return F.cross_entropy(model(tokens), labels)
+
+    fogzo.backward(loss_of)
+    estimate = whole(model[0].weight.grad).clone()
+    model.zero_grad()
+    fk.SGD(model.parameters(), lr=0.1, fogzo=fogzo).step(loss_of)
+    return before, estimate, whole(model[0].weight).detach().clone()
+
+
+OF_NOISE = {"model": {"one_minus_beta": 0.5}, "tensor": {"kappa": 0.5, "noise_per": "tensor"}}
+
+
+@needs_gloo
+@pytest.mark.parametrize("tokens", [[0, 5, 6, 2], [0, 1]], ids=["in both parts", "in one part"])
+@pytest.mark.parametrize("noise", OF_NOISE)
+def test_rows_without_a_gradient_keep_still_in_the_process_that_has_them(tmp_path, noise, tokens):
+    """The padding row too. The others have the estimate of one process, to the bit."""
+    before, estimate, after = expected = looked_up(OF_NOISE[noise], tokens, lambda model: None)
+    read = torch.zeros(8, dtype=torch.bool)
+    read[[token for token in tokens if token != 5]] = True
+    assert torch.equal(estimate != 0, read.unsqueeze(1).expand(8, 6))
+    assert torch.equal((before != after).any(1), read)
+    for found in spawned(functools.partial(looked_up, OF_NOISE[noise], tokens, fully_shard), tmp_path):
+        assert not isinstance(found, str), found
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

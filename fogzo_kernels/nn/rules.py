@@ -114,7 +114,7 @@ def _check_asked(rule: Checked, units: list[Unit]) -> None:
     """Raise if a rule with a quantizer decides on modules that cannot be quantized."""
     if rule.quantizer is None or not units:
         return
-    against = {unit.name: _against(rule, unit) for unit in units if _has_weight(unit)}
+    against = {unit.name: _against(rule, unit) for unit in units if _asked(rule, unit)}
     refused = [f"{unit or 'model'}: {reason}" for unit, reason in against.items() if reason is not None]
     if refused:
         raise ValueError(
@@ -126,10 +126,13 @@ def _check_asked(rule: Checked, units: list[Unit]) -> None:
         raise ValueError(f"{rule.name} must match a module that can be quantized, got {shown(rule.which)}")
 
 
-def _has_weight(unit: Unit) -> bool:
-    """Whether a weight multiplies; norms and position tables do not, and are no reason to refuse a rule."""
+def _asked(rule: Checked, unit: Unit) -> bool:
+    """Whether a rule asks for a unit: for a weight that multiplies, or by the parameter's name.
+
+    Norms and position tables do not multiply, and are no reason to refuse a rule.
+    """
     known = unit.quantized or unit.form or (unit.dims and unit.usual)
-    return bool(known) or any("weight" in name for name in unit.matrices)
+    return bool(known) or _names_parameter(rule.which, unit) or any("weight" in name for name in unit.matrices)
 
 
 def _choice(unit: Unit, rule: Checked) -> Choice:
