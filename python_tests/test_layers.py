@@ -361,6 +361,21 @@ def test_a_fused_step_of_an_embedding_with_padding_is_the_estimate_and_a_plain_o
     assert emb.weight[[0, 4]].ne(before[[0, 4]]).any(1).all()
 
 
+@pytest.mark.parametrize("directions", [0, 1])
+def test_scales_of_rows_that_are_not_in_the_batch_keep_still(directions):
+    """In a fused step, whatever momentum they have from earlier batches."""
+    emb = nn.Embedding(6, 64)
+    fk.quantize_model(emb, fk.presets.lsq(2, "row"))
+    fogzo = fk.Fogzo(emb, total_steps=9, directions=directions)
+    optimizer = fk.AdamW(fk.parameter_groups(emb, weight_decay=0.0), lr=1e-2, fogzo=fogzo)
+    for rows in ([0, 1], [1, 2], [3, 3]):
+        before, x = emb.alpha.detach().clone(), torch.tensor(rows)
+        optimizer.zero_grad()
+        optimizer.step(lambda x=x: emb(x).square().sum())
+        moved = emb.alpha.detach().ne(before).flatten()
+        assert moved.nonzero().flatten().tolist() == sorted(set(rows))
+
+
 def test_a_padding_row_of_a_tied_head_trains():
     model = nn.ModuleDict({"emb": nn.Embedding(5, 64, padding_idx=3), "head": nn.Linear(64, 5, bias=False)})
     model["head"].weight = model["emb"].weight

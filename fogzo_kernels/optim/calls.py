@@ -179,13 +179,18 @@ class Kept:
 
 
 class Rows:
-    """Lets a fused step see estimates of weights whose rows take part by themselves, in place of gradients."""
+    """Lets a fused step see estimates of weights whose rows take part by themselves, in place of gradients.
+
+    Learned alphas of rows that take no part keep still: their gradient is 0, but momentum would move them.
+    """
 
     def __init__(self, step: Step | None) -> None:
         self._step = step
         self.groups = [g for g in step.groups if g.by_rows] if step is not None and step.estimates else []
         self._weights = [w for group in self.groups for w in group.weights]
         self.gradients = [w.parameter.grad for w in self._weights]
+        alphas = [w.modules[0].alpha for w in self._weights]
+        self._alphas = [(a, a.detach().clone()) for a in alphas if a.numel() > 1 and a.grad is not None]
 
     def __enter__(self) -> Rows:
         for w, grad in zip(self._weights, self.gradients, strict=True):
@@ -201,6 +206,9 @@ class Rows:
             step.estimate_into(group, [grad for grad in grads if grad is not None], step.estimate, i == 0)
 
     def __exit__(self, *error: object) -> None:
+        for alpha, before in self._alphas:
+            assert alpha.grad is not None
+            alpha.copy_(torch.where(alpha.grad != 0, alpha, before))
         for w, grad in zip(self._weights, self.gradients, strict=True):
             w.parameter.grad = grad
 
