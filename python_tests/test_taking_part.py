@@ -1,4 +1,4 @@
-"""Which weights take part in a step: those whose gradient is there and not 0, on all processes alike."""
+"""Which weights, and which rows of embeddings, take part in a step: those whose gradient is there and not 0."""
 
 import copy
 import functools
@@ -95,6 +95,35 @@ def test_a_step_without_any_gradient_but_zeros_is_no_error():
     fogzo.backward(lambda: loss_of(model, *batch(0), 0) * 0)
     assert fogzo.steps == 1
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("directions", [0, 1])
+def test_noise_per_tensor_counts_the_rows_of_an_embedding_that_got_a_gradient(directions):
+    """The rest of a large table would make the noise of its few rows in the batch small."""
+    model, tokens = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 6)), torch.tensor([0, 3, 3, 17])
+    fk.quantize_model(model, PRESETS["bitnet"])
+    options = {"schedule": "constant", "directions": directions, "noise_per": "tensor", "seed": 7}
+    fogzo = fk.Fogzo(model, total_steps=9, kappa=1.0, **options)
+    losses, weights = [], [model[0].weight, model[1].weight]
+    for probe in fogzo.probes():
+        with probe:
+            probe.backward(F.cross_entropy(model(tokens), tokens % 6))
+        losses.append(probe.loss.clone())
+    grads, rate = [p.grad.clone() for p in weights], fogzo.one_minus_beta
+    fogzo.estimate_()
+    q, alphas = model[0].quantizer, [model[0].alpha, model[1].alpha]
+    sumsqs = fk.guide_sumsq(grads, alphas, grid=q.grid, per_tensor=True)
+    factors = fk.noise_factors(sumsqs, [3 * 16, 6 * 16])
+    unread = grads[0].eq(0).all(1)
+    assert unread.sum() == 37
+    sides = (torch.stack(side) if directions else None for side in (losses[1::2], losses[2::2]))
+    fk.estimate_gradient_(
+        grads, *sides, alphas, sumsqs.sum().sqrt().float(), grid=q.grid, straight_through=q.straight_through,
+        one_minus_beta=rate, seed=7, step=0, tensor_ids=[0, 1], noise_factors=factors,
+    )  # fmt: skip
+    assert rate > 0
+    grads[0][unread] = 0
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(weights, grads, strict=True))
 
 
 @pytest.mark.parametrize("ours", [fk.AdamW, fk.SGD])
