@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from result files: no number there is typed.
+"""Write the tables of the documents from result files: no number there is typed.
 
 A table stands between ``<!-- report: NAME -->`` and ``<!-- end of report -->``, with the machine, versions,
 commit and date of its file. ``--check`` writes nothing, and fails where a document is not what the files say.
@@ -75,7 +75,7 @@ def of_mlp(found: Found, sentences: slice = slice(None)) -> str:
 
 
 def of_demo(found: Found) -> str:
-    """As little as a README has room for: guided noise and FOGZO against STE."""
+    """Guided noise and FOGZO against STE."""
     return of_mlp(found, slice(3))
 
 
@@ -206,7 +206,7 @@ SECTIONS = {
     "quantizers": Section("docs/performance.md", (f"{RESULTS}/quantizers.json",), of_kernels),
     "executed": Section("docs/performance.md", (EXECUTED,), of_pipes),
     "sectors": Section("docs/performance.md", (EXECUTED,), of_sectors),
-    "mnist": Section("README.md", (f"{ON_XEON}/mnist.json",), of_demo),
+    "mnist": Section("docs/evidence.md", (f"{ON_XEON}/mnist.json",), of_demo),
     "mnist-thousands": Section("docs/evidence.md", (f"{RESULTS}/mnist-thousands.json",), of_mlp),
     **{
         f"ablation-{name}": Section("docs/evidence.md", (ABLATION,), of_ablation(table))

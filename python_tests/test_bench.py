@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import fogzo_kernels as fk
 from bench import data
-from bench.evidence import mlp, peers, pool, presets, text
+from bench.evidence import mlp, peers, pool, text
 from bench.evidence.spsa import Spsa
 from fogzo_kernels import _C, info
 
@@ -170,26 +170,6 @@ def test_jobs_keep_their_order_and_their_errors(capfd):
     assert "3/3" in capfd.readouterr().err
     with pytest.raises(ZeroDivisionError, match="of job 3"):
         pool.run(failing, [1, 2, 3], 1, 2)
-
-
-def test_presets_train_print_and_plot(tmp_path, capsys):
-    """The loss of each falls; what is printed is what is written."""
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    plot = tmp_path / "presets.png"
-    presets.main([
-        "--steps", "25", "--seeds", "2", "--rates", "3e-3", "--presets", "lsq", "quest-w2a2", "--layers", "1",
-        "--batch", "4", "--context", "32", "--workers", "2", "--out", str(tmp_path), "--plot", str(plot),
-    ])  # fmt: skip
-    out = capsys.readouterr().out
-    runs = json.loads((tmp_path / "presets.json").read_text())["runs"]
-    methods = [("lsq", "ste"), ("lsq", "fogzo"), ("quest-w2a2", "ste"), ("quest-w2a2", "fogzo")]
-    assert [(r["job"]["preset"], r["job"]["estimator"]) for r in runs] == [m for m in methods for _ in range(2)]
-    for one in runs:
-        assert one["losses"][-1] < 0.85 * one["losses"][0]
-        assert len(one["losses"]) == 25
-    for name, method in methods:
-        assert f"| {name} | {method.upper()} | 0.003 |" in out
-    assert plot.stat().st_size > 10_000
 
 
 def test_text_is_pythons_sources():

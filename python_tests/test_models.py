@@ -426,23 +426,22 @@ PAGE = Path(__file__).parents[1] / "docs/models.md"
 
 
 def examples():
-    """Each program of the page, with the indented text that follows it."""
+    """The program of the page, with the indented text that follows it."""
     text = PAGE.read_text()
     for found in re.finditer(r"^```python\n((?:.*\n)*?)```\n((?:\n|    .*\n)*)", text, re.MULTILINE):
         yield found[1], re.sub(r"^    ", "", found[2], flags=re.MULTILINE).strip("\n")
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the documents are not here")
-def test_page_shows_what_its_programs_print(capsys):
+def test_the_page_shows_what_its_program_prints(capsys):
     shown = []
     for code, expected in examples():
         with torch.random.fork_rng(devices=[]):
             exec(compile(code, str(PAGE), "exec"), {})
         assert capsys.readouterr().out.strip("\n") == expected
         shown.append(expected)
-    assert len(shown) == 6
-    for name, text in zip(CASES, shown, strict=True):  # of the models that are tested here
-        assert without_names(text) == without_names(str(quantized(name)[2]))
+    (text,) = shown
+    assert without_names(text) == without_names(str(quantized("llama")[2]))
 
 
 def without_names(text):

@@ -28,9 +28,15 @@ from tqdm import tqdm
 import fogzo_kernels as fk
 
 from . import pool, record, text
-from .presets import PRESETS
 from .processes import WAYS, Processes
 
+#: How weights, and inputs of linear layers, are quantized; None: not at all.
+PRESETS: dict[str, tuple[fk.Quantizer, fk.Quantizer | None] | None] = {
+    "none": None,
+    "lsq": (fk.presets.lsq(2), None),
+    "quest": (fk.presets.quest(2), None),
+    "quest-w2a2": (fk.presets.quest(2), fk.presets.quest(2)),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: What may differ where a run goes on.
 FREE = (

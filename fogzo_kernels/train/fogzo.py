@@ -79,8 +79,8 @@ class Fogzo:
     def __init__(
         self,
         model: nn.Module,
-        *,
         total_steps: int,
+        *,
         one_minus_beta: float | None = None,
         kappa: float | None = None,
         directions: int = 0,
