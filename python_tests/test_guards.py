@@ -48,12 +48,15 @@ GUARDS = {
     "The encoder layers' fast path of evaluation would read the latents": (
         "nn/replaced.py", "if quantized and not", "if False and not",
         "test_traps.py::test_encoder_layers_evaluate_what_they_train"),
+    "Experts hide the input of their second product, which is to be quantized": (
+        "nn/held.py", "if down is not None and not seen and", "if False and",
+        "test_experts.py::test_experts_that_hide_the_input_of_their_second_product_say_so"),
     "The loss reads a quantized weight beside its module": (
         "train/guards/graph_reads.py", "if reader is not None:\n            raise",
         "if False:\n            raise",
         "test_traps.py::test_a_loss_that_reads_a_weight_itself_is_an_error"),
     "`functional_call` gives a module another weight in a pass": (
-        "nn/module.py", "if of_pass is not None and of_pass.weight is not self.latent:", "if False:",
+        "nn/quantized.py", "if of_pass is not None and of_pass.weight is not self.latent:", "if False:",
         "test_traps.py::test_functional_call_with_other_weights_is_refused_inside_a_pass"),
     "`.grad` holds the last estimate, or the gradient of another backward": (
         "train/guards/gradients.py", "if grads and not all_zero", "if False and not all_zero",
@@ -142,6 +145,14 @@ def test_the_page_lists_these_guards():
         re.split(r" \| ", line.strip("| ")) for line in PAGE.read_text().splitlines() if line.startswith("| ")
     ]
     assert [row[0] for row in rows if row[0] != "Mistake"] == list(GUARDS)
+
+
+@pytest.mark.parametrize("mistake", GUARDS)
+def test_the_guard_is_where_it_was(mistake):
+    """Whose mutant is made by the slow tests alone."""
+    file, old, _, test = GUARDS[mistake]
+    assert (PACKAGE / file).read_text().count(old) >= 1
+    assert (TESTS / test.partition("::")[0]).exists()
 
 
 @pytest.mark.parametrize(
