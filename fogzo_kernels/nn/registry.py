@@ -288,7 +288,7 @@ def against_activation(unit: Unit) -> str | None:
         return "its input is indices"
     if isinstance(module, nn.Bilinear):
         return "it has two inputs"
-    if unit.dims is None or hasattr(module, GATE):
+    if unit.dims is None or (hasattr(module, GATE) and getattr(module, "has_gate", False)):
         return None
     return f"{type(module).__name__} does not say which tensor meets this weight"
 
