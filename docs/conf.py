@@ -29,10 +29,12 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 #: Types in signatures that other libraries define: the build needs no network, so nothing links to them.
 nitpick_ignore_regex = [(r"py:(class|obj|data)", r"(torch|collections|transformers|os)\..*")]
+nitpick_ignore = [("py:class", "fogzo_kernels.train.step.Step")]  # whoever writes an optimizer reads its source
 
 #: Where the repository's files are shown, https://.../blob/main/ say. Without it links lead into the checkout.
 SOURCE_URL = os.environ.get("DOCS_SOURCE_URL", "")

@@ -8,6 +8,8 @@ from .quantizer import Quantizer
 from .scale import Alpha, Granularity, Scale
 from .straight_through import StraightThrough
 
+__all__ = ["bitnet", "dynamic", "fixed", "lsq", "quest", "seq"]
+
 
 def fixed(bits: int, alpha: Alpha) -> Quantizer:
     """Return ``Grid.uniform(bits)`` with a scale that training does not change, and the clipped identity.

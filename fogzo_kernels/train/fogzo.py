@@ -429,6 +429,11 @@ class Fogzo:
 
         Raises:
             RuntimeError: such a ``.grad`` comes from a backward outside the passes.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> fk.Fogzo(model, total_steps=100).check_estimates(model.parameters())  # no gradient yet
         """
         self._run.gradients.check_estimates(parameters, [w.name for w in self.weights])
 

@@ -71,6 +71,13 @@ class Pass:
         Raises:
             RuntimeError: the pass is not entered.
             ValueError: ``loss`` is not a tensor of one element.
+
+        Example:
+            >>> model, batches = torch.nn.Linear(8, 4), torch.ones(3, 2, 8)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> for probe in fk.Fogzo(model, total_steps=100).probes():
+            ...     with probe:
+            ...         for x in batches: probe.backward(model(x).square().mean() / 3)
         """
         if self._grad_mode is None or self._step is None:
             raise RuntimeError("probe.backward must be called inside `with probe:`")
