@@ -18,11 +18,12 @@ cuda_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvv
 test_PACKAGES := pytest pytest-xdist hypothesis numpy scipy safetensors
 llama-cpp_PACKAGES := llama-cpp-python
 lint_PACKAGES := ruff mypy clang-format check-jsonschema
+docs_PACKAGES := sphinx myst-parser furo
 package_PACKAGES := build twine
 TESTED := test triton transformers loops export demo cuda
 TESTABLE := $(VENV)/built $(VENV)/has-all-tested
 
-.PHONY: demo test test-modes test-oldest test-gguf lint format bench gpu fuzz sanitize package clean
+.PHONY: demo test test-modes test-oldest test-gguf lint format bench gpu fuzz sanitize docs package clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += -j2  # packages are installed while the native module is built
 unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes
@@ -96,6 +97,13 @@ fuzz: $(TESTABLE)
 # The CPU part of the suite with the native module under the compiler's sanitizers
 sanitize: $(TESTABLE)
 	$(BIN)/python tools/sanitize.py
+
+# The site in build/docs/html, anew, with warnings as errors. Without a network nothing is missing in it.
+# DOCS_SOURCE_URL, where set, is where the repository's files are shown: https://.../blob/main/
+docs: $(VENV)/base $(VENV)/has-docs $(VENV)/has-transformers $(VENV)/has-loops
+	rm -rf build/docs
+	$(BIN)/sphinx-build -W --keep-going -n -q -d build/docs/doctrees docs build/docs/html
+	$(BIN)/python tools/check_site.py build/docs/html
 
 # Distributions in dist/, and the tests of the wheel installed in an empty environment
 package: $(VENV)/has-package

@@ -23,15 +23,19 @@ from .spec.hadamard import Hadamard
 from .spec.quantizer import Quantizer
 from .spec.scale import Scale
 from .spec.straight_through import StraightThrough
+from .train.attached import Attached
 from .train.fogzo import Fogzo
+from .train.passes import Pass
 
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "AdamW",
+    "Attached",
     "Fogzo",
     "Grid",
     "Hadamard",
+    "Pass",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",

@@ -38,7 +38,7 @@ def test_one_python_version():
     assert len(readme) == 2
     assert set(readme) == {str(minor)}
     assert re.search(r"CIBW_BUILD: cp3(\d+)-\*", WHEELS)[1] == str(minor)
-    for workflow in ("ci.yml", "wheels.yml"):
+    for workflow in ("ci.yml", "wheels.yml", "docs.yml"):
         text = (ROOT / ".github/workflows" / workflow).read_text()
         assert set(re.findall(r'python-version: "(.*)"', text)) == {f"3.{minor}"}
 
@@ -85,7 +85,8 @@ def test_metadata_names_the_license(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "triton", "transformers", "loops", "export", "llama-cpp", "test", "lint", "package"]
+    "name",
+    ["demo", "triton", "transformers", "loops", "export", "llama-cpp", "test", "lint", "docs", "package"],
 )
 def test_make_installs_what_the_extra_names(name):
     extra = [re.match(r"[\w-]+", package)[0] for package in EXTRAS[name]]

@@ -157,12 +157,19 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
 
 
 def available_backends(device: str | torch.device | None = None) -> dict[str, str | None]:
-    """Each backend's name -> None, or the reason why it is unavailable.
+    """Return each backend's name with None, or with the reason why it cannot run.
 
-    Backends of other packages (entry points of the group ``fogzo_kernels.backends``) are included.
+    Backends of other packages, which entry points of the group ``fogzo_kernels.backends`` name, are among them.
 
     Args:
-        device: the device to run on; by default the GPU if there is one, else the CPU.
+        device: the device to run on. None: the GPU if there is one, else the CPU.
+
+    Returns:
+        A dict in the order of preference.
+
+    Example:
+        >>> fk.available_backends("cpu")["reference"] is None
+        True
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""What was trained here, in files that others load; each on the library that owns its format."""
+"""Files of quantized models for other libraries. Each function uses the library that owns its format."""
 
 from .ao import torchao
 from .compressed import compressed_tensors

@@ -16,21 +16,28 @@ from .integers import check_exact, check_fits, reason_against_held
 
 @torch.no_grad()
 def torchao(model: nn.Module) -> nn.Module:
-    """Turn quantized linear layers into plain layers with weights in torchao's ``IntxUnpackedToInt8Tensor``.
+    """Turn quantized linear layers into plain layers whose weights are torchao's ``IntxUnpackedToInt8Tensor``.
 
-    A code takes a byte, and a grid with an offset has minus the offset as its zero point. The model keeps its
-    outputs, bit for bit, in its dtype. The latents are gone: ``copy.deepcopy`` the model before to train on.
+    Each code takes a byte, and a grid with an offset becomes a zero point. The model keeps its outputs, bit for
+    bit, in its dtype. The latents are lost: ``copy.deepcopy`` the model first if you want to train on.
 
     Args:
-        model: as :func:`quantize_model` made it, all of whose quantized modules are linear.
+        model: a model that :func:`fogzo_kernels.quantize_model` quantized, whose quantized modules are all
+            linear.
 
     Returns:
-        ``model``, in place; where it is a quantized layer itself, that layer, now a plain one.
+        ``model``; if it is itself a quantized layer, the same layer, now plain.
 
     Raises:
-        TypeError, ValueError: torchao's tensor cannot hold a module; the message names it and the reason.
-            Nothing has changed then.
+        TypeError, ValueError: torchao's tensor cannot hold a module. The message names it and the reason;
+            nothing has changed then.
         ModuleNotFoundError: ``torchao`` is not installed.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.5))
+        >>> type(fk.export.torchao(model).weight).__name__
+        'IntxUnpackedToInt8Tensor'
     """
     from torchao.quantization import IntxUnpackedToInt8Tensor
 

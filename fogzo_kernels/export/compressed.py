@@ -42,26 +42,33 @@ class Packed(NamedTuple):
 
 
 def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str], *, bits: int | None = None) -> None:
-    """Write a quantized transformers model in the format ``pack-quantized`` of compressed-tensors.
+    """Write a quantized model of ``transformers`` in the format ``pack-quantized`` of compressed-tensors.
 
-    ``AutoModelForCausalLM.from_pretrained(folder)`` has the same logits bit for bit, in the model's dtype; vLLM
-    loads the folder too. A tokenizer is to be saved beside it. Codes of a grid with an offset are written as
-    odd numbers at half of delta, in a bit more. Experts are written as linear layers, one by one, by the names
-    of their checkpoints; transformers then loads all weights as values, and wants one scheme for the linear
-    layers and one for the experts.
+    ``AutoModelForCausalLM.from_pretrained(folder)`` has the same logits, bit for bit, in the model's dtype.
+    vLLM loads the folder too. Save the tokenizer beside it. Codes of a grid with an offset become odd numbers
+    at half of delta, with one more bit. Experts become single linear layers under the names of their
+    checkpoints. ``transformers`` then loads all weights as values, and wants one scheme for the linear layers
+    and one for the experts.
 
     Args:
-        model: as :func:`quantize_model` made it from a model of transformers.
-        folder: new, empty, or an export of before, which is replaced. It is there whole or not at all.
-        bits: how many bits each code takes in the file, 2 to 8; None takes as many as a grid needs. ``4`` is
-            for vLLM on a CPU, whose kernels know no other number. Values stay as they are. The file's metadata
-            has the bits that the grids need as ``code_bits``.
+        model: a model of ``transformers`` that :func:`fogzo_kernels.quantize_model` quantized.
+        folder: a new or empty folder, or an earlier export, which the call replaces. It is there whole or not
+            at all.
+        bits: bits of a code in the file, 2 to 8. vLLM on a CPU takes 4 only. Values stay the same; the file's
+            metadata keeps the bits that the grids need as ``code_bits``. None: as many as each grid needs.
 
     Raises:
-        TypeError, ValueError: the format cannot hold the model; the message names the module and the reason.
-            Nothing is written then.
-        FileNotFoundError, FileExistsError, OSError: the folder cannot be written; what was there stays.
+        TypeError, ValueError: the format cannot hold the model. The message names the module and the reason;
+            nothing is written then.
+        FileNotFoundError, FileExistsError, OSError: the folder cannot be written; an old one stays.
         ModuleNotFoundError: ``compressed-tensors`` is not installed.
+
+    Example:
+        >>> import transformers
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.0625), skip=torch.nn.Embedding)
+        >>> fk.export.compressed_tensors(model, "exported")
     """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from safetensors.torch import save_file

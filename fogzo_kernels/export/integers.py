@@ -82,19 +82,27 @@ def check_fits(name: str, form: str, reasons: dict[str, bool]) -> None:
 
 @torch.no_grad()
 def freeze_scales_(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Fix the scales of a model's weights where they are, rounded to a dtype, so that export changes no bit.
+    """Fix the scales of a model's weights, rounded to a dtype, so that an export changes no bit.
 
-    Formats keep scales in the model's dtype (compressed-tensors) or in float16 (GGUF); between them and float32
-    there are codes that flip. Freeze, evaluate what you get, then export it. Scales that were learned or
-    measured are fixed from now on, and the model is no longer trained as before.
+    Formats keep scales in the model's dtype (compressed-tensors) or in float16 (GGUF), and rounding a scale
+    changes some codes. Freeze the scales, evaluate the model, then export it. Learned and measured scales are
+    fixed afterwards, so do not train the model further.
 
     Args:
-        model: as :func:`quantize_model` made it.
-        dtype: ``torch.float16`` for GGUF; the model's own for compressed-tensors; float32 only fixes them.
+        model: a model that :func:`fogzo_kernels.quantize_model` quantized.
+        dtype: ``torch.float16`` for GGUF, the model's own dtype for compressed-tensors. ``torch.float32`` fixes
+            the scales without rounding.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or a scale is 0 or infinite in ``dtype``; nothing has
+        TypeError, ValueError: an argument is wrong, or a scale is 0 or infinite in ``dtype``. Nothing has
             changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.1))
+        >>> fk.export.freeze_scales_(model, torch.float16)
+        >>> round(model.alpha.item(), 6)
+        0.099976
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {checks.named(FLOATS)}, got {dtype}")

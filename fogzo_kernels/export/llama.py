@@ -24,23 +24,30 @@ F32 = 0  # the file type of a file with several types of matrices
 def gguf(
     model: nn.Module, file: str | os.PathLike[str], *, block: str | None = None, tokenizer: str = "none"
 ) -> None:
-    """Write a quantized LLaMA as GGUF, with plain tensors in float32.
+    """Write a quantized LLaMA as GGUF, with all other tensors in float32.
 
-    The file keeps the model's values, bit for bit, if scales are float16 numbers (:func:`freeze_scales_`).
-    llama.cpp rounds a product's inputs to 8 bits, so its logits are near the model's, not the same.
+    The file keeps the model's values, bit for bit, if the scales are float16 numbers (:func:`freeze_scales_`).
+    llama.cpp rounds the inputs of a product to 8 bits, so its logits are near the model's, not equal.
 
     Args:
-        model: ``LlamaForCausalLM`` of transformers, as :func:`quantize_model` made it.
-        file: complete or absent; an old file is replaced.
+        model: a ``LlamaForCausalLM`` of ``transformers`` that :func:`fogzo_kernels.quantize_model` quantized.
+        file: path of the file. It is complete or absent; an old file is replaced.
         block: ``"Q1_0"``, ``"Q2_0"``, ``"TQ2_0"``, ``"Q2_K"``, ``"Q4_0"`` or ``"Q8_0"`` for all quantized
-            weights; None takes for each the first of these that holds its grid and divides its groups.
+            weights. None: for each weight the first of these that holds its grid and divides its groups.
         tokenizer: ``"none"``, or ``"bytes"`` for a vocabulary of 256 bytes.
 
     Raises:
-        TypeError, ValueError: the format cannot hold the model; the message names the module and the reason.
-            Nothing is written then.
+        TypeError, ValueError: the format cannot hold the model. The message names the module and the reason;
+            nothing is written then.
         OSError: the file cannot be written; an old file stays.
         ModuleNotFoundError: ``gguf`` is not installed.
+
+    Example:
+        >>> import transformers
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.0625), skip=torch.nn.Embedding)
+        >>> fk.export.gguf(model, "model.gguf")
     """
     import gguf as library
 

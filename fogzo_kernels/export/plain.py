@@ -35,23 +35,27 @@ READ = ("1", VERSION)
 
 
 def safetensors(model: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Write a quantized model: packed codes, alphas, and all else as it is.
+    """Write any quantized model as a safetensors file: packed codes, alphas, and all other tensors as they are.
 
-    For each quantized weight X: ``X.codes``, uint8, each row of the matrix that is quantized (one for each
-    output, or for each expert of a stack) as a little-endian stream of code - qmin, filled up to bytes;
-    ``X.alpha``, float32. The file's metadata says ``format``, ``version`` and, as JSON, ``quantized``: for each
-    X its shape, bits of a code, grid (qmin, qmax, offset, r), the order in which the rows have the shape's
-    dimensions, block of its transform, and the quantizer of its module's input; and ``tied``: names that share
-    a weight with another.
+    For each quantized weight X the file has ``X.codes``, uint8, and ``X.alpha``, float32. A row of codes
+    belongs to one output, or to one expert of a stack: a little-endian stream of code - qmin, filled up to
+    bytes. The metadata has ``format``, ``version``, ``tied`` (names that share a weight with another) and, as
+    JSON, ``quantized``: for each X its shape, the bits of a code, the grid (qmin, qmax, offset, r), the order
+    of the shape's dimensions in the rows, the block of the transform, and the quantizer of the module's input.
 
     Args:
-        model: as :func:`quantize_model` made it, of any architecture.
-        file: complete or absent; an old file is replaced.
+        model: a model that :func:`fogzo_kernels.quantize_model` quantized, of any architecture.
+        file: path of the file. It is complete or absent; an old file is replaced.
 
     Raises:
         TypeError, ValueError: ``model`` has no quantized modules.
         OSError: the file cannot be written; an old file stays.
         ModuleNotFoundError: ``safetensors`` is not installed.
+
+    Example:
+        >>> model = torch.nn.Linear(64, 64)
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.1))
+        >>> fk.export.safetensors(model, "model.safetensors")
     """
     from safetensors.torch import save_file
 
@@ -132,23 +136,32 @@ Content = tuple[dict[str, Tensor], dict[str, Weight], dict[str, str]]
 
 @torch.no_grad()
 def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Put what :func:`safetensors` wrote into a model of that architecture, for inference.
+    """Put the content of a file of :func:`safetensors` into a model of the same architecture, for inference.
 
-    Modules with quantized weights become plain modules with the quantized values; with a transform or quantized
-    inputs they become quantized modules with fixed scales. Outputs equal the written model's, bit for bit, in
-    the same dtype and on the same device.
+    Modules become plain modules with the quantized values. With a transform or quantized inputs they become
+    quantized modules with fixed scales. The outputs equal those of the written model, bit for bit, in the same
+    dtype and on the same device.
 
     Args:
-        file: as :func:`safetensors` wrote it.
-        model: plain, or from :func:`quantize_model`.
+        file: path of a file of :func:`safetensors`.
+        model: a plain model, or one that :func:`fogzo_kernels.quantize_model` quantized.
 
     Returns:
-        ``model``, in place.
+        ``model``, changed in place.
 
     Raises:
-        ValueError: the file is damaged, of another format, or does not fit the model: names or shapes differ.
-            The model is then as it was.
+        ValueError: the file is damaged, of another format, or does not fit the model. The model is then as it
+            was.
         FileNotFoundError: there is no file.
+        ModuleNotFoundError: ``safetensors`` is not installed.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.1))
+        >>> fk.export.safetensors(model, "linear.safetensors")
+        >>> loaded = fk.export.load("linear.safetensors", torch.nn.Linear(8, 4))
+        >>> torch.equal(loaded.weight, model.effective_weight())
+        True
     """
     checks.instance("model", model, nn.Module)
     tensors, quantized, tied = content = read(file)

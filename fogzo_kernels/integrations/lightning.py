@@ -15,32 +15,41 @@ from torch.nn.parallel import DistributedDataParallel
 from ..train.fogzo import Fogzo
 from ..train.step import Pass
 
+__all__ = ["FogzoMixin"]
+
 KEY = "fogzo"  # in a checkpoint
 
 
 class FogzoMixin:
-    """Put before ``LightningModule``: ``class Mine(FogzoMixin, L.LightningModule)``.
+    """The steps of FOGZO in a LightningModule: ``class Mine(FogzoMixin, L.LightningModule)``.
 
-    Each pass of a step runs ``training_step``, with ``accumulate_grad_batches`` for all its micro-batches when
-    the last has come. Then the gradients are the estimate, and Lightning clips, steps and saves as ever. What
-    ``training_step`` logs is taken from the gradient pass alone; whatever else it changes (a metric's state,
-    say) it changes in each pass, unless it asks :attr:`probing`. With manual optimization, ``training_step``
-    runs the passes of :attr:`fogzo` itself, on one device.
+    Each pass of a step runs ``training_step``; with ``accumulate_grad_batches`` it runs all micro-batches, when
+    the last has come. ``.grad`` holds the estimate afterwards, and Lightning clips, steps and saves as usual,
+    with any optimizer. Logs come from the gradient pass alone. Anything else that ``training_step`` changes,
+    such as the state of a metric, it changes in each pass, unless it asks ``self.probing``. With manual
+    optimization, ``training_step`` runs the passes of ``self.fogzo`` itself, on one device.
 
-    Set :attr:`fogzo_options` before ``fit``: options of :class:`Fogzo` but for ``total_steps``, which is the
-    Trainer's ``estimated_stepping_batches``; and ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to
-    go on with other options: ``["total_steps"]`` to train for more steps than the checkpoint's run. The model
-    comes from ``quantize_model``. Any optimizer will do.
+    Set ``fogzo_options`` before ``fit``. The model comes from :func:`fogzo_kernels.quantize_model`.
 
     Raises:
-        ValueError: at the first step, for what FOGZO cannot run: a strategy that is neither DDP nor of one
-            device, or is DDP with manual optimization; a gradient scaler with manual optimization.
-        RuntimeError: at the first step, the checkpoint that ``fit`` goes on from has no state of FOGZO.
+        ValueError: at the first step, the strategy is neither DDP nor that of one device, or manual
+            optimization meets DDP or a gradient scaler.
+        RuntimeError: at the first step, the checkpoint that ``fit`` continues has no state of FOGZO.
 
     Attributes:
-        fogzo_options: of :class:`Fogzo`.
-        fogzo: the estimator of the ``fit`` that runs or ran last.
+        fogzo_options: options of :class:`fogzo_kernels.Fogzo` except ``total_steps``, which is the Trainer's
+            ``estimated_stepping_batches``. ``may_differ`` is that of
+            :meth:`fogzo_kernels.Fogzo.load_state_dict`; ``["total_steps"]`` continues a run for more steps.
         probing: whether ``training_step`` runs in a probe, without gradients.
+
+    Example:
+        >>> import lightning
+        >>> from fogzo_kernels.integrations.lightning import FogzoMixin
+        >>> class Mine(FogzoMixin, lightning.LightningModule):
+        ...     fogzo_options = {"directions": 1, "kappa": 0.1}
+        ...     def training_step(self, batch, index): return self.model(batch).square().mean()
+        >>> Mine().probing
+        False
     """
 
     fogzo_options: Mapping[str, Any] = MappingProxyType({})
@@ -51,7 +60,7 @@ class FogzoMixin:
 
     @property
     def fogzo(self: Any) -> Fogzo:
-        """The estimator, which its first use makes, in ``training_step`` or by the first step."""
+        """The :class:`fogzo_kernels.Fogzo` of the ``fit`` that runs or ran last; the first use makes it."""
         if self._fogzo is None:
             object.__setattr__(self, "_fogzo", self._new_fogzo())  # no submodule: it has the model
         fogzo: Fogzo = self._fogzo
@@ -60,7 +69,11 @@ class FogzoMixin:
     def optimizer_step(
         self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """Runs the passes, then a step of the optimizer."""
+        """Run the passes, then a step of the optimizer. Lightning calls it.
+
+        Args:
+            epoch, batch_idx, optimizer, optimizer_closure: as Lightning gives them.
+        """
         closure = optimizer_closure
         if self.trainer.fit_loop._skip_backward:
             closure()  # of StochasticWeightAveraging, for statistics of BatchNorm: no step
@@ -141,7 +154,7 @@ class FogzoMixin:
         return fogzo
 
     def on_fit_start(self: Any) -> None:
-        """Begins a new run."""
+        """Begin a new run. Lightning calls it."""
         object.__setattr__(self, "_fogzo", None)
         self._waiting = ()
         if self.automatic_optimization and self.trainer.accumulate_grad_batches != 1:
@@ -149,22 +162,30 @@ class FogzoMixin:
         super().on_fit_start()  # type: ignore[misc]
 
     def on_fit_end(self: Any) -> None:
-        """Restores ``training_step``."""
+        """Restore ``training_step``. Lightning calls it."""
         self.__dict__.pop("training_step", None)
         super().on_fit_end()  # type: ignore[misc]
 
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the state of FOGZO."""
+        """Add the state of FOGZO to a checkpoint. Lightning calls it.
+
+        Args:
+            checkpoint: the dict that Lightning saves.
+        """
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         if self._fogzo is not None:
             checkpoint[KEY] = self._fogzo.state_dict()
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        """Keeps the state of FOGZO until the first step."""
+        """Keep the state of FOGZO until the first step. Lightning calls it.
+
+        Args:
+            checkpoint: the dict that Lightning loaded.
+        """
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         self._state = checkpoint.get(KEY)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """Logs, except in a probe."""
+        """Log as Lightning does, except in a probe."""
         if not self.probing:
             super().log(*args, **kwargs)  # type: ignore[misc]

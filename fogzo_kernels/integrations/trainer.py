@@ -15,31 +15,43 @@ from transformers import Trainer
 
 from ..train.fogzo import Fogzo
 
+__all__ = ["FogzoMixin", "FogzoTrainer"]
+
 STATE = "fogzo.pt"  # in a checkpoint's folder
 REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
 class FogzoMixin:
-    """Put before ``Trainer`` or a subclass of it: ``class Mine(FogzoMixin, SFTTrainer)``.
+    """The steps of FOGZO in a ``transformers.Trainer``: ``class Mine(FogzoMixin, SFTTrainer)``.
 
-    The micro-batches of gradient accumulation are kept until the last has come, and each pass of the step runs
-    them all, by the Trainer's own ``training_step``. Then ``.grad`` holds the estimate, and the Trainer clips,
-    steps, logs and saves as ever: a checkpoint has ``fogzo.pt``, and logs what :meth:`Fogzo.stats` says, with
-    ``fogzo_`` before the names. Any optimizer will do.
+    Put it before ``Trainer`` or a subclass of it. It keeps the micro-batches of gradient accumulation until the
+    last has come. Each pass of the step then runs them all, by the Trainer's own ``training_step``. ``.grad``
+    holds the estimate afterwards, and the Trainer clips, steps, logs and saves as usual, with any optimizer. A
+    checkpoint has a file ``fogzo.pt``, and logs have the numbers of :meth:`fogzo_kernels.Fogzo.stats` with
+    ``fogzo_`` before their names.
 
     Args:
-        fogzo: options of :class:`Fogzo` but for ``total_steps``, which is the Trainer's ``max_steps``; and
-            ``may_differ``, as :meth:`Fogzo.load_state_dict` takes it, to resume with others:
-            ``["total_steps"]`` to train for more steps than the checkpoint's run.
-        args, kwargs: as for the Trainer. The model comes from ``quantize_model``.
+        fogzo: options of :class:`fogzo_kernels.Fogzo` except ``total_steps``, which is the Trainer's
+            ``max_steps``. ``may_differ`` is that of :meth:`fogzo_kernels.Fogzo.load_state_dict`;
+            ``["total_steps"]`` resumes a run for more steps.
+        args, kwargs: arguments of the Trainer. The model comes from :func:`fogzo_kernels.quantize_model`.
 
     Raises:
         ValueError: at the first step, an option is wrong, or the model is one of DeepSpeed, FSDP, Megatron or
-            DataParallel, which FOGZO cannot run yet.
-        FileNotFoundError: at the first step, the checkpoint to resume from has no state of FOGZO.
+            DataParallel, which FOGZO cannot run.
+        FileNotFoundError: at the first step, the checkpoint to resume from has no ``fogzo.pt``.
 
     Attributes:
-        fogzo: from the first step of ``train()``; None before.
+        fogzo: the :class:`fogzo_kernels.Fogzo` from the first step of ``train()`` on; None before.
+
+    Example:
+        >>> import transformers
+        >>> from fogzo_kernels.integrations.trainer import FogzoMixin
+        >>> class Mine(FogzoMixin, transformers.Trainer):
+        ...     def compute_loss(self, model, inputs, **options):
+        ...         return model(inputs["x"]).square().mean()
+        >>> Mine(torch.nn.Linear(8, 4), fogzo={"kappa": 0.1}).fogzo is None
+        True
     """
 
     def __init__(self, *args: Any, fogzo: dict[str, Any], **kwargs: Any) -> None:
@@ -54,12 +66,22 @@ class FogzoMixin:
         super().__init__(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of the next step, as the Trainer does, and note how many they are."""
         samples = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._awaited, self._batches = len(samples[0]), []
         return samples
 
     def training_step(self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Runs all passes at the last micro-batch of a step; returns the gradient pass's loss, or 0 before."""
+        """Run all passes at the last micro-batch of a step.
+
+        Args:
+            model: the model, as the Trainer has wrapped it.
+            inputs: a micro-batch.
+            num_items_in_batch: number of targets in the step, as the Trainer counts them.
+
+        Returns:
+            The loss of the gradient pass, a 0-dim float32 tensor; 0 before the last micro-batch.
+        """
         total = torch.zeros((), dtype=torch.float32, device=self.args.device)
         self._batches.append(inputs)
         if len(self._batches) < self._awaited:
@@ -118,6 +140,12 @@ class FogzoMixin:
             os.replace(part, Path(output_dir, STATE))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, with the numbers of :meth:`fogzo_kernels.Fogzo.stats` added.
+
+        Args:
+            logs: numbers by name; those of FOGZO are added to it.
+            args, kwargs: other arguments of the Trainer's method.
+        """
         if self.fogzo is not None and "loss" in logs:
             stats = self.fogzo.stats()
             logs |= {f"fogzo_{name}": x for name, x in stats.items() if math.isfinite(x) and name != "loss"}
@@ -125,4 +153,16 @@ class FogzoMixin:
 
 
 class FogzoTrainer(FogzoMixin, Trainer):
-    """``transformers.Trainer`` with FOGZO's steps, see :class:`FogzoMixin`."""
+    """``transformers.Trainer`` with the steps of FOGZO; :class:`FogzoMixin` says how.
+
+    Args:
+        fogzo: options of :class:`fogzo_kernels.Fogzo`, as :class:`FogzoMixin` takes them.
+        args, kwargs: arguments of the Trainer. The model comes from :func:`fogzo_kernels.quantize_model`.
+
+    Example:
+        >>> from fogzo_kernels.integrations.trainer import FogzoTrainer
+        >>> options = {"directions": 1, "kappa": 0.1}
+        >>> trainer = FogzoTrainer(torch.nn.Linear(8, 4), fogzo=options)
+        >>> trainer.fogzo is None  # until the first step
+        True
+    """

@@ -1,7 +1,16 @@
 """``transformers``: ``from_pretrained`` loads a quantized model that ``save_pretrained`` wrote.
 
-Import it before loading: ``import fogzo_kernels.integrations.transformers``. Without it ``transformers`` warns
-that it does not know the type "fogzo", and loads the latents into a plain model. Saving needs no import.
+Import it before you load such a model: ``import fogzo_kernels.integrations.transformers``. Without it
+``transformers`` warns that it does not know the type "fogzo", and loads the latents into a plain model. Saving
+needs no import.
+
+Example:
+    >>> import transformers, fogzo_kernels.integrations.transformers
+    >>> model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, hidden_size=24))
+    >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+    >>> model.save_pretrained("saved")
+    >>> type(transformers.BertModel.from_pretrained("saved").pooler.dense).__name__
+    'QuantLinear'
 """
 
 from __future__ import annotations
@@ -33,10 +42,13 @@ from ..nn.tied import check_raw_uses, link
 from ..nn.weight import WeightQuantizer, alpha_of
 from ..spec.scale import Scale
 
+#: A user only imports the module.
+__all__: list[str] = []
+
 
 @register_quantization_config(METHOD)
 class FogzoConfig(QuantizationConfigMixin):
-    """The quantized modules of a checkpoint; ``quantize_model`` writes it into the model's config."""
+    """The quantized modules of a checkpoint, which ``quantize_model`` writes into the model's config."""
 
     quant_method: Any
 
@@ -52,7 +64,7 @@ class FogzoConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class FogzoQuantizer(HfQuantizer):
-    """Quantizes the modules of a checkpoint before its tensors are loaded into them."""
+    """Quantize the modules of a checkpoint before ``from_pretrained`` loads its tensors into them."""
 
     quantization_config: FogzoConfig
 

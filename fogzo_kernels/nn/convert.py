@@ -37,43 +37,50 @@ def quantize_model(
     skip: Which | Sequence[Which] = (),
     backend: str | None = None,
 ) -> Report:
-    """Quantize the weights of a model, in place, and report what was quantized and what was not.
+    """Quantize the weights of a model, in place, and report which weights were quantized and which were not.
 
-    These modules run with Q(weight) then: ``nn.Linear``, convolutions and transposed convolutions,
-    ``nn.Embedding`` and ``EmbeddingBag``, ``nn.Bilinear``, subclasses of all these; recurrent layers,
-    ``nn.MultiheadAttention``; the experts of ``transformers``, and its ``Conv1D``; what
-    :func:`declare_weights` declares. Parameters, hooks and names stay, so optimizers keep their parameters and
-    checkpoints of the plain model load. In a stack of experts, one parameter of three dimensions, each expert
-    is a weight: it has its own scale and noise. Other modules stay as they are unless a rule names a parameter
-    of theirs; the report names them. Tied weights are quantized once, and share their alpha and noise. Call it
-    again for modules that an earlier call left alone, and for plain ones that took the place of quantized
-    ones: training and saving are errors until then.
+    Linear layers, convolutions and transposed convolutions, ``nn.Embedding``, ``nn.EmbeddingBag``,
+    ``nn.Bilinear`` and subclasses of these then run with Q(weight). So do recurrent layers,
+    ``nn.MultiheadAttention``, the experts and the ``Conv1D`` of ``transformers``, and the parameters that
+    :func:`declare_weights` names. All other modules stay as they are unless a rule names one of their
+    parameters.
+
+    Parameters, hooks and names stay: optimizers keep their parameters, and checkpoints of the plain model load.
+    Tied weights are quantized once, and share their alpha and noise. In a stack of experts (one parameter of
+    three dimensions) each expert is a weight with its own scale and noise.
+
+    Call it again for modules that an earlier call left alone, or after you replaced a quantized module with a
+    plain one. Until then such a model neither trains nor saves.
 
     Args:
-        model: a module that is or holds such layers, with weights of float32, bfloat16 or float16. On the
-            meta device the alphas get their values when a checkpoint is loaded, or by :func:`calibrate_`.
-        quantizer: grid, scale and straight-through estimator of all weights that no rule names; None
-            leaves those alone.
-        activation: how the inputs of quantized linear layers, convolutions and experts of ``transformers`` are
-            quantized in each forward. A row is a token, what the last dimension holds; of convolutions, a
-            sample. Other modules ignore it. FOGZO perturbs weights only.
-        rules: pairs (which, quantizer or None); the first whose ``which`` matches a module decides, and None
-            leaves it alone. A third entry is these modules' own ``activation``. ``which`` is a name as
-            ``model.named_modules()`` gives it, where ``*`` and ``?`` stand for anything, or a type; both also
-            match all that lies in a matching module. It may be the name of a parameter,
-            ``"*.experts.down_proj"``, of any module: of one that is unknown, the parameter's first dimension
-            counts outputs, or experts if it has three. Or it is a function of name and module that says whether
-            it matches.
-        skip: what to leave alone: one such ``which`` or a list of them, as rules that come first.
-        backend: of the modules' ops; None takes the best available at each call.
+        model: a module that is or holds such layers, with weights of float32, bfloat16 or float16. On the meta
+            device the alphas get their values from a checkpoint, or from :func:`calibrate_`.
+        quantizer: the quantizer of all weights that no rule names. None: they stay as they are.
+        activation: the quantizer of the inputs of quantized linear layers, convolutions and experts of
+            ``transformers``, in each forward. A row is a token (the last dimension), or of a convolution a
+            sample. Other modules ignore it. FOGZO perturbs only weights. None: inputs stay as they are.
+        rules: pairs (which, quantizer or None), or triples with an ``activation`` of their own; the first that
+            matches a module decides. ``which`` is a name as in ``model.named_modules()``, where ``*`` and ``?``
+            stand for anything; or a type; or a function of name and module that returns a bool. A name or a
+            type also matches all modules inside. A name may be that of a parameter, such as
+            ``"*.experts.down_proj"``, of any module: if its class is unknown, the first dimension counts
+            outputs, or experts where there are three.
+        skip: one ``which``, or a list of them, to leave alone; they come before all rules.
+        backend: backend of the modules' ops. None: the best one for the device, at each call.
 
     Returns:
-        What was done; print it.
+        A :class:`Report`; print it.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, does not fit a weight, matches nothing or asks for what
-            cannot be quantized, or one of several modules that share a weight would use it unquantized. The
-            model is then as it was.
+        TypeError, ValueError: an argument is wrong, does not fit a weight, matches nothing, or asks for a
+            weight that cannot be quantized; or one of several modules that share a weight would use it without
+            quantization. The model is then as it was.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2), skip="2")
+        >>> [row.name for row in report.quantized], [row.name for row in report.left]
+        (['0'], ['2'])
     """
     checks.instance("model", model, nn.Module)
     if quantizer is not None:
@@ -139,15 +146,22 @@ def _quantized(model: nn.Module, what: str) -> list[QuantizedWeight]:
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
-    """Make the alphas of a quantized model anew, each by its scale from the weight as it is now.
+    """Compute the alphas of a quantized model again, each by its scale from the current weight.
 
     Args:
-        model: as :func:`quantize_model` made it.
-        scale: from now on the scale of all its quantizers; None keeps each module's own.
+        model: a model that :func:`quantize_model` quantized.
+        scale: a new scale for all its quantizers. None: each keeps its own.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument is wrong, or a scale does not fit a weight; nothing has
+        TypeError, ValueError, RuntimeError: an argument is wrong, or a scale does not fit a weight. Nothing has
             changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.1))
+        >>> fk.calibrate_(model, fk.Scale.fixed(0.25))
+        >>> model.alpha
+        tensor(0.2500)
     """
     modules = _quantized(model, "calibrate")
     reshard(model)
@@ -169,18 +183,25 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
 def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
     """Give the learned scales of activations their first values, from one run of the model.
 
-    Each module takes the first input that it gets: alpha = 2 mean abs(x) / sqrt(qmax) (LSQ, Esser et al. 2020,
-    arXiv 1902.08153), or what the scale's ``init`` says. On several devices, call it before the model is
-    wrapped, with the same batch, so that all of them begin with the same scales.
+    Each module takes its first input x: alpha = 2 mean abs(x) / sqrt(qmax) (LSQ, arXiv 1902.08153), or the
+    value of the scale's ``init``. With several processes, call it before you wrap the model, with the same
+    batch in each, so that all start with the same scales.
 
     Args:
-        model: as :func:`fogzo_kernels.quantize_model` made it, with a learned scale in ``activation``.
-        run: runs the model forward, ``lambda: model(batch)``, say, as it is: in training mode BatchNorm takes
-            part and dropout draws. No gradient is computed.
+        model: a model that :func:`quantize_model` quantized, with a learned scale in ``activation``.
+        run: a function that runs the model forward, such as ``lambda: model(batch)``. In training mode
+            BatchNorm updates its statistics and dropout draws. No gradient is computed.
 
     Raises:
         TypeError, ValueError: an argument is wrong, an input is all 0 or not finite, or ``run`` did not reach
-            one of the modules; no scale has changed then.
+            one of the modules. No scale has changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(4), activation=fk.presets.lsq(8))
+        >>> fk.calibrate_inputs_(model, lambda: model(torch.ones(2, 8)))
+        >>> model.input_alpha.item() == torch.tensor(2 / 127**0.5).item()
+        True
     """
     checks.instance("model", model, nn.Module)
     if not callable(run):
@@ -216,22 +237,28 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
-    """Turn a quantized model back into plain modules, in place, which hold Q(weight).
+    """Turn a quantized model back into plain modules that hold Q(weight), in place.
 
-    The way to what knows plain modules only: ``torch.jit``, ONNX, torchao, strict loading. The latents are
-    overwritten: ``copy.deepcopy`` the model before to go on training it. ``state_dict()`` is then that of the
-    plain model, and an estimator or optimizer made for the quantized one is of no more use.
+    Call it before ``torch.jit``, ONNX, torchao or strict loading. It overwrites the latents: ``copy.deepcopy``
+    the model first if you want to train on. ``state_dict()`` is then that of the plain model. Estimators and
+    optimizers of the quantized model are of no further use.
 
     Args:
-        model: as :func:`quantize_model` made it.
-        latents: keep the latents as weights instead, to quantize them in another way.
+        model: a model that :func:`quantize_model` quantized.
+        latents: keep the latents as weights, to quantize them in another way.
 
     Returns:
-        ``model``, or where it is a quantized module itself, that module, now a plain one.
+        ``model``; if it is itself a quantized module, the same module, now plain.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument is wrong, or an alpha out of range; nothing has changed
-            then.
+        TypeError, ValueError, RuntimeError: an argument is wrong, or an alpha is out of range. Nothing has
+            changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.5))
+        >>> type(fk.dequantize_model(model)).__name__, set(model.weight.flatten().tolist()) <= {-0.5, 0.0, 0.5}
+        ('Linear', True)
     """
     modules = _quantized(model, "dequantize")
     if any(m.placement is not LOCAL for m in modules):

@@ -26,14 +26,24 @@ LONGEST = 2**17 - 1  # products of two int8 codes, at most 2^14 each, of which i
 
 
 class QuantLinear(QuantizedModule, nn.Linear):
-    """``nn.Linear`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+    """``nn.Linear`` that runs with Q(weight); :func:`quantize_model` makes it.
 
-    ``weight``, of shape (out_features, in_features), is the latent and keeps its name, so a checkpoint
-    of the plain model loads.
+    ``weight``, of shape (out_features, in_features), is the latent. It keeps its name, so that a checkpoint of
+    the plain model loads.
 
     Attributes:
-        product: ``"int8"`` where codes are multiplied, None where values are; see
-            :func:`fogzo_kernels.set_compute_`.
+        alpha: the scale, float32: 0-dim, (out_features, 1) or (out_features, groups). A learned alpha is a
+            parameter, any other a buffer.
+        quantizer: the :class:`Quantizer` of the weight.
+        activation: the :class:`Quantizer` of the input, or None.
+        product: ``"int8"`` if the layer multiplies codes, None if it multiplies values; see
+            :func:`set_compute_`.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+        >>> type(model).__name__, model.codes().dtype, model.effective_weight().shape
+        ('QuantLinear', torch.int8, torch.Size([4, 8]))
     """
 
     PLAIN = nn.Linear
@@ -83,22 +93,28 @@ class QuantLinear(QuantizedModule, nn.Linear):
 
 
 def set_compute_(model: nn.Module, compute: str | None) -> None:
-    """Choose how the quantized linear layers of a model multiply.
+    """Choose how the quantized linear layers of a model multiply: with values, or with int8 codes.
 
-    ``"int8"``: their codes, int8 by int8 into int32, which is exact, then one product with the scales
-    (``torch._int_mm``; on a GPU its tensor cores). The result is that of the values up to their rounding in the
-    product; gradients are the same. What is kept for the backward is the input's codes instead of its quantized
-    values, a quarter or half of their memory. FOGZO's probes are then written as codes. None: values, as ever.
-    It is not part of a checkpoint.
+    ``"int8"`` multiplies int8 codes into exact int32 sums, and those by the scales (``torch._int_mm``; on a GPU
+    its tensor cores). The result equals that of values up to their rounding in the product, and gradients are
+    the same. The backward keeps the codes of the input instead of its values, a quarter or half of the memory.
+    FOGZO writes its probes as codes. A checkpoint does not hold the choice.
 
     Args:
-        model: as :func:`fogzo_kernels.quantize_model` made it, with a quantizer for inputs too.
-        compute: ``"int8"`` or None.
+        model: a model that :func:`quantize_model` quantized, with a quantizer for inputs, ``activation``.
+        compute: ``"int8"``, or None for values.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, there is no quantized linear layer, or one of them has no
-            quantized input, scales for groups, or another transform for its weight than for its input; nothing
-            has changed then.
+        TypeError, ValueError: an argument is wrong; the model has no quantized linear layer; or one of them has
+            no quantized input, scales for groups, or another transform for its weight than for its input.
+            Nothing has changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(4), activation=fk.presets.dynamic(8))
+        >>> fk.set_compute_(model, "int8")
+        >>> model.product
+        'int8'
     """
     checks.instance("model", model, nn.Module)
     if compute is not None and compute not in COMPUTE:

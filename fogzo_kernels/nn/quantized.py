@@ -200,12 +200,20 @@ class QuantizedWeight(SavedModule):
         self.pass_weight = None if rows is None else PassWeight(self.latent, rows, probe=True)
 
     def effective_weight(self) -> Tensor:
-        """The weight to run with: the probe where there is one, else Q(weight), with a gradient.
+        """Return the weight that the forward runs with: Q(weight) with a gradient, or inside a probe the probe.
 
-        It has the weight's basis: of a rotated weight, H is applied to Q.
+        It has the shape of the weight. A transform of the quantizer is undone.
 
         Raises:
-            RuntimeError, ValueError: as :meth:`quantized_rows`.
+            RuntimeError: alpha was made for another weight, or a pass perturbs another weight.
+            ValueError: alpha requires grad, or is out of range.
+
+        Example:
+            >>> model = torch.nn.Linear(1, 1)
+            >>> with torch.no_grad(): _ = model.weight.fill_(0.3)
+            >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.5))
+            >>> model.effective_weight().item()
+            0.5
         """
         return self.shaped(rotated(self.quantized_rows(), self.quantizer.block, self.backend))
 
@@ -276,10 +284,23 @@ class QuantizedWeight(SavedModule):
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """The int8 codes of Q(weight), for export: a matrix with a row for each output of the module.
+        """Return the int8 codes of Q(weight), a matrix with one row per output of the module.
 
-        A row has the weight's other dimensions in their order. :func:`fogzo_kernels.dequantize` with ``alpha``
-        gives its values; with a transform, those of the rotated weight.
+        A row has the weight's other dimensions in their order. :func:`fogzo_kernels.functional.dequantize` with
+        ``alpha`` gives the values; with a transform, those of the transformed weight.
+
+        Returns:
+            An int8 tensor of shape (outputs, elements of a row).
+
+        Raises:
+            RuntimeError, ValueError: alpha was made for another weight, or is out of range.
+
+        Example:
+            >>> model = torch.nn.Linear(1, 1)
+            >>> with torch.no_grad(): _ = model.weight.fill_(0.3)
+            >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.5))
+            >>> model.codes()
+            tensor([[1]], dtype=torch.int8)
         """
         check(self)
         rows = self.rows(whole(self.latent)).contiguous()

@@ -20,37 +20,64 @@ from .view import FSDPModule, local
 
 
 class QuantConv1d(QuantizedModule, nn.Conv1d):
-    """``nn.Conv1d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+    """``nn.Conv1d`` that runs with Q(weight); :func:`quantize_model` makes it.
 
-    A row of the weight is what one output channel is made of.
+    A row of the weight belongs to one output channel. The attributes are those of :class:`QuantLinear`.
+
+    Example:
+        >>> model = torch.nn.Conv1d(4, 8, 3)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2, "row"))
+        >>> type(model).__name__, model.alpha.shape
+        ('QuantConv1d', torch.Size([8, 1]))
     """
 
     PLAIN = nn.Conv1d
 
 
 class QuantConv2d(QuantizedModule, nn.Conv2d):
-    """``nn.Conv2d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+    """``nn.Conv2d`` that runs with Q(weight); :func:`quantize_model` makes it.
 
-    The weight may lie in memory as channels_last. Its elements then draw their noise in that order.
+    A row of the weight belongs to one output channel. A weight in the memory format channels_last draws its
+    noise in the order of its memory. The attributes are those of :class:`QuantLinear`.
+
+    Example:
+        >>> model = torch.nn.Conv2d(4, 8, 3)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2, "row"))
+        >>> type(model).__name__, model.alpha.shape
+        ('QuantConv2d', torch.Size([8, 1]))
     """
 
     PLAIN = nn.Conv2d
 
 
 class QuantConv3d(QuantizedModule, nn.Conv3d):
-    """``nn.Conv3d`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+    """``nn.Conv3d`` that runs with Q(weight); :func:`quantize_model` makes it.
 
-    The weight may lie in memory as channels_last_3d. Its elements then draw their noise in that order.
+    A row of the weight belongs to one output channel. A weight in the memory format channels_last_3d draws its
+    noise in the order of its memory. The attributes are those of :class:`QuantLinear`.
+
+    Example:
+        >>> model = torch.nn.Conv3d(4, 8, 3)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2, "row"))
+        >>> type(model).__name__, model.alpha.shape
+        ('QuantConv3d', torch.Size([8, 1]))
     """
 
     PLAIN = nn.Conv3d
 
 
 class QuantEmbedding(QuantizedModule, nn.Embedding):
-    """``nn.Embedding`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
+    """``nn.Embedding`` that runs with Q(weight); :func:`quantize_model` makes it.
 
-    A row is the vector of one entry. The row of ``padding_idx`` gets no gradient, as in PyTorch, and no
-    estimate of FOGZO; what is read from it is Q of it, which is not 0 on grids without a 0.
+    A row of the weight is the vector of one entry. The row of ``padding_idx`` gets no gradient, as in PyTorch,
+    and no estimate of FOGZO. The forward returns Q of that row, which is not 0 on grids without 0. The
+    attributes are those of :class:`QuantLinear`.
+
+    Example:
+        >>> model = torch.nn.Embedding(10, 8)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2, "row"))
+        >>> type(model).__name__, model.alpha.shape
+        ('QuantEmbedding', torch.Size([10, 1]))
     """
 
     PLAIN = nn.Embedding

@@ -61,13 +61,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The quantized weights of a model with their quantizers, and the other weights with the reasons; print it.
+    """What :func:`quantize_model` did to each weight of a model, and why it left others alone; print it.
+
+    Rows have the attributes ``name``, ``kind`` (the class of the module
+    before), ``shape``, ``numel``, ``size`` (bytes), ``bits`` (per weight), ``quantizer``, ``scales`` (number of
+    alphas), ``activation``, ``reason`` (why the module, or its input, was left alone) and ``tied`` (another
+    module with the same weight).
 
     Attributes:
-        quantized: a row for each weight that is quantized, also from earlier calls.
+        quantized: a row for each quantized weight, also those of earlier calls.
         left: a row for each other module that holds weights.
-        vectors: tensors of one dimension in the whole model: biases, norms. They are never quantized.
-        vector_numel, vector_size: their elements and bytes.
+        vectors: number of tensors with one dimension, such as biases and norms. They are never quantized.
+        vector_numel: number of their elements.
+        vector_size: number of their bytes.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Linear(16, 10))
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2), rules=[("1", None)])
+        >>> report.quantized[0].name, report.left[0].reason, f"{report.share:.2f}, {report.bits:.1f} bits"
+        ('0', "rules[0], '1'", '0.85, 6.6 bits')
     """
 
     quantized: Sequence[Row]
@@ -78,27 +90,27 @@ class Report:
 
     @property
     def total(self) -> int:
-        """Parameters of the model, each once."""
+        """Number of parameters of the model, each counted once."""
         return self.quantized_numel + sum(row.numel for row in self.left) + self.vector_numel
 
     @property
     def quantized_numel(self) -> int:
-        """Parameters that are quantized."""
+        """Number of parameters that are quantized."""
         return sum(row.numel for row in self.quantized)
 
     @property
     def share(self) -> float:
-        """The part of all parameters that is quantized, 0..1."""
+        """Share of the parameters that is quantized, 0..1."""
         return self.quantized_numel / self.total
 
     @property
     def size(self) -> float:
-        """Bytes of the model: codes and scales of quantized weights, the rest in its own dtypes."""
+        """Bytes of the model if codes and scales are stored packed, and all else in its own dtype."""
         return sum(row.size for row in (*self.quantized, *self.left)) + self.vector_size
 
     @property
     def bits(self) -> float:
-        """Average bits of a parameter, scales included."""
+        """Average number of bits per parameter, scales included."""
         return 8 * self.size / self.total
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:

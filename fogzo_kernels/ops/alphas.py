@@ -25,28 +25,37 @@ def measure_alphas_(
     least: float = 0.0,
     backend: str | None = None,
 ) -> None:
-    """Write alpha = max(factor * (statistic + add), least) for each cell of a list of tensors.
+    """Write alpha = max(factor * (statistic + add), least) of each tensor, row or group.
 
-    A cell is what shares an alpha: the whole tensor, a row, or a group of the last dimension, as the alpha's
-    shape says. Of its elements x, ``absmax`` is the largest abs(x), ``absmean`` the mean of abs(x) (BitNet
-    b1.58, arXiv 2402.17764, with ``least=1e-5``), ``rms`` the root of the mean of x^2 (QuEST, arXiv 2502.05003,
-    with ``add=1e-8``). One element that is NaN makes the alpha NaN, else one that is infinite makes it
-    infinite. The statistic of a cell without elements is 0. Absmax is exact and the same on every backend, the
-    others are within 1e-6, relative; all have the same bits in every run, for any number of threads.
-    Nothing waits for a device.
+    The shape of an alpha says which elements share it: the whole tensor, a row, or a group of the last
+    dimension. ``absmax`` is the largest abs(x) of these elements. ``absmean`` is the mean of abs(x), as BitNet
+    b1.58 has it (arXiv 2402.17764, with ``least=1e-5``). ``rms`` is the root of the mean of x^2, as QuEST has
+    it (arXiv 2502.05003, with ``add=1e-8``). The statistic of no elements is 0. A NaN among the elements makes
+    alpha NaN, and else an infinity makes it infinite.
+
+    ``absmax`` is exact. The other two agree between backends within a relative 1e-6. Every run gives the same
+    bits, with any number of threads. The call does not wait for the device.
 
     Args:
-        alphas: float32, contiguous, one for each of ``tensors``, whatever they hold: one element, one per row,
+        alphas: outputs, float32, contiguous, one tensor per entry of ``tensors``: of one element, one per row,
             or one per group of the last dimension.
-        tensors: weights or activations: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        statistic: ``absmax``, ``absmean`` or ``rms``.
+        tensors: weights or activations: contiguous, one dtype (float32, bfloat16 or float16), one device.
+        statistic: ``"absmax"``, ``"absmean"`` or ``"rms"``.
         factor: a normal float32 number > 0.
-        add, least: float32 numbers >= 0.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        add: a float32 number >= 0.
+        least: a float32 number >= 0. A value > 0 keeps alpha > 0 where all elements are 0.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> x, alpha = torch.tensor([[1.0, -3.0], [0.5, 0.25]]), torch.empty(2, 1)
+        >>> fk.functional.measure_alphas_(alpha, x, statistic="absmax")
+        >>> alpha.flatten()
+        tensor([3.0000, 0.5000])
     """
     checks.instance("statistic", statistic, str)
     check(statistic, factor, add, least)

@@ -35,39 +35,54 @@ def estimate_gradient_(
     transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
-    """Replace each straight-through gradient by the FOGZO estimate G, in one pass, in place.
+    """Replace each straight-through gradient by the FOGZO estimate G, in place.
 
-    G = (1/n) sum_i c_i v_i / delta with c_i = (L_i+ - L_i-) / (2 eps) (paper section 3; contract
-    section 1); v_i is drawn again from its names, so all of them must be those of
-    :func:`perturb_quantize_`, with direction i for loss i. Without losses, guided noise:
-    G = (sqrt(beta) delta g + sqrt(1 - beta) N t u) / delta, by the noise of direction 0.
+    With losses, G = (1/n) sum_i c_i v_i / delta and c_i = (L_i+ - L_i-) / (2 eps) (arXiv 2510.23926, section 3;
+    contract, section 1). The op draws each v_i again, so pass the same noise arguments as to
+    :func:`perturb_quantize_`; loss i belongs to direction i. Without losses it adds guided noise of direction
+    0: G = (sqrt(beta) delta g + sqrt(1 - beta) N t u) / delta, where t is the tensor's noise factor.
+
+    The gradients stay as they were if the norm, or the slope of every direction, is not finite.
 
     Args:
-        grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device;
-            they receive G, rounded once to their dtype.
-        losses_plus, losses_minus: float32, shape (n,), on the device; None for both: guided noise, no probes.
-        alphas: float32, one for each gradient: one element, one per row, or one per group of a row.
-        norm: guide norm N, 0-dim float32 on the device.
-        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
-        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
-        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
-        step: of training, below 2^32; a number or a 0-dim int64 tensor.
-        tensor_ids: by default 0, 1, 2, ...
-        layouts: where each tensor lies in its parameter, ``(offset, inner, stride)``: local element j is
-            element ``offset + (j // inner) * stride + j % inner``; by default whole.
-        epsilon_scale: factor on the eps that ``straight_through`` fixes.
-        noise_factors: a factor of the noise of each tensor, from :func:`noise_factors`: float32, shape
-            (tensors,), finite and >= 0, on the device; by default 1 for each (contract section 1).
-        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite (they
-            count as 0), steps whose norm was not finite, and alphas that were not finite or not
-            > 0. If every direction or the norm is lost, the gradients stay as they were.
-        transform: of the quantizer, as for :func:`perturb_quantize_`; the gradients are those of the weight as
-            it is, and receive its G.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        grads: straight-through gradients, which receive G: contiguous, one dtype (float32, bfloat16 or
+            float16), one device.
+        losses_plus, losses_minus: losses of the probes at +eps and -eps: float32, shape (n,), on the device.
+            None for both: guided noise, without probes.
+        alphas: scales, float32, one tensor per gradient: of one element, one per row, or one per group of the
+            last dimension.
+        norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
+            graph pass a tensor, because each new number compiles again.
+        seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
+        step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
+        tensor_ids: one number per tensor that names its noise, below 2^32 - 1, no two alike. None: 0, 1, 2, ...
+        layouts: for shards, one ``(offset, inner, stride)`` per tensor: local element j is element ``offset +
+            (j // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
+        noise_factors: factor on the noise of each tensor, from :func:`noise_factors`: float32, shape
+            (tensors,), on the device. None: 1 for each.
+        counters: int64, shape (3,), on the device. The op adds the number of directions whose slope c_i is not
+            finite, of steps whose norm is not finite, and of alphas that are not finite or not > 0. A lost
+            direction counts as a slope of 0. None: nothing is counted.
+        transform: the Hadamard transform of the quantizer, or None. Gradients and estimates are those of the
+            weight before the transform.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> g, alpha, grid = torch.tensor([3.0, -4.0]), torch.tensor([0.5]), fk.Grid.uniform(2)
+        >>> how = {"grid": grid, "straight_through": fk.StraightThrough("identity")}
+        >>> norm = fk.functional.guide_norm(g, alpha, grid=grid)
+        >>> fk.functional.estimate_gradient_(g, None, None, alpha, norm, one_minus_beta=0.0, seed=0, **how)
+        >>> g  # without noise the guide is the gradient
+        tensor([ 3., -4.])
     """
     grads = arguments.tensors("grads", grads)
     noise = arguments.noisy(

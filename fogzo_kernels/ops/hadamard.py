@@ -19,21 +19,31 @@ from .listop import ListOp, OfOne
 def hadamard_(
     out: TensorOrList, tensors: TensorOrList, *, block: int = 128, backend: str | None = None
 ) -> None:
-    """Write the orthonormal Hadamard transform of each block of the last dimension (contract section 4).
+    """Write the orthonormal Hadamard transform of each block of the last dimension.
 
-    ``y[i] = block ** -0.5 * sum_j (-1) ** popcount(i & j) * x[j]`` over each ``block`` consecutive elements:
-    Sylvester's order (1867), by butterflies (Fino & Algazi 1976). It is its own inverse, up to rounding.
+    For each run of ``block`` elements, ``y[i] = block ** -0.5 * sum_j (-1) ** popcount(i & j) * x[j]``. The
+    order is Sylvester's (1867), the algorithm butterflies (Fino and Algazi, 1976; contract, section 4). The
+    transform is its own inverse, up to rounding.
 
     Args:
-        out: of the tensors' shapes, of one dtype: float32, bfloat16 or float16. ``out[i]`` may be
-            ``tensors[i]``, which is then transformed in place.
-        tensors: contiguous, of one dtype (float32, bfloat16 or float16) and device; ``block`` divides each row.
+        out: outputs of the tensors' shapes, one dtype (float32, bfloat16 or float16). ``out[i]`` may be
+            ``tensors[i]``.
+        tensors: contiguous, one dtype (float32, bfloat16 or float16), one device. ``block`` divides the last
+            dimension.
         block: 16, 32, 64, 128, 256, 512 or 1024.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> x = torch.zeros(16)
+        >>> x[0] = 8.0
+        >>> fk.functional.hadamard_(x, x, block=16)  # spreads the outlier
+        >>> x[:4]
+        tensor([2., 2., 2., 2.])
     """
     op_of_lists(out=out, tensors=tensors, block=check_block(block), backend=backend)
 
@@ -48,18 +58,28 @@ op_of_lists = ListOp(
 
 
 def hadamard(x: Tensor, *, block: int = 128, backend: str | None = None) -> Tensor:
-    """The transform of :func:`hadamard_`, of the shape and dtype of ``x``; differentiable, to any order.
+    """Return the Hadamard transform of each block of the last dimension; differentiable to any order.
 
-    The matrix is symmetric, so the gradient is the same transform of the gradient.
+    :func:`hadamard_` has the formula. The matrix is symmetric, so the gradient is the same transform of the
+    incoming gradient.
 
     Args:
-        x: contiguous, float32, bfloat16 or float16; its last dimension is a multiple of ``block``.
+        x: contiguous; float32, bfloat16 or float16. ``block`` divides the last dimension.
         block: 16, 32, 64, 128, 256, 512 or 1024.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> x = torch.eye(16)[0] * 8
+        >>> y = fk.functional.hadamard(x, block=16)
+        >>> y[:4], fk.functional.hadamard(y, block=16)[:4]
+        (tensor([2., 2., 2., 2.]), tensor([8., 0., 0., 0.]))
     """
     checks.instance("x", x, Tensor)
     block = check_block(block)

@@ -28,31 +28,44 @@ def learned_backward_(
     transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
-    """Multiply gradients with respect to Q by h'(latent), in place, and write the gradients of the alphas.
+    """Multiply gradients with respect to Q by h'(latent), in place, and write the gradients of learned alphas.
 
-    ``grads`` receive what :func:`straight_through_backward_` gives. An alpha's gradient is its factor times the
-    sum of dL/dQ * dQ/dalpha over the elements that share it. On rounding grids (LSQ, Esser et al., ICLR 2020,
-    arXiv 1902.08153), with z = latent / alpha - offset and code that of Q::
+    ``grads`` receive the result of :func:`straight_through_backward_`. The gradient of an alpha is its factor
+    times the sum of dL/dQ * dQ/dalpha over the elements that share it. With z = latent / alpha - offset,
+    rounding grids have LSQ's derivative (arXiv 1902.08153, section 2.1)::
 
-        dQ/dalpha = code - z         where qmin <= z <= qmax, both ends included
+        dQ/dalpha = code - z         where qmin <= z <= qmax
         dQ/dalpha = code + offset    elsewhere
 
-    and on the sign grid dQ/dalpha = 2 (code + offset), -1 or +1 (contract section 4). One pass; the same bits
-    in every run, for any number of threads.
+    and the sign grid has dQ/dalpha = 2 (code + offset), which is -1 or +1 (contract, section 4). Every run
+    gives the same bits, with any number of threads.
 
     Args:
-        grads: dL/dQ, of the latents' shapes: contiguous, float32, bfloat16 or float16; they receive g.
-        alpha_grads: float32, contiguous, one of the shape of each of ``alphas``. They are overwritten.
-        latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
-        factors: a finite number for each latent, LSQ's 1 / sqrt(elements that share an alpha * qmax), say.
-        transform: of the quantizer: dL/dQ is with respect to the rotated Q, h' is taken at the rotated latent,
-            and what ``grads`` receive, H of the product, is with respect to the latent.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        grads: dL/dQ, which receive dL/dlatent: of the latents' shapes, contiguous, float32, bfloat16 or
+            float16.
+        alpha_grads: outputs, float32, contiguous, of the shapes of ``alphas``.
+        latents: weights before quantization: contiguous, one dtype (float32, bfloat16 or float16), one device.
+        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of the
+            last dimension.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        straight_through: the straight-through estimator; it must fit ``grid``.
+        factors: a finite number per latent. LSQ's is 1 / sqrt(n qmax) for n elements that share an alpha.
+        transform: the Hadamard transform of the quantizer, or None. Then dL/dQ belongs to the transformed
+            weight, and ``grads`` receive the gradient of the latent, before the transform.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> w, g, alpha = torch.tensor([0.3, -3.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.5])
+        >>> how = {"grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough("identity")}
+        >>> alpha_grad = torch.empty(1)
+        >>> fk.functional.learned_backward_(g, alpha_grad, w, alpha, factors=1.0, **how)
+        >>> g, alpha_grad  # the second weight is clipped
+        (tensor([1., 0.]), tensor([-1.6000]))
     """
     lists = {"grads": grads, "alpha_grads": alpha_grads, "latents": latents, "alphas": alphas}
     quantizer = arguments.quantizer(grid, straight_through)

@@ -24,25 +24,36 @@ def noise(
     device: str | torch.device = "cpu",
     backend: str | None = None,
 ) -> Tensor:
-    """The noise u of a parameter or a shard of it, mean 0 and variance 1 (contract section 2).
+    """Return the noise u of a parameter or of a shard, with mean 0 and variance 1.
+
+    Each element is a pure function of ``seed``, ``step``, ``direction``, ``tensor_id`` and its place in the
+    parameter, drawn by Philox4x32-10 (contract, section 2). Backend, number of threads and cut into shards do
+    not change it, up to the rounding of the inexact distributions.
 
     Args:
-        numel: elements of the shard.
-        distribution: ``uniform``, ``rademacher``, ``triangular``, ``logistic`` or ``gaussian``.
-        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
-        step: of training, below 2^32; a number or a 0-dim int64 tensor.
-        direction: below 2^16.
-        tensor_id: of the parameter, below 2^32 - 1.
-        layout: ``(offset, inner, stride)``: local element j is element
-            ``offset + (j // inner) * stride + j % inner`` of the whole parameter; by default the whole.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        numel: number of elements to return.
+        distribution: ``"uniform"``, ``"rademacher"``, ``"triangular"``, ``"logistic"`` or ``"gaussian"``.
+        seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
+        step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
+        direction: number of the direction, 0..2^16 - 1.
+        tensor_id: number of the parameter, 0..2^32 - 2.
+        layout: for a shard, ``(offset, inner, stride)``: local element j is element ``offset + (j // inner) *
+            stride + j % inner`` of the parameter. None: the parameter is whole.
+        device: where the result lies.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Returns:
-        float32 tensor of shape (numel,).
+        A float32 tensor of shape (numel,).
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> whole = fk.functional.noise(6, "rademacher", seed=7)
+        >>> part = fk.functional.noise(2, "rademacher", seed=7, layout=(4, 2, 2))
+        >>> torch.equal(whole[4:], part)
+        True
     """
     numel = check_range("numel", numel, MAX_ELEMENT)
     check_distribution(distribution)

@@ -21,68 +21,82 @@ def guide_sumsq(
     per_tensor: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Sum of the squares of the gradient in units of delta, delta * g (contract section 1).
+    """Return the sum of squares of the gradient in units of delta, N^2 (contract, section 1).
 
-    Add those of several devices or lists before taking the root. The same bits in every run.
+    Add the results of several devices or lists before you take the root. Every run gives the same bits.
 
     Args:
-        grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        alphas: float32, one for each of ``grads``: one element, one per row, or one per group of a row.
-        per_tensor: return a sum for each tensor, as :func:`noise_factors` takes them.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        grads: straight-through gradients: contiguous, one dtype (float32, bfloat16 or float16), one device.
+        alphas: scales, float32, one tensor per gradient: of one element, one per row, or one per group of the
+            last dimension.
+        grid: the grid of the quantizer, which fixes delta: 2 alpha for ``Grid.sign()``, else alpha.
+        per_tensor: return one sum per tensor, for :func:`noise_factors`.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Returns:
-        float64 tensor on the gradients' device, 0-dim, or of shape (tensors,) with ``per_tensor``.
+        A float64 tensor on the gradients' device, 0-dim, or of shape (tensors,) with ``per_tensor``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> g, alpha = torch.tensor([3.0, -4.0]), torch.tensor([0.5])
+        >>> fk.functional.guide_sumsq(g, alpha, grid=fk.Grid.uniform(2))
+        tensor(6.2500, dtype=torch.float64)
     """
     checks.instance("per_tensor", per_tensor, bool)
     return _guide(grads, alphas, grid, False, backend, per_tensor)
 
 
 def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None) -> Tensor:
-    """The guide norm N = ||delta * g|| over all tensors (paper section 3; contract section 1).
+    """Return the guide norm N = ||delta g|| over all tensors (arXiv 2510.23926, section 3).
 
     Args:
-        grads: straight-through gradients: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        alphas: float32, one for each of ``grads``: one element, one per row, or one per group of a row.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        grads: straight-through gradients: contiguous, one dtype (float32, bfloat16 or float16), one device.
+        alphas: scales, float32, one tensor per gradient: of one element, one per row, or one per group of the
+            last dimension.
+        grid: the grid of the quantizer, which fixes delta: 2 alpha for ``Grid.sign()``, else alpha.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Returns:
-        0-dim float32 tensor on the gradients' device.
+        A 0-dim float32 tensor on the gradients' device.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> g, alpha = torch.tensor([3.0, -4.0]), torch.tensor([0.5])
+        >>> fk.functional.guide_norm(g, alpha, grid=fk.Grid.uniform(2))
+        tensor(2.5000)
     """
     return _guide(grads, alphas, grid, True, backend)
 
 
 def noise_factors(sumsqs: Tensor, numels: Tensor | Sequence[int]) -> Tensor:
-    """How large the noise of each tensor is, for noise in proportion to its own gradient (contract section 1).
+    """Return how large the noise of each tensor is, in proportion to the norm of its own gradient.
 
     t_l = (N_l / N) sqrt(d / d_l), for tensors of d_l elements whose gradients have the norms N_l in units of
-    delta. N and d are the norm and the number of elements of all whose N_l is not 0. The sum of d_l t_l^2 is d,
-    as with noise of one size. A tensor whose gradient is 0 gets no noise. Nothing waits for the device.
+    delta (contract, section 1). N and d are the norm and the number of elements of all tensors with N_l > 0.
+    The sum of d_l t_l^2 is d, as with noise of one size. A tensor without gradient gets no noise. The call does
+    not wait for the device.
 
     Args:
-        sumsqs: N_l^2 of each tensor, float64, shape (tensors,), from :func:`guide_sumsq` with ``per_tensor``;
-            the sum over its shards, where a tensor has some.
-        numels: d_l of each whole tensor: ints, or an int64 tensor of shape (tensors,) on the same device, which
-            a CUDA graph's capture needs.
+        sumsqs: N_l^2 of each tensor, from :func:`guide_sumsq` with ``per_tensor=True``: float64, shape
+            (tensors,). Add up the shards of a tensor before.
+        numels: d_l of each whole tensor: ints, or an int64 tensor of shape (tensors,) on the same device. The
+            capture of a CUDA graph needs the tensor.
 
     Returns:
-        float32, shape (tensors,), on the device: ``noise_factors`` of the other ops. 0 for all tensors unless N
-        is finite and > 0.
+        A float32 tensor of shape (tensors,) on the device, all 0 unless N is finite and > 0. Pass it to the
+        other ops as ``noise_factors``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype or device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device.
 
     Example:
-        >>> import torch, fogzo_kernels.functional as ops
-        >>> ops.noise_factors(torch.tensor([9.0, 16.0], dtype=torch.float64), [50, 50])
+        >>> fk.functional.noise_factors(torch.tensor([9.0, 16.0], dtype=torch.float64), [50, 50])
         tensor([0.8485, 1.1314])
     """
     arguments.tensor("sumsqs", sumsqs)

@@ -36,38 +36,52 @@ def perturb_quantize_(
     transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
-    """Write Q(w + eps v) into ``plus`` and Q(w - eps v) into ``minus``; either may be None.
+    """Write the weights of two probes: Q(w + eps v) into ``plus`` and Q(w - eps v) into ``minus``.
 
-    v = sqrt(beta) s g_w / N + sqrt(1 - beta) u mixes the guide with noise drawn in place (paper
-    section 3; contract sections 1 and 4). Latents and grads are only read.
+    v = sqrt(beta) s delta g / N + sqrt(1 - beta) t u mixes the guide with noise that the op draws in place
+    (arXiv 2510.23926, section 3; contract, sections 1 and 4). Here w is latent / delta, s a random sign, u the
+    noise and t the tensor's noise factor. Latents and gradients are only read.
 
     Args:
-        plus, minus: outputs of the latents' shapes, of one dtype; int8 outputs receive codes. They may share
-            memory neither with each other nor with an input.
-        latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        grads: straight-through gradients, of the latents' shapes.
-        alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
-        norm: guide norm N, 0-dim float32 on the device. If it is 0 or not finite, v is noise alone.
-        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
-        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor, because useful values reach
-            1e-9. In a compiled graph give a tensor: each new number would compile again.
-        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
-        step: of training, below 2^32; a number or a 0-dim int64 tensor.
-        direction: which of the step's directions, below 2^16.
-        tensor_ids: by default 0, 1, 2, ...; no two tensors may draw the same noise.
-        layouts: where each tensor lies in its parameter, ``(offset, inner, stride)``: local element j is
-            element ``offset + (j // inner) * stride + j % inner``; by default whole.
-        epsilon_scale: factor on the eps that ``straight_through`` fixes.
-        noise_factors: a factor of the noise of each tensor, from :func:`noise_factors`: float32, shape
-            (tensors,), finite and >= 0, on the device; by default 1 for each (contract section 1).
-        transform: of the quantizer: latents and grads are those of the weight as it is, and the outputs are of
-            the rotated one, in that basis, which is where the noise goes. Its blocks divide the last
-            dimension, and each has one alpha.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        plus, minus: outputs of the latents' shapes, one dtype: float32, bfloat16, float16, or int8 for codes.
+            One of the two may be None. They must not share memory with each other or with an input.
+        latents: weights before quantization: contiguous, one dtype (float32, bfloat16 or float16), one device.
+        grads: straight-through gradients of the latents' shapes; float32, bfloat16 or float16.
+        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of the
+            last dimension.
+        norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device. If it is 0 or not finite, v
+            is noise alone.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
+            graph pass a tensor, because each new number compiles again.
+        seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
+        step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
+        direction: number of the direction, 0..2^16 - 1.
+        tensor_ids: one number per tensor that names its noise, below 2^32 - 1, no two alike. None: 0, 1, 2, ...
+        layouts: for shards, one ``(offset, inner, stride)`` per tensor: local element j is element ``offset +
+            (j // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
+        noise_factors: factor on the noise of each tensor, from :func:`noise_factors`: float32, shape
+            (tensors,), on the device. None: 1 for each.
+        transform: the Hadamard transform of the quantizer, or None. Latents and gradients are those of the
+            weight before the transform; the outputs, and the noise, are those of the transformed weight. Its
+            blocks divide the last dimension, and no block has two alphas.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> w, alpha, grid = torch.tensor([0.2, -0.7]), torch.tensor([0.5]), fk.Grid.uniform(2)
+        >>> g, plus, minus = torch.tensor([0.0, 1.0]), torch.empty(2), torch.empty(2)
+        >>> how = {"grid": grid, "straight_through": fk.StraightThrough("identity"), "seed": 0}
+        >>> norm = fk.functional.guide_norm(g, alpha, grid=grid)
+        >>> fk.functional.perturb_quantize_(plus, minus, w, g, alpha, norm, one_minus_beta=0.0, **how)
+        >>> sorted([plus.tolist(), minus.tolist()])  # which is which depends on the sign of the direction
+        [[0.0, -1.0], [0.0, -0.5]]
     """
     latents = arguments.tensors("latents", latents)
     noise = arguments.noisy(

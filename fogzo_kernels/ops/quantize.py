@@ -25,19 +25,31 @@ def quantize_(
     transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
-    """Write Q(latent), or its codes where ``out`` is int8, for a list of tensors (contract section 3).
+    """Write Q(latent), or its codes where ``out`` is int8, of a list of tensors (contract, section 3).
+
+    Q = delta * (code + offset), where code is the nearest in qmin..qmax, ties to even.
 
     Args:
-        out: of the latents' shapes, of one dtype: float32, bfloat16, float16, or int8 for codes.
-        latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
-        transform: H of each block, before it is quantized: what is written is of the rotated latent, in that
-            basis. Its blocks divide the last dimension, and each has one alpha.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        out: outputs of the latents' shapes, one dtype: float32, bfloat16, float16, or int8 for codes.
+        latents: weights before quantization: contiguous, one dtype (float32, bfloat16 or float16), one device.
+        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of the
+            last dimension.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        transform: the Hadamard transform of the quantizer, or None. The outputs are those of the transformed
+            latents. Its blocks divide the last dimension, and no block has two alphas.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> w, alpha = torch.tensor([0.9, -0.2, -3.0]), torch.tensor([0.5])
+        >>> codes = torch.empty(3, dtype=torch.int8)
+        >>> fk.functional.quantize_(codes, w, alpha, grid=fk.Grid.uniform(2))
+        >>> codes
+        tensor([ 1,  0, -2], dtype=torch.int8)
     """
     checks.instance("grid", grid, Grid)
     lists = {"out": out, "latents": latents, "alphas": alphas}
@@ -58,26 +70,39 @@ def quantize(
     transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Q(latent), of the latent's shape and dtype; differentiable in ``latent`` and ``alpha``.
+    """Return Q(latent); differentiable in ``latent`` and ``alpha``.
 
-    The gradient is the straight-through one, g = h'(latent) * dL/dQ (contract section 1). An alpha that
-    requires one gets LSQ's (Esser et al., ICLR 2020, arXiv 1902.08153), as from :func:`learned_backward_`.
+    The gradient of the latent is the straight-through one, h'(latent) * dL/dQ (contract, section 1). An alpha
+    that requires grad gets LSQ's gradient (arXiv 1902.08153), as from :func:`learned_backward_`.
 
     Args:
-        latent: contiguous, float32, bfloat16 or float16.
-        alpha: float32, contiguous: one element, one per row, or one per group of the last dimension.
-        quantized: Q(latent), where it is known already (from :func:`estimate_adamw_`, say). It is
-            returned as it is; only the gradient is computed.
-        alpha_factor: finite; what alpha's gradient is multiplied by, LSQ's
-            1 / sqrt(elements that share an alpha * qmax), say.
-        transform: H of each block, before it is quantized: the result is of the rotated latent, in that basis,
-            and the gradient comes back to the latent's, H(h' * dL/dQ). Blocks divide the last dimension, and
-            each has one alpha.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        latent: weight before quantization: contiguous; float32, bfloat16 or float16.
+        alpha: scale, float32, contiguous: of one element, one per row, or one per group of the last dimension.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        straight_through: the straight-through estimator; it must fit ``grid``.
+        quantized: Q(latent), if you have it already, from :func:`estimate_adamw_` for example. The call then
+            returns it, and computes only the gradient. None: the call computes it.
+        alpha_factor: finite factor on alpha's gradient. LSQ's is 1 / sqrt(n qmax) for n elements that share an
+            alpha.
+        transform: a Hadamard transform before quantization, or None. The result is that of the transformed
+            latent; the gradient is that of the latent, before the transform. Its blocks divide the last
+            dimension, and no block has two alphas.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
+
+    Returns:
+        A tensor of the latent's shape and dtype.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> w = torch.tensor([0.9, -0.2, -3.0], requires_grad=True)
+        >>> how = {"grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough("identity")}
+        >>> q = fk.functional.quantize(w, torch.tensor([0.5]), **how)
+        >>> q.sum().backward()
+        >>> q.tolist(), w.grad  # the third weight is clipped, the first is within half a step of the end
+        ([0.5, 0.0, -1.0], tensor([0., 1., 0.]))
     """
     how = Options(grid, straight_through, transform, alpha_factor, backend)
     checks.instance("latent", latent, Tensor)
@@ -99,18 +124,24 @@ def quantize(
 
 
 def dequantize(codes: Tensor, alpha: Tensor, *, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """The values delta * (code + offset) of int8 codes: the bits that a ``dtype`` output gets.
+    """Return the values delta * (code + offset) of int8 codes, as an op would write them.
 
     Args:
         codes: int8, contiguous, as :func:`quantize_` and :func:`perturb_quantize_` write them.
-        alpha: float32: one element, one per row, or one per group of the last dimension.
+        alpha: scale, float32: of one element, one per row, or one per group of the last dimension.
+        grid: the grid that the codes belong to.
         dtype: float32, bfloat16 or float16.
 
     Returns:
-        ``dtype`` tensor of the codes' shape.
+        A tensor of the codes' shape and of ``dtype``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range.
+
+    Example:
+        >>> codes, alpha = torch.tensor([1, 0, -2], dtype=torch.int8), torch.tensor([0.5])
+        >>> fk.functional.dequantize(codes, alpha, grid=fk.Grid.uniform(2), dtype=torch.float32)
+        tensor([ 0.5000,  0.0000, -1.0000])
     """
     checks.instance("codes", codes, Tensor)
     checks.instance("alpha", alpha, Tensor)

@@ -24,19 +24,33 @@ def straight_through_backward_(
     transform: Hadamard | None = None,
     backend: str | None = None,
 ) -> None:
-    """Multiply gradients with respect to Q by h'(latent), in place (contract section 1).
+    """Multiply gradients with respect to Q by h'(latent), in place (contract, section 1).
+
+    :class:`fogzo_kernels.StraightThrough` says what h' is.
 
     Args:
-        grads: dL/dQ, of the latents' shapes: contiguous, float32, bfloat16 or float16; they receive g.
-        latents: contiguous, of one dtype (float32, bfloat16 or float16) and device.
-        alphas: float32, one for each latent: one element, one per row, or one per group of the last dimension.
-        transform: of the quantizer: dL/dQ is with respect to the rotated Q, h' is taken at the rotated latent,
-            and the result, H of the product, is with respect to the latent.
-        backend: by default ``FOGZO_BACKEND``, else the best one available.
+        grads: dL/dQ, which receive dL/dlatent: of the latents' shapes, contiguous, float32, bfloat16 or
+            float16.
+        latents: weights before quantization: contiguous, one dtype (float32, bfloat16 or float16), one device.
+        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of the
+            last dimension.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        straight_through: the straight-through estimator; it must fit ``grid``.
+        transform: the Hadamard transform of the quantizer, or None. Then dL/dQ belongs to the transformed
+            weight, and ``grads`` receive the gradient of the latent, before the transform.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> w, g, alpha = torch.tensor([0.3, -3.0]), torch.tensor([2.0, 2.0]), torch.tensor([0.5])
+        >>> how = {"grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough("identity")}
+        >>> fk.functional.straight_through_backward_(g, w, alpha, **how)
+        >>> g  # the second weight is clipped
+        tensor([2., 0.])
     """
     lists = {"grads": grads, "latents": latents, "alphas": alphas}
     quantizer = arguments.quantizer(grid, straight_through)

@@ -5,9 +5,8 @@ The estimate, an optimizer's step with it and the next Q(theta), in one pass ove
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,62 +21,7 @@ from . import arguments, checks
 from .arguments import TensorOrList
 from .listop import GRID, NAMES, STATE, ListOp
 
-Op = TypeVar("Op", bound=Callable[..., None])
 
-
-class NoiseOptions(TypedDict):
-    grid: Grid
-    straight_through: StraightThrough
-    one_minus_beta: float | Tensor
-    seed: int | Tensor
-
-
-class TailOptions(NoiseOptions, total=False):
-    """The keywords that :func:`estimate_adamw_` and :func:`estimate_sgd_` share.
-
-    If every direction is lost the gradients serve as they are; if the norm is not finite the step is
-    skipped, and only ``quantized`` and ``counters`` are written.
-
-    Args:
-        grid, straight_through: the quantizer; ``straight_through`` fixes the noise's distribution and eps.
-        one_minus_beta: 1 - beta, in 0..1, a number or a 0-dim float64 tensor.
-        seed: unsigned 64 bits, or a 0-dim int64 tensor with those bits.
-        step: of training, below 2^32; a number or a 0-dim int64 tensor; by default 0.
-        tensor_ids: one per alpha; by default 0, 1, 2, ...
-        layouts: where each quantized tensor lies in its parameter, (offset, inner, stride); by default whole.
-        epsilon_scale: factor on the eps that ``straight_through`` fixes; by default 1.
-        noise_factors: a factor of the noise of each tensor that has an alpha, from :func:`noise_factors`:
-            float32, shape (alphas,), finite and >= 0, on the device; by default 1 (contract section 1).
-        masters: float32 copies of bfloat16 or float16 latents, updated instead; latents are the rounded copy.
-        quantized: one output per alpha that receives the next Q(latent), or codes if int8.
-        counters: int64, shape (3,), on the device; counts directions whose c_i was not finite, steps whose norm
-            was not finite, and alphas that were not finite or not > 0.
-        transform: of the quantizer, for the tensors that have an alpha, as for :func:`perturb_quantize_`;
-            latents and grads are those of the weight as it is, ``quantized`` is in the rotated basis.
-        backend: by default ``FOGZO_BACKEND``, else the best available.
-    """
-
-    step: int | Tensor
-    tensor_ids: Sequence[int] | None
-    layouts: Sequence[Layout] | None
-    epsilon_scale: float
-    noise_factors: Tensor | None
-    masters: TensorOrList | None
-    quantized: TensorOrList | None
-    counters: Tensor | None
-    transform: Hadamard | None
-    backend: str | None
-
-
-def documented(function: Op) -> Op:
-    """Put the shared keywords into the docstring of a function, in the place of ``common``."""
-    if function.__doc__ and TailOptions.__doc__:
-        shared = TailOptions.__doc__.partition("Args:\n")[2].rstrip()
-        function.__doc__ = re.sub(" +common: .*", lambda match: shared, function.__doc__)
-    return function
-
-
-@documented
 def estimate_adamw_(
     latents: TensorOrList,
     grads: TensorOrList,
@@ -93,40 +37,99 @@ def estimate_adamw_(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     optimizer_step: int | Tensor,
-    **common: Unpack[TailOptions],
+    grid: Grid,
+    straight_through: StraightThrough,
+    one_minus_beta: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    layouts: Sequence[Layout] | None = None,
+    epsilon_scale: float = 1.0,
+    noise_factors: Tensor | None = None,
+    masters: TensorOrList | None = None,
+    quantized: TensorOrList | None = None,
+    counters: Tensor | None = None,
+    transform: Hadamard | None = None,
+    backend: str | None = None,
 ) -> None:
-    """The FOGZO estimate, AdamW's step with it and the next Q(latent), in one pass over memory.
+    """Make the FOGZO estimate, take AdamW's step with it and write the next Q(latent), in one pass over memory.
 
-    As :func:`estimate_gradient_` followed by ``torch.optim.AdamW`` (decoupled decay, bias
-    correction) and :func:`quantize_`, but G is not rounded to the gradients' dtype, and the gradients
-    stay as they were (contract section 4, the fused tail).
+    The result is that of :func:`estimate_gradient_`, ``torch.optim.AdamW`` and :func:`quantize_` one after
+    another, except that G is not rounded to the gradients' dtype and that the gradients stay as they were
+    (contract, section 4, the fused tail; AdamW: arXiv 1711.05101).
+
+    If the slope of every direction is not finite, the step takes the straight-through gradients. If the norm is
+    not finite, the op skips the step and writes only ``quantized`` and ``counters``.
 
     Args:
-        latents: float32, bfloat16 or float16, updated in place. The first ``len(alphas)`` are quantized; the
-            others take their gradient as it is.
-        grads: of the latents' shapes.
-        exp_avgs, exp_avg_sqs: float32 state, of the latents' shapes, zero before the first step.
-        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
-            None for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
-        alphas: float32: one element, one per row, or one per group of the last dimension.
-        norm: guide norm N, 0-dim float32 on the device.
-        lr: a number, or a 0-dim float64 tensor.
-        optimizer_step: 1 at the first step, for the bias correction; a number or a 0-dim int64 tensor.
-        common: the keywords of :class:`TailOptions`.
+        latents: weights, updated in place: contiguous, one dtype (float32, bfloat16 or float16), one device.
+            The first ``len(alphas)`` are quantized; the others take their gradient as it is.
+        grads: straight-through gradients of the latents' shapes; float32, bfloat16 or float16.
+        exp_avgs, exp_avg_sqs: means of the gradient and of its square: float32, of the latents' shapes, 0
+            before the first step.
+        losses_plus, losses_minus: losses of the probes at +eps and -eps: float32, shape (n,), on the device.
+            With n = 0 the step is plain straight-through. None for both: guided noise, without probes.
+        alphas: scales of the first latents: float32, of one element, one per row, or one per group of the last
+            dimension.
+        norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device.
+        lr: learning rate, a number or a 0-dim float64 tensor.
+        betas: decay of the two means, each in 0..1, below 1.
+        eps: number that is added to the root of the second mean, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        optimizer_step: number of the optimizer's step, 1 at the first, for the bias correction: an int or a
+            0-dim int64 tensor.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
+            graph pass a tensor, because each new number compiles again.
+        seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
+        step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
+        tensor_ids: one number per alpha that names the noise, below 2^32 - 1, no two alike. None: 0, 1, 2, ...
+        layouts: for shards, one ``(offset, inner, stride)`` per alpha: local element j is element ``offset + (j
+            // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
+        noise_factors: factor on the noise of each tensor with an alpha, from :func:`noise_factors`: float32,
+            shape (alphas,), on the device. None: 1 for each.
+        masters: float32 copies of bfloat16 or float16 latents. The op updates them and rounds them into the
+            latents. None: the latents are updated.
+        quantized: one output per alpha for the next Q(latent): float32, bfloat16, float16, or int8 for codes.
+            None: it is not written.
+        counters: int64, shape (3,), on the device. The op adds the number of directions whose slope c_i is not
+            finite, of steps whose norm is not finite, and of alphas that are not finite or not > 0. None:
+            nothing is counted.
+        transform: the Hadamard transform of the quantizer, or None. Latents and gradients are those of the
+            weight before the transform; ``quantized`` receives the transformed weight.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> w, g, m, v = torch.tensor([0.9, -0.2]), torch.tensor([3.0, -4.0]), torch.zeros(2), torch.zeros(2)
+        >>> alpha, none = torch.tensor([0.5]), torch.empty(0)  # no losses: a plain straight-through step
+        >>> how = {"grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough("identity")}
+        >>> how |= {"one_minus_beta": 0.0, "seed": 0, "lr": 0.1, "weight_decay": 0.0, "optimizer_step": 1}
+        >>> fk.functional.estimate_adamw_(w, g, m, v, none, none, alpha, torch.tensor(2.5), **how)
+        >>> w
+        tensor([ 0.8000, -0.1000])
     """
     beta1, beta2 = betas
     rule = UpdateRule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists = {"latents": latents, "grads": grads, "alphas": alphas}
     numbers = {"lr": lr, "optimizer_step": optimizer_step}
-    update(rule, states, lists, arguments.losses(losses_plus, losses_minus, norm), norm, numbers, common)
+    noise = {
+        "grid": grid, "straight_through": straight_through, "one_minus_beta": one_minus_beta, "seed": seed,
+        "step": step, "tensor_ids": tensor_ids, "layouts": layouts, "epsilon_scale": epsilon_scale,
+        "noise_factors": noise_factors,
+    }  # fmt: skip
+    own = {"masters": masters, "quantized": quantized, "counters": counters}
+    losses = arguments.losses(losses_plus, losses_minus, norm)
+    update(rule, states, lists, losses, norm, numbers, noise, own, transform, backend)
 
 
-@documented
 def estimate_sgd_(
     latents: TensorOrList,
     grads: TensorOrList,
@@ -142,30 +145,83 @@ def estimate_sgd_(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     optimizer_step: int | Tensor,
-    **common: Unpack[TailOptions],
+    grid: Grid,
+    straight_through: StraightThrough,
+    one_minus_beta: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    layouts: Sequence[Layout] | None = None,
+    epsilon_scale: float = 1.0,
+    noise_factors: Tensor | None = None,
+    masters: TensorOrList | None = None,
+    quantized: TensorOrList | None = None,
+    counters: Tensor | None = None,
+    transform: Hadamard | None = None,
+    backend: str | None = None,
 ) -> None:
-    """The FOGZO estimate, SGD's step with it and the next Q(latent), in one pass over memory.
+    """Make the FOGZO estimate, take SGD's step with it and write the next Q(latent), in one pass over memory.
 
-    As :func:`estimate_gradient_` followed by ``torch.optim.SGD`` and :func:`quantize_`, but G is not rounded to
-    the gradients' dtype, and the gradients stay as they were (contract section 4, the fused tail).
+    The result is that of :func:`estimate_gradient_`, ``torch.optim.SGD`` and :func:`quantize_` one after
+    another, except that G is not rounded to the gradients' dtype and that the gradients stay as they were
+    (contract, section 4, the fused tail).
+
+    If the slope of every direction is not finite, the step takes the straight-through gradients. If the norm is
+    not finite, the op skips the step and writes only ``quantized`` and ``counters``.
 
     Args:
-        latents: float32, bfloat16 or float16, updated in place. The first ``len(alphas)`` are quantized; the
-            others take their gradient as it is.
-        grads: of the latents' shapes.
-        momentum_buffers: float32, of the latents' shapes, zero before the first step; None without momentum.
-        losses_plus, losses_minus: float32, shape (n,); with n = 0 the step is plain straight-through: G = g.
-            None for both: guided noise, no probes, as :func:`estimate_gradient_` has it.
-        alphas: float32: one element, one per row, or one per group of the last dimension.
-        norm: guide norm N, 0-dim float32 on the device.
-        lr: a number, or a 0-dim float64 tensor.
-        momentum, dampening, weight_decay, nesterov: as ``torch.optim.SGD`` has them.
-        optimizer_step: 1 at the first step, which is not dampened; a number or a 0-dim int64 tensor.
-        common: the keywords of :class:`TailOptions`.
+        latents: weights, updated in place: contiguous, one dtype (float32, bfloat16 or float16), one device.
+            The first ``len(alphas)`` are quantized; the others take their gradient as it is.
+        grads: straight-through gradients of the latents' shapes; float32, bfloat16 or float16.
+        momentum_buffers: float32, of the latents' shapes, 0 before the first step. None without momentum.
+        losses_plus, losses_minus: losses of the probes at +eps and -eps: float32, shape (n,), on the device.
+            With n = 0 the step is plain straight-through. None for both: guided noise, without probes.
+        alphas: scales of the first latents: float32, of one element, one per row, or one per group of the last
+            dimension.
+        norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device.
+        lr: learning rate, a number or a 0-dim float64 tensor.
+        momentum: factor on the buffer, >= 0.
+        dampening: share of the gradient that the buffer does not take, after the first step.
+        weight_decay: weight decay that is added to the gradient, >= 0.
+        nesterov: use Nesterov's form. It needs momentum > 0 and dampening 0.
+        optimizer_step: number of the optimizer's step, 1 at the first, which is not dampened: an int or a 0-dim
+            int64 tensor.
+        grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
+        straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
+            graph pass a tensor, because each new number compiles again.
+        seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
+        step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
+        tensor_ids: one number per alpha that names the noise, below 2^32 - 1, no two alike. None: 0, 1, 2, ...
+        layouts: for shards, one ``(offset, inner, stride)`` per alpha: local element j is element ``offset + (j
+            // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
+        epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
+        noise_factors: factor on the noise of each tensor with an alpha, from :func:`noise_factors`: float32,
+            shape (alphas,), on the device. None: 1 for each.
+        masters: float32 copies of bfloat16 or float16 latents. The op updates them and rounds them into the
+            latents. None: the latents are updated.
+        quantized: one output per alpha for the next Q(latent): float32, bfloat16, float16, or int8 for codes.
+            None: it is not written.
+        counters: int64, shape (3,), on the device. The op adds the number of directions whose slope c_i is not
+            finite, of steps whose norm is not finite, and of alphas that are not finite or not > 0. None:
+            nothing is counted.
+        transform: the Hadamard transform of the quantizer, or None. Latents and gradients are those of the
+            weight before the transform; ``quantized`` receives the transformed weight.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
-        RuntimeError: the backend is unavailable on the device.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
+            then.
+        RuntimeError: the backend cannot run on the device.
+
+    Example:
+        >>> w, g, q = torch.tensor([0.9, -0.2]), torch.tensor([3.0, -4.0]), torch.empty(2)
+        >>> alpha, none = torch.tensor([0.5]), torch.empty(0)  # no losses: a plain straight-through step
+        >>> how = {"grid": fk.Grid.uniform(2), "straight_through": fk.StraightThrough("identity")}
+        >>> how |= {"one_minus_beta": 0.0, "seed": 0, "lr": 0.1, "optimizer_step": 1, "quantized": q}
+        >>> fk.functional.estimate_sgd_(w, g, None, none, none, alpha, torch.tensor(2.5), **how)
+        >>> w, q.tolist()
+        (tensor([0.6000, 0.2000]), [0.5, 0.0])
     """
     rule = UpdateRule(
         "sgd", weight_decay=weight_decay, momentum=momentum, dampening=dampening, nesterov=nesterov
@@ -173,7 +229,14 @@ def estimate_sgd_(
     states = {"momentum_buffers": momentum_buffers}
     lists = {"latents": latents, "grads": grads, "alphas": alphas}
     numbers = {"lr": lr, "optimizer_step": optimizer_step}
-    update(rule, states, lists, arguments.losses(losses_plus, losses_minus, norm), norm, numbers, common)
+    noise = {
+        "grid": grid, "straight_through": straight_through, "one_minus_beta": one_minus_beta, "seed": seed,
+        "step": step, "tensor_ids": tensor_ids, "layouts": layouts, "epsilon_scale": epsilon_scale,
+        "noise_factors": noise_factors,
+    }  # fmt: skip
+    own = {"masters": masters, "quantized": quantized, "counters": counters}
+    losses = arguments.losses(losses_plus, losses_minus, norm)
+    update(rule, states, lists, losses, norm, numbers, noise, own, transform, backend)
 
 
 def update(
@@ -183,23 +246,23 @@ def update(
     losses: Mapping[str, Any],
     norm: Tensor,
     numbers: Mapping[str, float | Tensor],
-    common: TailOptions,
+    noise: Mapping[str, Any],
+    own: dict[str, Any],
+    transform: Hadamard | None,
+    backend: str | None,
 ) -> None:
-    """What every rule's public function does; ``numbers`` are lr and optimizer_step."""
-    for name in TailOptions.__required_keys__ - set(common):
-        raise TypeError(f"{name} must be given")
-    for name in set(common) - set(TailOptions.__annotations__):
-        raise TypeError(f"{name} is not a keyword of the fused tail: {', '.join(TailOptions.__annotations__)}")
-    given: dict[str, Any] = {"masters": None, "quantized": None, "counters": None, **common}
-    backend, block = given.pop("backend", None), block_of(given.pop("transform", None))
-    own = {name: given.pop(name) for name in ("masters", "quantized", "counters")}
+    """Call the op as every rule's public function does.
+
+    ``numbers`` are lr and optimizer_step, ``noise`` the arguments that say which noise is drawn and how it is
+    mixed, ``own`` the lists and counters of the fused tail alone.
+    """
     latents, alphas = (arguments.tensors(name, lists[name]) for name in ("latents", "alphas"))
     own["first"], own["second"] = [*(arguments.optional(*state) for state in states.items()), []][:2]
-    noise = arguments.noisy(latents, norm, **given, count=len(alphas))
+    mixed = arguments.noisy(latents, norm, **noise, count=len(alphas))
     scalars = {name: arguments.scalar(name, value) for name, value in numbers.items()}
     names, values = list(rule.hyperparameters), list(rule.hyperparameters.values())
     kind = {"kind": rule.kind, "hyperparameters": names, "values": values, "nesterov": rule.nesterov}
-    op(**lists, **own, **losses, **noise, **scalars, **kind, backend=backend, block=block)
+    op(**lists, **own, **losses, **mixed, **scalars, **kind, backend=backend, block=block_of(transform))
 
 
 def check(

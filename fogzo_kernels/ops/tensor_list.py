@@ -18,32 +18,33 @@ PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 class TensorList(Held):
-    """Tensors that many calls take together, such as the weights of a model; immutable, a ``tuple``.
+    """A list of tensors that you prepare once for many calls of the ops; an immutable ``tuple``.
 
-    Every op takes it where it takes a list of tensors, with the same results and errors. A call whose lists are
-    all prepared costs the host a few tens of nanoseconds for each tensor: checks and tables are made once and
-    kept. Each call still asks every tensor for its address, shape, dtype, device and memory, so tensors may
-    change in any way (``t.data = ...``, ``t.resize_``, freed storages): the call then prepares the list anew.
+    Every op takes it in place of a list, with the same results and errors. If all lists of a call are prepared,
+    the ops keep their checks and tables, and a call takes a few tens of nanoseconds per tensor on the host.
+    Tensors may change their memory, shape, dtype or device: the next call notices and prepares the list again.
 
-    The list keeps its tensors alive. While it is in use ``torch.utils.swap_tensors`` refuses them. A list that
-    holds a tensor of a subclass, and any list in a graph that is traced, is taken as a plain one.
+    The list keeps its tensors alive. ``torch.utils.swap_tensors`` refuses tensors of a list in use. The ops
+    treat a list with tensors of a subclass, and any list in a traced graph, as a plain list.
 
     Args:
         tensors: a list of tensors, or one tensor.
-        tensor_ids: where noise is drawn for this list (``latents``, or the ``grads`` of
-            :func:`estimate_gradient_`), those that the op takes by default: one for each tensor; by default
-            0, 1, 2, ... The fused tail takes those of its first ``len(alphas)`` latents.
-        layouts: as ``tensor_ids``, where each tensor lies in its parameter, ``(offset, inner, stride)``; by
-            default whole.
+        tensor_ids: default of the ops' ``tensor_ids`` where this list is the one that noise is drawn for: the
+            ``latents``, or the ``grads`` of :func:`estimate_gradient_`. One per tensor; None: 0, 1, 2, ... The
+            fused tail takes those of the first ``len(alphas)`` latents.
+        layouts: default of the ops' ``layouts``, as ``tensor_ids``: one ``(offset, inner, stride)`` per tensor;
+            None: the tensors are whole.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or length. Ops check all else.
+        TypeError, ValueError: an argument has a wrong type or length. The ops check everything else.
 
-    Example::
-
-        weights, alphas = fk.TensorList(model_weights, tensor_ids=ids), fk.TensorList(model_alphas)
-        out = fk.TensorList([torch.empty_like(w) for w in weights])
-        fk.quantize_(out, weights, alphas, grid=grid)
+    Example:
+        >>> weights = fk.functional.TensorList([torch.tensor([0.9]), torch.tensor([-3.0])])
+        >>> alphas = fk.functional.TensorList([torch.tensor([0.5]), torch.tensor([1.0])])
+        >>> out = fk.functional.TensorList([torch.empty(1), torch.empty(1)])
+        >>> fk.functional.quantize_(out, weights, alphas, grid=fk.Grid.uniform(2))
+        >>> out[0], out[1]
+        (tensor([0.5000]), tensor([-2.]))
     """
 
     def __new__(

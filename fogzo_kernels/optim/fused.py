@@ -68,7 +68,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, **hyperparameters, **common})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in PyTorch; its numbers are checked before it joins."""
+        """Add a group of parameters, as in PyTorch; the call checks its numbers before the group joins.
+
+        Args:
+            param_group: a dict with ``params`` and options of the group.
+
+        Raises:
+            TypeError, ValueError: an option has a wrong type or is out of range.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> optimizer = fk.SGD([model.weight], lr=0.1)
+            >>> optimizer.add_param_group({"params": [model.bias], "lr": 0.01})
+            >>> len(optimizer.param_groups)
+            2
+        """
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -92,26 +106,35 @@ class FusedOptimizer(torch.optim.Optimizer):
     @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of training.
+        """Take one step of training.
 
-        If the passes of ``fogzo`` were run (:meth:`Fogzo.probes`, :meth:`Fogzo.run`), with its estimate
-        in place of the straight-through gradient; ``.grad`` stays as it was. Otherwise with ``.grad`` as
-        it is, which for quantized weights must be an estimate (:meth:`Fogzo.estimate_`).
+        With ``fogzo``, the step takes the estimate of the passes that were run by :meth:`Fogzo.probes` or
+        :meth:`Fogzo.run`, or that it runs itself with ``closure``. ``.grad`` keeps the straight-through
+        gradient. Without passes it takes ``.grad`` as it is; for quantized weights that must be an estimate of
+        :meth:`Fogzo.estimate_`, unless :meth:`Fogzo.attach` adds the noise.
 
-        A step that is lost (:meth:`Fogzo.diagnostics`) changes nothing: no parameter, no state, no count. By
-        ``scaler.step(optimizer)`` of a ``torch.amp.GradScaler`` that scaled the losses of all passes, the step
-        divides them and ``.grad`` by the scale, and is skipped where the scaler found an overflow.
+        A lost step (:meth:`Fogzo.diagnostics`) changes no parameter, no state and no count. You may call
+        ``scaler.step(optimizer)`` of a ``torch.amp.GradScaler`` that scaled the losses of all passes: the step
+        then divides losses and ``.grad`` by the scale, and skips where the scaler found an overflow.
 
         Args:
-            closure: with ``fogzo``, runs the model and returns the loss, and the step then runs the
-                passes itself: clear the gradients before; it does not call ``backward``. Else as in PyTorch.
+            closure: with ``fogzo``, a function that runs the model and returns the loss, and does not call
+                ``backward``. Clear the gradients before the step. Without ``fogzo``, as in PyTorch.
 
         Returns:
-            The loss where the step knows it, else None.
+            The loss if the step knows it, else None.
 
         Raises:
-            RuntimeError: with ``fogzo``, quantized weights hold the gradient of a backward outside its passes,
-                or a gradient scaler has unscaled that of passes; a scaler is to run a closure.
+            RuntimeError: with ``fogzo``, a quantized weight holds the gradient of a backward outside the
+                passes; a gradient scaler has unscaled the gradients of passes; or a scaler gets a closure.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.1))
+            >>> optimizer = fk.SGD(model.parameters(), lr=0.1, fogzo=fk.Fogzo(model, total_steps=100))
+            >>> loss = optimizer.step(lambda: model(torch.ones(2, 8)).square().mean())
+            >>> optimizer.fogzo.steps
+            1
         """
         loss, fogzo, scaling = None, self.fogzo, Scaling.of(self)
         shares = fogzo is not None and getattr(self, "found_inf", None) is fogzo.found_inf
@@ -358,12 +381,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             group.setdefault("master_weights", False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, of this class or of PyTorch's own optimizer; state keeps its float32.
+        """Load a state of this class or of PyTorch's own optimizer. The state keeps its float32.
 
-        (PyTorch would round it to the parameters' dtype.)
+        PyTorch's own method would round the state to the parameters' dtype.
+
+        Args:
+            state_dict: a result of ``state_dict()`` of this class or of the optimizer of the same name in
+                ``torch.optim``.
 
         Raises:
-            ValueError: the state is of an optimizer with ``amsgrad`` or ``maximize``.
+            ValueError: the state is of an optimizer with ``amsgrad`` or ``maximize``, or does not fit the
+                groups.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> plain = torch.optim.AdamW(model.parameters(), lr=0.5)
+            >>> optimizer = fk.AdamW(model.parameters())
+            >>> optimizer.load_state_dict(plain.state_dict())
+            >>> optimizer.param_groups[0]["lr"]
+            0.5
         """
         for i, group in enumerate(state_dict["param_groups"]):
             for name in NOT_OFFERED:

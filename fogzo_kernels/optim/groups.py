@@ -11,13 +11,25 @@ from ..ops import checks
 
 
 def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
-    """The learned scales of a quantized model, of weights and inputs.
+    """Return the learned scales of a quantized model, those of weights and of inputs.
 
-    FSDP2 is to leave them whole in every process: ``fully_shard(..., ignored_params=learned_alphas(model))``,
-    where the model is quantized before.
+    Under FSDP2 every process needs them whole: quantize the model, then call ``fully_shard(model,
+    ignored_params=fk.learned_alphas(model))``.
+
+    Args:
+        model: a module.
+
+    Returns:
+        A set of parameters, empty if no scale is learned.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+        >>> fk.learned_alphas(model) == {model.alpha}
+        True
     """
     checks.instance("model", model, nn.Module)
     modules = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
@@ -28,22 +40,31 @@ def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, alpha_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """The parameters of a model in groups, for any optimizer: decaying ones, others, and learned alphas.
+    """Return the trainable parameters of a model in three groups, which decay or do not.
 
-    Learned alphas, of weights and inputs, do not decay, which would shrink the range of what is quantized; nor
-    do biases and norms, which have one dimension or none. Adam and its like change a parameter by about the
-    learning rate, whatever its gradient, and an alpha is small: a tenth of the weights' rate suits it.
+    The groups are weights, which decay; biases and norms; and learned alphas.
+
+    Alphas do not decay, because decay would shrink the range of the quantized weights. Biases and norms, which
+    have at most one dimension, do not decay either. Adam changes a parameter by about the learning rate
+    whatever its gradient, and an alpha is small: give it a tenth of the weights' rate.
 
     Args:
-        model: its trainable parameters are taken, each once.
-        weight_decay: of the first group, finite and >= 0; the others have 0.
-        alpha_lr: learning rate of the alphas, finite and >= 0; None: the optimizer's own.
+        model: a module; each trainable parameter is taken once.
+        weight_decay: decay of the first group, finite and >= 0. The other groups have 0.
+        alpha_lr: learning rate of the alphas, finite and >= 0. None: the optimizer's own.
 
     Returns:
-        Groups as ``torch.optim`` takes them, alphas last; one that would be empty is left out.
+        A list of groups as ``torch.optim`` takes them, alphas last. Empty groups are left out.
 
     Raises:
-        TypeError, ValueError: an argument is wrong.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+        >>> groups = fk.parameter_groups(model, weight_decay=0.1, alpha_lr=1e-4)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+        [(1, 0.1), (1, 0.0), (1, 0.0)]
     """
     checks.instance("model", model, nn.Module)
     checks.finite("weight_decay", weight_decay)

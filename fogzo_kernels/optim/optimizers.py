@@ -10,22 +10,33 @@ from .fused import FusedOptimizer, Params
 
 
 class AdamW(FusedOptimizer):
-    """``torch.optim.AdamW`` with FOGZO's estimate in the same pass.
+    """``torch.optim.AdamW`` that makes FOGZO's estimate in the same pass over memory.
 
-    Without ``fogzo``, and for parameters that are not quantized, it is AdamW up to float32 rounding
-    (Loshchilov & Hutter, ICLR 2019; docs/contract.md, section 4); amsgrad, maximize and sparse
-    gradients are not offered. State is float32 whatever the parameters' dtype.
+    Without ``fogzo``, and for parameters that are not quantized, it is AdamW up to float32 rounding (arXiv
+    1711.05101; contract, section 4). Its state is float32 for any dtype of the parameters. It has no
+    ``amsgrad`` and no ``maximize``, and takes no sparse gradients.
 
     Args:
-        params: parameters, or dicts of a group's parameters and options, as in PyTorch.
-        lr: learning rate, a number or a 0-dim tensor on the parameters' device (for CUDA graphs).
-        betas: decay of the means of gradient and squared gradient, in 0..1, below 1.
-        eps: added to the root of the second mean, >= 0.
-        weight_decay: decoupled, >= 0.
-        fogzo: the estimator around the model whose parameters these are.
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters, and update that.
+        params: parameters, or dicts with the parameters and options of a group, as in PyTorch.
+        lr: learning rate, >= 0: a number, or for CUDA graphs a 0-dim tensor on the parameters' device.
+        betas: decay of the means of the gradient and of its square, each in 0..1, below 1.
+        eps: number that is added to the root of the second mean, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        fogzo: the estimator of the model that has these parameters. None: plain AdamW.
+        master_weights: keep and update a float32 copy of bfloat16 and float16 parameters.
         capturable: count steps on the device, for capture in a CUDA graph.
-        backend: of the op; None takes that of ``fogzo``, else the best available.
+        backend: name of a backend; None takes that of ``fogzo``, else the best one for the device.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+        >>> fogzo = fk.Fogzo(model, total_steps=100)
+        >>> optimizer = fk.AdamW(model.parameters(), lr=1e-2, fogzo=fogzo)
+        >>> optimizer.step(lambda: model(torch.ones(2, 8)).square().mean()).shape
+        torch.Size([])
     """
 
     KIND = "adamw"
@@ -41,22 +52,33 @@ class AdamW(FusedOptimizer):
 
 
 class SGD(FusedOptimizer):
-    """``torch.optim.SGD`` with FOGZO's estimate in the same pass.
+    """``torch.optim.SGD`` that makes FOGZO's estimate in the same pass over memory.
 
-    Without ``fogzo``, and for parameters that are not quantized, it is SGD up to float32 rounding
-    (docs/contract.md, section 4); maximize and sparse gradients are not offered. State is always float32.
+    Without ``fogzo``, and for parameters that are not quantized, it is SGD up to float32 rounding (contract,
+    section 4). Its state is float32 for any dtype of the parameters. It has no ``maximize`` and takes no sparse
+    gradients.
 
     Args:
-        params: parameters, or dicts of a group's parameters and options, as in PyTorch.
-        lr: learning rate, a number or a 0-dim tensor on the parameters' device (for CUDA graphs).
-        momentum: >= 0; without it there is no state.
-        dampening: of the momentum, after the first step.
-        weight_decay: added to the gradient, >= 0.
-        nesterov: Nesterov's form; needs momentum > 0 and no dampening.
-        fogzo: the estimator around the model whose parameters these are.
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters, and update that.
+        params: parameters, or dicts with the parameters and options of a group, as in PyTorch.
+        lr: learning rate, >= 0: a number, or for CUDA graphs a 0-dim tensor on the parameters' device.
+        momentum: factor on the momentum buffer, >= 0. Without momentum there is no state.
+        dampening: share of the gradient that the buffer does not take, after the first step.
+        weight_decay: weight decay that is added to the gradient, >= 0.
+        nesterov: use Nesterov's form. It needs momentum > 0 and dampening 0.
+        fogzo: the estimator of the model that has these parameters. None: plain SGD.
+        master_weights: keep and update a float32 copy of bfloat16 and float16 parameters.
         capturable: count steps on the device, for capture in a CUDA graph.
-        backend: of the op; None takes that of ``fogzo``, else the best available.
+        backend: name of a backend; None takes that of ``fogzo``, else the best one for the device.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.fixed(2, 0.1))
+        >>> optimizer = fk.SGD(model.parameters(), lr=0.1, momentum=0.9, fogzo=fk.Fogzo(model, total_steps=100))
+        >>> optimizer.step(lambda: model(torch.ones(2, 8)).square().mean()).shape
+        torch.Size([])
     """
 
     KIND = "sgd"

@@ -15,10 +15,24 @@ OUTPUTS = (*FLOATS, torch.int8)  # int8 holds codes
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform grid of ``levels`` values: ``delta * (code + offset)``, ``qmin <= code <= qmax``.
+    """The values that a quantized weight may take: ``delta * (code + offset)`` for ``qmin <= code <= qmax``.
 
-    ``delta = r * alpha`` is the distance between neighbouring values. Use the constructors
-    :meth:`uniform`, :meth:`half_offset`, :meth:`sign` and :meth:`ternary`.
+    ``delta = r * alpha`` is the distance between neighbouring values, and alpha the scale of the weight. Use
+    :meth:`uniform`, :meth:`half_offset`, :meth:`sign` or :meth:`ternary`.
+
+    Args:
+        qmin: least code, an int >= -128.
+        qmax: greatest code, an int <= 127.
+        offset: 0 or 0.5.
+        r: delta / alpha: 1 for rounding grids, 2 for the sign grid.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> grid = fk.Grid.uniform(2)
+        >>> grid.qmin, grid.qmax, grid.offset, grid.levels, grid.bits, grid.is_sign
+        (-2, 1, 0.0, 4, 2.0, False)
     """
 
     qmin: int
@@ -46,34 +60,66 @@ class Grid:
 
     @property
     def bits(self) -> float:
-        """Bits that a code carries, log2 of ``levels``: 2.0 for 4 levels, 1.58 for 3."""
+        """Bits that a code carries, log2 of ``levels``; 2.0 for 4 levels, 1.58 for 3."""
         return math.log2(self.levels)
 
     @property
     def is_sign(self) -> bool:
-        """Whether this is the two-valued grid ``{-alpha, +alpha}``."""
+        """Whether this is the grid of the two values -alpha and +alpha."""
         return self.r == 2
 
     @classmethod
     def uniform(cls, bits: int) -> Grid:
-        """Two's complement grid of ``2**bits`` levels, ``bits`` in 2..8; 2 bits: -2 -1 0 1 alpha."""
+        """Return the grid of 2^bits values with 0 among them, in two's complement.
+
+        Args:
+            bits: 2 to 8. The values for 2 bits are -2, -1, 0 and 1 times alpha.
+
+        Raises:
+            TypeError, ValueError: ``bits`` is no int, or out of range.
+
+        Example:
+            >>> fk.Grid.uniform(4)
+            Grid(qmin=-8, qmax=7, offset=0.0, r=1)
+        """
         bits = _checked_bits(bits, 2)
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.0, 1)
 
     @classmethod
     def half_offset(cls, bits: int) -> Grid:
-        """Symmetric grid without zero, ``bits`` in 1..8; 2 bits: -3/2 -1/2 1/2 3/2 alpha."""
+        """Return the grid of 2^bits values with as many above 0 as below.
+
+        Args:
+            bits: 1 to 8. The values for 2 bits are -3/2, -1/2, 1/2 and 3/2 times alpha.
+
+        Raises:
+            TypeError, ValueError: ``bits`` is no int, or out of range.
+
+        Example:
+            >>> fk.Grid.half_offset(2)
+            Grid(qmin=-2, qmax=1, offset=0.5, r=1)
+        """
         bits = _checked_bits(bits, 1)
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.5, 1)
 
     @classmethod
     def sign(cls) -> Grid:
-        """The two values -alpha and +alpha; ``sign(0) = +1``."""
+        """Return the grid of the values -alpha and +alpha. The sign of 0 is +1.
+
+        Example:
+            >>> fk.Grid.sign().is_sign
+            True
+        """
         return cls(-1, 0, 0.5, 2)
 
     @classmethod
     def ternary(cls) -> Grid:
-        """The three values -alpha, 0, +alpha."""
+        """Return the grid of the values -alpha, 0 and +alpha.
+
+        Example:
+            >>> round(fk.Grid.ternary().bits, 2)
+            1.58
+        """
         return cls(-1, 1, 0.0, 1)
 
 

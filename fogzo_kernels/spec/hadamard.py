@@ -26,13 +26,21 @@ def check_block(block: int) -> int:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """The orthonormal Hadamard transform of each ``block`` of a row, before it is quantized.
+    """The orthonormal Hadamard transform of each block of a row, before the row is quantized.
 
-    It spreads a large value over its block, so that one scale fits all of it (QuEST: Panferov et al., 2025,
-    arXiv 2502.05003). Grid, scale and noise then belong to the rotated weight (contract section 4).
+    It spreads a large value over its block, so that one scale fits the block (QuEST, arXiv 2502.05003, section
+    3). Grid, scale and noise then belong to the transformed weight (contract, section 4).
 
     Args:
-        block: 16, 32, 64, 128, 256, 512 or 1024; it must divide the length of a row.
+        block: number of elements of a block: 16, 32, 64, 128, 256, 512 or 1024. It must divide the length of a
+            row.
+
+    Raises:
+        TypeError, ValueError: ``block`` is no int, or none of these.
+
+    Example:
+        >>> fk.presets.quest(4, block=64).transform == fk.Hadamard(64)
+        True
     """
 
     block: int = 128

@@ -56,7 +56,23 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tupl
 
 
 def direction_sign(seed: int, step: int, direction: int) -> int:
-    """The random sign s_i of a direction: -1 or +1 (docs/contract.md, section 2)."""
+    """Return the random sign s of a direction, -1 or +1 (contract, section 2).
+
+    Args:
+        seed: seed of the noise, 0..2^64 - 1.
+        step: number of the training step, 0..2^32 - 1.
+        direction: number of the direction, 0..2^16 - 1.
+
+    Returns:
+        The sign, an int.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> [fk.functional.direction_sign(seed=0, step=step, direction=0) for step in range(4)]
+        [1, -1, -1, 1]
+    """
     check_range("seed", seed, MAX_SEED)
     check_range("step", step, MAX_STEP)
     check_range("direction", direction, MAX_DIRECTION)

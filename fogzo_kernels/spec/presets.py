@@ -1,4 +1,4 @@
-"""Quantizers of the field by name: a grid, a scale and a straight-through estimator each."""
+"""Quantizers from the literature by name: each is a grid, a scale and a straight-through estimator."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from .quantizer import Quantizer
 from .scale import Alpha, Granularity, Scale
 from .straight_through import StraightThrough
 
+__all__ = ["bitnet", "dynamic", "fixed", "lsq", "quest", "seq"]
+
 
 def fixed(bits: int, alpha: Alpha) -> Quantizer:
-    """``Grid.uniform(bits)`` with a scale that stays, and the clipped identity.
+    """Return ``Grid.uniform(bits)`` with a scale that training does not change, and the clipped identity.
 
     Args:
         bits: 2 to 8.
-        alpha: as for :meth:`Scale.fixed`.
+        alpha: the scale, as for :meth:`fogzo_kernels.Scale.fixed`: a number, a tensor, or a function of the
+            weight's rows.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> fk.presets.fixed(2, 0.05).scale
+        Scale.fixed(0.05)
     """
     return Quantizer(Grid.uniform(bits), Scale.fixed(alpha), StraightThrough("identity"))
 
@@ -26,18 +36,22 @@ def _checked_bits(bits: int) -> int:
 
 
 def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
-    """``Grid.uniform(bits)``, for 1 bit ``Grid.sign()``, with a learned scale.
+    """Return LSQ: ``Grid.uniform(bits)``, or ``Grid.sign()`` for 1 bit, with a learned scale.
 
-    LSQ (Esser et al. 2020, arXiv 1902.08153): alpha begins at 2 mean abs(w) / sqrt(qmax), and its gradient is
-    divided by sqrt(n qmax), for n weights that share it. With 1 bit it begins at mean abs(w), and gradients
-    pass a hardtanh.
+    Alpha starts at 2 mean abs(w) / sqrt(qmax). Its gradient is divided by sqrt(n qmax), where n weights share
+    it (arXiv 1902.08153, sections 2.1 and 2.2). With 1 bit alpha starts at mean abs(w), and gradients pass a
+    hardtanh.
 
     Args:
         bits: 1 to 8.
         granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> fk.presets.lsq(2).scale, fk.presets.lsq(1).straight_through.kind
+        (Scale.learned(), 'hardtanh')
     """
     bits = _checked_bits(bits)
     if bits == 1:
@@ -47,18 +61,22 @@ def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
 
 
 def seq(bits: float, granularity: Granularity = "row") -> Quantizer:
-    """Values -3/4, -1/4, 1/4, 3/4 of a learned range for 2 bits; -2/3, 0, 2/3 for 1.58.
+    """Return ParetoQ's SEQ: equal steps across a learned range, without 0 for 2 bits.
 
-    SEQ (ParetoQ, Liu et al. 2025, arXiv 2502.02631, equation 3): a grid of equal steps across the range
-    max abs(w), which is where it begins. Alpha is the distance of neighbouring values: half of the range, or
-    two thirds of it.
+    The values are -3/4, -1/4, 1/4 and 3/4 of the range for 2 bits, and -2/3, 0 and 2/3 for 1.58 (ParetoQ, arXiv
+    2502.02631, equation 3). The range starts at max abs(w). Alpha is the distance of neighbouring values: 1/2
+    or 2/3 of the range.
 
     Args:
         bits: 2, or 1.58 for three values.
         granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row.
 
     Raises:
-        ValueError: ``bits`` is another number.
+        ValueError: ``bits`` or ``granularity`` is none of these.
+
+    Example:
+        >>> fk.presets.seq(1.58).grid == fk.Grid.ternary()
+        True
     """
     if bits == 2:
         grid, share = Grid.half_offset(2), 1 / 2
@@ -75,21 +93,26 @@ CLIPS = (0.79788, 1.49353, 2.05107, 2.51393, 2.91609, 3.27660, 3.60105, 3.88494)
 
 
 def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quantizer:
-    """Half-offset levels over a range of c sigma, after a Hadamard transform; gradients pass trusted values.
+    """Return QuEST: half-offset levels after a Hadamard transform; gradients pass values that are near a level.
 
-    QuEST (Panferov et al. 2025, arXiv 2502.05003, algorithm 1): each block of a row is rotated, which makes it
-    nearly normal; sigma is the root mean square of what is rotated, c the best for a normal distribution. The
-    gradient is that of the identity where a value is at most half a step away from its level. For weights and
-    for activations.
+    The transform makes each block of a row nearly normal. The levels span c sigma on either side, where sigma
+    is the root mean square of the transformed values and c the best factor for a normal distribution. Where a
+    value is at most half a step from its level, the gradient is that of the identity; elsewhere it is 0 (QuEST,
+    arXiv 2502.05003, algorithm 1). The quantizer suits weights and activations.
 
     Args:
         bits: 1 to 8.
-        block: of the transform: 16, 32, .. or 1024; it must divide the rows.
+        block: number of elements of a block of the transform: 16, 32, 64, ... 1024. It must divide the rows.
         granularity: which values share an alpha: ``"row"``, ``"tensor"``, or the size of a group of a row, a
             multiple of ``block``.
 
     Raises:
-        TypeError, ValueError: an argument is out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> q = fk.presets.quest(4, block=64)
+        >>> q.straight_through.clip, q.transform
+        ('trust', Hadamard(block=64))
     """
     bits = _checked_bits(bits)
     scale = Scale.rms(granularity, factor=2 * CLIPS[bits - 1] / (2**bits - 1), add=1e-8)
@@ -98,13 +121,23 @@ def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quan
 
 
 def dynamic(bits: int, granularity: Granularity = "row") -> Quantizer:
-    """For activations: ``Grid.uniform(bits)`` across the largest value of each token, measured in each forward.
+    """Return a quantizer for activations: ``Grid.uniform(bits)`` up to the largest value of each token.
 
-    What BitNet b1.58 (arXiv 2402.17764) takes, with 8 bits.
+    Each forward measures the scale. BitNet b1.58 takes this with 8 bits (arXiv 2402.17764, section 2).
 
     Args:
         bits: 2 to 8.
-        granularity: ``"row"``, a token, or ``"tensor"``, or the size of a group of a token.
+        granularity: which values share an alpha: ``"row"`` (a token), ``"tensor"``, or the size of a group of a
+            token.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.bitnet(), activation=fk.presets.dynamic(8))
+        >>> model.activation.grid.levels
+        256
     """
     grid = Grid.uniform(bits)
     scale = Scale.absmax(granularity, factor=1 / grid.qmax, least=1e-5 / grid.qmax)
@@ -112,8 +145,12 @@ def dynamic(bits: int, granularity: Granularity = "row") -> Quantizer:
 
 
 def bitnet() -> Quantizer:
-    """Three values, -alpha, 0 and alpha, with alpha the mean of abs(w) over the tensor, at least 1e-5.
+    """Return BitNet b1.58: the values -alpha, 0 and alpha, where alpha is the mean of abs(w), at least 1e-5.
 
-    BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764, equations 1 to 3).
+    One alpha serves the whole tensor (arXiv 2402.17764, equations 1 to 3). Gradients pass unchanged.
+
+    Example:
+        >>> fk.presets.bitnet().grid.levels
+        3
     """
     return Quantizer(Grid.ternary(), Scale.absmean(least=1e-5), StraightThrough("identity", clip=False))

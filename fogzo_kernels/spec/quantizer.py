@@ -13,19 +13,26 @@ from .straight_through import StraightThrough
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How one kind of weight is quantized, and how gradients pass that.
+    """How one kind of weight is quantized, and how gradients pass the quantization.
 
     Args:
         grid: the values that a quantized weight may take, in units of its scale.
-        scale: where each weight's scale comes from.
-        straight_through: the derivative that gradients see, and the noise that goes with it. It must
-            belong to ``grid``: ``"identity"`` to rounding grids, the other kinds to the sign grid.
-        transform: what each row goes through before, ``Hadamard(128)``, say; grid and scale are then those of
-            the rotated row. None: nothing.
+        scale: where the scale of each weight comes from.
+        straight_through: the derivative that gradients see, and the noise that matches it. It must fit
+            ``grid``: ``"identity"`` fits rounding grids, the other kinds fit the sign grid.
+        transform: a transform of each row before it is quantized, such as ``Hadamard(128)``; grid and scale
+            then belong to the transformed row. None: no transform.
 
     Raises:
-        TypeError: an argument is of another type.
-        ValueError: ``straight_through`` is not for ``grid``, or groups of the scale are not whole blocks.
+        TypeError: an argument has a wrong type.
+        ValueError: ``straight_through`` does not fit ``grid``, or a group of the scale is not made of whole
+            blocks.
+
+    Example:
+        >>> q = fk.Quantizer(fk.Grid.ternary(), fk.Scale.absmean("row"), fk.StraightThrough("identity"))
+        >>> model = torch.nn.Linear(8, 4)
+        >>> fk.quantize_model(model, q).quantized[0].scales  # one per row
+        4
     """
 
     grid: Grid
@@ -47,36 +54,53 @@ class Quantizer:
 
     @property
     def block(self) -> int:
-        """The size of the transform's blocks; 0 without one."""
+        """Number of elements of the transform's blocks; 0 without a transform."""
         return block_of(self.transform)
 
     @property
     def learned(self) -> bool:
-        """Whether alpha is a parameter."""
+        """Whether alpha is a parameter that is trained."""
         return isinstance(self.scale, LearnedScale)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of ops that quantize with a gradient."""
+        """The arguments ``grid``, ``straight_through`` and ``transform`` of the functional ops, as a dict."""
         return {"grid": self.grid, "straight_through": self.straight_through, "transform": self.transform}
 
     @property
     def epsilon(self) -> float:
-        """The eps that the straight-through estimator fixes, in units of delta (contract section 3)."""
+        """The eps that the straight-through estimator fixes, in units of delta (contract, section 3)."""
         return self.straight_through.epsilon(self.grid)
 
     def to_dict(self) -> dict[str, Any]:
-        """Itself in dicts, strings and numbers, for JSON; of a scale that is no number, only its kind."""
+        """Return the quantizer as dicts, strings and numbers, for JSON.
+
+        A scale from a tensor or a function keeps only its kind.
+
+        Example:
+            >>> q = fk.presets.bitnet()
+            >>> fk.Quantizer.from_dict(q.to_dict()) == q
+            True
+        """
         parts = {"grid": asdict(self.grid), "straight_through": asdict(self.straight_through)}
         block = {"transform": asdict(self.transform)} if self.transform else {}
         return {"version": VERSION, **parts, **block, "scale": self.scale.to_dict()}
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Quantizer:
-        """The quantizer that :meth:`to_dict` gave; a scale that it could not hold raises when it is used.
+        """Return the quantizer of a dict from :meth:`to_dict`.
+
+        A scale that the dict could not keep raises when it is used.
+
+        Args:
+            found: a result of :meth:`to_dict`.
 
         Raises:
-            ValueError: it is not such a dict, or of another version.
+            ValueError: the dict is no such result, or one of another version.
+
+        Example:
+            >>> fk.Quantizer.from_dict(fk.presets.quest(4).to_dict()).transform
+            Hadamard(block=128)
         """
         if not isinstance(found, dict) or found.get("version") != VERSION:
             version = found.get("version") if isinstance(found, dict) else type(found).__name__

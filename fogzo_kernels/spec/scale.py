@@ -24,73 +24,160 @@ STATISTICS = ("absmax", "absmean", "rms")
 
 
 class Scale(ABC):
-    """The scale of a weight, ``alpha``: the unit of its grid. Use its constructors.
+    """Where the scale alpha of a weight comes from; use its constructors.
 
-    Weights are seen as matrices with a row for each output of their module: what stands behind the first
-    dimension of a convolution's weight is flattened.
+    Alpha is the unit of the grid's values. The constructors see a weight as a matrix with one row per output of
+    its module: they flatten all other dimensions of a convolution.
+
+    Example:
+        >>> fk.Scale.fixed(0.5), fk.Scale.absmax("row"), fk.Scale.learned(32)
+        (Scale.fixed(0.5), Scale.absmax('row'), Scale.learned(32))
     """
 
     @staticmethod
-    def fixed(alpha: Alpha) -> FixedScale:
-        """A scale that training leaves as it is.
+    def fixed(alpha: Alpha) -> Scale:
+        """Return a scale that training does not change.
 
         Args:
-            alpha: finite and > 0: a number or a floating tensor for every weight, or a function that takes a
-                weight's rows (detached) and returns one. It has one element, one per row, of shape (rows, 1)
-                or (rows,), or one per group of a row, of shape (rows, groups).
+            alpha: finite and > 0: a number, a floating tensor, or a function that takes the rows of a weight
+                (detached) and returns one of the two. A tensor has one element, one per row with shape (rows,
+                1) or (rows,), or one per group of a row with shape (rows, groups).
 
         Raises:
-            TypeError: ``alpha`` is neither of them.
-            ValueError: it is a tensor that requires grad.
+            TypeError: ``alpha`` is none of these.
+            ValueError: ``alpha`` is a tensor that requires grad.
+
+        Example:
+            >>> fk.Scale.fixed(lambda rows: rows.abs().amax(1, keepdim=True) / 2).from_weight
+            True
         """
         return FixedScale(alpha)
 
     @staticmethod
     def absmax(
         granularity: Granularity = "tensor", *, factor: float = 1.0, add: float = 0.0, least: float = 0.0
-    ) -> MeasuredScale:
-        """Alpha = max(factor (max abs(w) + add), least), measured in each step; see :class:`MeasuredScale`."""
+    ) -> Scale:
+        """Return a scale that each step measures: alpha = max(factor (max abs(w) + add), least).
+
+        Alpha is a constant for autograd, and the same in all passes of a step.
+
+        Args:
+            granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,
+                an int that divides the row.
+            factor: finite, > 0.
+            add: finite, >= 0.
+            least: finite, >= 0. A value > 0 keeps alpha > 0 where all weights are 0.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type or is out of range.
+
+        Example:
+            >>> fk.Scale.absmax("row", factor=1 / 7)
+            Scale.absmax('row', factor=0.142857)
+        """
         return MeasuredScale("absmax", granularity, factor, add, least)
 
     @staticmethod
     def absmean(
         granularity: Granularity = "tensor", *, factor: float = 1.0, add: float = 0.0, least: float = 0.0
-    ) -> MeasuredScale:
-        """Alpha = max(factor (mean abs(w) + add), least), measured in each step; see :class:`MeasuredScale`."""
+    ) -> Scale:
+        """Return a scale that each step measures: alpha = max(factor (mean abs(w) + add), least).
+
+        BitNet b1.58 takes it with ``least=1e-5`` (arXiv 2402.17764). Alpha is a constant for autograd, and the
+        same in all passes of a step.
+
+        Args:
+            granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,
+                an int that divides the row.
+            factor: finite, > 0.
+            add: finite, >= 0.
+            least: finite, >= 0. A value > 0 keeps alpha > 0 where all weights are 0.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type or is out of range.
+
+        Example:
+            >>> fk.presets.bitnet().scale == fk.Scale.absmean(least=1e-5)
+            True
+        """
         return MeasuredScale("absmean", granularity, factor, add, least)
 
     @staticmethod
     def rms(
         granularity: Granularity = "tensor", *, factor: float = 1.0, add: float = 0.0, least: float = 0.0
-    ) -> MeasuredScale:
-        """Alpha = max(factor (sqrt(mean w^2) + add), least), measured in each step; see
-        :class:`MeasuredScale`."""
+    ) -> Scale:
+        """Return a scale that each step measures: alpha = max(factor (sqrt(mean w^2) + add), least).
+
+        QuEST takes it with ``add=1e-8`` (arXiv 2502.05003). Alpha is a constant for autograd, and the same in
+        all passes of a step.
+
+        Args:
+            granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,
+                an int that divides the row.
+            factor: finite, > 0.
+            add: finite, >= 0.
+            least: finite, >= 0. A value > 0 keeps alpha > 0 where all weights are 0.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type or is out of range.
+
+        Example:
+            >>> fk.Scale.rms(32, add=1e-8)
+            Scale.rms(32, add=1e-08)
+        """
         return MeasuredScale("rms", granularity, factor, add, least)
 
     @staticmethod
-    def learned(
-        granularity: Granularity = "tensor", *, init: FixedScale | MeasuredScale | None = None
-    ) -> LearnedScale:
-        """A scale that is trained: alpha is a parameter of its module, with LSQ's gradient.
+    def learned(granularity: Granularity = "tensor", *, init: Scale | None = None) -> Scale:
+        """Return a scale that is trained: alpha is a parameter of its module, with LSQ's gradient.
+
+        The gradient and the first value are those of arXiv 1902.08153, sections 2.1 and 2.2.
 
         Args:
-            granularity: ``"tensor"``, ``"row"``, or the size of a group of a row; ``init`` brings its own.
-            init: what alpha begins with; None: 2 mean abs(w) / sqrt(qmax), as LSQ does.
+            granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,
+                an int that divides the row. ``init``, if given, replaces it.
+            init: the scale that gives alpha its first value, fixed or measured. None: 2 mean abs(w) /
+                sqrt(qmax), as LSQ has it.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type or is out of range.
+
+        Example:
+            >>> q = fk.Quantizer(fk.Grid.uniform(2), fk.Scale.learned("row"), fk.StraightThrough("identity"))
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, q)
+            >>> model.alpha.shape, model.alpha.requires_grad
+            (torch.Size([4, 1]), True)
         """
-        return LearnedScale(granularity if init is None else None, init)
+        return LearnedScale(granularity if init is None else None, init)  # type: ignore[arg-type]
 
     @property
     @abstractmethod
     def from_weight(self) -> bool:
-        """Whether alpha is made from the weight, so that another weight has another."""
+        """Whether the weight determines alpha, so that another weight has another alpha."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Itself in strings and numbers, for JSON."""
+        """Return the scale as strings and numbers, for JSON; a fixed tensor or function keeps only its kind.
+
+        Example:
+            >>> fk.Scale.fixed(0.5).to_dict()
+            {'fixed': 'number', 'alpha': 0.5}
+        """
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Scale:
-        """The scale that :meth:`to_dict` gave; a tensor or a function that was not kept raises at its use."""
+        """Return the scale of a dict from :meth:`to_dict`.
+
+        A tensor or a function, which the dict could not keep, raises when the scale is used.
+
+        Args:
+            data: a result of :meth:`to_dict`.
+
+        Example:
+            >>> fk.Scale.from_dict({"fixed": "number", "alpha": 0.5})
+            Scale.fixed(0.5)
+        """
         if "measured" in data:
             return MeasuredScale(**data["measured"])
         if "learned" in data:

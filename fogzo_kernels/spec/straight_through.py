@@ -41,14 +41,28 @@ NO_SECOND = (
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """How gradients pass a quantizer, and the noise that smooths it the same way.
+    """How gradients pass a quantizer, and the noise whose mean effect has that derivative.
+
+    With noise, Q is on average a smooth function h(x) = E[Q(x + eps_bar u)]. The straight-through gradient is
+    h'(x) dL/dQ. One choice thus fixes derivative, distribution of u and eps (arXiv 2510.23926, table 1;
+    contract, section 1).
 
     Args:
-        kind: ``"identity"`` for rounding grids; ``"hardtanh"``, ``"tanh"`` or ``"approxsign"`` for signs.
-        clip: for ``"identity"``, where the derivative is 0: outside the grid's range (``True``, the
-            smoothed clamp); where no code is within half a delta (``"trust"``, QuEST's mask: Panferov
-            et al., 2025, arXiv 2502.05003); or nowhere (``False``), so that a saturated weight can come back.
-        noise: a distribution in place of the matching one: ``"gaussian"`` or ``"rademacher"`` (SPSA, MeZO).
+        kind: ``"identity"`` for rounding grids; ``"hardtanh"``, ``"tanh"`` or ``"approxsign"`` for
+            ``Grid.sign()``.
+        clip: where the derivative of ``"identity"`` is 0. ``True``: outside the range of the grid. ``"trust"``:
+            where no code is within half a delta, QuEST's mask (arXiv 2502.05003). ``False``: nowhere, so that
+            saturated weights can recover.
+        noise: a distribution instead of the one that matches: ``"gaussian"`` or ``"rademacher"`` (SPSA, MeZO),
+            ``"uniform"``, ``"triangular"`` or ``"logistic"``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, is unknown or does not fit ``kind``.
+
+    Example:
+        >>> how = fk.StraightThrough("identity", clip=False)
+        >>> how.distribution, round(how.eps_bar, 4)
+        ('uniform', 0.2887)
     """
 
     kind: str = "identity"
@@ -69,7 +83,7 @@ class StraightThrough:
 
     @property
     def variant(self) -> str:
-        """The kind, for ``"identity"`` with its clip: what selects the derivative's code."""
+        """Name of the derivative, ``"identity_clipped"`` for example."""
         if self.kind != "identity" or self.clip is False:
             return self.kind
         return "identity_trust" if self.clip == "trust" else "identity_clipped"
@@ -77,7 +91,18 @@ class StraightThrough:
     @classmethod
     @functools.cache
     def of_variant(cls, name: str) -> StraightThrough:
-        """The one of this :attr:`variant`, with the noise that belongs to it."""
+        """Return the straight-through estimator with a derivative of this name, and the noise that matches.
+
+        Args:
+            name: a value of :attr:`variant`.
+
+        Raises:
+            ValueError: the name is unknown.
+
+        Example:
+            >>> fk.StraightThrough.of_variant("identity_trust")
+            StraightThrough(kind='identity', clip='trust', noise=None)
+        """
         if name not in FORMS:
             raise ValueError(f"straight_through must be one of {', '.join(FORMS)}, got {name!r}")
         return cls(*FORMS[name])
@@ -89,15 +114,35 @@ class StraightThrough:
 
     @property
     def eps_bar(self) -> float:
-        """Scale of the noise in units of alpha."""
+        """Standard deviation of the noise in units of alpha."""
         return KINDS[self.kind][0]
 
     def epsilon(self, grid: Grid, epsilon_scale: float = 1.0) -> float:
-        """eps in units of delta on ``grid``."""
+        """Return eps, the standard deviation of the noise in units of the grid's delta.
+
+        Args:
+            grid: the grid that the noise is for.
+            epsilon_scale: factor on the result.
+
+        Example:
+            >>> round(fk.StraightThrough("identity").epsilon(fk.Grid.uniform(2)), 4)
+            0.2887
+        """
         return epsilon_scale * self.eps_bar / grid.r
 
     def check_grid(self, grid: Grid) -> None:
-        """Raise ValueError unless this straight-through estimator belongs to ``grid``."""
+        """Raise unless this straight-through estimator fits the grid.
+
+        Args:
+            grid: a rounding grid for ``"identity"``, ``Grid.sign()`` for the other kinds.
+
+        Raises:
+            TypeError: ``grid`` is no :class:`Grid`.
+            ValueError: the two do not fit.
+
+        Example:
+            >>> fk.StraightThrough("tanh").check_grid(fk.Grid.sign())
+        """
         if not isinstance(grid, Grid):
             raise TypeError(f"grid must be a Grid, got {type(grid).__name__}")
         if grid.is_sign == (self.kind == "identity"):

@@ -15,10 +15,19 @@ if TYPE_CHECKING:
 
 
 class Attached:
-    """Adds guided noise to the gradients of a model as an optimizer's step begins; see :meth:`Fogzo.attach`.
+    """The hook of :meth:`Fogzo.attach`, which adds guided noise when a step of the optimizer begins.
 
     Attributes:
         optimizer: the optimizer that has the hook.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+        >>> fogzo = fk.Fogzo(model, total_steps=100)
+        >>> attached = fogzo.attach(torch.optim.AdamW(model.parameters()))
+        >>> attached.remove()
+        >>> fogzo.attached
+        False
     """
 
     def __init__(self, fogzo: Fogzo, optimizer: Optimizer) -> None:
@@ -55,7 +64,7 @@ class Attached:
             )
 
     def remove(self) -> None:
-        """Take the hook off the optimizer: its steps are plain straight-through from now on."""
+        """Remove the hook. The optimizer's steps are plain straight-through from now on."""
         self._hook.remove()
         self._let_backwards(False)
         if self._fogzo._run.attached is self:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..backends import select
 from ..distributed.group import Peers
-from ..nn.view import local, reshard
-from ..nn.weights import check_unchanged, modules_of, quantized_weights
+from ..nn.view import reshard
+from ..nn.weights import quantized_weights
 from ..ops import checks
 from .attached import Attached
 from .guards.closure import Closures
@@ -26,43 +26,44 @@ from .step import Pass, Step
 
 
 class Fogzo:
-    """FOGZO around a model from :func:`quantize_model` (paper section 3; docs/contract.md).
+    """The estimator of a training run: guided noise, FOGZO or plain STE.
 
-    Each step runs the gradient pass, then, for each direction, a probe with weights
-    Q(w + eps v) and one with Q(w - eps v), and replaces the straight-through gradients of the
-    quantized weights by the estimate. With ``directions=0`` a step has no probes: guided noise joins the
-    gradients, in proportion to their norm, and with ``kappa=0`` the step is plain straight-through.
+    A step runs the gradient pass, then for each direction one probe with the weights Q(w + eps v) and one with
+    Q(w - eps v), and replaces the straight-through gradients of the quantized weights by the estimate. With
+    ``directions=0`` it runs no probes and adds guided noise to the gradients. With ``kappa=0`` as well it is
+    plain STE.
 
-    Probes run without autograd unless a closure differentiates, see the same dropout masks, and leave latents,
-    buffers and generators as after a plain step; so does an exception.
+    Probes run without autograd, unless a closure differentiates, and see the same dropout masks. A step leaves
+    latents, buffers and generators as a plain step would, also after an exception.
 
     Args:
         model: a module with trainable quantized weights, all on one device.
-        total_steps: steps over which beta decays from 1.
-        one_minus_beta: 1 - beta at the end, in 0..1 (1e-4, say).
-        kappa: the same as (1 - beta) * d for d quantized weights, for any model's size. 0.1 where neither of
-            the two is given.
-        directions: n, the pairs of probes per step; 1 is the paper's FOGZO. 0: guided noise, no probes.
-        seed: of the noise, unsigned 64 bits.
-        epsilon_scale: factor on the eps that the straight-through estimator fixes.
-        schedule: ``"linear"``, or ``"constant"`` for 1 - beta at its final value throughout (with
-            ``one_minus_beta=1`` that is n-SPSA).
-        start: fraction of training that runs plain STE before FOGZO starts (paper section 4.3).
-        every: FOGZO in every k-th step, plain STE between.
-        noise_per: ``"model"`` for noise of one size in all weights, in units of delta (the paper), or
-            ``"tensor"`` for noise in proportion to the gradient of each weight. By default the former with
-            probes, the latter without.
-        replay: what passes must see alike beside PyTorch's generators, the model's buffers and the generators
-            that its modules have as attributes: objects with
-            ``get_state`` and ``set_state``, ``getstate`` and ``setstate`` (``random``), or ``state_dict`` and
-            ``load_state_dict``, and NumPy's generators.
-        process_group: with ``torch.distributed``, the processes that train this model together; None takes that
-            of a DistributedDataParallel model. All must have the same settings, steps and weights, which is
-            checked in the first step and in every hundredth.
-        loss_reduction: over them, ``"mean"`` or ``"sum"``, as of gradients; None if this process trains alone.
-        capturable: keep step and 1 - beta on the device, so that a whole step can be captured in a
-            CUDA graph and each replay draws its own noise. Run a step or more before the capture.
-        backend: of the ops; None takes the best available.
+        total_steps: number of steps over which beta decays from 1.
+        one_minus_beta: 1 - beta at the end, in 0..1, such as 1e-4. None: ``kappa`` decides.
+        kappa: (1 - beta) d at the end for d quantized weights, which suits models of any size. None: 0.1,
+            unless ``one_minus_beta`` is given.
+        directions: n, pairs of probes per step. 0 is guided noise, 1 the paper's FOGZO.
+        seed: seed of the noise, 0..2^64 - 1.
+        epsilon_scale: factor on the eps that the straight-through estimator fixes, > 0.
+        schedule: ``"linear"`` decay of beta, or ``"constant"`` for the final beta throughout. With
+            ``one_minus_beta=1`` the latter is n-SPSA.
+        start: fraction of training that runs plain STE first, in 0..1 (paper, section 4.3).
+        every: make an estimate in every k-th step, and take plain STE in the others.
+        noise_per: ``"model"`` for noise of one size in all weights, in units of delta, as in the paper;
+            ``"tensor"`` for noise in proportion to each weight's gradient. None: the former with probes, the
+            latter without.
+        replay: stateful objects that every pass of a step must see alike, such as ``[rng]``. They have
+            ``get_state`` and ``set_state``, ``getstate`` and ``setstate``, or ``state_dict`` and
+            ``load_state_dict``, or are NumPy's generators. PyTorch's generators, buffers of the model and
+            generators that are attributes of its modules need no mention.
+        process_group: with ``torch.distributed``, the processes that train this model together. They must have
+            the same settings, steps and weights; the first step and every hundredth checks that. None: that of
+            a DistributedDataParallel model.
+        loss_reduction: how processes combine losses, ``"mean"`` or ``"sum"``, as they do gradients. None: this
+            process trains alone.
+        capturable: keep step and 1 - beta on the device, so that each replay of a CUDA graph of a whole step
+            draws its own noise. Run at least one step before the capture.
+        backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the model's weights do not fit one step.
@@ -70,10 +71,18 @@ class Fogzo:
     Attributes:
         weights: the quantized weights of the model, each once.
         total_weights: d, the number of their elements.
-        device: where they lie.
-        found_inf: float32, 0-dim, on that device: 1 after a gradient pass whose step is lost, else 0. PyTorch's
-            optimizers with ``fused=True`` skip such a step without a wait for the device, also in a CUDA graph,
-            after ``optimizer.found_inf = fogzo.found_inf``.
+        device: the device of the weights.
+        found_inf: float32, 0-dim, on the device: 1 after a gradient pass whose step is lost, else 0. After
+            ``optimizer.found_inf = fogzo.found_inf`` PyTorch's optimizers with ``fused=True`` skip such a step
+            without a wait for the device, also in a CUDA graph.
+
+    Example:
+        >>> model, x = torch.nn.Linear(8, 4), torch.ones(2, 8)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> fogzo = fk.Fogzo(model, total_steps=100, directions=1)
+        >>> loss = fogzo.backward(lambda: model(x).square().mean())
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -131,12 +140,12 @@ class Fogzo:
 
     @property
     def directions(self) -> int:
-        """Pairs of probes per step; 0: guided noise."""
+        """Number of pairs of probes per step; 0 is guided noise."""
         return self._run.settings.directions
 
     @property
     def seed(self) -> int:
-        """Seed of the noise, unsigned 64 bits."""
+        """Seed of the noise, 0..2^64 - 1."""
         return self._run.settings.seed
 
     @property
@@ -146,90 +155,111 @@ class Fogzo:
 
     @property
     def steps(self) -> int:
-        """Steps taken so far; if ``capturable`` this waits for the device."""
+        """Number of steps so far. If ``capturable``, this waits for the device."""
         state = self._run.device_state
         return self._run.steps if state is None else int(state.step)
 
     @property
     def one_minus_beta(self) -> float | None:
-        """1 - beta of the coming step; None where that is plain STE."""
+        """1 - beta of the next step; None if that step is plain STE."""
         return self._run.settings.one_minus_beta_at(self.steps)
 
     @property
     def pending(self) -> bool:
-        """Whether all passes of a step were run, and its estimate is still to be made."""
+        """Whether all passes of a step were run and its estimate is still to be made."""
         return self.pending_step() is not None
 
     def diagnostics(self) -> dict[str, int]:
-        """Steps and directions lost to values that were not finite, and bad alphas; waits for the device.
+        """Return the counts of lost steps, lost directions and bad alphas; waits for the device.
 
-        A step is lost whose loss, N or gradients are not finite. Learned alphas out of range count each step.
+        A step is lost if its loss, N or a gradient is not finite. A learned alpha out of range counts in each
+        step.
+
+        Returns:
+            A dict of counts.
         """
         return dict(zip(COUNTERS, self._run.counters.tolist(), strict=True))
 
     def stats(self) -> dict[str, float]:
-        """What the last step measured, for a log; waits for the device.
+        """Return what the last step measured, for a log; waits for the device.
 
-        Warns once where the losses of its probes differ by little more than rounding.
+        Warns once if the losses of the probes differ by little more than rounding.
 
         Returns:
-            ``loss``, of the gradient pass; ``difference``, the mean of abs(L+ - L-); ``rounding``, the distance
-            between float32 numbers at the loss; ``guide_norm``, N; ``one_minus_beta``; ``noise_to_guide``, the
-            energy of the noise in v over that of the guide, (1 - beta) d / beta; ``cosine``, of the angle
-            between estimate and guide, in units of delta, with the noise at its expectation, which a step is
-            within about 1 / sqrt(d) of; ``code_changes``, the share of codes that differ between Q(w + eps v)
-            and Q(w - eps v) of the first direction, counted in the first step with probes and in the first
-            after each call of this method; ``alphas_at_floor``, the share of learned and measured alphas at
-            their least value; and the counts of :meth:`diagnostics`. NaN before the first step. A plain
-            straight-through step measures its loss alone. Guided noise has no ``difference``, ``rounding`` and
-            ``code_changes``, and after :meth:`attach` no ``loss``.
+            A dict. ``loss`` is that of the gradient pass, ``difference`` the mean of abs(L+ - L-), ``rounding``
+            the distance between float32 numbers at the loss, ``guide_norm`` N. ``noise_to_guide`` is the energy
+            of the noise in v over that of the guide, (1 - beta) d / beta, and ``one_minus_beta`` its share.
+            ``cosine`` is that of the angle between estimate and guide in units of delta, for noise at its
+            expectation; a step differs by about 1 / sqrt(d). ``code_changes`` is the share of codes that differ
+            between Q(w + eps v) and Q(w - eps v) of the first direction, counted in the first step with probes
+            and in the first after each call. ``alphas_at_floor`` is the share of learned and measured alphas at
+            their least value. The counts of :meth:`diagnostics` follow. Values that the step did not measure
+            are NaN: all before the first step, all but the loss after plain STE, the loss after :meth:`attach`.
         """
         counts, stats = self.diagnostics(), self._run.stats
         stats.warn_of_lost(counts["lost_steps"])
         return stats.read() | counts
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps taken, counters and settings; with model and optimizer, all that a run needs."""
+        """Return steps, counters and settings: all that a run needs beside model and optimizer."""
         return {"steps": self.steps, "counters": self._run.counters.clone(), **asdict(self._run.settings)}
 
     def load_state_dict(self, state: dict[str, Any], *, may_differ: Sequence[str] = ()) -> None:
         """Continue a run: the next step is the one that would have come next there.
 
         Args:
-            state: from :meth:`state_dict` of an object with the same settings.
-            may_differ: names of settings in which that object may differ from this one, whose own values stand:
-                ``["total_steps"]`` for more steps, ``["one_minus_beta"]`` where ``kappa`` is of other weights.
-                Steps taken and counters come from the state.
+            state: a result of :meth:`state_dict` of an object with the same settings.
+            may_differ: names of settings that may differ; this object keeps its own. ``["total_steps"]`` allows
+                more steps, ``["one_minus_beta"]`` a ``kappa`` for another number of weights.
 
         Raises:
-            ValueError: a setting differs, or a key or value is wrong; nothing has changed then.
-            RuntimeError: a pass of a step is running.
+            ValueError: a setting differs, or a key or value is wrong. Nothing has changed then.
+            RuntimeError: a pass is running.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> state = fk.Fogzo(model, total_steps=100).state_dict()
+            >>> fk.Fogzo(model, total_steps=200).load_state_dict(state, may_differ=["total_steps"])
         """
         steps, counters = loaded(state, self._run.settings, self._run.counters, may_differ)
-        self._forget("load_state_dict")
+        self._run.forget("load_state_dict")
         self._run.restart(steps, counters)
 
     # ---- a step
 
     @uncompiled
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Run all passes of one batch and leave the estimates in ``.grad``; no parameter moves.
+        """Run all passes of one batch and leave the estimates in ``.grad``. No parameter moves.
 
         Args:
-            closure: runs the model and returns the loss; it does not call ``backward``.
+            closure: a function that runs the model and returns the loss. It does not call ``backward``.
 
         Returns:
-            The loss of the gradient pass, 0-dim float32.
+            The loss of the gradient pass, a 0-dim float32 tensor.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> fk.Fogzo(model, total_steps=100).backward(lambda: model(torch.ones(2, 8)).square().mean()).dtype
+            torch.float32
         """
         self.run(closure)
         return self.estimate_()
 
     @uncompiled
     def run(self, closure: Callable[[], Tensor]) -> None:
-        """Run all passes of one batch; :meth:`estimate_`, or a fused optimizer's step, is to follow.
+        """Run all passes of one batch. Call :meth:`estimate_`, or the step of a fused optimizer, afterwards.
 
         Args:
-            closure: runs the model and returns the loss; it does not call ``backward``.
+            closure: a function that runs the model and returns the loss. It does not call ``backward``.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> optimizer = fk.AdamW(model.parameters(), fogzo=fk.Fogzo(model, total_steps=100))
+            >>> optimizer.fogzo.run(lambda: model(torch.ones(2, 8)).square().mean())
+            >>> loss = optimizer.step()
         """
         run, closures = self._run, self._closures
         compared = run.passes_compared or not run.settings.directions
@@ -245,34 +275,48 @@ class Fogzo:
 
     @uncompiled
     def check(self, closure: Callable[[], Tensor]) -> list[str]:
-        """Run the passes of a step with eps = 0, where all must give one loss, and name what differs.
+        """Run the passes of a step with eps = 0 and name everything that differs between them.
 
-        Weights, gradients, buffers, generators and what is replayed are as before then. What the closure
-        changes elsewhere it has changed three times.
+        Weights, gradients, buffers, generators and replayed objects are as before afterwards. Anything else
+        that the closure changes, it has changed three times. The call does not find a change that shows neither
+        in the loss nor in a variable of the closure.
 
         Args:
-            closure: as for :meth:`backward`.
+            closure: a function that runs the model and returns the loss, as for :meth:`backward`.
 
         Returns:
-            What the passes of a step do not see alike, a sentence each; empty if there is nothing. Not found
-            are changes that neither the loss nor a variable of the closure shows.
+            One sentence for each thing that the passes do not see alike; an empty list if there is none.
 
         Raises:
-            RuntimeError: a pass of a step is running, or the model's weights have changed.
+            RuntimeError: a pass is running, or the model's weights have changed.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> fk.Fogzo(model, total_steps=100).check(lambda: model(torch.ones(2, 8)).square().mean())
+            []
         """
-        self._forget("check")
-        self._modules()
+        self._run.forget("check")
+        self._run.modules()
         return self._closures.check(closure, self)
 
     def probes(self) -> Iterator[Pass]:
-        """The passes of a step, to be run in order: the gradient pass, then + and - per direction.
+        """Yield the passes of a step in order: the gradient pass, then + and - of each direction.
 
-        Enter each (``with probe:``) and give its loss to ``probe.backward``. A step whose loop is left
-        early, or in which a pass raises, is over.
+        Enter each :class:`Pass` with ``with`` and give its loss to ``probe.backward``. If you leave the loop
+        early, or a pass raises, the step is over.
 
         Raises:
-            RuntimeError: the passes of the step before were run, but nothing followed: no :meth:`estimate_`,
-                no step of a fused optimizer, no :meth:`discard`.
+            RuntimeError: the passes of the step before were run, but no :meth:`estimate_`, no step of a fused
+                optimizer and no :meth:`discard` followed.
+
+        Example:
+            >>> model, x = torch.nn.Linear(8, 4), torch.ones(2, 8)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> fogzo = fk.Fogzo(model, total_steps=100, directions=1)
+            >>> for probe in fogzo.probes():
+            ...     with probe: probe.backward(model(x).square().mean())
+            >>> loss = fogzo.estimate_()
         """
         if self.pending:
             raise RuntimeError(
@@ -297,16 +341,19 @@ class Fogzo:
     @uncompiled
     @torch.no_grad()
     def estimate_(self) -> Tensor:
-        """Replace the ``.grad`` of the quantized weights by the estimate; call after all passes.
+        """Replace the ``.grad`` of the quantized weights by the estimate. Call it after all passes.
 
         A direction whose losses are not finite is left out; if all are, ``.grad`` keeps the straight-through
-        gradient. A step whose gradient pass left a loss or a gradient that is not finite is lost: it has no
-        probes, and the next step is as if this batch had not been. Then ``.grad`` is NaN, as gradient scalers
-        look for, and the next step of any optimizer of PyTorch leaves the model's parameters and their state
-        alone. :meth:`diagnostics` counts both.
+        gradient. If the loss or a gradient of the gradient pass is not finite, the step is lost: it runs no
+        probes, and the next step is as if this batch had not been. ``.grad`` is then NaN, which gradient
+        scalers look for, and the next step of any optimizer of PyTorch leaves parameters and state alone.
+        :meth:`diagnostics` counts both cases.
 
         Returns:
-            The loss of the gradient pass, 0-dim float32.
+            The loss of the gradient pass, a 0-dim float32 tensor.
+
+        Raises:
+            RuntimeError: not all passes of a step were run.
         """
         step = self.pending_step()
         if step is None:
@@ -319,29 +366,28 @@ class Fogzo:
     def attach(self, optimizer: torch.optim.Optimizer) -> Attached:
         """Let each step of an optimizer add guided noise to the gradients first, in a loop without passes.
 
-        For ``directions=0``. The loop stays as it is: ``loss.backward()``, then ``optimizer.step()``, with
-        accumulation, clipping and gradient scalers as ever; the noise is in proportion to the gradients as the
-        step finds them. One step of the optimizer is one step of this object. A step whose gradients are not
-        finite is lost: it changes no parameter of the model.
+        Your loop stays as it is: ``loss.backward()``, then ``optimizer.step()``, with accumulation, clipping
+        and gradient scalers. The noise is in proportion to the gradients that the step finds. One step of the
+        optimizer is one step of this object. A step whose gradients are not finite is lost: it changes no
+        parameter of the model.
 
         Args:
-            optimizer: any of PyTorch's, or :class:`fogzo_kernels.AdamW` or :class:`fogzo_kernels.SGD`, which
-                add the noise in one pass with their update. It has all quantized weights. Of a wrapper
-                (accelerate's, Lightning's) the optimizer inside gets the hook.
+            optimizer: any optimizer of PyTorch that has all quantized weights. :class:`AdamW` and :class:`SGD`
+                of this package add the noise in one pass with their update. In a wrapper of accelerate or
+                Lightning, the optimizer inside gets the hook.
 
         Returns:
-            An object whose ``remove()`` ends this.
+            An :class:`Attached`; its ``remove()`` ends this.
 
         Raises:
-            ValueError: this Fogzo has probes, or the optimizer lacks a quantized weight.
-            RuntimeError: this Fogzo is attached already.
+            ValueError: this object has ``directions > 0``, or the optimizer lacks a quantized weight.
+            RuntimeError: this object is attached already.
 
         Example:
-            >>> import torch, fogzo_kernels as fk
             >>> model = torch.nn.Linear(8, 4)
             >>> report = fk.quantize_model(model, fk.presets.lsq(2))
             >>> optimizer = torch.optim.AdamW(model.parameters())
-            >>> attached = fk.Fogzo(model, total_steps=100, directions=0).attach(optimizer)
+            >>> attached = fk.Fogzo(model, total_steps=100).attach(optimizer)
             >>> model(torch.ones(2, 8)).sum().backward()
             >>> optimizer.step()
         """
@@ -349,22 +395,26 @@ class Fogzo:
 
     @property
     def attached(self) -> bool:
-        """Whether an optimizer's step adds the noise, after :meth:`attach`."""
+        """Whether the steps of an optimizer add the noise, after :meth:`attach`."""
         return self._run.attached is not None
 
     def discard(self) -> None:
-        """Leave a step whose passes were run: it gets no estimate, and ``.grad`` stays as it is."""
-        self._forget("discard")
+        """Drop a step whose passes were run. It gets no estimate, and ``.grad`` stays as it is.
+
+        Raises:
+            RuntimeError: a pass is running.
+        """
+        self._run.forget("discard")
 
     # ---- for optimizers that make the estimate in their own update
 
     def pending_step(self) -> Step | None:
         """Return the step whose passes were run and whose estimate is still to be made, or None.
 
-        An optimizer that makes the estimate in its update, as :class:`fogzo_kernels.AdamW` does, calls in this
-        order: ``step.lose_if_not_finite`` with gradients that are not the model's, ``step.collect()``, unless
-        ``step.lost`` an op of the fused tail for each of ``step.groups`` with ``step.options(group)`` and
-        ``step.run.counting(first)``, and ``step.end(estimated=True)``.
+        An optimizer that makes the estimate in its own update calls ``step.lose_if_not_finite`` with gradients
+        that are not the model's, then ``step.collect()``, then unless ``step.lost`` an op of the fused tail for
+        each of ``step.groups`` with ``step.options(group)`` and ``step.run.counting(first)``, and last
+        ``step.end(estimated=True)``.
         """
         step: Step | None = self._run.step
         return step if step is not None and step.complete else None
@@ -372,43 +422,25 @@ class Fogzo:
     def check_estimates(self, parameters: Iterable[Tensor]) -> None:
         """Raise if ``.grad`` of a quantized weight among these is neither None, nor 0, nor its estimate.
 
-        (torch.distributed.checkpoint makes the state of an optimizer by a step with gradients of 0.)
+        ``torch.distributed.checkpoint`` takes a step with gradients of 0 to make the state of an optimizer.
+
+        Args:
+            parameters: the parameters of an optimizer.
+
+        Raises:
+            RuntimeError: such a ``.grad`` comes from a backward outside the passes.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 4)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> fk.Fogzo(model, total_steps=100).check_estimates(model.parameters())  # no gradient yet
         """
-        own = set(map(id, parameters))
-        for i, w in enumerate(self.weights):
-            grad = w.parameter.grad
-            if grad is None or id(w.parameter) not in own or self._run.gradients.is_estimate(i):
-                continue
-            if bool(local(grad).any()):
-                raise RuntimeError(
-                    f"step must follow the passes of fogzo, got the gradient of another backward for {w.name}:"
-                    " it would train plain straight-through. Give step a closure, or run the passes by"
-                    " fogzo.run(closure) or fogzo.probes()"
-                )
-
-    # ---- what a step needs of its estimator
-
-    def _forget(self, caller: str) -> None:
-        """Leave a step whose estimate was not made."""
-        step: Step | None = self._run.step
-        if step is not None:
-            if step.active:
-                raise RuntimeError(f"{caller}() must not be called inside a pass")
-            step.end()
-
-    def _modules(self) -> list[nn.Module]:
-        """Walk the model once for all that asks for its modules, and raise if its weights have changed."""
-        self._run.peers.between_passes()
-        model = self._run.replay.model
-        modules = modules_of(model)
-        prepared = self._run.prepared
-        prepared.facts = check_unchanged(model, modules, self.weights, prepared.facts)
-        return modules
+        self._run.gradients.check_estimates(parameters, [w.name for w in self.weights])
 
     @uncompiled
     def _begin_step(self, caller: str) -> Step:
-        self._forget(caller)
-        modules = self._modules()
+        self._run.forget(caller)
+        modules = self._run.modules()
         self._run.unmoved_alphas.begin(self._run.replay.model, modules, self.weights)
         step = self._run.step = Step(self._run, modules)
         return step

@@ -17,7 +17,28 @@ if TYPE_CHECKING:
 
 
 class Pass:
-    """One forward of a step: the gradient pass (``sign`` 0), or a probe at +eps or -eps."""
+    """One forward of a step: the gradient pass, or a probe with the weights Q(w + eps v) or Q(w - eps v).
+
+    :meth:`Fogzo.probes` yields it. Enter it with ``with``, run the model, and give the loss to
+    :meth:`backward`.
+
+    Attributes:
+        sign: 0 for the gradient pass, +1 or -1 for a probe.
+        direction: number of the probe's direction; 0 for the gradient pass.
+        loss: sum of the losses so far, 0-dim float32; None before the first.
+        losses: number of losses so far.
+        done: whether the pass was left without an exception.
+
+    Example:
+        >>> model, x = torch.nn.Linear(8, 4), torch.ones(2, 8)
+        >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+        >>> for probe in fk.Fogzo(model, total_steps=100, directions=1).probes():
+        ...     with probe: probe.backward(model(x).square().mean())
+        ...     print(probe.direction, probe.sign)
+        0 0
+        0 1
+        0 -1
+    """
 
     def __init__(self, step: Step, direction: int, sign: int, slot: Tensor) -> None:
         self.direction, self.sign, self._slot = direction, sign, slot  # the sum of the losses lies there
@@ -39,10 +60,24 @@ class Pass:
 
     @uncompiled
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss to the pass; in the gradient pass also back-propagate it.
+        """Add the loss of a micro-batch to the pass; in the gradient pass also back-propagate it.
 
-        Give every pass the same losses in the same order, scaled alike (by 1/K for K
-        micro-batches, or by a gradient scaler).
+        Give every pass the same losses in the same order and on the same scale: divided by K for K
+        micro-batches, or multiplied by a gradient scaler.
+
+        Args:
+            loss: a tensor of one element. In the gradient pass it has a graph.
+
+        Raises:
+            RuntimeError: the pass is not entered.
+            ValueError: ``loss`` is not a tensor of one element.
+
+        Example:
+            >>> model, batches = torch.nn.Linear(8, 4), torch.ones(3, 2, 8)
+            >>> report = fk.quantize_model(model, fk.presets.lsq(2))
+            >>> for probe in fk.Fogzo(model, total_steps=100).probes():
+            ...     with probe:
+            ...         for x in batches: probe.backward(model(x).square().mean() / 3)
         """
         if self._grad_mode is None or self._step is None:
             raise RuntimeError("probe.backward must be called inside `with probe:`")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed.group import Peers
 from ..nn.view import WeightView
+from ..nn.weights import check_unchanged, modules_of
 from ..ops import arguments
 from ..spec.noise import signed64
 from .calls import Guide, Prepared
@@ -115,6 +116,21 @@ class Run:
         yield counters
         if not first:
             self.counters[2] += counters[2]
+
+    def forget(self, caller: str) -> None:
+        """Leave a step whose estimate was not made."""
+        if self.step is not None:
+            if self.step.active:
+                raise RuntimeError(f"{caller}() must not be called inside a pass")
+            self.step.end()
+
+    def modules(self) -> list[nn.Module]:
+        """Walk the model once for all that asks for its modules, and raise if its weights have changed."""
+        self.peers.between_passes()
+        model = self.replay.model
+        modules = modules_of(model)
+        self.prepared.facts = check_unchanged(model, modules, self.weights, self.prepared.facts)
+        return modules
 
     def advance(self, with_probes: bool, lost: Tensor | None) -> None:
         """Go on to the next step. ``lost``: whether this one is lost, where only the device knows."""

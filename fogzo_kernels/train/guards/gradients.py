@@ -110,6 +110,19 @@ class Gradients:
         estimate = self._estimates.get(i)
         return estimate is not None and estimate() is self.parameters[i].grad and i not in self._elsewhere
 
+    def check_estimates(self, parameters: Iterable[Tensor], names: Sequence[str]) -> None:
+        """Raise if the gradient of one of these parameters is neither None, nor 0, nor its estimate."""
+        own = set(map(id, parameters))
+        for i, (p, name) in enumerate(zip(self.parameters, names, strict=True)):
+            if p.grad is None or id(p) not in own or self.is_estimate(i):
+                continue
+            if bool(local(p.grad).any()):
+                raise RuntimeError(
+                    f"step must follow the passes of fogzo, got the gradient of another backward for {name}: it"
+                    " would train plain straight-through. Give step a closure, or run the passes by"
+                    " fogzo.run(closure) or fogzo.probes()"
+                )
+
     def check_fresh(self, names: Sequence[str]) -> None:
         """Raise unless the gradients are None or 0, with one wait for the device; a capture does not look."""
         if not capturing():
