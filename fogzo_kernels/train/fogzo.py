@@ -170,13 +170,10 @@ class Fogzo:
         return self.pending_step() is not None
 
     def diagnostics(self) -> dict[str, int]:
-        """Return the counts of lost steps, lost directions and bad alphas; waits for the device.
+        """Return counts of ``lost_directions``, ``lost_steps`` and ``bad_alphas``; waits for the device.
 
         A step is lost if its loss, N or a gradient is not finite. A learned alpha out of range counts in each
         step.
-
-        Returns:
-            A dict of counts.
         """
         return dict(zip(COUNTERS, self._run.counters.tolist(), strict=True))
 
