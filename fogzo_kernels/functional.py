@@ -1,14 +1,16 @@
-"""The functional API: stable, the base of other front ends (docs/contract.md).
+"""The functional API, the stable base of other front ends (docs/contract.md).
 
-Every op takes lists of tensors, a whole model in one call; a list of one tensor may be given bare.
-Tensors are contiguous; latents, grads and outputs are float32, bfloat16 or float16, one dtype per
-list, and outputs may be int8 to hold codes. An alpha is float32 with one element (per tensor), one
-per row, or one per group of the last dimension: for a tensor of shape (32, 1024), of shape (1,), (32, 1)
-or (32, groups), say (docs/contract.md, section 4). ``seed`` (unsigned 64 bits), ``step`` and
-``one_minus_beta`` are numbers, or 0-dim tensors (int64, int64, float64) on the CPU or on the
-device; so are ``lr`` (float64) and ``optimizer_step`` (int64). ``backend=None`` means the variable
-``FOGZO_BACKEND``, else the best one available. Bad input raises TypeError or ValueError, a backend
-that is unavailable RuntimeError, before anything is written.
+The ops take lists of tensors, a whole model in one call; a bare tensor is a list of one. Tensors are
+contiguous. Latents, gradients and outputs are float32, bfloat16 or float16, one dtype per list; int8 outputs
+hold codes. An alpha is float32 with one element, with one per row, or with one per group of the last dimension:
+for a tensor of shape (32, 1024) the shapes are (1,), (32, 1) and (32, groups) (contract, section 4).
+
+``seed``, ``step``, ``one_minus_beta``, ``lr`` and ``optimizer_step`` are numbers or 0-dim tensors, on the CPU
+or on the device. These are int64 (``seed`` with the bits of an unsigned number) or, for ``one_minus_beta`` and
+``lr``, float64.
+
+Wrong arguments raise TypeError or ValueError, and a backend that cannot run raises RuntimeError, before the op
+writes anything.
 """
 
 from __future__ import annotations

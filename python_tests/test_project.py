@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import conftest
 import pytest
 
+import fogzo_kernels as fk
+from tools.check_site import broken
 from tools.package import NEEDED, OF_THE_TREE
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +123,34 @@ def test_tests_of_the_benchmarks_are_tests_of_the_tree():
     found = {n for n, text in tests.items() if re.search(rf"^\s*(from|import) ({imported})\b", text, re.M)}
     assert len(found) > 5
     assert found <= set(OF_THE_TREE)
+
+
+def test_the_reference_has_each_public_name_once():
+    text = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.rst"))
+    single = re.findall(r"^\.\. auto(?:function|class):: ([\w.]+)", text, re.MULTILINE)
+    files = sorted((ROOT / "fogzo_kernels/integrations").glob("[!_]*.py"))
+    libraries = {
+        f"integrations.{file.stem}": re.search(r"^__all__.* = \[(.*)\]$", file.read_text(), re.M)[1]
+        for file in files
+    }
+    others = [
+        f"fogzo_kernels.{where}.{name}"
+        for where, names in libraries.items()
+        for name in re.findall(r"\w+", names)
+    ]
+    assert sorted([*single, *fk.functional.__all__, "presets"]) == sorted([*fk.__all__, *others])
+    modules = re.findall(r"^\.\. automodule:: fogzo_kernels\.(\S+)$", text, re.MULTILINE)
+    assert sorted(modules) == sorted(["functional", "presets", "export", *libraries])
+
+
+def test_broken_links_of_a_site_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<p id="x"><a href="b.html#y"/><a href="#x"/><a href="https://c/d"/>')
+    (tmp_path / "b.html").write_text('<a href="a.html#x"/><a href="a.html#z"/><img src="c.png"/>')
+    assert broken(tmp_path) == [
+        "a.html: b.html#y leads to no id",
+        "b.html: a.html#z leads to no id",
+        "b.html: c.png leads to no file",
+    ]
 
 
 def test_no_test_imports_another():

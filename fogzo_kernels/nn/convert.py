@@ -200,8 +200,8 @@ def calibrate_inputs_(model: nn.Module, run: Callable[[], Any]) -> None:
         >>> model = torch.nn.Linear(8, 4)
         >>> report = fk.quantize_model(model, fk.presets.lsq(4), activation=fk.presets.lsq(8))
         >>> fk.calibrate_inputs_(model, lambda: model(torch.ones(2, 8)))
-        >>> model.input_alpha.item() == torch.tensor(2 / 127**0.5).item()
-        True
+        >>> round(model.input_alpha.item(), 4)
+        0.1775
     """
     checks.instance("model", model, nn.Module)
     if not callable(run):

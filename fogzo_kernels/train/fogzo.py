@@ -170,13 +170,10 @@ class Fogzo:
         return self.pending_step() is not None
 
     def diagnostics(self) -> dict[str, int]:
-        """Return the counts of lost steps, lost directions and bad alphas; waits for the device.
+        """Return counts of ``lost_directions``, ``lost_steps`` and ``bad_alphas``; waits for the device.
 
         A step is lost if its loss, N or a gradient is not finite. A learned alpha out of range counts in each
         step.
-
-        Returns:
-            A dict of counts.
         """
         return dict(zip(COUNTERS, self._run.counters.tolist(), strict=True))
 
@@ -186,15 +183,17 @@ class Fogzo:
         Warns once if the losses of the probes differ by little more than rounding.
 
         Returns:
-            A dict. ``loss`` is that of the gradient pass, ``difference`` the mean of abs(L+ - L-), ``rounding``
-            the distance between float32 numbers at the loss, ``guide_norm`` N. ``noise_to_guide`` is the energy
-            of the noise in v over that of the guide, (1 - beta) d / beta, and ``one_minus_beta`` its share.
-            ``cosine`` is that of the angle between estimate and guide in units of delta, for noise at its
-            expectation; a step differs by about 1 / sqrt(d). ``code_changes`` is the share of codes that differ
-            between Q(w + eps v) and Q(w - eps v) of the first direction, counted in the first step with probes
-            and in the first after each call. ``alphas_at_floor`` is the share of learned and measured alphas at
-            their least value. The counts of :meth:`diagnostics` follow. Values that the step did not measure
-            are NaN: all before the first step, all but the loss after plain STE, the loss after :meth:`attach`.
+            A dict with these numbers and the counts of :meth:`diagnostics`. ``loss`` is that of the gradient
+            pass. ``difference`` is the mean of abs(L+ - L-), ``rounding`` the distance between float32 numbers
+            at the loss. ``guide_norm`` is N. ``one_minus_beta`` is 1 - beta, and ``noise_to_guide`` the energy
+            of the noise in v over that of the guide, (1 - beta) d / beta. ``cosine`` is that of the angle
+            between estimate and guide in units of delta, for noise at its expectation; a step differs by about
+            1 / sqrt(d). ``code_changes`` is the share of codes that differ between Q(w + eps v) and Q(w - eps
+            v) of the first direction, counted in the first step with probes and in the first after each call.
+            ``alphas_at_floor`` is the share of learned and measured alphas at their least value. Numbers that
+            the step did not measure are NaN: before the first step, all but ``alphas_at_floor``; for plain STE,
+            all but that and the loss; for guided noise, ``difference``, ``rounding`` and ``code_changes``;
+            after :meth:`attach`, the loss.
         """
         counts, stats = self.diagnostics(), self._run.stats
         stats.warn_of_lost(counts["lost_steps"])
