@@ -84,10 +84,17 @@ def test_a_row_that_begins_at_0_gets_the_alpha_of_first_weights(statistic, make)
 
 
 def test_scales_that_cannot_begin_at_0_name_the_remedy():
-    for scale in (fk.Scale.absmax("row"), fk.Scale.fixed(lambda w: w.abs().mean())):
+    bound, function = (
+        r"give the scale a bound, Scale.absmax\(least=1e-5\) say",
+        "return more than 0 from the function",
+    )
+    for scale, remedy in (
+        (fk.Scale.absmax("row"), bound),
+        (fk.Scale.fixed(lambda w: w.abs().mean()), function),
+    ):
         model = nn.Sequential(nn.Linear(4, 4))
         nn.init.zeros_(model[0].weight)
-        with pytest.raises(ValueError, match=r"for 0.weight: where weights are all 0, .* needs a bound"):
+        with pytest.raises(ValueError, match=f"got 0.0..0.0 for 0.weight: 0.weight is all zeros; {remedy}"):
             fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(3), scale, fk.StraightThrough("identity")))
 
 

@@ -271,7 +271,7 @@ PARAMETER = nn.Parameter(torch.tensor(0.3))
 @pytest.mark.parametrize(
     ("make", "call", "exception", "message"),
     [
-        (mlp, lambda: (GRID,), TypeError, "quantizer must be a Quantizer, got Grid"),
+        (mlp, lambda: (GRID,), TypeError, "quantizer must be a Quantizer or None, got Grid: try "),
         (lambda: "model", lambda: (quantizer(0.3),), TypeError, "model must be a Module, got str"),
         (mlp, lambda: (quantizer(torch.ones(6)),), ValueError,
          "alpha must have one element, one per row, shape (4, 1), or one per group of a row"),
@@ -309,7 +309,7 @@ def test_errors_leave_the_model_alone(make, call, exception, message):
         ({"rules": ["0"]}, "rules[0] must be (which modules, quantizer) or that and an activation, got '0'"),
         ({"rules": [("0", GRID)]}, "rules[0][1] must be a Quantizer or None, got Grid"),
         ({"rules": [("0", None, GRID)]}, "rules[0][2] must be a Quantizer or None, got Grid"),
-        ({"activation": GRID}, "activation must be a Quantizer, got Grid"),
+        ({"activation": GRID}, "activation must be a Quantizer or None, got Grid: try "),
         ({"rules": [(0, None)]}, "rules[0] must be a name, a type or a function, got int"),
         ({"backend": 2}, "backend must be a string or None, got int"),
     ],

@@ -200,7 +200,8 @@ def select(name: str | None, device: torch.device) -> Backend:
     check_known(name, source)
     assert name is not None  # the reference serves any device
     if (reason := reason_unavailable(name, device)) is not None:
-        raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
+        where = "cpu (tensors are on the CPU)" if device.type == "cpu" else device
+        raise RuntimeError(f"{source} {name!r} is unavailable on {where}: {reason}")
     backend = load(name)
     assert not isinstance(backend, str)
     return backend

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import check_known
 from ..ops import checks, memory
+from ..spec.checks import hinted
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
 from . import pretrained
@@ -22,12 +23,16 @@ from .quantized import QuantizedWeight
 from .registry import Unit, units_of
 from .replaced import replaced_in, settle
 from .report import Report, report_of
-from .rules import Checked, Rule, Which, choose
+from .rules import Checked, Rule, Which, check_quantizer, choose
 from .tied import check_shared, link
 from .view import HANDLERS, LOCAL, reshard, whole
 from .weight import WeightQuantizer, alpha_of, check
 
 
+@hinted(
+    otherwise="quantize_model takes model and quantizer, fk.presets.lsq(2) say",
+    bits="the bits are those of the quantizer, fk.presets.lsq(4) say",
+)
 def quantize_model(
     model: nn.Module,
     quantizer: Quantizer | None,
@@ -76,10 +81,9 @@ def quantize_model(
             model is then as it was.
     """
     checks.instance("model", model, nn.Module)
-    if quantizer is not None:
-        checks.instance("quantizer", quantizer, Quantizer)
+    check_quantizer("quantizer", quantizer)
+    check_quantizer("activation", activation)
     if activation is not None:
-        checks.instance("activation", activation, Quantizer)
         check_activation("activation", activation)
     check_known(backend)
     reshard(model)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import article
 from ..spec.quantizer import Quantizer
 from .inputs import rotated
 from .kept import forward_weight
@@ -59,6 +60,13 @@ class QuantizedModule(QuantizedWeight):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Makes a plain module from arguments: adapters call the type of the module that they adapt."""
         return cls.PLAIN(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __init__(self) -> None:
+        """Raise; a call without arguments alone comes here, and quantized modules are made in place."""
+        raise TypeError(
+            f"{type(self).__name__} is made by quantize_model(model, quantizer), in place, from"
+            f" {article(self.PLAIN.__name__)}"
+        )
 
     @classmethod
     def from_plain(

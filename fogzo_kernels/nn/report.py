@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -69,6 +69,9 @@ class Report:
         vectors: tensors of one dimension in the whole model: biases, norms. They are never quantized.
         vector_numel, vector_size: their elements and bytes.
     """
+
+    #: What :func:`fogzo_kernels.ops.checks.instance` adds where a report is taken for a model.
+    MISTAKEN: ClassVar[str] = NO_MODEL
 
     quantized: Sequence[Row]
     left: Sequence[Row]

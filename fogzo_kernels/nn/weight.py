@@ -128,18 +128,34 @@ def alpha_of(
         raise ValueError(
             f"alpha must be one for whole blocks of {transform}, got one for each {shared} elements for {name}"
         )
-    low, high = memory.alpha_range(quantizer.grid.r)
-    if not alpha.is_meta and not memory.in_range(alpha, low, high):
-        zero = quantizer.scale.from_weight and float(alpha.min()) == 0
-        remedy = (
-            ": where weights are all 0, a measured scale needs a bound, Scale.absmax(least=1e-5) say, and a"
-            " function must return more than 0"
-        )
-        raise ValueError(
-            f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {alpha.min()}..{alpha.max()} for {name}"
-            + remedy * zero
-        )
+    if not alpha.is_meta and (wrong := against_alpha(name, rows, alpha, quantizer)) is not None:
+        raise wrong
     return alpha
+
+
+def against_alpha(name: str, rows: Tensor, alpha: Tensor, quantizer: Quantizer) -> ValueError | None:
+    """An error that names the weight if its alpha is out of range, and says what of the weight is the cause."""
+    low, high = memory.alpha_range(quantizer.grid.r)
+    if memory.in_range(alpha, low, high):
+        return None
+    cause = ""
+    if quantizer.scale.from_weight and not rows.isfinite().all():
+        cause = f": {name} holds NaN or inf"
+    elif quantizer.scale.from_weight and float(alpha.min()) == 0:
+        zeros = "holds rows or groups of zeros" if rows.any() else "is all zeros"
+        bound = (
+            "return more than 0 from the function"
+            if callable(getattr(quantizer.scale, "alpha", None))
+            else ("give the scale a bound, Scale.absmax(least=1e-5) say")
+        )
+        cause = f": {name} {zeros}; {bound}"
+    got = f"{alpha.min()}..{alpha.max()} for {name}{cause}"
+    return ValueError(f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {got}")
+
+
+def name_of(module: QuantizedWeight) -> str:
+    """The name of a module's weight in the model that was quantized, for messages."""
+    return ".".join(filter(None, [module.weight_quantizer.path, module.PARAMETER]))
 
 
 def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
@@ -272,7 +288,7 @@ def check(module: QuantizedWeight, name: str | None = None) -> None:
 
     ``name`` is the weight's, for messages: by default that in the model that was quantized.
     """
-    name = name or ".".join(filter(None, [module.weight_quantizer.path, module.PARAMETER]))
+    name = name or name_of(module)
     if transforms.active() and (transforms.is_batched(module.latent) or transforms.is_batched(module.alpha)):
         raise RuntimeError(
             f"{name} must not be batched by vmap, as functional_call with stacked parameters has it: call the"
@@ -302,7 +318,7 @@ def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedWeight]]) -> None:
         warnings.warn(
             f"the alpha of {far[0]}{more} is far from what its scale makes of the weights that are there: were"
             " they initialized or loaded after quantize_model? Then call fogzo_kernels.calibrate_(model)",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

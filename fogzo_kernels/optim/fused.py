@@ -121,6 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 if fogzo is None or fogzo.attached:
                     loss = closure()
+                    self._check_backward(loss)
                 else:
                     fogzo.run(closure)
         step = None if fogzo is None else fogzo.pending_step()
@@ -159,6 +160,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
+
+    def _check_backward(self, loss: Any) -> None:
+        """Raise if a closure has left its backward to the step, and no ``fogzo`` is there to run it."""
+        left = isinstance(loss, Tensor) and loss.requires_grad
+        if left and all(p.grad is None for p in self._parameters()):
+            name = type(self).__name__
+            raise RuntimeError(
+                f"the closure returned a loss and left no gradient: pass fogzo= to {name}, whose step then runs"
+                " the backward, or call loss.backward() in the closure"
+            )
 
     def _check_owned(self, step: Step) -> None:
         """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""

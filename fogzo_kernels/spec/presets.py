@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from .checks import hinted
 from .grid import Grid
 from .hadamard import Hadamard
 from .quantizer import Quantizer
 from .scale import Alpha, Granularity, Scale
 from .straight_through import StraightThrough
+
+HINTED = hinted(
+    group_size="the argument is granularity, the size of a group of a row, lsq(4, 128) say",
+    per_channel="the argument is granularity, lsq(4, 'row') say",
+)
 
 
 def fixed(bits: int, alpha: Alpha) -> Quantizer:
@@ -21,10 +27,12 @@ def fixed(bits: int, alpha: Alpha) -> Quantizer:
 
 def _checked_bits(bits: int) -> int:
     if isinstance(bits, bool) or bits not in range(1, 9):
-        raise ValueError(f"bits must be an int in 1..8, got {bits!r}")
+        ternary = " (three values: bitnet() or seq(1.58))" if bits == 1.58 else ""
+        raise ValueError(f"bits must be an int in 1..8, got {bits!r}{ternary}")
     return int(bits)
 
 
+@HINTED
 def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
     """``Grid.uniform(bits)``, for 1 bit ``Grid.sign()``, with a learned scale.
 
@@ -46,6 +54,7 @@ def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
     return Quantizer(Grid.uniform(bits), Scale.learned(granularity), StraightThrough("identity"))
 
 
+@HINTED
 def seq(bits: float, granularity: Granularity = "row") -> Quantizer:
     """Values -3/4, -1/4, 1/4, 3/4 of a learned range for 2 bits; -2/3, 0, 2/3 for 1.58.
 
@@ -74,6 +83,7 @@ def seq(bits: float, granularity: Granularity = "row") -> Quantizer:
 CLIPS = (0.79788, 1.49353, 2.05107, 2.51393, 2.91609, 3.27660, 3.60105, 3.88494)
 
 
+@HINTED
 def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quantizer:
     """Half-offset levels over a range of c sigma, after a Hadamard transform; gradients pass trusted values.
 
@@ -97,6 +107,7 @@ def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quan
     return Quantizer(Grid.half_offset(bits), scale, trust, Hadamard(block))
 
 
+@HINTED
 def dynamic(bits: int, granularity: Granularity = "row") -> Quantizer:
     """For activations: ``Grid.uniform(bits)`` across the largest value of each token, measured in each forward.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import pickle
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_int, check_number
+from .checks import as_int, check_number, hinted
 from .grid import Grid
 
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
@@ -23,12 +23,22 @@ Granularity = str | int
 STATISTICS = ("absmax", "absmean", "rms")
 
 
-class Scale(ABC):
+MADE_BY = (
+    "use a constructor of Scale: Scale.fixed(alpha), Scale.absmax(), Scale.absmean(), Scale.rms() or"
+    " Scale.learned()"
+)
+
+
+class Scale:
     """The scale of a weight, ``alpha``: the unit of its grid. Use its constructors.
 
     Weights are seen as matrices with a row for each output of their module: what stands behind the first
     dimension of a convolution's weight is flattened.
     """
+
+    @hinted(MADE_BY)
+    def __init__(self) -> None:
+        raise TypeError(f"Scale is not made itself: {MADE_BY}")
 
     @staticmethod
     def fixed(alpha: Alpha) -> FixedScale:
@@ -275,7 +285,8 @@ def checked_granularity(granularity: Any) -> Granularity:
         return granularity
     if isinstance(granularity, bool) or not isinstance(granularity, numbers.Integral) or granularity < 2:
         raise ValueError(
-            f"granularity must be 'tensor', 'row' or an int >= 2, the size of a group, got {granularity!r}"
+            "granularity must be 'tensor', 'row' (an alpha for each output channel) or an int >= 2 (the size of"
+            f" a group), got {granularity!r}"
         )
     return as_int("granularity", granularity)
 

@@ -132,7 +132,7 @@ def final_one_minus_beta(value: float | None, kappa: float | None, weights: int)
             warnings.warn(
                 f"one_minus_beta is 1 - beta, got {value}: with almost no guide. For beta = {value} give"
                 f" {1 - value:.6g}",
-                stacklevel=3,
+                stacklevel=4,
             )
         return value
     kappa = min(KAPPA, weights) if kappa is None else kappa
