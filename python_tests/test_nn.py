@@ -60,7 +60,7 @@ def test_gradient_is_straight_through(backend):
 def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     plain, model = mlp(), mlp()
     fk.quantize_model(model, quantizer(0.3))
-    with pytest.warns(UserWarning, match="alpha is fixed and stays as it was"):
+    with pytest.warns(UserWarning, match="was not quantized, and the fixed alpha stays as it was"):
         assert model.load_state_dict(plain.state_dict()).missing_keys == []
     assert model[0].alpha == torch.tensor(0.3)
     other = mlp()
@@ -69,7 +69,10 @@ def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     assert other[0].alpha == torch.tensor(0.3)
     added = {f"{i}.{name}" for i in (0, 2) for name in ("alpha", "_extra_state")}
     assert set(model.state_dict()) == {*plain.state_dict(), *added}
-    with pytest.raises(RuntimeError, match="Missing key"), pytest.warns(UserWarning, match="alpha is fixed"):
+    with (
+        pytest.raises(RuntimeError, match="Missing key"),
+        pytest.warns(UserWarning, match="the fixed alpha stays as it was"),
+    ):
         model.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "0.weight"})
 
 

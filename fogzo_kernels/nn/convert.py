@@ -137,7 +137,7 @@ def quantizing(
 def _quantized(model: nn.Module, what: str) -> list[QuantizedWeight]:
     modules: list[QuantizedWeight] = list(pretrained.quantized_in(model, what).values())
     if any(m.pass_weight is not None for m in modules):
-        raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
+        raise RuntimeError(f"model must not be inside a pass of Fogzo to {what} it: end the step first")
     return modules
 
 
@@ -158,7 +158,10 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
     if scale is not None:
         checks.instance("scale", scale, Scale)
         if any(LearnedScale in (type(scale), type(m.quantizer.scale)) for m in modules):
-            raise ValueError(f"scale must not turn a learned alpha into another or back, got {scale}")
+            raise ValueError(
+                f"scale must not turn a learned alpha into another or back, got {scale}: call"
+                " dequantize_model(model, latents=True), then quantize_model"
+            )
     plan = []
     for m in modules:
         q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)

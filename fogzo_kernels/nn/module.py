@@ -98,8 +98,9 @@ class QuantizedModule(QuantizedWeight):
             args = (kwargs.pop(self.INPUT),)
         if getattr(type(self), self.PARAMETER) is not type(self).READ:
             raise RuntimeError(
-                f"{self.PARAMETER} must not be parametrized in a quantized {self.PLAIN.__name__}, which would"
-                " run with what is not quantized: call dequantize_model(model, latents=True) before"
+                f"{self.PARAMETER} must not be parametrized in a quantized {self.PLAIN.__name__}: the forward"
+                " would read values that are not quantized. Call dequantize_model(model, latents=True) before"
+                " you do"
             )
         block, at = self.quantizer.block, self.ROTATED
         if self.input_quantizer is not None or (block and at == "input"):

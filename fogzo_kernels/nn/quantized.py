@@ -248,8 +248,8 @@ class QuantizedWeight(SavedModule):
         of_pass, how = self.pass_weight, self.quantizer
         if of_pass is not None and of_pass.weight is not self.latent:
             raise RuntimeError(
-                "weight must be the parameter that Fogzo perturbs, inside a pass, got another tensor:"
-                " functional_call with other weights, say, would run with values that are not theirs"
+                "inside a pass of Fogzo a quantized module must run with its own weight, got another tensor:"
+                " call functional_call with other weights outside of passes"
             )
         if of_pass is not None and of_pass.probe:
             return of_pass.values(alpha, how.grid)

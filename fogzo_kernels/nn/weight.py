@@ -226,8 +226,8 @@ def hold_alphas(modules: Sequence[QuantizedWeight], names: Sequence[str] = LEARN
     if seen:
         if not any(m.weight_quantizer.warned for m in modules):
             warnings.warn(
-                "a learned alpha was driven out of range and is held at 2^-20 of its first value: is its"
-                " learning rate too high?",
+                "an update drove a learned alpha out of range, and it is held at 2^-20 of its first value:"
+                " lower its learning rate, fk.parameter_groups(model, weight_decay=..., alpha_lr=...)",
                 stacklevel=3,
             )
         for m in modules:
@@ -298,14 +298,13 @@ def check(module: QuantizedWeight, name: str | None = None) -> None:
         return
     if module.weight_quantizer.stale:
         raise RuntimeError(
-            f"{name} must be the weight that its alpha was made for, got one that was put in its place: call"
-            " fogzo_kernels.dequantize_model(model) before another layer (BatchNorm, say) is fused into it;"
-            " where it is a new weight, call calibrate_() of its module"
+            f"{name} was replaced after its alpha was made: call fogzo_kernels.dequantize_model(model) before"
+            " another layer (BatchNorm, say) is fused into it; for a new weight call calibrate_() of its module"
         )
     rows = module.latent.shape[module.OUTPUTS]
     raise RuntimeError(
-        f"{name} must have the {module.alpha.shape[0]} rows that its alpha was made for, got {rows}: call"
-        " calibrate_() of its module after it was resized, as by resize_token_embeddings"
+        f"{name} has {rows} rows, and its alpha was made for {module.alpha.shape[0]}: call calibrate_() of its"
+        " module after a resize, as by resize_token_embeddings"
     )
 
 
@@ -316,8 +315,8 @@ def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedWeight]]) -> None:
     if far:
         more = f" and {len(far) - 1} more" if far[1:] else ""
         warnings.warn(
-            f"the alpha of {far[0]}{more} is far from what its scale makes of the weights that are there: were"
-            " they initialized or loaded after quantize_model? Then call fogzo_kernels.calibrate_(model)",
+            f"the alpha of {far[0]}{more} does not fit the weights as they are now: if you initialized or"
+            " loaded them after quantize_model, call fogzo_kernels.calibrate_(model)",
             stacklevel=6,
         )
 

@@ -189,8 +189,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         taken = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         if taken:
             warnings.warn(
-                f"fogzo has taken no step yet, and the optimizer {taken}: if they go on with a run, load its"
-                " state_dict into fogzo, too; otherwise beta begins at 1",
+                f"the optimizer has taken {taken} steps, and fogzo none: if you resume a run, call"
+                " fogzo.load_state_dict too; without it beta begins at 1 again",
                 stacklevel=4,
             )
 

@@ -393,8 +393,8 @@ class Fogzo:
                 continue
             if bool(local(grad).any()):
                 raise RuntimeError(
-                    f"step must follow the passes of fogzo, got the gradient of another backward for {w.name}:"
-                    " it would train plain straight-through. Give step a closure, or run the passes by"
+                    f"the gradient of {w.name} comes from a backward outside of the passes of fogzo, and step"
+                    " would train plain straight-through: give step a closure, or run the passes by"
                     " fogzo.run(closure) or fogzo.probes()"
                 )
 

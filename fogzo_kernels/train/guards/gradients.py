@@ -21,16 +21,16 @@ from ..replay import capturing
 from .lost import bits, keep_from_optimizers
 
 BACKWARD_IN_A_PASS = (
-    "backward must not be called inside a pass but by probe.backward(loss); a closure returns its loss, and the"
-    " step calls backward"
+    "backward must not be called inside a pass: return the loss from the closure, and the step calls backward;"
+    " in a loop over probes() call probe.backward(loss)"
 )
 EDITED = (
     ".grad must not change between the passes and the estimate; to unscale or clip it, call estimate_() first"
 )
 ESTIMATED = ".grad still holds the last estimate; zero_grad in the closure comes too late"
 ELSEWHERE = (
-    ".grad of {} holds that of a backward outside the passes, which would enter the guide and be lost; add such"
-    " a loss to that of the closure"
+    ".grad of {} comes from a backward outside of the passes, and the estimate would replace it; add that loss"
+    " to the loss of the closure"
 )
 
 
