@@ -5,6 +5,7 @@ Yang & Aamodt, "Improving the Straight-Through Estimator with Zeroth-Order Infor
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import functional
@@ -67,4 +68,5 @@ else:
         """``export`` takes libraries that training does not need: it is imported when it is asked for."""
         if name == "export":
             return importlib.import_module(".export", __name__)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        here = sys.modules[__name__]  # by which Python finds a name that is close
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=here)

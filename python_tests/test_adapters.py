@@ -72,7 +72,10 @@ WAYS = {
 def test_a_merge_into_quantized_weights_is_an_error_that_names_the_remedy(preset, before, way):
     model = adapted(PRESETS[preset], before)
     expected = model(IDS).detach()
-    with pytest.raises(RuntimeError, match=r"merge .* call fogzo_kernels.dequantize_model\(model\) first"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"adapter must not be merged into .* Call fogzo_kernels.dequantize_model\(model\) first",
+    ):
         WAYS[way](model)
     assert torch.equal(model(IDS), expected)
     fk.dequantize_model(model)
@@ -91,7 +94,7 @@ def test_a_merge_into_quantized_weights_is_an_error_that_names_the_remedy(preset
 )
 def test_every_kind_of_adapter_refuses_to_merge_until_dequantized(options):
     model = adapted(PRESETS["lsq"], targets=["head"], **options)
-    with pytest.raises(RuntimeError, match="got head, a QuantLinear"):
+    with pytest.raises(RuntimeError, match="merged into head while that is a QuantLinear"):
         model.merge_and_unload()
     fk.dequantize_model(model)
     expected = model(IDS).detach()
@@ -163,12 +166,13 @@ def test_a_resized_model_is_quantized_again_and_loads(preset, leave, tmp_path):
         model.state_dict,
     ):
         with pytest.raises(
-            RuntimeError, match=r"lm_head must be quantized, .* got a plain Linear .* skip='lm_head'"
+            RuntimeError,
+            match=r"lm_head is a plain Linear, and took the place of a quantized .* skip='lm_head'",
         ):
             use()
     if preset == "lsq":
         with pytest.raises(
-            RuntimeError, match=r"embed_tokens.weight must have the 64 rows .* got 70: call calib"
+            RuntimeError, match=r"embed_tokens.weight has 70 rows, and its alpha was made for 64: call calib"
         ):
             model(TOKENS)
         model.model.embed_tokens.calibrate_()
@@ -186,7 +190,9 @@ def test_tied_embeddings_are_resized(tmp_path):
     model.resize_token_embeddings(70)
     embedding = model.model.embed_tokens
     for use in (lambda: model(TOKENS), lambda: step(model)):
-        with pytest.raises(RuntimeError, match=r"embed_tokens.weight must have the 64 rows"):
+        with pytest.raises(
+            RuntimeError, match=r"embed_tokens.weight has 70 rows, and its alpha was made for 64"
+        ):
             use()
     embedding.calibrate_()
     step(model)
@@ -216,7 +222,7 @@ def test_modules_may_be_deleted_or_wrapped_but_not_replaced_by_plain_ones():
         copy.deepcopy(model).state_dict,
         lambda: fk.Fogzo(model, total_steps=3, kappa=1.0, directions=1),
     ):
-        with pytest.raises(RuntimeError, match="2 must be quantized"):
+        with pytest.raises(RuntimeError, match="2 is a plain Linear, and took the place of a quantized module"):
             use()
 
 

@@ -128,7 +128,7 @@ def test_processes_that_train_another_model_are_told(tmp_path, what):
     case, shown = DIFFERENCES[what]
     for found in spawned(case, tmp_path):
         assert found.startswith(
-            f"RuntimeError: all processes of a group must have one {what}, got others on some{shown}"
+            f"RuntimeError: all processes of a group must have the same {what}, and some differ{shown}"
         )
 
 
@@ -163,7 +163,7 @@ def plain_model(rank):
 def test_a_model_that_nothing_says_is_shared_must_say_so(tmp_path):
     for found in spawned(plain_model, tmp_path):
         assert found.startswith(
-            "ValueError: process_group must be given with 2 processes and a model that is neither"
+            "ValueError: process_group must be given: 2 processes run, and the model is neither"
         )
 
 

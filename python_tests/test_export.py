@@ -43,7 +43,7 @@ def test_from_pretrained_has_the_same_logits(name, scale, tmp_path):
 def test_in_bfloat16_scales_are_frozen_first(name, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     model = llama(quantizer(GRIDS[name]), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"alpha must be a number of bfloat16 for this format, got others"):
+    with pytest.raises(ValueError, match=r"alpha must hold numbers of bfloat16 for this format, got others"):
         export.compressed_tensors(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     export.freeze_scales_(model, torch.bfloat16)

@@ -82,7 +82,7 @@ def test_gradients_and_alphas_out_of_range_are_those_of_the_model():
     with torch.no_grad():
         model[2].alpha.neg_()
     program = exported(model, x)
-    with pytest.warns(UserWarning, match="driven out of range"):
+    with pytest.warns(UserWarning, match="an update drove a learned alpha out of range"):
         assert torch.equal(program(x), model(x))
 
 

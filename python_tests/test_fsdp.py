@@ -351,7 +351,7 @@ def test_unsupported_models_and_calls_are_errors(tmp_path):
         assert found["part"].startswith("weight must be gathered before it is used")
         assert found["probe"].startswith("probe must not be set under fully_shard")
         assert found["plain"].startswith("model must not be under fully_shard to be dequantized")
-        assert found["backward"].startswith("backward through a quantized weight under fully_shard must")
+        assert found["backward"].startswith("a quantized weight under fully_shard gets its straight-through")
 
 
 def from_meta(rank):

@@ -76,7 +76,7 @@ def test_a_file_holds_groups_embeddings_tied_heads_and_byte_tokens(tmp_path):
 def test_what_gguf_cannot_hold_is_named(options, message, tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     model = llama(quantizer(GRIDS["uniform(2)"]))
-    with pytest.raises(ValueError, match=r"q_proj.alpha must be a number of .*float16"):
+    with pytest.raises(ValueError, match=r"q_proj.alpha must hold numbers of .*float16"):
         export.gguf(model, tmp_path / "out.gguf")
     export.freeze_scales_(model, torch.float16)
     with pytest.raises(ValueError, match=message):

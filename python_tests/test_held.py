@@ -207,7 +207,7 @@ def test_a_compiled_module_computes_the_same(kind):
 def test_a_weight_that_another_takes_the_place_of_needs_a_new_alpha():
     _, model, call = made("experts")
     model.stack = nn.Parameter(torch.randn(3, 8, 16) * 9)
-    with pytest.raises(RuntimeError, match=r"stack must be the weight that its alpha was made for"):
+    with pytest.raises(RuntimeError, match=r"stack was replaced after its alpha was made"):
         call(model)
     getattr(model, "stack" + CHILD).calibrate_()
     call(model)

@@ -181,7 +181,7 @@ def test_a_weight_put_in_its_place_is_refused(preset):
     with torch.no_grad():
         module(x)
         module.weight = nn.Parameter(torch.randn(16, 16))
-        with pytest.raises(RuntimeError, match="must be the weight that its alpha was made for"):
+        with pytest.raises(RuntimeError, match="was replaced after its alpha was made"):
             module(x)
 
 
@@ -208,7 +208,7 @@ def test_an_alpha_that_left_its_range_is_held_and_a_fixed_one_refused():
     with torch.no_grad():
         module(x)
         module.alpha.fill_(-1.0)
-        with pytest.warns(UserWarning, match="driven out of range"):
+        with pytest.warns(UserWarning, match="drove a learned alpha out of range"):
             module(x)
         assert torch.equal(module.alpha, module.alpha_least)
         module, x = layer("fixed")

@@ -175,7 +175,7 @@ def test_an_input_alpha_out_of_range_is_held_counted_and_warned_of_once(value, b
         model.zero_grad()
         return model(x).sum() if by == "forward" else fogzo.backward(lambda: F.cross_entropy(model(x), y))
 
-    with pytest.warns(UserWarning, match="a learned alpha was driven out of range"):
+    with pytest.warns(UserWarning, match="an update drove a learned alpha out of range"):
         loss = run()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

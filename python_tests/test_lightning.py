@@ -246,7 +246,7 @@ def test_a_model_that_was_loaded_begins_a_run_of_its_own(tmp_path):
 
 def test_a_checkpoint_without_its_state_is_refused(tmp_path):
     path = half(tmp_path, edit=lambda checkpoint: checkpoint.pop(KEY))
-    with pytest.raises(RuntimeError, match="the checkpoint that fit goes on from must have 'fogzo'"):
+    with pytest.raises(RuntimeError, match="the checkpoint must have 'fogzo', as FogzoMixin writes it"):
         fit(Ours(), tmp_path, ckpt_path=path)
 
 

@@ -84,10 +84,17 @@ def test_a_row_that_begins_at_0_gets_the_alpha_of_first_weights(statistic, make)
 
 
 def test_scales_that_cannot_begin_at_0_name_the_remedy():
-    for scale in (fk.Scale.absmax("row"), fk.Scale.fixed(lambda w: w.abs().mean())):
+    bound, function = (
+        r"give the scale a bound, Scale.absmax\(least=1e-5\) say",
+        "return more than 0 from the function",
+    )
+    for scale, remedy in (
+        (fk.Scale.absmax("row"), bound),
+        (fk.Scale.fixed(lambda w: w.abs().mean()), function),
+    ):
         model = nn.Sequential(nn.Linear(4, 4))
         nn.init.zeros_(model[0].weight)
-        with pytest.raises(ValueError, match=r"for 0.weight: where weights are all 0, .* needs a bound"):
+        with pytest.raises(ValueError, match=f"got 0.0..0.0 for 0.weight: 0.weight is all zeros; {remedy}"):
             fk.quantize_model(model, fk.Quantizer(fk.Grid.uniform(3), scale, fk.StraightThrough("identity")))
 
 
@@ -120,7 +127,8 @@ def test_a_fused_convolution_is_an_error_that_names_the_remedy(preset):
     model, x = fused(PRESETS[preset])
     expected = model(x)
     with pytest.raises(
-        RuntimeError, match=r"0.weight .* put in its place: call fogzo_kernels.dequantize_model"
+        RuntimeError,
+        match=r"0.weight was replaced after its alpha was made: call fogzo_kernels.dequantize_model",
     ):
         nn.utils.fuse_conv_bn_eval(model[0], model[1])(x)
     assert torch.equal(model(x), expected)
@@ -134,7 +142,7 @@ def test_a_fused_linear_layer_is_an_error_too():
     fk.quantize_model(model, fk.presets.lsq(3))
     broken = nn.utils.fuse_linear_bn_eval(model[0], model[1])
     for use in (lambda: broken(x), broken.codes, lambda: fk.dequantize_model(broken), lambda: fogzo(broken)):
-        with pytest.raises(RuntimeError, match="put in its place"):
+        with pytest.raises(RuntimeError, match="was replaced after its alpha was made"):
             use()
 
 
@@ -186,7 +194,9 @@ def test_a_resized_weight_needs_scales_for_its_rows(use):
     fk.quantize_model(model, fk.presets.lsq(8, "row"))
     ids, made = torch.arange(6), fogzo(model)
     model[0].weight.data = torch.cat([model[0].weight.data, torch.randn(2, 8)])
-    with pytest.raises(RuntimeError, match=r"0.weight must have the 6 rows .* got 8: call calibrate_\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"0.weight has 8 rows, and its alpha was made for 6: call calibrate_\(\)"
+    ):
         {
             "forward": lambda: model(ids),
             "fogzo": lambda: fogzo(model),
@@ -225,7 +235,10 @@ def test_weights_initialized_in_place_draw_a_warning(scale):
     fk.quantize_model(model, q)
     fogzo(model)
     nn.init.normal_(model[1].weight, std=5)
-    with pytest.warns(UserWarning, match=r"alpha of 1.weight is far .* call fogzo_kernels.calibrate_\(model\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"alpha of 1.weight does not fit the weights as .* call fogzo_kernels.calibrate_\(model\)",
+    ):
         fogzo(model)
     fk.calibrate_(model)
     fogzo(model)

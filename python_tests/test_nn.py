@@ -60,7 +60,7 @@ def test_gradient_is_straight_through(backend):
 def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     plain, model = mlp(), mlp()
     fk.quantize_model(model, quantizer(0.3))
-    with pytest.warns(UserWarning, match="alpha is fixed and stays as it was"):
+    with pytest.warns(UserWarning, match="was not quantized, and the fixed alpha stays as it was"):
         assert model.load_state_dict(plain.state_dict()).missing_keys == []
     assert model[0].alpha == torch.tensor(0.3)
     other = mlp()
@@ -69,7 +69,10 @@ def test_plain_checkpoint_loads_strictly_and_own_restores_alpha():
     assert other[0].alpha == torch.tensor(0.3)
     added = {f"{i}.{name}" for i in (0, 2) for name in ("alpha", "_extra_state")}
     assert set(model.state_dict()) == {*plain.state_dict(), *added}
-    with pytest.raises(RuntimeError, match="Missing key"), pytest.warns(UserWarning, match="alpha is fixed"):
+    with (
+        pytest.raises(RuntimeError, match="Missing key"),
+        pytest.warns(UserWarning, match="the fixed alpha stays as it was"),
+    ):
         model.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "0.weight"})
 
 
@@ -271,7 +274,7 @@ PARAMETER = nn.Parameter(torch.tensor(0.3))
 @pytest.mark.parametrize(
     ("make", "call", "exception", "message"),
     [
-        (mlp, lambda: (GRID,), TypeError, "quantizer must be a Quantizer, got Grid"),
+        (mlp, lambda: (GRID,), TypeError, "quantizer must be a Quantizer or None, got Grid: try "),
         (lambda: "model", lambda: (quantizer(0.3),), TypeError, "model must be a Module, got str"),
         (mlp, lambda: (quantizer(torch.ones(6)),), ValueError,
          "alpha must have one element, one per row, shape (4, 1), or one per group of a row"),
@@ -309,7 +312,7 @@ def test_errors_leave_the_model_alone(make, call, exception, message):
         ({"rules": ["0"]}, "rules[0] must be (which modules, quantizer) or that and an activation, got '0'"),
         ({"rules": [("0", GRID)]}, "rules[0][1] must be a Quantizer or None, got Grid"),
         ({"rules": [("0", None, GRID)]}, "rules[0][2] must be a Quantizer or None, got Grid"),
-        ({"activation": GRID}, "activation must be a Quantizer, got Grid"),
+        ({"activation": GRID}, "activation must be a Quantizer or None, got Grid: try "),
         ({"rules": [(0, None)]}, "rules[0] must be a name, a type or a function, got int"),
         ({"backend": 2}, "backend must be a string or None, got int"),
     ],

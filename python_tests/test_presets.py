@@ -145,10 +145,11 @@ def test_scales_are_values(scale):
 @pytest.mark.parametrize(
     ("make", "exception", "message"),
     [
-        (lambda: fk.Scale(), TypeError, "Can't instantiate abstract class Scale"),
-        (lambda: fk.Scale.absmean("column"), ValueError, "granularity must be 'tensor', 'row' or an int >= 2"),
-        (lambda: fk.Scale.absmean(1), ValueError, "the size of a group, got 1"),
-        (lambda: fk.Scale.absmean(True), ValueError, "the size of a group, got True"),
+        (lambda: fk.Scale(), TypeError, "use a constructor of Scale: Scale.fixed(alpha), Scale.absmax(), "),
+        (lambda: fk.Scale.absmean("column"), ValueError,
+         "granularity must be 'tensor', 'row' (an alpha for each output channel) or an int >= 2"),
+        (lambda: fk.Scale.absmean(1), ValueError, "(the size of a group), got 1"),
+        (lambda: fk.Scale.absmean(True), ValueError, "(the size of a group), got True"),
         (lambda: fk.Scale.rms(factor=0), ValueError, "factor must be finite and > 0, got 0"),
         (lambda: fk.Scale.rms(add=-1), ValueError, "add must be finite and >= 0, got -1"),
         (lambda: fk.Scale.rms(least=math.nan), ValueError, "least must be finite and >= 0, got nan"),

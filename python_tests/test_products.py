@@ -203,13 +203,20 @@ def test_probes_are_codes_with_the_bits_of_values(weights, share, backend, monke
     assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
 
 
+CANNOT = "cannot multiply codes:"
+
+
 @pytest.mark.parametrize(
     ("weights", "inputs", "message"),
     [
-        (fk.presets.lsq(2), None, "its input is not quantized"),
-        (fk.presets.lsq(2, 8), fk.presets.dynamic(8), "its weight has scales for groups of a row"),
-        (fk.presets.lsq(2), fk.presets.dynamic(8, 8), "its input has scales for groups of a row"),
-        (fk.presets.lsq(2), QUEST, "its weight is transformed by None, its input by Hadamard(block=16)"),
+        (fk.presets.lsq(2), None, "needs activation= to multiply codes, as its input is not quantized"),
+        (fk.presets.lsq(2, 8), fk.presets.dynamic(8), f"{CANNOT} its weight has scales for groups of a row"),
+        (fk.presets.lsq(2), fk.presets.dynamic(8, 8), f"{CANNOT} its input has scales for groups of a row"),
+        (
+            fk.presets.lsq(2),
+            QUEST,
+            f"{CANNOT} its weight is transformed by None, its input by Hadamard(block=16)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(weights, inputs, message):
@@ -217,8 +224,7 @@ def test_what_does_not_fit_is_refused(weights, inputs, message):
     fk.quantize_model(
         model, weights, activation=inputs, rules=[("0", fk.presets.lsq(2), fk.presets.dynamic(8))]
     )
-    message = f"1 must fit products of codes, got one that does not: {message}"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(f"layer '1' {message}")):
         fk.set_compute_(model, "int8")
     assert model[0].product is None
     with pytest.raises(ValueError, match=re.escape("compute must be None or 'int8', got 'fp4'")):

@@ -241,7 +241,9 @@ def test_an_alpha_driven_out_of_range_is_held_and_warned_of_once(bad):
     first = model[0].alpha.detach().clone()
     with torch.no_grad():
         model[0].alpha[3] = bad
-    with pytest.warns(UserWarning, match="a learned alpha was driven out of range and is held") as seen:
+    with pytest.warns(
+        UserWarning, match="an update drove a learned alpha out of range, and it is held"
+    ) as seen:
         assert torch.equal(*(model(X) for _ in range(2)))
     assert len(seen) == 1
     held = model[0].alpha.detach()
@@ -257,7 +259,9 @@ def test_held_alphas_are_counted_by_the_step():
     with torch.no_grad():
         model[0].alpha[:2] = -1.0
         model[2].alpha[3] = math.nan
-    with pytest.warns(UserWarning, match="a learned alpha was driven out of range and is held") as seen:
+    with pytest.warns(
+        UserWarning, match="an update drove a learned alpha out of range, and it is held"
+    ) as seen:
         fogzo.backward(lambda: loss_of(model))
     assert len(seen) == 1
     assert fogzo.diagnostics()["bad_alphas"] == 3

@@ -95,7 +95,7 @@ def test_stats_give_the_share_of_alphas_at_their_floor():
     assert fogzo.stats()["alphas_at_floor"] == 0.0
     with torch.no_grad():
         model.alpha[:50] = -1.0
-    with pytest.warns(UserWarning, match="a learned alpha was driven out of range"):
+    with pytest.warns(UserWarning, match="an update drove a learned alpha out of range"):
         fogzo.backward(closure)
     assert fogzo.stats()["alphas_at_floor"] == 0.25
 

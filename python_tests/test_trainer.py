@@ -228,7 +228,7 @@ def test_a_plain_trainer_with_a_fused_optimizer_says_what_is_missing(tmp_path):
     fogzo = fk.Fogzo(model, total_steps=STEPS, **OPTIONS)
     trainer = trainer_of(tmp_path, model, transformers.Trainer)
     trainer.optimizer = fk.AdamW(model.parameters(), lr=1e-3, fogzo=fogzo)
-    with pytest.raises(RuntimeError, match="step must follow the passes of fogzo"):
+    with pytest.raises(RuntimeError, match="comes from a backward outside of the passes of fogzo"):
         trainer.train()
 
 

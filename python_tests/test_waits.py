@@ -58,7 +58,7 @@ def test_no_gradient_is_too_small_or_too_large_to_be_seen(dtype, value, at):
         w.parameter.grad = torch.zeros_like(w.parameter)
     model[at].weight.grad = torch.zeros(4, 4, dtype=dtype)
     model[at].weight.grad[2, 1] = value
-    with pytest.raises(RuntimeError, match=rf"\.grad of {at}\.weight holds that of a backward outside"):
+    with pytest.raises(RuntimeError, match=rf"\.grad of {at}\.weight comes from a backward outside"):
         fogzo.backward(lambda: model(torch.ones(3, 4, dtype=dtype)).sum())
 
 

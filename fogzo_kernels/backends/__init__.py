@@ -24,6 +24,7 @@ from ..spec.straight_through import StraightThrough
 #: In the order of preference; backends of other packages come before ``reference``. ``cpu`` comes before
 #: ``triton`` so that Triton's interpreter, which also runs on the CPU, is used only by its name.
 OWN = ("cpu", "triton", "cuda", "reference")
+OF_GPUS = ("triton", "cuda")
 GROUP = "fogzo_kernels.backends"
 VARIABLE = "FOGZO_BACKEND"
 
@@ -207,7 +208,8 @@ def select(name: str | None, device: torch.device) -> Backend:
     check_known(name, source)
     assert name is not None  # the reference serves any device
     if (reason := reason_unavailable(name, device)) is not None:
-        raise RuntimeError(f"{source} {name!r} is unavailable on {device}: {reason}")
+        where = "cpu (tensors are on the CPU)" if device.type == "cpu" and name in OF_GPUS else device
+        raise RuntimeError(f"{source} {name!r} is unavailable on {where}: {reason}")
     backend = load(name)
     assert not isinstance(backend, str)
     return backend

@@ -79,9 +79,9 @@ class Peers:
         if dist.get_world_size() == 1:
             return []
         raise ValueError(
-            f"process_group must be given with {dist.get_world_size()} processes and a model that is neither"
-            " DistributedDataParallel nor sharded: those that train this model, whose losses are one"
-            " (torch.distributed.group.WORLD for all); or loss_reduction=None if this process trains it alone"
+            f"process_group must be given: {dist.get_world_size()} processes run, and the model is neither"
+            " DistributedDataParallel nor sharded. Name the processes that train this model together"
+            " (torch.distributed.group.WORLD for all), or give loss_reduction=None if this one trains it alone"
         )
 
     # ---- reductions
@@ -157,7 +157,7 @@ class Peers:
             if high != low:
                 shown = f": {low} to {high}" if name in FACTS[:2] else ""
                 raise RuntimeError(
-                    f"all processes of a group must have one {name}, got others on some{shown}. This one has"
+                    f"all processes of a group must have the same {name}, and some differ{shown}. This one has"
                     f" {settings}, {steps} steps taken and {len(weights)} quantized weights"
                 )
 
@@ -216,7 +216,9 @@ def _check_module(prefix: str, module: QuantizedWeight) -> None:
                 " ignored_params=fk.learned_alphas(model), or call quantize_model after it"
             )
     if getattr(module, "product", None) is not None:
-        raise ValueError(f"{prefix[:-1]} must not multiply codes under fully_shard: set_compute_(model, None)")
+        raise ValueError(
+            f"{prefix[:-1]} must not multiply codes under fully_shard: call set_compute_(model, None)"
+        )
 
 
 def _facts(seed: int, settings: object, weights: Weights) -> Tensor:

@@ -147,8 +147,8 @@ class ShardedRows(Placement):
             )
         if not (torch.compiler.is_compiling() or hasattr(local(self.weight), HOOKS[0])):
             raise RuntimeError(
-                "weight must be the shard that was seen when fully_shard or quantize_model made it, got one"
-                " that was made anew since: quantize or load the model again after it was moved"
+                "the shard of a weight was replaced after fully_shard or quantize_model: quantize or load the"
+                " model again after you move it"
             )
         rows = module.rows(weight)
         if self.attached or self._packed is not None or not (weight.requires_grad and torch.is_grad_enabled()):
@@ -227,9 +227,9 @@ class RefuseBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise RuntimeError(
-            "backward through a quantized weight under fully_shard must be that of a pass of Fogzo, which makes"
-            " straight-through gradients of what is reduced, or come before the step of an optimizer that fogzo"
-            " was attached to; for plain straight-through training give Fogzo directions=0 and kappa=0"
+            "a quantized weight under fully_shard gets its straight-through gradient from Fogzo: run the"
+            " backward in a pass of Fogzo, or call fogzo.attach(optimizer) before it; for plain"
+            " straight-through training give Fogzo directions=0 and kappa=0"
         )
 
 

@@ -58,9 +58,9 @@ def check_exact(name: str, scale: Tensor, dtype: torch.dtype) -> None:
     """Raise unless a format's dtype holds a scale as it is."""
     if not torch.equal(scale.to(dtype).float(), scale):
         raise ValueError(
-            f"{name}.alpha must be a number of {checks.named([dtype])} for this format, got others, which would"
-            f" be rounded: call fk.export.freeze_scales_(model, {dtype}) before, and look at the model that you"
-            " get"
+            f"{name}.alpha must hold numbers of {checks.named([dtype])} for this format, got others, which"
+            f" would be rounded: call fk.export.freeze_scales_(model, {dtype}) first, and evaluate the model"
+            " again"
         )
 
 

@@ -147,7 +147,7 @@ class FogzoMixin:
         if trainer.global_step:  # else a model that was loaded begins a run of its own
             if self._state is None:
                 raise RuntimeError(
-                    f"the checkpoint that fit goes on from must have {KEY!r}, got one without: FOGZO would"
+                    f"the checkpoint must have {KEY!r}, as FogzoMixin writes it, got one without: FOGZO would"
                     " begin again with beta = 1"
                 )
             fogzo.load_state_dict(self._state, may_differ=may_differ)

@@ -142,7 +142,7 @@ def located(model: PreTrainedModel, entries: dict[str, Entry], modules: Collecti
     if not named:
         raise ValueError(f"{kind} must have one of the quantized modules {', '.join(absent)}, got none")
     if absent:
-        warnings.warn(f"{', '.join(absent)} of {saved_as} is no module of {kind}: left out", stacklevel=2)
+        warnings.warn(f"{kind} has no {', '.join(absent)}, which {saved_as} had: left out", stacklevel=2)
     return named
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import check_known
 from ..ops import checks, memory
+from ..spec.checks import hinted
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
 from . import pretrained
@@ -22,12 +23,16 @@ from .quantized import QuantizedWeight
 from .registry import Unit, units_of
 from .replaced import replaced_in, settle
 from .report import Report, report_of
-from .rules import Checked, Rule, Which, choose
+from .rules import Checked, Rule, Which, check_quantizer, choose
 from .tied import check_shared, link
 from .view import HANDLERS, LOCAL, reshard, whole
 from .weight import WeightQuantizer, alpha_of, check
 
 
+@hinted(
+    otherwise="quantize_model takes model and quantizer, fk.presets.lsq(2) say",
+    bits="the bits are those of the quantizer, fk.presets.lsq(4) say",
+)
 def quantize_model(
     model: nn.Module,
     quantizer: Quantizer | None,
@@ -83,10 +88,9 @@ def quantize_model(
         (['0'], ['2'])
     """
     checks.instance("model", model, nn.Module)
-    if quantizer is not None:
-        checks.instance("quantizer", quantizer, Quantizer)
+    check_quantizer("quantizer", quantizer)
+    check_quantizer("activation", activation)
     if activation is not None:
-        checks.instance("activation", activation, Quantizer)
         check_activation("activation", activation)
     check_known(backend)
     reshard(model)
@@ -140,7 +144,7 @@ def quantizing(
 def _quantized(model: nn.Module, what: str) -> list[QuantizedWeight]:
     modules: list[QuantizedWeight] = list(pretrained.quantized_in(model, what).values())
     if any(m.pass_weight is not None for m in modules):
-        raise RuntimeError(f"{what}: model must not be inside a pass of Fogzo")
+        raise RuntimeError(f"model must not be inside a pass of Fogzo to {what} it: end the step first")
     return modules
 
 
@@ -168,7 +172,10 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
     if scale is not None:
         checks.instance("scale", scale, Scale)
         if any(LearnedScale in (type(scale), type(m.quantizer.scale)) for m in modules):
-            raise ValueError(f"scale must not turn a learned alpha into another or back, got {scale}")
+            raise ValueError(
+                f"scale must not turn a learned alpha into another or back, got {scale}: call"
+                " dequantize_model(model, latents=True), then quantize_model"
+            )
     plan = []
     for m in modules:
         q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)

@@ -25,6 +25,9 @@ COMPUTE = ("int8",)
 LONGEST = 2**17 - 1  # products of two int8 codes, at most 2^14 each, of which int32 holds the sum
 
 
+NO_CODES = "cannot multiply codes:"
+
+
 class QuantLinear(QuantizedModule, nn.Linear):
     """``nn.Linear`` that runs with Q(weight); :func:`quantize_model` makes it.
 
@@ -125,27 +128,31 @@ def set_compute_(model: nn.Module, compute: str | None) -> None:
     for name, m in linears.items() if compute else ():
         reason = reason_against(m)
         if reason is not None:
-            raise ValueError(f"{name or 'model'} must fit products of codes, got one that does not: {reason}")
+            raise ValueError(f"{f'layer {name!r}' if name else 'model'} {reason}")
     for m in linears.values():
         m.product = compute
 
 
 def reason_against(module: QuantLinear) -> str | None:
-    """Why a linear module cannot multiply codes, or None."""
+    """None, or why a linear module cannot multiply codes: how a message goes on after its name."""
     how = module.activation
     if how is None:
-        return "its input is not quantized"
+        return (
+            "needs activation= to multiply codes, as its input is not quantized:"
+            " quantize_model(model, quantizer, activation=fk.presets.dynamic(8)), say"
+        )
     rows = module.rows(module.weight)
     if module.alpha.numel() not in (1, rows.shape[0]):
-        return "its weight has scales for groups of a row"
+        return f"{NO_CODES} its weight has scales for groups of a row"
     if rows.shape[1] > LONGEST:
-        return f"its rows of {rows.shape[1]} elements are longer than {LONGEST}, which int32 has room for"
+        return f"{NO_CODES} its rows of {rows.shape[1]} elements exceed {LONGEST}, which int32 has room for"
     granularity = getattr(how.scale, "granularity", None)
     tensor = isinstance(how.scale, FixedScale) and not isinstance(how.scale.alpha, int | float)
     if isinstance(granularity, int) or tensor:
-        return "its input has scales for groups of a row, or given ones"
+        return f"{NO_CODES} its input has scales for groups of a row, or given ones"
     if how.transform != module.quantizer.transform:
-        return f"its weight is transformed by {module.quantizer.transform}, its input by {how.transform}"
+        both = f"is transformed by {module.quantizer.transform}, its input by {how.transform}"
+        return f"{NO_CODES} its weight {both}"
     return None
 
 

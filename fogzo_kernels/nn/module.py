@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import article
 from ..spec.quantizer import Quantizer
 from .inputs import rotated
 from .kept import forward_weight
@@ -60,6 +61,13 @@ class QuantizedModule(QuantizedWeight):
         """Makes a plain module from arguments: adapters call the type of the module that they adapt."""
         return cls.PLAIN(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
+    def __init__(self) -> None:
+        """Raise; a call without arguments alone comes here, and quantized modules are made in place."""
+        raise TypeError(
+            f"{type(self).__name__} is made by quantize_model(model, quantizer), in place, from"
+            f" {article(self.PLAIN.__name__)}"
+        )
+
     @classmethod
     def from_plain(
         cls, module: nn.Module, weight: WeightQuantizer, *, alpha: Tensor, activation: Quantizer | None = None
@@ -90,8 +98,9 @@ class QuantizedModule(QuantizedWeight):
             args = (kwargs.pop(self.INPUT),)
         if getattr(type(self), self.PARAMETER) is not type(self).READ:
             raise RuntimeError(
-                f"{self.PARAMETER} must not be parametrized in a quantized {self.PLAIN.__name__}, which would"
-                " run with what is not quantized: call dequantize_model(model, latents=True) before"
+                f"{self.PARAMETER} must not be parametrized in a quantized {self.PLAIN.__name__}: the forward"
+                " would read values that are not quantized. Call dequantize_model(model, latents=True) before"
+                " you do"
             )
         block, at = self.quantizer.block, self.ROTATED
         if self.input_quantizer is not None or (block and at == "input"):

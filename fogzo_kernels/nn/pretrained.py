@@ -69,7 +69,7 @@ def check_config(model: nn.Module) -> None:
             warnings.warn(
                 "model's config says that it was saved quantized, but it was loaded without its alphas, which"
                 " are made anew: import fogzo_kernels.integrations.transformers before from_pretrained",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

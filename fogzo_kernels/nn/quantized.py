@@ -22,6 +22,7 @@ from .view import LOCAL, Deferred, PassWeight, Placement, check_alpha, place, pl
 from .weight import (
     FLOOR,
     WeightQuantizer,
+    against_alpha,
     alpha_of,
     check,
     fits,
@@ -29,6 +30,7 @@ from .weight import (
     in_its_range,
     is_held,
     measure_,
+    name_of,
 )
 
 if TYPE_CHECKING:
@@ -243,15 +245,19 @@ class QuantizedWeight(SavedModule):
             self._measure(rows)
         elif not is_held(alpha, self._buffers.get("alpha_least")):
             hold_alphas([self], ("alpha",))
-        return plain_quantize(rows, alpha, own.options(weight.numel() // max(alpha.numel(), 1), own.backend))
+        options = own.options(weight.numel() // max(alpha.numel(), 1), own.backend)
+        try:
+            return plain_quantize(rows, alpha, options)
+        except ValueError as error:
+            raise against_alpha(name_of(self), rows.detach(), alpha.detach(), own.quantizer) or error from None
 
     def _rows_of(self, weight: Tensor, alpha: Tensor) -> Tensor:
         """Rows to run with, of the weight, or of the part of it that this process has, with its scales."""
         of_pass, how = self.pass_weight, self.quantizer
         if of_pass is not None and of_pass.weight is not self.latent:
             raise RuntimeError(
-                "weight must be the parameter that Fogzo perturbs, inside a pass, got another tensor:"
-                " functional_call with other weights, say, would run with values that are not theirs"
+                "inside a pass of Fogzo a quantized module must run with its own weight, got another tensor:"
+                " call functional_call with other weights outside of passes"
             )
         if of_pass is not None and of_pass.probe:
             return of_pass.values(alpha, how.grid)

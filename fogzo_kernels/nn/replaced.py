@@ -74,9 +74,9 @@ def check_replaced(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Raise if a plain module replaced a quantized child of these named modules."""
     for where, child in replaced_in(modules).items():
         raise RuntimeError(
-            f"{where} must be quantized, as the module was whose place it took, got a plain"
-            f" {type(child).__name__} (resize_token_embeddings and new heads replace some): call"
-            f" quantize_model(model, ...) again to quantize it too, or with skip={where!r} to leave it plain"
+            f"{where} is a plain {type(child).__name__}, and took the place of a quantized module, as"
+            " resize_token_embeddings and new heads do: call quantize_model(model, ...) again to quantize it"
+            f" too, or with skip={where!r} to leave it plain"
         )
 
 
@@ -143,9 +143,8 @@ def refused_or_merged(adapter: nn.Module, *args: Any, **kwargs: Any) -> Any:
     base = innermost(adapter._modules.get("base_layer"))
     if isinstance(base, QuantizedModule):
         raise RuntimeError(
-            f"merge must have a plain base layer, got {base.weight_quantizer.path or 'one'}, a"
-            f" {type(base).__name__}, which would quantize the sum to another function: call"
-            " fogzo_kernels.dequantize_model(model) first, so that base layers get their values Q(weight), then"
-            " merge"
+            f"an adapter must not be merged into {base.weight_quantizer.path or 'a layer'} while that is a"
+            f" {type(base).__name__}: Q(W + BA) is not Q(W) + BA. Call fogzo_kernels.dequantize_model(model)"
+            " first, which gives base layers their values Q(weight), then merge"
         )
     return type(adapter).merge(adapter, *args, **kwargs)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -81,6 +81,9 @@ class Report:
         >>> report.quantized[0].name, report.left[0].reason, f"{report.share:.2f}, {report.bits:.1f} bits"
         ('0', "rules[0], '1'", '0.85, 6.6 bits')
     """
+
+    #: What :func:`fogzo_kernels.ops.checks.instance` adds where a report is taken for a model.
+    MISTAKEN: ClassVar[str] = NO_MODEL
 
     quantized: Sequence[Row]
     left: Sequence[Row]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..spec import presets
 from ..spec.quantizer import Quantizer
 from .inputs import check_activation
 from .registry import Unit, against_activation, reason_against_parameter
@@ -69,6 +70,20 @@ def choose(
     return choices
 
 
+def check_quantizer(name: str, value: object) -> None:
+    """Raise unless ``value`` is a quantizer or None."""
+    if value is None or isinstance(value, Quantizer):
+        return
+    got, function = type(value).__name__, None
+    if isinstance(value, str):
+        got, function = f"the str {value!r}", getattr(presets, value, None)
+    elif callable(value) and getattr(value, "__module__", "") == presets.__name__:
+        got, function = f"the function {value.__name__}", value  # type: ignore[attr-defined]
+    preset = getattr(function, "__name__", "lsq")
+    call = {"bitnet": "bitnet()", "fixed": "fixed(2, alpha)"}.get(preset, f"{preset}(2)")
+    raise TypeError(f"{name} must be a Quantizer or None, got {got}: try fk.presets.{call}")
+
+
 def _checked(name: str, rule: object, activation: Quantizer | None) -> Checked:
     if not isinstance(rule, tuple | list) or len(rule) not in (2, 3):
         raise TypeError(f"{name} must be (which modules, quantizer) or that and an activation, got {rule!r}")
@@ -76,8 +91,7 @@ def _checked(name: str, rule: object, activation: Quantizer | None) -> Checked:
     if not (isinstance(full.which, str) or callable(full.which)):
         raise TypeError(f"{name} must be a name, a type or a function, got {type(full.which).__name__}")
     for k, value in enumerate(full[2:], 1):
-        if value is not None and not isinstance(value, Quantizer):
-            raise TypeError(f"{name}[{k}] must be a Quantizer or None, got {type(value).__name__}")
+        check_quantizer(f"{name}[{k}]", value)
     if full.activation is not None:
         check_activation(f"{name}[2]", full.activation)
     return full

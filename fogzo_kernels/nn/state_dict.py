@@ -128,8 +128,8 @@ class SavedModule(nn.Module):
             self.calibrate_()
         else:
             warnings.warn(
-                "alpha is fixed and stays as it was, though the weights came from a checkpoint of a model that"
-                " was not quantized: does it fit them? (A scale that is a function would be called again.)",
+                "the loaded weights come from a model that was not quantized, and the fixed alpha stays as it"
+                " was: check that it fits them. (A scale that is a function is called again.)",
                 stacklevel=2,
             )
 

@@ -128,18 +128,34 @@ def alpha_of(
         raise ValueError(
             f"alpha must be one for whole blocks of {transform}, got one for each {shared} elements for {name}"
         )
-    low, high = memory.alpha_range(quantizer.grid.r)
-    if not alpha.is_meta and not memory.in_range(alpha, low, high):
-        zero = quantizer.scale.from_weight and float(alpha.min()) == 0
-        remedy = (
-            ": where weights are all 0, a measured scale needs a bound, Scale.absmax(least=1e-5) say, and a"
-            " function must return more than 0"
-        )
-        raise ValueError(
-            f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {alpha.min()}..{alpha.max()} for {name}"
-            + remedy * zero
-        )
+    if not alpha.is_meta and (wrong := against_alpha(name, rows, alpha, quantizer)) is not None:
+        raise wrong
     return alpha
+
+
+def against_alpha(name: str, rows: Tensor, alpha: Tensor, quantizer: Quantizer) -> ValueError | None:
+    """An error that names the weight if its alpha is out of range, and says what of the weight is the cause."""
+    low, high = memory.alpha_range(quantizer.grid.r)
+    if memory.in_range(alpha, low, high):
+        return None
+    cause = ""
+    if quantizer.scale.from_weight and not rows.isfinite().all():
+        cause = f": {name} holds NaN or inf"
+    elif quantizer.scale.from_weight and float(alpha.min()) == 0:
+        zeros = "holds rows or groups of zeros" if rows.any() else "is all zeros"
+        bound = (
+            "return more than 0 from the function"
+            if callable(getattr(quantizer.scale, "alpha", None))
+            else ("give the scale a bound, Scale.absmax(least=1e-5) say")
+        )
+        cause = f": {name} {zeros}; {bound}"
+    got = f"{alpha.min()}..{alpha.max()} for {name}{cause}"
+    return ValueError(f"alpha must be finite, > 0 and in {low:g}..{high:g}, got {got}")
+
+
+def name_of(module: QuantizedWeight) -> str:
+    """The name of a module's weight in the model that was quantized, for messages."""
+    return ".".join(filter(None, [module.weight_quantizer.path, module.PARAMETER]))
 
 
 def _made(name: str, rows: Tensor, quantizer: Quantizer) -> Tensor:
@@ -210,8 +226,8 @@ def hold_alphas(modules: Sequence[QuantizedWeight], names: Sequence[str] = LEARN
     if seen:
         if not any(m.weight_quantizer.warned for m in modules):
             warnings.warn(
-                "a learned alpha was driven out of range and is held at 2^-20 of its first value: is its"
-                " learning rate too high?",
+                "an update drove a learned alpha out of range, and it is held at 2^-20 of its first value:"
+                " lower its learning rate, fk.parameter_groups(model, weight_decay=..., alpha_lr=...)",
                 stacklevel=3,
             )
         for m in modules:
@@ -272,7 +288,7 @@ def check(module: QuantizedWeight, name: str | None = None) -> None:
 
     ``name`` is the weight's, for messages: by default that in the model that was quantized.
     """
-    name = name or ".".join(filter(None, [module.weight_quantizer.path, module.PARAMETER]))
+    name = name or name_of(module)
     if transforms.active() and (transforms.is_batched(module.latent) or transforms.is_batched(module.alpha)):
         raise RuntimeError(
             f"{name} must not be batched by vmap, as functional_call with stacked parameters has it: call the"
@@ -282,14 +298,13 @@ def check(module: QuantizedWeight, name: str | None = None) -> None:
         return
     if module.weight_quantizer.stale:
         raise RuntimeError(
-            f"{name} must be the weight that its alpha was made for, got one that was put in its place: call"
-            " fogzo_kernels.dequantize_model(model) before another layer (BatchNorm, say) is fused into it;"
-            " where it is a new weight, call calibrate_() of its module"
+            f"{name} was replaced after its alpha was made: call fogzo_kernels.dequantize_model(model) before"
+            " another layer (BatchNorm, say) is fused into it; for a new weight call calibrate_() of its module"
         )
     rows = module.latent.shape[module.OUTPUTS]
     raise RuntimeError(
-        f"{name} must have the {module.alpha.shape[0]} rows that its alpha was made for, got {rows}: call"
-        " calibrate_() of its module after it was resized, as by resize_token_embeddings"
+        f"{name} has {rows} rows, and its alpha was made for {module.alpha.shape[0]}: call calibrate_() of its"
+        " module after a resize, as by resize_token_embeddings"
     )
 
 
@@ -300,9 +315,9 @@ def warn_of_new_weights(modules: Iterable[tuple[str, QuantizedWeight]]) -> None:
     if far:
         more = f" and {len(far) - 1} more" if far[1:] else ""
         warnings.warn(
-            f"the alpha of {far[0]}{more} is far from what its scale makes of the weights that are there: were"
-            " they initialized or loaded after quantize_model? Then call fogzo_kernels.calibrate_(model)",
-            stacklevel=4,
+            f"the alpha of {far[0]}{more} does not fit the weights as they are now: if you initialized or"
+            " loaded them after quantize_model, call fogzo_kernels.calibrate_(model)",
+            stacklevel=6,
         )
 
 

@@ -52,7 +52,7 @@ def quantized_weights(model: nn.Module) -> list[WeightView]:
     if len(epsilons) > 1:
         raise ValueError(
             "model must have one eps in units of delta for all quantized weights, so that one finite"
-            f" difference serves them all, got {sorted(epsilons)}"
+            f" difference serves them all, got {sorted(epsilons)}: give all of them one straight_through"
         )
     return weights
 
@@ -188,11 +188,10 @@ def check_unchanged(
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise RuntimeError(
-            f"model must have the quantized weights that Fogzo was made with, got a change in"
-            f" {changed[0]}{more}: a weight was replaced, frozen or unfrozen, tied or untied, or another module"
-            " quantized. To go on with the model as it is, make a new Fogzo with the same options, call"
-            " new.load_state_dict(old.state_dict(), may_differ=['one_minus_beta']), as kappa makes another one"
-            " of other weights, and set optimizer.fogzo = new for a fused optimizer; an optimizer that lacks a"
-            " weight takes it by add_param_group"
+            f"the quantized weights changed after Fogzo(model): {changed[0]}{more}. A weight was replaced,"
+            " frozen or unfrozen, tied or untied, or another module was quantized. To go on, make a new Fogzo"
+            " with the same options, and call new.load_state_dict(old.state_dict(),"
+            " may_differ=['one_minus_beta']). A fused optimizer takes it by optimizer.fogzo = new, and a"
+            " weight that it lacks by add_param_group"
         )
     return None

@@ -39,8 +39,16 @@ def shape(t: Tensor) -> tuple[int, ...]:
 
 
 def instance(name: str, value: object, kind: type) -> None:
+    """Raise unless ``value`` is of a kind; a type may say in ``MISTAKEN`` why it is often given instead."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        why = getattr(type(value), "MISTAKEN", "")
+        got = f"{type(value).__name__}{why and ': '}{why}"
+        raise TypeError(f"{name} must be {article(kind.__name__)}, got {got}")
+
+
+def article(noun: str) -> str:
+    """A noun with its article."""
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
 
 
 def named(dtypes: Sequence[torch.dtype]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..spec.checks import hinted
 from ..spec.grid import FLOATS, Grid
 from ..spec.hadamard import Hadamard, block_of
 from ..spec.straight_through import StraightThrough
@@ -16,6 +17,7 @@ from .listop import is_plain
 # ---- a list, into given memory
 
 
+@hinted("quantize_ is an op over lists of tensors: did you mean quantize_model(model, quantizer)?")
 def quantize_(
     out: TensorOrList,
     latents: TensorOrList,

@@ -144,6 +144,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 if fogzo is None or fogzo.attached:
                     loss = closure()
+                    self._check_backward(loss)
                 else:
                     fogzo.run(closure)
         step = None if fogzo is None else fogzo.pending_step()
@@ -183,6 +184,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             yield from group["params"]
 
+    def _check_backward(self, loss: Any) -> None:
+        """Raise if a closure has left its backward to the step, and no ``fogzo`` is there to run it."""
+        left = isinstance(loss, Tensor) and loss.requires_grad
+        if left and all(p.grad is None for p in self._parameters()):
+            name = type(self).__name__
+            raise RuntimeError(
+                f"the closure returned a loss and left no gradient: pass fogzo= to {name}, whose step then runs"
+                " the backward, or call loss.backward() in the closure"
+            )
+
     def _check_owned(self, step: Step) -> None:
         """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""
         own = set(map(id, self._parameters()))
@@ -201,8 +212,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         taken = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         if taken:
             warnings.warn(
-                f"fogzo has taken no step yet, and the optimizer {taken}: if they go on with a run, load its"
-                " state_dict into fogzo, too; otherwise beta begins at 1",
+                f"the optimizer has taken {taken} steps, and fogzo none: if you resume a run, call"
+                " fogzo.load_state_dict too; without it beta begins at 1 again",
                 stacklevel=4,
             )
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..functional import estimate_adamw_, estimate_sgd_
+from ..spec.checks import hinted
 from ..train.fogzo import Fogzo
 from .fused import FusedOptimizer, Params
+
+NOT_OFFERED = "it is not offered; torch.optim has it, and steps after fogzo.estimate_()"
+HINTED = hinted(
+    beta1="the argument is betas, a pair",
+    beta2="the argument is betas, a pair",
+    beta="the argument is betas, a pair; the beta of Fogzo is set there",
+    alpha_lr="give it to fk.parameter_groups(model, weight_decay=..., alpha_lr=...), and its result as params",
+    amsgrad=NOT_OFFERED,
+    maximize=NOT_OFFERED,
+)
 
 
 class AdamW(FusedOptimizer):
@@ -42,6 +53,7 @@ class AdamW(FusedOptimizer):
     KIND = "adamw"
     OP = staticmethod(estimate_adamw_)
 
+    @HINTED
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, *, fogzo: Fogzo | None = None,
@@ -84,6 +96,7 @@ class SGD(FusedOptimizer):
     KIND = "sgd"
     OP = staticmethod(estimate_sgd_)
 
+    @HINTED
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
         weight_decay: float = 0.0, nesterov: bool = False, *, fogzo: Fogzo | None = None,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
-from typing import SupportsInt
+from collections.abc import Callable
+from typing import Any, SupportsInt, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_number(name: str, value: float) -> None:
@@ -49,3 +54,36 @@ def check_range(name: str, value: SupportsInt, limit: int) -> int:
     if not 0 <= number < limit:
         raise ValueError(f"{name} must be in 0..{limit - 1}, got {number}")
     return number
+
+
+def hinted(otherwise: str = "", **hints: str) -> Callable[[F], F]:
+    """Decorate a function: Python's error for arguments that do not fit its signature gets a hint.
+
+    Args:
+        otherwise: the hint where no argument of ``hints`` was given.
+        hints: what to say by the name of an argument that the function does not have.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except TypeError as error:
+                hint = next((text for name, text in hints.items() if name in kwargs), otherwise)
+                if not hint or _fit(function, args, kwargs):
+                    raise
+                raise TypeError(f"{error}: {hint}") from None
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def _fit(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function can be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True

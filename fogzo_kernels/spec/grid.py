@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import as_int
+from .checks import as_int, hinted
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of latents, gradients and values
 OUTPUTS = (*FLOATS, torch.int8)  # int8 holds codes
+
+
+MADE_BY = "use a constructor of Grid: Grid.uniform(bits), Grid.half_offset(bits), Grid.sign() or Grid.ternary()"
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Grid:
             1.58
         """
         return cls(-1, 1, 0.0, 1)
+
+
+Grid.__init__ = hinted(MADE_BY)(Grid.__init__)  # type: ignore[method-assign]
 
 
 def _checked_bits(bits: int, low: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .checks import hinted
 from .grid import Grid
 from .hadamard import Hadamard
 from .quantizer import Quantizer
@@ -9,6 +10,11 @@ from .scale import Alpha, Granularity, Scale
 from .straight_through import StraightThrough
 
 __all__ = ["bitnet", "dynamic", "fixed", "lsq", "quest", "seq"]
+
+HINTED = hinted(
+    group_size="the argument is granularity, the size of a group of a row, lsq(4, 128) say",
+    per_channel="the argument is granularity, lsq(4, 'row') say",
+)
 
 
 def fixed(bits: int, alpha: Alpha) -> Quantizer:
@@ -31,10 +37,12 @@ def fixed(bits: int, alpha: Alpha) -> Quantizer:
 
 def _checked_bits(bits: int) -> int:
     if isinstance(bits, bool) or bits not in range(1, 9):
-        raise ValueError(f"bits must be an int in 1..8, got {bits!r}")
+        ternary = " (three values: bitnet() or seq(1.58))" if bits == 1.58 else ""
+        raise ValueError(f"bits must be an int in 1..8, got {bits!r}{ternary}")
     return int(bits)
 
 
+@HINTED
 def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
     """Return LSQ: ``Grid.uniform(bits)``, or ``Grid.sign()`` for 1 bit, with a learned scale.
 
@@ -60,6 +68,7 @@ def lsq(bits: int, granularity: Granularity = "tensor") -> Quantizer:
     return Quantizer(Grid.uniform(bits), Scale.learned(granularity), StraightThrough("identity"))
 
 
+@HINTED
 def seq(bits: float, granularity: Granularity = "row") -> Quantizer:
     """Return ParetoQ's SEQ: equal steps across a learned range, without 0 for 2 bits.
 
@@ -92,6 +101,7 @@ def seq(bits: float, granularity: Granularity = "row") -> Quantizer:
 CLIPS = (0.79788, 1.49353, 2.05107, 2.51393, 2.91609, 3.27660, 3.60105, 3.88494)
 
 
+@HINTED
 def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quantizer:
     """Return QuEST: half-offset levels after a Hadamard transform; gradients pass values that are near a level.
 
@@ -120,6 +130,7 @@ def quest(bits: int, block: int = 128, granularity: Granularity = "row") -> Quan
     return Quantizer(Grid.half_offset(bits), scale, trust, Hadamard(block))
 
 
+@HINTED
 def dynamic(bits: int, granularity: Granularity = "row") -> Quantizer:
     """Return a quantizer for activations: ``Grid.uniform(bits)`` up to the largest value of each token.
 

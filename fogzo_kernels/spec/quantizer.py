@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .checks import hinted
 from .grid import Grid
 from .hadamard import Hadamard, block_of
 from .scale import LearnedScale, Scale
@@ -112,6 +113,10 @@ class Quantizer:
         except (KeyError, TypeError) as error:
             raise ValueError(f"the quantizer must be as to_dict gives it, got {found}") from error
 
+
+Quantizer.__init__ = hinted(  # type: ignore[method-assign]
+    "Quantizer takes grid, scale and straight_through; fk.presets has ready ones, fk.presets.lsq(2) say"
+)(Quantizer.__init__)
 
 #: Of the form of :meth:`Quantizer.to_dict`.
 VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import pickle
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_int, check_number
+from .checks import as_int, check_number, hinted
 from .grid import Grid
 
 Alpha = float | Tensor | Callable[[Tensor], float | Tensor]
@@ -23,7 +23,13 @@ Granularity = str | int
 STATISTICS = ("absmax", "absmean", "rms")
 
 
-class Scale(ABC):
+MADE_BY = (
+    "use a constructor of Scale: Scale.fixed(alpha), Scale.absmax(), Scale.absmean(), Scale.rms() or"
+    " Scale.learned()"
+)
+
+
+class Scale:
     """Where the scale alpha of a weight comes from; use its constructors.
 
     Alpha is the unit of the grid's values. The constructors see a weight as a matrix with one row per output of
@@ -33,6 +39,10 @@ class Scale(ABC):
         >>> fk.Scale.fixed(0.5), fk.Scale.absmax("row"), fk.Scale.learned(32)
         (Scale.fixed(0.5), Scale.absmax('row'), Scale.learned(32))
     """
+
+    @hinted(MADE_BY)
+    def __init__(self) -> None:
+        raise TypeError(f"Scale is not made itself: {MADE_BY}")
 
     @staticmethod
     def fixed(alpha: Alpha) -> Scale:
@@ -362,7 +372,8 @@ def checked_granularity(granularity: Any) -> Granularity:
         return granularity
     if isinstance(granularity, bool) or not isinstance(granularity, numbers.Integral) or granularity < 2:
         raise ValueError(
-            f"granularity must be 'tensor', 'row' or an int >= 2, the size of a group, got {granularity!r}"
+            "granularity must be 'tensor', 'row' (an alpha for each output channel) or an int >= 2 (the size of"
+            f" a group), got {granularity!r}"
         )
     return as_int("granularity", granularity)
 

@@ -49,7 +49,8 @@ class Attached:
             )
         if run.attached is not None:
             raise RuntimeError(
-                "attach must be called once, got a Fogzo that is attached: call remove() on that first"
+                "attach must be called once, got a Fogzo that is attached: call remove() on what attach"
+                " returned"
             )
         if self._fused and getattr(optimizer, "fogzo", None) not in (None, self._fogzo):
             raise ValueError("optimizer must have no other Fogzo, got one with another as its fogzo")

@@ -25,7 +25,7 @@ from ..functional import (
 )
 from ..nn.quantized import QuantizedWeight
 from ..nn.view import LOCAL, DeferredLists, PassWeight, WeightView, check_alpha, each, use_probe
-from ..nn.weight import hold_alphas, measure_
+from ..nn.weight import against_alpha, hold_alphas, measure_
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 
@@ -152,7 +152,13 @@ class WeightGroup:
     def quantize(self) -> None:
         """Write Q(parameter) into the memory, for one pass, as a write to ``.data`` shows in no version."""
         grid, transform = self.how["grid"], self.how["transform"]
-        quantize_(self.memory, self.latents, self.alphas, grid=grid, transform=transform, backend=self.backend)
+        latents, alphas = self.latents, self.alphas
+        try:
+            quantize_(self.memory, latents, alphas, grid=grid, transform=transform, backend=self.backend)
+        except ValueError as error:
+            each_of = zip(self.weights, latents, alphas, strict=True)
+            found = (against_alpha(w.name, t.detach(), alpha.detach(), w.quantizer) for w, t, alpha in each_of)
+            raise next(filter(None, found), error) from None
 
 
 def grouped(weights: Iterable[WeightView], backend: str | None) -> list[WeightGroup]:

@@ -15,6 +15,7 @@ from ..distributed.group import Peers
 from ..nn.view import reshard
 from ..nn.weights import quantized_weights
 from ..ops import checks
+from ..spec.checks import hinted
 from .attached import Attached
 from .guards.closure import Closures
 from .guards.fingerprints import changed, warn_of
@@ -85,6 +86,17 @@ class Fogzo:
         >>> optimizer.step()
     """
 
+    @hinted(
+        beta="the argument is one_minus_beta, 1 - beta at the end, or kappa",
+        steps="the argument is total_steps",
+        max_steps="the argument is total_steps",
+        num_steps="the argument is total_steps",
+        n="the argument is directions",
+        num_directions="the argument is directions",
+        eps="the argument is epsilon_scale, a factor on eps",
+        epsilon="the argument is epsilon_scale, a factor on eps",
+        lr="the optimizer has the learning rate",
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -319,8 +331,8 @@ class Fogzo:
         """
         if self.pending:
             raise RuntimeError(
-                "estimate_() must follow the passes of a step, or the step of a fused optimizer that has this"
-                " Fogzo: without it the last step was plain straight-through. To leave a step, call discard()"
+                "the last step had no estimate, and was plain straight-through: call fogzo.estimate_() before"
+                " optimizer.step(), or pass fogzo= to fk.AdamW or fk.SGD; to drop a step, call discard()"
             )
         if self._run.attached is not None:
             raise RuntimeError(

@@ -130,9 +130,9 @@ def final_one_minus_beta(value: float | None, kappa: float | None, weights: int)
             raise ValueError(f"one_minus_beta and kappa must not both be given, got {value} and {kappa}")
         if isinstance(value, (int, float)) and 0.5 < value < 1:
             warnings.warn(
-                f"one_minus_beta is 1 - beta, got {value}: with almost no guide. For beta = {value} give"
-                f" {1 - value:.6g}",
-                stacklevel=3,
+                f"one_minus_beta is 1 - beta, got {value}, which leaves almost no guide: for beta = {value}"
+                f" give one_minus_beta={1 - value:.6g}",
+                stacklevel=4,
             )
         return value
     kappa = min(KAPPA, weights) if kappa is None else kappa

@@ -95,7 +95,7 @@ class Stats:
             self._warned_of_lost = True
             warnings.warn(
                 "the loss or a gradient of a step was not finite: the step is lost, and changes no weight and"
-                " no state. Such steps are counted in fogzo.diagnostics()['lost_steps'] and not said again",
+                " no state. fogzo.diagnostics()['lost_steps'] counts such steps; this warning comes once",
                 stacklevel=3,
             )
 
@@ -103,9 +103,9 @@ class Stats:
         if difference < FEW_ROUNDINGS * rounding and not self._warned_of_rounding:
             self._warned_of_rounding = True
             warnings.warn(
-                f"the losses of a probe's two sides differ by {difference:.3g}, little more than float32's"
-                f" rounding at the loss, {rounding:.3g}: the estimate is mostly that. Compute the loss in"
-                " float32, over fewer terms or without a large constant, or raise kappa",
+                f"the two losses of a probe differ by {difference:.3g}, little more than float32's rounding at"
+                f" the loss, {rounding:.3g}: the estimate is mostly rounding. Compute the loss in float32, over"
+                " fewer terms or without a large constant, or raise kappa",
                 stacklevel=4,
             )
 

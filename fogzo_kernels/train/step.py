@@ -212,8 +212,8 @@ class Step:
         nonzero, finite, alphas = self._finish_gradients()
         if self.estimates and not self.groups and not self.taken_over:
             raise RuntimeError(
-                "the gradient pass must leave a gradient for a quantized weight: is it the model of this Fogzo"
-                " that the loss depends on?"
+                "no quantized weight got a gradient in the gradient pass: the loss must depend on the model"
+                " that this Fogzo was made with"
             )
         if self.pairs:
             self._norm = run.guide.norm(self.groups, loss.device)

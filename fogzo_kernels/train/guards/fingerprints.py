@@ -39,9 +39,9 @@ OF_MODULES = {*vars(nn.Module()), *QuantizedWeight.ADDED}
 BUFFERS, ATTRIBUTE = "the buffers of", "the attribute"
 
 NOT_REPLAYED = (
-    "a pass of a step changes {}, and so every pass sees something else: the difference of two losses is then"
-    " that of two batches, masks or counts. Give generators and objects with a state to"
-    " Fogzo(..., replay=[...]), and move the rest out of the pass; fogzo.check(closure) looks closer"
+    "a pass of a step changes {}, so that each pass sees other batches, masks or counts, and the difference of"
+    " two losses measures these. Pass generators and stateful objects as Fogzo(..., replay=[...]), and move"
+    " the rest out of the closure; fogzo.check(closure) looks closer"
 )
 
 #: What something is worth now: equal as long as it does not change.

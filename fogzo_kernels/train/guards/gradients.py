@@ -21,16 +21,16 @@ from ..replay import capturing
 from .lost import bits, keep_from_optimizers
 
 BACKWARD_IN_A_PASS = (
-    "backward must not be called inside a pass but by probe.backward(loss); a closure returns its loss, and the"
-    " step calls backward"
+    "backward must not be called inside a pass: return the loss from the closure, and the step calls backward;"
+    " in a loop over probes() call probe.backward(loss)"
 )
 EDITED = (
     ".grad must not change between the passes and the estimate; to unscale or clip it, call estimate_() first"
 )
 ESTIMATED = ".grad still holds the last estimate; zero_grad in the closure comes too late"
 ELSEWHERE = (
-    ".grad of {} holds that of a backward outside the passes, which would enter the guide and be lost; add such"
-    " a loss to that of the closure"
+    ".grad of {} comes from a backward outside of the passes, and the estimate would replace it; add that loss"
+    " to the loss of the closure"
 )
 
 
@@ -118,9 +118,9 @@ class Gradients:
                 continue
             if bool(local(p.grad).any()):
                 raise RuntimeError(
-                    f"step must follow the passes of fogzo, got the gradient of another backward for {name}: it"
-                    " would train plain straight-through. Give step a closure, or run the passes by"
-                    " fogzo.run(closure) or fogzo.probes()"
+                    f"the gradient of {name} comes from a backward outside of the passes of fogzo, and step would"
+                    " train plain straight-through: give step a closure, or run the passes by fogzo.run(closure)"
+                    " or fogzo.probes()"
                 )
 
     def check_fresh(self, names: Sequence[str]) -> None:

@@ -56,8 +56,8 @@ def _moved(tensor: Tensor, version: int) -> bool:
 def _warn(names: Sequence[str]) -> None:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     warnings.warn(
-        f"learned alphas got a gradient, and the step that moved the weights did not move them: {shown}. They"
-        " are in no optimizer: make it after quantize_model, with fk.parameter_groups(model) say, or call"
+        f"no optimizer has the learned alphas: the step that moved the weights did not move {shown}. Make the"
+        " optimizer after quantize_model, with fk.parameter_groups(model, weight_decay=...) say, or call"
         ' optimizer.add_param_group({"params": list(fk.learned_alphas(model))})',
         stacklevel=4,
     )
