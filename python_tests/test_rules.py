@@ -85,6 +85,8 @@ ALL = dict.fromkeys(["embed", "blocks.0.proj", "blocks.1.proj", "head"], 2.0) | 
             {k: v for k, v in ALL.items() if k not in ("lstm.weight_hh_l0", "head")},
         ),
         ({"rules": [("blocks.*.proj.weight", FOUR)]}, ALL | {"blocks.0.proj": 4, "blocks.1.proj": 4}),
+        ({"rules": [("blocks.1.table", FOUR)]}, ALL | {"blocks.1.table": 4}),
+        ({"rules": [("*.table", FOUR)]}, ALL | {"blocks.0.table": 4, "blocks.1.table": 4}),
         ({"rules": [(lambda name, m: getattr(m, "out_features", 0) == 8, FOUR)]}, ALL | {"head": 4}),
         ({"quantizer": None, "rules": [("head", FOUR)]}, {"head": 4}),
     ],

@@ -22,7 +22,7 @@ from .guards.fingerprints import changed, warn_of
 from .guards.uncompiled import uncompiled
 from .replay import ReplayState
 from .run import COUNTERS, DeviceState, Run
-from .settings import Settings, final_one_minus_beta, loaded
+from .settings import HINTS, Settings, final_one_minus_beta, loaded
 from .step import Pass, Step
 
 
@@ -86,17 +86,7 @@ class Fogzo:
         >>> optimizer.step()
     """
 
-    @hinted(
-        beta="the argument is one_minus_beta, 1 - beta at the end, or kappa",
-        steps="the argument is total_steps",
-        max_steps="the argument is total_steps",
-        num_steps="the argument is total_steps",
-        n="the argument is directions",
-        num_directions="the argument is directions",
-        eps="the argument is epsilon_scale, a factor on eps",
-        epsilon="the argument is epsilon_scale, a factor on eps",
-        lr="the optimizer has the learning rate",
-    )
+    @hinted(**HINTS)
     def __init__(
         self,
         model: nn.Module,

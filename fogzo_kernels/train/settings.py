@@ -26,6 +26,20 @@ RETIRED = {"difference": "central", "probe_share": 1.0}
 ADDED = {"noise_per": "model"}
 
 
+#: What to write instead of arguments that Fogzo has not.
+HINTS = {
+    "beta": "the argument is one_minus_beta, 1 - beta at the end, or kappa",
+    "steps": "the argument is total_steps",
+    "max_steps": "the argument is total_steps",
+    "num_steps": "the argument is total_steps",
+    "n": "the argument is directions",
+    "num_directions": "the argument is directions",
+    "eps": "the argument is epsilon_scale, a factor on eps",
+    "epsilon": "the argument is epsilon_scale, a factor on eps",
+    "lr": "the optimizer has the learning rate",
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a resumed run must have in common with the one that it continues, see :class:`Fogzo`.

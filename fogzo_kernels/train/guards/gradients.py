@@ -118,9 +118,9 @@ class Gradients:
                 continue
             if bool(local(p.grad).any()):
                 raise RuntimeError(
-                    f"the gradient of {name} comes from a backward outside of the passes of fogzo, and step would"
-                    " train plain straight-through: give step a closure, or run the passes by fogzo.run(closure)"
-                    " or fogzo.probes()"
+                    f"the gradient of {name} comes from a backward outside of the passes of fogzo, and step"
+                    " would train plain straight-through: give step a closure, or run the passes by"
+                    " fogzo.run(closure) or fogzo.probes()"
                 )
 
     def check_fresh(self, names: Sequence[str]) -> None:
