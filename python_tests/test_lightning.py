@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fogzo_kernels as fk
-from fogzo_kernels.integrations.lightning import KEY, FogzoMixin
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+from fogzo_kernels.integrations.lightning import KEY, FogzoModuleMixin, GuidedNoise  # noqa: E402
 
 STEPS, OPTIONS = 6, {"directions": 1, "kappa": 0.5, "seed": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -54,7 +55,7 @@ class Plain(lightning.LightningModule):
         return kind(self.parameters(), lr=self.rate)
 
 
-class Ours(FogzoMixin, Plain):
+class Ours(FogzoModuleMixin, Plain):
     fogzo_options = OPTIONS
 
 
@@ -213,7 +214,7 @@ class Normed(Plain):
         fk.quantize_model(self.net, {"lsq": fk.presets.lsq(2), "bitnet": fk.presets.bitnet()}[preset])
 
 
-class OursNormed(FogzoMixin, Normed):
+class OursNormed(FogzoModuleMixin, Normed):
     fogzo_options = OPTIONS
 
 
@@ -246,7 +247,7 @@ def test_a_model_that_was_loaded_begins_a_run_of_its_own(tmp_path):
 
 def test_a_checkpoint_without_its_state_is_refused(tmp_path):
     path = half(tmp_path, edit=lambda checkpoint: checkpoint.pop(KEY))
-    with pytest.raises(RuntimeError, match="the checkpoint must have 'fogzo', as FogzoMixin writes it"):
+    with pytest.raises(RuntimeError, match="the checkpoint must have 'fogzo', as FogzoModuleMixin writes it"):
         fit(Ours(), tmp_path, ckpt_path=path)
 
 
@@ -394,3 +395,48 @@ def test_automatic_optimization_takes_guided_noise_by_a_hook(tmp_path, fused):
         optimizer.step()
     weights = weights_of(hand)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+GUIDED = {"kappa": 0.5, "seed": 3}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_callback_adds_the_noise_of_an_attached_optimizer(tmp_path, fused):
+    """The weights have the bits of a loop by hand, and fit takes its hook off again."""
+    model, data, noise = Plain(fused), Rows(), GuidedNoise(**GUIDED)
+    trainer = fit(model, tmp_path, callbacks=[noise])
+    assert noise.fogzo.steps == trainer.global_step == STEPS
+    hand = Plain(fused)
+    optimizer = hand.configure_optimizers()
+    fk.Fogzo(hand, STEPS, **GUIDED).attach(optimizer)
+    for step in range(STEPS):
+        rows = slice(8 * step, 8 * step + 8)
+        optimizer.zero_grad()
+        F.cross_entropy(hand.net(data.x[rows]), data.y[rows]).backward()
+        optimizer.step()
+    weights = weights_of(hand)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert not noise.fogzo.attached
+
+
+def test_the_callback_goes_on_from_a_checkpoint(tmp_path):
+    """The steps are counted on, so that the rest of the run draws the noise of a whole run."""
+    options = GUIDED | {"schedule": "constant", "may_differ": ["total_steps"]}
+    whole = Plain()
+    fit(whole, tmp_path / "whole", callbacks=[GuidedNoise(**options)])
+    half = fit(Plain(), tmp_path / "half", callbacks=[GuidedNoise(**options)], max_steps=STEPS // 2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    other, noise = Plain(), GuidedNoise(**options)
+    fit(other, tmp_path / "rest", callbacks=[noise], ckpt_path=tmp_path / "half.ckpt", rows=Second())
+    assert noise.fogzo.steps == STEPS
+    weights = weights_of(whole)
+    assert all(torch.equal(p, weights[name]) for name, p in other.named_parameters())
+
+
+def test_the_callback_refuses_what_it_cannot_continue(tmp_path):
+    plain = fit(Plain(), tmp_path / "plain", max_steps=3)
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(RuntimeError, match="must have the state of GuidedNoise"):
+        fit(Plain(), tmp_path / "more", callbacks=[GuidedNoise()], ckpt_path=tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="directions must be 0 for attach"):
+        fit(Plain(), tmp_path / "probes", callbacks=[GuidedNoise(directions=1)])

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-from fogzo_kernels.integrations.trainer import STATE, FogzoMixin, FogzoTrainer  # noqa: E402
+from fogzo_kernels.integrations.trainer import STATE, FogzoTrainer, FogzoTrainerMixin  # noqa: E402
 
 STEPS, TOKENS = 6, 24
 OPTIONS = {"directions": 1, "kappa": 0.5, "seed": 3}
@@ -48,7 +48,7 @@ class StockInOrder(transformers.Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-class InOrder(FogzoMixin, StockInOrder):
+class InOrder(FogzoTrainerMixin, StockInOrder):
     """Of any Trainer."""
 
 
@@ -59,7 +59,7 @@ def trainer_of(folder, model=None, kind=InOrder, fogzo=OPTIONS, optimizers=(None
         "logging_steps": 1, "save_strategy": "no", "optim": "adamw_torch", "weight_decay": 0.0,
         "max_grad_norm": 1.0,
     } | arguments  # fmt: skip
-    options = {"fogzo": fogzo} if issubclass(kind, FogzoMixin) else {}
+    options = {"fogzo": fogzo} if issubclass(kind, FogzoTrainerMixin) else {}
     args = transformers.TrainingArguments(**given)
     return kind(model=model or network(), args=args, train_dataset=rows(), optimizers=optimizers, **options)
 

@@ -1,4 +1,4 @@
-"""FogzoMixin: a LightningModule whose steps are FOGZO's."""
+"""Lightning: GuidedNoise, a callback; FogzoModuleMixin, a LightningModule whose steps are FOGZO's."""
 
 from __future__ import annotations
 
@@ -12,16 +12,97 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..train.attached import Attached
 from ..train.fogzo import Fogzo
 from ..train.step import Pass
 
-__all__ = ["FogzoMixin"]
+try:
+    from lightning.pytorch import Callback
+except ImportError:  # the package of the older name
+    from pytorch_lightning import Callback  # type: ignore[assignment]
+
+__all__ = ["FogzoModuleMixin", "GuidedNoise"]
 
 KEY = "fogzo"  # in a checkpoint
 
 
-class FogzoMixin:
-    """The steps of FOGZO in a LightningModule: ``class Mine(FogzoMixin, L.LightningModule)``.
+class GuidedNoise(Callback):
+    """Guided noise in any LightningModule with automatic optimization and one optimizer.
+
+    ``fit`` makes a :class:`fogzo_kernels.Fogzo` of the model as it starts, and attaches the optimizer. The
+    module stays as it is. Checkpoints hold the state, so a run resumes to the bit.
+
+    Args:
+        options: those of :class:`fogzo_kernels.Fogzo` but ``total_steps``, which is the Trainer's
+            ``estimated_stepping_batches``, and ``directions``, which is 0. ``may_differ`` is that of
+            :meth:`fogzo_kernels.Fogzo.load_state_dict`.
+
+    Raises:
+        ValueError: when ``fit`` starts, there are several optimizers, or an option is wrong.
+        RuntimeError: when ``fit`` continues a checkpoint without the state of this callback.
+
+    Attributes:
+        fogzo: of the ``fit`` that runs or ran last, or None.
+
+    Example:
+        >>> import lightning
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[GuidedNoise(kappa=0.1)], logger=False)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.fogzo: Fogzo | None = None
+        self._attached: Attached | None = None
+        self._state: dict[str, Any] | None = None  # from a checkpoint
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach the optimizer. Lightning calls it.
+
+        Args:
+            trainer, pl_module: as Lightning gives them.
+        """
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"configure_optimizers must return one optimizer for GuidedNoise, got {len(trainer.optimizers)}"
+            )
+        options = dict(self.options)
+        may_differ = options.pop("may_differ", ())
+        steps = int(trainer.estimated_stepping_batches)
+        self.fogzo = Fogzo(trainer.strategy.model, steps, **options)
+        if trainer.global_step:
+            if self._state is None:
+                raise RuntimeError(
+                    "the checkpoint that fit continues must have the state of GuidedNoise, got one without: the"
+                    " noise would begin again. Train with the callback from the first step"
+                )
+            self.fogzo.load_state_dict(self._state, may_differ=may_differ)
+        self._attached = self.fogzo.attach(trainer.optimizers[0])
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the hook off the optimizer. Lightning calls it.
+
+        Args:
+            trainer, pl_module: as Lightning gives them.
+        """
+        if self._attached is not None:
+            self._attached.remove()
+        self._attached = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint. Lightning calls it."""
+        return {} if self.fogzo is None else self.fogzo.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts. Lightning calls it.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+        """
+        self._state = dict(state_dict)
+
+
+class FogzoModuleMixin:
+    """The steps of FOGZO in a LightningModule: ``class Mine(FogzoModuleMixin, L.LightningModule)``.
 
     Each pass of a step runs ``training_step``; with ``accumulate_grad_batches`` it runs all micro-batches, when
     the last has come. ``.grad`` holds the estimate afterwards, and Lightning clips, steps and saves as usual,
@@ -44,8 +125,8 @@ class FogzoMixin:
 
     Example:
         >>> import lightning
-        >>> from fogzo_kernels.integrations.lightning import FogzoMixin
-        >>> class Mine(FogzoMixin, lightning.LightningModule):
+        >>> from fogzo_kernels.integrations.lightning import FogzoModuleMixin
+        >>> class Mine(FogzoModuleMixin, lightning.LightningModule):
         ...     fogzo_options = {"directions": 1, "kappa": 0.1}
         ...     def training_step(self, batch, index): return self.model(batch).square().mean()
         >>> Mine().probing
@@ -147,8 +228,8 @@ class FogzoMixin:
         if trainer.global_step:  # else a model that was loaded begins a run of its own
             if self._state is None:
                 raise RuntimeError(
-                    f"the checkpoint must have {KEY!r}, as FogzoMixin writes it, got one without: FOGZO would"
-                    " begin again with beta = 1"
+                    f"the checkpoint must have {KEY!r}, as FogzoModuleMixin writes it, got one without: FOGZO"
+                    " would begin again with beta = 1"
                 )
             fogzo.load_state_dict(self._state, may_differ=may_differ)
         return fogzo

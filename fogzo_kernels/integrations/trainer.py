@@ -15,14 +15,14 @@ from transformers import Trainer
 
 from ..train.fogzo import Fogzo
 
-__all__ = ["FogzoMixin", "FogzoTrainer"]
+__all__ = ["FogzoTrainer", "FogzoTrainerMixin"]
 
 STATE = "fogzo.pt"  # in a checkpoint's folder
 REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
-class FogzoMixin:
-    """The steps of FOGZO in a ``transformers.Trainer``: ``class Mine(FogzoMixin, SFTTrainer)``.
+class FogzoTrainerMixin:
+    """The steps of FOGZO in a ``transformers.Trainer``: ``class Mine(FogzoTrainerMixin, SFTTrainer)``.
 
     Put it before ``Trainer`` or a subclass of it. It keeps the micro-batches of gradient accumulation until the
     last has come. Each pass of the step then runs them all, by the Trainer's own ``training_step``. ``.grad``
@@ -46,8 +46,8 @@ class FogzoMixin:
 
     Example:
         >>> import transformers
-        >>> from fogzo_kernels.integrations.trainer import FogzoMixin
-        >>> class Mine(FogzoMixin, transformers.Trainer):
+        >>> from fogzo_kernels.integrations.trainer import FogzoTrainerMixin
+        >>> class Mine(FogzoTrainerMixin, transformers.Trainer):
         ...     def compute_loss(self, model, inputs, **options):
         ...         return model(inputs["x"]).square().mean()
         >>> Mine(torch.nn.Linear(8, 4), fogzo={"kappa": 0.1}).fogzo is None
@@ -152,11 +152,11 @@ class FogzoMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class FogzoTrainer(FogzoMixin, Trainer):
-    """``transformers.Trainer`` with the steps of FOGZO; :class:`FogzoMixin` says how.
+class FogzoTrainer(FogzoTrainerMixin, Trainer):
+    """``transformers.Trainer`` with the steps of FOGZO; :class:`FogzoTrainerMixin` says how.
 
     Args:
-        fogzo: options of :class:`fogzo_kernels.Fogzo`, as :class:`FogzoMixin` takes them.
+        fogzo: options of :class:`fogzo_kernels.Fogzo`, as :class:`FogzoTrainerMixin` takes them.
         args, kwargs: arguments of the Trainer. The model comes from :func:`fogzo_kernels.quantize_model`.
 
     Example:

@@ -128,7 +128,7 @@ def loaded(
         shown = " and ".join(f"state[{name!r}] must be {own[name]}, got {state[name]}" for name in differ)
         raise ValueError(
             f"{shown}. To go on with this object's value, give load_state_dict may_differ={differ}; in"
-            " FogzoTrainer and Lightning's FogzoMixin it is one of the options of fogzo"
+            " FogzoTrainer and Lightning's FogzoModuleMixin it is one of the options of fogzo"
         )
     steps, saved = int(state["steps"]), torch.as_tensor(state["counters"])
     check_range("state['steps']", steps, MAX_STEP)
