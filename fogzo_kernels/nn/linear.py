@@ -32,7 +32,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
     """``nn.Linear`` that runs with Q(weight); made by :func:`fogzo_kernels.quantize_model`.
 
     ``weight``, of shape (out_features, in_features), is the latent and keeps its name, so a checkpoint
-    of the plain model loads.
+    of the plain model loads. A call with arguments makes a plain ``nn.Linear``, as adapters make their layers.
 
     Attributes:
         product: ``"int8"`` where codes are multiplied, None where values are; see
