@@ -33,6 +33,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
 
     ``weight``, of shape (out_features, in_features), is the latent. It keeps its name, so that a checkpoint of
     the plain model loads.
+    A call with arguments makes a plain ``nn.Linear``, as adapters make their layers.
 
     Attributes:
         alpha: the scale, float32: 0-dim, (out_features, 1) or (out_features, groups). A learned alpha is a

@@ -1,12 +1,14 @@
 """The texts of errors and warnings, read from the source of the package."""
 
 import ast
+import re
 from pathlib import Path
 
 import fogzo_kernels
 
 PACKAGE = Path(fogzo_kernels.__file__).parent
 GAP = "..."  # stands for what a message fills in
+GAPS = re.compile(r"\.{4,}")  # some that adjoin, or a gap beside a full stop or a range
 
 
 def messages(kind=None, under=""):
@@ -23,7 +25,7 @@ def messages(kind=None, under=""):
         for node in ast.walk(tree) if where.startswith(under) else ():
             argument = _argument(node, kind)
             for text in () if argument is None else _texts(argument, constants | dict(_constants(tree))):
-                yield where, text
+                yield where, GAPS.sub(GAP, text)
 
 
 def _constants(tree):
