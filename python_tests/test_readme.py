@@ -18,7 +18,8 @@ WITH_EXAMPLES = {"README.md", "docs/usage.md", "docs/models.md", "docs/frontends
                  "docs/quickstart.md"}  # fmt: skip
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LANGUAGES = {"python", "bibtex"}
-OPTIONAL = {"transformers", "accelerate", "lightning", "torchao", "compressed_tensors"}  # what an example may need beside the package
+#: What an example may need beside the package.
+OPTIONAL = {"transformers", "accelerate", "lightning", "torchao", "compressed_tensors"}
 
 
 def name_of(path):
