@@ -16,11 +16,12 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = {
     "README.md", "docs/models.md", "docs/frontends.md", "docs/loops.md", "docs/devices.md", "docs/export.md",
     "docs/how-it-works.md", "docs/mixtures.md", "docs/rules.md", "docs/quantizers.md", "docs/steps.md",
-    "docs/optimizers.md", "docs/checkpoints.md",
+    "docs/optimizers.md", "docs/checkpoints.md", "docs/migrate.md", "docs/quickstart.md",
 }  # fmt: skip
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LANGUAGES = {"python", "bibtex", "diff"}
-OPTIONAL = {"transformers", "accelerate", "lightning"}  # what an example may need beside the package
+#: What an example may need beside the package.
+OPTIONAL = {"transformers", "accelerate", "lightning", "torchao", "compressed_tensors"}
 
 
 def name_of(path):

@@ -21,8 +21,8 @@ NEEDED = ("torch", "numpy", "scipy", "triton", "pytest", "pytest-xdist", "hypoth
 OF_THE_TREE = (
     "ablation", "architecture", "bench", "bench_agree", "bench_executed", "bench_gpu", "bench_kernels",
     "bench_step", "compilers", "cuda", "frontends", "gpu", "guards", "llama_cpp", "machine_code",
-    "outside_backends", "project", "ptx", "ptx_faults", "ptx_mutants", "ptx_opcodes", "readme", "report",
-    "sass", "train_lm", "train_lm_parallel", "troubleshooting",
+    "migration", "outside_backends", "project", "ptx", "ptx_faults", "ptx_mutants", "ptx_opcodes", "readme",
+    "report", "sass", "train_lm", "train_lm_parallel", "troubleshooting",
 )  # fmt: skip
 LEFT_OUT = (".gitignore",)  # of the sdist
 

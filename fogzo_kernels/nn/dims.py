@@ -33,6 +33,8 @@ class Dims(NamedTuple):
         return repr(self.letters)
 
 
+#: Of attention, the parameters that its forward may multiply with.
+IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 #: Of classes, the parameters that their forwards multiply with.
 DECLARED: dict[type[nn.Module], dict[str, Dims]] = {}
 
@@ -109,10 +111,11 @@ def weights_in(module: nn.Module) -> dict[str, Dims]:
                 )
         return {name: dims for name, dims in declared.items() if own.get(name) is not None}
     if isinstance(module, nn.MultiheadAttention):
-        names = [name for name in own if name.endswith("proj_weight") and own[name] is not None]
+        names = [name for name in own if name in IN_PROJECTIONS and own[name] is not None]
         return dict.fromkeys([*names, "out_proj.weight"], Dims("oi"))
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return {name: Dims("oi") for name, p in own.items() if p is not None and p.ndim == 2}
+        flat = getattr(module, "_flat_weights_names", ["weight_ih", "weight_hh"])  # without what hooks remake
+        return {name: Dims("oi") for name, p in own.items() if name in flat and p is not None and p.ndim == 2}
     if isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "_apply_gate"):
         stack = Dims("eio" if module.is_transposed else "eoi")  # experts of transformers
         return {name: stack for name, p in own.items() if p is not None and p.ndim == 3}

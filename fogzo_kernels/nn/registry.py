@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from ..ops import checks
 from ..spec.grid import FLOATS
 from .dims import DECLARED, Dims, read_by, usual, weights_in
-from .held import CHILD, GATE, HeldWeight
+from .held import CHILD, GATE, HeldWeight, Holder
 from .linear import QuantLinear
 from .module import QuantizedModule
 from .quantized import QuantizedWeight
@@ -139,7 +139,7 @@ NAMED: dict[str, dict[str, Any]] = {
 def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
     """The class that a module of this type becomes; None if it has none with one weight."""
     kind = type(module)
-    if isinstance(module, QuantizedWeight):
+    if isinstance(module, QuantizedWeight | Holder):
         return None
     options = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
     if options is not None:
@@ -235,15 +235,18 @@ def units_in(
 ) -> Iterator[Unit]:
     """Yields the units of a module."""
     form = quantized_form(module)
-    if form is not None or isinstance(module, QuantizedModule) or made_anew(module):
+    alone = isinstance(module, FSDPModule) and any(kind in QUANTIZED for kind in type(module).__mro__)
+    if form is not None or isinstance(module, QuantizedModule) or alone or made_anew(module):
         yield Unit([name], module, [*around], weights, form, reason_against(name, module, form))
         return
     known = weights_in(module)
     for parameter, p in weights.items():
         dims = known.get(parameter)
         if p.ndim > 1:
-            own = Dims(dims.letters) if dims is not None else usual(p.ndim)
-            unit = Unit([name], module, [*around], {parameter: p}, None, None, own, dims is not None)
+            own = dims if dims is not None else usual(p.ndim)
+            part = parameter.rpartition(".")[0]  # a child that the module reads
+            inside = [(f"{name}.{part}".lstrip("."), module.get_submodule(part))] if part else []
+            unit = Unit([name], module, [*around, *inside], {parameter: p}, None, None, own, dims is not None)
             against = "it is quantized already" if unit.quantized else reason_against_parameter(unit)
             yield unit._replace(against=against)
     if rest := {parameter: p for parameter, p in weights.items() if p.ndim <= 1}:
@@ -259,6 +262,8 @@ def reason_against_parameter(unit: Unit) -> str | Exception | None:
         return "its module is parametrized: made anew in each forward"
     if reason := reason_against_tensor(where, weight):
         return reason
+    if made := made_of(*unit.home):
+        return f"it is a part of {made}, which is made anew in each forward"
     if unit.usual:
         return None
     known = "it is no known weight" if weights_in(module) else f"{kind_of(module)} is unknown"
@@ -282,7 +287,7 @@ def reason_against(name: str, module: nn.Module, form: type[QuantizedModule] | N
     """
     if isinstance(module, QuantizedModule):
         return "it is quantized already"
-    if form is None and isinstance(module, FSDPModule) and QUANTIZED.get(type(module).__mro__[2]):
+    if form is None and isinstance(module, FSDPModule):
         return ValueError(
             f"model must be quantized before fully_shard is given one of its modules by itself, got {module}"
         )
@@ -318,6 +323,12 @@ def against_activation(unit: Unit) -> str | None:
     if unit.dims is None or (hasattr(module, GATE) and getattr(module, "has_gate", False)):
         return None
     return f"{type(module).__name__} does not say which tensor meets this weight"
+
+
+def made_of(module: nn.Module, name: str) -> str | None:
+    """The tensor that hooks of weight_norm or prune make of a parameter, or None."""
+    whole = name.removesuffix("_orig").removesuffix("_g").removesuffix("_v")
+    return whole if whole != name and isinstance(vars(module).get(whole), Tensor) else None
 
 
 def made_anew(module: nn.Module) -> str | None:

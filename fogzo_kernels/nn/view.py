@@ -251,9 +251,7 @@ class WeightView:
     @property
     def by_rows(self) -> bool:
         """Says whether rows without a gradient get no noise: entries of an embedding that are in no batch."""
-        part = self.placement.part
-        looked_up = all(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.modules)
-        return looked_up and (part is None or part.dim == 0)
+        return all(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.modules)
 
     def guide(self) -> Tensor | None:
         """Returns the rows of ``.grad``, or None. What is written to them is written to ``.grad``."""

@@ -24,7 +24,7 @@ from ..train.guards.uncompiled import uncompiled
 from ..train.replay import capturing
 from ..train.step import Step
 from .calls import Call, Kept, Operands, Options, Rows
-from .memory import View, follow, in_memory
+from .memory import View, follow, in_memory, lies_so
 from .scaling import Scaling
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -302,7 +302,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         def like_parameter(t: Tensor) -> Tensor:
             return torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
 
-        if not seen(grad).is_contiguous():
+        if not lies_so(grad, seen):
             p.grad = grad = like_parameter(grad)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.int64, device=_device_of_count(p, group))
@@ -317,7 +317,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         for name in ("master", *names) if "master" in state else names:
-            if not seen(state[name]).is_contiguous():  # from a checkpoint of another layout
+            if not lies_so(state[name], seen):  # from a checkpoint of another layout
                 state[name] = like_parameter(state[name])
         master = seen(state["master"]) if "master" in state else None
         if master is not None:

@@ -23,6 +23,12 @@ def follow(master: Tensor, latent: Tensor) -> None:
         master.copy_(torch.where(rounded == now, master, latent.float()))
 
 
+def lies_so(tensor: Tensor, seen: View) -> bool:
+    """Whether what an op writes through a view lands in the tensor: a view of other memory is a copy."""
+    view = seen(tensor)
+    return view.is_contiguous() and view.data_ptr() == local(tensor).data_ptr()
+
+
 def in_memory(p: Tensor) -> View:
     """How to see tensors that lie in memory as ``p`` does, in the order of memory."""
     if p.is_contiguous():

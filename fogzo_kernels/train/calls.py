@@ -147,7 +147,13 @@ class WeightGroup:
     @property
     def reached(self) -> list[Tensor]:
         """For each weight, as a column of bool: which rows have a gradient that is not all 0."""
-        return [(grad != 0).any(1, keepdim=True) for grad in self.grads]
+        reached = []
+        for w, grad in zip(self.weights, self.grads, strict=True):
+            rows, part = (grad != 0).any(1, keepdim=True), w.placement.part
+            if part is not None and part.dim == 1:  # the others' columns
+                rows = part.sum(rows.float()) > 0
+            reached.append(rows)
+        return reached
 
     def quantize(self) -> None:
         """Write Q(parameter) into the memory, for one pass, as a write to ``.data`` shows in no version."""

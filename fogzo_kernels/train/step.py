@@ -324,7 +324,11 @@ class Step:
                 out = each(part.weights, WeightView.code_memory) if codes else part.memory
                 other, new = part.second_memory(out)
                 rows, options = (part.latents, part.grads, part.alphas), self.options(part)
+                still = [*map(torch.clone, out)] if part.by_rows else []  # Q, also after other directions
                 perturb_quantize_(out, other, *rows, self._norm, direction=probe.direction, **options)
+                for q, reached, *sides in zip(still, part.reached, out, other, strict=True) if still else ():
+                    for side in sides:
+                        side.copy_(torch.where(reached, side, q))
                 views += new
                 plus += [w.code_memory() if codes else w.memory() for w in new]
                 minus += new.values()
