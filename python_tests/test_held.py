@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -255,6 +256,42 @@ def test_a_rule_names_a_parameter_of_an_unknown_module():
 def test_a_rule_for_everything_names_no_parameter_of_an_unknown_module():
     report = fk.quantize_model(nn.Sequential(Router(), nn.Linear(5, 2)), None, rules=[("*", LSQ)])
     assert [row.name for row in report.quantized] == ["1"]
+
+
+def remade(kind):
+    """A module with a hook that makes one of its weights anew from others."""
+    if kind == "weight_norm":
+        return nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), "weight_hh_l0", "weight_hh_l0_v"
+    attention = nn.MultiheadAttention(4, 2)
+    prune.l1_unstructured(attention, "in_proj_weight", 0.5)
+    return attention, "in_proj_weight", "in_proj_weight_orig"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "prune"])
+def test_what_hooks_make_a_weight_of_is_left_alone(kind):
+    """The forward reads the weight that the hook has made: to quantize its parts would do nothing."""
+    module, whole, part = remade(kind)
+    report = fk.quantize_model(module, LSQ)
+    assert not any(row.name.startswith(whole) for row in report.quantized)
+    reasons = {row.name: row.reason for row in report.left}
+    assert reasons[part] == f"it is a part of {whole}, which is made anew in each forward"
+    with pytest.raises(ValueError, match=f"{part}: it is a part of {whole}, which is made anew"):
+        fk.quantize_model(remade(kind)[0], None, rules=[(part, LSQ)])
+
+
+def test_rules_find_a_child_that_its_parent_reads():
+    model = nn.Sequential(nn.MultiheadAttention(4, 2))
+    report = fk.quantize_model(model, LSQ, skip="0.out_proj")
+    assert [row.name for row in report.quantized] == ["0.in_proj_weight"]
+
+
+def test_a_second_call_leaves_what_a_rule_named_as_it_is():
+    config = torch.ao.quantization.get_default_qat_qconfig()
+    model = nn.Sequential(torch.ao.nn.qat.Linear(4, 4, qconfig=config), nn.Linear(4, 4))
+    fk.quantize_model(model, None, rules=[("0.weight", LSQ)])
+    report = fk.quantize_model(model, LSQ)
+    assert {row.name for row in report.quantized} == {"0.weight", "1"}
 
 
 @pytest.mark.parametrize(

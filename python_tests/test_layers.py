@@ -360,6 +360,53 @@ def test_a_fused_step_of_an_embedding_with_padding_is_the_estimate_and_a_plain_o
     assert emb.weight[[0, 4]].ne(before[[0, 4]]).any(1).all()
 
 
+@pytest.mark.parametrize("directions", [1, 3])
+def test_a_padding_row_is_read_alike_in_all_passes(directions):
+    emb, seen = nn.Embedding(5, 64, padding_idx=3), []
+    nn.init.normal_(emb.weight)
+    fk.quantize_model(emb, scaled(0.3))
+    options = {"one_minus_beta": 1.0, "schedule": "constant", "directions": directions}
+    fogzo = fk.Fogzo(emb, total_steps=4, **options)
+
+    for probe in fogzo.probes():
+        with probe:
+            out = emb(torch.tensor([0, 3]))
+            seen.append(out.detach().clone())
+            probe.backward(out.square().mean())
+    fogzo.estimate_()
+    assert all(torch.equal(out[1], seen[0][1]) for out in seen)
+    assert all(out[0].ne(seen[0][0]).any() for out in seen[1:])
+
+
+@pytest.mark.parametrize("fused", [fk.AdamW, fk.SGD])
+@pytest.mark.parametrize("name", ["transposed", "channels last"])
+def test_state_of_another_layout_is_what_a_fused_step_moves(name, fused):
+    """A checkpoint may hold momenta as they lie in a plain model."""
+    torch.manual_seed(0)
+    plain = nn.ConvTranspose2d(3, 4, 2) if name == "transposed" else nn.Conv2d(3, 4, 2)
+    if name == "channels last":
+        plain = plain.to(memory_format=torch.channels_last)
+    options = {"momentum": 0.9} if fused is fk.SGD else {}
+    x, found = torch.randn(2, 3, 5, 5), []
+    for contiguous in (False, True):
+        model = copy.deepcopy(plain)
+        fk.quantize_model(model, scaled(0.3))
+        fogzo = fk.Fogzo(model, total_steps=9, directions=1)
+        optimizer = fused(model.parameters(), lr=0.1, fogzo=fogzo, **options)
+        for step in range(3):
+            if step and contiguous:
+                state = copy.deepcopy(optimizer.state_dict())
+                for own in state["state"].values():
+                    for key, value in own.items():
+                        if key != "step" and value is not None:
+                            own[key] = value.clone(memory_format=torch.contiguous_format)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            optimizer.step(lambda model=model: model(x).square().mean())
+        found.append(model.weight.detach().clone())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("directions", [0, 1])
 def test_scales_of_rows_that_are_not_in_the_batch_keep_still(directions):
     """In a fused step, whatever momentum they have from earlier batches."""

@@ -4,9 +4,14 @@ import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from support.processes import needs_gloo, spawned
 from support.sharded_models import STEPS, Net, batch_of, cut, optimizer_of, train, values_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fogzo_kernels as fk
 from fogzo_kernels.nn.view import whole
@@ -45,3 +50,27 @@ def test_tensor_parallelism_trains_as_one_process(tmp_path, scale):
             torch.testing.assert_close(values[name], state[name], rtol=1e-2, atol=1e-3, msg=name)
         for name, grad in found.items():
             torch.testing.assert_close(grad, grads[name], rtol=1e-2, atol=1e-4, msg=name)
+
+
+def embedding_in_columns(rank):
+    """The estimate of an embedding that is cut by columns, or whole where there is one process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 6, padding_idx=5), nn.Linear(6, 3))
+    nn.init.normal_(model[0].weight)
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(model[0], mesh, ColwiseParallel(output_layouts=Replicate()))
+    fk.quantize_model(model, fk.presets.fixed(3, 0.3), skip="1")
+    tokens = torch.tensor([0, 5, 6, 2])
+    fogzo = fk.Fogzo(model, total_steps=10, one_minus_beta=0.5, schedule="constant", directions=1)
+    fogzo.backward(lambda: F.cross_entropy(model(tokens), tokens % 3))
+    return whole(model[0].weight.grad).clone()
+
+
+def test_rows_without_a_gradient_keep_still_where_columns_are_cut(tmp_path):
+    """The padding row and rows out of the batch, on processes that each see a part of a row."""
+    expected = embedding_in_columns(0)
+    assert expected.ne(0).any(1).tolist() == [row in (0, 2, 6) for row in range(8)]
+    for found in spawned(embedding_in_columns, tmp_path):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(found.ne(0).any(1), expected.ne(0).any(1))

@@ -82,7 +82,7 @@ class Report:
         ('0', "rules[0], '1'", '0.85, 6.6 bits')
     """
 
-    #: What :func:`fogzo_kernels.ops.checks.instance` adds where a report is taken for a model.
+    # ops.checks.instance adds it where a report is taken for a model
     MISTAKEN: ClassVar[str] = NO_MODEL
 
     quantized: Sequence[Row]

@@ -279,7 +279,12 @@ class Reference:
                 n: (1 - one_minus_beta) ** 0.5 * sign * w.delta * self.guides[n] / self.norm
                 for n, w in self.weights.items()
             }
-            noise = {n: one_minus_beta**0.5 * w.noise(direction=i, **names) for n, w in self.weights.items()}
+            noise = {
+                n: (one_minus_beta**0.5 * w.noise(direction=i, **names)).masked_fill(
+                    self.still[n].unsqueeze(1), 0
+                )
+                for n, w in self.weights.items()
+            }
             for j in (0, 1):
                 self.losses.append(self.probe(guide, noise, (1 - 2 * j) * eps, 1 + 2 * i + j))
             self.add(guide, noise, i, eps, directions)
