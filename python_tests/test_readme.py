@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = {"README.md", "docs/usage.md", "docs/models.md", "docs/frontends.md", "docs/loops.md",
-                 "docs/devices.md", "docs/export.md", "docs/how-it-works.md", "docs/migrate.md", "docs/mixtures.md",
-                 "docs/quickstart.md"}  # fmt: skip
+                 "docs/devices.md", "docs/export.md", "docs/how-it-works.md", "docs/migrate.md",
+                 "docs/mixtures.md", "docs/quickstart.md"}  # fmt: skip
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LANGUAGES = {"python", "bibtex"}
 #: What an example may need beside the package.
