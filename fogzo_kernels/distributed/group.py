@@ -30,7 +30,7 @@ class Peers:
     Args:
         model: the module that a DistributedDataParallel or ``fully_shard`` was given, or one that holds it.
         weights: its quantized weights.
-        process_group: the processes, or None: those of the model's mesh or DistributedDataParallel.
+        process_group: the processes, or None for the processes of the model's mesh or DistributedDataParallel.
         reduction: of losses and gradients: ``"mean"``, ``"sum"``, or None where this process trains alone.
 
     Raises:

@@ -139,7 +139,7 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Put the content of a file of :func:`safetensors` into a model of the same architecture, for inference.
 
     Modules become plain modules with the quantized values. With a transform or quantized inputs they become
-    quantized modules with fixed scales. The outputs equal those of the written model, bit for bit, in the same
+    quantized modules with fixed scales. The outputs equal the written model's, bit for bit, in the same
     dtype and on the same device.
 
     Args:

@@ -33,7 +33,7 @@ class GuidedNoise(Callback):
     module stays as it is. Checkpoints hold the state, so a run resumes to the bit.
 
     Args:
-        options: those of :class:`fogzo_kernels.Fogzo` but ``total_steps``, which is the Trainer's
+        options: options of :class:`fogzo_kernels.Fogzo` but ``total_steps``, which is the Trainer's
             ``estimated_stepping_batches``, and ``directions``, which is 0. ``may_differ`` is that of
             :meth:`fogzo_kernels.Fogzo.load_state_dict`.
 

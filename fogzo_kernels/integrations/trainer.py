@@ -143,7 +143,7 @@ class FogzoTrainerMixin:
         """Log as the Trainer does, with the numbers of :meth:`fogzo_kernels.Fogzo.stats` added.
 
         Args:
-            logs: numbers by name; those of FOGZO are added to it.
+            logs: numbers by name; FOGZO's numbers are added.
             args, kwargs: other arguments of the Trainer's method.
         """
         if self.fogzo is not None and "loss" in logs:

@@ -57,7 +57,7 @@ class InputQuantizer(QuantizerOptions):
         self.calibrated = self.calibrating = False
 
     def note(self, loaded: Tensor) -> None:
-        """Note whether what was loaded is a value, or NaN of a model whose inputs were not calibrated."""
+        """Sets ``calibrated``: a loaded NaN means that the model's inputs were not calibrated."""
         self.calibrated = not bool(loaded.isnan())
 
     def values(self, module: QuantizedWeight, input: Tensor, block: int) -> Tensor:

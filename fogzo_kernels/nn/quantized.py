@@ -293,7 +293,7 @@ class QuantizedWeight(SavedModule):
         """Return the int8 codes of Q(weight), a matrix with one row per output of the module.
 
         A row has the weight's other dimensions in their order. :func:`fogzo_kernels.functional.dequantize` with
-        ``alpha`` gives the values; with a transform, those of the transformed weight.
+        ``alpha`` gives the values, of the transformed weight if there is a transform.
 
         Returns:
             An int8 tensor of shape (outputs, elements of a row).

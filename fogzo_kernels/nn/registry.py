@@ -22,7 +22,7 @@ from .view import FSDPModule, local
 class QuantConv1d(QuantizedModule, nn.Conv1d):
     """``nn.Conv1d`` that runs with Q(weight); :func:`quantize_model` makes it.
 
-    A row of the weight belongs to one output channel. The attributes are those of :class:`QuantLinear`.
+    A row of the weight belongs to one output channel. It has the attributes of :class:`QuantLinear`.
 
     Example:
         >>> model = torch.nn.Conv1d(4, 8, 3)
@@ -38,7 +38,7 @@ class QuantConv2d(QuantizedModule, nn.Conv2d):
     """``nn.Conv2d`` that runs with Q(weight); :func:`quantize_model` makes it.
 
     A row of the weight belongs to one output channel. A weight in the memory format channels_last draws its
-    noise in the order of its memory. The attributes are those of :class:`QuantLinear`.
+    noise in the order of its memory. It has the attributes of :class:`QuantLinear`.
 
     Example:
         >>> model = torch.nn.Conv2d(4, 8, 3)
@@ -54,7 +54,7 @@ class QuantConv3d(QuantizedModule, nn.Conv3d):
     """``nn.Conv3d`` that runs with Q(weight); :func:`quantize_model` makes it.
 
     A row of the weight belongs to one output channel. A weight in the memory format channels_last_3d draws its
-    noise in the order of its memory. The attributes are those of :class:`QuantLinear`.
+    noise in the order of its memory. It has the attributes of :class:`QuantLinear`.
 
     Example:
         >>> model = torch.nn.Conv3d(4, 8, 3)
@@ -71,7 +71,7 @@ class QuantEmbedding(QuantizedModule, nn.Embedding):
 
     A row of the weight is the vector of one entry. The row of ``padding_idx`` gets no gradient, as in PyTorch,
     and no estimate of FOGZO. The forward returns Q of that row, which is not 0 on grids without 0. The
-    attributes are those of :class:`QuantLinear`.
+    attributes of :class:`QuantLinear` are here, too.
 
     Example:
         >>> model = torch.nn.Embedding(10, 8)

@@ -69,7 +69,7 @@ class Report:
     module with the same weight).
 
     Attributes:
-        quantized: a row for each quantized weight, also those of earlier calls.
+        quantized: a row for each quantized weight, also of earlier calls.
         left: a row for each other module that holds weights.
         vectors: number of tensors with one dimension, such as biases and norms. They are never quantized.
         vector_numel: number of their elements.

@@ -67,7 +67,7 @@ def estimate_gradient_(
         counters: int64, shape (3,), on the device. The op adds the number of directions whose slope c_i is not
             finite, of steps whose norm is not finite, and of alphas that are not finite or not > 0. A lost
             direction counts as a slope of 0. None: nothing is counted.
-        transform: the Hadamard transform of the quantizer, or None. Gradients and estimates are those of the
+        transform: the Hadamard transform of the quantizer, or None. Gradients and estimates belong to the
             weight before the transform.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 

@@ -112,7 +112,7 @@ def elsewhere(tensors: Tensors, out: Tensors) -> list[Tensor]:
 
 
 class Spans:
-    """Where lists lie, to look up in each call what is in no list."""
+    """Where lists lie, so that each call looks up only tensors that are in no list."""
 
     def __init__(self, outputs: Mapping[str, Tensors], inputs: Mapping[str, Tensors]) -> None:
         """No output may share memory with another output or with an input; all lie on one device."""

@@ -64,8 +64,8 @@ def perturb_quantize_(
         epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
         noise_factors: factor on the noise of each tensor, from :func:`noise_factors`: float32, shape
             (tensors,), on the device. None: 1 for each.
-        transform: the Hadamard transform of the quantizer, or None. Latents and gradients are those of the
-            weight before the transform; the outputs, and the noise, are those of the transformed weight. Its
+        transform: the Hadamard transform of the quantizer, or None. Latents and gradients belong to the
+            weight before the transform; the outputs and the noise belong to the transformed weight. Its
             blocks divide the last dimension, and no block has two alphas.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 

@@ -37,7 +37,7 @@ def quantize_(
         alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of the
             last dimension.
         grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
-        transform: the Hadamard transform of the quantizer, or None. The outputs are those of the transformed
+        transform: the Hadamard transform of the quantizer, or None. The outputs belong to the transformed
             latents. Its blocks divide the last dimension, and no block has two alphas.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 

@@ -97,7 +97,7 @@ def estimate_adamw_(
         counters: int64, shape (3,), on the device. The op adds the number of directions whose slope c_i is not
             finite, of steps whose norm is not finite, and of alphas that are not finite or not > 0. None:
             nothing is counted.
-        transform: the Hadamard transform of the quantizer, or None. Latents and gradients are those of the
+        transform: the Hadamard transform of the quantizer, or None. Latents and gradients belong to the
             weight before the transform; ``quantized`` receives the transformed weight.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
@@ -205,7 +205,7 @@ def estimate_sgd_(
         counters: int64, shape (3,), on the device. The op adds the number of directions whose slope c_i is not
             finite, of steps whose norm is not finite, and of alphas that are not finite or not > 0. None:
             nothing is counted.
-        transform: the Hadamard transform of the quantizer, or None. Latents and gradients are those of the
+        transform: the Hadamard transform of the quantizer, or None. Latents and gradients belong to the
             weight before the transform; ``quantized`` receives the transformed weight.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 

@@ -31,7 +31,7 @@ class TensorList(Held):
         tensors: a list of tensors, or one tensor.
         tensor_ids: default of the ops' ``tensor_ids`` where this list is the one that noise is drawn for: the
             ``latents``, or the ``grads`` of :func:`estimate_gradient_`. One per tensor; None: 0, 1, 2, ... The
-            fused tail takes those of the first ``len(alphas)`` latents.
+            fused tail takes the ids of the first ``len(alphas)`` latents.
         layouts: default of the ops' ``layouts``, as ``tensor_ids``: one ``(offset, inner, stride)`` per tensor;
             None: the tensors are whole.
 

@@ -11,7 +11,7 @@ from ..ops import checks
 
 
 def learned_alphas(model: nn.Module) -> set[nn.Parameter]:
-    """Return the learned scales of a quantized model, those of weights and of inputs.
+    """Return the learned scales of a quantized model, of weights and of inputs.
 
     Under FSDP2 every process needs them whole: quantize the model, then call ``fully_shard(model,
     ignored_params=fk.learned_alphas(model))``.

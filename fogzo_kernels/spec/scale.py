@@ -141,7 +141,7 @@ class Scale:
     def learned(granularity: Granularity = "tensor", *, init: Scale | None = None) -> Scale:
         """Return a scale that is trained: alpha is a parameter of its module, with LSQ's gradient.
 
-        The gradient and the first value are those of arXiv 1902.08153, sections 2.1 and 2.2.
+        The gradient and the first value come from arXiv 1902.08153, sections 2.1 and 2.2.
 
         Args:
             granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,

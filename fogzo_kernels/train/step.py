@@ -46,7 +46,7 @@ class Step:
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
         self._minus: tuple[list[WeightView], list[Tensor]] = [], []  # what the next pass runs with
-        self.taken_over = False  # whether the gradients are those of a loop, and no pass was run
+        self.taken_over = False  # whether a loop made the gradients, and no pass ran
         self.snapshots: list[Snapshot] = []  # before the gradient pass, and after it if probes follow
         self._compared = n > 0 and not run.passes_compared  # whether to look for what passes do not see alike
         self._generators: Prints = {}  # if so, others' generators as the gradient pass began

@@ -16,7 +16,7 @@ from .elements import direction_sign, fma, output_of, position
 from .hadamard import rotated
 from .launch import Tensors, config_of, draw_of, grid_of, launch, mix_of, noise_fields, rounded
 
-#: The most of a thread, by the outputs' dtype: ptxas, left alone, spills some to reach fewer.
+#: Register limit per thread, by the outputs' dtype. Without it ptxas aims lower and spills.
 REGISTERS = {torch.int8: 96}
 
 
@@ -84,7 +84,7 @@ def perturb_kernel(table, owner, factors, draw, mix, direction, eps, grid, confi
 
 
 def registers_of(out: torch.dtype, block: int) -> int | None:
-    """The most of a thread. A tile's larger blocks of the transform need more."""
+    """Register limit per thread. Larger blocks of the transform need more."""
     return (128 if block <= 256 else 200) if block else REGISTERS.get(out)
 
 

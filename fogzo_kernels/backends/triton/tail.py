@@ -203,7 +203,7 @@ def update_kernel(table, owner, factors, counters, draw, coef, n, grid, numbers,
 
 
 def registers_of(block: int, aligned: bool) -> int:
-    """The most of a thread. A tile's larger blocks of the transform need more, and so do unaligned tensors."""
+    """Register limit per thread. Larger blocks of the transform and unaligned tensors need more."""
     if block:
         return 128 if block <= 256 else 255
     return REGISTERS if aligned else REGISTERS + 16

@@ -1,4 +1,4 @@
-"""Whose gradients the weights have: of a pass, of an estimate, or of a backward elsewhere.
+"""Tracks where each ``.grad`` came from: a pass, an estimate, or an unrelated backward.
 
 A hook on each weight sees who accumulates into its gradient; an estimate is known by its tensor. A tensor's
 version would not do: clipping changes it too. The hook does not tell which weights take part in a step:
