@@ -165,7 +165,7 @@ def learned_sum_kernel(table, owner, crossing, partial, BLOCK: tl.constexpr):
 
 
 def registers_of(unit: int | None, kind: str, block: int) -> int | None:
-    """Register limit per thread, where the compiler's own choice spills 8 bytes on some GPU; else it is better."""
+    """Register limit per thread, where the compiler's own choice, often better, spills on some GPU."""
     if block >= 256:
         return 112 if block < 1024 else 168
     if unit is None:
