@@ -46,6 +46,7 @@ class GuidedNoise(Callback):
 
     Example:
         >>> import lightning
+        >>> from fogzo_kernels.integrations.lightning import GuidedNoise
         >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[GuidedNoise(kappa=0.1)], logger=False)
     """
 
