@@ -160,10 +160,10 @@ def test_under_a_gradient_scaler_an_overflow_skips_the_step(tmp_path, fused, cli
     assert all(torch.equal(p, weights_of(Ours())[name]) for name, p in model.named_parameters())
 
 
-def half(folder, edit=lambda checkpoint: None):
+def half(folder, edit=lambda checkpoint: None, make=lambda: Ours(), *more):
     """The checkpoint of a run after 3 steps."""
     keep = lightning.callbacks.ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
-    fit(Ours(), folder, enable_checkpointing=True, callbacks=[keep])
+    fit(make(), folder, enable_checkpointing=True, callbacks=[keep, *more])
     path = folder / "kept/step=3.ckpt"
     checkpoint = torch.load(path, weights_only=False)
     edit(checkpoint)
@@ -421,13 +421,10 @@ def test_the_callback_adds_the_noise_of_an_attached_optimizer(tmp_path, fused):
 
 def test_the_callback_goes_on_from_a_checkpoint(tmp_path):
     """The steps are counted on, so that the rest of the run draws the noise of a whole run."""
-    options = GUIDED | {"schedule": "constant", "may_differ": ["total_steps"]}
-    whole = Plain()
-    fit(whole, tmp_path / "whole", callbacks=[GuidedNoise(**options)])
-    half = fit(Plain(), tmp_path / "half", callbacks=[GuidedNoise(**options)], max_steps=STEPS // 2)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    other, noise = Plain(), GuidedNoise(**options)
-    fit(other, tmp_path / "rest", callbacks=[noise], ckpt_path=tmp_path / "half.ckpt", rows=Second())
+    whole, other, noise = Plain(), Plain(), GuidedNoise(**GUIDED)
+    fit(whole, tmp_path / "whole", callbacks=[GuidedNoise(**GUIDED)])
+    path = half(tmp_path, lambda checkpoint: None, Plain, GuidedNoise(**GUIDED))
+    fit(other, tmp_path / "rest", callbacks=[noise], ckpt_path=path, rows=Second())
     assert noise.fogzo.steps == STEPS
     weights = weights_of(whole)
     assert all(torch.equal(p, weights[name]) for name, p in other.named_parameters())
