@@ -101,7 +101,7 @@ GUARDS = {
         "optim/scaling.py", "if passes and self.scale is None", "if False and self.scale is None",
         "test_scalers.py::test_gradients_unscaled_before_a_fused_step_are_an_error"),
     "A fused step follows a plain backward": (
-        "train/fogzo.py", "            if bool(local(grad).any()):", "            if False:",
+        "train/guards/gradients.py", "            if bool(local(p.grad).any()):", "            if False:",
         "test_step_traps.py::test_a_fused_step_after_a_plain_backward_is_an_error"),
     "The estimate of a step was forgotten": (
         "train/fogzo.py", "        if self.pending:\n", "        if False:\n",

@@ -65,7 +65,8 @@ ALL = dict.fromkeys(["embed", "blocks.0.proj", "blocks.1.proj", "head"], 2.0) | 
         ({"rules": [("*.proj", FOUR)]}, ALL | {"blocks.0.proj": 4, "blocks.1.proj": 4}),
         (
             {"rules": [(Block, FOUR), (nn.Linear, None)]},
-            SEVERAL | {"embed": 2, "blocks.0.proj": 4, "blocks.1.proj": 4},
+            {k: v for k, v in SEVERAL.items() if k != "attention.out_proj.weight"}  # a linear layer, too
+            | {"embed": 2, "blocks.0.proj": 4, "blocks.1.proj": 4},
         ),
         ({"rules": [("blocks.0", None), (Block, FOUR)]}, SEVERAL | {"embed": 2, "blocks.1.proj": 4, "head": 2}),
         ({"rules": [("*", FOUR)]}, dict.fromkeys(ALL, 4)),

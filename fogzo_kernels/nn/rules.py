@@ -160,7 +160,10 @@ def _choice(unit: Unit, rule: Checked) -> Choice:
     if reason or rule.activation is None:
         return Choice(unit, None if reason else rule.quantizer, None, reason)
     inputs = against_activation(unit)
-    return Choice(unit, rule.quantizer, None if inputs else rule.activation, None, inputs)
+    looked_up = isinstance(unit.module, nn.Embedding | nn.EmbeddingBag)  # nobody expects it of indices
+    return Choice(
+        unit, rule.quantizer, None if inputs else rule.activation, None, None if looked_up else inputs
+    )
 
 
 def _nothing_to_do(choices: list[Choice]) -> str:
