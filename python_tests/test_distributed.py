@@ -152,7 +152,7 @@ def diverging_late(rank):
 def test_what_comes_apart_later_is_seen_in_the_next_hundredth_step(tmp_path):
     for step, message in spawned(diverging_late, tmp_path):
         assert step == 100
-        assert message.startswith("all processes of a group must have one values of the weights")
+        assert message.startswith("all processes of a group must have the same values of the weights")
 
 
 def plain_model(rank):
