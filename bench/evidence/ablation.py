@@ -240,15 +240,20 @@ def median_seconds(results: Iterable[Result], cell: str, method: str) -> float:
     return statistics.median(r.seconds for r in results if (r.job.cell, r.job.method, r.job.steps) == wanted)
 
 
+def pace(results: Sequence[Result], cell: str, method: str) -> float:
+    """The time of a method's step, of STE's; a cell that takes another one's rates takes its paces, too."""
+    name = CELLS[cell].search or cell
+    return median_seconds(results, name, method) / median_seconds(results, name, "ste")
+
+
 def longer(results: Sequence[Result], name: str, methods: Sequence[str]) -> list[int]:
     """Steps of STE in the time of the other methods, for each number of directions whose steps take longer."""
     by_directions: dict[int, list[float]] = {}
     for method in methods:
         if method != "ste":
-            pace = median_seconds(results, name, method) / median_seconds(results, name, "ste")
-            by_directions.setdefault(METHODS[method]["directions"], []).append(pace)
+            by_directions.setdefault(METHODS[method]["directions"], []).append(pace(results, name, method))
     paces = map(statistics.mean, by_directions.values())
-    return [round(CELLS[name].steps * pace) for pace in paces if pace > ALIKE]
+    return [round(CELLS[name].steps * one) for one in paces if one > ALIKE]
 
 
 def judge(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from scipy import stats
 
 from . import pool
-from .ablation import CELLS, METHODS, SEARCH_SEEDS, Result, best_rate, median_seconds, searched_for
+from .ablation import CELLS, METHODS, SEARCH_SEEDS, Result, best_rate, pace, searched_for
 
 CONFIDENCE = 0.95
 VERDICTS = ("win", "draw", "loss")
@@ -84,7 +84,7 @@ class Found:
 
     def time(self, cell: str, method: str) -> float:
         """Of STE's, at equal steps."""
-        return median_seconds(self.results, cell, method) / median_seconds(self.results, cell, "ste")
+        return pace(self.results, cell, method)
 
     def equal_time(self, cell: str, method: str, figure: str | None = None) -> Difference | None:
         """Against STE that took the time of methods with as many probes; None where that is not known."""
