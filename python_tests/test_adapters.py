@@ -230,3 +230,20 @@ def test_a_module_without_reset_parameters_has_none():
     layer = Conv1D(4, 6)
     fk.quantize_model(layer, PRESETS["bitnet"])
     assert not hasattr(layer, "reset_parameters")
+
+
+def test_models_of_one_configuration_have_quantizers_of_their_own(tmp_path, recwarn):
+    """The second one gets a copy, and neither warns that it was saved before."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    first, second = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
+    for model, bits in ((first, 2), (second, 4)):
+        fk.quantize_model(model, fk.presets.lsq(bits), skip="lm_head")
+    assert not [w for w in recwarn if "saved quantized" in str(w.message)]
+    assert second.config is second.model.config is not first.config
+    for model, bits in ((first, 2), (second, 4)):
+        model.save_pretrained(tmp_path / str(bits))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(bits))
+        assert loaded.model.layers[0].mlp.up_proj.quantizer.grid == fk.Grid.uniform(bits)

@@ -5,7 +5,9 @@ Nothing of ``transformers`` is imported here; :mod:`fogzo_kernels.integrations.t
 
 from __future__ import annotations
 
+import copy
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -59,7 +61,7 @@ def check_config(model: nn.Module) -> None:
     """Raise if a pretrained model is quantized by something else; warn if it should be quantized already."""
     for m in models_of(model):
         config: Any = getattr(m.config, "quantization_config", None)
-        if config is None:
+        if config is None or is_of_another(m):
             continue
         get: Any = dict.get if isinstance(config, dict) else getattr
         method = get(config, "quant_method", None)
@@ -78,9 +80,33 @@ def record(model: nn.Module) -> None:
     for m in models_of(model):
         config: Any = m.config
         if modules := quantized_modules(m):
+            if is_of_another(m):
+                config = own_config(m)
             config.quantization_config = described(modules)
+            _recorded[id(config)] = weakref.ref(config), weakref.ref(m)
         elif getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
+
+
+#: By id of a configuration: it, and the model that was recorded in it.
+_recorded: dict[int, tuple[weakref.ref[Any], weakref.ref[nn.Module]]] = {}
+
+
+def is_of_another(model: nn.Module) -> bool:
+    """Whether the configuration says how another model is quantized, which was made of the same object."""
+    config, recorded = _recorded.get(id(model.config), (None, None))
+    other = recorded() if recorded is not None and config is not None and config() is model.config else None
+    return other is not None and model not in other.modules() and other not in model.modules()
+
+
+def own_config(model: nn.Module) -> Any:
+    """Give a pretrained model a copy of its configuration, which other models may share; returns the copy."""
+    shared: Any = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
+    return own
 
 
 def described(modules: dict[str, QuantizedWeight]) -> dict[str, Any]:
