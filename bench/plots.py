@@ -8,6 +8,23 @@ from typing import Any
 Row = dict[str, Any]
 
 
+#: One colour for one method in all plots, by how its label begins; the first that fits.
+COLOURS = {
+    "float": "black", "torchao-compiled": "#fc9272", "torchao-w4a8": "#fcbba1", "torchao": "#cb181d",
+    "lsq": "#8c564b", "eager": "#c49c94", "mezo": "#e377c2", "modules": "#17becf", "ste-int4": "#bdbdbd",
+    "ste-w4a8": "#d9d9d9", "ste": "#7f7f7f", "guided/model": "#98df8a", "guided/tensor, kappa 1": "#00441b",
+    "guided": "#2ca02c", "slope": "#9467bd", "fogzo/tensor": "#6baed6", "fogzo/model, n = 4": "#08306b",
+    "fogzo": "#1f77b4", "n-spsa, n = 1000": "#a63603", "n-spsa, n = 100": "#d94801",
+    "n-spsa, n = 10": "#fd8d3c", "n-spsa, n = 7960": "#7f2704", "n-spsa": "#fdae6b",
+}  # fmt: skip
+
+
+def colour_of(method: str) -> str | None:
+    """The colour of a method; None leaves the choice to matplotlib."""
+    label = method.lower()
+    return next((colour for begins, colour in COLOURS.items() if label.startswith(begins)), None)
+
+
 def main_rows(rows: list[Row]) -> list[Row]:
     """Of the first row's dtypes and size and one tensor: as the benchmark orders them, the most important."""
     if not rows:

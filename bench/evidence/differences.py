@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from scipy import stats
 
+from ..plots import colour_of
 from . import pool
 from .ablation import CELLS, METHODS, SEARCH_SEEDS, Result, best_rate, pace, searched_for
 
@@ -218,7 +219,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         shown = [(m, found.equal_steps(cell, m), found.equal_time(cell, m)) for m in OTHERS]
         ticks.append((top - 0.5 * (len(OTHERS) - 1), cell))
         for method, *both in shown:
-            color = f"C{OTHERS.index(method)}"
+            color = colour_of(method)
             for apart, marker, y in zip(both, ("o", "s"), (top + 0.15, top - 0.25), strict=True):
                 if apart is None or not math.isfinite(apart.mean):
                     continue

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import fogzo_kernels as fk
 from bench.data import Data, load
 from bench.machine import machine
+from bench.plots import colour_of
 
 from . import pool
 from .spsa import Spsa
@@ -330,7 +331,8 @@ def plot(results: list[Result], path: Path, title: str) -> None:
         for label, group in by_label(results).items():
             points = getattr(group[0], axis)[1:]  # 0 has no place on a logarithmic axis
             curves = torch.tensor([r.losses[1:] for r in group])
-            line = panel.plot(points, curves.mean(0), label=f"{label} ({len(group)} seeds)")[0]
+            named = f"{label} ({len(group)} seeds)"
+            line = panel.plot(points, curves.mean(0), label=named, color=colour_of(label))[0]
             if len(group) > 1:
                 low, high = curves.quantile(0.1, 0), curves.quantile(0.9, 0)
                 panel.fill_between(points, low, high, alpha=0.15, color=line.get_color(), linewidth=0)

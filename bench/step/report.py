@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..plots import colour_of
 from .measure import Row
 from .methods import BASE
 from .models import Setting
@@ -85,19 +86,19 @@ def plot(found: Found, names: list[str], path: Path) -> None:
     from matplotlib import pyplot
 
     methods = list(dict.fromkeys(row.method for _, rows in found for row in rows))
-    colours, width = pyplot.get_cmap("tab20"), 0.8 / len(methods)
+    width = 0.8 / len(methods)
     figure, axes = pyplot.subplots(figsize=(max(8, 3 * len(found)), 4))
     for i, (_, rows) in enumerate(found):
         for row in rows:
             j = methods.index(row.method)
             whole, rest = row.against(rows[0]), row.against(rows[0], rest=True)
-            place = {"x": i - 0.4 + (j + 0.5) * width, "width": width, "color": colours(j)}
+            place = {"x": i - 0.4 + (j + 0.5) * width, "width": width, "color": colour_of(row.method)}
             axes.bar(height=whole - rest, **place)
             axes.bar(height=rest, bottom=whole - rest, hatch="////", edgecolor="white", linewidth=0, **place)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(ylabel=f"time of a step, of {BASE}; hatched: not in passes", ylim=(0, None))
     axes.set_xticks(range(len(found)), [title(setting, names) for setting, _ in found])
-    legend = [pyplot.Rectangle((0, 0), 1, 1, color=colours(j)) for j in range(len(methods))]
+    legend = [pyplot.Rectangle((0, 0), 1, 1, color=colour_of(method)) for method in methods]
     axes.legend(legend, methods, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
