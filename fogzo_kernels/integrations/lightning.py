@@ -114,7 +114,7 @@ class FogzoModuleMixin:
     Set ``fogzo_options`` before ``fit``. The model comes from :func:`fogzo_kernels.quantize_model`.
 
     Raises:
-        ValueError: at the first step, the strategy is neither DDP nor that of one device, or manual
+        ValueError: at the first step, the strategy is neither DDP nor of a single device, or manual
             optimization meets DDP or a gradient scaler.
         RuntimeError: at the first step, the checkpoint that ``fit`` continues has no state of FOGZO.
 

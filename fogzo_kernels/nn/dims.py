@@ -1,4 +1,4 @@
-"""Dims: what the dimensions of a parameter count; which parameters of which modules are weights."""
+"""Dims says what the dimensions of a parameter count. This file knows which parameters are weights."""
 
 from __future__ import annotations
 
