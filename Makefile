@@ -102,7 +102,7 @@ sanitize: $(TESTABLE)
 # DOCS_SOURCE_URL, where set, is where the repository's files are shown: https://.../blob/main/
 docs: $(VENV)/base $(VENV)/has-docs $(VENV)/has-transformers $(VENV)/has-loops
 	rm -rf build/docs
-	$(BIN)/sphinx-build -W --keep-going -n -q -d build/docs/doctrees docs build/docs/html
+	$(BIN)/python -m sphinx -W --keep-going -n -q -d build/docs/doctrees docs build/docs/html
 	$(BIN)/python tools/check_site.py build/docs/html
 
 # Distributions in dist/, and the tests of the wheel installed in an empty environment
