@@ -163,7 +163,7 @@ def on_meta(name):
             if not assign:
                 model.to_empty(device="cpu")
                 assert model.alpha.isnan().all()  # not what memory held before
-                with pytest.raises(ValueError, match=r"^alpha must be finite, > 0 .* for weight$"):
+                with pytest.raises(ValueError, match=r"^alpha must be finite, > 0 .* for weight(: |$)"):
                     model(x)
             model.load_state_dict(state, assign=assign)
             assert torch.equal(model(x), y)
@@ -339,8 +339,8 @@ def test_rows_that_got_no_gradient_keep_still(kind, noise_per):
 @pytest.mark.parametrize("fused", [fk.AdamW, fk.SGD])
 def test_a_fused_step_of_an_embedding_with_padding_is_the_estimate_and_a_plain_one(kind, fused):
     """Without weight decay its padding row and rows that are not in the batch keep still."""
-    emb = kind(6, 64, padding_idx=3)
-    nn.init.normal_(emb.weight)
+    emb = kind(6, 512, padding_idx=3)
+    nn.init.normal_(emb.weight, std=0.3)  # few are clipped, so that each probe moves some codes
     fk.quantize_model(emb, scaled(0.3))
     twin = copy.deepcopy(emb)
     fogzo = [fk.Fogzo(m, total_steps=4, one_minus_beta=0.5, directions=1) for m in (emb, twin)]
