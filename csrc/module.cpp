@@ -1,6 +1,7 @@
 // Host-side facts about the native module; touches no tensor.
 #include "cpu/held.h"
 #include "cpu/kernels.h"
+#include "objects.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -104,6 +105,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Hold>(m, "Hold").def(py::init<int64_t>()).def_readonly("number", &Hold::number);
   m.def("generations", &generations, "The state of each held list, by its number.");
   m.def("held_lists", [] { return fogzo::cpu::HeldLists::all().size(); }, "How many there are.");
+  m.def("unchanged", &fogzo::unchanged, "Whether dicts, attributes and types hold what they held.");
+  m.def("put", &fogzo::put, "Set a key of many dicts.");
   m.def("names", &names, "Enumerations, the states of each rule, and the noise's constants, as C++ has them.");
   m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"),
         "The four 32-bit words of one Philox4x32 call with 10 rounds.");

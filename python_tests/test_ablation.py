@@ -246,6 +246,16 @@ def test_results_are_kept_reported_and_judged_again(tmp_path, small, capsys):
     assert content["runs"] == runs
 
 
+def test_a_longer_cell_takes_rates_and_times_of_a_shorter_one(tmp_path, small, capsys):
+    CELLS["longer"] = Cell(DIGITS, 12, "constant", (), search=DIGITS)
+    files = ["--out", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    options = ["--methods", "ste", "guided/tensor", "--seeds", "2", *files]
+    ablation.main(["--cells", DIGITS, *options])
+    capsys.readouterr()
+    ablation.main(["--cells", "longer", *options])
+    assert "| longer |" in capsys.readouterr().out
+
+
 def test_a_cell_that_does_not_fit_is_named(tmp_path, small, capsys):
     ablation.main(["--minutes", "0", "--out", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")])
     assert f"{DIGITS} does not fit and is left out" in capsys.readouterr().out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ..backends.held import generations, native
 from ..functional import TensorList
 from ..ops import checks
+from ..ops.native import ABSENT, ANY, Objects
+from ..ops.tensor_list import PLAIN
 from ..spec.scale import LearnedScale, MeasuredScale
 from .quantized import QuantizedWeight
 from .replaced import REPLACED, check_replaced
@@ -111,38 +114,116 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
-class Facts:
-    """What the modules hold of their weights now: equal to an older one while nothing has moved.
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Returns the parameters of these modules, each once."""
+    every = [p for m in modules if m._parameters for p in m._parameters.values() if p is not None]
+    return list({id(p): p for p in every}.values())
 
-    Args:
-        latents: the weights of the modules, one for each.
-        known: older facts.
+
+def gpus_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Returns the numbers of the GPUs that tensors lie on."""
+    return sorted({t.device.index for t in tensors if t.is_cuda}) if torch.cuda.is_available() else []
+
+
+class Buffers:
+    """Finds the buffers of modules that forwards may write: all but those that quantized modules add."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [*modules]
+        self._known: Objects | None = None
+        self._names: list[tuple[nn.Module, str]] = []
+
+    def names(self) -> list[tuple[nn.Module, str]]:
+        """Returns modules and names of buffers, as the modules have them now."""
+        if self._known is None or not self._known.holds():
+            every = [m._buffers for m in self._modules]
+            sizes = [x for buffers in every for x in (buffers, len(buffers))]
+            entries = [x for buffers in every for name in buffers for x in (buffers, name, ANY)]
+            self._known = Objects(tuple(entries), tuple(sizes), (), ())
+            self._names = [
+                (m, name)
+                for m in self._modules
+                for name in m._buffers
+                if not (isinstance(m, QuantizedWeight) and name in QuantizedWeight.ADDED)
+            ]
+        return self._names
+
+
+class Facts:
+    """What a model holds as a step begins: modules, parameters, weights, alphas and hooks.
+
+    Made once, it tells the coming steps natively whether all of it still holds.
 
     Attributes:
-        tensors: weights and alphas of the modules.
+        modules: all of the model.
+        parameters: all of the model, each once.
+        buffers: of the modules.
     """
 
-    def __init__(self, modules: list[QuantizedWeight], latents: list[Any], known: Facts | None) -> None:
-        kinds = [m._parameters if "alpha" in m._parameters else m._buffers for m in modules]
-        alphas: Any = [kind["alpha"] for kind in kinds]
-        tensors = latents + alphas
-        same = known is not None and all(map(operator.is_, known.tensors, tensors))
-        self.tensors: TensorList = known.tensors if known is not None and same else TensorList(tensors)
-        states: Any = generations([self.tensors]) if self.tensors.plain and native() else None
-        if states is None:
-            states = [[*map(fact, tensors)] for fact in FACTS]
-        watched = [bool(p._backward_hooks) or len(p._post_accumulate_grad_hooks or ()) for p in latents]
-        self.seen = states, [*map(REQUIRES_GRAD, tensors)], watched, changes.count
+    def __init__(self, modules: list[nn.Module], weights: list[WeightView]) -> None:
+        self.modules, self.parameters, self.buffers = modules, parameters_of(modules), Buffers(modules)
+        self._changes = changes.count
+        self._objects: Objects | None = None
+        if any(w.placement is not LOCAL for w in weights):  # parts of weights move in each pass
+            return
+        own = [m for w in weights for m in w.modules]
+        latents: list[Any] = [m.registered for m in own]
+        tensors: list[Any] = latents + [m.alpha for m in own]
+        self._objects = _objects_of(modules, latents, tensors)
+        known = set(map(id, tensors))
+        others = [p for p in self.parameters if id(p) not in known]
+        self._tensors = TensorList([*tensors, *[p for p in others if type(p) in PLAIN]])
+        self._others = [p for p in others if type(p) not in PLAIN]
+        self._states = self._now()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Facts) and self.tensors is other.tensors and self.seen == other.seen
+    def _now(self) -> Any:
+        """What tensors say of their memory, shapes, dtypes and devices."""
+        others = [p.device for p in self._others]
+        if self._tensors.plain and native():
+            return generations([self._tensors]), others
+        return [[*map(fact, self._tensors)] for fact in FACTS], others
 
-    __hash__ = None  # type: ignore[assignment]
+    def hold(self) -> bool:
+        """Whether everything is as it was."""
+        objects = self._objects
+        alike = objects is not None and self._changes == changes.count and objects.holds()
+        return alike and self._states == self._now()
+
+    @functools.cached_property
+    def gpus(self) -> list[int]:
+        """Returns the numbers of the GPUs that parameters lie on."""
+        return gpus_of(self.parameters)
 
 
-REQUIRES_GRAD = operator.attrgetter("requires_grad")
 #: Facts of a tensor, where no native code tells of changes.
-FACTS: Any = Tensor.data_ptr, Tensor.is_contiguous, *map(operator.attrgetter, ("shape", "dtype"))
+FACTS: Any = Tensor.data_ptr, Tensor.is_contiguous, *map(operator.attrgetter, ("shape", "dtype", "device"))
+
+
+def _objects_of(modules: list[nn.Module], latents: list[Tensor], tensors: list[Tensor]) -> Objects | None:
+    """Facts of modules, and of hooks and flags of weights and alphas; None where modules keep no dicts."""
+    entries: list[Any] = []
+    sizes: list[Any] = []
+    attributes: list[Any] = [x for t in tensors for x in (t, "requires_grad", t.requires_grad)]
+    for m in modules:
+        state = m.__dict__
+        for name in ("_modules", "_parameters", "_buffers", REPLACED, "placement"):
+            entries += state, name, state.get(name, ABSENT)
+        for held in (m._modules, m._parameters):
+            if not isinstance(held, dict):  # of TorchScript
+                return None
+            sizes += held, len(held)
+            for name, value in held.items():
+                entries += held, name, value
+        if "alpha" in m._buffers:
+            entries += m._buffers, "alpha", m._buffers["alpha"]
+    for t in latents:
+        for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            hooks = getattr(t, name)
+            attributes += t, name, hooks
+            if hooks is not None:
+                sizes += hooks, len(hooks)
+    types = [x for m in modules for x in (m, type(m))]
+    return Objects(tuple(entries), tuple(sizes), tuple(attributes), tuple(types))
 
 
 def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
@@ -151,35 +232,30 @@ def _is_as_it_was(module: nn.Module, w: WeightView) -> bool:
     return is_there and weight.requires_grad and fits(module, weight, module.alpha) and module.in_rows(weight)  # type: ignore
 
 
-def check_unchanged(
-    model: nn.Module, modules: Sequence[nn.Module], weights: list[WeightView], before: Facts | None = None
-) -> Facts | None:
+def check_unchanged(model: nn.Module, weights: list[WeightView], before: Facts | None = None) -> Facts:
     """Raise unless the model has the same trainable quantized weights as it had, in the same modules.
 
     What is new among them would be trained straight-through, unnoticed.
 
     Args:
-        modules: all of the model.
-        before: what the last call returned. Weights that are as they were then are looked at no further.
-
-    Returns:
-        The facts of the weights; None where there are parts of weights, which move in each pass.
+        before: what the last call returned. It is returned again while everything is as it was.
     """
+    if before is not None and before.hold():
+        return before
+    modules = modules_of(model)
     if any([REPLACED in m.__dict__ for m in modules]):  # noqa: C419  a generator takes twice as long
         check_replaced(model.named_modules())
     quantized = [m for m in modules if isinstance(m, QuantizedWeight)]
     here = [m.registered for m in quantized]
     trainable = sum([weight is None or weight.requires_grad for weight in here])
     own = [m for w in weights for m in w.modules]
-    if trainable == len(own) and set(own) <= set(quantized):
-        whole = all([w.placement is LOCAL for w in weights])  # noqa: C419
-        latents = [m.registered for m in own]
-        same = all(map(operator.is_, latents, [w.parameter for w in weights for _ in w.modules]))
-        facts = Facts(own, latents, before) if whole and same else None
-        if facts is not None and facts == before:
-            return facts
-        if all(_is_as_it_was(m, w) for w in weights for m in w.modules):
-            return facts
+    known = trainable == len(own) and set(own) <= set(quantized)
+    if not (known and all(_is_as_it_was(m, w) for w in weights for m in w.modules)):
+        _raise_if_changed(model, weights)
+    return Facts(modules, weights)
+
+
+def _raise_if_changed(model: nn.Module, weights: list[WeightView]) -> None:
     now = {w.parameter: w for w in collected(model)}
     known = {w.parameter: w for w in weights}
     changed = [w.name for p, w in known.items() if p not in now] + [
@@ -194,4 +270,3 @@ def check_unchanged(
             " may_differ=['one_minus_beta']). A fused optimizer takes it by optimizer.fogzo = new, and a"
             " weight that it lacks by add_param_group"
         )
-    return None

@@ -1,9 +1,9 @@
-"""What native code does with lists on the CPU beside the ops: it looks at gradients, and it counts steps."""
+"""What native code does beside the ops: look at gradients, count steps, loop over Python's objects."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,3 +39,51 @@ def add_one(counts: Sequence[Tensor]) -> None:
 def _given(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """A list as native ops take it: one that is prepared by its number."""
     return ([], [tensors.number]) if isinstance(tensors, TensorList) else (tensors,)
+
+
+# ---- Python's objects, which a training loop looks at in each step
+
+
+ABSENT, ANY = object(), object()
+
+
+class Objects(NamedTuple):
+    """Facts of dicts and objects, one after the other in each tuple.
+
+    Attributes:
+        entries: (dict, key, value) by identity; ``ABSENT`` for no such key, ``ANY`` for any value.
+        sizes: (dict, number of its keys).
+        attributes: (object, name, value) by identity.
+        types: (object, its type).
+    """
+
+    entries: tuple[Any, ...]
+    sizes: tuple[Any, ...]
+    attributes: tuple[Any, ...]
+    types: tuple[Any, ...]
+
+    def holds(self) -> bool:
+        """Whether all of it is so now."""
+        if (module := native()) is not None:
+            same: bool = module.unchanged(*self, ABSENT, ANY)
+            return same
+
+        def cut(facts: tuple[Any, ...], n: int) -> Iterator[tuple[Any, ...]]:
+            return zip(*[iter(facts)] * n, strict=True)
+
+        found = ((d.get(key, ABSENT), value) for d, key, value in cut(self.entries, 3))
+        return (
+            all(x is not ABSENT if value is ANY else x is value for x, value in found)
+            and all(len(d) == size for d, size in cut(self.sizes, 2))
+            and all(getattr(x, name) is value for x, name, value in cut(self.attributes, 3))
+            and all(type(x) is kind for x, kind in cut(self.types, 2))
+        )
+
+
+def put(dicts: tuple[dict[str, Any], ...], key: str, values: Any) -> None:
+    """Set a key of many dicts, each to its value of a tuple, or all to one value."""
+    if (module := native()) is not None:
+        module.put(dicts, key, values)
+        return
+    for d, value in zip(dicts, values if type(values) is tuple else [values] * len(dicts), strict=True):
+        d[key] = value

@@ -26,6 +26,7 @@ from ..functional import (
 from ..nn.quantized import QuantizedWeight
 from ..nn.view import LOCAL, DeferredLists, PassWeight, WeightView, check_alpha, each, use_probe
 from ..nn.weight import against_alpha, hold_alphas, measure_
+from ..nn.weights import Facts
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
 
@@ -189,8 +190,8 @@ class Prepared:
         self, weights: Sequence[WeightView], pieces: Sequence[WeightView], backend: str | None
     ) -> None:
         self.weights, self.pieces, self.backend = weights, pieces, backend
-        self.facts: Any = None
-        self._facts_of_groups: Any = None
+        self.facts: Facts | None = None
+        self._facts_of_groups: Facts | None = None
         self._alone = True  # whether no other process may wait for gradients
         self.wholes: list[WeightGroup] = []
         self.groups: list[WeightGroup] = []
@@ -205,7 +206,7 @@ class Prepared:
     def update(self) -> None:
         """Make all of it anew if something has moved."""
         alone = not (dist.is_available() and dist.is_initialized())
-        if self.facts is not None and self.facts == self._facts_of_groups and alone == self._alone:
+        if self.facts is not None and self.facts is self._facts_of_groups and alone == self._alone:
             return
         self._facts_of_groups, self._alone = None, alone
         self.groups = self.wholes = grouped(self.weights, self.backend)

@@ -298,7 +298,7 @@ class Fogzo:
             []
         """
         self._run.forget("check")
-        self._run.modules()
+        self._run.look()
         return self._closures.check(closure, self)
 
     def probes(self) -> Iterator[Pass]:
@@ -441,7 +441,7 @@ class Fogzo:
     @uncompiled
     def _begin_step(self, caller: str) -> Step:
         self._run.forget(caller)
-        modules = self._run.modules()
-        self._run.unmoved_alphas.begin(self._run.replay.model, modules, self.weights)
-        step = self._run.step = Step(self._run, modules)
+        facts = self._run.look()
+        self._run.unmoved_alphas.begin(self._run.replay.model, facts.modules, self.weights)
+        step = self._run.step = Step(self._run, facts)
         return step

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.quantized import QuantizedWeight
+from ..nn.weights import Buffers, gpus_of
 
 
 def capturing() -> bool:
@@ -84,17 +84,14 @@ class ReplayState:
             self.draws = any(not torch.equal(before.cuda[d], after.cuda[d]) for d in before.cuda)
 
     @torch.no_grad()
-    def save(self, modules: Sequence[nn.Module] | None = None) -> Snapshot:
+    def save(self, buffers: Buffers | None = None, gpus: Sequence[int] | None = None) -> Snapshot:
         """The state as it is. A CUDA graph's capture can neither read nor set the device's generators.
 
         Args:
-            modules: all of the model, if they are known.
+            buffers, gpus: those of the model, if they are known.
         """
-        modules = list(self.model.modules()) if modules is None else modules
-        devices = set()
-        if torch.cuda.is_available():
-            tensors = (p for m in modules for p in m._parameters.values() if p is not None)
-            devices = {p.device.index for p in tensors if p.is_cuda}
+        buffers = Buffers(self.model.modules()) if buffers is None else buffers
+        gpus = gpus_of(self.model.parameters()) if gpus is None else gpus
         if capturing():
             if self.draws is not False:
                 raise RuntimeError(
@@ -108,14 +105,10 @@ class ReplayState:
                     "model and replay must have no torch.Generator of the GPU in a captured step: every pass of"
                     " a replay would draw other numbers"
                 )
-            devices = set()
-        saved = []
-        for module in [m for m in modules if m._buffers]:
-            read_only = QuantizedWeight.ADDED if isinstance(module, QuantizedWeight) else ()
-            for name, b in module._buffers.items():
-                if name not in read_only and b is not None:
-                    saved.append((module, name, b, b.clone()))
-        cuda = {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
+            gpus = ()
+        named = [(m, name, m._buffers[name]) for m, name in buffers.names()]
+        saved = [(m, name, b, b.clone()) for m, name, b in named if b is not None]
+        cuda = {d: torch.cuda.get_rng_state(d) for d in gpus}
         others = [copy.deepcopy(state_methods("replay", o)[0]()) for o in self.others]
         return Snapshot(torch.get_rng_state(), cuda, saved, others)
 

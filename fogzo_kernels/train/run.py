@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed.group import Peers
 from ..nn.view import WeightView
-from ..nn.weights import check_unchanged, modules_of
+from ..nn.weights import Facts, check_unchanged
 from ..ops import arguments
 from ..spec.noise import signed64
 from .calls import Guide, Prepared
@@ -124,13 +124,12 @@ class Run:
                 raise RuntimeError(f"{caller}() must not be called inside a pass")
             self.step.end()
 
-    def modules(self) -> list[nn.Module]:
-        """Walk the model once for all that asks for its modules, and raise if its weights have changed."""
+    def look(self) -> Facts:
+        """Return what the model holds now, and raise if its weights have changed."""
         self.peers.between_passes()
-        model = self.replay.model
-        modules = modules_of(model)
-        self.prepared.facts = check_unchanged(model, modules, self.weights, self.prepared.facts)
-        return modules
+        prepared = self.prepared
+        prepared.facts = check_unchanged(self.replay.model, self.weights, prepared.facts)
+        return prepared.facts
 
     def advance(self, with_probes: bool, lost: Tensor | None) -> None:
         """Go on to the next step. ``lost``: whether this one is lost, where only the device knows."""

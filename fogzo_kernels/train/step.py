@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
 from ..nn.view import WeightView, each, release, use_probe
+from ..nn.weights import Facts
 from . import calls
 from .calls import AlphaGradients, WeightGroup
 from .guards.fingerprints import Prints, changed, global_generators, warn_of
@@ -25,10 +25,10 @@ from .stats import Estimate, warn_of_scales
 
 
 class Step:
-    """A step from its first pass to its end, when its run drops it. ``modules``: all of the model now."""
+    """A step from its first pass to its end, when its run drops it. ``facts``: of the model now."""
 
-    def __init__(self, run: Run, modules: Sequence[nn.Module]) -> None:
-        self.run, self._modules = run, modules
+    def __init__(self, run: Run, facts: Facts) -> None:
+        self.run, self._facts = run, facts
         self.noise = run.next_noise()
         self.estimates = self.noise["one_minus_beta"] is not None  # else it is plain straight-through
         self.pairs = n = run.settings.directions if self.estimates else 0  # of probes
@@ -58,11 +58,14 @@ class Step:
         """Whether all passes were run."""
         return all(p.done for p in self.passes)
 
-    @functools.cached_property
-    def parameters(self) -> list[Tensor]:
+    @property
+    def parameters(self) -> list[nn.Parameter]:
         """All of the model, each once."""
-        every = [p for m in self._modules if m._parameters for p in m._parameters.values() if p is not None]
-        return list({id(p): p for p in every}.values())
+        return self._facts.parameters
+
+    def _snapshot(self) -> Snapshot:
+        """Return the state of buffers and generators."""
+        return self.run.replay.save(self._facts.buffers, self._facts.gpus)
 
     # ---- a pass
 
@@ -74,7 +77,7 @@ class Step:
         try:
             if probe.sign == 0:
                 run.gradients.check_fresh([w.name for w in run.weights])
-                self.snapshots.append(run.replay.save(self._modules))
+                self.snapshots.append(self._snapshot())
                 if self._compared:
                     self._generators = global_generators(run.replay.others)
                 prepared = run.prepared
@@ -168,7 +171,7 @@ class Step:
         replay = self.run.replay
         if self._compared:
             warn_of(changed(self._generators, global_generators(replay.others)))
-        self.snapshots.append(replay.save(self._modules))
+        self.snapshots.append(self._snapshot())
         replay.compare(*self.snapshots)
 
     def _finish_gradients(self, failed: bool = False) -> tuple[Tensor, Tensor, AlphaGradients]:
@@ -284,7 +287,7 @@ class Step:
         if not self.taken_over:
             self.run.replay.load_buffers(self.snapshots[0], where=self.unknown)
         if self.pairs:
-            self.snapshots[1:] = [self.run.replay.save(self._modules)]
+            self.snapshots[1:] = [self._snapshot()]
 
     def lose_if_not_finite(self, grads: Sequence[Tensor], found_inf: Tensor | None) -> None:
         """Lose the step on all processes if gradients beside the model are not finite."""
