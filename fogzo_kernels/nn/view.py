@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..functional import dequantize
+from ..ops.native import put
 from ..spec.grid import Grid
 from ..spec.quantizer import Quantizer
 
@@ -348,14 +351,41 @@ def check_alpha(module: QuantizedWeight, alpha: Tensor) -> None:
         raise ValueError("alpha must not require grad, as no gradient reaches it")
 
 
-def use_probe(views: Sequence[WeightView], rows: Sequence[Tensor]) -> None:
-    """Let the modules run with values or codes of a probe, without a gradient."""
-    for w, own in zip(views, rows, strict=True):
-        ready = own.dtype != torch.int8 and w.placement is LOCAL
-        w.use(PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated))
+class Modules:
+    """The modules of some weights, which get together what they run with."""
 
+    def __init__(self, weights: Iterable[WeightView]) -> None:
+        self._weights = list(weights)
+        self._local = [w for w in self._weights if w.placement is LOCAL]
+        self._others = [w for w in self._weights if w.placement is not LOCAL]
+        self._states = tuple([vars(m) for w in self._local for m in w.modules])
+        # the last probes, + and -, as their rows mostly come again
+        self._probes: deque[tuple[list[Tensor], tuple[PassWeight, ...]]] = deque(maxlen=2)
 
-def release(views: Iterable[WeightView]) -> None:
-    """Let the modules quantize for themselves again."""
-    for w in views:
-        w.placement.hold(w.modules, None)
+    def release(self) -> None:
+        """Let the modules quantize for themselves again."""
+        put(self._states, "pass_weight", None)
+        for w in self._others:
+            w.placement.hold(w.modules, None)
+
+    def use_probe(self, rows: Sequence[Tensor]) -> None:
+        """Let the modules run with values or codes of a probe, without a gradient."""
+        if self._others:
+            rows_of = dict(zip(self._weights, rows, strict=True))
+            rows = [rows_of[w] for w in self._local]
+            for w in self._others:
+                w.use(PassWeight(w.parameter, rows_of[w], True))
+        put(self._states, "pass_weight", self._probe(rows))
+
+    def _probe(self, rows: Sequence[Tensor]) -> tuple[PassWeight, ...]:
+        """Returns what each module runs with."""
+        for known, probe in self._probes:
+            if all(map(operator.is_, known, rows)):
+                return probe
+        made: list[PassWeight] = []
+        for w, own in zip(self._local, rows, strict=True):
+            ready = own.dtype != torch.int8
+            value = PassWeight(w.parameter, own, True, False, ready, ready and not w.rotated)
+            made += [value] * len(w.modules)
+        self._probes.append(([*rows], tuple(made)))
+        return tuple(made)

@@ -24,11 +24,13 @@ from ..functional import (
     straight_through_backward_,
 )
 from ..nn.quantized import QuantizedWeight
-from ..nn.view import LOCAL, DeferredLists, PassWeight, WeightView, check_alpha, each, use_probe
+from ..nn.view import LOCAL, DeferredLists, Modules, PassWeight, WeightView, check_alpha, each
 from ..nn.weight import against_alpha, hold_alphas, measure_
 from ..nn.weights import Facts
+from ..ops.native import put
 from ..spec.hadamard import Hadamard
 from ..spec.scale import MeasuredScale
+from .memory import ProbeMemory
 
 T = TypeVar("T")
 DTYPE, ALPHA, LATENT = map(operator.attrgetter, ("dtype", "alpha", "latent"))
@@ -48,6 +50,8 @@ class WeightGroup:
         by_rows: whether rows without a gradient take no part.
         grads: rows of ``.grad``, once a gradient pass has left them.
         noise_factors: t of each weight in the step, as ops take it; None where all are 1.
+        second: memory for the second probe of a direction; None where rows are made anew for each.
+        modules: of the weights; None where these are experts, which share modules.
     """
 
     LISTS = ("weights", "alphas", "tensor_ids", "layouts", "memory", "learned", "factors", "codes", "grads")
@@ -73,6 +77,8 @@ class WeightGroup:
         self.grads: Sequence[Tensor] = []
         self.noise_factors: Tensor | None = None
         self._latents = self._list([w.parameter for w in weights]) if self.prepared else None
+        self.second = ProbeMemory(self.memory) if self.prepared else None
+        self.modules = Modules(weights) if all(w.stack is None for w in weights) else None
 
     def _list(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the tensors of these weights as ops take them in the least time."""
@@ -109,6 +115,8 @@ class WeightGroup:
             group.noise_factors = torch.stack([self.noise_factors[i] for i in places])
         if self.prepared:
             group._latents = group._list([w.parameter for w in group.weights])
+        group.second = None
+        group.modules = None if self.modules is None else Modules(group.weights)
         return group
 
     def with_gradients(self) -> list[WeightGroup]:
@@ -129,13 +137,10 @@ class WeightGroup:
         return groups
 
     def second_memory(self, out: Sequence[Tensor]) -> tuple[list[Tensor], dict[WeightView, Tensor]]:
-        """Return new memory like ``out``, of the weights and of their whole parameters.
+        """Return new memory like ``out``, of experts and of their stacks.
 
         That of experts that are not in this group holds Q.
         """
-        if all(w.stack is None for w in self.weights):
-            new = [torch.empty_like(rows) for rows in out]
-            return new, dict(zip(self.weights, new, strict=True))
         counts: dict[WeightView, int] = {}
         for w in self.weights:
             counts[w.whole] = counts.get(w.whole, 0) + 1
@@ -197,7 +202,8 @@ class Prepared:
         self.groups: list[WeightGroup] = []
         self.measured: list[WeightView] = []
         self.learned: list[QuantizedWeight] = []
-        self._ready: list[tuple[dict[str, Any], PassWeight]] = []
+        self.modules = Modules(weights)
+        self._ready: tuple[tuple[dict[str, Any], ...], tuple[PassWeight, ...]] = (), ()
         self._others: list[tuple[WeightView, Tensor]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -215,7 +221,9 @@ class Prepared:
         modules = [m for w in self.weights for m in w.modules]
         self.measured = [w for w in self.weights if isinstance(w.quantizer.scale, MeasuredScale)]
         self.learned = [m for m in modules if m.quantizer.learned or m.input_quantizer is not None]
-        self._ready, self._others = [], []
+        states: list[dict[str, Any]] = []
+        run_with: list[PassWeight] = []
+        self.modules, self._others = Modules(self.weights), []
         for group in self.wholes:
             joint = [alone and w.placement is LOCAL and w.unwatched for w in group.weights]
             for is_joint, part in group.split(joint):
@@ -227,8 +235,10 @@ class Prepared:
                     values = DeferredLists.apply(part.memory, *latents)
                 for w, rows in zip(part.weights, values, strict=True):
                     w.deferred = True
-                    run_with = PassWeight(w.parameter, rows, False, True, True, not w.rotated)
-                    self._ready += [(vars(m), run_with) for m in w.modules]
+                    own = PassWeight(w.parameter, rows, False, True, True, not w.rotated)
+                    states += [vars(m) for m in w.modules]
+                    run_with += [own] * len(w.modules)
+        self._ready = tuple(states), tuple(run_with)
         self._facts_of_groups = self.facts
 
     def use_quantized(self) -> None:
@@ -238,8 +248,8 @@ class Prepared:
         """
         for w, rows in self._others:
             w.use(PassWeight(w.parameter, rows, False, w.unwatched))
-        for state, run_with in self._ready:
-            state["pass_weight"] = run_with  # without the time that setattr of nn.Module takes
+        states, run_with = self._ready
+        put(states, "pass_weight", run_with)
 
     def set_alphas(self) -> Tensor | None:
         """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
@@ -263,7 +273,8 @@ def run_quantized(prepared: Prepared) -> None:
     """Let modules run with Q(parameter), as a probe at eps = 0 would have it, until they are released."""
     for group in prepared.wholes:
         group.quantize()
-        use_probe(group.weights, group.memory)
+        assert group.modules is not None
+        group.modules.use_probe(group.memory)
 
 
 def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> AlphaGradients:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import WeightView, each, release, use_probe
+from ..nn.view import Modules, WeightView, each
 from ..nn.weights import Facts
 from . import calls
 from .calls import AlphaGradients, WeightGroup
@@ -18,10 +18,14 @@ from .guards.fingerprints import Prints, changed, global_generators, warn_of
 from .guards.gradients import Leftovers, Source
 from .guards.graph_reads import check_reads, leaves_of
 from .guards.lost import look
+from .memory import ProbeMemory
 from .passes import Pass
 from .replay import Snapshot, capturing
 from .run import Run
 from .stats import Estimate, warn_of_scales
+
+OfModules = tuple[Modules, Sequence[Tensor]]  # modules, and rows of their weights
+Rows = list[OfModules]
 
 
 class Step:
@@ -45,7 +49,8 @@ class Step:
         self._part: list[int] = []  # for each place of a weight, whether it does; empty where nobody looked
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
-        self._minus: tuple[list[WeightView], list[Tensor]] = [], []  # what the next pass runs with
+        self._minus: Rows = []  # of the - probe of the direction
+        self._second: list[ProbeMemory] = []  # where these lie
         self.taken_over = False  # whether a loop made the gradients, and no pass ran
         self.snapshots: list[Snapshot] = []  # before the gradient pass, and after it if probes follow
         self._compared = n > 0 and not run.passes_compared  # whether to look for what passes do not see alike
@@ -92,7 +97,10 @@ class Step:
             else:
                 probes = self._write_probes(probe)
                 run.replay.load(self.snapshots[0])
-                use_probe(*probes)
+                for modules, rows in probes:
+                    modules.use_probe(rows)
+                for memory in self._second:
+                    memory.begin()
         except BaseException:
             self._release()
             if probe.sign:
@@ -102,7 +110,7 @@ class Step:
         self.active = True
 
     def _release(self, failed: bool = False) -> None:
-        release(self.run.weights)
+        self.run.prepared.modules.release()
         self.run.peers.between_passes(failed)
 
     @torch.no_grad()
@@ -115,6 +123,8 @@ class Step:
         try:
             torch.clear_autocast_cache()
             self._release(failed)
+            if probe.sign < 0:
+                self._free()
             if probe.sign:
                 self.run.replay.load(self.snapshots[1])
                 if not failed:
@@ -150,6 +160,13 @@ class Step:
             loss.backward()
         finally:
             run.gradients.come_from = Source.PASS
+
+    def _free(self) -> None:
+        """Free the memory of the second probe."""
+        self._minus = []
+        for memory in self._second:
+            memory.free()
+        self._second = []
 
     # ---- after the gradient pass
 
@@ -309,34 +326,53 @@ class Step:
         """Return what perturbation and estimate must agree on, as the ops take it."""
         return {**group.how, **group.names, **self.noise, "noise_factors": group.noise_factors}
 
-    def _write_probes(self, probe: Pass) -> tuple[list[WeightView], list[Tensor]]:
-        """Return the weights and the rows that they run this probe with: Q(w) where they take no part.
+    def _write_probes(self, probe: Pass) -> Rows:
+        """Return modules and the rows that they run this probe with: Q(w) where they take no part.
 
-        Both probes of a direction are written at once. The second gets new memory: no activations are kept now.
+        Both probes of a direction are written at once. The second has memory only until it was run: no
+        activations are kept now.
         """
-        assert self._norm is not None
         if probe.sign < 0:
-            second, self._minus = self._minus, ([], [])
-            return second
-        taking = {w.whole for group in self.groups for w in group.weights}
-        views = [w for w in self.run.weights if w not in taking and w.placement.is_whole]
-        plus = [w.memory() for w in views]
-        minus = [*plus]
+            return self._minus
+        plus: Rows = []
+        minus: Rows = []
+        if sum([len(group.weights) for group in self.groups]) < len(self.run.pieces):
+            taking = {w.whole for group in self.groups for w in group.weights}
+            still = [w for w in self.run.weights if w not in taking and w.placement.is_whole]
+            memory = [w.memory() for w in still]
+            plus, minus = [(Modules(still), memory)], [(Modules(still), memory)]
         for group in self.groups:
             for codes, part in group.split(group.codes):
-                out = each(part.weights, WeightView.code_memory) if codes else part.memory
-                other, new = part.second_memory(out)
-                rows, options = (part.latents, part.grads, part.alphas), self.options(part)
-                still = [*map(torch.clone, out)] if part.by_rows else []  # Q, also after other directions
-                perturb_quantize_(out, other, *rows, self._norm, direction=probe.direction, **options)
-                for q, reached, *sides in zip(still, part.reached, out, other, strict=True) if still else ():
-                    for side in sides:
-                        side.copy_(torch.where(reached, side, q))
-                views += new
-                plus += [w.code_memory() if codes else w.memory() for w in new]
-                minus += new.values()
-        self._minus = views, minus
-        return views, plus
+                own, other = self._write_probes_of(part, codes, probe.direction)
+                plus.append(own)
+                minus.append(other)
+        self._minus = minus
+        return plus
+
+    def _write_probes_of(self, group: WeightGroup, codes: bool, direction: int) -> tuple[OfModules, OfModules]:
+        """Write both probes of a group, as codes or values."""
+        assert self._norm is not None
+        out = each(group.weights, WeightView.code_memory) if codes else group.memory
+        other: Sequence[Tensor]
+        of_stacks: dict[WeightView, Tensor] = {}
+        if group.modules is None:
+            other, of_stacks = group.second_memory(out)
+        elif group.second is None or codes or capturing():
+            other = [*map(torch.empty_like, out)]
+        else:
+            other = group.second.take()
+            self._second.append(group.second)
+        still = [*map(torch.clone, out)] if group.by_rows else []  # Q, also after other directions
+        rows, options = (group.latents, group.grads, group.alphas), self.options(group)
+        perturb_quantize_(out, other, *rows, self._norm, direction=direction, **options)
+        for q, reached, *sides in zip(still, group.reached, out, other, strict=True) if still else ():
+            for side in sides:
+                side.copy_(torch.where(reached, side, q))
+        if group.modules is not None:
+            return (group.modules, out), (group.modules, other)
+        modules = Modules(of_stacks)
+        memory = [w.code_memory() if codes else w.memory() for w in of_stacks]
+        return (modules, memory), (modules, [*of_stacks.values()])
 
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then end
 
@@ -421,6 +457,7 @@ class Step:
             return
         for p in self.passes:
             p._step = None
+        self._free()
         run = self.run
         if run.step is self:
             run.step = None

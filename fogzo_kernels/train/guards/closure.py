@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...nn.view import release
 from ..calls import run_quantized
 from ..replay import Snapshot
 from ..run import Run
@@ -102,5 +101,5 @@ class Closures:
                     loss = float(self.loss(closure, start).detach())
                 yield loss
         finally:
-            release(run.weights)
+            run.prepared.modules.release()
             run.peers.between_passes()
