@@ -62,6 +62,21 @@ inline void inspect(Arguments a) {
   }
 }
 
+// Counts elements that are not in least..most, NaN among them.
+inline int64_t outside(Arguments a) {
+  const Tensors &tensors = a.tensors(), &least = a.tensors();
+  const double most = a.number();
+  check_list(tensors, kFloat32, tensors, tensors.size());
+  check_list(least, kFloat32, tensors, tensors.size());
+  int64_t count = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const float *const values = tensors[i].at<const float>(), *const low = least[i].at<const float>();
+    for (int64_t j = 0; j < tensors[i].numel; ++j)
+      count += !(values[j] >= low[j] && double(values[j]) <= most);
+  }
+  return count;
+}
+
 // Adds 1 to each count, int64 and 0-dim.
 inline void add_one(Arguments a) {
   const Tensors &counts = a.tensors();

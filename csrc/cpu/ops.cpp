@@ -426,6 +426,7 @@ STABLE_TORCH_LIBRARY(fogzo_cpu, m) {
   m.def("hadamard(Tensor(a!)[] out, Tensor[] tensors, int block" FOGZO_HELD ") -> ()");
   // no functions of Backend
   m.def("inspect(Tensor(a!) out, Tensor[] tensors" FOGZO_HELD ") -> ()");
+  m.def("outside(Tensor[] tensors, Tensor[] least, float most" FOGZO_HELD ") -> int");
   m.def("add_one(Tensor(a!)[] counts" FOGZO_HELD ") -> ()");
 }
 
@@ -442,6 +443,9 @@ STABLE_TORCH_LIBRARY_IMPL(fogzo_cpu, CompositeExplicitAutograd, m) {
   m.impl("measure_alphas", boxed_lists<measure_alphas>);
   m.impl("hadamard", boxed_lists<hadamard>);
   m.impl("inspect", boxed_lists<inspect>);
+  m.impl("outside", [](StableIValue *stack, uint64_t inputs, uint64_t) {
+    *stack = torch::stable::detail::from(outside(Arguments(stack, stack + inputs - 1)));
+  });
   m.impl("add_one", boxed_lists<add_one>);
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..functional import hadamard_, measure_alphas_
 from ..ops import checks, memory, transforms
 from ..ops.differentiable import Options
+from ..ops.native import outside
 from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale, Scale, not_saved
@@ -211,12 +212,23 @@ def hold_alphas(modules: Sequence[QuantizedWeight], names: Sequence[str] = LEARN
     Returns how many, 0-dim int64 on their device, where nothing waits for it. Returns None if there are none,
     which only the CPU sees.
     """
+    return hold_pairs(modules, *pairs_of(modules, names))
+
+
+def pairs_of(modules: Sequence[QuantizedWeight], names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """The learned alphas of these names, each once, and where each is held."""
     pairs = {id(pair[0]): pair for m in modules for pair in m.learned_alphas(names)}
-    if not pairs:
+    return [alpha for alpha, _ in pairs.values()], [least for _, least in pairs.values()]
+
+
+def hold_pairs(modules: Sequence[QuantizedWeight], alphas: Tensors, lows: Tensors) -> Tensor | None:
+    """:func:`hold_alphas` of alphas that are known; ``lows``: where each is held."""
+    if not alphas:
         return None
-    alphas, lows = zip(*pairs.values(), strict=True)
+    seen = alphas[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and outside(alphas, lows, MOST) == 0:
+        return None
     now, least = memory.in_a_row(alphas), memory.in_a_row(lows)
-    seen = now.device.type == "cpu" and not torch.compiler.is_compiling()
     if seen and torch.equal(now, torch.maximum(now, least).clamp_(max=MOST)):
         return None
     kept = in_its_range(now, least)

@@ -214,8 +214,9 @@ def _objects_of(modules: list[nn.Module], latents: list[Tensor], tensors: list[T
             sizes += held, len(held)
             for name, value in held.items():
                 entries += held, name, value
-        if "alpha" in m._buffers:
-            entries += m._buffers, "alpha", m._buffers["alpha"]
+        for name in ("alpha", "alpha_least"):
+            if name in m._buffers:
+                entries += m._buffers, name, m._buffers[name]
     for t in latents:
         for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             hooks = getattr(t, name)

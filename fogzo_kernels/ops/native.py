@@ -36,6 +36,20 @@ def add_one(counts: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(counts)
 
 
+def outside(tensors: Sequence[Tensor], least: Sequence[Tensor], most: float) -> int | None:
+    """How many elements of CPU tensors, float32, are below ``least`` or above ``most``, or NaN.
+
+    None where native code cannot tell.
+    """
+    if native() is None or not (isinstance(tensors, TensorList) and isinstance(least, TensorList)):
+        return None
+    try:
+        count: int = torch.ops.fogzo_cpu.outside([], [], most, [tensors.number, least.number])
+    except RuntimeError:
+        return None
+    return count
+
+
 def _given(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """A list as native ops take it: one that is prepared by its number."""
     return ([], [tensors.number]) if isinstance(tensors, TensorList) else (tensors,)

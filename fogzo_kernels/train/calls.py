@@ -25,7 +25,7 @@ from ..functional import (
 )
 from ..nn.quantized import QuantizedWeight
 from ..nn.view import LOCAL, DeferredLists, Modules, PassWeight, WeightView, check_alpha, each
-from ..nn.weight import against_alpha, hold_alphas, measure_
+from ..nn.weight import LEARNED, against_alpha, hold_pairs, measure_, pairs_of
 from ..nn.weights import Facts
 from ..ops.native import put
 from ..spec.hadamard import Hadamard
@@ -34,7 +34,7 @@ from .memory import ProbeMemory
 
 T = TypeVar("T")
 DTYPE, ALPHA, LATENT = map(operator.attrgetter, ("dtype", "alpha", "latent"))
-AlphaGradients = list[tuple[WeightView, Tensor]]  # weights whose alphas learn, and the gradients of these
+AlphaGradients = list[tuple[WeightView, Tensor, Tensor]]  # weights whose alphas learn, alphas, gradients
 
 
 class WeightGroup:
@@ -45,6 +45,7 @@ class WeightGroup:
         alphas, tensor_ids, layouts: as ops take them; ``layouts`` is None where the weights are whole.
         memory: rows for Q of each weight.
         learned: for each weight, whether its alpha learns.
+        of_modules: alpha of each weight, as its modules have it.
         factors: for each weight, what LSQ multiplies the gradient of its alpha by, if that learns.
         codes: for each weight, whether its probes are written as codes.
         by_rows: whether rows without a gradient take no part.
@@ -54,7 +55,18 @@ class WeightGroup:
         modules: of the weights; None where these are experts, which share modules.
     """
 
-    LISTS = ("weights", "alphas", "tensor_ids", "layouts", "memory", "learned", "factors", "codes", "grads")
+    LISTS = (
+        "weights",
+        "alphas",
+        "of_modules",
+        "tensor_ids",
+        "layouts",
+        "memory",
+        "learned",
+        "factors",
+        "codes",
+        "grads",
+    )
 
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
@@ -65,7 +77,8 @@ class WeightGroup:
         self.tensor_ids = [w.tensor_id for w in weights]
         layouts = [layout for w in weights if (layout := w.layout) is not None]
         self.layouts = layouts or None  # of parts of weights: all weights are parts, or none is
-        self.learned = [w.modules[0].alpha.requires_grad for w in weights]
+        self.of_modules = [w.modules[0].alpha for w in weights]
+        self.learned = [alpha.requires_grad for alpha in self.of_modules]
         learn = [w.modules[0] if learned else None for w, learned in zip(weights, self.learned, strict=True)]
         self.factors = [1.0 if module is None else module.alpha_factor for module in learn]
         self.codes = [w.takes_codes for w in weights]
@@ -202,6 +215,7 @@ class Prepared:
         self.groups: list[WeightGroup] = []
         self.measured: list[WeightView] = []
         self.learned: list[QuantizedWeight] = []
+        self._pairs: tuple[TensorList, TensorList] | None = None  # learned alphas, and where they are held
         self.modules = Modules(weights)
         self._ready: tuple[tuple[dict[str, Any], ...], tuple[PassWeight, ...]] = (), ()
         self._others: list[tuple[WeightView, Tensor]] = []
@@ -221,6 +235,10 @@ class Prepared:
         modules = [m for w in self.weights for m in w.modules]
         self.measured = [w for w in self.weights if isinstance(w.quantizer.scale, MeasuredScale)]
         self.learned = [m for m in modules if m.quantizer.learned or m.input_quantizer is not None]
+        self._pairs = None
+        if all(m.input_quantizer is None for m in self.learned):  # else an input's scale gets its value later
+            alphas, least = pairs_of(self.learned, LEARNED)
+            self._pairs = TensorList(alphas), TensorList(least)
         states: list[dict[str, Any]] = []
         run_with: list[PassWeight] = []
         self.modules, self._others = Modules(self.weights), []
@@ -252,7 +270,7 @@ class Prepared:
         put(states, "pass_weight", run_with)
 
     def set_alphas(self) -> Tensor | None:
-        """Measure the alphas that each step measures, and return how many others :func:`hold_alphas` moved."""
+        """Measure alphas that each step measures. Return how many others were moved into their range."""
         calls: dict[tuple[MeasuredScale, Hadamard | None, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         if self.measured:
             measure_sharded_(
@@ -266,7 +284,7 @@ class Prepared:
                 rows += [w.latent] * len(w.modules)
         for (scale, transform, _), (alphas, rows) in calls.items():
             measure_(alphas, rows, scale, transform, self.backend)
-        return hold_alphas(self.learned)
+        return hold_pairs(self.learned, *(self._pairs or pairs_of(self.learned, LEARNED)))
 
 
 def run_quantized(prepared: Prepared) -> None:
@@ -291,11 +309,11 @@ def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> Alp
             if deferred and not learned:
                 straight_through_backward_(part.grads, *rows, **part.how)
             elif deferred:
-                grads = [*map(torch.empty_like, part.alphas)]
+                grads = like_in_one(part.alphas)
                 learned_backward_(part.grads, part._list(grads), *rows, factors=part.factors, **part.how)
                 if part.layouts is not None:
                     grads = sum_of_parts(part.weights, grads)
-                alphas += zip(part.weights, grads, strict=True)
+                alphas += zip(part.weights, part.of_modules, grads, strict=True)
     return alphas
 
 
@@ -367,11 +385,18 @@ class Guide:
         return numels, slots
 
 
+def like_in_one(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return new tensors like these, in one piece of memory where all have one shape."""
+    first = tensors[0]
+    if any(t.shape != first.shape for t in tensors):
+        return [*map(torch.empty_like, tensors)]
+    return [*first.new_empty((len(tensors), *first.shape)).unbind()]
+
+
 def add_to_gradients(alphas: AlphaGradients, taking: Collection[WeightView] | None = None) -> None:
     """Add to the gradients of alphas, as a backward does; none where the weight is not ``taking`` part."""
     present, added = [], []
-    for w, grad in alphas:
-        alpha = w.modules[0].alpha
+    for w, alpha, grad in alphas:
         if taking is not None and w not in taking:  # of a stack: none of its experts
             continue
         if alpha.grad is None:

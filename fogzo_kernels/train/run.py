@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed.group import Peers
 from ..nn.view import WeightView
@@ -82,6 +82,7 @@ class Run:
     steps: int = 0  # taken so far, which numbers the noise of the coming step
     reads_checked: bool = False  # whether a step has looked for reads of a weight beside its module
     attached: Any = None  # the handle of the hook that makes each step of an optimizer one of these
+    _others: tuple[Facts, list[nn.Parameter]] | None = None
     passes_compared: bool = False  # whether a step with probes has looked for what passes do not see alike
 
     def __post_init__(self) -> None:
@@ -130,6 +131,13 @@ class Run:
         prepared = self.prepared
         prepared.facts = check_unchanged(self.replay.model, self.weights, prepared.facts)
         return prepared.facts
+
+    def others(self, facts: Facts) -> list[nn.Parameter]:
+        """Return the parameters of the model that are no quantized weights."""
+        if self._others is None or self._others[0] is not facts:
+            own = set(map(id, self.gradients.parameters))
+            self._others = facts, [p for p in facts.parameters if id(p) not in own]
+        return self._others[1]
 
     def advance(self, with_probes: bool, lost: Tensor | None) -> None:
         """Go on to the next step. ``lost``: whether this one is lost, where only the device knows."""

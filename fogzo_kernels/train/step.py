@@ -214,7 +214,10 @@ class Step:
     def _flags(self, nonzero: Tensor) -> Tensor:
         """Return a flag for each weight of all processes; it is not set where a gradient is absent."""
         places, count = self.run.places, self.run.count
-        slots = [places[w] for group in self.groups for w in group.weights]
+        weights = [w for group in self.groups for w in group.weights]
+        if weights == self.run.pieces and len(weights) == count:
+            return nonzero
+        slots = [places[w] for w in weights]
         if slots == list(range(count)):
             return nonzero
         flags = nonzero.new_zeros(count)
@@ -238,9 +241,9 @@ class Step:
         if self.pairs:
             self._norm = run.guide.norm(self.groups, loss.device)
             finite &= self._norm.isfinite()
-        own = set(map(id, run.gradients.parameters))
-        others = [p.grad for p in self.parameters if id(p) not in own and p.grad is not None]
-        finite &= look([*others, *(grad for _, grad in alphas)], loss.device, zeros=False)[1] & loss.isfinite()
+        others = [grad for p in run.others(self._facts) if (grad := p.grad) is not None]
+        others += [grad for *_, grad in alphas]
+        finite &= look(others, loss.device, zeros=False)[1] & loss.isfinite()
         if capturing():
             flag = (~finite).int()
             run.peers.agree(flag)
@@ -256,7 +259,7 @@ class Step:
             run.peers.agree(flags)
             *part, lost, was_edited = flags.tolist()
             self.takes_part, self._part = any(part), part
-            taking = {w for w, span in run.spans.items() if any(part[span])}
+            taking = None if all(part) else {w for w, span in run.spans.items() if any(part[span])}
             calls.add_to_gradients(alphas, () if lost else taking)
             run.gradients.raise_if_edited(bool(was_edited))
             if not all(part):

@@ -47,8 +47,8 @@ class Gradients:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
-        self._estimates: dict[int, weakref.ref[Tensor]] = {}  # by place: what holds the last estimate
-        self._left_versions: dict[int, int] = {}  # of their tensors, when the estimate was made
+        self._estimates: list[weakref.ref[Tensor] | None] = []  # what holds the last estimate, for each
+        self._left_versions: list[int | None] = []  # of these tensors, when the estimate was made
         self._elsewhere: set[int] = set()  # a backward elsewhere has added to these since then
         self._read: list[Tensor] = []  # the gradients as a step read them, until it looks again
         self._versions: list[int] = []  # and theirs
@@ -90,10 +90,10 @@ class Gradients:
 
         ``versions``: whether :attr:`all_estimates` will be asked.
         """
-        self._estimates = {i: weakref.ref(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
+        grads = [p.grad for p in self.parameters]
+        self._estimates = [None if grad is None else weakref.ref(grad) for grad in grads]
         if versions:
-            grads = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
-            self._left_versions = {i: local(grad)._version for i, grad in grads.items()}
+            self._left_versions = [None if grad is None else local(grad)._version for grad in grads]
         self._elsewhere.clear()
 
     @property
@@ -102,12 +102,12 @@ class Gradients:
         grads = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
         left = self._left_versions
         return bool(grads) and all(
-            self.is_estimate(i) and local(grad)._version == left.get(i) for i, grad in grads.items()
+            self.is_estimate(i) and local(grad)._version == left[i] for i, grad in grads.items()
         )
 
     def is_estimate(self, i: int) -> bool:
         """Whether the gradient of parameter ``i`` holds that and nothing else."""
-        estimate = self._estimates.get(i)
+        estimate = self._estimates[i] if self._estimates else None
         return estimate is not None and estimate() is self.parameters[i].grad and i not in self._elsewhere
 
     def check_estimates(self, parameters: Iterable[Tensor], names: Sequence[str]) -> None:
@@ -155,7 +155,7 @@ class Gradients:
         None allows edits in place: guided noise is in proportion to what they leave.
         """
         self._read = [p.grad for p in self.parameters if p.grad is not None]
-        self._versions = [] if rows is None else [local(grad)._version for grad in self._read]
+        self._versions = [] if rows is None else versions(self._read)
         self._bits = bits(rows) if rows and not capturing() else None
 
     def check_unedited(self, rows: Sequence[Tensor] | None) -> None:
@@ -167,7 +167,7 @@ class Gradients:
         now = [p.grad for p in self.parameters if p.grad is not None]
         same = len(now) == len(read) and all(map(operator.is_, now, read))
         if rows is not None:
-            same = same and [local(grad)._version for grad in now] == self._versions
+            same = same and versions(now) == self._versions
         if same and rows is not None and self._bits is not None and not capturing():
             if seen_at_once(self._bits):
                 same = torch.equal(self._bits, bits(rows))
@@ -181,6 +181,14 @@ class Gradients:
         self.edited = None
         if edited:
             raise RuntimeError(f"{EDITED} (of the step before this one, which moved no weights)")
+
+
+VERSION = operator.attrgetter("_version")
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """The versions of tensors, or of the parts that this process has."""
+    return [*map(VERSION, tensors if {*map(type, tensors)} <= {Tensor} else map(local, tensors))]
 
 
 def seen_at_once(tensor: Tensor) -> bool:

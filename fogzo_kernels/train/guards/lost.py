@@ -6,6 +6,7 @@ And gradients of a step that is lost, which no optimizer of PyTorch is to take.
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,9 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from ...functional import TensorList
 from ...nn.view import local
 from ...ops.native import inspected
+from ...ops.tensor_list import PLAIN
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 HALVES = (torch.bfloat16, torch.float16)  # whose first norms need another dtype
+DEVICE, DTYPE, IS_SPARSE = map(operator.attrgetter, ("device", "dtype", "is_sparse"))
 
 
 @torch.no_grad()
@@ -32,11 +35,18 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
         device: of the two results: bool, (len(tensors),) and 0-dim. A GPU is not waited for.
         zeros: whether the first result is asked for; else it says nothing.
     """
-    prepared = isinstance(tensors, TensorList) and tensors.plain
-    plain: Sequence[Tensor] = tensors if prepared else [_numbers(local(t)) for t in tensors]
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, t in enumerate(plain[:1] if prepared else plain):  # gradients in one call of an op are alike
-        kinds.setdefault((t.device, t.dtype), []).append(i)
+    plain: Sequence[Tensor] = tensors
+    if isinstance(tensors, TensorList) and tensors.plain:  # gradients in one call of an op are alike
+        kinds = {(t.device, t.dtype): [0] for t in tensors[:1]}
+    else:
+        if not ({*map(type, tensors)} <= PLAIN and not any(map(IS_SPARSE, tensors))):
+            plain = [*map(local, tensors)]
+            plain = [*map(_numbers, plain)]
+        elif any(dtype.is_complex for dtype in {*map(DTYPE, plain)}):
+            plain = [*map(_numbers, plain)]
+        kinds = {}
+        for i, kind in enumerate(zip(map(DEVICE, plain), map(DTYPE, plain), strict=True)):
+            kinds.setdefault(kind, []).append(i)
     nonzero = torch.ones(len(plain), dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for (where, dtype), places in kinds.items():
