@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from itertools import chain
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.held import generations, native
 from ..functional import TensorList
+from ..ops.native import Objects
 from ..train.calls import WeightGroup
 from ..train.step import Step
 from .memory import View
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from .fused import FusedOptimizer
 
 
-DTYPE, VERSION = map(operator.attrgetter, ("dtype", "_version"))
+DTYPE, LAYOUT, VERSION = map(operator.attrgetter, ("dtype", "layout", "_version"))
 
 
 class Options(NamedTuple):
@@ -126,11 +128,19 @@ class Kept:
         counted: set[int] = set()
         for call in calls:
             call.prepare(self.plain, counted)
-        self.addresses = [*map(Tensor.data_ptr, self.every)]
+        self.parameters = TensorList(self.every)
+        self.memory = self._memory()
         self.of_state = [*optimizer.state.values()]
-        self.state = [*chain.from_iterable(map(dict.values, self.of_state))]
+        sizes = [x for state in self.of_state for x in (state, len(state))]
+        entries = [x for state in self.of_state for name, value in state.items() for x in (state, name, value)]
+        self.state = Objects(tuple(entries), tuple(sizes), (), ())
         self.steps = [o.step for o in operands]
         self.versions: list[int] = []
+
+    def _memory(self) -> list[int]:
+        """What changes when a parameter lies elsewhere, or otherwise."""
+        known = generations([self.parameters]) if self.parameters.plain and native() else None
+        return [*map(Tensor.data_ptr, self.every)] if known is None else known
 
     def ran(self) -> None:
         """The calls were made: each parameter has taken a step, and gradients may be freed."""
@@ -146,19 +156,21 @@ class Kept:
         if not (self.plain and len(every) == len(self.every) and count == self.count):
             return False
         grads: Any = [all_grads[i] for i in self.order]
+        if any(map(operator.is_, grads, repeat(None))):
+            return False
         state = optimizer.state
         fits = (
             all(map(operator.is_, every, self.every))
-            and not any([grad is None or grad.is_sparse for grad in grads])  # noqa: C419  a generator is slow
+            and {*map(LAYOUT, grads)} <= {torch.strided}
             and [*map(DTYPE, grads)] == self.grad_dtypes
             and all(map(Tensor.is_contiguous, grads))
             and len(estimated) == len(self.estimated)
             and all(map(operator.is_, [group.weights for group in estimated], self.estimated))
             and pattern(optimizer, options) == self.alike
-            and [*map(Tensor.data_ptr, every)] == self.addresses
+            and self._memory() == self.memory
             and len(state) == len(self.of_state)
             and all(map(operator.is_, state.values(), self.of_state))
-            and all(map(operator.is_, chain.from_iterable(map(dict.values, self.of_state)), self.state))
+            and self.state.holds()
             and [*map(VERSION, self.steps)] == self.versions
             and (not optimizer._joined or count == len(every))
         )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..functional import TensorList
-from ..nn.view import local
+from ..nn.view import WeightView, local
+from ..nn.weights import Facts
 from ..ops import arguments
 from ..ops.native import add_one
 from ..spec.grid import Grid
@@ -64,6 +65,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._calls_so_far = 0  # of step()
         self._joined: dict[int, int] = {}  # by id of a parameter: at which of them its own steps began
         self._kept: Kept | None = None
+        self._owned: tuple[list[Tensor], Facts | None, list[WeightView], list[Tensor]] = [], None, [], []
         common = {"master_weights": master_weights, "capturable": capturable}
         super().__init__(params, {"lr": lr, **hyperparameters, **common})
 
@@ -150,10 +152,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = None if fogzo is None else fogzo.pending_step()
         lost, unknown = False, None  # whether the step is lost; the same where only the device knows
         if step is not None:
-            self._check_owned(step)
+            beside = [p.grad for p in self._beside(step) if p.grad is not None]
             self._warn_of_restart(step)
-            known = set(map(id, step.parameters))
-            beside = [p.grad for p in self._parameters() if id(p) not in known and p.grad is not None]
             step.lose_if_not_finite(beside, None if shares else scaling.found_inf)
             estimate = step.collect(scaling.scale)
             loss = loss if step.taken_over else estimate.loss
@@ -194,16 +194,26 @@ class FusedOptimizer(torch.optim.Optimizer):
                 " the backward, or call loss.backward() in the closure"
             )
 
-    def _check_owned(self, step: Step) -> None:
-        """Raise if another optimizer has a weight, which would keep its straight-through gradient unnoticed."""
-        own = set(map(id, self._parameters()))
-        estimated = [w for w in step.run.weights if w.parameter.grad is not None]
-        others = sum([id(w.parameter) not in own for w in estimated])
+    def _beside(self, step: Step) -> list[Tensor]:
+        """Return the parameters that are not the model's.
+
+        Raises RuntimeError if another optimizer has a quantized weight with a gradient, which would keep its
+        straight-through gradient unnoticed.
+        """
+        every = [*self._parameters()]
+        known, facts, missing, beside = self._owned
+        if not (facts is step.facts and len(every) == len(known) and all(map(operator.is_, every, known))):
+            own, of_model = set(map(id, every)), set(map(id, step.parameters))
+            missing = [w for w in step.run.weights if id(w.parameter) not in own]
+            beside = [p for p in every if id(p) not in of_model]
+            self._owned = every, step.facts, missing, beside
+        others = sum([w.parameter.grad is not None for w in missing])
         if others:
             raise RuntimeError(
                 f"params must hold every quantized weight of fogzo, got all but {others}; for several"
                 " optimizers call estimate_() first"
             )
+        return beside
 
     def _warn_of_restart(self, step: Step) -> None:
         """In the first step of a Fogzo, warn if its state was left behind where the optimizer was loaded."""
@@ -382,7 +392,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """PyTorch's own leaves out what a subclass adds, and a copy could not step."""
         own = {name: getattr(self, name) for name in ("fogzo", "backend", "_names", "_calls_so_far")}
-        own["_joined"], own["_kept"] = {}, None  # of other parameters
+        own |= {"_joined": {}, "_kept": None, "_owned": ([], None, [], [])}  # of other parameters
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

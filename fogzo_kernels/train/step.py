@@ -32,7 +32,7 @@ class Step:
     """A step from its first pass to its end, when its run drops it. ``facts``: of the model now."""
 
     def __init__(self, run: Run, facts: Facts) -> None:
-        self.run, self._facts = run, facts
+        self.run, self.facts = run, facts
         self.noise = run.next_noise()
         self.estimates = self.noise["one_minus_beta"] is not None  # else it is plain straight-through
         self.pairs = n = run.settings.directions if self.estimates else 0  # of probes
@@ -66,11 +66,11 @@ class Step:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All of the model, each once."""
-        return self._facts.parameters
+        return self.facts.parameters
 
     def _snapshot(self) -> Snapshot:
         """Return the state of buffers and generators."""
-        return self.run.replay.save(self._facts.buffers, self._facts.gpus)
+        return self.run.replay.save(self.facts.buffers, self.facts.gpus)
 
     # ---- a pass
 
@@ -241,7 +241,7 @@ class Step:
         if self.pairs:
             self._norm = run.guide.norm(self.groups, loss.device)
             finite &= self._norm.isfinite()
-        others = [grad for p in run.others(self._facts) if (grad := p.grad) is not None]
+        others = [grad for p in run.others(self.facts) if (grad := p.grad) is not None]
         others += [grad for *_, grad in alphas]
         finite &= look(others, loss.device, zeros=False)[1] & loss.isfinite()
         if capturing():
