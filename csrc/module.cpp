@@ -1,6 +1,5 @@
 // Host-side facts about the native module; touches no tensor.
-#include "cpu/held.h"
-#include "cpu/kernels.h"
+#include "cpu/module_weight.h"
 #include "objects.h"
 
 #include <pybind11/pybind11.h>
@@ -103,6 +102,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "Instruction sets that have kernels and that this processor can run.");
   m.def("cpu_isa", [] { return fogzo::cpu::kernels().isa; }, "The one in use.");
   py::class_<Hold>(m, "Hold").def(py::init<int64_t>()).def_readonly("number", &Hold::number);
+  using fogzo::cpu::ModuleWeight;
+  py::class_<ModuleWeight>(m, "ModuleWeight")
+      .def(py::init<int64_t, int64_t, int64_t, double, int64_t, int64_t, const std::string &, double, double,
+                    bool>())
+      .def("quantize", &ModuleWeight::quantize, py::call_guard<py::gil_scoped_release>())
+      .def("backward", &ModuleWeight::backward, py::call_guard<py::gil_scoped_release>());
   m.def("generations", &generations, "The state of each held list, by its number.");
   m.def("held_lists", [] { return fogzo::cpu::HeldLists::all().size(); }, "How many there are.");
   m.def("unchanged", &fogzo::unchanged, "Whether dicts, attributes and types hold what they held.");

@@ -85,7 +85,7 @@ def test_a_probe_runs_what_the_op_writes_for_its_sign_alone(backend, directions)
 
 def test_both_probes_are_one_call(monkeypatch):
     """And the second one has memory of its own while they run, which nobody else takes."""
-    from fogzo_kernels.train import step as steps
+    from fogzo_kernels.train import probes
 
     calls = []
 
@@ -93,7 +93,7 @@ def test_both_probes_are_one_call(monkeypatch):
         calls.append(args)
         fk.perturb_quantize_(*args, **options)
 
-    monkeypatch.setattr(steps, "perturb_quantize_", counted)
+    monkeypatch.setattr(probes, "perturb_quantize_", counted)
     model, fogzo = make(schedule="constant")
     for _ in range(2):  # the first one counts codes, too
         model.zero_grad()

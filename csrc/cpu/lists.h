@@ -295,4 +295,31 @@ void run(Function kernel, const std::vector<Operands> &items, const Given &...gi
            [&](int64_t, const Range &range) { kernel(*range.item, given..., range.begin, range.end); });
 }
 
+// The gradients of alphas that several ranges share, added in the order of the ranges.
+inline void add_cuts(const std::vector<Range> &ranges, const std::vector<Cut> &cuts) {
+  double sum = 0;
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    const auto [item, begin, end] = ranges[i];
+    const int64_t length = item->scale_length, first = begin / length, last = (end - 1) / length;
+    if (begin % length) { // the alpha of its first element began before
+      sum += cuts[i].before;
+      if ((first + 1) * length <= end)
+        item->alpha_grad[first] = float(item->factor * sum);
+    }
+    if (last * length >= begin && end % length)
+      sum = cuts[i].behind;
+  }
+}
+
+// The straight-through backward, with the gradients of alphas.
+inline void run_learned(const std::vector<Operands> &items, StraightThrough what, GridRange grid, float r) {
+  const Kernels &best = kernels();
+  const std::vector<Range> ranges = make_ranges(items);
+  std::vector<Cut> cuts(ranges.size());
+  for_each(ranges, [&](int64_t i, const Range &range) {
+    cuts[i] = best.learned(*range.item, what, grid, r, range.begin, range.end);
+  });
+  add_cuts(ranges, cuts);
+}
+
 } // namespace fogzo::cpu

@@ -255,22 +255,6 @@ void straight_through_backward(Arguments a) {
   run(kernels().straight_through, lists->items, what, grid.range(), float(grid.r));
 }
 
-// The gradients of alphas that several ranges share, added in the order of the ranges.
-void add_cuts(const std::vector<Range> &ranges, const std::vector<Cut> &cuts) {
-  double sum = 0;
-  for (size_t i = 0; i < ranges.size(); ++i) {
-    const auto [item, begin, end] = ranges[i];
-    const int64_t length = item->scale_length, first = begin / length, last = (end - 1) / length;
-    if (begin % length) { // the alpha of its first element began before
-      sum += cuts[i].before;
-      if ((first + 1) * length <= end)
-        item->alpha_grad[first] = float(item->factor * sum);
-    }
-    if (last * length >= begin && end % length)
-      sum = cuts[i].behind;
-  }
-}
-
 void learned_backward(Arguments a) {
   const Tensors &out = a.tensors(), &alpha_grads = a.tensors(), &grads = a.tensors(), &latents = a.tensors(),
                 &alphas = a.tensors();
@@ -301,16 +285,10 @@ void learned_backward(Arguments a) {
   check_alphas(alphas, grid.r);
   const GridRange values = grid.range();
 
-  const Kernels &best = kernels();
   for (size_t i = 0; i < count; ++i)
     if (!latents[i].numel)
       std::fill_n(alpha_grads[i].at<float>(), alpha_grads[i].numel, 0.0f);
-  const std::vector<Range> ranges = make_ranges(lists->items);
-  std::vector<Cut> cuts(ranges.size());
-  for_each(ranges, [&](int64_t i, const Range &range) {
-    cuts[i] = best.learned(*range.item, what, values, float(grid.r), range.begin, range.end);
-  });
-  add_cuts(ranges, cuts);
+  run_learned(lists->items, what, values, float(grid.r));
 }
 
 // ---- alphas from data

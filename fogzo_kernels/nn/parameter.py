@@ -25,6 +25,8 @@ class Values:
         self.of_threads: dict[int, dict[str, Tensor]] = {}
         self.traced: dict[str, Tensor] | None = None  # of the forward that a compiler traces
         self.kept: Any = None  # what forwards without grad share
+        self.direct: Any = None  # what native code keeps for forwards with grad
+        self.direct_failed = -1  # at which count of changes there could be none
 
     def now(self) -> dict[str, Tensor] | None:
         """The values of this thread's forward, or None outside a forward."""

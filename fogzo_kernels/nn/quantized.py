@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..functional import quantize, quantize_
 from ..ops import transforms
@@ -15,6 +16,7 @@ from ..ops.differentiable import plain as plain_quantize
 from ..ops.listop import is_plain
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, MeasuredScale
+from .direct import direct_values
 from .inputs import InputQuantizer, rotated
 from .parameter import VALUES, Values
 from .state_dict import SavedModule
@@ -24,6 +26,7 @@ from .weight import (
     WeightQuantizer,
     against_alpha,
     alpha_of,
+    changes,
     check,
     fits,
     hold_alphas,
@@ -229,6 +232,8 @@ class QuantizedWeight(SavedModule):
         own, weight = self.pass_weight, self.latent
         if own is not None and own.ready and own.weight is weight:
             return own.rows
+        if own is None and not is_compiling() and (values := direct_values(self)) is not None:
+            return values if values.ndim == 2 else values.flatten(1)
         alpha = self.alpha
         fit = fits(self, weight, alpha)
         if own is None and fit and self.placement is LOCAL and is_plain(weight, alpha):
@@ -385,6 +390,7 @@ class QuantizedWeight(SavedModule):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.__dict__[VALUES].kept = None
+        changes.count += 1
         names = self.own_tensors()
         before = {name: getattr(self, name).detach() for name in names}
         super()._apply(fn, recurse)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.held import generations, native
 from ..functional import TensorList
 from ..ops import checks
-from ..ops.native import ABSENT, ANY, Objects
-from ..ops.tensor_list import PLAIN
+from ..ops.listop import PLAIN
+from ..ops.native import ABSENT, ANY, Objects, state_of
 from ..spec.scale import LearnedScale, MeasuredScale
 from .quantized import QuantizedWeight
 from .replaced import REPLACED, check_replaced
@@ -179,9 +177,7 @@ class Facts:
     def _now(self) -> Any:
         """What tensors say of their memory, shapes, dtypes and devices."""
         others = [p.device for p in self._others]
-        if self._tensors.plain and native():
-            return generations([self._tensors]), others
-        return [[*map(fact, self._tensors)] for fact in FACTS], others
+        return state_of(self._tensors), others
 
     def hold(self) -> bool:
         """Whether everything is as it was."""
@@ -193,10 +189,6 @@ class Facts:
     def gpus(self) -> list[int]:
         """Returns the numbers of the GPUs that parameters lie on."""
         return gpus_of(self.parameters)
-
-
-#: Facts of a tensor, where no native code tells of changes.
-FACTS: Any = Tensor.data_ptr, Tensor.is_contiguous, *map(operator.attrgetter, ("shape", "dtype", "device"))
 
 
 def _objects_of(modules: list[nn.Module], latents: list[Tensor], tensors: list[Tensor]) -> Objects | None:

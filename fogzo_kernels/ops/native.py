@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.held import native
+from ..backends.held import generations, native
 from .tensor_list import TensorList
+
+#: Facts of a tensor, where no native code tells of changes.
+FACTS: Any = Tensor.data_ptr, Tensor.is_contiguous, *map(operator.attrgetter, ("shape", "dtype", "device"))
+
+
+def state_of(tensors: TensorList) -> Any:
+    """What changes when a tensor of the list lies elsewhere, or has another shape, dtype or device."""
+    if tensors.plain and native() is not None:
+        return generations([tensors])
+    return [[*map(fact, tensors)] for fact in FACTS]
 
 
 def inspected(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.held import generations, native
 from ..functional import TensorList
-from ..ops.native import Objects
+from ..ops.native import Objects, state_of
 from ..train.calls import WeightGroup
 from ..train.step import Step
 from .memory import View
@@ -129,18 +128,13 @@ class Kept:
         for call in calls:
             call.prepare(self.plain, counted)
         self.parameters = TensorList(self.every)
-        self.memory = self._memory()
+        self.memory = state_of(self.parameters)
         self.of_state = [*optimizer.state.values()]
         sizes = [x for state in self.of_state for x in (state, len(state))]
         entries = [x for state in self.of_state for name, value in state.items() for x in (state, name, value)]
         self.state = Objects(tuple(entries), tuple(sizes), (), ())
         self.steps = [o.step for o in operands]
         self.versions: list[int] = []
-
-    def _memory(self) -> list[int]:
-        """What changes when a parameter lies elsewhere, or otherwise."""
-        known = generations([self.parameters]) if self.parameters.plain and native() else None
-        return [*map(Tensor.data_ptr, self.every)] if known is None else known
 
     def ran(self) -> None:
         """The calls were made: each parameter has taken a step, and gradients may be freed."""
@@ -167,7 +161,7 @@ class Kept:
             and len(estimated) == len(self.estimated)
             and all(map(operator.is_, [group.weights for group in estimated], self.estimated))
             and pattern(optimizer, options) == self.alike
-            and self._memory() == self.memory
+            and state_of(self.parameters) == self.memory
             and len(state) == len(self.of_state)
             and all(map(operator.is_, state.values(), self.of_state))
             and self.state.holds()

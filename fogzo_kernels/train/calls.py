@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,14 @@ from .memory import ProbeMemory
 
 T = TypeVar("T")
 DTYPE, ALPHA, LATENT = map(operator.attrgetter, ("dtype", "alpha", "latent"))
-AlphaGradients = list[tuple[WeightView, Tensor, Tensor]]  # weights whose alphas learn, alphas, gradients
+
+
+class AlphaGradients(NamedTuple):
+    """Gradients of the learned alphas of some weights."""
+
+    weights: list[WeightView]
+    alphas: list[Tensor]
+    grads: Sequence[Tensor]
 
 
 class WeightGroup:
@@ -295,12 +303,12 @@ def run_quantized(prepared: Prepared) -> None:
         group.modules.use_probe(group.memory)
 
 
-def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> AlphaGradients:
+def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> list[AlphaGradients]:
     """Make g of dL/dQ in ``.grad``, once for all micro-batches, and return the gradients of learned alphas.
 
     Outside of passes modules apply h' by themselves, but for weights that processes share by codes.
     """
-    alphas: AlphaGradients = []
+    alphas: list[AlphaGradients] = []
     for group in groups:
         deferred_of = [w.deferred if in_pass else w.placement.sends_codes for w in group.weights]
         kinds = [*zip(deferred_of, group.learned, strict=True)]
@@ -309,11 +317,11 @@ def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> Alp
             if deferred and not learned:
                 straight_through_backward_(part.grads, *rows, **part.how)
             elif deferred:
-                grads = like_in_one(part.alphas)
-                learned_backward_(part.grads, part._list(grads), *rows, factors=part.factors, **part.how)
+                grads = part._list(like_in_one(part.alphas))
+                learned_backward_(part.grads, grads, *rows, factors=part.factors, **part.how)
                 if part.layouts is not None:
-                    grads = sum_of_parts(part.weights, grads)
-                alphas += zip(part.weights, part.of_modules, grads, strict=True)
+                    grads = sum_of_parts(part.weights, [*grads])
+                alphas.append(AlphaGradients(part.weights, part.of_modules, grads))
     return alphas
 
 
@@ -393,10 +401,10 @@ def like_in_one(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*first.new_empty((len(tensors), *first.shape)).unbind()]
 
 
-def add_to_gradients(alphas: AlphaGradients, taking: Collection[WeightView] | None = None) -> None:
+def add_to_gradients(every: Iterable[AlphaGradients], taking: Collection[WeightView] | None = None) -> None:
     """Add to the gradients of alphas, as a backward does; none where the weight is not ``taking`` part."""
     present, added = [], []
-    for w, alpha, grad in alphas:
+    for w, alpha, grad in chain.from_iterable(zip(*part, strict=True) for part in every):
         if taking is not None and w not in taking:  # of a stack: none of its experts
             continue
         if alpha.grad is None:

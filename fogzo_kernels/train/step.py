@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import estimate_gradient_, perturb_quantize_
-from ..nn.view import Modules, WeightView, each
+from ..functional import estimate_gradient_
+from ..nn.view import WeightView
 from ..nn.weights import Facts
 from . import calls
 from .calls import AlphaGradients, WeightGroup
@@ -18,14 +18,11 @@ from .guards.fingerprints import Prints, changed, global_generators, warn_of
 from .guards.gradients import Leftovers, Source
 from .guards.graph_reads import check_reads, leaves_of
 from .guards.lost import look
-from .memory import ProbeMemory
 from .passes import Pass
+from .probes import Probes
 from .replay import Snapshot, capturing
 from .run import Run
 from .stats import Estimate, warn_of_scales
-
-OfModules = tuple[Modules, Sequence[Tensor]]  # modules, and rows of their weights
-Rows = list[OfModules]
 
 
 class Step:
@@ -49,8 +46,7 @@ class Step:
         self._part: list[int] = []  # for each place of a weight, whether it does; empty where nobody looked
         self.estimate: Estimate | None = None
         self._norm: Tensor | None = None
-        self._minus: Rows = []  # of the - probe of the direction
-        self._second: list[ProbeMemory] = []  # where these lie
+        self._probes: Probes | None = None  # of the direction
         self.taken_over = False  # whether a loop made the gradients, and no pass ran
         self.snapshots: list[Snapshot] = []  # before the gradient pass, and after it if probes follow
         self._compared = n > 0 and not run.passes_compared  # whether to look for what passes do not see alike
@@ -95,12 +91,11 @@ class Step:
                     group.quantize()
                 prepared.use_quantized()
             else:
-                probes = self._write_probes(probe)
+                if probe.sign > 0:
+                    self._probes = self._written(probe.direction)
+                assert self._probes is not None
                 run.replay.load(self.snapshots[0])
-                for modules, rows in probes:
-                    modules.use_probe(rows)
-                for memory in self._second:
-                    memory.begin()
+                self._probes.use(probe.sign)
         except BaseException:
             self._release()
             if probe.sign:
@@ -163,10 +158,9 @@ class Step:
 
     def _free(self) -> None:
         """Free the memory of the second probe."""
-        self._minus = []
-        for memory in self._second:
-            memory.free()
-        self._second = []
+        if self._probes is not None:
+            self._probes.free()
+            self._probes = None
 
     # ---- after the gradient pass
 
@@ -191,7 +185,7 @@ class Step:
         self.snapshots.append(self._snapshot())
         replay.compare(*self.snapshots)
 
-    def _finish_gradients(self, failed: bool = False) -> tuple[Tensor, Tensor, AlphaGradients]:
+    def _finish_gradients(self, failed: bool = False) -> tuple[Tensor, Tensor, list[AlphaGradients]]:
         """Make g of dL/dQ, keep the weights that have it, and add the gradients of alphas if the pass failed.
 
         Returns, on the device: for each weight of the groups whether its gradient is not all 0; whether all
@@ -242,8 +236,9 @@ class Step:
             self._norm = run.guide.norm(self.groups, loss.device)
             finite &= self._norm.isfinite()
         others = [grad for p in run.others(self.facts) if (grad := p.grad) is not None]
-        others += [grad for *_, grad in alphas]
-        finite &= look(others, loss.device, zeros=False)[1] & loss.isfinite()
+        finite &= loss.isfinite()
+        for grads in (others, *[part.grads for part in alphas]):
+            finite &= look(grads, loss.device, zeros=False)[1]
         if capturing():
             flag = (~finite).int()
             run.peers.agree(flag)
@@ -329,53 +324,17 @@ class Step:
         """Return what perturbation and estimate must agree on, as the ops take it."""
         return {**group.how, **group.names, **self.noise, "noise_factors": group.noise_factors}
 
-    def _write_probes(self, probe: Pass) -> Rows:
-        """Return modules and the rows that they run this probe with: Q(w) where they take no part.
-
-        Both probes of a direction are written at once. The second has memory only until it was run: no
-        activations are kept now.
-        """
-        if probe.sign < 0:
-            return self._minus
-        plus: Rows = []
-        minus: Rows = []
-        if sum([len(group.weights) for group in self.groups]) < len(self.run.pieces):
+    def _written(self, direction: int) -> Probes:
+        """Write both probes of a direction. Weights that take no part run with Q(w)."""
+        probes, run = Probes(), self.run
+        if sum([len(group.weights) for group in self.groups]) < len(run.pieces):
             taking = {w.whole for group in self.groups for w in group.weights}
-            still = [w for w in self.run.weights if w not in taking and w.placement.is_whole]
-            memory = [w.memory() for w in still]
-            plus, minus = [(Modules(still), memory)], [(Modules(still), memory)]
+            probes.leave([w for w in run.weights if w not in taking and w.placement.is_whole])
         for group in self.groups:
             for codes, part in group.split(group.codes):
-                own, other = self._write_probes_of(part, codes, probe.direction)
-                plus.append(own)
-                minus.append(other)
-        self._minus = minus
-        return plus
-
-    def _write_probes_of(self, group: WeightGroup, codes: bool, direction: int) -> tuple[OfModules, OfModules]:
-        """Write both probes of a group, as codes or values."""
-        assert self._norm is not None
-        out = each(group.weights, WeightView.code_memory) if codes else group.memory
-        other: Sequence[Tensor]
-        of_stacks: dict[WeightView, Tensor] = {}
-        if group.modules is None:
-            other, of_stacks = group.second_memory(out)
-        elif group.second is None or codes or capturing():
-            other = [*map(torch.empty_like, out)]
-        else:
-            other = group.second.take()
-            self._second.append(group.second)
-        still = [*map(torch.clone, out)] if group.by_rows else []  # Q, also after other directions
-        rows, options = (group.latents, group.grads, group.alphas), self.options(group)
-        perturb_quantize_(out, other, *rows, self._norm, direction=direction, **options)
-        for q, reached, *sides in zip(still, group.reached, out, other, strict=True) if still else ():
-            for side in sides:
-                side.copy_(torch.where(reached, side, q))
-        if group.modules is not None:
-            return (group.modules, out), (group.modules, other)
-        modules = Modules(of_stacks)
-        memory = [w.code_memory() if codes else w.memory() for w in of_stacks]
-        return (modules, memory), (modules, [*of_stacks.values()])
+                assert self._norm is not None
+                probes.write(part, codes, self._norm, direction, self.options(part))
+        return probes
 
     # ---- the estimate: collect, then replace_gradients or an optimizer's own update, then end
 

@@ -18,12 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ...functional import TensorList
 from ...nn.view import local
+from ...ops.listop import PLAIN
 from ...ops.native import inspected
-from ...ops.tensor_list import PLAIN
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 HALVES = (torch.bfloat16, torch.float16)  # whose first norms need another dtype
-DEVICE, DTYPE, IS_SPARSE = map(operator.attrgetter, ("device", "dtype", "is_sparse"))
+DTYPE, IS_CPU, IS_SPARSE = map(operator.attrgetter, ("dtype", "is_cpu", "is_sparse"))
 
 
 @torch.no_grad()
@@ -45,8 +45,9 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
         elif any(dtype.is_complex for dtype in {*map(DTYPE, plain)}):
             plain = [*map(_numbers, plain)]
         kinds = {}
-        for i, kind in enumerate(zip(map(DEVICE, plain), map(DTYPE, plain), strict=True)):
-            kinds.setdefault(kind, []).append(i)
+        alike = len({*map(DTYPE, plain)}) == 1 and all(map(IS_CPU, plain))
+        for i, t in enumerate(plain[:1] if alike else plain):
+            kinds.setdefault((t.device, t.dtype), []).append(i)
     nonzero = torch.ones(len(plain), dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for (where, dtype), places in kinds.items():
