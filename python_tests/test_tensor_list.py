@@ -212,6 +212,17 @@ def test_bad_arguments_are_refused(given, error, message):
         fk.TensorList(**{"tensors": torch.ones(3), **given})
 
 
+def test_a_list_like_another_has_its_names():
+    first = fk.TensorList([torch.ones(2), torch.ones(3)], tensor_ids=[4, 5], layouts=[(0, 2, 2), (3, 3, 3)])
+    other = first.like([torch.zeros(2), torch.zeros(3)])
+    assert (other.tensor_ids, other.layouts, other.plain) == ((4, 5), ((0, 2, 2), (3, 3, 3)), True)
+    assert other.number != first.number
+    with pytest.raises(ValueError, match="tensors must have 2 entries, got 1"):
+        first.like([torch.ones(2)])
+    with pytest.raises(TypeError, match=r"tensors\[1\] must be a tensor, got int"):
+        first.like([torch.ones(2), 3])
+
+
 def test_native_code_lets_go_with_the_list():
     gc.collect()
     before, t = _C.held_lists(), torch.ones(3)

@@ -66,6 +66,26 @@ class TensorList(Held):
         self.plain = set(map(type, self)) <= PLAIN
         return self
 
+    def like(self, tensors: Sequence[Tensor]) -> TensorList:
+        """Return a list of as many other tensors, with the ``tensor_ids`` and ``layouts`` of this one.
+
+        Args:
+            tensors: one tensor in the place of each.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type or length.
+
+        Example:
+            >>> weights = fk.functional.TensorList([torch.ones(1)], tensor_ids=[3])
+            >>> weights.like([torch.zeros(1)]).tensor_ids
+            (3,)
+        """
+        if len(tensors) != len(self):
+            raise ValueError(f"tensors must have {len(self)} entries, got {len(tensors)}")
+        other = TensorList(tensors)
+        other.tensor_ids, other.layouts = self.tensor_ids, self.layouts
+        return other
+
     def __reduce__(self) -> tuple[Any, ...]:
         made = functools.partial(TensorList, tensor_ids=self.tensor_ids, layouts=self.layouts)
         return made, (list(self),)

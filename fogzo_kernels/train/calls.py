@@ -147,7 +147,7 @@ class WeightGroup:
         alike = len(present) == len(grads) and len(set(map(DTYPE, present))) == 1
         if alike and self.prepared and all(map(Tensor.is_contiguous, present)):
             group = copy.copy(self)
-            group.grads = self._list(present)
+            group.grads = self.memory.like(present) if isinstance(self.memory, TensorList) else present
             return [group]
         groups = []
         for dtype, group in self.split([None if grad is None else grad.dtype for grad in grads]):
@@ -317,7 +317,9 @@ def finish_gradients(groups: Iterable[WeightGroup], in_pass: bool = True) -> lis
             if deferred and not learned:
                 straight_through_backward_(part.grads, *rows, **part.how)
             elif deferred:
-                grads = part._list(like_in_one(part.alphas))
+                grads: Sequence[Tensor] = like_in_one(part.alphas)
+                if isinstance(part.alphas, TensorList):
+                    grads = part.alphas.like(grads)
                 learned_backward_(part.grads, grads, *rows, factors=part.factors, **part.how)
                 if part.layouts is not None:
                     grads = sum_of_parts(part.weights, [*grads])
