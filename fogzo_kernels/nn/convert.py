@@ -163,11 +163,9 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
                 f"scale must not turn a learned alpha into another or back, got {scale}: call"
                 " dequantize_model(model, latents=True), then quantize_model"
             )
-    plan = []
-    for m in modules:
-        q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)
-        plan.append((q, m.alpha_by(q)))
-    for m, (q, alpha) in zip(modules, plan, strict=True):
+    quantizers = [m.quantizer if scale is None else replace(m.quantizer, scale=scale) for m in modules]
+    alphas = [m.alpha_by(q) for m, q in zip(modules, quantizers, strict=True)]
+    for m, q, alpha in zip(modules, quantizers, alphas, strict=True):
         m.quantizer = q
         m.set_alpha(alpha)
         m.lay_out()
