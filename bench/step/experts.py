@@ -21,12 +21,7 @@ from tqdm import tqdm
 import fogzo_kernels as fk
 
 from ..machine import machine
-
-METHODS: dict[str, dict[str, Any]] = {
-    "ste": {"directions": 0, "kappa": 0.0},
-    "guided": {"directions": 0, "noise_per": "tensor"},
-    "fogzo": {"directions": 1},
-}
+from .host import FOGZO
 
 
 class Stack(nn.Module):
@@ -58,7 +53,7 @@ fk.declare_weights(Matrix, stack="oi")
 def step_of(model: Stack, method: str) -> Callable[[], float]:
     """A step that returns the seconds that its forwards and its backward do not take."""
     fk.quantize_model(model, fk.presets.lsq(2))
-    fogzo = fk.Fogzo(model, total_steps=10**6, schedule="constant", **METHODS[method])
+    fogzo = fk.Fogzo(model, total_steps=10**6, schedule="constant", **FOGZO[method])
     optimizer = fk.AdamW(model.parameters(), lr=1e-5, fogzo=fogzo)
 
     def step() -> float:
@@ -78,7 +73,7 @@ def step_of(model: Stack, method: str) -> Callable[[], float]:
 
 def measure(experts: int, rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
     found = []
-    for method in METHODS:
+    for method in FOGZO:
         models = {
             "matrix": Matrix(experts * rows, columns),
             "stack": Stack(experts, rows, columns, experts),

@@ -73,16 +73,13 @@ void estimate_gradient(const Call &call, const Draw &draw, const Mix &mix, const
       call.plan, call.dtypes,     source_of(draw),       coefficients, mix.factors, int(losses.directions()),
       r,         losses.counters, rotation_of(transform)};
   if (transform.block)
-    return launch(
-        "rotated_estimate_kernel",
-        with_dtypes<Float32, Bfloat16, Any>(dtypes_around(transform, call.dtypes),
-                                            [](auto t) { return rotated_estimate_kernel<D, decltype(t)>; }),
-        call.where, call.plan.blocks, p);
+    return launch_for<Float32, Bfloat16, Any>("rotated_estimate_kernel", call,
+                                              dtypes_around(transform, call.dtypes), p,
+                                              [](auto t) { return rotated_estimate_kernel<D, decltype(t)>; });
   const bool plain = is_plain(call.plan, on_host(draw, mix));
-  const auto kernel = with_dtypes<Float32, Bfloat16, Float16>(call.dtypes, [&](auto t) {
+  launch_for<Float32, Bfloat16, Float16>("estimate_kernel", call, call.dtypes, p, [&](auto t) {
     return plain ? estimate_kernel<D, decltype(t), true> : estimate_kernel<D, decltype(t), false>;
   });
-  launch("estimate_kernel", kernel, call.where, call.plan.blocks, p);
 }
 
 template void estimate_gradient<Distribution::FOGZO_DISTRIBUTION>(const Call &, const Draw &, const Mix &,

@@ -56,17 +56,11 @@ template <int Block, class T> FOGZO_KERNEL(kThreads, 8) hadamard_kernel(FOGZO_PA
 
 void hadamard(const Call &call, int block) {
   const Hadamard p{call.plan, call.dtypes, hadamard_factor(block)};
-  switch (block) {
-#define FOGZO_CASE(size)                                                                                       \
-  case size:                                                                                                   \
-    return launch("hadamard_kernel",                                                                           \
-                  with_dtypes<Float32, Bfloat16, Any>(                                                         \
-                      call.dtypes, [](auto t) { return hadamard_kernel<size, decltype(t)>; }),                 \
-                  call.where, call.plan.blocks, p);
-    FOGZO_BLOCKS(FOGZO_CASE)
-#undef FOGZO_CASE
-  }
-  throw std::logic_error("hadamard() must know each size of a block");
+  with_block(block, [&](auto size) {
+    launch_for<Float32, Bfloat16, Any>("hadamard_kernel", call, call.dtypes, p, [](auto t) {
+      return hadamard_kernel<decltype(size)::value, decltype(t)>;
+    });
+  });
 }
 
 } // namespace fogzo::cuda

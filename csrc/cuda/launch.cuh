@@ -49,6 +49,12 @@ template <class First, class... Rest, class F> auto with_dtypes(const Dtypes &dt
     throw std::logic_error("with_dtypes() must have a kernel for each triple of dtypes");
 }
 
+// Launches the kernel that `kernel_of` gives for the first T of the list that fits, over the call's plan.
+template <class... T, class P, class F>
+void launch_for(const char *name, const Call &call, const Dtypes &dtypes, const P &parameters, F kernel_of) {
+  launch(name, with_dtypes<T...>(dtypes, kernel_of), call.where, call.plan.blocks, parameters);
+}
+
 // Gives f(std::true_type()) or f(std::false_type()).
 template <class F> auto with_flag(bool flag, F f) { return flag ? f(std::true_type()) : f(std::false_type()); }
 

@@ -204,15 +204,11 @@ void learned_backward(const Call &call, const Grid &grid, StraightThrough kind, 
   with_value(kind, [&](auto value) {
     constexpr StraightThrough Kind = decltype(value)::value;
     if (transform.block)
-      return launch(
-          "rotated_learned_kernel",
-          with_dtypes<Float32, Bfloat16, Any>(dtypes_around(transform, call.dtypes),
-                                              [](auto t) { return rotated_learned_kernel<Kind, decltype(t)>; }),
-          call.where, call.plan.blocks, p);
-    launch("learned_kernel",
-           with_dtypes<Float32, Bfloat16, Any>(call.dtypes,
-                                               [](auto t) { return learned_kernel<Kind, decltype(t)>; }),
-           call.where, call.plan.blocks, p);
+      return launch_for<Float32, Bfloat16, Any>(
+          "rotated_learned_kernel", call, dtypes_around(transform, call.dtypes), p,
+          [](auto t) { return rotated_learned_kernel<Kind, decltype(t)>; });
+    launch_for<Float32, Bfloat16, Any>("learned_kernel", call, call.dtypes, p,
+                                       [](auto t) { return learned_kernel<Kind, decltype(t)>; });
   });
   launch("learned_sum_kernel", learned_sum_kernel, call.where, sums.count, p);
 }

@@ -154,20 +154,17 @@ void perturb_quantize(const Call &call, const Draw &draw, const Mix &mix, const 
   with_flag(plus && minus, [&](auto both) {
     constexpr bool Both = decltype(both)::value;
     if (transform.block)
-      return launch("rotated_perturb_kernel",
-                    with_dtypes<Bfloat16, MixedBfloat16, Float32, Any>(
-                        dtypes_around(transform, call.dtypes),
-                        [](auto t) { return rotated_perturb_kernel<D, decltype(t), Both>; }),
-                    call.where, call.plan.blocks, p);
+      return launch_for<Bfloat16, MixedBfloat16, Float32, Any>(
+          "rotated_perturb_kernel", call, dtypes_around(transform, call.dtypes), p,
+          [](auto t) { return rotated_perturb_kernel<D, decltype(t), Both>; });
     using Codes = Types<Dtype::bfloat16, Dtype::bfloat16, Dtype::int8>;
     using Float32Codes = Types<Dtype::float32, Dtype::float32, Dtype::int8>;
     const bool plain = is_plain(call.plan, on_host(draw, mix));
-    const auto kernel = with_dtypes<Float32, Bfloat16, Float16, MixedBfloat16, Codes, Float32Codes, Any>(
-        call.dtypes, [&](auto t) {
+    launch_for<Float32, Bfloat16, Float16, MixedBfloat16, Codes, Float32Codes, Any>(
+        "perturb_kernel", call, call.dtypes, p, [&](auto t) {
           using T = decltype(t);
           return plain && !T::any ? perturb_kernel<D, T, Both, !T::any> : perturb_kernel<D, T, Both, false>;
         });
-    launch("perturb_kernel", kernel, call.where, call.plan.blocks, p);
   });
 }
 

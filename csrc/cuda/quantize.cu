@@ -81,15 +81,11 @@ void quantize(const Call &call, const Grid &grid, Transform transform) {
   using Codes = Types<Dtype::float32, Dtype::float32, Dtype::int8>; // a weight's gradient has its dtype
   using ToBfloat16 = Types<Dtype::float32, Dtype::float32, Dtype::bfloat16>;
   if (transform.block)
-    return launch(
-        "rotated_quantize_kernel",
-        with_dtypes<Float32, ToBfloat16, Bfloat16, Any>(
-            dtypes_around(transform, call.dtypes), [](auto t) { return rotated_quantize_kernel<decltype(t)>; }),
-        call.where, call.plan.blocks, p);
-  launch("quantize_kernel",
-         with_dtypes<Float32, Bfloat16, Codes, Any>(call.dtypes,
-                                                    [](auto t) { return quantize_kernel<decltype(t)>; }),
-         call.where, call.plan.blocks, p);
+    return launch_for<Float32, ToBfloat16, Bfloat16, Any>(
+        "rotated_quantize_kernel", call, dtypes_around(transform, call.dtypes), p,
+        [](auto t) { return rotated_quantize_kernel<decltype(t)>; });
+  launch_for<Float32, Bfloat16, Codes, Any>("quantize_kernel", call, call.dtypes, p,
+                                            [](auto t) { return quantize_kernel<decltype(t)>; });
 }
 
 void straight_through_backward(const Call &call, const Grid &grid, StraightThrough kind, Transform transform) {
@@ -97,15 +93,11 @@ void straight_through_backward(const Call &call, const Grid &grid, StraightThrou
   with_value(kind, [&](auto value) {
     constexpr StraightThrough Kind = decltype(value)::value;
     if (transform.block)
-      return launch("rotated_backward_kernel",
-                    with_dtypes<Float32, Bfloat16, Any>(
-                        dtypes_around(transform, call.dtypes),
-                        [](auto t) { return rotated_backward_kernel<Kind, decltype(t)>; }),
-                    call.where, call.plan.blocks, p);
-    launch("backward_kernel",
-           with_dtypes<Float32, Bfloat16, Any>(call.dtypes,
-                                               [](auto t) { return backward_kernel<Kind, decltype(t)>; }),
-           call.where, call.plan.blocks, p);
+      return launch_for<Float32, Bfloat16, Any>(
+          "rotated_backward_kernel", call, dtypes_around(transform, call.dtypes), p,
+          [](auto t) { return rotated_backward_kernel<Kind, decltype(t)>; });
+    launch_for<Float32, Bfloat16, Any>("backward_kernel", call, call.dtypes, p,
+                                       [](auto t) { return backward_kernel<Kind, decltype(t)>; });
   });
 }
 

@@ -16,15 +16,7 @@ from ..nn.linear import QuantLinear
 from ..nn.pretrained import quantized_in
 from ..nn.quantized import QuantizedWeight
 from .files import whole
-from .integers import (
-    bits_of,
-    check_exact,
-    check_fits,
-    copied,
-    integers_of,
-    plain_tensors,
-    reason_against_held,
-)
+from .integers import bits_of, check_exact, check_fits, copied, integers_of, plain_tensors, reason_against_held
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 #: What matches the names of experts in a checkpoint.
@@ -81,7 +73,7 @@ def compressed_tensors(model: nn.Module, folder: str | os.PathLike[str], *, bits
         raise ValueError(f"bits must be None or an int from 2 to 8, got {bits!r}")
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, m in modules.items():
-        check_module(name, m, tied, bits)
+        check_module(name, m, tied and name == "lm_head", bits)
     dtype = next(iter(modules.values())).latent.dtype
     packed = [one for name, m in modules.items() for one in layers_of(model, name, m, bits)]
     has_experts = any(one.is_expert for one in packed)
@@ -113,7 +105,7 @@ def needed(module: QuantizedWeight) -> int:
     return max(bits_of(module.quantizer.grid), 2)
 
 
-def check_module(name: str, module: QuantizedWeight, tied: bool, bits: int | None) -> None:
+def check_module(name: str, module: QuantizedWeight, is_tied_head: bool, bits: int | None) -> None:
     """Raise unless the format holds a module."""
     transform, grid = module.quantizer.transform, module.quantizer.grid
     held, is_linear = isinstance(module, HeldWeight), isinstance(module, QuantLinear)
@@ -127,9 +119,7 @@ def check_module(name: str, module: QuantizedWeight, tied: bool, bits: int | Non
         "quantized inputs are not written": module.activation is not None,
         f"{grid} takes 9 bits as odd numbers, and it has 8": bits_of(grid) > 8,
         f"{grid} takes {needed(module)} bits, and bits={bits}": bits is not None and needed(module) > bits,
-        "transformers does not load a head that is quantized and tied to the embedding": (
-            tied and name == "lm_head"
-        ),
+        "transformers does not load a head that is quantized and tied to the embedding": is_tied_head,
         "groups must divide a row": columns % max(groups, 1) != 0,
     }
     check_fits(name, "compressed-tensors", reasons)

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ..distributed.packing import code_bits, pack_codes, unpack_codes
 from ..functional import dequantize, hadamard
-from ..nn.dims import Dims, read_by
-from ..nn.held import CHILD, HeldWeight, hold, let_go
+from ..nn.dims import Dims
+from ..nn.held import CHILD, HeldWeight, let_go
 from ..nn.module import QuantizedModule
 from ..nn.pretrained import quantized_in, quantized_modules
-from ..nn.quantized import QuantizedWeight
-from ..nn.registry import quantized_form
+from ..nn.registry import quantized_form, quantizing
 from ..nn.weight import WeightQuantizer
 from ..ops import checks
 from ..spec.grid import Grid
@@ -166,9 +165,6 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     checks.instance("model", model, nn.Module)
     tensors, quantized, tied = content = read(file)
     check_fits(file, content, model)
-    for m in quantized_modules(model).values():
-        if isinstance(m, QuantizedModule):
-            m.to_plain()
     let_go(model)
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     for key, w in quantized.items():
@@ -181,24 +177,10 @@ def load(file: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         alpha = w.alpha.to(state[key].device)
         how = replace(w.quantizer, scale=Scale.fixed(alpha))
         for name in names:
-            path, _, own = name.rpartition(".")
-            weight = WeightQuantizer(how, 0, path)
-            module: QuantizedWeight
-            if w.dims is not None:
-                reader = modules[path.rpartition(".")[0]]
-                reads = path.rpartition(".")[2] in read_by(reader)
-                module = hold(
-                    modules[path], own, Dims(w.dims), weight, alpha=alpha, activation=w.activation,
-                    reader=reader if reads else None,
-                )  # fmt: skip
-                input_alpha = tensors.get(f"{name}{CHILD}.input_alpha")
-            else:
-                form, input_alpha = (
-                    quantized_form(modules[path]),
-                    tensors.get(f"{path}.input_alpha".lstrip(".")),
-                )
-                assert form is not None
-                module = form.from_plain(modules[path], weight, alpha=alpha, activation=w.activation)
+            path = name.rpartition(".")[0]
+            part, dims = (path, None) if w.dims is None else (name, Dims(w.dims))
+            module = quantizing(modules, part, dims, WeightQuantizer(how, 0, path), alpha, w.activation)()
+            input_alpha = tensors.get(f"{path if dims is None else name + CHILD}.input_alpha".lstrip("."))
             if input_alpha is not None and module.input_quantizer is not None:
                 module.input_quantizer.set_alpha(module, input_alpha.to(alpha.device))
     for name, t in tensors.items():

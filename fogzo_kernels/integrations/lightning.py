@@ -26,6 +26,18 @@ __all__ = ["FogzoModuleMixin", "GuidedNoise"]
 KEY = "fogzo"  # in a checkpoint
 
 
+def _begun(trainer: Any, options: Mapping[str, Any], state: dict[str, Any] | None, missing: str) -> Fogzo:
+    """Makes the Fogzo of a ``fit``; one that continues a checkpoint loads its state, or raises ``missing``."""
+    own = dict(options)
+    may_differ = own.pop("may_differ", ())
+    fogzo = Fogzo(trainer.strategy.model, int(trainer.estimated_stepping_batches), **own)
+    if trainer.global_step:  # else a model that was loaded begins a run of its own
+        if state is None:
+            raise RuntimeError(missing)
+        fogzo.load_state_dict(state, may_differ=may_differ)
+    return fogzo
+
+
 class GuidedNoise(Callback):
     """Guided noise in any LightningModule with automatic optimization and one optimizer.
 
@@ -34,7 +46,7 @@ class GuidedNoise(Callback):
 
     Args:
         options: options of :class:`fogzo_kernels.Fogzo` but ``total_steps``, which is the Trainer's
-            ``estimated_stepping_batches``, and ``directions``, which is 0. ``may_differ`` is that of
+            ``estimated_stepping_batches``, and ``directions``, which is 0. ``may_differ`` goes to
             :meth:`fogzo_kernels.Fogzo.load_state_dict`.
 
     Raises:
@@ -66,17 +78,11 @@ class GuidedNoise(Callback):
             raise ValueError(
                 f"configure_optimizers must return one optimizer for GuidedNoise, got {len(trainer.optimizers)}"
             )
-        options = dict(self.options)
-        may_differ = options.pop("may_differ", ())
-        steps = int(trainer.estimated_stepping_batches)
-        self.fogzo = Fogzo(trainer.strategy.model, steps, **options)
-        if trainer.global_step:
-            if self._state is None:
-                raise RuntimeError(
-                    "the checkpoint that fit continues must have the state of GuidedNoise, got one without: the"
-                    " noise would begin again. Train with the callback from the first step"
-                )
-            self.fogzo.load_state_dict(self._state, may_differ=may_differ)
+        missing = (
+            "the checkpoint that fit continues must have the state of GuidedNoise, got one without: the noise"
+            " would begin again. Train with the callback from the first step"
+        )
+        self.fogzo = _begun(trainer, self.options, self._state, missing)
         self._attached = self.fogzo.attach(trainer.optimizers[0])
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -120,7 +126,7 @@ class FogzoModuleMixin:
 
     Attributes:
         fogzo_options: options of :class:`fogzo_kernels.Fogzo` except ``total_steps``, which is the Trainer's
-            ``estimated_stepping_batches``. ``may_differ`` is that of
+            ``estimated_stepping_batches``. ``may_differ`` goes to
             :meth:`fogzo_kernels.Fogzo.load_state_dict`; ``["total_steps"]`` continues a run for more steps.
         probing: whether ``training_step`` runs in a probe, without gradients.
 
@@ -223,17 +229,11 @@ class FogzoModuleMixin:
             )
         if "total_steps" in self.fogzo_options:
             raise ValueError("fogzo_options must not have total_steps, which the Trainer knows")
-        options = dict(self.fogzo_options)
-        may_differ = options.pop("may_differ", ())
-        fogzo = Fogzo(model, total_steps=int(trainer.estimated_stepping_batches), **options)
-        if trainer.global_step:  # else a model that was loaded begins a run of its own
-            if self._state is None:
-                raise RuntimeError(
-                    f"the checkpoint must have {KEY!r}, as FogzoModuleMixin writes it, got one without: FOGZO"
-                    " would begin again with beta = 1"
-                )
-            fogzo.load_state_dict(self._state, may_differ=may_differ)
-        return fogzo
+        missing = (
+            f"the checkpoint must have {KEY!r}, as FogzoModuleMixin writes it, got one without: FOGZO would"
+            " begin again with beta = 1"
+        )
+        return _begun(trainer, self.fogzo_options, self._state, missing)
 
     def on_fit_start(self: Any) -> None:
         """Begin a new run. Lightning calls it."""

@@ -32,7 +32,7 @@ class FogzoTrainerMixin:
 
     Args:
         fogzo: options of :class:`fogzo_kernels.Fogzo` except ``total_steps``, which is the Trainer's
-            ``max_steps``. ``may_differ`` is that of :meth:`fogzo_kernels.Fogzo.load_state_dict`;
+            ``max_steps``. ``may_differ`` goes to :meth:`fogzo_kernels.Fogzo.load_state_dict`;
             ``["total_steps"]`` resumes a run for more steps.
         args, kwargs: arguments of the Trainer. The model comes from :func:`fogzo_kernels.quantize_model`.
 

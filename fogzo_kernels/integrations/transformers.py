@@ -18,7 +18,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,11 +30,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import pretrained
 from ..nn.convert import dequantize_model
-from ..nn.dims import read_by
-from ..nn.held import CHILD, hold
+from ..nn.held import CHILD
 from ..nn.pretrained import METHOD, Entry
 from ..nn.quantized import QuantizedWeight
-from ..nn.registry import quantized_form, reason_against, reason_against_tensor
+from ..nn.registry import quantized_form, quantizing, reason_against, reason_against_tensor
 from ..nn.replaced import settle
 from ..nn.state_dict import EXTRA_STATE
 from ..nn.tied import check_raw_uses, link
@@ -185,20 +183,16 @@ def planned(name: str, modules: Mapping[str, nn.Module], entry: Entry) -> Callab
                 f" {tuple(weight.shape)} ({against or 'other dimensions'})"
             )
         alpha = alpha_like(name, weight, entry, entry.dims.rows, entry.dims.expert_outputs)
-        parent = path.rpartition(".")[0]
-        reader = modules[parent] if path.rpartition(".")[2] in read_by(modules[parent]) else None
-        return partial(
-            hold, modules[path], own, entry.dims, how, alpha=alpha, activation=entry.activation, reader=reader
-        )
-    module = modules[name]
-    form = quantized_form(module)
-    reason = reason_against(name, module, form)
-    if isinstance(reason, Exception):
-        raise reason
-    if form is None or reason is not None:
-        raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
-    alpha = alpha_like(f"{name}.weight", module.get_parameter("weight"), entry, form.OUTPUTS)
-    return partial(form.from_plain, module, how, alpha=alpha, activation=entry.activation)
+    else:
+        module = modules[name]
+        form = quantized_form(module)
+        reason = reason_against(name, module, form)
+        if isinstance(reason, Exception):
+            raise reason
+        if form is None or reason is not None:
+            raise ValueError(f"{name} must be a module that can be quantized, got one that cannot: {reason}")
+        alpha = alpha_like(f"{name}.weight", module.get_parameter("weight"), entry, form.OUTPUTS)
+    return quantizing(modules, name, entry.dims, how, alpha, entry.activation)
 
 
 def alpha_like(

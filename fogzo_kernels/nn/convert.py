@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from ..spec.checks import hinted
 from ..spec.quantizer import Quantizer
 from ..spec.scale import LearnedScale, Scale
 from . import pretrained
-from .held import hold, let_go
+from .held import let_go
 from .inputs import check_activation
-from .module import QuantizedModule
 from .quantized import QuantizedWeight
-from .registry import Unit, units_of
+from .registry import Unit, quantizing, units_of
 from .replaced import replaced_in, settle
 from .report import Report, report_of
 from .rules import Checked, Rule, Which, check_quantizer, choose
@@ -67,7 +65,7 @@ def quantize_model(
         rules: pairs (which, quantizer or None), or triples with an ``activation`` of their own; the first that
             matches a module decides. ``which`` is a name as in ``model.named_modules()``, where ``*`` and ``?``
             stand for anything; or a type; or a function of name and module that returns a bool. A name or a
-            type also matches all modules inside. A name may be that of a parameter, such as
+            type also matches all modules inside. A name may also name a parameter, such as
             ``"*.experts.down_proj"``, of any module: if its class is unknown, the first dimension counts
             outputs, or experts where there are three.
         skip: one ``which``, or a list of them, to leave alone; they come before all rules.
@@ -102,6 +100,7 @@ def quantize_model(
     pretrained.check_config(model)
     quantized = (m for m in model.modules() if isinstance(m, QuantizedWeight))
     next_id = max((m.tensor_id + (m.expert_count or 1) for m in quantized), default=0)
+    modules = dict(model.named_modules(remove_duplicate=False))
     made: dict[Tensor, tuple[int, Tensor]] = {}  # a shared weight has one tensor id and equal alphas
     plan: list[Callable[[], QuantizedWeight]] = []
     for unit, q, own in chosen:
@@ -111,7 +110,7 @@ def quantize_model(
             next_id += weight.shape[0] if unit.dims and unit.dims.is_stack else 1
         tensor_id, alpha = made[weight]
         how = WeightQuantizer(q, tensor_id, unit.name, backend)
-        plan.append(quantizing(unit, how, alpha.clone(), own))
+        plan.append(quantizing(modules, unit.name, unit.dims, how, alpha.clone(), own))
     for quantize in plan:
         quantize()
     HANDLERS.begin_anew(model)
@@ -127,18 +126,6 @@ def alpha_for(unit: Unit, weight: Tensor, quantizer: Quantizer) -> Tensor:
         return alpha_of(unit.paths[0], weight, unit.dims.rows, quantizer, unit.dims.expert_outputs)
     assert unit.form is not None
     return alpha_of(unit.paths[0], weight, unit.form.OUTPUTS, quantizer)
-
-
-def quantizing(
-    unit: Unit, how: WeightQuantizer, alpha: Tensor, activation: Quantizer | None
-) -> Callable[[], QuantizedWeight]:
-    """What quantizes a unit in place."""
-    if unit.dims is None:
-        assert unit.form is not None
-        return partial(unit.form.from_plain, unit.module, how, alpha=alpha, activation=activation)
-    home, name = unit.home
-    reader = None if home is unit.module else unit.module
-    return partial(hold, home, name, unit.dims, how, alpha=alpha, activation=activation, reader=reader)
 
 
 def _quantized(model: nn.Module, what: str) -> list[QuantizedWeight]:
@@ -176,11 +163,9 @@ def calibrate_(model: nn.Module, scale: Scale | None = None) -> None:
                 f"scale must not turn a learned alpha into another or back, got {scale}: call"
                 " dequantize_model(model, latents=True), then quantize_model"
             )
-    plan = []
-    for m in modules:
-        q = m.quantizer if scale is None else replace(m.quantizer, scale=scale)
-        plan.append((q, m.alpha_by(q)))
-    for m, (q, alpha) in zip(modules, plan, strict=True):
+    quantizers = [m.quantizer if scale is None else replace(m.quantizer, scale=scale) for m in modules]
+    alphas = [m.alpha_by(q) for m, q in zip(modules, quantizers, strict=True)]
+    for m, q, alpha in zip(modules, quantizers, alphas, strict=True):
         m.quantizer = q
         m.set_alpha(alpha)
         m.lay_out()
@@ -247,7 +232,7 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
     """Turn a quantized model back into plain modules that hold Q(weight), in place.
 
     Call it before ``torch.jit``, ONNX, torchao or strict loading. It overwrites the latents: ``copy.deepcopy``
-    the model first if you want to train on. ``state_dict()`` is then that of the plain model. Estimators and
+    the model first if you want to train on. ``state_dict()`` then has the plain model's keys. Estimators and
     optimizers of the quantized model are of no further use.
 
     Args:
@@ -279,9 +264,6 @@ def dequantize_model(model: nn.Module, *, latents: bool = False) -> nn.Module:
             memory.alphas([m.alpha], m.quantizer.grid.r)
         for weight, m in {m.latent: m for m in modules}.items():
             weight.copy_(m.effective_weight())
-    for m in modules:
-        if isinstance(m, QuantizedModule):
-            m.to_plain()
     let_go(model)
     settle(model)
     pretrained.record(model)

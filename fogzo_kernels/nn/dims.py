@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -91,6 +92,13 @@ def read_by(module: nn.Module) -> list[str]:
     if isinstance(module, nn.MultiheadAttention):
         return ["out_proj"]
     return ["parametrizations"] if parametrize.is_parametrized(module) else []
+
+
+def reader_of(modules: Mapping[str, nn.Module], path: str) -> nn.Module | None:
+    """The module of a model that reads the weights of the one at ``path`` without running it, or None."""
+    names = path.split(".")
+    parents = (modules[".".join(names[:i])] for i in range(len(names)))
+    return next((m for m, child in zip(parents, names, strict=True) if child in read_by(m)), None)
 
 
 def weights_in(module: nn.Module) -> dict[str, Dims]:

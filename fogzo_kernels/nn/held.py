@@ -6,6 +6,7 @@ each, which has alpha and quantizer. The parameter stays where PyTorch keeps it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from ..spec.quantizer import Quantizer
 from .dims import Dims, read_by
 from .kept import forward_weight
+from .module import QuantizedModule
 from .parameter import VALUES, Values, read_as_values
 from .quantized import QuantizedWeight
 from .view import place
 from .weight import WeightQuantizer, changes, is_replaced
 
-#: The name of a child is that of the parameter with this.
+#: A child has the name of its parameter with this at the end.
 CHILD = "_quantizer"
 #: The method of transformers' experts between their two products, whose result ``down_proj`` multiplies.
 GATE = "_apply_gate"
@@ -198,23 +200,16 @@ class _FlatWeights:
         vars(module)["_flat_weights"] = value
 
 
-#: The classes that were made, by the arguments of :func:`holder_class`.
-_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[Holder]] = {}
-
-
+@functools.cache
 def holder_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[Holder]:
     """The class of a module of any class that runs with Q of these parameters."""
-    known = _classes.get((plain, names))
-    if known is not None:
-        return known
     made: dict[str, Any] = {"PLAIN": plain, "NAMES": names, "__reduce_ex__": _reduce}
     made |= {name: read_as_values(name) for name in names}
     if hasattr(plain, GATE):
         made[GATE] = gated
     if issubclass(plain, nn.RNNBase):
         made["_flat_weights"] = _FlatWeights()
-    kind = _classes[plain, names] = type(f"Quant{plain.__name__}", (Holder, plain), made)
-    return kind
+    return type(f"Quant{plain.__name__}", (Holder, plain), made)
 
 
 def _reduce(module: Any, protocol: Any) -> Any:
@@ -224,11 +219,10 @@ def _reduce(module: Any, protocol: Any) -> Any:
     return (_blank, (kind.PLAIN, kind.NAMES), *reduced[2:]) if "PLAIN" in vars(kind) else reduced
 
 
-def _blank(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _blank(plain: Any, names: tuple[str, ...]) -> nn.Module:
     """A module of a class that was made, without its state."""
-    kind: type[nn.Module] = holder_class(plain, names)
-    module: nn.Module = kind.__new__(kind)
-    return module
+    kind = holder_class(plain, names)
+    return kind.__new__(kind)
 
 
 def hold(
@@ -240,26 +234,23 @@ def hold(
     ``reader``: the parent whose forward reads the parameter, if it is not the module's own.
     """
     held = HeldWeight(home, name, dims, weight, alpha, activation)
-    for module, own in ((home, (name,)), (reader, ())):
+    for module, names in ((home, {name}), (reader, set())):
         if module is not None:
-            become(module, own)
+            kind: Any = type(module)
+            if isinstance(module, Holder):
+                kind, names = module.PLAIN, {*module.NAMES, *names}
+            module.__class__ = holder_class(kind, tuple(sorted(names)))
+            vars(module).setdefault(VALUES, Values())
     home.register_module(name + CHILD, held)
     held.lay_out()
     return held
 
 
-def become(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Give a module the class that reads these parameters as values, beside others that it reads so."""
-    kind: type[nn.Module] = type(module)
-    if isinstance(module, Holder):
-        kind, names = module.PLAIN, (*module.NAMES, *names)
-    module.__class__ = holder_class(kind, tuple(sorted(set(names))))
-    vars(module).setdefault(VALUES, Values())
-
-
 @torch.no_grad()
 def let_go(model: nn.Module) -> None:
-    """Turn all parameters of a model that are held back into plain ones; their values stay as they are."""
+    """Turn all quantized modules and parameters of a model back into plain ones; their values stay."""
+    for m in [m for m in model.modules() if isinstance(m, QuantizedModule)]:
+        m.to_plain()
     for home in [m for m in model.modules() if isinstance(m, Holder)]:
         for held in [*held_in(home)]:
             held.latent.data = held.latent.data.contiguous()

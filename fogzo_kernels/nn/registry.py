@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from torch.nn.utils import parametrize
 
 from ..ops import checks
 from ..spec.grid import FLOATS
-from .dims import DECLARED, Dims, read_by, usual, weights_in
-from .held import CHILD, GATE, HeldWeight, Holder
+from ..spec.quantizer import Quantizer
+from .dims import DECLARED, Dims, read_by, reader_of, usual, weights_in
+from .held import CHILD, GATE, HeldWeight, Holder, hold
 from .linear import QuantLinear
 from .module import QuantizedModule
 from .quantized import QuantizedWeight
+from .tied import quantized_at
 from .view import FSDPModule, local
+from .weight import WeightQuantizer
 
 
 class QuantConv1d(QuantizedModule, nn.Conv1d):
@@ -150,6 +154,24 @@ def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
     return quantized_class(kind, outputs=QUANTIZED[base].OUTPUTS) if base in QUANTIZED else None
 
 
+def quantizing(
+    modules: Mapping[str, nn.Module],
+    name: str,
+    dims: Dims | None,
+    how: WeightQuantizer,
+    alpha: Tensor,
+    activation: Quantizer | None,
+) -> Callable[[], QuantizedWeight]:
+    """What quantizes a module of a model in place, or with ``dims`` a parameter, by its name in the model."""
+    if dims is None:
+        form = quantized_form(modules[name])
+        assert form is not None
+        return partial(form.from_plain, modules[name], how, alpha=alpha, activation=activation)
+    path, _, own = name.rpartition(".")
+    reader = reader_of(modules, path)
+    return partial(hold, modules[path], own, dims, how, alpha=alpha, activation=activation, reader=reader)
+
+
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters, and parameters of children that it reads itself; all must be initialized."""
     added = QuantizedModule.ADDED if isinstance(module, QuantizedWeight) else ()
@@ -208,9 +230,7 @@ class Unit(NamedTuple):
         """What quantizes it already."""
         if isinstance(self.module, QuantizedModule):
             return self.module
-        home, name = self.home
-        held = home._modules.get(name + CHILD) if self.dims is not None else None
-        return held if isinstance(held, HeldWeight) else None
+        return quantized_at(self.home) if self.dims is not None else None
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -314,10 +334,10 @@ def kind_of(module: nn.Module) -> str:
 
 
 def against_activation(unit: Unit) -> str | None:
-    """Why the input of a unit's weight cannot be quantized; None if it can."""
+    """Why the input of a unit's weight cannot be quantized; None if it can, "" if nobody expects it."""
     module = unit.module
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "its input is indices"
+        return ""  # its input is indices
     if isinstance(module, nn.Bilinear):
         return "it has two inputs"
     if unit.dims is None or (hasattr(module, GATE) and getattr(module, "has_gate", False)):

@@ -24,27 +24,13 @@ NO_MODEL = (
 
 @dataclass(frozen=True)
 class Row:
-    """A quantized weight, or a module that was left alone.
+    """A quantized weight, or a module that was left alone; :class:`Report` describes the attributes."""
 
-    Attributes:
-        name: of the module, or of the parameter where a module may have several.
-        kind: its type before.
-        shape: of its weight; of a module left alone, of all its weights, with their names where they
-            are several, joined by ``WEIGHTS``.
-        numel: elements; 0 where ``tied`` says that another row counts them.
-        quantizer: how it is quantized, or None.
-        scales: elements of alpha.
-        activation: how its input is quantized, or None.
-        size: bytes, of codes at ``bits`` each and scales, or of the parameters as they are.
-        reason: why it was left alone; of a quantized weight, why its inputs were.
-        tied: the module whose weight this is, too.
-    """
-
-    name: str
+    name: str  # of the module, or of the parameter where a module may have several
     kind: str
-    shape: str
-    numel: int
-    size: float
+    shape: str  # of a module left alone the shapes of all its weights, with their names, joined by WEIGHTS
+    numel: int  # 0 where ``tied`` says that another row counts them
+    size: float  # of codes and scales, or of the parameters as they are
     quantizer: Quantizer | None = None
     scales: int = 0
     activation: Quantizer | None = None
@@ -63,10 +49,9 @@ class Row:
 class Report:
     """What :func:`quantize_model` did to each weight of a model, and why it left others alone; print it.
 
-    Rows have the attributes ``name``, ``kind`` (the class of the module
-    before), ``shape``, ``numel``, ``size`` (bytes), ``bits`` (per weight), ``quantizer``, ``scales`` (number of
-    alphas), ``activation``, ``reason`` (why the module, or its input, was left alone) and ``tied`` (another
-    module with the same weight).
+    Rows have the attributes ``name``, ``kind`` (the class of the module before), ``shape``, ``numel``, ``size``
+    (bytes), ``bits`` (per weight), ``quantizer``, ``scales`` (number of alphas), ``activation``, ``reason``
+    (why the module, or its input, was left alone) and ``tied`` (another module with the same weight).
 
     Attributes:
         quantized: a row for each quantized weight, also of earlier calls.
@@ -180,8 +165,7 @@ def report_of(choices: Sequence[Choice]) -> Report:
             tied, q, scales = seen.get(held.latent, ""), held.quantizer, held.alpha.numel()
             size = 0.0 if tied else numel * q.grid.bits / 8 + 4 * scales
             kind, inputs = kind_of(module), held.activation
-            why = c.inputs or ""
-            quantized.append(Row(name, kind, shapes, numel, size, q, scales, inputs, why, tied))
+            quantized.append(Row(name, kind, shapes, numel, size, q, scales, inputs, c.inputs or "", tied))
         elif own:
             size, kind = float(sum(p.nbytes for p in new)), kind_of(module)
             left.append(Row(name, kind, shapes, numel, size, reason=c.reason or ""))

@@ -62,9 +62,10 @@ def choose(
                 f" {shown(rule.which)}"
             )
         first = dict.fromkeys(matched, rule) | first
-    choices = [_choice(unit, first.get(i, default)) for i, unit in enumerate(units)]
+    decided = [_decided(unit, first.get(i, default)) for i, unit in enumerate(units)]
+    choices = [_choice(*pair) for pair in decided]
     for rule in full:
-        _check_asked(rule, [unit for i, unit in enumerate(units) if first.get(i) is rule])
+        _check_asked(rule, [unit for unit, own in decided if own is rule])
     if not may_be_none and all(c.quantizer is None for c in choices):
         raise ValueError(_nothing_to_do(choices))
     return choices
@@ -113,10 +114,12 @@ def _names_parameter(which: Which, unit: Unit) -> bool:
     return bool(unit.matrices) and any(fnmatchcase(path, which) for path in unit.paths)
 
 
-def _against(rule: Checked, unit: Unit) -> str | Exception | None:
-    """Why a unit cannot be quantized as a rule says; a parameter of an unknown module must be named."""
-    named = not unit.usual and _names_parameter(rule.which, unit)
-    return reason_against_parameter(unit._replace(usual=True)) if named else unit.against
+def _decided(unit: Unit, rule: Checked) -> tuple[Unit, Checked]:
+    """A unit and its rule; a parameter of an unknown module becomes a usual one if the rule names it."""
+    if not unit.usual and _names_parameter(rule.which, unit):
+        unit = unit._replace(usual=True)
+        unit = unit._replace(against=reason_against_parameter(unit))
+    return unit, rule
 
 
 def shown(which: Which) -> str:
@@ -128,7 +131,7 @@ def _check_asked(rule: Checked, units: list[Unit]) -> None:
     """Raise if a rule with a quantizer decides on modules that cannot be quantized."""
     if rule.quantizer is None or not units:
         return
-    against = {unit.name: _against(rule, unit) for unit in units if _asked(rule, unit)}
+    against = {unit.name: unit.against for unit in units if _asked(rule, unit)}
     refused = [f"{unit or 'model'}: {reason}" for unit, reason in against.items() if reason is not None]
     if refused:
         raise ValueError(
@@ -146,11 +149,11 @@ def _asked(rule: Checked, unit: Unit) -> bool:
     Norms and position tables do not multiply, and are no reason to refuse a rule.
     """
     known = unit.quantized or unit.form or (unit.dims and unit.usual)
-    return bool(known) or _names_parameter(rule.which, unit) or any("weight" in name for name in unit.matrices)
+    return bool(known) or any("weight" in name for name in unit.matrices) or _names_parameter(rule.which, unit)
 
 
 def _choice(unit: Unit, rule: Checked) -> Choice:
-    reason = _against(rule, unit)
+    reason = unit.against
     if unit.quantized is not None:
         reason = "quantized before"
     elif rule.quantizer is None:
@@ -160,10 +163,7 @@ def _choice(unit: Unit, rule: Checked) -> Choice:
     if reason or rule.activation is None:
         return Choice(unit, None if reason else rule.quantizer, None, reason)
     inputs = against_activation(unit)
-    looked_up = isinstance(unit.module, nn.Embedding | nn.EmbeddingBag)  # nobody expects it of indices
-    return Choice(
-        unit, rule.quantizer, None if inputs else rule.activation, None, None if looked_up else inputs
-    )
+    return Choice(unit, rule.quantizer, rule.activation if inputs is None else None, None, inputs)
 
 
 def _nothing_to_do(choices: list[Choice]) -> str:

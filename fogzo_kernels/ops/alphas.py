@@ -47,8 +47,7 @@ def measure_alphas_(
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
-            then.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend cannot run on the device.
 
     Example:
@@ -66,11 +65,8 @@ def measure_alphas_(
 def check(statistic: str, factor: float, add: float, least: float) -> None:
     if statistic not in STATISTICS:
         raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}")
-    for name, value, low in (
-        ("factor", factor, FLOAT32.smallest_normal),
-        ("add", add, 0.0),
-        ("least", least, 0.0),
-    ):
+    least_normal = FLOAT32.smallest_normal
+    for name, value, low in (("factor", factor, least_normal), ("add", add, 0.0), ("least", least, 0.0)):
         check_number(name, value)
         if not low <= value <= FLOAT32.max:
             raise ValueError(f"{name} must be in {low:g}..{FLOAT32.max:g}, got {value}")

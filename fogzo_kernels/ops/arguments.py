@@ -115,12 +115,8 @@ def noisy(
     """
     flat = quantizer(grid, straight_through)
     checks.finite("epsilon_scale", epsilon_scale)
-    ids: list[int] | None
-    places: list[int] | None
-    if isinstance(like, Held) and tensor_ids is None and layouts is None:
-        ids = places = None  # the list's own
-    else:
-        ids, places = names(tensor_ids, layouts, like, count)
+    has_own = isinstance(like, Held) and tensor_ids is None and layouts is None
+    ids, places = (None, None) if has_own else names(tensor_ids, layouts, like, count)
     return {
         **flat,
         "norm": tensor("norm", norm),

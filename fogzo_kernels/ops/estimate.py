@@ -49,21 +49,19 @@ def estimate_gradient_(
             float16), one device.
         losses_plus, losses_minus: losses of the probes at +eps and -eps: float32, shape (n,), on the device.
             None for both: guided noise, without probes.
-        alphas: scales, float32, one tensor per gradient: of one element, one per row, or one per group of the
-            last dimension.
+        alphas: scales, float32, one per gradient: of one element, one per row, or one per group of a row.
         norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device.
         grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
         straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
-        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
-            graph pass a tensor, because each new number compiles again.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number, or a 0-dim float64 tensor. A compiled
+            graph compiles again for each new number.
         seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
         step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
         tensor_ids: one number per tensor that names its noise, below 2^32 - 1, no two alike. None: 0, 1, 2, ...
         layouts: for shards, one ``(offset, inner, stride)`` per tensor: local element j is element ``offset +
             (j // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
-        noise_factors: factor on the noise of each tensor, from :func:`noise_factors`: float32, shape
-            (tensors,), on the device. None: 1 for each.
+        noise_factors: of each tensor, from :func:`noise_factors`: float32, (tensors,), on the device. None: 1.
         counters: int64, shape (3,), on the device. The op adds the number of directions whose slope c_i is not
             finite, of steps whose norm is not finite, and of alphas that are not finite or not > 0. A lost
             direction counts as a slope of 0. None: nothing is counted.
@@ -72,8 +70,7 @@ def estimate_gradient_(
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
-            then.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend cannot run on the device.
 
     Example:

@@ -34,8 +34,7 @@ def hadamard_(
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
-            then.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend cannot run on the device.
 
     Example:

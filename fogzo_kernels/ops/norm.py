@@ -27,8 +27,7 @@ def guide_sumsq(
 
     Args:
         grads: straight-through gradients: contiguous, one dtype (float32, bfloat16 or float16), one device.
-        alphas: scales, float32, one tensor per gradient: of one element, one per row, or one per group of the
-            last dimension.
+        alphas: scales, float32, one per gradient: of one element, one per row, or one per group of a row.
         grid: the grid of the quantizer, which fixes delta: 2 alpha for ``Grid.sign()``, else alpha.
         per_tensor: return one sum per tensor, for :func:`noise_factors`.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
@@ -46,7 +45,9 @@ def guide_sumsq(
         tensor(6.2500, dtype=torch.float64)
     """
     checks.instance("per_tensor", per_tensor, bool)
-    return _guide(grads, alphas, grid, False, backend, per_tensor)
+    checks.instance("grid", grid, Grid)
+    sums: Tensor = op(grads=grads, alphas=alphas, r=grid.r, root=False, backend=backend, per_tensor=per_tensor)
+    return sums
 
 
 def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend: str | None = None) -> Tensor:
@@ -54,8 +55,7 @@ def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend
 
     Args:
         grads: straight-through gradients: contiguous, one dtype (float32, bfloat16 or float16), one device.
-        alphas: scales, float32, one tensor per gradient: of one element, one per row, or one per group of the
-            last dimension.
+        alphas: scales, float32, one per gradient: of one element, one per row, or one per group of a row.
         grid: the grid of the quantizer, which fixes delta: 2 alpha for ``Grid.sign()``, else alpha.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
@@ -71,7 +71,9 @@ def guide_norm(grads: TensorOrList, alphas: TensorOrList, *, grid: Grid, backend
         >>> fk.functional.guide_norm(g, alpha, grid=fk.Grid.uniform(2))
         tensor(2.5000)
     """
-    return _guide(grads, alphas, grid, True, backend)
+    checks.instance("grid", grid, Grid)
+    norm: Tensor = op(grads=grads, alphas=alphas, r=grid.r, root=True, backend=backend, per_tensor=False)
+    return norm
 
 
 def noise_factors(sumsqs: Tensor, numels: Tensor | Sequence[int]) -> Tensor:
@@ -110,19 +112,6 @@ def noise_factors(sumsqs: Tensor, numels: Tensor | Sequence[int]) -> Tensor:
     share = sumsqs / torch.where(usable, total, 1.0)
     d = (numels * (sumsqs > 0)).sum()
     return torch.where(usable, share * d / numels.clamp(min=1), 0.0).sqrt().float()
-
-
-def _guide(
-    grads: TensorOrList,
-    alphas: TensorOrList,
-    grid: Grid,
-    root: bool,
-    backend: str | None,
-    per_tensor: bool = False,
-) -> Tensor:
-    checks.instance("grid", grid, Grid)
-    result: Tensor = op(grads=grads, alphas=alphas, r=grid.r, root=root, backend=backend, per_tensor=per_tensor)
-    return result
 
 
 def zero(call: Call) -> Tensor:

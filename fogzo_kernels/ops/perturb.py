@@ -47,14 +47,13 @@ def perturb_quantize_(
             One of the two may be None. They must not share memory with each other or with an input.
         latents: weights before quantization: contiguous, one dtype (float32, bfloat16 or float16), one device.
         grads: straight-through gradients of the latents' shapes; float32, bfloat16 or float16.
-        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of the
-            last dimension.
+        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of a row.
         norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device. If it is 0 or not finite, v
             is noise alone.
         grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
         straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
-        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
-            graph pass a tensor, because each new number compiles again.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number, or a 0-dim float64 tensor. A compiled
+            graph compiles again for each new number.
         seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
         step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
         direction: number of the direction, 0..2^16 - 1.
@@ -62,16 +61,14 @@ def perturb_quantize_(
         layouts: for shards, one ``(offset, inner, stride)`` per tensor: local element j is element ``offset +
             (j // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
-        noise_factors: factor on the noise of each tensor, from :func:`noise_factors`: float32, shape
-            (tensors,), on the device. None: 1 for each.
+        noise_factors: of each tensor, from :func:`noise_factors`: float32, (tensors,), on the device. None: 1.
         transform: the Hadamard transform of the quantizer, or None. Latents and gradients belong to the
             weight before the transform; the outputs and the noise belong to the transformed weight. Its
             blocks divide the last dimension, and no block has two alphas.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
-            then.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend cannot run on the device.
 
     Example:

@@ -34,16 +34,14 @@ def quantize_(
     Args:
         out: outputs of the latents' shapes, one dtype: float32, bfloat16, float16, or int8 for codes.
         latents: weights before quantization: contiguous, one dtype (float32, bfloat16 or float16), one device.
-        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of the
-            last dimension.
+        alphas: scales, float32, one tensor per latent: of one element, one per row, or one per group of a row.
         grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
         transform: the Hadamard transform of the quantizer, or None. The outputs belong to the transformed
             latents. Its blocks divide the last dimension, and no block has two alphas.
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
-            then.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend cannot run on the device.
 
     Example:

@@ -69,8 +69,7 @@ def estimate_adamw_(
             before the first step.
         losses_plus, losses_minus: losses of the probes at +eps and -eps: float32, shape (n,), on the device.
             With n = 0 the step is plain straight-through. None for both: guided noise, without probes.
-        alphas: scales of the first latents: float32, of one element, one per row, or one per group of the last
-            dimension.
+        alphas: scales of the first latents: float32, of one element, one per row, or one per group of a row.
         norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device.
         lr: learning rate, a number or a 0-dim float64 tensor.
         betas: decay of the two means, each in 0..1, below 1.
@@ -80,16 +79,16 @@ def estimate_adamw_(
             0-dim int64 tensor.
         grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
         straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
-        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
-            graph pass a tensor, because each new number compiles again.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number, or a 0-dim float64 tensor. A compiled
+            graph compiles again for each new number.
         seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
         step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
         tensor_ids: one number per alpha that names the noise, below 2^32 - 1, no two alike. None: 0, 1, 2, ...
         layouts: for shards, one ``(offset, inner, stride)`` per alpha: local element j is element ``offset + (j
             // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
-        noise_factors: factor on the noise of each tensor with an alpha, from :func:`noise_factors`: float32,
-            shape (alphas,), on the device. None: 1 for each.
+        noise_factors: of each tensor with an alpha, from :func:`noise_factors`: float32, (alphas,), on the
+            device. None: 1.
         masters: float32 copies of bfloat16 or float16 latents. The op updates them and rounds them into the
             latents. None: the latents are updated.
         quantized: one output per alpha for the next Q(latent): float32, bfloat16, float16, or int8 for codes.
@@ -102,8 +101,7 @@ def estimate_adamw_(
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
-            then.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend cannot run on the device.
 
     Example:
@@ -118,16 +116,12 @@ def estimate_adamw_(
     beta1, beta2 = betas
     rule = UpdateRule("adamw", weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lists = {"latents": latents, "grads": grads, "alphas": alphas}
-    numbers = {"lr": lr, "optimizer_step": optimizer_step}
-    noise = {
-        "grid": grid, "straight_through": straight_through, "one_minus_beta": one_minus_beta, "seed": seed,
-        "step": step, "tensor_ids": tensor_ids, "layouts": layouts, "epsilon_scale": epsilon_scale,
-        "noise_factors": noise_factors,
-    }  # fmt: skip
-    own = {"masters": masters, "quantized": quantized, "counters": counters}
-    losses = arguments.losses(losses_plus, losses_minus, norm)
-    update(rule, states, lists, losses, norm, numbers, noise, own, transform, backend)
+    lists = {"latents": latents, "grads": grads, "alphas": alphas, "masters": masters, "quantized": quantized}
+    names = seed, step, tensor_ids, layouts
+    noise = grid, straight_through, one_minus_beta, *names, epsilon_scale, noise_factors
+    scalars = {"lr": lr, "optimizer_step": optimizer_step}
+    own = {"counters": counters, **arguments.losses(losses_plus, losses_minus, norm)}
+    update(rule, states, lists, norm, noise, scalars, own, transform, backend)
 
 
 def estimate_sgd_(
@@ -176,8 +170,7 @@ def estimate_sgd_(
         momentum_buffers: float32, of the latents' shapes, 0 before the first step. None without momentum.
         losses_plus, losses_minus: losses of the probes at +eps and -eps: float32, shape (n,), on the device.
             With n = 0 the step is plain straight-through. None for both: guided noise, without probes.
-        alphas: scales of the first latents: float32, of one element, one per row, or one per group of the last
-            dimension.
+        alphas: scales of the first latents: float32, of one element, one per row, or one per group of a row.
         norm: guide norm N from :func:`guide_norm`: float32, 0-dim, on the device.
         lr: learning rate, a number or a 0-dim float64 tensor.
         momentum: factor on the buffer, >= 0.
@@ -188,16 +181,16 @@ def estimate_sgd_(
             int64 tensor.
         grid: the values that a quantized weight may take, such as ``Grid.uniform(2)``.
         straight_through: the straight-through estimator. It fixes the distribution of the noise and eps.
-        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number or a 0-dim float64 tensor. In a compiled
-            graph pass a tensor, because each new number compiles again.
+        one_minus_beta: share of the noise, 1 - beta, in 0..1: a number, or a 0-dim float64 tensor. A compiled
+            graph compiles again for each new number.
         seed: seed of the noise: an int in 0..2^64 - 1, or a 0-dim int64 tensor with those bits.
         step: number of the training step, 0..2^32 - 1: an int or a 0-dim int64 tensor.
         tensor_ids: one number per alpha that names the noise, below 2^32 - 1, no two alike. None: 0, 1, 2, ...
         layouts: for shards, one ``(offset, inner, stride)`` per alpha: local element j is element ``offset + (j
             // inner) * stride + j % inner`` of the parameter. None: the tensors are whole.
         epsilon_scale: factor on the eps that ``straight_through`` fixes, finite, >= 0.
-        noise_factors: factor on the noise of each tensor with an alpha, from :func:`noise_factors`: float32,
-            shape (alphas,), on the device. None: 1 for each.
+        noise_factors: of each tensor with an alpha, from :func:`noise_factors`: float32, (alphas,), on the
+            device. None: 1.
         masters: float32 copies of bfloat16 or float16 latents. The op updates them and rounds them into the
             latents. None: the latents are updated.
         quantized: one output per alpha for the next Q(latent): float32, bfloat16, float16, or int8 for codes.
@@ -210,8 +203,7 @@ def estimate_sgd_(
         backend: name of a backend; None takes the variable ``FOGZO_BACKEND``, else the best one for the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range. Nothing is written
-            then.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; nothing is written.
         RuntimeError: the backend cannot run on the device.
 
     Example:
@@ -227,42 +219,37 @@ def estimate_sgd_(
         "sgd", weight_decay=weight_decay, momentum=momentum, dampening=dampening, nesterov=nesterov
     )
     states = {"momentum_buffers": momentum_buffers}
-    lists = {"latents": latents, "grads": grads, "alphas": alphas}
-    numbers = {"lr": lr, "optimizer_step": optimizer_step}
-    noise = {
-        "grid": grid, "straight_through": straight_through, "one_minus_beta": one_minus_beta, "seed": seed,
-        "step": step, "tensor_ids": tensor_ids, "layouts": layouts, "epsilon_scale": epsilon_scale,
-        "noise_factors": noise_factors,
-    }  # fmt: skip
-    own = {"masters": masters, "quantized": quantized, "counters": counters}
-    losses = arguments.losses(losses_plus, losses_minus, norm)
-    update(rule, states, lists, losses, norm, numbers, noise, own, transform, backend)
+    lists = {"latents": latents, "grads": grads, "alphas": alphas, "masters": masters, "quantized": quantized}
+    names = seed, step, tensor_ids, layouts
+    noise = grid, straight_through, one_minus_beta, *names, epsilon_scale, noise_factors
+    scalars = {"lr": lr, "optimizer_step": optimizer_step}
+    own = {"counters": counters, **arguments.losses(losses_plus, losses_minus, norm)}
+    update(rule, states, lists, norm, noise, scalars, own, transform, backend)
 
 
 def update(
     rule: UpdateRule,
     states: Mapping[str, TensorOrList | None],
-    lists: Mapping[str, TensorOrList],
-    losses: Mapping[str, Any],
+    lists: Mapping[str, Any],
     norm: Tensor,
-    numbers: Mapping[str, float | Tensor],
-    noise: Mapping[str, Any],
+    noise: tuple[Any, ...],
+    scalars: Mapping[str, float | Tensor],
     own: dict[str, Any],
     transform: Hadamard | None,
     backend: str | None,
 ) -> None:
     """Call the op as every rule's public function does.
 
-    ``numbers`` are lr and optimizer_step, ``noise`` the arguments that say which noise is drawn and how it is
-    mixed, ``own`` the lists and counters of the fused tail alone.
+    ``noise`` has the arguments that say which noise is drawn and how it is mixed, in the order of
+    :func:`arguments.noisy`; ``own`` the losses and counters.
     """
     latents, alphas = (arguments.tensors(name, lists[name]) for name in ("latents", "alphas"))
     own["first"], own["second"] = [*(arguments.optional(*state) for state in states.items()), []][:2]
-    mixed = arguments.noisy(latents, norm, **noise, count=len(alphas))
-    scalars = {name: arguments.scalar(name, value) for name, value in numbers.items()}
+    own |= arguments.noisy(latents, norm, *(*noise, len(alphas)))
+    own |= {name: arguments.scalar(name, value) for name, value in scalars.items()}
     names, values = list(rule.hyperparameters), list(rule.hyperparameters.values())
     kind = {"kind": rule.kind, "hyperparameters": names, "values": values, "nesterov": rule.nesterov}
-    op(**lists, **own, **losses, **mixed, **scalars, **kind, backend=backend, block=block_of(transform))
+    op(**lists, **own, **kind, backend=backend, block=block_of(transform))
 
 
 def check(

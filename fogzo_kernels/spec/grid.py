@@ -85,8 +85,7 @@ class Grid:
             >>> fk.Grid.uniform(4)
             Grid(qmin=-8, qmax=7, offset=0.0, r=1)
         """
-        bits = _checked_bits(bits, 2)
-        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.0, 1)
+        return _of_bits(cls, bits, 2, 0.0)
 
     @classmethod
     def half_offset(cls, bits: int) -> Grid:
@@ -102,8 +101,7 @@ class Grid:
             >>> fk.Grid.half_offset(2)
             Grid(qmin=-2, qmax=1, offset=0.5, r=1)
         """
-        bits = _checked_bits(bits, 1)
-        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.5, 1)
+        return _of_bits(cls, bits, 1, 0.5)
 
     @classmethod
     def sign(cls) -> Grid:
@@ -129,8 +127,8 @@ class Grid:
 Grid.__init__ = hinted(MADE_BY)(Grid.__init__)  # type: ignore[method-assign]
 
 
-def _checked_bits(bits: int, low: int) -> int:
+def _of_bits(kind: type[Grid], bits: int, low: int, offset: float) -> Grid:
     bits = as_int("bits", bits)
     if not low <= bits <= 8:
         raise ValueError(f"bits must be in {low}..8, got {bits}")
-    return bits
+    return kind(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, offset, 1)

@@ -75,8 +75,7 @@ class Scale:
             granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,
                 an int that divides the row.
             factor: finite, > 0.
-            add: finite, >= 0.
-            least: finite, >= 0. A value > 0 keeps alpha > 0 where all weights are 0.
+            add, least: finite, >= 0. A ``least`` > 0 keeps alpha > 0 where all weights are 0.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -100,8 +99,7 @@ class Scale:
             granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,
                 an int that divides the row.
             factor: finite, > 0.
-            add: finite, >= 0.
-            least: finite, >= 0. A value > 0 keeps alpha > 0 where all weights are 0.
+            add, least: finite, >= 0. A ``least`` > 0 keeps alpha > 0 where all weights are 0.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -125,8 +123,7 @@ class Scale:
             granularity: which weights share an alpha: ``"tensor"``, ``"row"``, or the size of a group of a row,
                 an int that divides the row.
             factor: finite, > 0.
-            add: finite, >= 0.
-            least: finite, >= 0. A value > 0 keeps alpha > 0 where all weights are 0.
+            add, least: finite, >= 0. A ``least`` > 0 keeps alpha > 0 where all weights are 0.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -263,21 +260,7 @@ class FixedScale(Scale):
 
 @dataclass(frozen=True)
 class MeasuredScale(Scale):
-    """A scale measured from the weight as it is in each step, the same for all passes of the step.
-
-    alpha = max(factor (statistic + add), least), a constant for autograd.
-
-    Args:
-        statistic: ``"absmax"``, ``"absmean"`` or ``"rms"``.
-        granularity: ``"tensor"``, ``"row"``, or the number of neighbouring weights of a row that share one
-            alpha, which must divide the row.
-        factor: > 0.
-        add: >= 0.
-        least: >= 0; some such bound keeps alpha > 0 where weights are all 0.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong.
-    """
+    """A scale measured from the weight as it is in each step; :meth:`Scale.absmax` and its like make it."""
 
     statistic: str
     granularity: Granularity

@@ -21,18 +21,11 @@ VARIANTS = {name: len(states) for variants in RULES.values() for name, states in
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """SGD with momentum, or AdamW, with everything that stays the same from step to step.
-
-    Args:
-        kind: ``"sgd"`` or ``"adamw"``.
-        weight_decay: coupled for SGD (added to the gradient), decoupled for AdamW, as in PyTorch.
-        beta1, beta2, eps: of AdamW.
-        momentum, dampening, nesterov: of SGD.
-    """
+    """SGD with momentum, or AdamW, with everything that stays the same from step to step."""
 
     kind: str
-    weight_decay: float = 0.0
-    beta1: float = 0.9
+    weight_decay: float = 0.0  # for SGD added to the gradient, for AdamW decoupled, as in PyTorch
+    beta1: float = 0.9  # this and the next two are AdamW's, the others SGD's
     beta2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.0

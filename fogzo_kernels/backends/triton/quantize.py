@@ -44,7 +44,9 @@ def quantize_kernel(table, owner, grid, config: tl.constexpr):
 
 def quantize_(out: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, block: int) -> None:
     """Write Q(theta): one launch."""
-    write(out, (), latents, alphas, grid, None, block)
+    p = plan(latents, latents=latents, plus=out, alphas=alphas)
+    config = config_of(p, latents, latents, out, block)
+    launch(quantize_kernel, p.programs, latents[0].device, p.table, p.owner, grid_of(grid), config)
 
 
 def straight_through_backward_(
@@ -52,13 +54,6 @@ def straight_through_backward_(
     straight_through: StraightThrough, block: int,
 ) -> None:  # fmt: skip
     """Write g * h'(theta): one launch."""
-    write(out, grads, latents, alphas, grid, straight_through.variant, block)
-
-
-def write(
-    out: Tensors, grads: Tensors, latents: Tensors, alphas: Tensors, grid: spec.Grid, variant: str | None,
-    block: int,
-) -> None:  # fmt: skip
     p = plan(latents, latents=latents, grads=grads, plus=out, alphas=alphas)
-    config = config_of(p, latents, grads or latents, out, block, variant=variant)
+    config = config_of(p, latents, grads, out, block, variant=straight_through.variant)
     launch(quantize_kernel, p.programs, latents[0].device, p.table, p.owner, grid_of(grid), config)

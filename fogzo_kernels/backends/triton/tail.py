@@ -209,14 +209,10 @@ def registers_of(block: int, aligned: bool) -> int:
     return REGISTERS if aligned else REGISTERS + 16
 
 
-def log_bits(x: float) -> int:
-    return bits(math.log(x) if x else -math.inf)
-
-
 def optimizer_of(update: Update) -> tuple[Any, ...]:
     """The optimizer's part of the coefficients; all but the step count by bits, or on the device."""
     rule, count = update.rule, host_or_device(update.optimizer_step)
-    logs = log_bits(rule.beta1), log_bits(rule.beta2)
+    logs = [bits(math.log(beta) if beta else -math.inf) for beta in (rule.beta1, rule.beta2)]
     return bits_or_device(update.lr), count, bits(rule.weight_decay), *logs, bits(1.0 - rule.dampening)
 
 
