@@ -98,6 +98,18 @@ def test_another_change_is_seen(change, either):
 
 
 @pytest.mark.parametrize("directions", [0, 1])
+def test_a_scripted_module_keeps_its_buffers(directions):
+    """Its modules have no dicts: they are looked at anew in each step."""
+    model, x = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.BatchNorm1d(8))), torch.randn(4, 8)
+    fk.quantize_model(model, fk.presets.lsq(4))
+    fogzo = fk.Fogzo(model, total_steps=100, directions=directions)
+    for i in range(3):
+        model.zero_grad()
+        fogzo.backward(lambda: model(x).square().mean())
+        assert model[1].num_batches_tracked == i + 1
+
+
+@pytest.mark.parametrize("directions", [0, 1])
 def test_a_buffer_that_comes_in_a_forward_is_wound_back(directions):
     model, _, step = trained(directions)
 

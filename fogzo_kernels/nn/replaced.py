@@ -94,7 +94,8 @@ def settle(model: nn.Module) -> None:
         remove_hook(parent._load_state_dict_post_hooks, follow)
         vars(parent).pop(REPLACED, None)
         remove_hook(parent._state_dict_pre_hooks, refuse_to_save)
-        guard_merge(parent, parent._modules.get("base_layer"))
+        if "base_layer" in parent._modules:  # TorchScript has no get()
+            guard_merge(parent, parent._modules["base_layer"])
         close_fast_path(parent)
 
 

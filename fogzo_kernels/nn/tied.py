@@ -102,7 +102,8 @@ def quantized_at(owner: Owner) -> QuantizedWeight | None:
     module, name = owner
     if isinstance(module, QuantizedModule):
         return module if name == module.PARAMETER else None
-    held = module._modules.get(name + CHILD)
+    name += CHILD
+    held = module._modules[name] if name in module._modules else None  # noqa: SIM401  TorchScript has no get()
     return held if isinstance(held, HeldWeight) else None
 
 

@@ -134,14 +134,15 @@ class Buffers:
     def names(self) -> list[tuple[nn.Module, str]]:
         """Returns modules and names of buffers, as the modules have them now."""
         if self._known is None or not self._known.holds():
-            every = [m._buffers for m in self._modules]
-            sizes = [x for buffers in every for x in (buffers, len(buffers))]
-            entries = [x for buffers in every for name in buffers for x in (buffers, name, ANY)]
-            self._known = Objects(tuple(entries), tuple(sizes), (), ())
+            named = [(m, m._buffers, [name for name, _ in m._buffers.items()]) for m in self._modules]
+            sizes = [x for _, buffers, names in named for x in (buffers, len(names))]
+            entries = [x for _, buffers, names in named for name in names for x in (buffers, name, ANY)]
+            dicts = all(isinstance(buffers, dict) for _, buffers, _ in named)  # not so in TorchScript
+            self._known = Objects(tuple(entries), tuple(sizes), (), ()) if dicts else None
             self._names = [
                 (m, name)
-                for m in self._modules
-                for name in m._buffers
+                for m, _, names in named
+                for name in names
                 if not (isinstance(m, QuantizedWeight) and name in QuantizedWeight.ADDED)
             ]
         return self._names

@@ -71,7 +71,7 @@ def seen_by(closure: Callable[..., Any], known: Iterable[object], model: nn.Modu
     prints: Prints = {}
     done: set[int] = set()
     for path, module in model.named_modules() if model is not None else ():
-        forward = type(module).forward
+        forward = inspect.getattr_static(type(module), "forward", None)  # TorchScript raises
         if _is_users(forward):
             todo.append((forward, f" of {forward.__qualname__}"))
             prints |= {
