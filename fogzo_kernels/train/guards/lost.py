@@ -39,11 +39,10 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
     if isinstance(tensors, TensorList) and tensors.plain:  # gradients in one call of an op are alike
         kinds = {(t.device, t.dtype): [0] for t in tensors[:1]}
     else:
-        if not ({*map(type, tensors)} <= PLAIN and not any(map(IS_SPARSE, tensors))):
-            plain = [*map(local, tensors)]
-            plain = [*map(_numbers, plain)]
-        elif any(dtype.is_complex for dtype in {*map(DTYPE, plain)}):
-            plain = [*map(_numbers, plain)]
+        if not {*map(type, tensors)} <= PLAIN or any(map(IS_SPARSE, tensors)):
+            plain = [*map(_numbers, map(local, tensors))]
+        elif any(dtype.is_complex for dtype in {*map(DTYPE, tensors)}):
+            plain = [*map(_numbers, tensors)]
         kinds = {}
         alike = len({*map(DTYPE, plain)}) == 1 and all(map(IS_CPU, plain))
         for i, t in enumerate(plain[:1] if alike else plain):
