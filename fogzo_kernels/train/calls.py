@@ -63,7 +63,7 @@ class WeightGroup:
         modules: of the weights; None where these are experts, which share modules.
     """
 
-    LISTS = [
+    LISTS = (
         "weights",
         "alphas",
         "of_modules",
@@ -74,7 +74,7 @@ class WeightGroup:
         "factors",
         "codes",
         "grads",
-    ]
+    )
 
     def __init__(self, weights: list[WeightView], backend: str | None) -> None:
         self.weights, self.backend = weights, backend
