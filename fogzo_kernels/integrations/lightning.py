@@ -26,14 +26,13 @@ __all__ = ["FogzoModuleMixin", "GuidedNoise"]
 KEY = "fogzo"  # in a checkpoint
 
 
-def _begun(trainer: Any, options: Mapping[str, Any], state: dict[str, Any] | None, missing: str) -> Fogzo:
-    """Makes the Fogzo of a ``fit``; one that continues a checkpoint loads its state, or raises ``missing``."""
+def _begun(trainer: Any, options: Mapping[str, Any], state: dict[str, Any] | None) -> Fogzo:
+    """Makes the Fogzo of a ``fit``; one that continues a checkpoint loads its state."""
     own = dict(options)
     may_differ = own.pop("may_differ", ())
     fogzo = Fogzo(trainer.strategy.model, int(trainer.estimated_stepping_batches), **own)
     if trainer.global_step:  # else a model that was loaded begins a run of its own
-        if state is None:
-            raise RuntimeError(missing)
+        assert state is not None
         fogzo.load_state_dict(state, may_differ=may_differ)
     return fogzo
 
@@ -78,11 +77,12 @@ class GuidedNoise(Callback):
             raise ValueError(
                 f"configure_optimizers must return one optimizer for GuidedNoise, got {len(trainer.optimizers)}"
             )
-        missing = (
-            "the checkpoint that fit continues must have the state of GuidedNoise, got one without: the noise"
-            " would begin again. Train with the callback from the first step"
-        )
-        self.fogzo = _begun(trainer, self.options, self._state, missing)
+        if trainer.global_step and self._state is None:
+            raise RuntimeError(
+                "the checkpoint that fit continues must have the state of GuidedNoise, got one without: the"
+                " noise would begin again. Train with the callback from the first step"
+            )
+        self.fogzo = _begun(trainer, self.options, self._state)
         self._attached = self.fogzo.attach(trainer.optimizers[0])
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -229,11 +229,12 @@ class FogzoModuleMixin:
             )
         if "total_steps" in self.fogzo_options:
             raise ValueError("fogzo_options must not have total_steps, which the Trainer knows")
-        missing = (
-            f"the checkpoint must have {KEY!r}, as FogzoModuleMixin writes it, got one without: FOGZO would"
-            " begin again with beta = 1"
-        )
-        return _begun(trainer, self.fogzo_options, self._state, missing)
+        if trainer.global_step and self._state is None:
+            raise RuntimeError(
+                f"the checkpoint must have {KEY!r}, as FogzoModuleMixin writes it, got one without: FOGZO"
+                " would begin again with beta = 1"
+            )
+        return _begun(trainer, self.fogzo_options, self._state)
 
     def on_fit_start(self: Any) -> None:
         """Begin a new run. Lightning calls it."""
