@@ -196,8 +196,9 @@ def _objects_of(modules: list[nn.Module], latents: list[Tensor], tensors: list[T
     """Facts of modules, and of hooks and flags of weights and alphas; None where modules keep no dicts."""
     entries: list[Any] = []
     sizes: list[Any] = []
-    flags = [m.registered for m in modules if isinstance(m, QuantizedWeight)] + tensors  # frozen ones, too
-    attributes: list[Any] = [x for t in flags if t is not None for x in (t, "requires_grad", t.requires_grad)]
+    every = [m.registered for m in modules if isinstance(m, QuantizedWeight)] + tensors  # frozen ones, too
+    flags = {id(t): t for t in every if t is not None}.values()
+    attributes: list[Any] = [x for t in flags for x in (t, "requires_grad", t.requires_grad)]
     for m in modules:
         state = m.__dict__
         for name in ("_modules", "_parameters", "_buffers", REPLACED, "placement"):

@@ -237,7 +237,7 @@ class Step:
             finite &= self._norm.isfinite()
         others = [grad for p in run.others(self.facts) if (grad := p.grad) is not None]
         finite &= loss.isfinite()
-        for grads in (others, *[part.grads for part in alphas]):
+        for grads in filter(None, (others, *[part.grads for part in alphas])):
             finite &= look(grads, loss.device, zeros=False)[1]
         if capturing():
             flag = (~finite).int()

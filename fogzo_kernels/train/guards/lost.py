@@ -37,6 +37,8 @@ def look(tensors: Sequence[Tensor], device: torch.device, zeros: bool = True) ->
     """
     plain: Sequence[Tensor] = tensors
     if isinstance(tensors, TensorList) and tensors.plain:  # gradients in one call of an op are alike
+        if device.type == "cpu" and tensors[0].is_cpu:
+            return _look_on_cpu(tensors, zeros)
         kinds = {(t.device, t.dtype): [0] for t in tensors[:1]}
     else:
         if not {*map(type, tensors)} <= PLAIN or any(map(IS_SPARSE, tensors)):
