@@ -49,7 +49,7 @@ ITEMS = {
     "int64": lambda t: t.long() if t.dtype != torch.int64 else t.int(),
     "bool": lambda t: t.bool(), "complex": lambda t: t.to(torch.complex64),
     "int8": lambda t: torch.zeros(t.shape, dtype=torch.int8),
-    "longer": lambda t: torch.ones(t.numel() * 2 + 1, dtype=t.dtype),
+    "longer": lambda t: torch.ones(t.numel() * 2 + 97, dtype=t.dtype),
     "shorter": lambda t: torch.ones(t.numel() - 1, dtype=t.dtype),
     "empty": lambda t: torch.zeros(0, dtype=t.dtype),
     "meta": lambda t: t.to("meta"), "sparse": lambda t: t.to_sparse(), "spread": spread,
