@@ -38,6 +38,17 @@ def same(a, b):
     return all((s is None and t is None) or torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
+def check_alike(module, x, monkeypatch):
+    """The module's outcome is that of a copy that goes the usual way."""
+    upstream = torch.randn(module(x).shape).to(module.weight.dtype)
+    found = outcome(module, x, upstream)
+    other = copy.deepcopy(module)
+    assert direct(other) is None
+    usual(monkeypatch)
+    assert same(found, outcome(other, x, upstream))
+    assert direct(other) is None
+
+
 def usual(monkeypatch):
     monkeypatch.setattr(quantized, "direct_values", lambda module: None)
 
@@ -50,26 +61,18 @@ def test_it_gives_the_bits_of_the_usual_way(name, preset, dtype, monkeypatch):
     fk.quantize_model(module, PRESETS[preset])
     module.to(dtype)
     x = x if x.dtype == torch.int64 else x.to(dtype)
-    upstream = torch.randn(module(x).shape).to(dtype)
-    found = outcome(module, x, upstream)
+    module(x)
     assert isinstance(direct(module), Direct)
-    other = copy.deepcopy(module)
-    assert direct(other) is None
-    usual(monkeypatch)
-    assert same(found, outcome(other, x, upstream))
-    assert direct(other) is None
+    check_alike(module, x, monkeypatch)
 
 
 def test_large_weights_are_cut_into_ranges(monkeypatch):
     """Alphas of rows that several ranges share get one sum."""
     module, x = nn.Linear(70_001, 3, bias=False), torch.randn(2, 70_001)
     fk.quantize_model(module, fk.presets.lsq(2, "row"))
-    upstream = torch.randn(2, 3)
-    found = outcome(module, x, upstream)
+    module(x)
     assert isinstance(direct(module), Direct)
-    other = copy.deepcopy(module)
-    usual(monkeypatch)
-    assert same(found, outcome(other, x, upstream))
+    check_alike(module, x, monkeypatch)
 
 
 def linear(preset="lsq"):
@@ -100,11 +103,7 @@ CHANGES = {
 def test_it_sees_what_has_changed(preset, change, monkeypatch):
     module, x = linear(preset)
     CHANGES[change](module)
-    upstream = torch.randn(3, 8)
-    found = outcome(module, x, upstream)
-    other = copy.deepcopy(module)
-    usual(monkeypatch)
-    assert same(found, outcome(other, x, upstream))
+    check_alike(module, x, monkeypatch)
 
 
 def test_a_frozen_alpha_gets_no_gradient():
@@ -189,11 +188,18 @@ def test_the_environment_chooses_the_backend(monkeypatch):
 def test_measured_and_rotated_weights_are_right_too(preset, monkeypatch):
     module, x = nn.Linear(16, 8), torch.randn(3, 16)
     fk.quantize_model(module, preset)
-    upstream = torch.randn(3, 8)
-    found = outcome(module, x, upstream)
-    other = copy.deepcopy(module)
-    usual(monkeypatch)
-    assert same(found, outcome(other, x, upstream))
+    check_alike(module, x, monkeypatch)
+
+
+def test_a_profiler_at_the_first_forward_is_not_remembered():
+    module, x = nn.Linear(16, 8), torch.randn(3, 16)
+    fk.quantize_model(module, PRESETS["lsq"])
+    with torch.profiler.profile() as profile:
+        module(x)
+    assert any("fogzo::quantize" in event.key for event in profile.key_averages())
+    assert direct(module) is None
+    module(x)
+    assert isinstance(direct(module), Direct)
 
 
 def test_native_code_holds_nothing_of_a_module_that_is_gone():

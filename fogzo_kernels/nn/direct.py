@@ -75,6 +75,8 @@ def direct_values(module: QuantizedWeight) -> Tensor | None:
     """
     values: Values = vars(module)[VALUES]
     direct: Direct | None = values.direct
+    if watched():
+        return None
     if direct is None or not direct.serves(module):
         if values.direct_failed == changes.count:
             return None
@@ -84,8 +86,6 @@ def direct_values(module: QuantizedWeight) -> Tensor | None:
             return None
         assert isinstance(weight, nn.Parameter)
         values.direct = direct = Direct(module, weight)
-    if watched():
-        return None
     weight, alpha = direct.weight, direct.alpha
     if is_grad_enabled() and (weight.requires_grad or alpha.requires_grad):
         made: Tensor | None = apply(weight, alpha, direct)
