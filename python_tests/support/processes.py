@@ -45,6 +45,7 @@ def as_main(program, arguments, environment):
     for name in ("TRITON_INTERPRET", "FOGZO_BACKEND"):
         os.environ.pop(name, None)
     os.environ |= environment
+    torch.set_num_threads(1)  # small tensors; tests run over processes
     with open("output.txt", "wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
