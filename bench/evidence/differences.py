@@ -234,6 +234,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
                     inside, y, xerr=[[max(e[0], 0)] for e in ends], fmt=sign,
                     markerfacecolor="white" if marker == "s" else color, **style,
                 )  # fmt: skip
+                for end, arrow in ((mean - half, "<"), (mean + half, ">")):
+                    if abs(end) > WIDEST and inside == mean:  # the interval goes on
+                        panel.plot(math.copysign(WIDEST, end), y, arrow, color=color, markersize=4)
             top -= 1
         panel.axhline(top, color="lightgray", linewidth=0.8)
         top -= 1
