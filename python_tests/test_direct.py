@@ -39,7 +39,7 @@ def same(a, b):
 
 
 def check_alike(module, x, monkeypatch):
-    """The module's outcome is that of a copy that goes the usual way."""
+    """The module and a copy, which goes the usual way, give the same output and gradients."""
     upstream = torch.randn(module(x).shape).to(module.weight.dtype)
     found = outcome(module, x, upstream)
     other = copy.deepcopy(module)

@@ -211,17 +211,20 @@ private:
   const Tensors &first_;
 };
 
-// Alphas of quantizers: delta = r alpha is in 2^-100..2^100.
+// Whether an alpha of a quantizer is usable: delta = r alpha is in 2^-100..2^100.
+inline bool in_range(const Tensor &alpha, int64_t r) {
+  const float low = 0x1p-100f / float(r), high = 0x1p100f / float(r);
+  const float *const values = alpha.at<const float>();
+  unsigned outside = 0;
+  for (int64_t j = 0; j < alpha.numel; ++j)
+    outside |= unsigned(!(values[j] >= low)) | unsigned(!(values[j] <= high)); // NaN too
+  return !outside;
+}
+
 inline void check_alphas(const Tensors &alphas, int64_t r) {
   require(r == 1 || r == 2, "grid");
-  const float low = 0x1p-100f / float(r), high = 0x1p100f / float(r);
-  for (const Tensor &alpha : alphas) {
-    const float *values = alpha.at<float>();
-    unsigned outside = 0;
-    for (int64_t j = 0; j < alpha.numel; ++j)
-      outside |= unsigned(!(values[j] >= low)) | unsigned(!(values[j] <= high)); // NaN too
-    require(!outside, "alphas");
-  }
+  for (const Tensor &alpha : alphas)
+    require(in_range(alpha, r), "alphas");
 }
 
 // The lists of a call, which `build` fills and checks. Where Python prepared them all, they are kept by their

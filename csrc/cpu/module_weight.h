@@ -8,8 +8,8 @@
 
 namespace fogzo::cpu {
 
-// Latent and alpha of a module, and the least that a learned alpha may be. It computes only what is right as it
-// stands: where it returns false nothing was written, and Python's checks find out why.
+// Holds the latent and the alpha of a module, and the least value of a learned alpha. A call that returns false
+// has written nothing. Python's checks then find the reason.
 class ModuleWeight {
 public:
   // `number`: of the held list (latent, alpha) or (latent, alpha, least), which Python keeps.
@@ -24,7 +24,7 @@ public:
   // Q into a tensor like the latent.
   bool quantize(uintptr_t out) const {
     const auto state = now();
-    if (!state->usable || !in_range(*state) || other_backend())
+    if (!state->usable || !alpha_holds(*state) || other_backend())
       return false;
     Operands item = state->item;
     item.plus = {reinterpret_cast<void *>(out), item.latent.dtype};
@@ -36,7 +36,7 @@ public:
   // dL/dQ.
   bool backward(uintptr_t out, uintptr_t grad, uintptr_t alpha_grad) const {
     const auto state = now();
-    if (!state->usable || !in_range(*state))
+    if (!state->usable || !alpha_holds(*state))
       return false;
     Operands item = state->item;
     item.plus = {reinterpret_cast<void *>(out), item.latent.dtype};
@@ -95,16 +95,13 @@ private:
     return list;
   }
 
-  bool in_range(const State &state) const {
-    const float low = 0x1p-100f / float(r_), high = 0x1p100f / float(r_);
+  // Whether alpha may be used, and whether a learned one is where it is held.
+  bool alpha_holds(const State &state) const {
     const float *const alpha = state.alpha.at<const float>();
     unsigned outside = 0;
-    for (int64_t i = 0; i < state.alpha.numel; ++i) {
-      outside |= unsigned(!(alpha[i] >= low)) | unsigned(!(alpha[i] <= high)); // NaN too
-      if (state.least)
-        outside |= unsigned(!(alpha[i] >= state.least[i])) | unsigned(!(double(alpha[i]) <= most_));
-    }
-    return !outside;
+    for (int64_t i = 0; state.least && i < state.alpha.numel; ++i)
+      outside |= unsigned(!(alpha[i] >= state.least[i])) | unsigned(!(double(alpha[i]) <= most_));
+    return !outside && in_range(state.alpha, r_);
   }
 
   // Whether the environment asks for another backend than this one.

@@ -69,9 +69,9 @@ def can_be_direct(module: QuantizedWeight, weight: object) -> bool:
 
 
 def direct_values(module: QuantizedWeight) -> Tensor | None:
-    """Q of the module's weight, of its shape, in the basis in which it is quantized.
+    """Return Q of the module's weight, in the weight's shape; a transform of the quantizer is not undone.
 
-    Returns None where the usual way must make it. The caller has made sure that no compiler traces.
+    Returns None where the usual way must make Q. The caller checks that no compiler traces.
     """
     values: Values = vars(module)[VALUES]
     direct: Direct | None = values.direct

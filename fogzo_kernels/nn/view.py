@@ -352,7 +352,7 @@ def check_alpha(module: QuantizedWeight, alpha: Tensor) -> None:
 
 
 class Modules:
-    """The modules of some weights, which get together what they run with."""
+    """Tells the modules of some weights, all at once, what they run with."""
 
     def __init__(self, weights: Iterable[WeightView]) -> None:
         self._weights = list(weights)

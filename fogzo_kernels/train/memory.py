@@ -16,8 +16,8 @@ ALIGNED = 64  # bytes, as allocators align
 class ProbeMemory:
     """Tensors like others, which have memory only while a probe needs it.
 
-    The tensors stay, so that ops keep what they know of them. They lie in one storage. A tensor that somebody
-    else holds after the probe keeps its memory: the next probe then gets new tensors.
+    The tensors stay, so ops keep their tables of them. All tensors share one storage. If somebody else holds a
+    tensor after the probe, all keep their memory, and the next probe gets new tensors.
     """
 
     def __init__(self, like: Sequence[Tensor]) -> None:

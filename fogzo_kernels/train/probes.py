@@ -31,7 +31,7 @@ class Probes:
     def write(
         self, group: WeightGroup, codes: bool, norm: Tensor, direction: int, options: dict[str, Any]
     ) -> None:
-        """Write those of a group, as codes or values. ``options``: of the op."""
+        """Write both probes of a group, as codes or values. The op takes ``options``."""
         out = each(group.weights, WeightView.code_memory) if codes else group.memory
         other: Sequence[Tensor]
         of_stacks: dict[WeightView, Tensor] = {}
