@@ -72,7 +72,7 @@ def test_the_forward_runs_with_values_and_the_latent_gets_the_gradient(kind, pre
     assert not torch.equal(module.effective_weight(), latent)
     twin = with_values(plain, module)
     expected, found = twin(x), module(x)
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)  # Q lies in another order, and a product rounds by order
     assert getattr(module, module.PARAMETER) is latent
     found.square().sum().backward()
     expected.square().sum().backward()
