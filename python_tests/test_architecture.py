@@ -236,8 +236,8 @@ def test_import_loads_no_backend_and_use_loads_one():
     assert "fogzo_kernels.ops.perturb" in imported
     others = [*COMPILED, *(f"backends.{name}" for name in backends.OWN)]
     assert not {"transformers", *(f"fogzo_kernels.{name}" for name in others)} & imported
-    if "triton" not in loaded("import torch"):  # a release of PyTorch may import it itself
-        assert "triton" not in imported
+    slow = {"triton", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"}
+    assert not slow & imported - loaded("import torch")  # a release of PyTorch may import it itself
     used = loaded("import fogzo_kernels as fk; fk.noise(1, 'uniform', seed=1, backend='cpu')")
     assert "fogzo_kernels._C" in used
     assert not {"fogzo_kernels.backends.triton", "fogzo_kernels.backends.cuda", "fogzo_kernels._cuda"} & used

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.quantized import QuantizedWeight
-from ..nn.view import FSDPModule, WeightView, local
+from ..nn.view import WeightView, is_fsdp, local
 from ..spec.noise import signed64
 from .sharding import CutWeight
 
@@ -47,7 +47,7 @@ class Peers:
         self._mesh_groups = _mesh_groups(parts, weights) if parts else []
         self._placement = weights[0].placement
         modules = list(model.modules())
-        self._fsdp = [m for m in modules if isinstance(m, FSDPModule)] if parts else []
+        self._fsdp = [m for m in modules if is_fsdp(m)] if parts else []
         self._replicas = [m for m in modules if isinstance(m, DistributedDataParallel)]
         own = [m for w in parts for m in w.modules]
         self._inputs = [m.input_alpha for m in own if "input_alpha" in m._parameters]

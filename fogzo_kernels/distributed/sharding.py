@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,21 +19,14 @@ from torch import Tensor, nn
 from ..functional import dequantize, quantize_
 from ..nn.quantized import QuantizedWeight
 from ..nn.tied import quantized_at
-from ..nn.view import (
-    DTensor,
-    FSDPModule,
-    Part,
-    PassWeight,
-    Placement,
-    Quantized,
-    Replicate,
-    Shard,
-    local,
-    place,
-)
+from ..nn.view import Part, PassWeight, Placement, Quantized, is_dtensor, is_fsdp, local, place
 from ..nn.weight import hold_alphas, measure_
 from ..spec.scale import LearnedScale, MeasuredScale
 from .packing import code_bits, pack_codes, unpack_codes
+
+if TYPE_CHECKING:
+    import torch.distributed.tensor
+    from torch.distributed.tensor import DTensor
 
 #: FSDP looks for these on the local part of a parameter, and calls them around the gathering of it.
 HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
@@ -57,7 +50,7 @@ class ShardedRows(Placement):
         self.weight = weight
         self._module = weakref.ref(module)  # any of the modules that share the weight: all quantize alike
         self._packed: Tensor | None = None  # codes of a pass
-        spread = [i for i, p in enumerate(weight.placements) if isinstance(p, Shard)]
+        spread = [i for i, p in enumerate(weight.placements) if isinstance(p, dist.tensor.Shard)]
         self._dimension = spread[0] if spread else 0  # of the mesh
         self.size = weight.device_mesh.size(self._dimension)
         self.most = -(-weight.shape[0] // self.size)
@@ -80,8 +73,8 @@ class ShardedRows(Placement):
     # ---- which rows they are
 
     def check(self, name: str) -> None:
-        cut = [p for p in self.weight.placements if not isinstance(p, Replicate)]
-        if cut != [Shard(0)] or self.module.OUTPUTS != 0:
+        cut = [p for p in self.weight.placements if not isinstance(p, dist.tensor.Replicate)]
+        if cut != [dist.tensor.Shard(0)] or self.module.OUTPUTS != 0:
             raise ValueError(
                 f"{name} must be sharded by its rows, dimension 0 of an (outputs, inputs) weight, over one"
                 f" dimension of its mesh, got placements {self.weight.placements} of shape"
@@ -140,7 +133,7 @@ class ShardedRows(Placement):
         Raises:
             RuntimeError: nothing was gathered, or FSDP's shard is another tensor than the one with the hooks.
         """
-        if isinstance(weight, DTensor):
+        if is_dtensor(weight):
             raise RuntimeError(
                 "weight must be gathered before it is used: run the forward of the module that fully_shard was"
                 " given, not that of a part of it"
@@ -245,7 +238,7 @@ class CutWeight(Placement):
     def __init__(self, name: str, module: QuantizedWeight) -> None:
         weight, how = cast("DTensor", module.latent), module.quantizer
         placements = weight.placements
-        dim = placements[0].dim if len(placements) == 1 and type(placements[0]) is Shard else None
+        dim = placements[0].dim if len(placements) == 1 and type(placements[0]) is dist.tensor.Shard else None
         reason = None
         if dim not in (0, 1) or weight.ndim != 2 or module.OUTPUTS != 0:
             reason = f"cut by rows or columns over a mesh of one dimension, got {placements}"
@@ -271,7 +264,9 @@ class CutWeight(Placement):
             alpha = cast("Tensor", SumOfParts.apply(alpha, self.part))
         rows = quantized(weight.to_local(), self.part.own(alpha).contiguous())
         mesh, placements, shape, stride = weight.device_mesh, weight.placements, weight.shape, weight.stride()
-        return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return dist.tensor.DTensor.from_local(
+            rows, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
 
 class SumOfParts(torch.autograd.Function):
@@ -300,7 +295,7 @@ def shard(module: QuantizedWeight) -> None:
 def begin_anew(model: nn.Module) -> None:
     """Let FSDP see the hooks of weights that were quantized after it had sharded them."""
     for module in model.modules():
-        if not isinstance(module, FSDPModule):
+        if not is_fsdp(module):
             continue
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)

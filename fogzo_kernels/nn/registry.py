@@ -19,7 +19,7 @@ from .linear import QuantLinear
 from .module import QuantizedModule
 from .quantized import QuantizedWeight
 from .tied import quantized_at
-from .view import FSDPModule, local
+from .view import is_fsdp, local
 from .weight import WeightQuantizer
 
 
@@ -148,7 +148,7 @@ def quantized_form(module: nn.Module) -> type[QuantizedModule] | None:
     options = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
     if options is not None:
         return quantized_class(kind, **options)
-    if kind in QUANTIZED or isinstance(module, FSDPModule) or kind.__module__.startswith("torch.ao."):
+    if kind in QUANTIZED or is_fsdp(module) or kind.__module__.startswith("torch.ao."):
         return QUANTIZED.get(kind)
     base = next((k for k in kind.__mro__ if k in QUANTIZED or k in DECLARED), None)
     return quantized_class(kind, outputs=QUANTIZED[base].OUTPUTS) if base in QUANTIZED else None
@@ -255,7 +255,7 @@ def units_in(
 ) -> Iterator[Unit]:
     """Yields the units of a module."""
     form = quantized_form(module)
-    alone = isinstance(module, FSDPModule) and any(kind in QUANTIZED for kind in type(module).__mro__)
+    alone = is_fsdp(module) and any(kind in QUANTIZED for kind in type(module).__mro__)
     if form is not None or isinstance(module, QuantizedModule) or alone or made_anew(module):
         yield Unit([name], module, [*around], weights, form, reason_against(name, module, form))
         return
@@ -276,7 +276,7 @@ def units_in(
 def reason_against_parameter(unit: Unit) -> str | Exception | None:
     """Why a parameter cannot be held; None if it can. See :func:`reason_against`."""
     weight, where, module = unit.weights[unit.parameter], unit.paths[0], unit.module
-    if isinstance(module, FSDPModule) and unit.usual:
+    if is_fsdp(module) and unit.usual:
         return ValueError(f"{where} must be quantized before fully_shard is given its module by itself")
     if parametrize.is_parametrized(unit.home[0]):
         return "its module is parametrized: made anew in each forward"
@@ -307,7 +307,7 @@ def reason_against(name: str, module: nn.Module, form: type[QuantizedModule] | N
     """
     if isinstance(module, QuantizedModule):
         return "it is quantized already"
-    if form is None and isinstance(module, FSDPModule):
+    if form is None and is_fsdp(module):
         return ValueError(
             f"model must be quantized before fully_shard is given one of its modules by itself, got {module}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -16,13 +17,11 @@ from ..ops.native import put
 from ..spec.grid import Grid
 from ..spec.quantizer import Quantizer
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-else:  # a build of PyTorch without it
-    FSDPModule = DTensor = Replicate = Shard = ()  # type: ignore[assignment,misc]
-
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
     from .quantized import QuantizedWeight
 
 
@@ -30,14 +29,24 @@ if TYPE_CHECKING:
 Quantized = Callable[[Tensor, Tensor], Tensor]
 
 
+def is_dtensor(x: object) -> TypeIs[DTensor]:
+    """Says whether an object is a DTensor. None is before PyTorch has loaded the class, which takes long."""
+    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def is_fsdp(module: object) -> TypeIs[FSDPModule]:
+    """Says whether ``fully_shard`` was given a module."""
+    return isinstance(module, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()))
+
+
 def local(tensor: Tensor) -> Tensor:
     """Returns the part of a tensor that this process has: all of it, unless it is a DTensor."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Returns all of a tensor. All processes that have parts of a DTensor must call this."""
-    return cast("DTensor", tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast("DTensor", tensor.detach()).full_tensor() if is_dtensor(tensor) else tensor
 
 
 class PassWeight(NamedTuple):
@@ -177,7 +186,7 @@ HANDLERS = Handlers()
 
 def place(module: QuantizedWeight) -> None:
     """Set a module's placement after it got a weight. Only FSDP sets DTensors on modules that are quantized."""
-    if isinstance(module.registered, DTensor):
+    if is_dtensor(module.registered):
         HANDLERS.shard(module)
 
 
@@ -191,7 +200,7 @@ def placement_of(module: QuantizedWeight, weight: Tensor, name: str = "weight") 
 def reshard(model: nn.Module) -> None:
     """Let modules under ``fully_shard`` have their shards, as before a forward."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp(module):
             module.reshard()
 
 

@@ -18,7 +18,7 @@ from ..ops.native import outside
 from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
 from ..spec.scale import FixedScale, LearnedScale, MeasuredScale, Scale, not_saved
-from .view import LOCAL, DTensor, local
+from .view import LOCAL, is_dtensor, local
 
 if TYPE_CHECKING:
     from .quantized import QuantizedWeight
@@ -284,7 +284,7 @@ def is_replaced(module: QuantizedWeight, old: Tensor | None, new: object) -> boo
     """
     if old is None or not isinstance(new, Tensor) or new is old or module.placement is not LOCAL:
         return False
-    if isinstance(old, DTensor) or isinstance(new, DTensor) or old.is_meta or new.is_meta:
+    if is_dtensor(old) or is_dtensor(new) or old.is_meta or new.is_meta:
         return False
     return old.shape != new.shape or not torch.equal(old.detach().to(new), new.detach())
 
