@@ -15,7 +15,8 @@ BUILT = ROOT / "build/sanitize"
 SANITIZERS = "address,undefined"
 TESTS = (
     "native", "tensor_list", "vectors", "agreement", "ops", "update", "validation", "measure", "learned",
-    "learned_native", "hadamard", "transform",
+    "learned_native", "hadamard", "transform", "direct", "native_objects",
+    "native_looks",
 )  # fmt: skip
 CHECK = "from fogzo_kernels import _C; print(_C.__file__, _C.build_info()['sanitizers'], *_C.cpu_isas())"
 
@@ -71,7 +72,9 @@ def main() -> int:
     for isa, names in runs:
         chosen = {} if isa is None else {"FOGZO_CPU_ISA": isa}
         files = [f"python_tests/test_{name}.py" for name in names]
-        done = subprocess.run([*pytest, *files, "-k", "cpu or native or fuzz"], cwd=ROOT, env={**env, **chosen})
+        done = subprocess.run(
+            [*pytest, *files, "-k", "cpu or native or fuzz or direct"], cwd=ROOT, env={**env, **chosen}
+        )
         if done.returncode:
             failed.append(f"{isa or 'all sets'}: exit status {done.returncode}")
     print("\n".join(failed) or f"no report from {SANITIZERS} on {', '.join(isas)}")
