@@ -32,6 +32,7 @@ from .weight import (
     hold_alphas,
     in_its_range,
     is_held,
+    keeping_versions,
     measure_,
     name_of,
 )
@@ -284,7 +285,8 @@ class QuantizedWeight(SavedModule):
         """Write the alpha of these rows, where the quantizer measures it."""
         scale = self.quantizer.scale
         if isinstance(scale, MeasuredScale):
-            measure_([self.alpha], [rows.detach()], scale, self.quantizer.transform, self.backend)
+            with keeping_versions([self.alpha]):
+                measure_([self.alpha], [rows.detach()], scale, self.quantizer.transform, self.backend)
 
     @property
     def alpha_factor(self) -> float:

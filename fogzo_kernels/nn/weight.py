@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..functional import hadamard_, measure_alphas_
 from ..ops import checks, memory, transforms
 from ..ops.differentiable import Options
+from ..ops.listop import is_plain
 from ..ops.native import outside
 from ..spec.hadamard import Hadamard
 from ..spec.quantizer import Quantizer
@@ -202,6 +204,16 @@ def rotated_rows(rows: Tensors, transform: Hadamard | None, backend: str | None 
     return out
 
 
+def keeping_versions(alphas: Tensors) -> AbstractContextManager[object]:
+    """Lets a forward write alphas that an earlier forward saved for its backward, as a module may run twice.
+
+    Both write the same numbers, unless something changed the weight or alpha itself, which autograd then sees.
+    """
+    if not is_plain(*alphas) or any(alpha.is_inference() for alpha in alphas):
+        return nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tuple(alphas))
+
+
 # ---- learned alphas, in their range
 
 
@@ -225,7 +237,7 @@ def hold_pairs(modules: Sequence[QuantizedWeight], alphas: Tensors, lows: Tensor
     """:func:`hold_alphas` of alphas that are known; ``lows``: where each is held."""
     if not alphas:
         return None
-    seen = alphas[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    seen = seen_by_host(alphas[0])
     if seen and outside(alphas, lows, MOST) == 0:
         return None
     now, least = memory.in_a_row(alphas), memory.in_a_row(lows)
@@ -234,7 +246,8 @@ def hold_pairs(modules: Sequence[QuantizedWeight], alphas: Tensors, lows: Tensor
     kept = in_its_range(now, least)
     count = (now != kept).sum()  # NaN too
     parts = kept.split([alpha.numel() for alpha in alphas])
-    torch._foreach_copy_([*alphas], [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
+    with nullcontext() if seen else keeping_versions(alphas):  # a device may write what is there
+        torch._foreach_copy_([*alphas], [part.view_as(a) for part, a in zip(parts, alphas, strict=True)])
     if seen:
         if not any(m.weight_quantizer.warned for m in modules):
             warnings.warn(
@@ -245,6 +258,11 @@ def hold_pairs(modules: Sequence[QuantizedWeight], alphas: Tensors, lows: Tensor
         for m in modules:
             m.weight_quantizer.warned = True
     return count
+
+
+def seen_by_host(alpha: Tensor) -> bool:
+    """Whether the host can look at an alpha without waiting for a device."""
+    return alpha.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def is_held(alpha: Tensor, least: Tensor | None) -> bool:
