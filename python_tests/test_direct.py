@@ -9,6 +9,7 @@ from support.layers import LAYERS
 from torch import nn
 
 import fogzo_kernels as fk
+from fogzo_kernels.backends.gpu import plans
 from fogzo_kernels.nn import quantized
 from fogzo_kernels.nn.direct import Direct
 from fogzo_kernels.nn.parameter import VALUES
@@ -20,6 +21,16 @@ PRESETS = {
     "half offset": fk.Quantizer(fk.Grid.half_offset(2), fk.Scale.fixed(0.2), fk.StraightThrough("identity")),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, params=["cpu", "triton"])
+def backend(request, monkeypatch):
+    """The backend that quantizes modules: the best one, or Triton by its name."""
+    if request.param == "triton":
+        if reason := fk.available_backends("cpu")["triton"]:
+            pytest.skip(f"backend triton: {reason}")
+        monkeypatch.setenv("FOGZO_BACKEND", "triton")
+    return request.param
 
 
 def direct(module):
@@ -189,6 +200,38 @@ def test_measured_and_rotated_weights_are_right_too(preset, monkeypatch):
     module, x = nn.Linear(16, 8), torch.randn(3, 16)
     fk.quantize_model(module, preset)
     check_alike(module, x, monkeypatch)
+
+
+@pytest.mark.parametrize("preset", ["fixed", "lsq rows"])
+@pytest.mark.parametrize("shape", [(3, 7), (8, 16), (130, 1000)])
+def test_tensors_that_are_not_aligned_are_right_too(shape, preset, monkeypatch):
+    module = nn.Linear(*shape[::-1])
+    fk.quantize_model(module, PRESETS[preset])
+    memory = torch.randn(module.weight.numel() + 1)
+    module.weight.data = memory[1:].view(shape)
+    assert module.weight.data_ptr() % 16
+    upstream = torch.randn(shape[0] * shape[1] + 3)[3:].view(shape)
+
+    def found():
+        values = module.effective_weight()
+        parameters = [p for name, p in module.named_parameters() if name != "bias"]
+        return [values, *torch.autograd.grad(values, parameters, upstream)]
+
+    own = found()
+    assert isinstance(direct(module), Direct)
+    usual(monkeypatch)
+    assert same(own, found())
+
+
+def test_outputs_and_gradients_need_no_plan_of_their_own(backend, monkeypatch):
+    if backend != "triton":
+        pytest.skip("plans are of GPU backends")
+    module, x = linear()
+    module(x).sum().backward()
+    monkeypatch.setattr(plans, "of_key", lambda *args: pytest.fail("a plan was made"))
+    kept = [module(torch.randn(rows, 16)) for rows in (1, 5, 9)]
+    for y in kept:
+        y.sum().backward()
 
 
 def test_a_profiler_at_the_first_forward_is_not_remembered():

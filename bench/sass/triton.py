@@ -46,7 +46,7 @@ TYPES = {
     "counters": "*i64", "direction": "i32", "n": "i32", "count": "i32", "draw": ("*i64", "*i64"),
     "mix": ("*fp32", "*fp64", "fp32", "fp32"), "losses": ("*fp32", "*fp32", "i32", "fp32"),
     "optimizer": ("*fp64", "*i64", "i64", "i64", "i64", "i64"), "grid": Grid(*["fp32"] * 4),
-    "numbers": ("fp32",) * 6, "rule": ("fp32",) * 3, "factors": "*fp32",
+    "numbers": ("fp32",) * 6, "rule": ("fp32",) * 3, "factors": "*fp32", "given": ("constexpr",) * 3,
 }  # fmt: skip
 ON_HOST = {
     "draw": ("i64", "i64"), "mix": ("*fp32", "constexpr", "fp32", "fp32"),
@@ -213,6 +213,8 @@ def constants_of(variant: Variant) -> dict[str, object]:
         given |= {"ROOT": False, "BLOCK": norm.TENSOR_BLOCK} if variant.own else {"table": None}
     if not variant.own:
         given["factors"] = None
+    if variant.kernel == "learned_sum_kernel":
+        given["given"] = None
     return {name: value for name, value in given.items() if name in KERNELS[variant.kernel].arg_names}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.fogzo_cpu; an ImportError is the reason shown
+from .. import _C  # type: ignore[attr-defined]
 from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
@@ -107,7 +107,39 @@ measure_alphas_ = flattened("measure_alphas")
 hadamard_ = flattened("hadamard")
 
 
-# ---- those that each module calls by itself, with less work for lists that are not held
+# ---- what each module calls by itself
+
+
+class ModuleWeight:
+    """The weight of one module (csrc/cpu/module_weight.h). A call that returns False has written nothing."""
+
+    LOOKS = True  # it refuses alphas out of their range, and where the environment asks for another backend
+
+    def __init__(
+        self, tensors: Held, grid: Grid, straight_through: StraightThrough, factor: float, block: int,
+        most: float, named: bool,
+    ) -> None:  # fmt: skip
+        """``tensors``: the weight, alpha and the least value of a learned alpha, which may be ``most`` at most.
+
+        ``named``: whether the environment cannot ask for another backend.
+        """
+        self._tensors = tensors
+        numbers = grid.qmin, grid.qmax, grid.offset, grid.r, block
+        self._native = _C.ModuleWeight(tensors.number, *numbers, straight_through.variant, factor, most, named)
+
+    def quantize(self, out: Tensor) -> bool:
+        """Write Q into a tensor like the weight."""
+        done: bool = self._native.quantize(out.data_ptr())
+        return done
+
+    def backward(self, out: Tensor, grad: Tensor, alpha_grad: Tensor | None) -> bool:
+        """Write the gradients of the weight and of alpha, which is None unless it learns, from dL/dQ."""
+        address = 0 if alpha_grad is None else alpha_grad.data_ptr()
+        done: bool = self._native.backward(out.data_ptr(), grad.data_ptr(), address)
+        return done
+
+
+# ---- those that a module calls, with less work for lists that are not held
 
 HELD = {name: flattened(name) for name in ("quantize", "straight_through_backward", "learned_backward")}
 

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 
+from ..backends import VARIABLE, Backend, select
 from ..backends.held import native
 from ..functional import TensorList
+from ..ops import checks, memory
 from ..ops.differentiable import Options, gradients
 from ..ops.listop import is_plain, watched
+from ..spec.grid import FLOATS
 from ..spec.scale import MeasuredScale
 from .parameter import VALUES, Values
 from .view import LOCAL
-from .weight import MOST, changes, fits
+from .weight import MOST, changes, fits, hold_alphas, is_held
 
 if TYPE_CHECKING:
     from .quantized import QuantizedWeight
 
 
 class Direct:
-    """What native code keeps of a module's weight on the CPU, between forwards.
+    """What a backend keeps of a module's weight, between forwards.
 
-    Native code looks at the tensors in each call. It refuses what it may not take as it stands, and the usual
+    The backend looks at the tensors in each call. It refuses what it may not take as it stands, and the usual
     way then finds out why.
     """
 
-    def __init__(self, module: QuantizedWeight, weight: nn.Parameter) -> None:
+    def __init__(self, module: QuantizedWeight, weight: nn.Parameter, backend: Backend) -> None:
         own, self.weight, self.alpha = module.weight_quantizer, weight, module.alpha
-        self.quantizer, self.backend, self.learned = own.quantizer, own.backend, own.quantizer.learned
+        self.quantizer, self.learned = own.quantizer, own.quantizer.learned
         self.least = module.alpha_least if self.learned else None
         self.options: Options = own.options(weight.numel() // max(self.alpha.numel(), 1), own.backend)
-        *grid, variant, _, factor, block = self.options.flat
         tensors = [weight, self.alpha, *([] if self.least is None else [self.least])]
-        self._list = TensorList(tensors)
-        named = self.backend is not None
-        self.native = native().ModuleWeight(self._list.number, *grid, block, variant, factor, MOST, named)
+        how = self.options.grid, self.options.straight_through, self.options.factor, self.options.block
+        kind, named = backend.ModuleWeight, own.backend is not None  # type: ignore[attr-defined]
+        self.backend = kind(TensorList(tensors), *how, *((MOST, named) if kind.LOOKS else ()))
+        self.looks, self.free = kind.LOOKS, not (named or kind.LOOKS)
+        self.asked = os.environ.get(VARIABLE)
         self.changes = changes.count
 
     def serves(self, module: QuantizedWeight) -> bool:
@@ -47,25 +52,48 @@ class Direct:
             and module.alpha is self.alpha  # as an attribute, which a tracer of torch.fx sees
             and module._buffers.get("alpha_least") is self.least
             and (self.learned or not self.alpha.requires_grad)
+            and not (self.free and os.environ.get(VARIABLE) != self.asked)
         )
 
+    def alpha_holds(self, module: QuantizedWeight) -> bool:
+        """Hold a learned alpha. Returns whether alpha may be used, as far as the host sees it."""
+        if self.learned and not is_held(self.alpha, self.least):
+            hold_alphas([module], ("alpha",))
+        try:
+            memory.alphas([self.alpha], self.options.grid.r)
+        except ValueError:  # the usual way raises it again
+            return False
+        return True
 
-def can_be_direct(module: QuantizedWeight, weight: object) -> bool:
-    """Whether the weight lies on the CPU as one piece, in the order of its rows, and nothing is measured."""
-    alpha = module.alpha
-    return (
-        type(weight) is nn.Parameter
-        and native() is not None
-        and module.backend in (None, "cpu")
-        and is_plain(weight, alpha)
-        and (weight.is_cpu and alpha.is_cpu and weight.is_contiguous())
-        and module.OUTPUTS == 0
-        and module.EXPERT_OUTPUTS is None
-        and module.placement is LOCAL
-        and not isinstance(module.quantizer.scale, MeasuredScale)
-        and (module.quantizer.learned or not alpha.requires_grad)
-        and fits(module, weight, alpha)
-    )
+
+def made(module: QuantizedWeight) -> Direct | None:
+    """Direct of a module whose weight lies as one piece, in the order of its rows, and measures nothing."""
+    weight, alpha = module.registered, module.alpha
+    if (
+        type(weight) is not nn.Parameter
+        or native() is None
+        or not is_plain(weight, alpha)
+        or not (weight.is_contiguous() and alpha.is_contiguous() and weight.numel())
+        or not (weight.dtype in FLOATS and alpha.dtype is torch.float32 and alpha.device == weight.device)
+        or module.OUTPUTS != 0
+        or module.EXPERT_OUTPUTS is not None
+        or module.placement is not LOCAL
+        or isinstance(module.quantizer.scale, MeasuredScale)
+        or not (module.quantizer.learned or not alpha.requires_grad)
+        or not fits(module, weight, alpha)
+    ):
+        return None
+    try:
+        checks.alphas([alpha], "latents", [weight], module.quantizer.block)
+        backend = select(module.backend, weight.device)
+    except (RuntimeError, TypeError, ValueError):  # the usual way raises it again
+        return None
+    return Direct(module, weight, backend) if hasattr(backend, "ModuleWeight") else None
+
+
+def in_capture(weight: Tensor | None) -> bool:
+    """Whether ops on a weight go into a CUDA graph, which may outlive what is kept here."""
+    return weight is not None and weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def direct_values(module: QuantizedWeight) -> Tensor | None:
@@ -78,29 +106,32 @@ def direct_values(module: QuantizedWeight) -> Tensor | None:
     if watched():
         return None
     if direct is None or not direct.serves(module):
-        if values.direct_failed == changes.count:
+        if values.direct_failed == changes.count or in_capture(module.registered):
             return None
-        values.direct, weight = None, module.registered
-        if not can_be_direct(module, weight):
+        values.direct = direct = made(module)
+        if direct is None:
             values.direct_failed = changes.count
             return None
-        assert isinstance(weight, nn.Parameter)
-        values.direct = direct = Direct(module, weight)
     weight, alpha = direct.weight, direct.alpha
+    if not direct.looks and (in_capture(weight) or not direct.alpha_holds(module)):
+        return None
     if is_grad_enabled() and (weight.requires_grad or alpha.requires_grad):
-        made: Tensor | None = apply(weight, alpha, direct)
-        return made
-    out = torch.empty_like(weight, requires_grad=False)
-    return out if direct.native.quantize(out.data_ptr()) else None
+        found: Tensor | None = apply(weight, alpha, direct)
+    else:
+        out = torch.empty_like(weight, requires_grad=False)
+        found = out if direct.backend.quantize(out) else None
+    if found is None:
+        values.direct = None
+    return found
 
 
 class Quantized(torch.autograd.Function):
-    """Q of a module's weight as one node; None where native code refuses."""
+    """Q of a module's weight as one node; None where the backend refuses."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, alpha: Tensor, direct: Direct) -> Tensor | None:
         out = torch.empty_like(weight)
-        if not direct.native.quantize(out.data_ptr()):
+        if not direct.backend.quantize(out):
             return None
         ctx.save_for_backward(weight, alpha)
         ctx.direct = direct
@@ -114,8 +145,7 @@ class Quantized(torch.autograd.Function):
         if type(grad) is Tensor and grad.dtype is weight.dtype and not (is_grad_enabled() or watched()):
             grad, out = grad.contiguous(), torch.empty_like(weight)
             of_alpha = torch.empty_like(alpha) if learns else None
-            pointer = 0 if of_alpha is None else of_alpha.data_ptr()
-            if grad.is_cpu and direct.native.backward(out.data_ptr(), grad.data_ptr(), pointer):
+            if grad.device == weight.device and direct.backend.backward(out, grad, of_alpha):
                 return out, of_alpha, None
         return *gradients(grad, weight, alpha, learns, *direct.options.flat), None
 

@@ -83,6 +83,9 @@ def watch(backend: ModuleType) -> None:
     for name in backends.FUNCTIONS:
         if name != "unavailable":
             setattr(backend, name, watched(getattr(backend, name)))
+    if hasattr(backend, "ModuleWeight"):
+        for name in ("quantize", "backward"):
+            setattr(backend.ModuleWeight, name, watched(getattr(backend.ModuleWeight, name)))
     watch_plans()
 
 

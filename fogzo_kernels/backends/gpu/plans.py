@@ -195,7 +195,7 @@ def build_plan(key: Key, captured: bool = False) -> Plan:
     counts = [-(-numel // span) for numel in key.numels]
     firsts = [*accumulate(counts, initial=0)]
     rows = [row_of(key, i, span, firsts[i]) for i in range(len(counts))]
-    learned = key.addresses[ADDRESSES.index("ALPHA_GRAD")]
+    learned = bool(key.factors)
     cross = torch.cat([crossing(row) for row in rows]) if learned else torch.empty(0, dtype=torch.int32)
     entries = torch.tensor([row[name] for row in rows for name in COLUMNS], dtype=torch.int64)
     table, owner, cross = upload(key, key.device, (entries, owners(counts), cross), captured)

@@ -9,6 +9,7 @@ from .hadamard import hadamard_ as hadamard_
 from .launch import unavailable as unavailable
 from .learned import learned_backward_ as learned_backward_
 from .measure import measure_alphas_ as measure_alphas_
+from .module_weight import ModuleWeight as ModuleWeight
 from .noise import noise as noise
 from .norm import guide_sumsq as guide_sumsq
 from .perturb import perturb_quantize_ as perturb_quantize_

@@ -26,6 +26,9 @@ TILE = 2048  # elements per loop iteration
 NUM_WARPS = 4
 
 Scalar = Tensor | int
+#: The gradient, the output and the gradient of alpha; or None where the plan's table says where they lie.
+Given = tuple[Tensor | None, Tensor | None, Tensor | None]
+IN_TABLE: Given = (None, None, None)
 DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in OUTPUTS}
 
 

@@ -14,7 +14,7 @@ from ..gpu.plans import Plan, plan
 from . import program
 from .elements import alpha_slope_of, derivative_of, product
 from .hadamard import rotated
-from .launch import Tensors, config_of, grid_of, launch
+from .launch import IN_TABLE, Config, Given, Tensors, config_of, grid_of, launch
 from .program import entry
 
 #: Chunks that share an alpha, of which a tile's sums take so many at once.
@@ -41,49 +41,51 @@ def add_within(first_a, sum_a, first_b, sum_b):
 
 
 @triton.jit
-def write_alpha_grad(row, index, total, mask):
+def write_alpha_grad(row, given, index, total, mask):
     factor = entry(row, "FACTOR").to(tl.float64, bitcast=True)
-    tl.store(program.pointer(row, "ALPHA_GRAD", tl.float32) + index, (total * factor).to(tl.float32), mask=mask)
+    to = program.pointer_or(given, row, "ALPHA_GRAD", tl.float32)
+    tl.store(to + index, (total * factor).to(tl.float32), mask=mask)
 
 
 @triton.jit
-def partial_sums(partial):
+def partial_sums(places):
     """The place of the program's two sums."""
-    return partial + 2 * tl.program_id(0).to(tl.int64)
+    return places[0] + 2 * tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
-def write_sums(p, partial, terms, carry, place, exists, index, inside, length):
+def write_sums(p, places, terms, carry, place, exists, index, inside, length):
     """Add up the terms of each alpha, write the sums of alphas that end here, return the sum of the last one.
 
     ``terms`` are float64, of the units or elements at ``place`` 0, 1, 2, ... that exist. Each is number
     ``inside`` of the ``length`` terms of alpha ``index``. ``carry`` is the sum of the alpha at hand so far.
+    ``places``: memory for programs' sums, and the alphas' gradient or None.
     """
     terms = tl.where((place == 0) & (inside != 0), terms + carry, terms)
     _, sums = tl.associative_scan(((inside == 0).to(tl.int32), terms), 0, add_within)
     per_alpha = entry(p.row, "SCALE_LENGTH")
     ends, before = exists & (inside == length - 1), index * per_alpha < p.begin
-    write_alpha_grad(p.row, index, sums, ends & (~before))
-    tl.store(partial_sums(partial) + place * 0, sums, mask=ends & before)
+    write_alpha_grad(p.row, places[1], index, sums, ends & (~before))
+    tl.store(partial_sums(places) + place * 0, sums, mask=ends & before)
     last = place == tl.sum(exists.to(tl.int32), 0) - 1
     return tl.sum(tl.where(last & (~ends), sums, 0.0), 0)
 
 
 @triton.jit
-def write_rest(p, partial, total, WRITTEN: tl.constexpr):
+def write_rest(p, places, total, WRITTEN: tl.constexpr):
     """Write the sum of the alpha at hand when the program ends. WRITTEN: sums of ended alphas are written."""
     length = entry(p.row, "SCALE_LENGTH")
     index = (p.end - 1) // length
     before, goes_on = index * length < p.begin, (index + 1) * length > p.end
     pending = goes_on if WRITTEN else True
-    tl.store(partial_sums(partial), total, mask=before & pending)
-    tl.store(partial_sums(partial) + 1, total, mask=(~before) & goes_on)
+    tl.store(partial_sums(places), total, mask=before & pending)
+    tl.store(partial_sums(places) + 1, total, mask=(~before) & goes_on)
     if not WRITTEN:
-        write_alpha_grad(p.row, index, total, (~before) & (~goes_on))
+        write_alpha_grad(p.row, places[1], index, total, (~before) & (~goes_on))
 
 
 @triton.jit
-def learned_tiles(arrays, partial, p, grid, UNIT: tl.constexpr, config: tl.constexpr):
+def learned_tiles(arrays, places, p, grid, UNIT: tl.constexpr, config: tl.constexpr):
     """Do the program's tiles, and return the sum of the alpha at hand."""
     length, divisor = entry(p.row, "SCALE_LENGTH"), entry(p.row, "SCALE_DIVISOR")
     CHUNKS: tl.constexpr = config.tile // 8
@@ -106,33 +108,35 @@ def learned_tiles(arrays, partial, p, grid, UNIT: tl.constexpr, config: tl.const
             # a rest of elements follows the chunks of an only alpha: none of them is the last
             count = tl.where(length % 8 == 0, length // (8 * UNIT), 0).to(tl.uint32)
             exists = unit * (8 * UNIT) < turn.left
-            carry = write_sums(p, partial, terms, carry, unit, exists, index.to(tl.int64), inside, count)
+            carry = write_sums(p, places, terms, carry, unit, exists, index.to(tl.int64), inside, count)
     if UNIT == 0:
         carry = tl.sum(acc, 0)
     return carry
 
 
-@triton.jit
-def learned_kernel(table, owner, partial, grid, config: tl.constexpr):
+@triton.jit(do_not_specialize=["given"])
+def learned_kernel(table, owner, given, partial, grid, config: tl.constexpr):
     """g h'(theta) into PLUS, which may be GRAD; the gradients of alphas into ALPHA_GRAD.
 
     In each tensor every ``config.unit`` chunks share an alpha, as unit_of() says; without a unit each has its
-    own number.
+    own number. ``given``: see :data:`launch.Given`.
     An alpha whose elements several programs hold is left to learned_sum_kernel, as two sums a program: one of
     the alpha which began in an earlier program, one of the alpha which begins in this one and goes on.
     """
     p = program.read(program.own_span(table, owner), grid.r, config)
     length = entry(p.row, "SCALE_LENGTH")
-    latent, grad = program.pointer(p.row, "LATENT", config.latent), program.pointer(p.row, "GRAD", config.grad)
-    arrays = latent, grad, program.pointer(p.row, "PLUS", config.out)
+    latent = program.pointer(p.row, "LATENT", config.latent)
+    grad = program.pointer_or(given[0], p.row, "GRAD", config.grad)
+    arrays = latent, grad, program.pointer_or(given[1], p.row, "PLUS", config.out)
+    places = partial, given[2]
     if config.unit is not None:
-        carry = learned_tiles(arrays, partial, p, grid, config.unit, config)
+        carry = learned_tiles(arrays, places, p, grid, config.unit, config)
     elif length % (8 * WIDE) == 0:
-        carry = learned_tiles(arrays, partial, p, grid, WIDE, config)
+        carry = learned_tiles(arrays, places, p, grid, WIDE, config)
     elif length % (8 * MIDDLE) == 0:
-        carry = learned_tiles(arrays, partial, p, grid, MIDDLE, config)
+        carry = learned_tiles(arrays, places, p, grid, MIDDLE, config)
     else:
-        carry = learned_tiles(arrays, partial, p, grid, 1, config)
+        carry = learned_tiles(arrays, places, p, grid, 1, config)
     place = tl.arange(0, config.tile // 8)
     REST: tl.constexpr = program.for_elements(config)
     for start in tl.range(p.rest, p.end, config.tile // 8):
@@ -145,13 +149,16 @@ def learned_kernel(table, owner, partial, grid, config: tl.constexpr):
         else:
             j = start + place
             index = j // length
-            carry = write_sums(p, partial, terms, carry, place, exists, index, j - index * length, length)
-    write_rest(p, partial, carry, config.unit != 0)
+            carry = write_sums(p, places, terms, carry, place, exists, index, j - index * length, length)
+    write_rest(p, places, carry, config.unit != 0)
 
 
-@triton.jit
-def learned_sum_kernel(table, owner, crossing, partial, BLOCK: tl.constexpr):
-    """Adds the sums of all programs that hold the alpha which begins in one of them and goes on behind it."""
+@triton.jit(do_not_specialize=["given"])
+def learned_sum_kernel(table, owner, crossing, given, partial, BLOCK: tl.constexpr):
+    """Adds the sums of all programs that hold the alpha which begins in one of them and goes on behind it.
+
+    ``given``: the alphas' gradient, or None where the row says where it lies.
+    """
     here = tl.load(crossing + tl.program_id(0)).to(tl.int64)
     row, _begin, end = program.span_of(table, owner, here)
     length, span = entry(row, "SCALE_LENGTH"), entry(row, "SPAN")
@@ -161,10 +168,10 @@ def learned_sum_kernel(table, owner, crossing, partial, BLOCK: tl.constexpr):
     for start in tl.range(here + 1, stop, BLOCK):
         i = start + tl.arange(0, BLOCK)
         acc += tl.load(partial + 2 * i, mask=i < stop, other=0.0)
-    write_alpha_grad(row, index, tl.load(partial + 2 * here + 1) + tl.sum(acc, 0), True)
+    write_alpha_grad(row, given, index, tl.load(partial + 2 * here + 1) + tl.sum(acc, 0), True)
 
 
-def registers_of(unit: int | None, kind: str, block: int) -> int | None:
+def registers_of(unit: int | None, kind: str | None, block: int) -> int | None:
     """Register limit per thread, where the compiler's own choice, often better, spills on some GPU."""
     if block >= 256:
         return 112 if block < 1024 else 168
@@ -191,10 +198,19 @@ def learned_backward_(
         latents, latents=latents, grads=grads, plus=out, alphas=alphas, alpha_grads=alpha_grads, factors=factors
     )
     device = latents[0].device
+    config = config_of(p, latents, grads, out, block, variant=straight_through.variant, unit=unit_of(p))
+    launch_learned(p, device, grid, config)
+
+
+def launch_learned(
+    p: Plan, device: torch.device, grid: spec.Grid, config: Config, given: Given = IN_TABLE
+) -> None:
+    """Launch the kernels of a plan."""
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
-    unit, variant = unit_of(p), straight_through.variant
-    config = config_of(p, latents, grads, out, block, variant=variant, unit=unit)
-    args, registers = (partial, grid_of(grid), config), registers_of(unit, variant, block)
+    args, registers = (
+        (given, partial, grid_of(grid), config),
+        registers_of(config.unit, config.variant, config.block),
+    )
     launch(learned_kernel, p.programs, device, p.table, p.owner, *args, maxnreg=registers)
-    rest = p.table, p.owner, p.crossing, partial
+    rest = p.table, p.owner, p.crossing, given[2], partial
     launch(learned_sum_kernel, p.crossing.numel(), device, *rest, BLOCK=SUM_BLOCK)

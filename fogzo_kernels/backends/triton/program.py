@@ -69,6 +69,15 @@ def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def pointer_or(given, row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    """``given``, or the row's where it is None."""
+    if given is None:
+        return pointer(row, COLUMN, DTYPE)
+    else:
+        return given
+
+
+@triton.jit
 def span_of(table, owner, number):
     """Row and elements [begin, end) of a program."""
     row = table + tl.load(owner + number).to(tl.int64) * WIDTH
