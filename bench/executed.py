@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -124,7 +124,7 @@ def kernel_counts(case: c.Case, backend: str, aligned: bool = True) -> Any:
         kernel.program.clear()
     launched.clear()
     # Spans as of a large list, in plans that nobody else gets. Warps run one by one, so only their threads part
-    with mock.patch.multiple(plans, ENOUGH=1, _plans=OrderedDict()), mock.patch.dict(os.environ, {ORDER: "1"}):
+    with mock.patch.multiple(plans, ENOUGH=1, _plans=plans.Recent()), mock.patch.dict(os.environ, {ORDER: "1"}):
         call()
     name = KERNELS[case.op]
     found = [k.program for k in launched.values() if re.search(rf"(?<![a-z_]){name}", k.name)]

@@ -1,7 +1,6 @@
 """Plans of a GPU backend: what a table holds, and how long one lives that a CUDA graph may read."""
 
 import struct
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from fogzo_kernels.spec.call import Draw
 @pytest.fixture(autouse=True)
 def process(monkeypatch):
     """As in a process that has no plans yet; capture(True) begins a capture of a CUDA graph."""
-    monkeypatch.setattr(plans, "_plans", OrderedDict())
-    for name, empty in (("_captured", {}), ("_of_states", OrderedDict()), ("_uploads", {}), ("_arena", [])):
+    monkeypatch.setattr(plans, "_plans", plans.Recent())
+    for name, empty in (("_captured", {}), ("_of_states", plans.Recent()), ("_uploads", {}), ("_arena", [])):
         monkeypatch.setattr(plans, name, empty)
 
 
@@ -126,8 +125,12 @@ def test_a_tensor_that_is_not_aligned_still_goes_by_chunks():
     assert (row["ALIGNED"], row["FAST"]) == (1, 40)  # alphas are read one by one
 
 
+#: Of the table and the owners of a plan of lists().
+BYTES = 2 * 8 * len(plans.COLUMNS) + 2 * 4
+
+
 def test_the_last_plans_are_kept(monkeypatch):
-    monkeypatch.setattr(plans, "PLANS_KEPT", 2)
+    monkeypatch.setattr(plans, "KEPT_BYTES", 2 * BYTES)
     given = [lists() for _ in range(3)]
     first, second = (plans.plan(x["latents"], **x) for x in given[:2])
     assert plans.plan(given[0]["latents"], **given[0]) is first
@@ -138,7 +141,7 @@ def test_the_last_plans_are_kept(monkeypatch):
 
 
 def test_a_plan_that_a_graph_reads_stays_and_is_kept_once(monkeypatch, capture):
-    monkeypatch.setattr(plans, "PLANS_KEPT", 1)
+    monkeypatch.setattr(plans, "KEPT_BYTES", BYTES)
     given, other = lists(), lists()
     capture(False)
     before = plans.plan(given["latents"], **given)

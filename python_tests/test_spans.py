@@ -1,7 +1,5 @@
 """How a plan cuts and reads tensors changes no bit: spans of programs, tensors that are not aligned."""
 
-from collections import OrderedDict
-
 import pytest
 import torch
 from conftest import GPU_BACKENDS, device_of
@@ -36,13 +34,13 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def planned(monkeypatch):
     """The plans of a test, which begins without any."""
-    monkeypatch.setattr(plans, "_plans", OrderedDict())
+    monkeypatch.setattr(plans, "_plans", plans.Recent())
     return plans._plans
 
 
 def rows(planned, column):
     place = plans.COLUMNS.index(column)
-    return [row[place] for p in planned.values() for row in p.table.view(-1, len(plans.COLUMNS)).tolist()]
+    return [row[place] for p, _ in planned.values() for row in p.table.view(-1, len(plans.COLUMNS)).tolist()]
 
 
 class Lists:

@@ -237,13 +237,16 @@ def test_native_code_lets_go_with_the_list():
     assert t._use_count() == 1
 
 
-def test_what_is_remembered_is_bounded(backend, device):
+def test_what_is_remembered_is_bounded(backend, device, monkeypatch):
     """Though each call has new lists."""
+    monkeypatch.setattr(plans, "KEPT_BYTES", 1 << 12)
+    monkeypatch.setattr(plans, "_of_states", plans.Recent())
     op = fk.ops.quantize.op_of_lists
     for _ in range(300 if backend == "cpu" else 70):
         fk.quantize_(**prepared(arguments("quantize_", device)), backend=backend)
     assert len(op.known) <= 64
-    assert len(plans._of_states) <= plans.PLANS_KEPT
+    assert plans._of_states.bytes <= plans.KEPT_BYTES
+    assert plans._of_states.bytes == sum(size for _, size in plans._of_states.values())
 
 
 def test_threads_may_share_a_list():

@@ -18,7 +18,7 @@ from ..spec.grid import FLOATS
 from ..spec.scale import MeasuredScale
 from .parameter import VALUES, Values
 from .view import LOCAL
-from .weight import MOST, changes, fits, hold_alphas, is_held
+from .weight import MOST, changes, fits, hold_alphas, is_held, keeping_versions, measure_
 
 if TYPE_CHECKING:
     from .quantized import QuantizedWeight
@@ -42,6 +42,9 @@ class Direct:
         self.backend = kind(TensorList(tensors), *how, *((MOST, named) if kind.LOOKS else ()))
         self.looks, self.free = kind.LOOKS, not (named or kind.LOOKS)
         self.asked = os.environ.get(VARIABLE)
+        scale = own.quantizer.scale
+        self.scale = scale if isinstance(scale, MeasuredScale) else None
+        self.measured = TensorList([self.alpha]), TensorList([weight])
         self.changes = changes.count
 
     def serves(self, module: QuantizedWeight) -> bool:
@@ -55,6 +58,17 @@ class Direct:
             and not (self.free and os.environ.get(VARIABLE) != self.asked)
         )
 
+    def measure(self) -> bool:
+        """Write the alpha that the quantizer measures, if it does. Returns whether the weight let it."""
+        if self.scale is None:
+            return True
+        try:
+            with keeping_versions([self.alpha]):
+                measure_(*self.measured, self.scale, self.quantizer.transform, self.options.backend)
+        except (RuntimeError, TypeError, ValueError):  # the usual way raises it again
+            return False
+        return True
+
     def alpha_holds(self, module: QuantizedWeight) -> bool:
         """Hold a learned alpha. Returns whether alpha may be used, as far as the host sees it."""
         if self.learned and not is_held(self.alpha, self.least):
@@ -67,8 +81,11 @@ class Direct:
 
 
 def made(module: QuantizedWeight) -> Direct | None:
-    """Direct of a module whose weight lies as one piece, in the order of its rows, and measures nothing."""
-    weight, alpha = module.registered, module.alpha
+    """Direct of a module whose weight lies as one piece, in the order of its rows.
+
+    Not so if the quantizer measures what a transform makes of the weight.
+    """
+    weight, alpha, scale = module.registered, module.alpha, module.quantizer.scale
     if (
         type(weight) is not nn.Parameter
         or native() is None
@@ -78,7 +95,7 @@ def made(module: QuantizedWeight) -> Direct | None:
         or module.OUTPUTS != 0
         or module.EXPERT_OUTPUTS is not None
         or module.placement is not LOCAL
-        or isinstance(module.quantizer.scale, MeasuredScale)
+        or (isinstance(scale, MeasuredScale) and scale.statistic != "rms" and module.quantizer.block)
         or not (module.quantizer.learned or not alpha.requires_grad)
         or not fits(module, weight, alpha)
     ):
@@ -105,15 +122,17 @@ def direct_values(module: QuantizedWeight) -> Tensor | None:
     direct: Direct | None = values.direct
     if watched():
         return None
+    if in_capture(module.registered):
+        return None
     if direct is None or not direct.serves(module):
-        if values.direct_failed == changes.count or in_capture(module.registered):
+        if values.direct_failed == changes.count:
             return None
         values.direct = direct = made(module)
         if direct is None:
             values.direct_failed = changes.count
             return None
     weight, alpha = direct.weight, direct.alpha
-    if not direct.looks and (in_capture(weight) or not direct.alpha_holds(module)):
+    if not direct.measure() or not (direct.looks or direct.alpha_holds(module)):
         return None
     if is_grad_enabled() and (weight.requires_grad or alpha.requires_grad):
         found: Tensor | None = apply(weight, alpha, direct)

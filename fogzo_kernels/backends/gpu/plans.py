@@ -6,8 +6,8 @@ elements of one tensor: ``owner`` names the program's row in ``table``, and a ro
 A plan is a pure function of its key, so it never goes stale. States of lists that native code holds stand for
 a key, which takes longer to make. A plan lives as long as something may read it:
 
-- This module keeps the PLANS_KEPT plans that were used last. A plan that a CUDA graph captured stays for good,
-  once for each key: nothing tells when the last graph that reads it is gone.
+- This module keeps the plans that were used last, whose tables take KEPT_BYTES at most. A plan that a CUDA
+  graph captured stays for good, once for each key: nothing tells when the last graph that reads it is gone.
 - A plan that is built during a capture lies in memory of the graph, which uploads it again at every replay. The
   upload reads pinned memory of the host, which stays for good, once for each key: 168 bytes for each tensor and
   4 bytes for each program.
@@ -47,7 +47,7 @@ COLUMNS = (
 ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "STATE_1", "STATE_2", "ALPHA", "ALPHA_GRAD")
 SPAN, SHORTEST = 16384, 2048  # elements of a program: the most, and the fewest, which are one tile
 ENOUGH = 1024  # programs, about 8 for each SM of the largest GPUs: more would gain nothing
-PLANS_KEPT = 256
+KEPT_BYTES = 1 << 26  # of a model with 300 weights: some hundred plans of lists, or 100,000 of single tensors
 
 Tensors = Sequence[Tensor]
 
@@ -75,8 +75,30 @@ class Plan(NamedTuple):
 
 
 P = TypeVar("P")
-_plans: OrderedDict[Any, Any] = OrderedDict()  # by key; plans of cells.py are among them
-_of_states: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()  # key and plan, by the states of lists
+
+
+class Recent(OrderedDict[Any, Any]):
+    """Plans, or keys with their plans, in the order of their last use."""
+
+    bytes = 0
+
+    def keep(self, key: Any, value: Any, plan: Any) -> None:
+        """Add an entry, and drop the oldest ones until KEPT_BYTES hold the tables of the rest."""
+        self[key] = value, sum(x.nbytes for x in plan if isinstance(x, Tensor))
+        self.bytes += self[key][1]
+        while self.bytes > KEPT_BYTES and len(self) > 1:
+            self.bytes -= self.popitem(last=False)[1][1]
+
+    def take(self, key: Any) -> Any:
+        """The value of an entry, which becomes the newest, or None."""
+        if key not in self:
+            return None
+        self.move_to_end(key)
+        return self[key][0]
+
+
+_plans = Recent()  # by key; plans of cells.py are among them
+_of_states = Recent()  # key and plan, by the states of lists
 _captured: dict[Any, Any] = {}  # read by CUDA graphs, which may be replayed at any later time
 
 
@@ -128,30 +150,25 @@ def kept(
     """The plan of these lists and ``others``, which belongs to a key; ``build`` makes it of the key."""
     held = not any(ts and not isinstance(ts, Held) for ts in lists)
     states = others, *[ts.generation if isinstance(ts, Held) else 0 for ts in lists]
-    known = _of_states.pop(states, None) if held else None
+    known = _of_states.take(states) if held else None
     captured = capturing(like)
     if known is None:
         key = key_of()
         known = key, of_key(key, like, build)
-        held = held and not captured  # or the plan may lie in memory of the graph
+        if held and not captured:  # or the plan may lie in memory of the graph
+            _of_states.keep(states, known, known[1])
     elif captured:
         _captured[known[0]] = known[1]
     elif like and like[0].is_cuda:
         replenish(pinned=True)
-    if held:
-        _of_states[states] = known
-        if len(_of_states) > PLANS_KEPT:
-            _of_states.popitem(last=False)
     plan: P = known[1]
     return plan
 
 
 def of_key(key: Any, like: Tensors, build: Callable[[Any, bool], P]) -> P:
     """The plan of a key; ``build`` makes it, for a graph that is being captured or not."""
-    plan: P | None = _plans.get(key)
-    if plan is not None:
-        _plans.move_to_end(key)
-    else:
+    plan: P | None = _plans.take(key)
+    if plan is None:
         plan = _captured.get(key)
     if capturing(like):
         if plan is None:
@@ -161,9 +178,8 @@ def of_key(key: Any, like: Tensors, build: Callable[[Any, bool], P]) -> P:
     if like and like[0].is_cuda:
         replenish(pinned=True)
     if plan is None:
-        plan = _plans[key] = build(key, False)
-        if len(_plans) > PLANS_KEPT:
-            _plans.popitem(last=False)
+        plan = build(key, False)
+        _plans.keep(key, plan, plan)
     return plan
 
 
