@@ -40,7 +40,7 @@ def run_share(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)
     place = Place(torch.device(args.device), args.backend)
-    mine = list(calls(args.subset))[args.share :: args.of]
+    mine = list(calls(args.subset))[:: args.every][args.share :: args.of]
     for i in range(args.start, len(mine)):
         print(f"begin {i} {mine[i].name}", flush=True)
         if place.device.type == "cuda":
@@ -67,7 +67,7 @@ def supervised(args: argparse.Namespace, share: int) -> Counter[str]:
     while True:
         command = [sys.executable, "-m", *args.through, "bench.agree", "--backend", args.backend, "--device",
                    args.device, "--share", str(share), "--of", str(args.processes), "--start", str(start),
-                   *["--subset"] * args.subset]  # fmt: skip
+                   "--every", str(args.every), *["--subset"] * args.subset]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         under_way, next_one = "", start
         assert process.stdout is not None
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--backend", default="triton")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--subset", action="store_true", help="some 30 kernels, at least one of each op")
+    add("--every", type=int, default=1, metavar="N", help="only every N-th of the calls")
     add("--processes", type=int, default=1)
     add("--share", type=int, help="run only this share of the calls, in this process")
     add("--of", type=int, default=1, help="shares")

@@ -8,6 +8,7 @@ Set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or PyTorch's cache hides what lies beyond 
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 
 import torch
 
@@ -20,9 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--subset", action="store_true", help="some 30 kernels, at least one of each op")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th of the calls")
     args = parser.parse_args(argv)
     place, count = Place(torch.device(args.device), args.backend), 0
-    for call in calls(args.subset):
+    for call in islice(calls(args.subset), 0, None, args.every):
         call.results(place)
         if place.device.type == "cuda":
             torch.cuda.synchronize(place.device)  # an error shows at its call

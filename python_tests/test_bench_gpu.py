@@ -12,6 +12,7 @@ import pytest
 from conftest import MISSING
 
 from bench import machine
+from bench.calls import calls
 from bench.gpu import __main__ as program
 from bench.gpu import session as sessions
 from bench.gpu import stages, summary, tools
@@ -27,7 +28,9 @@ def python(*words):
 
 
 @pytest.mark.slow_first
-def test_dry_run_goes_through_every_stage(tmp_path, capsys):
+@pytest.mark.parametrize("every", [stages.DRY_EVERY, pytest.param(1, marks=pytest.mark.everything)])
+def test_dry_run_goes_through_every_stage(every, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "DRY_EVERY", every)
     code = program.main(["--dry-run", "--results", str(tmp_path), "--budget", "1500"])
     text = (tmp_path / "summary.md").read_text()
     assert code == 0, text
@@ -59,7 +62,10 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
     assert f"sources {machine.sources()}" in text
     for path in (ROOT, sys.prefix, tmp_path):
         assert str(path) not in text
-    assert "0 differ" in (tmp_path / "log.txt").read_text()
+    log, count = (tmp_path / "log.txt").read_text(), len(range(0, len(list(calls(subset=True))), every))
+    for backend in here:
+        assert f"ops {backend}: {count} calls agree with the reference, 0 differ, 0 failed" in log
+    assert count > 4
     assert "summary.md" in capsys.readouterr().out
 
 

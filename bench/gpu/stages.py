@@ -57,6 +57,7 @@ TESTS = (
     "gpu", "vectors", "agreement", "special_values", "ops", "update", "learned", "measure", "hadamard",
     "transform", "optim", "fogzo",
 )  # fmt: skip
+DRY_EVERY = 5  # of the subset of calls, a dry run makes one in so many
 OVERRUN = 4.0  # seconds before its limit at which bench.kernels begins nothing more
 
 
@@ -125,7 +126,7 @@ def build(session: Session, limit: float) -> None:
 
 def compare(session: Session, backend: str, limit: float) -> None:
     """Every op against the reference; in a dry run some of them."""
-    options = ["--subset", "--through", *EXECUTOR] if session.dry else []
+    options = ["--subset", "--every", str(DRY_EVERY), "--through", *EXECUTOR] if session.dry else []
     processes = 1 if session.dry else cores()
     command = [sys.executable, "-m", "bench.agree", "--backend", backend, *session.device,
                "--processes", str(processes), *options]  # fmt: skip
@@ -308,7 +309,8 @@ def check(session: Session, tool: str, limit: float) -> None:
     end = time.monotonic() + min(limit, session.left())
     for i, backend in enumerate(backends):
         name, rest = f"{tool} {backend}", (end - time.monotonic()) / (len(backends) - i)
-        command = session.module("bench.sanitize", "--subset", "--backend", backend, *session.device)
+        few = ["--every", str(DRY_EVERY)] if session.dry else []
+        command = session.module("bench.sanitize", "--subset", *few, "--backend", backend, *session.device)
         if rest < 5:
             session.note(name, "skipped", note="no time left")
         elif sanitizer is None:
