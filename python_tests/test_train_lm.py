@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from support.lm_runs import die_in, moments, rows, same, train
+from support.lm_runs import STEPS, die_in, moments, rows, same, train
 from support.processes import server
 
 from bench.evidence import record, text, train_lm
@@ -25,8 +25,8 @@ def killed(moment, out, options):
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path):
     """At moments of no choosing: while it builds, steps, logs or saves."""
-    options = ["--steps", "120", "--save-every", "7", "--log-every", "5", "--evaluate-every", "30",
-               "--kappa", "1.0"]  # fmt: skip
+    options = ["--steps", str(STEPS), "--save-every", "7", "--log-every", "5",
+               "--evaluate-every", str(STEPS // 4), "--kappa", "1.0"]  # fmt: skip
     for moment in moments():
         run = server().Process(target=killed, args=(moment, tmp_path / "killed", [*options, "--resume"]))
         run.start()

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from support.exported import logits
-from support.lm_runs import SMALL, die_in, moments, rows, same, train
+from support.lm_runs import SMALL, STEPS, die_in, moments, rows, same, train
 from support.processes import as_launched, meeting_point, needs_gloo, server
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -53,8 +53,8 @@ def state(out, tmp_path):
 @pytest.mark.slow_first
 def test_killed_again_and_again_two_processes_end_with_the_same_bits(tmp_path):
     """Both at once, at moments of no choosing: while they build, step, log, save or rename."""
-    options = ["--parallel", "fsdp", "--steps", "120", "--save-every", "3", "--log-every", "5",
-               "--evaluate-every", "30", "--kappa", "1.0"]  # fmt: skip
+    options = ["--parallel", "fsdp", "--steps", str(STEPS), "--save-every", "3", "--log-every", "5",
+               "--evaluate-every", str(STEPS // 4), "--kappa", "1.0"]  # fmt: skip
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for kill, moment in enumerate(moments()):
         dying = kill % COUNT
@@ -66,7 +66,7 @@ def test_killed_again_and_again_two_processes_end_with_the_same_bits(tmp_path):
     found, expected = rows(killed), rows(whole)
     for name in ("step", "loss", "validation_loss", "learning_rate", "difference", "cosine"):
         assert [row[name] for row in found] == [row[name] for row in expected]
-    assert sorted(path.name for path in killed.glob(f"{CHECKPOINT}*")) == [CHECKPOINT, f"{CHECKPOINT}-120"]
+    assert sorted(path.name for path in killed.glob(f"{CHECKPOINT}*")) == [CHECKPOINT, f"{CHECKPOINT}-{STEPS}"]
 
 
 def losses(out):
