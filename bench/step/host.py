@@ -8,7 +8,8 @@ without autograd, of the plain and of the quantized chain. ``python -m bench.hos
 
 A round takes every method once. On a CPU a time is the process's own, on one thread. On a GPU it is the time to
 enqueue a step, and the device is idle before. The table has the least time of the rounds, the slope over the
-number of layers in microseconds a layer, and ratios at the most layers.
+number of layers in microseconds a layer, and ratios at the most layers. ``--backend triton`` on a CPU takes
+Triton's backend, whose launches do nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fogzo_kernels as fk
+from fogzo_kernels.backends import VARIABLE
 
+from ..host import without_launches
 from ..machine import machine
 
 WIDTH, ROWS = 8, 4
@@ -209,14 +214,21 @@ def main(argv: list[str] | None = None) -> int:
     add("--layers", nargs="+", type=int, default=[10, 30, 100, 300, 1000])
     add("--rounds", type=int, default=20)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--backend", choices=["triton"], help="without a GPU: Triton's backend up to its launches")
     add("--json", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if args.backend:
+        os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
+        without_launches()
     torch.set_num_threads(1)
     device, times = torch.device(args.device), Times()
     with tqdm(total=len(args.layers) * (WARM + args.rounds), unit="round", disable=None) as bar:
         for count in args.layers:
-            for name, seconds in least(methods(count, args.device), args.rounds, device, bar).items():
+            calls = methods(count, args.device)
+            with mock.patch.dict(os.environ, {VARIABLE: args.backend} if args.backend else {}):
+                found = least(calls, args.rounds, device, bar)
+            for name, seconds in found.items():
                 times.setdefault(name, {})[count] = seconds
     print(table(times))
     if args.json:
