@@ -40,6 +40,8 @@ class Backend(Protocol):
     of the quantizer's transform, or 0. A tensor of ``out`` may be the input at the same place in the Hadamard
     transform. In the fused tail ``alphas``, the draw's tensor ids and layouts, the factors, and a
     non-empty ``quantized`` belong to the first latents.
+
+    A backend may have a class ``ModuleWeight``, as cpu.py has: modules that run alone call it in each forward.
     """
 
     def unavailable(self, device: torch.device) -> str | None: ...
