@@ -308,8 +308,7 @@ def test_a_run_that_is_resumed_has_the_bits_of_one_that_was_not(fused):
 def test_a_compiled_mixture_trains_alike():
     losses = []
     for wrap in (lambda model: model, torch.compile):
-        model = mixture("mixtral", num_hidden_layers=1)  # the compiler takes as long for each layer
-        fk.quantize_model(model, TENSOR, skip=SKIP)
+        model = quantized()
         called = wrap(model)
         fogzo = estimator(model, "probes")
         own = []
