@@ -125,8 +125,8 @@ def test_a_tensor_that_is_not_aligned_still_goes_by_chunks():
     assert (row["ALIGNED"], row["FAST"]) == (1, 40)  # alphas are read one by one
 
 
-#: Of the table and the owners of a plan of lists().
-BYTES = 2 * 8 * len(plans.COLUMNS) + 2 * 4
+#: Of a plan of lists(), with its table and its owners.
+BYTES = plans.PLAN_BYTES + 2 * 8 * len(plans.COLUMNS) + 2 * 4
 
 
 def test_the_last_plans_are_kept(monkeypatch):

@@ -239,7 +239,7 @@ def test_native_code_lets_go_with_the_list():
 
 def test_what_is_remembered_is_bounded(backend, device, monkeypatch):
     """Though each call has new lists."""
-    monkeypatch.setattr(plans, "KEPT_BYTES", 1 << 12)
+    monkeypatch.setattr(plans, "KEPT_BYTES", 1 << 16)
     monkeypatch.setattr(plans, "_of_states", plans.Recent())
     op = fk.ops.quantize.op_of_lists
     for _ in range(300 if backend == "cpu" else 70):

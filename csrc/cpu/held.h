@@ -144,8 +144,8 @@ public:
 private:
   static constexpr size_t kAheadOfLook = 6; // tensors
 
-  // Of thousands of tensors memory is slower than the look. A handle is a pointer to a tensor, which is a
-  // pointer to what has its storage behind two words; were it otherwise, what is prefetched would be useless.
+  // A look at thousands of tensors waits for memory. A handle points to a tensor, and a tensor points to an
+  // object. The object's third word points to the storage. If PyTorch changes this, prefetching gains nothing.
   static void *const *impl_of(const Handle &handle) {
     return *reinterpret_cast<void *const *const *>(handle.get());
   }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C  # type: ignore[attr-defined]
+from .. import _C  # type: ignore[attr-defined]  # registers torch.ops.fogzo_cpu; an ImportError is the reason shown
 from ..spec.call import Draw, Losses, Measure, Mix, Update
 from ..spec.grid import Grid
 from ..spec.noise import DISTRIBUTIONS
@@ -111,9 +111,10 @@ hadamard_ = flattened("hadamard")
 
 
 class ModuleWeight:
-    """The weight of one module (csrc/cpu/module_weight.h). A call that returns False has written nothing."""
+    """The weight of one module (csrc/cpu/module_weight.h). A call that returns False has written nothing.
 
-    LOOKS = True  # it refuses alphas out of their range, and where the environment asks for another backend
+    It refuses alphas out of their range. It refuses, too, where the environment asks for another backend.
+    """
 
     def __init__(
         self, tensors: Held, grid: Grid, straight_through: StraightThrough, factor: float, block: int,

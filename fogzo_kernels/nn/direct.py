@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Direct:
     """What a backend keeps of a module's weight, between forwards.
 
-    The backend looks at the tensors in each call. It refuses what it may not take as it stands, and the usual
-    way then finds out why.
+    The backend looks at the tensors in each call. It refuses tensors that it cannot take. The usual way then
+    finds the reason.
     """
 
     def __init__(self, module: QuantizedWeight, weight: nn.Parameter, backend: Backend) -> None:
@@ -39,24 +39,36 @@ class Direct:
         tensors = [weight, self.alpha, *([] if self.least is None else [self.least])]
         how = self.options.grid, self.options.straight_through, self.options.factor, self.options.block
         kind, named = backend.ModuleWeight, own.backend is not None  # type: ignore[attr-defined]
-        self.backend = kind(TensorList(tensors), *how, *((MOST, named) if kind.LOOKS else ()))
-        self.looks, self.free = kind.LOOKS, not (named or kind.LOOKS)
+        self.checks = getattr(backend, "CHECKS_LISTS", False)  # else this looks at alpha and the environment
+        self.backend = kind(TensorList(tensors), *how, *((MOST, named) if self.checks else ()))
+        self.free = not (named or self.checks)
         self.asked = os.environ.get(VARIABLE)
         scale = own.quantizer.scale
         self.scale = scale if isinstance(scale, MeasuredScale) else None
         self.measured = TensorList([self.alpha]), TensorList([weight])
         self.changes = changes.count
 
-    def serves(self, module: QuantizedWeight) -> bool:
-        """Whether the module still has what this was made of."""
+    def serves(self, module: QuantizedWeight, weight: Tensor | None) -> bool:
+        """Whether the module, whose parameter is ``weight``, still has what this was made of."""
         return (
             self.changes == changes.count
-            and module.registered is self.weight
+            and weight is self.weight
             and module.alpha is self.alpha  # as an attribute, which a tracer of torch.fx sees
             and module._buffers.get("alpha_least") is self.least
             and (self.learned or not self.alpha.requires_grad)
             and not (self.free and os.environ.get(VARIABLE) != self.asked)
         )
+
+    def values(self, module: QuantizedWeight) -> Tensor | None:
+        """Q, or None where the usual way must make it."""
+        if not self.measure() or not (self.checks or self.alpha_holds(module)):
+            return None
+        weight, alpha = self.weight, self.alpha
+        if is_grad_enabled() and (weight.requires_grad or alpha.requires_grad):
+            quantized: Tensor | None = apply(weight, alpha, self)
+            return quantized
+        out = torch.empty_like(weight, requires_grad=False)
+        return out if self.backend.quantize(out) else None
 
     def measure(self) -> bool:
         """Write the alpha that the quantizer measures, if it does. Returns whether the weight let it."""
@@ -80,12 +92,12 @@ class Direct:
         return True
 
 
-def made(module: QuantizedWeight) -> Direct | None:
-    """Direct of a module whose weight lies as one piece, in the order of its rows.
+def made(module: QuantizedWeight, weight: Tensor | None) -> Direct | None:
+    """Direct of a module whose parameter lies as one piece, in the order of its rows.
 
     Not so if the quantizer measures what a transform makes of the weight.
     """
-    weight, alpha, scale = module.registered, module.alpha, module.quantizer.scale
+    alpha, scale = module.alpha, module.quantizer.scale
     if (
         type(weight) is not nn.Parameter
         or native() is None
@@ -108,37 +120,25 @@ def made(module: QuantizedWeight) -> Direct | None:
     return Direct(module, weight, backend) if hasattr(backend, "ModuleWeight") else None
 
 
-def in_capture(weight: Tensor | None) -> bool:
-    """Whether ops on a weight go into a CUDA graph, which may outlive what is kept here."""
-    return weight is not None and weight.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def direct_values(module: QuantizedWeight) -> Tensor | None:
     """Return Q of the module's weight, in the weight's shape; a transform of the quantizer is not undone.
 
     Returns None where the usual way must make Q. The caller checks that no compiler traces.
     """
     values: Values = vars(module)[VALUES]
-    direct: Direct | None = values.direct
+    direct, weight = values.direct, module.registered
     if watched():
         return None
-    if in_capture(module.registered):
-        return None
-    if direct is None or not direct.serves(module):
+    if weight is not None and weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a CUDA graph may run when the module is gone
+    if direct is None or not direct.serves(module, weight):
         if values.direct_failed == changes.count:
             return None
-        values.direct = direct = made(module)
+        values.direct = direct = made(module, weight)
         if direct is None:
             values.direct_failed = changes.count
             return None
-    weight, alpha = direct.weight, direct.alpha
-    if not direct.measure() or not (direct.looks or direct.alpha_holds(module)):
-        return None
-    if is_grad_enabled() and (weight.requires_grad or alpha.requires_grad):
-        found: Tensor | None = apply(weight, alpha, direct)
-    else:
-        out = torch.empty_like(weight, requires_grad=False)
-        found = out if direct.backend.quantize(out) else None
+    found: Tensor | None = direct.values(module)
     if found is None:
         values.direct = None
     return found

@@ -361,7 +361,7 @@ def check_alpha(module: QuantizedWeight, alpha: Tensor) -> None:
 
 
 class Modules:
-    """Tells the modules of some weights, all at once, what they run with."""
+    """Tells many modules at once which values to run with."""
 
     def __init__(self, weights: Iterable[WeightView]) -> None:
         self._weights = list(weights)

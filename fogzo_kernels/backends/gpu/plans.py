@@ -6,8 +6,8 @@ elements of one tensor: ``owner`` names the program's row in ``table``, and a ro
 A plan is a pure function of its key, so it never goes stale. States of lists that native code holds stand for
 a key, which takes longer to make. A plan lives as long as something may read it:
 
-- This module keeps the plans that were used last, whose tables take KEPT_BYTES at most. A plan that a CUDA
-  graph captured stays for good, once for each key: nothing tells when the last graph that reads it is gone.
+- This module keeps the plans that were used last, as many as KEPT_BYTES hold. A plan that a CUDA graph captured
+  stays for good, once for each key: nothing tells when the last graph that reads it is gone.
 - A plan that is built during a capture lies in memory of the graph, which uploads it again at every replay. The
   upload reads pinned memory of the host, which stays for good, once for each key: 168 bytes for each tensor and
   4 bytes for each program.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -47,7 +48,8 @@ COLUMNS = (
 ADDRESSES = ("LATENT", "GRAD", "PLUS", "MINUS", "STATE_1", "STATE_2", "ALPHA", "ALPHA_GRAD")
 SPAN, SHORTEST = 16384, 2048  # elements of a program: the most, and the fewest, which are one tile
 ENOUGH = 1024  # programs, about 8 for each SM of the largest GPUs: more would gain nothing
-KEPT_BYTES = 1 << 26  # of a model with 300 weights: some hundred plans of lists, or 100,000 of single tensors
+KEPT_BYTES = 1 << 26
+PLAN_BYTES = 1 << 12  # of a plan beside its tables: Python's objects, and whole blocks of the device's memory
 
 Tensors = Sequence[Tensor]
 
@@ -78,23 +80,26 @@ P = TypeVar("P")
 
 
 class Recent(OrderedDict[Any, Any]):
-    """Plans, or keys with their plans, in the order of their last use."""
+    """Plans, or keys with their plans, in the order of their last use. Threads may share it."""
 
-    bytes = 0
+    bytes, lock = 0, threading.Lock()
 
     def keep(self, key: Any, value: Any, plan: Any) -> None:
-        """Add an entry, and drop the oldest ones until KEPT_BYTES hold the tables of the rest."""
-        self[key] = value, sum(x.nbytes for x in plan if isinstance(x, Tensor))
-        self.bytes += self[key][1]
-        while self.bytes > KEPT_BYTES and len(self) > 1:
-            self.bytes -= self.popitem(last=False)[1][1]
+        """Add an entry, and drop the oldest ones until KEPT_BYTES hold the rest."""
+        size = PLAN_BYTES + sum(x.nbytes for x in plan if isinstance(x, Tensor))
+        with self.lock:
+            self.bytes += size - self.pop(key, (None, 0))[1]
+            self[key] = value, size
+            while self.bytes > KEPT_BYTES and len(self) > 1:
+                self.bytes -= self.popitem(last=False)[1][1]
 
     def take(self, key: Any) -> Any:
         """The value of an entry, which becomes the newest, or None."""
-        if key not in self:
-            return None
-        self.move_to_end(key)
-        return self[key][0]
+        with self.lock:
+            if key not in self:
+                return None
+            self.move_to_end(key)
+            return self[key][0]
 
 
 _plans = Recent()  # by key; plans of cells.py are among them

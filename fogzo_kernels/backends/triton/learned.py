@@ -207,10 +207,8 @@ def launch_learned(
 ) -> None:
     """Launch the kernels of a plan."""
     partial = torch.empty(2 * p.programs, dtype=torch.float64, device=device)
-    args, registers = (
-        (given, partial, grid_of(grid), config),
-        registers_of(config.unit, config.variant, config.block),
-    )
-    launch(learned_kernel, p.programs, device, p.table, p.owner, *args, maxnreg=registers)
+    registers = registers_of(config.unit, config.variant, config.block)
+    args = p.table, p.owner, given, partial, grid_of(grid), config
+    launch(learned_kernel, p.programs, device, *args, maxnreg=registers)
     rest = p.table, p.owner, p.crossing, given[2], partial
     launch(learned_sum_kernel, p.crossing.numel(), device, *rest, BLOCK=SUM_BLOCK)

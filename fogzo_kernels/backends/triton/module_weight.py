@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,8 +21,6 @@ class ModuleWeight:
 
     A call that returns False has written nothing: a tensor has changed, and needs another plan.
     """
-
-    LOOKS: ClassVar[bool] = False  # at values of alphas, and at the environment
 
     tensors: Held
     grid: spec.Grid
